@@ -1,0 +1,1 @@
+"""The wire contract of Saeguard: protobuf files and the stubs generated from them."""

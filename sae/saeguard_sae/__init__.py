@@ -1,0 +1,1 @@
+"""What a sparse autoencoder is: torch only, no server and no wire."""

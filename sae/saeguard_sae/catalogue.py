@@ -1,0 +1,101 @@
+"""What is known about an SAE's features: labels with their scores, statistics, promoted tokens, examples.
+
+On disk it is ``features.jsonl`` (one feature a line) and ``quality.json`` beside the SAE's weights; both optional.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class PromotedToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A token that the feature's decoder row makes likelier. ``logit`` is its direct effect per unit of activation."""
+
+    token: str
+    logit: float
+
+
+class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A text in which the feature fired with ``value`` on the token at ``token_index``."""
+
+    text: str
+    token_index: int
+    value: float
+
+
+class Feature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of ``features.jsonl``; null means unknown."""
+
+    index: int
+    label: str | None = None
+    label_metric: str | None = None
+    """What ``label_score`` measures: auroc or f1."""
+    label_score: float | None = None
+    """Held-out score of the label."""
+    maximum: float | None = None
+    """Largest activation seen."""
+    quantiles: dict[str, float] = {}
+    """Of the positive activations, by probability such as "0.99"."""
+    density: float | None = None
+    """Share of tokens on which the feature fires."""
+    top_tokens: tuple[PromotedToken, ...] = ()
+    examples: tuple[Example, ...] = ()
+
+
+class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How well the SAE stands in for the activation; cross-entropies in nats per token."""
+
+    l0: float | None = None
+    fvu: float | None = None
+    ce_base: float | None = None
+    ce_spliced: float | None = None
+    ce_mean_ablated: float | None = None
+    dead_share: float | None = None
+    tokens: int | None = None
+    """Tokens these were measured on."""
+
+
+class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
+    """Features by index; a feature without a line is known by its index alone."""
+
+    features: dict[int, Feature] = {}
+    quality: Quality | None = None
+
+    def feature(self, index: int) -> Feature:
+        """What is known of a feature; an empty entry when nothing is."""
+        return self.features.get(index) or Feature(index=index)
+
+
+class BadCatalogue(ValueError):
+    """A catalogue file that cannot be used; the message names the file and line."""
+
+
+def read(directory: Path, d_sae: int) -> Catalogue:
+    """The catalogue beside an SAE's weights, empty where there is none.
+
+    Raises:
+        BadCatalogue: malformed, an index outside the SAE, or one given twice.
+    """
+    features: dict[int, Feature] = {}
+    lines = directory / "features.jsonl"
+    if lines.is_file():
+        for number, line in enumerate(lines.read_bytes().splitlines(), start=1):
+            one = _decode(line, Feature, f"{lines}:{number}")
+            if not 0 <= one.index < d_sae or one.index in features:
+                raise BadCatalogue(f"{lines}:{number}: index {one.index} is repeated or outside 0..{d_sae - 1}")
+            features[one.index] = one
+    quality = directory / "quality.json"
+    found = _decode(quality.read_bytes(), Quality, str(quality)) if quality.is_file() else None
+    return Catalogue(features=features, quality=found)
+
+
+def _decode(data: bytes, kind: type[T], where: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as err:
+        raise BadCatalogue(f"{where}: {err}") from err

@@ -1,0 +1,86 @@
+"""The tensors behind an edit table: named columns [slots, capacity, ...], grown, moved and cleared together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What one column holds: value when idle, dtype, and whether cells are vectors of the site's width."""
+
+    idle: float | int | bool
+    dtype: torch.dtype = torch.float32
+    wide: bool = False
+
+
+COLUMNS: dict[str, Kind] = {
+    # How a feature is read: f = relu(gain * q + bias) where q + gate > threshold, q = x . W_enc.
+    "W_enc": Kind(0.0, wide=True),
+    "gain": Kind(0.0),
+    "bias": Kind(0.0),
+    "gate": Kind(0.0),
+    "threshold": Kind(torch.inf),
+    # Features that need their whole dictionary: its number from 1, 0 for none, and the feature's index in it.
+    "whole": Kind(0, torch.int64),
+    "feature": Kind(0, torch.int64),
+    # What it becomes: f' = min(max(alpha * f + beta, lo), hi), and where the difference is written.
+    "alpha": Kind(1.0),
+    "beta": Kind(0.0),
+    "lo": Kind(-torch.inf),
+    "hi": Kind(torch.inf),
+    "W_dec": Kind(0.0, wide=True),
+    "norm": Kind(0.0),
+    # Which tokens: positions [first, last), special ones only when asked.
+    "first": Kind(0, torch.int64),
+    "last": Kind(0, torch.int64),
+    "special": Kind(False, torch.bool),
+    # What happened, over eligible tokens: the receipt's numbers.
+    "eligible": Kind(0, torch.int64),
+    "edited": Kind(0, torch.int64),
+    "capped": Kind(0, torch.int64),
+    "sum": Kind(0.0, torch.float64),
+    "max": Kind(0.0),
+    "relative": Kind(0.0, torch.float64),
+}
+
+
+class ColumnStore:
+    """All columns of ``slots`` requests with room for ``capacity`` edits each, idle at first."""
+
+    def __init__(self, slots: int, capacity: int, width: int, device: torch.device) -> None:
+        self.slots, self.capacity, self.width, self.device = slots, capacity, width, device
+        self._tensors = self._make(capacity)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def clear(self, slot: int) -> None:
+        """Makes a slot's cells idle."""
+        for name, kind in COLUMNS.items():
+            self._tensors[name][slot] = kind.idle
+
+    def move(self, source: int, target: int) -> None:
+        """Copies a slot's cells to another slot and clears them."""
+        for tensor in self._tensors.values():
+            tensor[target] = tensor[source]
+        self.clear(source)
+
+    def grow(self, needed: int) -> None:
+        """Doubles the capacity until ``needed`` cells fit; what is there stays."""
+        old = self._tensors
+        while self.capacity < needed:
+            self.capacity *= 2
+        self._tensors = self._make(self.capacity)
+        for name, tensor in old.items():
+            self._tensors[name][:, : tensor.shape[1]] = tensor
+
+    def _make(self, capacity: int) -> dict[str, Tensor]:
+        def make(kind: Kind) -> Tensor:
+            shape = (self.slots, capacity, self.width) if kind.wide else (self.slots, capacity)
+            return torch.full(shape, kind.idle, dtype=kind.dtype, device=self.device)
+
+        return {name: make(kind) for name, kind in COLUMNS.items()}

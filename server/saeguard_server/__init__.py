@@ -1,0 +1,1 @@
+"""The server: a language model with SAEs behind gRPC."""

@@ -1,0 +1,138 @@
+"""What an engine is to the rest of the server: requests in, a stream of events out, and what it can do.
+
+Everything a task holds is already resolved and checked by ``flows``: names are found, positions can be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from saeguard_sae.edits import Affine
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.site import Site
+from saeguard_server.reply import ActivationPart, Chunk
+from saeguard_server.request import Call, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model as callers see it."""
+
+    name: str
+    architecture: str
+    digest: str
+    num_layers: int
+    d_model: int
+    vocab_size: int
+    max_context: int
+    """Tokens one request may hold: the model's own limit or the engine's, whichever is smaller."""
+    dtype: str
+    has_chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do; read at admission, so that what it cannot do is refused by name."""
+
+    engine: str
+    sites: frozenset[Site]
+    kinds: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedEdit:
+    """One edit as the engine applies it: to tokens at positions ``[first, last)``, in raw feature units."""
+
+    sae: str
+    feature: int
+    kind: str
+    affine: Affine
+    first: int
+    last: int
+    special: bool
+    """Also on special tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """All edits of one request, with the limit on ``|edit| / |x|`` per site and their digest (hex SHA-256)."""
+
+    edits: tuple[ResolvedEdit, ...] = ()
+    max_relative_edit: float = float("inf")
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateTask:
+    """One generation. ``sampling`` has its maximum and seed filled in."""
+
+    call: Call
+    tokens: tuple[int, ...]
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int
+    steering: Steering = Steering()
+    watch: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """What to keep of one SAE's activations: the ``top_k`` largest, those above ``threshold``, or ``features``."""
+
+    sae: str
+    top_k: int | None = None
+    threshold: float | None = None
+    features: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectTask:
+    """One input to read. ``index`` is its place in the caller's request."""
+
+    call: Call
+    index: int
+    tokens: tuple[int, ...]
+    offsets: tuple[int | None, ...]
+    picks: tuple[Pick, ...]
+    steering: Steering = Steering()
+
+
+class Engine(Protocol):
+    """A model that runs. Its methods are called on the event loop; its work happens elsewhere."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def saes(self) -> Mapping[str, LoadedSae]: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def is_ready(self) -> bool:
+        """Whether a task submitted now would be taken up."""
+        ...
+
+    def queued(self) -> int:
+        """Tasks that wait for a slot."""
+        ...
+
+    def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
+        """Chunks as they are made; the last has a completion. Closing the iterator cancels the task.
+
+        Raises:
+            SaeguardError: DeadlineExceeded, NonFiniteOutput, Unavailable or InternalFailure.
+        """
+        ...
+
+    def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
+        """Activations, a part per SAE and chunk of the input, in order of position. Same errors as ``generate``."""
+        ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None:
+        """Ends the engine; whatever still runs fails with Unavailable."""
+        ...

@@ -1,0 +1,12 @@
+"""The default engine: continuous batching over stock Hugging Face models, in this process.
+
+``core`` steps, ``scheduler`` says who is next, ``runner`` runs the model, ``sampler`` picks tokens, ``steering`` holds
+the edit tables in the model, ``engine`` carries requests in and events out.
+"""
+
+from __future__ import annotations
+
+from saeguard_server.engine.transformers.engine import TransformersEngine
+from saeguard_server.engine.transformers.loading import load_engine
+
+__all__ = ["TransformersEngine", "load_engine"]

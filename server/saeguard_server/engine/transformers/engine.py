@@ -1,0 +1,188 @@
+"""The engine as the server sees it: one thread that steps, commands in by a queue, one fan-out per step back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from saeguard_sae.architectures import sites
+from saeguard_sae.edits import KINDS
+from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
+from saeguard_server.engine.text import Assembler
+from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.engine.transformers.core import Core
+from saeguard_server.engine.transformers.sequence import Event, Sequence
+from saeguard_server.errors import SaeguardError, Unavailable
+from saeguard_server.reply import ActivationPart, Chunk
+
+_log = logging.getLogger(__name__)
+
+NAME = "transformers"
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    uid: int
+
+
+class _Stop:
+    """Ends the thread."""
+
+
+_Command: TypeAlias = _Add | _Cancel | _Stop
+_Inbox: TypeAlias = asyncio.Queue[Event | None]
+
+
+class TransformersEngine:
+    """Continuous batching over a stock Hugging Face model, on a thread of its own.
+
+    Args:
+        build: makes the core; called again when a step failed in a way that is not one request's.
+    """
+
+    def __init__(self, build: Callable[[], Core]) -> None:
+        self._build = build
+        self._core = build()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._outbox: list[tuple[_Inbox, Event | None]] = []
+        self._uids = itertools.count()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._added = self._taken = 0
+        self._capabilities = Capabilities(NAME, sites(self._core.model.network.config), frozenset(KINDS))
+
+    @property
+    def model(self) -> ModelInfo:
+        """The served model."""
+        return self._core.model.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The served model's tokenizer."""
+        return self._core.model.tokenizer
+
+    @property
+    def saes(self) -> Mapping[str, LoadedSae]:
+        """The served SAEs by name."""
+        return self._core.saes
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine can do."""
+        return self._capabilities
+
+    def is_ready(self) -> bool:
+        """True while the thread steps."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def queued(self) -> int:
+        """Requests that wait for a slot, those not yet seen by the thread included."""
+        return len(self._core.scheduler.waiting) + self._added - self._taken
+
+    def start(self) -> None:
+        """Starts the thread; call it on the event loop that will submit."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; whatever still runs fails with Unavailable. Idempotent."""
+        if self._thread is not None:
+            self._commands.put(_Stop())
+            self._thread.join()
+            self._thread = None
+
+    async def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
+        """Chunks as they are made; closing the iterator cancels the task."""
+        text = Assembler(self.tokenizer.stream(), task.sampling.stop)
+        async with aclosing(self._events(task, text)) as events:
+            async for event in events:
+                assert isinstance(event, Chunk), "a generation gets chunks"
+                yield event
+                if event.completion is not None:
+                    return
+
+    async def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
+        """Activations as the input is read; closing the iterator cancels the task."""
+        async with aclosing(self._events(task, None)) as events:
+            async for event in events:
+                assert isinstance(event, ActivationPart), "an inspection gets activations"
+                yield event
+
+    async def _events(
+        self, task: GenerateTask | InspectTask, text: Assembler | None
+    ) -> AsyncGenerator[Chunk | ActivationPart]:
+        if not self.is_ready():
+            raise Unavailable("the engine is not running", _RETRY_S)
+        uid, inbox = next(self._uids), _Inbox()
+        sequence = Sequence(uid, task, text, lambda event: self._outbox.append((inbox, event)))
+        self._added += 1
+        self._commands.put(_Add(sequence))
+        try:
+            while (event := await inbox.get()) is not None:
+                if isinstance(event, SaeguardError):
+                    raise event
+                yield event
+        finally:
+            self._commands.put(_Cancel(uid))  # every way out frees the slot; of one already free it changes nothing
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while self._take_commands():
+            try:
+                self._core.step()
+            except Exception:
+                _log.exception("the engine failed; it starts again")
+                self._restart()
+            self._deliver()
+        self._core.fail_all(Unavailable("the server stopped"))
+        self._deliver()
+
+    def _take_commands(self) -> bool:
+        """Handles what has come, waiting while there is nothing else to do; False when it is time to stop."""
+        while not (self._commands.empty() and self._core.scheduler.has_work):
+            match self._commands.get():
+                case _Add(sequence):
+                    self._taken += 1
+                    self._core.scheduler.add(sequence)
+                case _Cancel(uid):
+                    self._core.cancel(uid)
+                case _Stop():
+                    return False
+        return True
+
+    def _restart(self) -> None:
+        """A failure of the whole step: its requests fail by name, and the engine goes on with clean tables."""
+        running = self._core.scheduler
+        for sequence in running.everyone():
+            sequence.send(Unavailable("the engine failed and starts again", _RETRY_S))
+        self._core.metrics.engine_restarts.inc()
+        self._core.close()
+        self._core = self._build()
+
+    def _deliver(self) -> None:
+        """One hand-over to the event loop for everything that the step produced."""
+        if self._outbox and self._loop is not None:
+            batch, self._outbox = self._outbox, []
+            self._loop.call_soon_threadsafe(_hand_out, batch)
+
+
+def _hand_out(batch: list[tuple[_Inbox, Event | None]]) -> None:
+    for inbox, event in batch:
+        inbox.put_nowait(event)

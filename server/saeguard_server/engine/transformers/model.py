@@ -1,0 +1,101 @@
+"""From a path to a model that can be served: weights in safetensors, a fast tokenizer, a known architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from saeguard_sae.architectures import layout
+from saeguard_sae.loading import digest
+from saeguard_server.engine.protocol import ModelInfo
+from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.settings import ModelSettings
+
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# SDPA leaves out the soft-capping of attention scores.
+_EAGER = ("gemma2",)
+
+
+class ModelLoadError(ValueError):
+    """A model that cannot be served; the message says what would help."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A Hugging Face causal language model with its tokenizer."""
+
+    network: Any
+    tokenizer: Tokenizer
+    eos_ids: frozenset[int]
+    info: ModelInfo
+    device: torch.device
+
+
+def load_model(settings: ModelSettings, max_context: int) -> LoadedModel:
+    """Loads the model that the settings name.
+
+    Args:
+        max_context: of the engine; the model's own limit holds where it is smaller.
+
+    Raises:
+        ModelLoadError: no such model, an unknown architecture, no fast tokenizer, weights not in safetensors.
+    """
+    try:
+        path = _resolve(settings)
+        config: Any = AutoConfig.from_pretrained(path)
+        layout(config.model_type)
+        network = _network(path, config, settings)
+        tokenizer = _tokenizer(path, config)
+    except (ValueError, OSError) as err:
+        raise ModelLoadError(f"model {settings.path!r}: {err}") from err
+    files = tuple(sorted(file for pattern in _FILES for file in path.glob(pattern)))
+    info = ModelInfo(
+        name=settings.name or Path(settings.path).name,
+        architecture=config.model_type,
+        digest=digest(files),
+        num_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_context=min(max_context, config.max_position_embeddings),
+        dtype=settings.dtype,
+        has_chat_template=tokenizer.has_chat_template,
+    )
+    return LoadedModel(network, tokenizer, _eos_ids(network), info, torch.device(settings.device))
+
+
+def _resolve(settings: ModelSettings) -> Path:
+    local = Path(settings.path)
+    if local.is_dir():
+        return local
+    return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=list(_FILES)))
+
+
+def _network(path: Path, config: Any, settings: ModelSettings) -> nn.Module:
+    if settings.dtype not in _DTYPES:
+        raise ValueError(f"model.dtype: must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}")
+    attention = "eager" if config.model_type in _EAGER else "sdpa"
+    network: nn.Module = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=_DTYPES[settings.dtype], attn_implementation=attention, use_safetensors=True
+    )
+    return network.to(settings.device).eval().requires_grad_(False)
+
+
+def _tokenizer(path: Path, config: Any) -> Tokenizer:
+    fast = AutoTokenizer.from_pretrained(path)
+    if not isinstance(fast, PreTrainedTokenizerFast):
+        raise ValueError("its tokenizer has no fast version (tokenizer.json); convert it with transformers")
+    return Tokenizer(fast, config.vocab_size)
+
+
+def _eos_ids(network: Any) -> frozenset[int]:
+    found = network.generation_config.eos_token_id
+    if found is None:
+        found = network.config.eos_token_id
+    return frozenset([found] if isinstance(found, int) else found or [])

@@ -1,0 +1,147 @@
+"""The edit tables in the model: one per site that an SAE reads, applied by a hook on the site's module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from saeguard_sae.architectures import ModelConfig, locate
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.site import Site
+from saeguard_sae.table import Column, Counts, EditTable
+from saeguard_server.engine.protocol import Steering
+from saeguard_server.errors import InternalFailure
+
+
+@dataclass(slots=True)
+class Rows:
+    """Whose tokens the forward pass reads: B consecutive slots, with positions and special flags [B, T]."""
+
+    slots: slice = field(default_factory=lambda: slice(0, 0))
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    special: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+
+
+class SteeringHooks:
+    """Edits and reads the model's activations at the sites of ``saes`` while it runs.
+
+    Args:
+        watch: called as ``watch(site, x)`` with the activations [B, T, width] before the edits, while it is set.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: ModelConfig, saes: Mapping[str, LoadedSae], slots: int, device: torch.device
+    ) -> None:
+        self.rows = Rows()
+        self.watch: Callable[[Site, Tensor], None] | None = None
+        self._saes = saes
+        widths = {sae.site: sae.dictionary.d_in for sae in saes.values()}
+        self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
+        self._passes: dict[Site, int] = dict.fromkeys(self._tables, 0)
+        self._handles = [self._attach(model, config, site) for site in self._tables]
+
+    def close(self) -> None:
+        """Takes the hooks out of the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def write(self, slot: int, steering: Steering, watch: Iterable[tuple[str, int]] = ()) -> None:
+        """Gives a free slot its request's edits and watched features."""
+        columns: dict[Site, list[Column]] = defaultdict(list)
+        for one in steering.edits:
+            sae = self._saes[one.sae]
+            columns[sae.site].append(Column(sae.dictionary, one.feature, one.affine, one.first, one.last, one.special))
+        for name, feature in watch:
+            columns[self._saes[name].site].append(Column(self._saes[name].dictionary, feature))
+        for site, found in columns.items():
+            self._tables[site].write(slot, found, steering.max_relative_edit)
+
+    def clear(self, slot: int) -> None:
+        """Frees a slot."""
+        for table in self._tables.values():
+            table.clear(slot)
+
+    def move(self, source: int, target: int) -> None:
+        """Moves a request's edits to a free slot."""
+        for table in self._tables.values():
+            table.move(source, target)
+
+    def begin(self, rows: Rows) -> None:
+        """Before a forward pass: whose tokens it will read."""
+        self.rows = rows
+        self._passes = dict.fromkeys(self._tables, 0)
+
+    def check(self) -> None:
+        """After a forward pass: every site with live columns was reached exactly once.
+
+        Raises:
+            InternalFailure: an answer would have been unsteered.
+        """
+        for site, table in self._tables.items():
+            if table.used(self.rows.slots) and self._passes[site] != 1:
+                raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
+
+    def counts(self, slot: int, steering: Steering) -> list[Counts]:
+        """What each edit did so far, in the order of the request."""
+        found = {site: iter(table.counts(slot)) for site, table in self._tables.items()}
+        return [next(found[self._saes[one.sae].site]) for one in steering.edits]
+
+    def readings(self, steering: Steering, watch: tuple[tuple[str, int], ...], row: int) -> Tensor:
+        """[T, len(watch)] the watched features on the tokens of one row of the last forward pass."""
+        at = dict.fromkeys(self._tables, 0)
+        for one in steering.edits:
+            at[self._saes[one.sae].site] += 1
+        columns = []
+        for name, _ in watch:
+            site = self._saes[name].site
+            values = self._tables[site].values
+            assert values is not None, "a watched site had nothing to do"
+            columns.append(values[row, :, at[site]])
+            at[site] += 1
+        return torch.stack(columns, dim=-1)
+
+    def _attach(self, model: nn.Module, config: ModelConfig, site: Site) -> RemovableHandle:
+        module, side = locate(model, config, site)
+        if side == "in":
+            return module.register_forward_pre_hook(lambda _, args: self._replace(site, args))
+        return module.register_forward_hook(lambda _, __, out: self._replace(site, out))
+
+    def _replace(self, site: Site, value: Any) -> Any:
+        """The first tensor of a module's arguments or output, edited; the rest as it was."""
+        is_alone = isinstance(value, Tensor)
+        x = value if is_alone else value[0]
+        self._passes[site] += 1
+        if self.watch is not None:
+            self.watch(site, x)
+        edited = self._tables[site].apply(x, self.rows.slots, self.rows.positions, self.rows.special)
+        return edited if is_alone else (edited, *value[1:])
+
+
+def measure_widths(
+    model: nn.Module, config: ModelConfig, sites: Iterable[Site], device: torch.device
+) -> dict[Site, int]:
+    """How wide the activations at these sites are, found by reading one token."""
+    found: dict[Site, int] = {}
+    handles = []
+    for site in sites:
+
+        def see(_: nn.Module, args: Any, out: Any = None, site: Site = site) -> None:
+            value = args if out is None else out
+            found[site] = (value if isinstance(value, Tensor) else value[0]).shape[-1]
+
+        module, side = locate(model, config, site)
+        register = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
+        handles.append(register(see))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

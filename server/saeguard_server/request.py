@@ -1,0 +1,259 @@
+"""The nouns that every layer shares: what a caller asks for. A value that exists here is valid in itself.
+
+Whether names exist and positions can be reached is for ``flows`` to say, which knows what is served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from typing import Literal, TypeAlias
+
+from saeguard_sae.edits import FLOAT32_MAX, Edit
+
+Phase: TypeAlias = Literal["all", "prompt", "generated"]
+PHASES: tuple[Phase, ...] = ("all", "prompt", "generated")
+ROLES = ("system", "user", "assistant")
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """Text for the tokenizer, which adds its usual special tokens (BOS)."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role: must be one of {', '.join(ROLES)}, got {self.role!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A conversation for the tokenizer's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise ValueError("messages: must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInput:
+    """Token ids, taken as they are."""
+
+    ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise ValueError("ids: must not be empty")
+
+
+ModelInput: TypeAlias = TextInput | ChatInput | TokenInput
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The tokens an edit applies to: a phase, positions ``[start, end)``, and special tokens only when asked."""
+
+    phase: Phase = "all"
+    start: int = 0
+    end: int | None = None
+    include_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"phase: must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        if self.start < 0:
+            raise ValueError(f"start: must be at least 0, got {self.start}")
+        if self.end is not None and self.end <= self.start:
+            raise ValueError(f"end: must be above start ({self.start}), got {self.end}")
+
+    def positions(self, prompt_tokens: int) -> tuple[int, int | None]:
+        """``[first, last)`` position that the scope selects for a prompt of that length; None is no end."""
+        first, last = self.start, self.end
+        if self.phase == "generated":
+            first = max(first, prompt_tokens)
+        if self.phase == "prompt":
+            last = prompt_tokens if last is None else min(last, prompt_tokens)
+        return first, last
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRef:
+    """One feature of a named SAE."""
+
+    sae: str
+    feature: int
+
+    def __post_init__(self) -> None:
+        if not self.sae:
+            raise ValueError("sae: must not be empty")
+        if self.feature < 0:
+            raise ValueError(f"feature: must be at least 0, got {self.feature}")
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """One edit of one feature, and where it applies."""
+
+    target: FeatureRef
+    edit: Edit
+    scope: Scope = Scope()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; fields as on the wire, None is the server's choice."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
+        if self.temperature != 0 and not 0.001 <= self.temperature <= 100:
+            raise ValueError(f"temperature: must be 0 (greedy) or 0.001 to 100, got {self.temperature}")
+        _within("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        if self.top_k < 0:
+            raise ValueError(f"top_k: must be at least 0, got {self.top_k}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs: must be 0 to {MAX_LOGPROBS}, got {self.logprobs}")
+        _check_stop(self.stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What Generate and GenerateStream ask for."""
+
+    prompt: ModelInput
+    sampling: Sampling = field(default_factory=Sampling)
+    interventions: tuple[Intervention, ...] = ()
+    max_relative_edit: float | None = None
+    watch: tuple[FeatureRef, ...] = ()
+
+    def __post_init__(self) -> None:
+        limit = self.max_relative_edit
+        if limit is not None and not (isfinite(limit) and 0.0 < limit <= FLOAT32_MAX):
+            raise ValueError(f"max_relative_edit: must be finite and above 0, got {limit}")
+        check_one_edit_per_feature(self.interventions)
+        if len(set(self.watch)) != len(self.watch):
+            raise ValueError("watch: a feature is named twice")
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The ``k`` largest activations of each token."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"top_k: must be at least 1, got {self.k}")
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Every activation above ``value``."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.value) and 0.0 <= self.value <= FLOAT32_MAX):
+            raise ValueError(f"threshold: must be finite and at least 0, got {self.value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Just these features, zeros included."""
+
+    features: tuple[FeatureRef, ...]
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("features: must not be empty")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("features: a feature is named twice")
+
+
+Selection: TypeAlias = TopK | Threshold | Named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationRequest:
+    """What GetActivations asks for: every input under every SAE."""
+
+    inputs: tuple[ModelInput, ...]
+    saes: tuple[str, ...]
+    selection: Selection
+    interventions: tuple[Intervention, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ValueError("inputs: must not be empty")
+        if not self.saes and not isinstance(self.selection, Named):
+            raise ValueError("saes: must not be empty unless features are named")
+        if len(set(self.saes)) != len(self.saes):
+            raise ValueError("saes: an SAE is named twice")
+        check_one_edit_per_feature(self.interventions)
+
+
+def check_one_edit_per_feature(interventions: tuple[Intervention, ...]) -> None:
+    """Two edits of one feature would each measure from the original value: refused.
+
+    Raises:
+        ValueError: the message begins with the second one's field.
+    """
+    seen: dict[FeatureRef, int] = {}
+    for index, one in enumerate(interventions):
+        first = seen.setdefault(one.target, index)
+        if first != index:
+            where = f"feature {one.target.feature} of {one.target.sae!r}"
+            raise ValueError(f"interventions[{index}].feature: {where} is already edited by interventions[{first}]")
+
+
+def _within(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
+    ok = (low < value if above_low else low <= value) and value <= high and value != inf
+    if not ok:
+        raise ValueError(
+            f"{name}: must be {'above' if above_low else 'at least'} {low} and at most {high}, got {value}"
+        )
+
+
+def _check_stop(stop: tuple[str, ...]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
+    for index, text in enumerate(stop):
+        if not 0 < len(text) <= MAX_STOP_CHARS:
+            raise ValueError(f"stop[{index}]: must have 1 to {MAX_STOP_CHARS} characters, got {len(text)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One RPC: its id for logs and receipts, and ``deadline`` on the ``time.monotonic`` clock, in seconds."""
+
+    request_id: str
+    deadline: float

@@ -1,0 +1,89 @@
+"""Steered generation without our code: Hugging Face ``generate``, one request at a time, with a plain forward hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from support.saes import PlainSae
+
+
+@dataclass(frozen=True)
+class PlainEdit:
+    """One edit of one feature of an SAE at ``module``'s input or output; ``change`` maps f to f'."""
+
+    sae: PlainSae
+    module: str
+    side: str
+    feature: int
+    change: Callable[[Tensor], Tensor]
+    applies: Callable[[int, int], bool] = lambda position, token: True
+    """Whether the token at a position is in scope."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens, and the model's log-probabilities [tokens, vocabulary] before each."""
+
+    tokens: list[int]
+    logprobs: Tensor
+
+
+def generate(model: Any, prompt: list[int], new: int, edits: list[PlainEdit], special: set[int]) -> Answer:
+    """Greedy ``generate`` with every edit applied to every non-special token in its scope."""
+    ids = torch.tensor([prompt])
+    seen: list[int] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        seen.extend(given[0].tolist())
+
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+        places = sorted({(edit.module, edit.side) for edit in edits})
+        for module, side in places:
+            here = [edit for edit in edits if (edit.module, edit.side) == (module, side)]
+            stack.callback(_hook(model.get_submodule(module), side, here, seen, special).remove)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=True,
+            ),
+        )
+    logprobs = torch.stack([one[0].float().log_softmax(-1) for one in out.logits])
+    return Answer(out.sequences[0, len(prompt) :].tolist(), logprobs)
+
+
+def _hook(module: Any, side: str, edits: list[PlainEdit], seen: list[int], special: set[int]) -> Any:
+    def edited(x: Tensor) -> Tensor:
+        start = len(seen) - x.shape[1]
+        out = x.clone()
+        for row in range(x.shape[1]):
+            position, token = start + row, seen[start + row]
+            for sae in {id(edit.sae): edit.sae for edit in edits}.values():
+                f = sae.encode(x[0, row])
+                wanted = f.clone()
+                for edit in edits:
+                    if edit.sae is sae and token not in special and edit.applies(position, token):
+                        wanted[edit.feature] = edit.change(f[edit.feature])
+                error = x[0, row] - sae.decode(f)
+                out[0, row] += sae.decode(wanted) + error - x[0, row]
+        return out
+
+    def swap(value: Any) -> Any:
+        return edited(value) if isinstance(value, Tensor) else (edited(value[0]), *value[1:])
+
+    if side == "in":
+        return module.register_forward_pre_hook(lambda _, args: swap(args))
+    return module.register_forward_hook(lambda _, __, out: swap(out))
