@@ -85,7 +85,7 @@ SITES: dict[str, dict[str, tuple[str, str]]] = {
                "mlp_act": ("model.layers.1.mlp.down_proj", "in"),
                "mlp_in": ("model.layers.1.pre_feedforward_layernorm", "out")},
 }  # fmt: skip
-SITES |= {name: SITES["llama"] for name in ("mistral", "qwen2", "qwen3")} | {"gemma3_text": SITES["gemma2"]}
+SITES |= dict.fromkeys(("mistral", "qwen2", "qwen3"), SITES["llama"]) | {"gemma3_text": SITES["gemma2"]}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

@@ -27,6 +27,21 @@ class PlainSae:
 
 def plain_sae(architecture: str, d_in: int, d_sae: int, seed: int, *, centre: bool = True) -> PlainSae:
     """A random SAE whose features fire on about a third of random inputs of norm sqrt(d_in)."""
+    w = _weights(architecture, d_in, d_sae, seed)
+
+    def encode(x: Tensor) -> Tensor:
+        q = (x - w["b_dec"] if centre else x) @ w["W_enc"]
+        return _ENCODE[architecture](q, w)
+
+    def decode(f: Tensor) -> Tensor:
+        if architecture == "batchtopk":
+            f = f / w["W_dec"].norm(dim=1)
+        return f @ w["W_dec"] + w["b_dec"]
+
+    return PlainSae(architecture, w, encode, decode)
+
+
+def _weights(architecture: str, d_in: int, d_sae: int, seed: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, by: float = 1.0) -> Tensor:
@@ -37,36 +52,46 @@ def plain_sae(architecture: str, d_in: int, d_sae: int, seed: int, *, centre: bo
         "W_dec": normal(d_sae, d_in, by=0.6 * d_in**-0.5),
         "b_dec": normal(d_in, by=0.1),
     }
-    if architecture == "gated":
-        w |= {"b_gate": normal(d_sae, by=0.2), "b_mag": normal(d_sae, by=0.2), "r_mag": normal(d_sae, by=0.2)}
-    else:
-        w["b_enc"] = normal(d_sae, by=0.2)
+    own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
+    w |= {name: normal(d_sae, by=0.2) for name in own.get(architecture, ("b_enc",))}
     if architecture == "jumprelu":
-        w["threshold"] = normal(d_sae, by=0.3).abs()
+        w["threshold"] = w["threshold"].abs()
     if architecture == "batchtopk":
         w["topk_threshold"] = torch.tensor(0.4, dtype=torch.float64)
+    return w
 
-    def encode(x: Tensor) -> Tensor:
-        q = (x - w["b_dec"] if centre else x) @ w["W_enc"]
-        if architecture == "gated":
-            return torch.relu(q * torch.exp(w["r_mag"]) + w["b_mag"]) * (q + w["b_gate"] > 0)
-        p = q + w["b_enc"]
-        if architecture == "batchtopk":
-            p = p * w["W_dec"].norm(dim=1)
-            return torch.relu(p) * (p > w["topk_threshold"].float())
-        if architecture == "jumprelu":
-            return torch.relu(p) * (p > w["threshold"])
-        if architecture == "topk":
-            values, index = p.topk(_K, dim=-1)
-            return torch.zeros_like(p).scatter(-1, index, values.relu())
-        return torch.relu(p)
 
-    def decode(f: Tensor) -> Tensor:
-        if architecture == "batchtopk":
-            f = f / w["W_dec"].norm(dim=1)
-        return f @ w["W_dec"] + w["b_dec"]
+def _gated(q: Tensor, w: dict[str, Tensor]) -> Tensor:
+    return torch.relu(q * torch.exp(w["r_mag"]) + w["b_mag"]) * (q + w["b_gate"] > 0)
 
-    return PlainSae(architecture, w, encode, decode)
+
+def _batchtopk(q: Tensor, w: dict[str, Tensor]) -> Tensor:
+    p = (q + w["b_enc"]) * w["W_dec"].norm(dim=1)
+    return torch.relu(p) * (p > w["topk_threshold"].float())
+
+
+def _jumprelu(q: Tensor, w: dict[str, Tensor]) -> Tensor:
+    p = q + w["b_enc"]
+    return torch.relu(p) * (p > w["threshold"])
+
+
+def _topk(q: Tensor, w: dict[str, Tensor]) -> Tensor:
+    p = q + w["b_enc"]
+    values, index = p.topk(_K, dim=-1)
+    return torch.zeros_like(p).scatter(-1, index, values.relu())
+
+
+def _standard(q: Tensor, w: dict[str, Tensor]) -> Tensor:
+    return torch.relu(q + w["b_enc"])
+
+
+_ENCODE: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
+    "standard": _standard,
+    "jumprelu": _jumprelu,
+    "topk": _topk,
+    "gated": _gated,
+    "batchtopk": _batchtopk,
+}
 
 
 def save_sae(sae: PlainSae, path: Path, hook_name: str, *, centre: bool = True) -> Path:

@@ -1,0 +1,61 @@
+# Everything a newcomer needs. Each target sets up the virtual environment first when it is missing or out of date.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check format stubs bench gpu demo-assets image clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## Create the virtual environment with everything in it
+
+# torch first and pinned: without the pin, pip takes a build with gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[server,train,dev]'
+	touch $@
+
+demo: $(READY) ## Serve the bundled model, steer it through the client, print what changed
+	$(BIN)/python -m saeguard_server.demo.show
+
+serve: $(READY) ## Serve the bundled model on 127.0.0.1:50051 until Ctrl-C
+	$(BIN)/saeguard serve
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+# Every check runs, and the target fails if any of them did.
+check: $(READY) ## Lint, format, types, import rules, wire contract
+	@failed=; \
+	for check in "ruff check" "ruff format --check" "mypy" "lint-imports" "buf lint proto"; do \
+	  echo "== $$check"; $(BIN)/$$check || failed="$$failed [$$check]"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+format: $(READY) ## Format the code and fix what can be fixed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+stubs: $(READY) ## Generate the protobuf stubs again
+	PYTHON=$(CURDIR)/$(BIN)/python proto/generate.sh
+
+bench: $(READY) ## Measure: steered against unsteered, batched against one at a time, against generate
+	$(BIN)/python -m tests.bench.throughput
+
+gpu: $(READY) ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again from nothing (about 15 minutes)
+	$(BIN)/python -m saeguard_server.demo.build
+
+image: ## Build the image and check it without a Docker engine (needs root and Debian's container tools)
+	deploy/check_image.sh
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

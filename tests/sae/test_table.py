@@ -1,0 +1,204 @@
+"""The edit table: the three permanent properties, and what it counts, against the formulas in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.saes import ARCHITECTURES, PlainSae, plain_sae, save_sae
+from torch import Tensor
+
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
+from saeguard_sae.loading import load
+from saeguard_sae.table import FOREVER, Column, EditTable
+
+D, F, SLOTS = 24, 64, 5
+EDITS: list[Edit] = [Zero(), Clamp(3.0), Scale(-2.0), Add(1.5), Cap(0.3), Floor(1.25)]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PlainSae, Dictionary]:
+    plain = plain_sae(request.param, D, F, seed=77)
+    path = save_sae(plain, tmp_path_factory.mktemp("sae"), "blocks.0.hook_resid_post")
+    return plain, load("one", path).dictionary
+
+
+def formula(plain: PlainSae, x: Tensor, edits: list[tuple[int, Affine]]) -> Tensor:
+    """One token [D] -> decode(f') + (x - decode(f)), in the SAE's own arithmetic."""
+    f = plain.encode(x)
+    wanted = f.clone()
+    for feature, affine in edits:
+        wanted[feature] = torch.clamp(affine.alpha * f[feature] + affine.beta, affine.lo, affine.hi)
+    return plain.decode(wanted) + (x - plain.decode(f))
+
+
+def columns(dictionary: Dictionary, edits: list[tuple[int, Affine]]) -> list[Column]:
+    return [Column(dictionary, feature, affine, 0, FOREVER) for feature, affine in edits]
+
+
+def some_edits(seed: int, count: int) -> list[tuple[int, Affine]]:
+    chosen = random.Random(seed)
+    return [(feature, chosen.choice(EDITS).affine(1.0)) for feature in chosen.sample(range(F), count)]
+
+
+def apply(table: EditTable, x: Tensor) -> Tensor:
+    rows, length = x.shape[:2]
+    positions = torch.arange(length).expand(rows, -1)
+    return table.apply(x, slice(0, rows), positions, torch.zeros(rows, length, dtype=torch.bool))
+
+
+def tokens(seed: int, rows: int, length: int = 1) -> Tensor:
+    return torch.randn(rows, length, D, generator=torch.Generator().manual_seed(seed))
+
+
+def test_batched_equals_the_formula_one_token_at_a_time(pair: tuple[PlainSae, Dictionary]) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(SLOTS, D), tokens(1, SLOTS, 7)
+    edits = {slot: some_edits(slot, slot) for slot in range(SLOTS)}
+    for slot, found in edits.items():
+        table.write(slot, columns(dictionary, found))
+    out = apply(table, x)
+    for slot in range(SLOTS):
+        for at in range(7):
+            torch.testing.assert_close(out[slot, at], formula(plain, x[slot, at], edits[slot]), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_without_edits_are_bit_identical(pair: tuple[PlainSae, Dictionary]) -> None:
+    table, x = EditTable(SLOTS, D), tokens(2, SLOTS, 3)
+    x[3, 1, 5] = -0.0
+    table.write(2, columns(pair[1], some_edits(9, 4)))
+    out = apply(table, x)
+    others = [0, 1, 3, 4]
+    assert torch.equal(out[others].view(torch.int32), x[others].view(torch.int32))
+    assert not torch.equal(out[2], x[2])
+
+
+def test_an_empty_table_returns_its_input(pair: tuple[PlainSae, Dictionary]) -> None:
+    table, x = EditTable(SLOTS, D), tokens(3, 2)
+    assert apply(table, x) is x
+    table.write(1, columns(pair[1], some_edits(1, 3)))
+    table.clear(1)
+    assert apply(table, x) is x
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), mine=st.integers(1, 12), theirs=st.integers(0, 20))
+def test_a_neighbour_never_changes_my_row(seed: int, mine: int, theirs: int) -> None:
+    plain = plain_sae("jumprelu", D, F, seed=78)
+    dictionary = Dictionary(
+        plain.weights["W_enc"], plain.weights["b_enc"], plain.weights["W_dec"], plain.weights["b_dec"],
+        activation=_jump(plain),
+    )  # fmt: skip
+    x = tokens(seed, 2)
+    alone, crowded = EditTable(2, D), EditTable(2, D)
+    for table in (alone, crowded):
+        table.write(0, columns(dictionary, some_edits(seed, mine)))
+    crowded.write(1, columns(dictionary, some_edits(seed + 1, theirs)))
+    torch.testing.assert_close(apply(alone, x)[0], apply(crowded, x)[0], rtol=0, atol=1e-6)
+
+
+def _jump(plain: PlainSae):  # type: ignore[no-untyped-def]
+    from saeguard_sae.activations import JumpReLU
+
+    return JumpReLU(plain.weights["threshold"])
+
+
+def test_moving_and_growing_keep_a_request_whole(pair: tuple[PlainSae, Dictionary]) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(SLOTS, D, capacity=2), tokens(4, SLOTS)
+    mine, many = some_edits(5, 2), some_edits(6, 19)
+    table.write(4, columns(dictionary, mine))
+    apply(table, x)
+    table.write(0, columns(dictionary, many))
+    table.move(4, 1)
+    out = apply(table, x)
+    for slot, edits in ((1, mine), (0, many)):
+        torch.testing.assert_close(out[slot, 0], formula(plain, x[slot, 0], edits), rtol=1e-5, atol=1e-5)
+    assert torch.equal(out[4], x[4])
+    assert [count.eligible for count in table.counts(1)] == [2, 2]
+    assert table.counts(4) == []
+
+
+def test_scope_and_special_tokens(pair: tuple[PlainSae, Dictionary]) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(1, D), tokens(5, 1, 6)
+    clamp = Clamp(4.0).affine(1.0)
+    table.write(0, [Column(dictionary, 3, clamp, 2, 5), Column(dictionary, 8, clamp, 0, FOREVER, special=True)])
+    special = torch.tensor([[True, False, False, True, False, False]])
+    out = table.apply(x, slice(0, 1), torch.arange(6)[None], special)
+    for at in range(6):
+        edits = [(8, clamp)] + ([(3, clamp)] if at in (2, 4) else [])
+        torch.testing.assert_close(out[0, at], formula(plain, x[0, at], edits), rtol=1e-5, atol=1e-5)
+    assert [count.eligible for count in table.counts(0)] == [2, 6]
+
+
+def test_the_counts_are_the_receipt(pair: tuple[PlainSae, Dictionary]) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(2, D), tokens(6, 2, 40)
+    table.write(1, [Column(dictionary, j, Zero().affine(1.0), 0, FOREVER) for j in (1, 2)])
+    apply(table, x[:, :25])
+    positions = torch.arange(25, 40).expand(2, -1)
+    table.apply(x[:, 25:], slice(0, 2), positions, torch.zeros(2, 15, dtype=torch.bool))
+    f = plain.encode(x[1])
+    norms = plain.weights["W_dec"].norm(dim=1)
+    scale = torch.ones_like(norms) if plain.architecture != "batchtopk" else 1 / norms
+    for j, count in zip((1, 2), table.counts(1), strict=True):
+        assert (count.eligible, count.edited) == (40, int((f[:, j] != 0).sum()))
+        assert count.mean_activation == pytest.approx(float(f[:, j].mean()), rel=1e-5)
+        assert count.max_activation == pytest.approx(float(f[:, j].max()), rel=1e-5)
+        relative = f[:, j] * norms[j] * scale[j] / x[1].norm(dim=-1)
+        assert count.mean_relative_edit == pytest.approx(float(relative.mean()), rel=1e-5)
+
+
+def test_the_limit_shortens_the_whole_edit_and_is_counted(pair: tuple[PlainSae, Dictionary]) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(1, D), tokens(7, 1, 30)
+    edits = [(1, Clamp(2.0).affine(1.0)), (2, Add(0.3).affine(1.0))]
+    table.write(0, columns(dictionary, edits), max_relative_edit=0.2)
+    out = apply(table, x)
+    capped = 0
+    for at in range(30):
+        delta = formula(plain, x[0, at], edits) - x[0, at]
+        most = 0.2 * x[0, at].norm()
+        capped += bool(delta.norm() > most)
+        shrunk = delta * min(1.0, float(most / delta.norm()))
+        torch.testing.assert_close(out[0, at], x[0, at] + shrunk, rtol=1e-4, atol=1e-5)
+    assert capped > 0
+    assert [count.capped for count in table.counts(0)] == [capped, capped]
+
+
+def test_a_watched_feature_is_read_and_changes_nothing(pair: tuple[PlainSae, Dictionary]) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(2, D), tokens(8, 2, 3)
+    table.write(0, [Column(dictionary, j) for j in (5, 9)])
+    assert torch.equal(apply(table, x), x)
+    assert table.values is not None
+    torch.testing.assert_close(table.values[0], plain.encode(x[0])[:, [5, 9]], rtol=1e-5, atol=1e-5)
+    assert [count.eligible for count in table.counts(0)] == [0, 0]
+
+
+def test_a_poisoned_row_stays_alone(pair: tuple[PlainSae, Dictionary]) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(3, D), tokens(9, 3)
+    x[1] = torch.nan
+    edits = some_edits(3, 3)
+    for slot in range(3):
+        table.write(slot, columns(dictionary, edits))
+    out = apply(table, x)
+    for slot in (0, 2):
+        torch.testing.assert_close(out[slot, 0], formula(plain, x[slot, 0], edits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_activations_keep_their_dtype(pair: tuple[PlainSae, Dictionary], dtype: torch.dtype) -> None:
+    plain, dictionary = pair
+    table, x = EditTable(2, D), tokens(10, 2).to(dtype)
+    edits = some_edits(4, 3)
+    table.write(0, columns(dictionary, edits))
+    out = apply(table, x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out[0, 0], formula(plain, x[0, 0].float(), edits).to(dtype), rtol=1e-2, atol=1e-2)

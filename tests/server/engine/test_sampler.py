@@ -1,0 +1,134 @@
+"""The sampler against Hugging Face's own processors, and one request against itself in other company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from saeguard_server.engine.transformers.sampler import Sampler
+from saeguard_server.request import Sampling
+
+VOCAB, SLOTS, STEPS = 50, 6, 400
+
+
+def logits(seed: int, rows: int = 1) -> Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def sampler(requests: dict[int, Sampling], seed: int = 1, prompt: tuple[int, ...] = (1, 2, 3)) -> Sampler:
+    made = Sampler(SLOTS, STEPS, VOCAB, torch.device("cpu"))
+    for slot, one in requests.items():
+        made.write(slot, one, seed + slot, STEPS, prompt)
+    return made
+
+
+def theirs(scores: Tensor, one: Sampling, prompt: tuple[int, ...]) -> Tensor:
+    """[vocabulary] probabilities as Hugging Face computes them."""
+    ids, scores = torch.tensor([prompt]), scores.clone()
+    steps: list[Any] = []
+    if one.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(one.repetition_penalty))
+    steps.append(TemperatureLogitsWarper(one.temperature))
+    if one.top_k:
+        steps.append(TopKLogitsWarper(one.top_k))
+    if one.top_p < 1:
+        steps.append(TopPLogitsWarper(one.top_p))
+    if one.min_p:
+        steps.append(MinPLogitsWarper(one.min_p))
+    for step in steps:
+        scores = step(ids, scores)
+    return scores.softmax(-1)[0]
+
+
+SETTINGS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.6, top_k=7),
+    Sampling(temperature=1.3, top_p=0.8),
+    Sampling(temperature=1.0, min_p=0.1),
+    Sampling(temperature=0.9, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.4),
+]
+
+
+@pytest.mark.parametrize("one", SETTINGS)
+def test_draws_follow_hugging_face_probabilities(one: Sampling) -> None:
+    scores, prompt = logits(11), (1, 2, 3, 40)
+    wanted = theirs(scores, one, prompt)
+    counts = torch.zeros(VOCAB)
+    for seed in range(5):
+        made = Sampler(1, STEPS, VOCAB, torch.device("cpu"))
+        made.write(0, one, seed, STEPS, prompt)
+        for _ in range(STEPS):
+            counts[made.pick(scores, slice(0, 1)).token] += 1
+            if one.repetition_penalty != 1:
+                made._seen[0] = False
+                made._seen[0, list(prompt)] = True
+    assert not counts[wanted == 0].any(), "a filtered token was drawn"
+    drawn = counts / counts.sum()
+    assert float((drawn - wanted).abs().sum()) / 2 < 0.06  # total variation at 2,000 draws
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1), others=st.lists(st.sampled_from([*SETTINGS, Sampling(temperature=0.0)]), max_size=4)
+)
+def test_a_request_draws_the_same_in_any_company(seed: int, others: list[Sampling]) -> None:
+    one, steps = SETTINGS[4], [logits(100 + step, SLOTS) for step in range(12)]
+    alone = Sampler(SLOTS, STEPS, VOCAB, torch.device("cpu"))
+    alone.write(0, one, seed, STEPS, (5,))
+    crowd = sampler(dict(enumerate(others)))
+    mine = len(others)
+    crowd.write(mine, one, seed, STEPS, (5,))
+    for step in steps:
+        row = step[mine : mine + 1]
+        assert alone.pick(row, slice(0, 1)).token.item() == crowd.pick(step[: mine + 1], slice(0, mine + 1)).token[mine]
+
+
+def test_moving_a_request_does_not_change_it() -> None:
+    still, moved = sampler({0: SETTINGS[4]}), sampler({0: SETTINGS[4]})
+    for step in range(10):
+        if step == 4:
+            moved.move(0, 3)
+        slot = 0 if step < 4 else 3
+        row = logits(step)
+        assert torch.equal(still.pick(row, slice(0, 1)).token, moved.pick(row, slice(slot, slot + 1)).token)
+
+
+def test_greedy_takes_the_largest_and_ignores_filters() -> None:
+    made = sampler({0: Sampling(temperature=0.0, top_k=3, min_p=0.5)})
+    scores = logits(3)
+    assert made.pick(scores, slice(0, 1)).token.tolist() == scores.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not(bad: float) -> None:
+    made = sampler({slot: SETTINGS[slot] for slot in range(3)})
+    clean = sampler({slot: SETTINGS[slot] for slot in range(3)})
+    scores = logits(4, 3)
+    poisoned = scores.clone()
+    poisoned[1, 7] = bad
+    found, wanted = made.pick(poisoned, slice(0, 3)).token, clean.pick(scores, slice(0, 3)).token
+    assert found[1] == -1
+    assert found[[0, 2]].tolist() == wanted[[0, 2]].tolist()
+
+
+def test_logprobs_are_the_models_own() -> None:
+    made = sampler({0: Sampling(temperature=0.5, top_k=2, logprobs=4), 1: Sampling()})
+    scores = logits(5, 2)
+    picked = made.pick(scores, slice(0, 2))
+    own = scores.log_softmax(-1)
+    assert picked.logprob is not None
+    assert picked.top is not None
+    torch.testing.assert_close(picked.logprob[0], own[0, picked.token[0]])
+    torch.testing.assert_close(picked.top[0][0], own[0].topk(4).values)
