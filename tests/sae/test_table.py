@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.saes import ARCHITECTURES, PlainSae, plain_sae, save_sae
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
 from saeguard_sae.loading import load
 from saeguard_sae.table import FOREVER, Column, EditTable
+from support.saes import ARCHITECTURES, PlainSae, plain_sae, save_sae
 
 D, F, SLOTS = 24, 64, 5
 EDITS: list[Edit] = [Zero(), Clamp(3.0), Scale(-2.0), Add(1.5), Cap(0.3), Floor(1.25)]

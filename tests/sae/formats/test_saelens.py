@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.saes import ARCHITECTURES, plain_sae, save_sae
 from torch import Tensor
 
 from saeguard_sae.formats import saelens
 from saeguard_sae.loading import LoadError, load
 from saeguard_sae.site import POINTS, Site
+from support.saes import ARCHITECTURES, plain_sae, save_sae
 
 DATA = Path(__file__).parent / "data" / "saelens"
 CASES = sorted(path.name for path in DATA.iterdir())

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
-from support import reference
-from support.engines import Running, World, edit, greedy, make_world, prompt, running
-from support.models import BOS, EOS, PAD, SITES
 
 from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_server.engine.text import Assembler
@@ -28,6 +25,9 @@ from saeguard_server.request import (
     TokenInput,
 )
 from saeguard_server.settings import LimitSettings
+from support import reference
+from support.engines import Running, World, edit, greedy, make_world, prompt, running
+from support.models import BOS, EOS, PAD, SITES
 
 SPECIAL = {BOS, EOS, PAD}
 

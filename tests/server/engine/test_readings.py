@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import World, edit, greedy, make_world, prompt, running
-from support.models import SITES
 
 from saeguard_sae.edits import Clamp
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.request import Call, FeatureRef, GenerationRequest, Sampling, TokenInput
+from support.engines import World, edit, greedy, make_world, prompt, running
+from support.models import SITES
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.engines import World, edit, greedy, make_world, running
 
 from saeguard_sae.edits import Clamp, Zero
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.request import FeatureRef, GenerationRequest, Scope
+from support.engines import World, edit, greedy, make_world, running
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import VOCAB, tokenizer
 
 from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.tokenizer import Tokenizer
+from support.models import VOCAB, tokenizer
 
 
 class Letters:
