@@ -46,7 +46,7 @@ stubs: $(READY) ## Generate the protobuf stubs again
 	PYTHON=$(CURDIR)/$(BIN)/python proto/generate.sh
 
 bench: $(READY) ## Measure: steered against unsteered, batched against one at a time, against generate
-	$(BIN)/python -m tests.bench.throughput
+	PYTHONPATH=tests $(BIN)/python -m bench.throughput $(ARGS)
 
 gpu: $(READY) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -11,7 +11,7 @@ import grpc
 import msgspec
 
 from saeguard_server.app import App
-from saeguard_server.settings import LimitSettings, ServerSettings
+from saeguard_server.settings import LimitSettings, ServerSettings, Settings
 from support.engines import World
 
 
@@ -49,3 +49,12 @@ async def idle(app: App) -> None:
 def metric(app: App, name: str, labels: Sequence[tuple[str, str]] = ()) -> float:
     """The value of one metric; 0 where it has not been counted yet."""
     return app.metrics.registry.get_sample_value(name, dict(labels)) or 0.0
+
+
+@asynccontextmanager
+async def serving_demo() -> AsyncIterator[App]:
+    """The bundled model with its SAEs, on a free port of 127.0.0.1."""
+    server = ServerSettings(listen="127.0.0.1:0", metrics_listen="", log_level="error")
+    async with App.build(Settings(server=server)) as app:
+        await _serves(app)
+        yield app
