@@ -1,0 +1,105 @@
+"""Saeguard's client: text from a language model, steered by its features, over gRPC.
+
+    with Client("localhost:50051") as client:
+        for chunk in client.generate_stream("Once", steer=[Clamp("resid4", 4021, 6.0)]):
+            ...
+
+AsyncClient has the same methods for asyncio. Failures are subclasses of SaeguardError.
+"""
+
+from saeguard_client._errors import (
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    FailedPrecondition,
+    FieldViolation,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    SaeguardError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from saeguard_client.activations import ActivationPart, Activations, TokenText, merge
+from saeguard_client.async_client import AsyncClient
+from saeguard_client.catalog import (
+    Feature,
+    FeatureExample,
+    FeatureRef,
+    Limits,
+    Model,
+    PromotedToken,
+    Quantile,
+    Sae,
+    SaeQuality,
+    ServerInfo,
+)
+from saeguard_client.client import Client
+from saeguard_client.inputs import ChatMessage, Input
+from saeguard_client.interventions import Add, Cap, Clamp, Floor, Intervention, Scale, Scope, Zero
+from saeguard_client.results import (
+    Completion,
+    FeatureReading,
+    InterventionReceipt,
+    Receipt,
+    StreamChunk,
+    Timings,
+    Token,
+    TokenLogprob,
+    Usage,
+)
+
+__all__ = [
+    "ActivationPart",
+    "Activations",
+    "Add",
+    "AsyncClient",
+    "Cancelled",
+    "Cap",
+    "ChatMessage",
+    "Clamp",
+    "Client",
+    "Completion",
+    "Conflict",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "Feature",
+    "FeatureExample",
+    "FeatureReading",
+    "FeatureRef",
+    "FieldViolation",
+    "Floor",
+    "Input",
+    "InternalError",
+    "Intervention",
+    "InterventionReceipt",
+    "InvalidRequest",
+    "Limits",
+    "Model",
+    "NotFound",
+    "Overloaded",
+    "PermissionDenied",
+    "PromotedToken",
+    "Quantile",
+    "Receipt",
+    "Sae",
+    "SaeQuality",
+    "SaeguardError",
+    "Scale",
+    "Scope",
+    "ServerInfo",
+    "StreamChunk",
+    "Timings",
+    "Token",
+    "TokenLogprob",
+    "TokenText",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Usage",
+    "Zero",
+    "merge",
+]

@@ -1,0 +1,174 @@
+"""Every way in which a call fails, and the one table from status codes to them.
+
+SaeguardError
+├── InvalidRequest          the request is wrong; ``violations`` name the fields
+├── Unauthenticated         the server does not know who calls
+├── PermissionDenied        it knows, and says no
+├── NotFound                a name is not served here; ``violations`` may name the field
+├── FailedPrecondition      the request is right, the server's state is not
+├── Conflict                somebody else was faster
+├── Overloaded              too much at once; ``retry_after_s`` says when to come back
+├── Unavailable             the server cannot be reached, or cannot take requests now
+├── DeadlineExceeded        the time that was allowed is over
+├── Cancelled               the server ended the call
+├── Unimplemented           the server does not know this method
+└── InternalError           the server's bug, or a reply that cannot be read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc import StatusCode
+from grpc_status import rpc_status
+
+DOMAIN: Final = "saeguard.v1"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """A field of the request, such as ``interventions[2].clamp.value``, and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Details:
+    """What came with a status."""
+
+    reason: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: tuple[FieldViolation, ...] = ()
+    retry_after_s: float | None = None
+
+
+class SaeguardError(Exception):
+    """Base of all failures of a call.
+
+    Attributes:
+        message: one sentence for a person.
+        reason: stable code from the server, or the status code's name where the server sent none.
+        metadata: what the server adds to the reason.
+        violations: the fields that are wrong, if any.
+        retry_after_s: when the server wants to see the request again, if it says so.
+    """
+
+    def __init__(self, message: str, details: _Details = _Details()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = details.reason
+        self.metadata: Mapping[str, str] = details.metadata
+        self.violations = details.violations
+        self.retry_after_s = details.retry_after_s
+
+
+class InvalidRequest(SaeguardError):
+    """A field holds what it must not."""
+
+
+class Unauthenticated(SaeguardError):
+    """The caller's identity is missing or not accepted."""
+
+
+class PermissionDenied(SaeguardError):
+    """The caller may not do this."""
+
+
+class NotFound(SaeguardError):
+    """A model, SAE or feature is not served here."""
+
+
+class FailedPrecondition(SaeguardError):
+    """The server is not in a state in which this can be done."""
+
+
+class Conflict(SaeguardError):
+    """The thing was changed or made by somebody else meanwhile."""
+
+
+class Overloaded(SaeguardError):
+    """The queue or a quota is full; nothing was started."""
+
+
+class Unavailable(SaeguardError):
+    """The server cannot be reached, is starting, draining or down."""
+
+
+class DeadlineExceeded(SaeguardError):
+    """The time the caller or the server allowed is over."""
+
+
+class Cancelled(SaeguardError):
+    """The call was ended from the other side."""
+
+
+class Unimplemented(SaeguardError):
+    """The server does not know this method."""
+
+
+class InternalError(SaeguardError):
+    """A bug of the server, or a reply that does not keep the contract."""
+
+
+BY_STATUS: Final[dict[StatusCode, type[SaeguardError]]] = {
+    StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    StatusCode.OUT_OF_RANGE: InvalidRequest,
+    StatusCode.UNAUTHENTICATED: Unauthenticated,
+    StatusCode.PERMISSION_DENIED: PermissionDenied,
+    StatusCode.NOT_FOUND: NotFound,
+    StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    StatusCode.ABORTED: Conflict,
+    StatusCode.ALREADY_EXISTS: Conflict,
+    StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    StatusCode.UNAVAILABLE: Unavailable,
+    StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    StatusCode.CANCELLED: Cancelled,
+    StatusCode.UNIMPLEMENTED: Unimplemented,
+    StatusCode.INTERNAL: InternalError,
+    StatusCode.DATA_LOSS: InternalError,
+    StatusCode.UNKNOWN: InternalError,
+}
+
+
+def from_call(call: Any) -> SaeguardError:
+    """The exception for a call, sync or async, that ended with a status other than OK."""
+    code: StatusCode = call.code()
+    details = _read(_rich_status(call), fallback=code.name)
+    return BY_STATUS[code](call.details() or code.name, details)
+
+
+def malformed(what: str) -> InternalError:
+    """The server said OK and sent something that cannot be right."""
+    return InternalError(f"the server's reply cannot be used: {what}", _Details(reason="MALFORMED_REPLY"))
+
+
+def _rich_status(call: Any) -> status_pb2.Status:
+    """Details that contradict the status, as a broken proxy may send them, are left out."""
+    try:
+        return rpc_status.from_call(call) or status_pb2.Status()
+    except (ValueError, grpc.RpcError):
+        return status_pb2.Status()
+
+
+def _read(status: status_pb2.Status, fallback: str) -> _Details:
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for packed in status.details:
+        for message in (info, bad, retry):
+            packed.Unpack(message)
+    # A proxy on the way has reasons too, and they must not pass for the server's.
+    ours = info.domain == DOMAIN
+    return _Details(
+        reason=info.reason if ours else fallback,
+        metadata=dict(info.metadata) if ours else {},
+        violations=_violations(bad.field_violations),
+        retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
+    )
+
+
+def _violations(found: Iterable[error_details_pb2.BadRequest.FieldViolation]) -> tuple[FieldViolation, ...]:
+    return tuple(FieldViolation(one.field, one.description) for one in found)

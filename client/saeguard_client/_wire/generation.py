@@ -1,0 +1,114 @@
+"""Generate and GenerateStream: the same request, one reply or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from saeguard.v1 import generation_service_pb2 as pb
+from saeguard_client import _checks
+from saeguard_client._call import EitherCall, StreamCall, UnaryCall
+from saeguard_client._errors import malformed
+from saeguard_client._options import PerCall
+from saeguard_client._wire import request
+from saeguard_client._wire.mirror import decode, read, values
+from saeguard_client.catalog import FeatureRef
+from saeguard_client.interventions import Intervention
+from saeguard_client.results import Completion, FeatureReading, StreamChunk, Token
+from saeguard_client.sampling import Sampling
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a generation asks for, beside its deadline."""
+
+    input: object
+    sampling: Sampling
+    steer: Iterable[Intervention]
+    max_relative_edit: float | None
+    watch: Iterable[FeatureRef]
+
+
+def call(asked: Generation, options: PerCall) -> EitherCall[Completion, StreamChunk]:
+    """Raises ValueError naming the argument that the wire cannot hold."""
+    shared = _shared_fields(asked)
+    unary, stream = pb.GenerateRequest(**shared), pb.GenerateStreamRequest(**shared)
+    return EitherCall(
+        UnaryCall(f"/{_SERVICE}/Generate", unary.SerializeToString(), _completion, options),
+        StreamCall(f"/{_SERVICE}/GenerateStream", stream.SerializeToString(), ChunkReader, options),
+    )
+
+
+def _shared_fields(asked: Generation) -> dict[str, Any]:
+    limit = asked.max_relative_edit
+    return {
+        **request.prompt("input", asked.input),
+        "sampling": pb.Sampling(**{field.name: getattr(asked.sampling, field.name) for field in fields(Sampling)}),
+        "interventions": request.interventions("steer", asked.steer),
+        "max_relative_edit": None if limit is None else _checks.number("max_relative_edit", limit),
+        "watch": request.features("watch", asked.watch),
+    }
+
+
+def _completion(data: bytes) -> Completion:
+    message = decode(pb.GenerateResponse, data)
+    if not message.HasField("completion"):
+        raise malformed("a completion is missing")
+    tokens, readings = _tokens(message), _readings(message)
+    return _finished(message.completion, message.text, tokens, readings, tuple(message.prompt_logprobs))
+
+
+class ChunkReader:
+    """Reads one stream and keeps what the completion at its end is made of."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._tokens: list[Token] = []
+        self._readings: list[FeatureReading] = []
+        self._prompt_logprobs: list[float] = []
+        self._is_finished = False
+
+    def read(self, message: bytes) -> StreamChunk:
+        """One chunk; the last has the completion."""
+        if self._is_finished:
+            raise malformed("a message came after the completion")
+        reply = decode(pb.GenerateStreamResponse, message)
+        tokens, readings = _tokens(reply), _readings(reply)
+        self._text.append(reply.text)
+        self._tokens.extend(tokens)
+        self._readings.extend(readings)
+        self._prompt_logprobs.extend(reply.prompt_logprobs)
+        self._is_finished = reply.HasField("completion")
+        return StreamChunk(reply.text, tokens, readings, self._whole(reply.completion) if self._is_finished else None)
+
+    def finish(self) -> None:
+        """A stream that just stops must not pass for a finished text."""
+        if not self._is_finished:
+            raise malformed("the stream ended without a completion")
+
+    def _whole(self, end: pb.Completion) -> Completion:
+        text, tokens, readings = "".join(self._text), tuple(self._tokens), tuple(self._readings)
+        return _finished(end, text, tokens, readings, tuple(self._prompt_logprobs))
+
+
+def _finished(
+    end: pb.Completion,
+    text: str,
+    tokens: tuple[Token, ...],
+    readings: tuple[FeatureReading, ...],
+    prompt_logprobs: tuple[float, ...],
+) -> Completion:
+    return Completion(
+        text=text, tokens=tokens, readings=readings, prompt_logprobs=prompt_logprobs, **values(Completion, end)
+    )
+
+
+def _tokens(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> tuple[Token, ...]:
+    return tuple(read(Token, token) for token in message.tokens)
+
+
+def _readings(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> tuple[FeatureReading, ...]:
+    return tuple(read(FeatureReading, reading) for reading in message.readings)

@@ -1,0 +1,160 @@
+"""What is served: the model, its SAEs, their features, and the server itself. Fields are the wire's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saeguard_client import _checks
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRef:
+    """One feature of a named SAE, written like ``resid4:4021``."""
+
+    sae: str
+    feature: int
+
+    def __post_init__(self) -> None:
+        _checks.text("sae", self.sae)
+        object.__setattr__(self, "feature", _checks.whole("feature", self.feature))
+
+    def __str__(self) -> str:
+        return f"{self.sae}:{self.feature}"
+
+    @classmethod
+    def parse(cls, spelling: str) -> FeatureRef:
+        """The inverse of ``str``.
+
+        Raises:
+            ValueError: not an SAE's name, a colon and an index.
+        """
+        sae, colon, index = spelling.rpartition(":")
+        if not (sae and colon and index.isascii() and index.isdigit()):
+            raise ValueError(f"{spelling!r} is not a feature; write it like 'resid4:4021'")
+        return cls(sae, int(index))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The served model; ``sites`` are where SAEs can read and edit, ``digest`` is SHA-256 of its files in hex."""
+
+    name: str
+    architecture: str
+    digest: str
+    num_layers: int
+    d_model: int
+    vocab_size: int
+    max_context: int
+    dtype: str
+    has_chat_template: bool
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SaeQuality:
+    """What the SAE's files state about it; cross-entropies are the model's, in nats per token.
+
+    Attributes:
+        l0: features that fire on a token, mean.
+        fvu: fraction of variance unexplained.
+        ce_base: the plain model; ``ce_spliced`` with the reconstruction in place of the activation.
+        dead_share: share of features that never fired.
+    """
+
+    l0: float | None = None
+    fvu: float | None = None
+    ce_base: float | None = None
+    ce_spliced: float | None = None
+    ce_mean_ablated: float | None = None
+    dead_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sae:
+    """One served SAE; ``digest`` is SHA-256 of its files in hex."""
+
+    name: str
+    site: str
+    d_in: int
+    d_sae: int
+    architecture: str
+    digest: str
+    num_labelled: int
+    quality: SaeQuality | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantile:
+    """``value`` below which a share ``q`` of the feature's positive activations lie."""
+
+    q: float
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromotedToken:
+    """A token that the feature's decoder row promotes."""
+
+    token: str
+    logit: float
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureExample:
+    """Text on which the feature fired with ``value`` at token ``token_index``."""
+
+    text: str
+    token_index: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A feature's catalogue entry; ``label`` is empty where nobody has labelled it.
+
+    Attributes:
+        label_score: held-out score of the label, in ``label_metric`` ("auroc", "f1").
+        maximum: largest activation seen; what the unit "max" multiplies.
+        density: share of tokens on which it fires.
+    """
+
+    sae: str
+    index: int
+    label: str
+    label_metric: str
+    quantiles: tuple[Quantile, ...]
+    top_tokens: tuple[PromotedToken, ...]
+    examples: tuple[FeatureExample, ...]
+    label_score: float | None = None
+    maximum: float | None = None
+    density: float | None = None
+
+    @property
+    def ref(self) -> FeatureRef:
+        """Its address."""
+        return FeatureRef(self.sae, self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server allows one request, and all of them together."""
+
+    max_slots: int
+    max_queue: int
+    max_context: int
+    max_interventions: int
+    max_watch: int
+    default_max_new_tokens: int
+    max_deadline_s: float
+    max_activation_inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """The server: its version, engine, limits, and the kinds of edit it applies."""
+
+    version: str
+    engine: str
+    model: str
+    limits: Limits
+    intervention_kinds: tuple[str, ...]

@@ -1,0 +1,145 @@
+"""The blocking client: sends what ``_api`` builds, hands back what its readers read."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+
+from saeguard_client import _api
+from saeguard_client._call import EitherCall, GatheredCall, PagedCall, StreamCall, UnaryCall
+from saeguard_client._errors import DeadlineExceeded, NotFound, Unavailable, from_call
+from saeguard_client._method import method
+from saeguard_client._options import (
+    DEFAULT_DEADLINE_S,
+    DEFAULT_RETRIES,
+    ChannelOptions,
+    Defaults,
+    Endpoint,
+    StrPath,
+    Tls,
+    check_ready,
+    endpoint,
+)
+
+T = TypeVar("T")
+Whole = TypeVar("Whole")
+Part = TypeVar("Part")
+
+
+class Client:
+    """A connection to a Saeguard server; threads may share it. Use it with ``with``, or call ``close``.
+
+    Args:
+        target: such as "localhost:50051" or "dns:///saeguard:50051"; calls are spread over all its addresses.
+        channel: a ready channel instead of a target; it stays open when the client closes.
+        root_certificates: path of a PEM file; TLS is used when this or a key is given.
+        private_key: path of a PEM file, for servers that ask who calls; goes with ``certificate_chain``.
+        deadline_s: for every call that does not say; None is no limit but the server's.
+        retries: repetitions, 0 to 4, of a call that was refused as unavailable or overloaded before its first message.
+        metadata: sent with every call.
+        options: further gRPC channel options.
+
+    Raises:
+        ValueError: an argument makes no sense.
+        OSError: a certificate cannot be read.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        channel: grpc.Channel | None = None,
+        root_certificates: StrPath | None = None,
+        private_key: StrPath | None = None,
+        certificate_chain: StrPath | None = None,
+        deadline_s: float | None = DEFAULT_DEADLINE_S,
+        retries: int = DEFAULT_RETRIES,
+        metadata: Mapping[str, str] | None = None,
+        options: ChannelOptions = (),
+    ) -> None:
+        tls = Tls(root_certificates, private_key, certificate_chain)
+        self._defaults = Defaults.of(deadline_s, metadata or {})
+        self._is_ours = channel is None
+        if channel is None:
+            channel = _open(endpoint(target, tls, retries, options))
+        else:
+            check_ready(target, tls, options)
+        self._channel = channel
+
+    def close(self) -> None:
+        """Ends running calls and the connection."""
+        if self._is_ours:
+            self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _unary(self, call: UnaryCall[T]) -> T:
+        ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(call.method)
+        timeout_s, metadata = self._defaults.of_call(call.options)
+        rpc = ask.future(call.request, timeout=timeout_s, metadata=metadata)
+        try:
+            reply = rpc.result()
+        except (grpc.RpcError, grpc.FutureCancelledError):
+            raise from_call(rpc) from None
+        finally:
+            # Ctrl-C lands in result(): the server must not go on for nobody. After an answer this does nothing.
+            rpc.cancel()
+        return call.read(reply)
+
+    def _stream(self, call: StreamCall[T]) -> Generator[T, None, None]:
+        ask: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(call.method)
+        timeout_s, metadata = self._defaults.of_call(call.options)
+        rpc, reader = ask(call.request, timeout=timeout_s, metadata=metadata), call.reader()
+        try:
+            for message in rpc:
+                yield reader.read(message)
+        except grpc.RpcError:
+            raise from_call(rpc) from None
+        finally:
+            rpc.cancel()
+        reader.finish()
+
+    def _whole(self, call: EitherCall[Whole, Part]) -> Whole:
+        return self._unary(call.whole)
+
+    def _parts(self, call: EitherCall[Whole, Part] | GatheredCall[Whole, Part]) -> Generator[Part, None, None]:
+        return self._stream(call.parts)
+
+    def _gathered(self, call: GatheredCall[Whole, Part]) -> Whole:
+        return call.gather(self._stream(call.parts))
+
+    def _paged(self, call: PagedCall[T]) -> Generator[T, None, None]:
+        while (asked := call.next_call()) is not None:
+            yield from call.accept(self._unary(asked))
+
+    def _probe(self, call: UnaryCall[bool]) -> bool:
+        try:
+            return self._unary(call)
+        except (Unavailable, DeadlineExceeded, NotFound):
+            return False
+
+    generate = method("generate", _api.generate, _whole)
+    generate_stream = method("generate_stream", _api.generate, _parts)
+    activations = method("activations", _api.activations, _gathered)
+    activations_stream = method("activations_stream", _api.activations, _parts)
+    model = method("model", _api.model, _unary)
+    saes = method("saes", _api.saes, _unary)
+    feature = method("feature", _api.feature, _unary)
+    features = method("features", _api.features, _paged)
+    info = method("info", _api.info, _unary)
+    healthy = method("healthy", _api.healthy, _probe)
+
+
+def _open(where: Endpoint) -> grpc.Channel:
+    if where.credentials is None:
+        return grpc.insecure_channel(where.target, where.options)
+    return grpc.secure_channel(where.target, where.credentials, where.options)

@@ -1,0 +1,126 @@
+"""What a generation gives back. Names and fields are the wire's, so that one function reads them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token the model could have taken, and its log-probability in nats."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token; ``logprob`` (nats) and ``top_logprobs`` where ``logprobs`` was asked for."""
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureReading:
+    """Values of the watched features on one token the model has read, before any edit, in the order of ``watch``.
+
+    ``position`` counts prompt and generated tokens together.
+    """
+
+    position: int
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and made."""
+
+    prompt_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the server's time went, in seconds."""
+
+    queue_s: float
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class InterventionReceipt:
+    """What one edit did.
+
+    Attributes:
+        sae_digest: SHA-256 of the SAE's files, hex.
+        site: where it was applied, such as "resid_post.12".
+        tokens_eligible: tokens inside the scope that the model read.
+        tokens_edited: eligible tokens whose feature value changed.
+        mean_activation: feature value before the edit, over eligible tokens; ``max_activation`` likewise.
+        mean_relative_edit: size of the edit as a share of the activation's, mean over eligible tokens.
+        tokens_capped: tokens where ``max_relative_edit`` made the site's edit smaller.
+    """
+
+    sae: str
+    feature: int
+    kind: str
+    sae_digest: str
+    site: str
+    tokens_eligible: int
+    tokens_edited: int
+    mean_activation: float
+    max_activation: float
+    mean_relative_edit: float
+    tokens_capped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was applied, measured while the model ran; digests are SHA-256 in hex."""
+
+    model_digest: str
+    steering_digest: str
+    interventions: tuple[InterventionReceipt, ...]
+    forward_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished generation.
+
+    Attributes:
+        readings: one per token read, where features were watched.
+        prompt_logprobs: nats, one per prompt token after the first, where asked for.
+        finish_reason: "stop" (end of sequence or stop string) or "length"; a newer server may know more.
+        stop_string: the stop string that ended it, or "".
+        receipt: present exactly when the request had edits.
+        seed: the seed that was used; the same request with it gives the same tokens.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    readings: tuple[FeatureReading, ...]
+    prompt_logprobs: tuple[float, ...]
+    finish_reason: str
+    stop_string: str
+    usage: Usage
+    timings: Timings
+    seed: int
+    request_id: str
+    receipt: Receipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What became certain with one message; ``text`` may be empty.
+
+    The last chunk, and no other, has ``completion``: the whole generation, as ``generate`` would have given it.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    readings: tuple[FeatureReading, ...]
+    completion: Completion | None = None

@@ -1,0 +1,299 @@
+"""Every command against the scripted server: what it prints, where, and its exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2 as details
+
+from saeguard.v1 import activation_service_pb2, catalog_service_pb2, server_info_service_pb2
+from saeguard.v1 import generation_service_pb2 as gen
+from saeguard_client.cli import main, terminal
+
+RUN = [sys.executable, "-W", "error", "-c", "import sys; from saeguard_client.cli import main; sys.exit(main())"]
+RECEIPT = (
+    "stop | 2 + 3 tokens | 1.00 s | seed 9223372036854775809 | "
+    "clamp resid4:17 edited 4/5 tokens, mean size 0.25 of |x|, 1 capped | steering bbbbbbbbbbbb\n"
+)
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def saeguard(server: Any, capsys: Any, monkeypatch: Any) -> Any:
+    """Runs a command against the server: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("SAEGUARD_TARGET", server.target)
+
+    def run(*arguments: str, screen: Tty | None = None) -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            if screen is not None:
+                patch.setattr(sys, "stdout", screen)
+            code = main(arguments)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def tty(monkeypatch: Any) -> Tty:
+    """A terminal of 70 columns with colour."""
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Tty()
+
+
+def test_generate_streams_and_tells_what_was_done(server: Any, saeguard: Any, stream_replies: Any) -> None:
+    server.on("GenerateStream", stream_replies)
+    assert saeguard("generate", "x", "--clamp", "resid4:17=2") == (0, "Once upon a\n", RECEIPT)
+    request = server.seen[0].request
+    assert (request.text, request.interventions[0].clamp.value) == ("x", 2.0)
+    assert not request.sampling.HasField("seed")
+
+
+def test_generate_json_is_one_object(server: Any, saeguard: Any, stream_replies: Any) -> None:
+    server.on("GenerateStream", stream_replies)
+    code, out, err = saeguard("generate", "x", "--json", "--seed", "7", "--watch", "resid4:17")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    done = json.loads(out)
+    assert (done["text"], done["finish_reason"]) == ("Once upon a", "stop")
+    assert done["receipt"]["interventions"][0]["tokens_edited"] == 4
+    assert server.seen[0].request.watch[0] == gen.FeatureRef(sae="resid4", feature=17)
+
+
+def test_generate_reads_standard_input_as_chat(
+    server: Any, saeguard: Any, stream_replies: Any, monkeypatch: Any
+) -> None:
+    server.on("GenerateStream", stream_replies)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert saeguard("generate", "-", "--chat")[0] == 0
+    message = server.seen[0].request.chat.messages[0]
+    assert (message.role, message.content) == ("user", "hello")
+
+
+def test_a_model_cannot_drive_the_terminal(server: Any, saeguard: Any, completion: Any) -> None:
+    server.on("GenerateStream", [gen.GenerateStreamResponse(text="\x1b[2J\x07hi\r", completion=completion)])
+    assert saeguard("generate", "x")[1] == "\\x1b[2J\\x07hi\\r\n"
+
+
+def compared(request: Any, context: Any) -> Any:
+    text = "steered text" if request.interventions else "plain text"
+    return gen.GenerateResponse(text=text, completion=gen.Completion(finish_reason=2, seed=request.sampling.seed))
+
+
+def test_compare_one_after_the_other(server: Any, saeguard: Any) -> None:
+    server.on("Generate", compared)
+    code, out, _ = saeguard("generate", "x", "--zero", "a:1", "--compare")
+    assert (code, out) == (0, "--- unsteered\nplain text\n--- steered\nsteered text\n")
+    first, second = (call.request for call in server.seen)
+    assert first.sampling == second.sampling
+    assert first.sampling.HasField("seed")
+
+
+def test_compare_side_by_side(server: Any, saeguard: Any, tty: Tty) -> None:
+    server.on("Generate", compared)
+    assert saeguard("generate", "x", "--zero", "a:1", "--compare", screen=tty)[0] == 0
+    lines = tty.getvalue().splitlines()
+    assert lines[0].startswith("\x1b[1munsteered ")
+    assert lines[1] == "plain text".ljust(33) + " | steered text"
+
+
+def test_compare_json(server: Any, saeguard: Any) -> None:
+    server.on("Generate", compared)
+    done = json.loads(saeguard("generate", "x", "--zero", "a:1", "--compare", "--json", "--seed", "5")[1])
+    assert {name: (one["text"], one["seed"]) for name, one in done.items()} == {
+        "unsteered": ("plain text", 5),
+        "steered": ("steered text", 5),
+    }
+
+
+@pytest.fixture
+def catalogue(server: Any) -> None:
+    def feature(request: Any, context: Any) -> Any:
+        label = "golden\x1bgate" if request.feature == 17 else ""
+        entry = catalog_service_pb2.Feature(sae=request.sae, index=request.feature, label=label)
+        if label:
+            entry.maximum = 4.0
+            entry.top_tokens.add(token=" gate", logit=2.5)
+            entry.quantiles.add(q=0.5, value=1.25)
+            entry.examples.add(text="the\nbridge", value=3.5)
+        return catalog_service_pb2.GetFeatureResponse(feature=entry)
+
+    def listed(request: Any, context: Any) -> Any:
+        found = [catalog_service_pb2.Feature(sae="a", index=17, label="golden", maximum=4, density=0.015625)]
+        return catalog_service_pb2.ListFeaturesResponse(features=[] if request.query == "none" else found)
+
+    def fired(request: Any, context: Any) -> Any:
+        reply = activation_service_pb2.GetActivationsResponse(sae="a", last=True, values=[4.0, 0.5])
+        for i, text in enumerate(["The", " gate"]):
+            reply.tokens.add(id=i, text=text)
+        reply.indptr.extend([0, 0, 2])
+        reply.indices.extend([17, 3])
+        return [reply]
+
+    sae = catalog_service_pb2.Sae(
+        name="a", site="resid_post.4", architecture="relu", d_sae=64, num_labelled=1, quality={"l0": 8}
+    )
+    server.on("GetFeature", feature)
+    server.on("ListFeatures", listed)
+    server.on("GetActivations", fired)
+    server.on("ListSaes", catalog_service_pb2.ListSaesResponse(saes=[sae]))
+    server.on("GetModel", catalog_service_pb2.GetModelResponse(name="tiny", architecture="llama", dtype="float32"))
+    info = {"version": "9", "engine": "transformers", "intervention_kinds": ["zero"], "limits": {"max_slots": 32}}
+    server.on("GetServerInfo", server_info_service_pb2.GetServerInfoResponse(**info))
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_activations_as_a_table(server: Any, saeguard: Any) -> None:
+    code, out, _ = saeguard("activations", "The gate", "--zero", "a:9")
+    assert code == 0
+    assert out == 'a\n0  "The"    -\n1  " gate"  17 (golden\\x1bgate) 4, 3 0.5\n\n'
+    request = next(call.request for call in server.seen if call.method == "GetActivations")
+    assert (list(request.saes), request.top_k, len(request.interventions)) == (["a"], 3, 1)
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_activations_of_a_feature(server: Any, saeguard: Any) -> None:
+    code, out, _ = saeguard("activations", "The gate", "--feature", "a:17")
+    assert (code, out) == (0, "17 (golden\\x1bgate): at most 4 here\nThe [gate|4]\n\n")
+    assert server.seen[0].request.features.features[0].feature == 17
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_activations_in_colour(saeguard: Any, tty: Tty) -> None:
+    assert saeguard("activations", "The gate", "--feature", "a:17", screen=tty)[0] == 0
+    assert tty.getvalue().splitlines()[1] == "The\x1b[97;48;5;160m gate\x1b[0m"
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_activations_json(saeguard: Any) -> None:
+    (found,) = json.loads(saeguard("activations", "The gate", "--sae", "a", "--json")[1])["activations"]
+    assert (found["indptr"], found["indices"], found["values"]) == ([0, 0, 2], [17, 3], [4.0, 0.5])
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_features(server: Any, saeguard: Any) -> None:
+    expected = "FEATURE  MAXIMUM  DENSITY  LABEL\na:17     4        0.0156   golden\n"
+    assert saeguard("features", "list", "--sae", "a", "--limit", "3") == (0, expected, "")
+    assert saeguard("features", "search", "gold")[1] == expected
+    assert [(one.request.sae, one.request.query, one.request.page_size) for one in server.seen] == [
+        ("a", "", 3),
+        ("", "gold", 50),
+    ]
+    assert saeguard("features", "search", "none") == (0, "", "no features found\n")
+    assert json.loads(saeguard("features", "list", "--json")[1])["features"][0]["index"] == 17
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_features_show(saeguard: Any) -> None:
+    code, out, _ = saeguard("features", "show", "a:17")
+    assert code == 0
+    assert out.splitlines() == [
+        "a:17  golden\\x1bgate",
+        "maximum 4, fires on an unknown share of tokens",
+        "quantiles 0.5: 1.25",
+        'promotes " gate" 2.50',
+        "       3.5  the\\nbridge",
+    ]
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_info(saeguard: Any) -> None:
+    code, out, _ = saeguard("info")
+    assert code == 0
+    assert "server  saeguard 9, engine transformers, edits: zero\n" in out
+    assert "model   tiny: llama" in out
+    assert out.endswith("a    resid_post.4  relu  64        1         8   -\n")
+    assert json.loads(saeguard("info", "--json")[1])["saes"][0]["quality"]["l0"] == 8.0
+
+
+def test_a_refusal_is_one_and_names_the_field(server: Any, saeguard: Any) -> None:
+    violation = details.BadRequest.FieldViolation(field="interventions[0].feature", description="must be below 64")
+    retry = details.RetryInfo(retry_delay=duration_pb2.Duration(seconds=3))
+    server.on(
+        "GenerateStream",
+        lambda request, context: server.refuse(
+            context,
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "the request is wrong\x1b",
+            details.BadRequest(field_violations=[violation]),
+            retry,
+        ),
+    )
+    assert saeguard("generate", "x", "--zero", "a:99") == (
+        1,
+        "",
+        "saeguard: the request is wrong\\x1b; interventions[0].feature: must be below 64; try again in 3 s\n",
+    )
+
+
+def test_text_before_a_failure_keeps_its_line(server: Any, saeguard: Any, stream_replies: Any) -> None:
+    def breaking(request: Any, context: Any) -> Any:
+        yield stream_replies[0]
+        context.abort(grpc.StatusCode.INTERNAL, "boom")
+
+    server.on("GenerateStream", breaking)
+    assert saeguard("generate", "x") == (1, "Once\n", "saeguard: boom\n")
+
+
+def test_nobody_there_is_three(saeguard: Any) -> None:
+    code, out, err = saeguard("info", "--target", "127.0.0.1:1")
+    assert (code, out) == (3, "")
+    assert err.endswith("server: 127.0.0.1:1\n")
+
+
+def held(server: Any, stream_replies: Any) -> Any:
+    def script(request: Any, context: Any) -> Any:
+        yield stream_replies[0]
+        server.wait_until_gone()
+
+    return script
+
+
+def test_an_interrupt_is_130_and_cancels_the_call(server: Any, stream_replies: Any) -> None:
+    server.on("GenerateStream", held(server, stream_replies))
+    command = [*RUN, "generate", "x", "--target", server.target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == "Once"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "\n", "")
+    assert server.gone.wait(5)
+
+
+def test_a_closed_pipe_is_quiet(server: Any, stream_replies: Any) -> None:
+    many = [gen.GenerateStreamResponse(text="x" * 1000)] * 200
+    server.on("GenerateStream", [*many, stream_replies[-1]])
+    command = [*RUN, "generate", "x", "--target", server.target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(20) == 141
+        assert process.stderr.read() == b""
+
+
+def test_what_an_old_terminal_cannot_show_is_replaced(server: Any, completion: Any) -> None:
+    server.on("GenerateStream", [gen.GenerateStreamResponse(text="caf\u00e9", completion=completion)])
+    command = [*RUN, "generate", "x", "--target", server.target]
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, capture_output=True, env=ascii_only, check=True)
+    assert done.stdout == b"caf?\n"
+
+
+def test_width_is_the_terminals(tty: Tty) -> None:
+    assert terminal.Terminal(tty, tty).width == 70
