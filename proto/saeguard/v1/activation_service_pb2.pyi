@@ -39,7 +39,9 @@ class GetActivationsRequest(_message.Message):
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActivationInput]: ...
     @_builtins.property
     def saes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of SAEs. With `features` they may be left out."""
+        """Names of SAEs, each answered for every input. With `features` they may be left out; where they are given, every
+        one of them has a feature named, and no other SAE has.
+        """
 
     @_builtins.property
     def features(self) -> Global___FeatureSelection:

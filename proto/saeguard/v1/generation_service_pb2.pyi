@@ -207,7 +207,7 @@ class GenerateStreamResponse(_message.Message):
     def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureReading]: ...
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """With the first message only."""
+        """As in GenerateResponse, in order, in the messages before the first token."""
 
     @_builtins.property
     def completion(self) -> Global___Completion:
