@@ -30,8 +30,9 @@ HOOKS = {
     "mlp_in": "blocks.1.mlp.hook_in",
     "mlp_act": "blocks.1.mlp.hook_post",
     "resid_mid": "blocks.1.hook_resid_mid",
+    "embed": "hook_embed",
 }
-_KINDS = ("standard", "jumprelu", "topk", "gated", "batchtopk", "standard", "topk", "gated")
+_KINDS = ("standard", "jumprelu", "topk", "gated", "batchtopk", "standard", "topk", "gated", "jumprelu")
 D_SAE = 96
 
 

@@ -85,6 +85,13 @@ SITES: dict[str, dict[str, tuple[str, str]]] = {
                "mlp_act": ("model.layers.1.mlp.down_proj", "in"),
                "mlp_in": ("model.layers.1.pre_feedforward_layernorm", "out")},
 }  # fmt: skip
+for _model_type, _embed in (
+    ("gpt2", "transformer.wte"),
+    ("gpt_neox", "gpt_neox.embed_in"),
+    ("llama", "model.embed_tokens"),
+    ("gemma2", "model.embed_tokens"),
+):
+    SITES[_model_type]["embed"] = (_embed, "out")
 SITES |= dict.fromkeys(("mistral", "qwen2", "qwen3"), SITES["llama"]) | {"gemma3_text": SITES["gemma2"]}
 
 CHAT_TEMPLATE = (

@@ -132,3 +132,12 @@ def test_logprobs_are_the_models_own() -> None:
     assert picked.top is not None
     torch.testing.assert_close(picked.logprob[0], own[0, picked.token[0]])
     torch.testing.assert_close(picked.top[0][0], own[0].topk(4).values)
+
+
+def test_every_bit_of_the_seed_counts() -> None:
+    drawn = set()
+    for seed in (1, 1 + 2**32, 1 + 2**63, 2**64 - 1):
+        made = Sampler(1, STEPS, VOCAB, torch.device("cpu"))
+        made.write(0, Sampling(), seed, STEPS, (1,))
+        drawn.add(tuple(made.pick(torch.zeros(1, VOCAB), slice(0, 1)).token.item() for _ in range(8)))
+    assert len(drawn) == 4

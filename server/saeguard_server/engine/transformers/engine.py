@@ -169,9 +169,9 @@ class TransformersEngine:
 
     def _restart(self) -> None:
         """A failure of the whole step: its requests fail by name, and the engine goes on with clean tables."""
-        running = self._core.scheduler
-        for sequence in running.everyone():
+        for sequence in self._core.scheduler.everyone():
             sequence.send(Unavailable("the engine failed and starts again", _RETRY_S))
+        self._deliver()
         self._core.metrics.engine_restarts.inc()
         self._core.close()
         self._core = self._build()

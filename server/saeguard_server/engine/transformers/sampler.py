@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,8 +62,9 @@ class Sampler:
         for name, value in values.items():
             self._columns[name][slot] = value
         if sampling.temperature > 0:
-            generator = torch.Generator().manual_seed(seed % 2**63)
-            self._noise[slot, :max_new_tokens] = torch.rand(max_new_tokens, generator=generator)
+            # Not torch's generator: it keeps 32 bits of the seed.
+            noise = np.random.Generator(np.random.Philox(seed)).random(max_new_tokens, dtype=np.float32)
+            self._noise[slot, :max_new_tokens] = torch.from_numpy(noise)
         if sampling.repetition_penalty != 1:
             self._seen[slot] = False
             self._seen[slot, torch.tensor(prompt, device=self._seen.device)] = True
