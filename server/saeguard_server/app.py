@@ -1,0 +1,202 @@
+"""The composition root: builds each part by calling its constructor, in the diagram's order, and closes in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import grpc
+from prometheus_client import CollectorRegistry
+
+from saeguard_server import bundled
+from saeguard_server.edge import server as edge
+from saeguard_server.edge.activation import ActivationServicer
+from saeguard_server.edge.catalog import CatalogServicer
+from saeguard_server.edge.generation import GenerationServicer
+from saeguard_server.edge.health import Health
+from saeguard_server.edge.interceptor import Frame
+from saeguard_server.edge.server_info import ServerInfoServicer
+from saeguard_server.engine.protocol import Engine
+from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.flows.activations import ReadActivations
+from saeguard_server.flows.catalog import Catalog
+from saeguard_server.flows.generate import Generate
+from saeguard_server.flows.info import describe
+from saeguard_server.guard.limits import Admission
+from saeguard_server.observe.exporter import Exporter
+from saeguard_server.observe.metrics import Metrics
+from saeguard_server.settings import Address, BadSettings, ServerSettings, Settings
+
+LOG = logging.getLogger("saeguard.app")
+
+LAST_WORDS_S = 0.25
+"""For the last replies, which are handed to the core but may not be sent yet."""
+UNWIND_S = 2.0
+"""For handlers to end after their RPCs were cut off."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class LoadedEngine(Engine, Protocol):
+    """An engine with the tokenizer of its model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+Loader: TypeAlias = Callable[[Settings, Metrics], LoadedEngine]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class App:
+    """A server that listens. ``address`` and ``metrics_port`` are the real ones where port 0 was asked for."""
+
+    address: Address
+    metrics_port: int | None
+    engine: LoadedEngine
+    metrics: Metrics
+    _server: grpc.aio.Server
+    _frame: Frame
+    _admission: Admission
+    _health: Health
+    _settings: ServerSettings
+
+    @classmethod
+    @asynccontextmanager
+    async def build(cls, settings: Settings, load: Loader | None = None) -> AsyncIterator[App]:
+        """The whole server, listening. ``load`` replaces the engine that the settings ask for.
+
+        Raises:
+            BadSettings: an address, a file, the model or an SAE is not usable.
+        """
+        settings = bundled.resolve(settings)
+        async with AsyncExitStack() as stack:
+            metrics = Metrics(CollectorRegistry())
+            metrics_port = _export(settings.server, metrics, stack)
+            engine = (load or _load_engine)(settings, metrics)
+            stack.callback(engine.stop)
+            engine.start()
+            admission = Admission(
+                engine, metrics, max_queue=settings.limits.max_queue, max_slots=settings.engine.max_slots
+            )
+            health = Health(edge.SERVICES)
+            servicers = _servicers(settings, engine, admission, health)
+            frame = Frame(metrics, admission, settings.limits.max_deadline_s)
+            server = edge.build(servicers, frame, settings.server)
+            address = edge.listen(server, settings.server)
+            await server.start()
+            stack.push_async_callback(_cut_off, server, frame)
+            stack.enter_context(_following(health, lambda: engine.is_ready() and not admission.is_leaving))
+            yield cls(
+                address=address,
+                metrics_port=metrics_port,
+                engine=engine,
+                metrics=metrics,
+                _server=server,
+                _frame=frame,
+                _admission=admission,
+                _health=health,
+                _settings=settings.server,
+            )
+
+    @property
+    def port(self) -> int:
+        """The port that serves gRPC."""
+        return self.address.port
+
+    async def serve_until_stopped(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains; a second signal stops at once."""
+        with _signals() as received:
+            fields = {"address": str(self.address), "model": self.engine.model.name, "saes": sorted(self.engine.saes)}
+            LOG.info("serving", extra={"fields": fields})
+            await received.get()
+            draining = asyncio.create_task(self.drain())
+            again = asyncio.create_task(received.get())
+            await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+            for task in (draining, again):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await _cut_off(self._server, self._frame)
+        LOG.info("stopped")
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING, waits for load balancers to notice, refuses what is new, lets what runs finish."""
+        LOG.info("draining", extra={"fields": {"drain_s": self._settings.drain_s}})
+        self._admission.leave()
+        self._health.set_ready(False)
+        await asyncio.sleep(self._settings.drain_delay_s)
+        self._admission.close()
+        # Not server.stop(drain_s): an open health Watch would make it last all of that.
+        if await self._admission.idle(within_s=self._settings.drain_s):
+            LOG.info("drained")
+            await self._server.stop(LAST_WORDS_S)
+        else:
+            LOG.warning("cutting off what still runs")
+
+
+async def _cut_off(server: grpc.aio.Server, frame: Frame) -> None:
+    """Ends whatever still runs, an open health Watch too."""
+    await server.stop(None)
+    # Handlers hear of it a little later; the engine must outlive them.
+    await frame.open.ended(within_s=UNWIND_S)
+
+
+def _load_engine(settings: Settings, metrics: Metrics) -> LoadedEngine:
+    # Here, so that tests of everything around the engine need no model library.
+    from saeguard_sae.loading import LoadError
+    from saeguard_server.engine.transformers import load_engine
+    from saeguard_server.engine.transformers.model import ModelLoadError
+
+    try:
+        return load_engine(settings, metrics)
+    except (LoadError, ModelLoadError) as err:
+        raise BadSettings(str(err)) from err
+
+
+def _export(settings: ServerSettings, metrics: Metrics, stack: AsyncExitStack) -> int | None:
+    if not settings.metrics_listen:
+        return None
+    return stack.enter_context(Exporter(metrics.registry, Address.parse(settings.metrics_listen))).port
+
+
+def _servicers(settings: Settings, engine: LoadedEngine, admission: Admission, health: Health) -> edge.Servicers:
+    limits = settings.limits
+    generate = Generate(engine, engine.tokenizer, limits)
+    read = ReadActivations(engine, engine.tokenizer, limits)
+    return edge.Servicers(
+        generation=GenerationServicer(generate, admission, limits),
+        activation=ActivationServicer(read, admission, limits),
+        catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
+        server_info=ServerInfoServicer(describe(engine, settings)),
+        health=health,
+    )
+
+
+@contextmanager
+def _following(health: Health, is_ready: Callable[[], bool]) -> Iterator[None]:
+    """Health follows the engine for as long as the server runs."""
+    task = asyncio.create_task(health.follow(is_ready))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+@contextmanager
+def _signals() -> Iterator[asyncio.Queue[int]]:
+    """The stop signals as they come, in place of what they do otherwise."""
+    loop = asyncio.get_running_loop()
+    received: asyncio.Queue[int] = asyncio.Queue()
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, received.put_nowait, number)
+    try:
+        yield received
+    finally:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,118 @@
+"""``saeguard serve``: flags over the settings file, then the server. Exit 2 for bad settings."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeguard_server.settings import BadSettings, Settings, load
+
+if TYPE_CHECKING:
+    from saeguard_server.app import App
+
+FLAGS: Mapping[str, tuple[str, type, str]] = {
+    "--model": ("model.path", str, 'local folder, Hugging Face repository, or "demo" (default)'),
+    "--revision": ("model.revision", str, "commit or tag of a Hugging Face repository"),
+    "--model-name": ("model.name", str, "what callers see; default: the last part of the path"),
+    "--dtype": ("model.dtype", str, "float32 or bfloat16"),
+    "--device": ("model.device", str, "torch device, such as cpu or cuda:0"),
+    "--listen": ("server.listen", str, "address of the gRPC server; port 0 takes a free one"),
+    "--metrics-listen": ("server.metrics_listen", str, 'address of /metrics; "" turns it off'),
+    "--max-slots": ("engine.max_slots", int, "requests that run at the same time"),
+    "--max-context": ("engine.max_context", int, "prompt and generated tokens of one request"),
+    "--threads": ("engine.threads", int, "CPU threads for torch"),
+    "--max-queue": ("limits.max_queue", int, "requests that may wait; more are refused"),
+    "--max-deadline-s": ("limits.max_deadline_s", float, "longest time one request may take"),
+    "--tls-cert": ("server.tls_certificate", str, "PEM certificate chain"),
+    "--tls-key": ("server.tls_key", str, "PEM private key"),
+    "--tls-client-ca": ("server.tls_client_ca", str, "PEM authorities; clients must show a certificate"),
+    "--drain-s": ("server.drain_s", float, "how long running requests may finish after SIGTERM"),
+    "--drain-delay-s": ("server.drain_delay_s", float, "wait between NOT_SERVING and refusing new requests"),
+    "--max-connection-age-s": ("server.max_connection_age_s", float, "older connections are asked to reconnect"),
+    "--log-level": ("server.log_level", str, "debug, info, warning or error"),
+}
+"""Each flag, the setting it replaces, its type, its help."""
+
+
+def add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
+    parser = subparsers.add_parser(
+        "serve", help="serve a model and its SAEs over gRPC", description="Flags win over the settings file."
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
+    parser.add_argument(
+        "--sae", action="append", metavar="NAME=PATH[@SITE]", help="an SAE; again for more; in place of the file's"
+    )
+    for flag, (setting, kind, text) in FLAGS.items():
+        parser.add_argument(flag, type=kind, dest=setting, metavar=kind.__name__.upper(), help=text)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until stopped."""
+    try:
+        settings = load(arguments.config, overrides(arguments))
+    except BadSettings as err:
+        return _refuse(err)
+    return _serve(settings)
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as a tree in the shape of the settings file.
+
+    Raises:
+        BadSettings: an --sae that is not NAME=PATH[@SITE].
+    """
+    tree: dict[str, Any] = {}
+    for setting, _, _ in FLAGS.values():
+        value = vars(arguments)[setting]
+        if value is not None:
+            table, key = setting.split(".")
+            tree.setdefault(table, {})[key] = value
+    if arguments.sae:
+        tree["saes"] = [_sae(text) for text in arguments.sae]
+    return tree
+
+
+def _sae(text: str) -> dict[str, str]:
+    name, equals, rest = text.partition("=")
+    path, at, site = rest.rpartition("@")
+    if not at:
+        path, site = rest, ""
+    if not (name and equals and path) or (at and not site):
+        raise BadSettings(f"--sae: must be NAME=PATH or NAME=PATH@SITE, got {text!r}")
+    return {"name": name, "path": path} | ({"site": site} if site else {})
+
+
+def _serve(settings: Settings) -> int:
+    # Here, because the command line asks every command to register before it knows which one runs.
+    from saeguard_server.app import App
+    from saeguard_server.observe import logs
+
+    logs.configure(settings.server.log_level, sys.stderr)
+
+    async def serve() -> None:
+        async with App.build(settings) as app:
+            sys.stderr.write(f"{_summary(app)}\n")
+            sys.stderr.flush()
+            await app.serve_until_stopped()
+
+    try:
+        asyncio.run(serve())
+    except BadSettings as err:
+        return _refuse(err)
+    return 0
+
+
+def _summary(app: App) -> str:
+    saes = ", ".join(f"{sae.name} ({sae.site})" for sae in app.engine.saes.values())
+    return f"saeguard: serving {app.engine.model.name} on {app.address}; SAEs: {saes or 'none'}"
+
+
+def _refuse(err: ValueError) -> int:
+    sys.stderr.write(f"saeguard serve: {err}\n")
+    return 2

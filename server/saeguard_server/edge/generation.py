@@ -1,0 +1,59 @@
+"""GenerationService: the stream, and the stream gathered into one reply."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from saeguard.v1 import generation_service_pb2 as pb
+from saeguard.v1.generation_service_pb2_grpc import GenerationServiceServicer
+from saeguard_server.edge import call as calls
+from saeguard_server.edge.closing import closing
+from saeguard_server.edge.wire import generation as wire
+from saeguard_server.errors import InternalFailure
+from saeguard_server.guard.limits import Admission
+from saeguard_server.reply import Chunk
+from saeguard_server.request import Call, GenerationRequest
+from saeguard_server.settings import LimitSettings
+
+
+class Generates(Protocol):
+    """The flow behind both RPCs."""
+
+    def stream(self, request: GenerationRequest, call: Call) -> AsyncIterator[Chunk]:
+        """Chunks, the last with a completion."""
+        ...
+
+
+class GenerationServicer(GenerationServiceServicer):
+    """Parses, admits, streams."""
+
+    def __init__(self, flow: Generates, admission: Admission, limits: LimitSettings) -> None:
+        self._flow = flow
+        self._admission = admission
+        self._limits = limits
+
+    async def Generate(self, request: pb.GenerateRequest, context: object) -> pb.GenerateResponse:
+        """The whole completion in one reply."""
+        chunks = [chunk async for chunk in self._chunks(request)]
+        return wire.whole_response(chunks, calls.current().request_id)
+
+    async def GenerateStream(
+        self, request: pb.GenerateStreamRequest, context: object
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        """The completion as it is made."""
+        request_id = calls.current().request_id
+        is_complete = False
+        async with closing(self._chunks(request)) as chunks:
+            async for chunk in chunks:
+                is_complete = chunk.completion is not None
+                yield wire.stream_response(chunk, request_id)
+        if not is_complete:
+            raise InternalFailure("a generation ended without its completion")
+
+    async def _chunks(self, message: wire.AnyRequest) -> AsyncIterator[Chunk]:
+        asked = wire.generation_request(message, self._limits)
+        with self._admission.work():
+            async with closing(self._flow.stream(asked, calls.current())) as chunks:
+                async for chunk in chunks:
+                    yield chunk

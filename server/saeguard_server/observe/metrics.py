@@ -1,0 +1,67 @@
+"""Every metric, declared once. Labels are names that the server chose: never a caller's text."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
+
+SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+SHARES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
+
+
+class Metrics:
+    """What the server counts, in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._declare_load(registry)
+        self._declare_work(registry)
+        self._declare_steering(registry)
+        self._declare_rpcs(registry)
+
+    def _declare_load(self, registry: CollectorRegistry) -> None:
+        self.queue_length = Gauge("saeguard_queue_length", "Requests that wait for a slot", registry=registry)
+        self.running_requests = Gauge("saeguard_running_requests", "Requests that hold a slot", registry=registry)
+        self.slots_in_use = Gauge("saeguard_slots_in_use", "Slots of the batch that are taken", registry=registry)
+        self.refusals = Counter(
+            "saeguard_refusals", "Requests refused before any work, by reason", ["reason"], registry=registry
+        )
+
+    def _declare_work(self, registry: CollectorRegistry) -> None:
+        self.batch_size = Histogram("saeguard_batch_size", "Rows of a decode step", buckets=ROWS, registry=registry)
+        self.prompt_tokens = Counter("saeguard_prompt_tokens", "Prompt tokens read", registry=registry)
+        self.generated_tokens = Counter("saeguard_generated_tokens", "Tokens generated", registry=registry)
+        self.steps = Counter("saeguard_steps", "Forward passes of the batch", registry=registry)
+        self.engine_restarts = Counter("saeguard_engine_restarts", "Times the engine was restarted", registry=registry)
+        self.time_to_first_token = Histogram(
+            "saeguard_time_to_first_token_seconds", "From submission to the first token", buckets=LONG_S,
+            registry=registry,
+        )  # fmt: skip
+        self.time_per_output_token = Histogram(
+            "saeguard_time_per_output_token_seconds", "Between two tokens of one request", buckets=SHORT_S,
+            registry=registry,
+        )  # fmt: skip
+
+    def _declare_steering(self, registry: CollectorRegistry) -> None:
+        self.tokens_edited = Counter(
+            "saeguard_tokens_edited", "Tokens whose feature value an edit changed", ["sae", "kind"], registry=registry
+        )
+        self.relative_edit = Histogram(
+            "saeguard_relative_edit", "Mean |edit| / |x| of an edit in a finished request", ["sae"], buckets=SHARES,
+            registry=registry,
+        )  # fmt: skip
+
+    def _declare_rpcs(self, registry: CollectorRegistry) -> None:
+        """The names that gRPC dashboards expect, whatever the language of the server."""
+        self.rpcs_started = Counter("grpc_server_started", "RPCs started", RPC_LABELS, registry=registry)
+        self.rpcs_handled = Counter(
+            "grpc_server_handled", "RPCs completed, by status code", [*RPC_LABELS, "grpc_code"], registry=registry
+        )
+        self.messages_received = Counter("grpc_server_msg_received", "Messages received", RPC_LABELS, registry=registry)
+        self.messages_sent = Counter("grpc_server_msg_sent", "Messages sent", RPC_LABELS, registry=registry)
+        self.handling_seconds = Histogram(
+            "grpc_server_handling_seconds", "Time to complete an RPC", RPC_LABELS, buckets=LONG_S, registry=registry
+        )

@@ -1,0 +1,216 @@
+"""Settings: one frozen tree, built once from a TOML file and flags. Unknown keys are refused with their path."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+DEMO = "demo"
+"""Model path that stands for the bundled demo model and its SAEs."""
+
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=86_400.0)]
+
+
+class Address(NamedTuple):
+    """Where a socket listens. ``port`` 0 is any free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """``host:port``; an IPv6 host stands in brackets.
+
+        Raises:
+            ValueError: anything else.
+        """
+        host, colon, port = text.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65_535
+        if not (colon and bare and is_port) or (":" in bare and bare == host):
+            raise ValueError(f"must be host:port, such as 127.0.0.1:50051 or [::1]:50051, got {text!r}")
+        return cls(bare, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+# Checks stand above the classes: their defaults are built, and checked, at import.
+
+
+def _check_address(name: str, text: str) -> None:
+    try:
+        Address.parse(text)
+    except ValueError as err:
+        raise ValueError(f"{name}: {err}") from err
+
+
+def _finite(name: str, value: float) -> None:
+    # NaN passes every comparison that msgspec makes.
+    if not isfinite(value):
+        raise ValueError(f"{name}: must be a number, got {value}")
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which language model is served."""
+
+    path: Text = DEMO
+    """A local folder, a Hugging Face repository, or "demo"."""
+    revision: Text | None = None
+    """Commit or tag of a Hugging Face repository."""
+    name: Text | None = None
+    """What callers see; by default the last part of the path."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32 or bfloat16."""
+    device: Text = "cpu"
+    """A torch device such as cpu or cuda:0."""
+
+
+class SaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One SAE to serve."""
+
+    name: Text
+    """What callers call it."""
+    path: Text
+    """Folder with the SAE's files; a features.jsonl beside them is its catalogue."""
+    site: Text | None = None
+    """Where it reads and edits, such as "resid_post.12"; by default what its own files say."""
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the engine batches."""
+
+    max_slots: Count = 32
+    """Requests that run at the same time."""
+    max_context: Count = 2048
+    """Prompt and generated tokens of one request; never more than the model knows."""
+    prefill_tokens: Count = 256
+    """Prompt tokens processed between two decode steps, so that a long prompt does not stall running requests."""
+    threads: Count | None = None
+    """CPU threads for torch; by default torch's choice."""
+
+
+class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one caller and all callers together may ask for."""
+
+    max_queue: Count = 256
+    """Waiting requests beyond this are refused, not parked."""
+    default_max_new_tokens: Count = 128
+    """For requests that name none."""
+    max_deadline_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 600.0
+    """Imposed on requests without a deadline or with a longer one."""
+    max_interventions: Count = 256
+    """Edits in one request."""
+    max_watch: Count = 64
+    """Watched features in one request."""
+    max_activation_inputs: Count = 64
+    """Inputs in one GetActivations."""
+    max_activation_values: Count = 4096
+    """Activations kept per token in one GetActivations selection."""
+
+    def __post_init__(self) -> None:
+        _finite("max_deadline_s", self.max_deadline_s)
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the server listens and how it stops."""
+
+    listen: str = "127.0.0.1:50051"
+    """Address and port; port 0 takes a free one."""
+    metrics_listen: str | None = "127.0.0.1:9464"
+    """Address of /metrics over HTTP; an empty string turns it off."""
+    tls_certificate: Text | None = None
+    """PEM chain; with tls_key the server speaks only TLS. Read again when the file changes."""
+    tls_key: Text | None = None
+    """PEM private key."""
+    tls_client_ca: Text | None = None
+    """PEM of authorities; clients must then show a certificate."""
+    drain_s: Seconds = 30.0
+    """How long running requests may finish after SIGTERM."""
+    drain_delay_s: Seconds = 0.0
+    """Wait between saying NOT_SERVING and refusing new requests, for load balancers to notice."""
+    max_connection_age_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] | None = None
+    """Connections older than this are asked to reconnect, which spreads clients over new replicas; running requests
+    finish."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
+
+    def __post_init__(self) -> None:
+        for name in ("drain_s", "drain_delay_s"):
+            _finite(name, getattr(self, name))
+        if self.max_connection_age_s is not None:
+            _finite("max_connection_age_s", self.max_connection_age_s)
+        _check_address("listen", self.listen)
+        if self.metrics_listen:
+            _check_address("metrics_listen", self.metrics_listen)
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key: one needs the other")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca: needs tls_certificate and tls_key")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that can be set."""
+
+    model: ModelSettings = ModelSettings()
+    saes: tuple[SaeSettings, ...] = ()
+    engine: EngineSettings = EngineSettings()
+    limits: LimitSettings = LimitSettings()
+    server: ServerSettings = ServerSettings()
+
+    def __post_init__(self) -> None:
+        names = [sae.name for sae in self.saes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"saes: the name {name!r} is given twice")
+
+
+class BadSettings(ValueError):
+    """A settings file or flag that cannot be used; the message names the key."""
+
+
+def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """The settings of a TOML file with ``overrides`` (a tree of the same shape) on top, defaults for the rest.
+
+    Raises:
+        BadSettings: not TOML, an unknown key, a wrong type, a value out of range.
+    """
+    tree = _read(path) if path is not None else {}
+    try:
+        return msgspec.convert(_merged(tree, overrides or {}), Settings)
+    except msgspec.ValidationError as err:
+        problem, _, where = str(err).rpartition(" - at `$")
+        key = where.rstrip("`").lstrip(".")
+        said = f"{key}: {problem}" if key else problem or str(err)
+        raise BadSettings(said if path is None else f"{path}: {said}") from err
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise BadSettings(f"{path}: {err.strerror}") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise BadSettings(f"{path}: {err}") from err
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``: tables are merged, everything else is replaced."""
+    both = dict(below)
+    for key, value in above.items():
+        under = both.get(key)
+        both[key] = _merged(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return both

@@ -1,0 +1,47 @@
+"""The whole application with the fake engine in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import pytest
+
+from saeguard_server.app import App
+from saeguard_server.engine.tokenizer import Encoded
+from saeguard_server.request import ModelInput, TextInput, TokenInput
+from saeguard_server.settings import Settings, load
+
+
+class FakeTokenizer:
+    """A token a character; BOS is 0."""
+
+    vocab_size = 128
+    special_ids = frozenset({0})
+    has_chat_template = True
+
+    def encode(self, prompt: ModelInput) -> Encoded:
+        if isinstance(prompt, TokenInput):
+            return Encoded(prompt.ids, (None,) * len(prompt.ids))
+        text = prompt.text if isinstance(prompt, TextInput) else "".join(one.content for one in prompt.messages)
+        return Encoded((0, *(ord(one) % 128 for one in text)), (None, *range(len(text))))
+
+
+@pytest.fixture
+def settings_of() -> Callable[..., Settings]:
+    def make(**tables: dict[str, Any]) -> Settings:
+        server = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "drain_s": 5.0}
+        return load(None, {"model": {"path": "fake"}} | tables | {"server": server | tables.get("server", {})})
+
+    return make
+
+
+@pytest.fixture
+def app_with(engine: Any, settings_of: Any) -> Callable[..., AbstractAsyncContextManager[App]]:
+    engine.tokenizer = FakeTokenizer()
+
+    def build(**tables: dict[str, Any]) -> AbstractAsyncContextManager[App]:
+        return App.build(settings_of(**tables), load=lambda *_: engine)
+
+    return build

@@ -1,0 +1,123 @@
+"""The application as a whole: every RPC through the real flows, metrics, readiness, and closing in order."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from saeguard.v1 import activation_service_pb2 as activation_pb
+from saeguard.v1 import activation_service_pb2_grpc, generation_service_pb2_grpc
+from saeguard.v1 import generation_service_pb2 as pb
+from saeguard.v1 import intervention_pb2 as edit_pb
+from saeguard_server.app import App
+from saeguard_server.settings import BadSettings
+
+
+async def health(channel: grpc.aio.Channel, service: str = "") -> int:
+    check = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        health_pb2.HealthCheckRequest.SerializeToString,
+        health_pb2.HealthCheckResponse.FromString,
+    )
+    return (await check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+def scrape(app: App) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{app.metrics_port}/metrics") as reply:
+        return reply.read().decode()
+
+
+async def test_a_steered_generation_goes_all_the_way_and_is_counted(app_with: Any) -> None:
+    async with app_with() as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
+        edit = edit_pb.Intervention(sae="mid", feature=2, clamp=edit_pb.Clamp(value=2, unit=edit_pb.UNIT_MAX))
+        request = pb.GenerateRequest(
+            text="abc", interventions=[edit], sampling=pb.Sampling(max_new_tokens=4, seed=2**64 - 1)
+        )
+        reply = await stub.Generate(request)
+        assert reply.text == "w100 w101 w102 w103 "
+        assert reply.completion.seed == 2**64 - 1
+        (receipt,) = reply.completion.receipt.interventions
+        assert (receipt.sae, receipt.feature, receipt.kind, receipt.site) == ("mid", 2, "clamp", "resid_post.1")
+        assert app.engine.tasks[0].steering.edits[0].affine.beta == 15.0  # type: ignore[attr-defined]
+        text = await asyncio.to_thread(scrape, app)
+    labels = 'grpc_method="Generate",grpc_service="saeguard.v1.GenerationService",grpc_type="unary"'
+    assert f'grpc_server_handled_total{{grpc_code="OK",{labels}}} 1.0' in text
+    assert f"grpc_server_msg_received_total{{{labels}}} 1.0" in text
+    assert f"grpc_server_msg_sent_total{{{labels}}} 1.0" in text
+    assert "saeguard_queue_length" in text
+
+
+async def test_activations_go_all_the_way(app_with: Any) -> None:
+    async with app_with() as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        stub = activation_service_pb2_grpc.ActivationServiceStub(channel)
+        inputs = [activation_pb.ActivationInput(text=text) for text in ("ab", "c")]
+        request = activation_pb.GetActivationsRequest(inputs=inputs, saes=["mid", "late"], top_k=1)
+        parts = [part async for part in stub.GetActivations(request)]
+        assert [(part.input, part.sae, len(part.tokens)) for part in parts] == [
+            (0, "mid", 3), (0, "late", 3), (1, "mid", 2), (1, "late", 2),
+        ]  # fmt: skip
+
+
+async def test_reflection_lists_every_service(app_with: Any) -> None:
+    async with app_with() as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        reply = await call.read()
+        call.cancel()
+    assert {one.name for one in reply.list_services_response.service} == {
+        "saeguard.v1.GenerationService", "saeguard.v1.ActivationService", "saeguard.v1.CatalogService",
+        "saeguard.v1.ServerInfoService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
+    }  # fmt: skip
+
+
+async def test_health_follows_the_engine_and_liveness_does_not(app_with: Any, engine: Any) -> None:
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    engine.ready = False
+    async with app_with() as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        assert await health(channel) == not_serving
+        assert await health(channel, "liveness") == serving
+        for ready in (True, False):
+            engine.ready = ready
+            await asyncio.sleep(0.4)
+            for service in ("", "saeguard.v1.GenerationService", "saeguard.v1.CatalogService"):
+                assert await health(channel, service) == (serving if ready else not_serving)
+            assert await health(channel, "liveness") == serving
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health(channel, "made.up")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_closing_stops_the_engine_and_frees_the_ports(app_with: Any, engine: Any) -> None:
+    async with app_with() as app:
+        taken = {"listen": str(app.address), "metrics_listen": ""}
+        assert not engine.is_stopped
+    assert engine.is_stopped
+    async with app_with(server=taken) as again:
+        assert again.port == app.port
+        assert again.metrics_port is None
+
+
+async def test_a_port_that_is_taken_is_refused_and_everything_is_closed(app_with: Any, engine: Any) -> None:
+    async with app_with() as app:
+        with pytest.raises(BadSettings, match=r"server\.listen"):
+            async with app_with(server={"listen": str(app.address)}):
+                pass
+        assert engine.is_stopped
+        with pytest.raises(BadSettings, match=r"server\.metrics_listen"):
+            async with app_with(server={"metrics_listen": f"127.0.0.1:{app.metrics_port}"}):
+                pass
+
+
+async def test_a_port_open_beyond_this_machine_without_tls_is_warned_about(app_with: Any, caplog: Any) -> None:
+    async with app_with(server={"listen": "0.0.0.0:0"}):
+        assert "listening without TLS beyond this machine" in caplog.text
+    caplog.clear()
+    async with app_with():
+        assert "without TLS" not in caplog.text

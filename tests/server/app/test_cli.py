@@ -1,0 +1,85 @@
+"""``saeguard serve``: flags become settings, and what cannot be used ends with exit 2 and one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeguard_server import cli
+from saeguard_server.settings import BadSettings, SaeSettings, Settings, load
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_serve(parser.add_subparsers())
+    return parser.parse_args(["serve", *arguments])
+
+
+def settings(*arguments: str) -> Settings:
+    return load(None, cli.overrides(parse(*arguments)))
+
+
+def test_no_flag_changes_nothing() -> None:
+    assert settings() == Settings()
+
+
+def test_every_flag_reaches_its_setting() -> None:
+    samples: dict[str, Any] = {"--dtype": "bfloat16", "--log-level": "debug", "--listen": "[::1]:7"}
+    samples |= {"--metrics-listen": "", "--tls-cert": "c", "--tls-key": "k"}
+    for flag, (setting, kind, _) in cli.FLAGS.items():
+        value = samples.get(flag, 3 if kind is not str else "text")
+        extra = {"--tls-cert": ["--tls-key", "k"], "--tls-key": ["--tls-cert", "c"]}.get(flag, [])
+        extra = ["--tls-cert", "c", "--tls-key", "k"] if flag == "--tls-client-ca" else extra
+        found: Any = settings(flag, str(value), *extra)
+        for key in setting.split("."):
+            found = getattr(found, key)
+        assert found == value, flag
+
+
+def test_saes_with_and_without_a_site() -> None:
+    found = settings("--sae", "a=/x/y", "--sae", "b=org/repo@v2=@resid_post.3")
+    assert found.saes == (
+        SaeSettings(name="a", path="/x/y"), SaeSettings(name="b", path="org/repo@v2=", site="resid_post.3"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a", "=x", "a=", "a=@resid_post.1", "a=x@"])
+def test_an_sae_that_is_not_name_and_path_is_refused(text: str) -> None:
+    with pytest.raises(BadSettings, match="NAME=PATH"):
+        settings("--sae", text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-slots", "0"], "engine.max_slots"),
+        (["--sae", "x"], "--sae"),
+        (["--config", "/none/such.toml"], "/none/such.toml"),
+        (["--tls-cert", "x"], "tls_key"),
+        (["--listen", "nowhere"], "listen"),
+    ],
+)
+def test_bad_settings_are_exit_2_and_one_line(arguments: list[str], said: str, capsys: Any) -> None:
+    arguments = parse(*arguments)  # type: ignore[assignment]
+    assert cli.run(arguments) == 2  # type: ignore[arg-type]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("saeguard serve: ")
+    assert said in line
+
+
+def test_a_file_and_a_flag(tmp_path: Path) -> None:
+    path = tmp_path / "saeguard.toml"
+    path.write_text('[model]\npath = "org/model"\n[engine]\nmax_slots = 4\n')
+    arguments = parse("--config", str(path), "--max-slots", "8")
+    found = load(arguments.config, cli.overrides(arguments))
+    assert (found.model.path, found.engine.max_slots) == ("org/model", 8)
+
+
+def test_the_command_line_loads_no_server_until_it_serves() -> None:
+    code = "import sys, saeguard_server.cli; sys.exit(bool({'torch', 'grpc', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

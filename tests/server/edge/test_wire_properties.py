@@ -1,0 +1,220 @@
+"""Properties of the wire: domain to message to domain is identity, and no bytes whatever reach INTERNAL."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saeguard.v1 import activation_service_pb2 as activation_pb
+from saeguard.v1 import generation_service_pb2 as pb
+from saeguard.v1 import intervention_pb2 as edit_pb
+from saeguard_sae.edits import FLOAT32_MAX, KINDS, UNITS, Edit
+from saeguard_server import request as domain
+from saeguard_server.edge.wire import interventions as wire
+from saeguard_server.edge.wire.activations import activation_request
+from saeguard_server.edge.wire.generation import generation_request
+from saeguard_server.errors import InvalidRequest
+from saeguard_server.settings import LimitSettings
+
+LIMITS = LimitSettings()
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+some_words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+numbers = st.integers(0, 2**32 - 1)
+values = st.floats(-FLOAT32_MAX, FLOAT32_MAX)
+refs = st.builds(domain.FeatureRef, some_words, numbers)
+
+
+def edits() -> st.SearchStrategy[Edit]:
+    arguments = {"value": values, "factor": values, "unit": st.sampled_from(UNITS)}
+    return st.one_of(
+        [st.builds(kind, **{one.name: arguments[one.name] for one in fields(kind)}) for kind in KINDS.values()]
+    )
+
+
+@st.composite
+def scopes(draw: st.DrawFn) -> domain.Scope:
+    start = draw(st.integers(0, 2**32 - 2))
+    end = draw(st.none() | st.integers(start + 1, 2**32 - 1))
+    return domain.Scope(draw(st.sampled_from(domain.PHASES)), start, end, draw(st.booleans()))
+
+
+inputs = st.one_of(
+    st.builds(domain.TextInput, some_words),
+    st.builds(
+        domain.ChatInput,
+        st.lists(st.builds(domain.ChatMessage, st.sampled_from(domain.ROLES), words), min_size=1, max_size=3).map(
+            tuple
+        ),
+    ),
+    st.builds(domain.TokenInput, st.lists(numbers, min_size=1, max_size=5).map(tuple)),
+)
+samplings = st.builds(
+    domain.Sampling,
+    max_new_tokens=st.none() | st.integers(1, 2**32 - 1),
+    temperature=st.just(0.0) | st.floats(0.001, 100),
+    top_p=st.floats(0, 1, exclude_min=True),
+    top_k=numbers,
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, 100, exclude_min=True),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+    stop=st.lists(some_words, max_size=3).map(tuple),
+    logprobs=st.none() | st.integers(0, domain.MAX_LOGPROBS),
+    ignore_eos=st.booleans(),
+    prompt_logprobs=st.booleans(),
+)
+steering = st.lists(
+    st.builds(domain.Intervention, refs, edits(), scopes()), max_size=3, unique_by=lambda one: one.target
+).map(tuple)
+watches = st.lists(refs, max_size=3, unique=True).map(tuple)
+generations = st.builds(
+    domain.GenerationRequest,
+    prompt=inputs,
+    sampling=samplings,
+    interventions=steering,
+    max_relative_edit=st.none() | st.floats(0, 1e9, exclude_min=True),
+    watch=watches,
+)
+selections = st.one_of(
+    st.builds(domain.TopK, st.integers(1, LIMITS.max_activation_values)),
+    st.builds(domain.Threshold, st.floats(0, FLOAT32_MAX)),
+    st.builds(domain.Named, st.lists(refs, min_size=1, max_size=3, unique=True).map(tuple)),
+)
+readings = st.builds(
+    domain.ActivationRequest,
+    inputs=st.lists(inputs, min_size=1, max_size=3).map(tuple),
+    saes=st.lists(some_words, min_size=1, max_size=3, unique=True).map(tuple),
+    selection=selections,
+    interventions=steering,
+)
+
+
+def to_input(message: Any, one: domain.ModelInput) -> None:
+    if isinstance(one, domain.TextInput):
+        message.text = one.text
+    elif isinstance(one, domain.TokenInput):
+        message.tokens.ids.extend(one.ids)
+    else:
+        for turn in one.messages:
+            message.chat.messages.add(role=turn.role, content=turn.content)
+
+
+def to_edits(message: Any, edits: tuple[domain.Intervention, ...]) -> None:
+    units = {name: number for number, name in wire.UNITS.items()}
+    phases = {name: number for number, name in wire.PHASES.items()}
+    for one in edits:
+        said = message.interventions.add(sae=one.target.sae, feature=one.target.feature)
+        body = {field.name: getattr(one.edit, field.name) for field in fields(one.edit)}
+        if "unit" in body:
+            body["unit"] = units[body["unit"]]
+        getattr(said, one.edit.kind).CopyFrom(type(getattr(said, one.edit.kind))(**body))
+        scope = one.scope
+        said.scope.CopyFrom(
+            edit_pb.Scope(
+                phase=phases[scope.phase], start=scope.start, end=scope.end,
+                include_special_tokens=scope.include_special_tokens,
+            )
+        )  # fmt: skip
+
+
+def to_sampling(one: domain.Sampling) -> pb.Sampling:
+    return pb.Sampling(**{field.name: getattr(one, field.name) for field in fields(one)})
+
+
+def to_refs(refs: tuple[domain.FeatureRef, ...]) -> list[pb.FeatureRef]:
+    return [pb.FeatureRef(sae=ref.sae, feature=ref.feature) for ref in refs]
+
+
+def to_generation(kind: Any, one: domain.GenerationRequest) -> Any:
+    message = kind(max_relative_edit=one.max_relative_edit)
+    to_input(message, one.prompt)
+    to_edits(message, one.interventions)
+    message.sampling.CopyFrom(to_sampling(one.sampling))
+    message.watch.extend(to_refs(one.watch))
+    return message
+
+
+def to_reading(one: domain.ActivationRequest) -> activation_pb.GetActivationsRequest:
+    message = activation_pb.GetActivationsRequest(saes=one.saes)
+    for given_input in one.inputs:
+        to_input(message.inputs.add(), given_input)
+    to_edits(message, one.interventions)
+    if isinstance(one.selection, domain.TopK):
+        message.top_k = one.selection.k
+    elif isinstance(one.selection, domain.Threshold):
+        message.threshold = one.selection.value
+    else:
+        message.features.features.extend(to_refs(one.selection.features))
+    return message
+
+
+@given(generations)
+def test_a_generation_means_the_same_after_the_wire(asked: domain.GenerationRequest) -> None:
+    for kind in (pb.GenerateRequest, pb.GenerateStreamRequest):
+        message = kind.FromString(to_generation(kind, asked).SerializeToString())
+        assert generation_request(message, LIMITS) == asked
+
+
+@given(readings)
+def test_a_reading_means_the_same_after_the_wire(asked: domain.ActivationRequest) -> None:
+    message = activation_pb.GetActivationsRequest.FromString(to_reading(asked).SerializeToString())
+    assert activation_request(message, LIMITS) == asked
+
+
+@given(generations, st.data())
+def test_a_damaged_generation_is_read_or_refused(asked: domain.GenerationRequest, data: st.DataObject) -> None:
+    raw = bytearray(to_generation(pb.GenerateRequest, asked).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        generation_request(pb.GenerateRequest.FromString(bytes(raw)), LIMITS)
+    except DecodeError:
+        return
+    except InvalidRequest as err:
+        refused = err
+    else:
+        return
+    assert refused.field
+    assert refused.description
+
+
+VALID = pb.GenerateRequest(text="x", sampling=pb.Sampling(top_p=0.5, stop=["y"]), watch=[pb.FeatureRef(sae="mid")])
+
+
+def garbage(count: int) -> Iterator[bytes]:
+    """Invalid UTF-8, a length beyond the end, random bytes, and a valid message with bytes changed."""
+    yield from (b"\x0a\x02\xff\xfe", b"\xff" * 30, b"\x0a\xff\xff\xff\xff\x0f", b"")
+    dice = random.Random(7)
+    for _ in range(count):
+        yield dice.randbytes(dice.randint(1, 60))
+        raw = bytearray(VALID.SerializeToString())
+        for _ in range(dice.randint(1, 4)):
+            raw[dice.randrange(len(raw))] = dice.randrange(256)
+        yield bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "method", ["GenerationService/Generate", "ActivationService/GetActivations", "CatalogService/ListFeatures"]
+)
+async def test_no_bytes_reach_internal(running: Any, method: str) -> None:
+    seen: set[grpc.StatusCode] = set()
+    send = running.channel.unary_stream(f"/saeguard.v1.{method}")
+    for raw in garbage(100):
+        try:
+            async for _ in send(raw, timeout=2):
+                pass
+        except grpc.aio.AioRpcError as err:
+            seen.add(err.code())
+    assert grpc.StatusCode.INVALID_ARGUMENT in seen
+    # DEADLINE_EXCEEDED: a damaged max_new_tokens can be huge.
+    assert seen <= {
+        grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DEADLINE_EXCEEDED,
+    }  # fmt: skip

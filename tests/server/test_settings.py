@@ -1,0 +1,138 @@
+"""Settings: what a file and flags may say, and that everything else is refused by its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saeguard_server.settings import Address, BadSettings, SaeSettings, Settings, load
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "saeguard.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_nothing_said_is_the_default(tmp_path: Path) -> None:
+    assert load(None) == Settings() == load(written(tmp_path, ""))
+
+
+def test_flags_win_over_the_file_key_by_key(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        """
+        saes = [{ name = "a", path = "/a" }, { name = "b", path = "/b", site = "resid_post.3" }]
+        [model]
+        path = "org/model"
+        dtype = "bfloat16"
+        [server]
+        drain_s = 7
+        """,
+    )
+    found = load(path, {"model": {"path": "other"}, "engine": {"max_slots": 3}})
+    assert (found.model.path, found.model.dtype, found.engine.max_slots, found.server.drain_s) == (
+        "other", "bfloat16", 3, 7.0,
+    )  # fmt: skip
+    assert found.saes[1] == SaeSettings(name="b", path="/b", site="resid_post.3")
+    assert [one.name for one in load(path, {"saes": [{"name": "c", "path": "/c"}]}).saes] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("key", "tree"),
+    [
+        ("max_batchs", {"engine": {"max_batchs": 3}}),
+        ("nope", {"nope": {}}),
+        ("engine.max_slots", {"engine": {"max_slots": 0}}),
+        ("engine.max_slots", {"engine": {"max_slots": "many"}}),
+        ("engine.threads", {"engine": {"threads": -1}}),
+        ("limits.max_queue", {"limits": {"max_queue": True}}),
+        ("limits.max_deadline_s", {"limits": {"max_deadline_s": 0}}),
+        ("max_deadline_s", {"limits": {"max_deadline_s": float("nan")}}),
+        ("limits.max_deadline_s", {"limits": {"max_deadline_s": float("inf")}}),
+        ("drain_s", {"server": {"drain_s": float("nan")}}),
+        ("model.dtype", {"model": {"dtype": "int8"}}),
+        ("model.path", {"model": {"path": ""}}),
+        ("server.log_level", {"server": {"log_level": "loud"}}),
+        ("listen", {"server": {"listen": "localhost"}}),
+        ("metrics_listen", {"server": {"metrics_listen": "9464"}}),
+        ("tls_key", {"server": {"tls_certificate": "c.pem"}}),
+        ("tls_certificate", {"server": {"tls_key": "k.pem"}}),
+        ("tls_client_ca", {"server": {"tls_client_ca": "ca.pem"}}),
+        ("saes", {"saes": [{"name": "a", "path": "/a"}, {"name": "a", "path": "/b"}]}),
+        ("saes[0].name", {"saes": [{"name": "", "path": "/a"}]}),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_key(key: str, tree: dict[str, Any]) -> None:
+    with pytest.raises(BadSettings) as caught:
+        load(None, tree)
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[model", "a = 1", "model = 3", '[[saes]]\nname = "x"', "[server]\nlisten = 5"])
+def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(BadSettings, match=str(path)):
+        load(path)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match="No such file"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "raw.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadSettings, match=r"raw\.toml"):
+        load(tmp_path / "raw.toml")
+
+
+trees = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from(["model", "saes", "engine", "limits", "server", "other"])
+inner_keys = st.sampled_from(["path", "name", "listen", "max_slots", "drain_s", "max_deadline_s", "tls_key"])
+
+
+@given(st.dictionaries(keys, trees | st.dictionaries(inner_keys, trees, max_size=4), max_size=4))
+def test_any_tree_is_settings_or_refused(tree: dict[str, Any]) -> None:
+    try:
+        found = load(None, tree)
+    except BadSettings:
+        return
+    assert load(None, msgspec.to_builtins(found)) == found
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_an_address_or_refused(text: str) -> None:
+    try:
+        found = Address.parse(text)
+    except ValueError:
+        return
+    assert Address.parse(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "is_loopback"),
+    [
+        ("127.0.0.1:1", "127.0.0.1", True),
+        ("localhost:1", "localhost", True),
+        ("[::1]:1", "::1", True),
+        ("0.0.0.0:1", "0.0.0.0", False),
+        ("[::]:1", "::", False),
+        ("10.0.0.1:1", "10.0.0.1", False),
+    ],
+)
+def test_addresses(text: str, host: str, is_loopback: bool) -> None:
+    found = Address.parse(text)
+    assert (found.host, found.port, found.is_loopback, str(found)) == (host, 1, is_loopback, text)
+
+
+@pytest.mark.parametrize("text", ["", ":1", "host:", "host:x", "host:65536", "::1:50051", "host:-1", "[]:1", "host:²"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match="host:port"):
+        Address.parse(text)
