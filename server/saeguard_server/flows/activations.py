@@ -35,17 +35,8 @@ class ReadActivations:
                     yield part
 
     def _prepare(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
-        self._check_counts(request)
         picks = self._picks(request)
         return [self._task(request, call, picks, index, one) for index, one in enumerate(request.inputs)]
-
-    def _check_counts(self, request: ActivationRequest) -> None:
-        for field, given, most in (
-            ("inputs", len(request.inputs), self._limits.max_activation_inputs),
-            ("interventions", len(request.interventions), self._limits.max_interventions),
-        ):
-            if given > most:
-                raise InvalidRequest(field, f"at most {most}, got {given}")
 
     def _task(
         self, request: ActivationRequest, call: Call, picks: tuple[Pick, ...], index: int, prompt: ModelInput

@@ -9,7 +9,6 @@ from contextlib import aclosing
 
 from saeguard_server.engine.protocol import Engine, GenerateTask
 from saeguard_server.engine.tokenizer import Tokenizer
-from saeguard_server.errors import InvalidRequest
 from saeguard_server.flows.prompt import check_length, encode
 from saeguard_server.flows.steering import find_feature, resolve
 from saeguard_server.reply import Chunk
@@ -36,7 +35,6 @@ class Generate:
                 yield chunk
 
     def _prepare(self, request: GenerationRequest, call: Call) -> GenerateTask:
-        self._check_counts(request)
         watch = []
         for index, ref in enumerate(request.watch):
             find_feature(self._engine, ref, f"watch[{index}]")
@@ -64,11 +62,3 @@ class Generate:
             steering=steering,
             watch=tuple(watch),
         )
-
-    def _check_counts(self, request: GenerationRequest) -> None:
-        for field, given, most in (
-            ("interventions", len(request.interventions), self._limits.max_interventions),
-            ("watch", len(request.watch), self._limits.max_watch),
-        ):
-            if given > most:
-                raise InvalidRequest(field, f"at most {most}, got {given}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from saeguard_sae.architectures import layout
 from saeguard_sae.loading import digest
@@ -80,6 +82,8 @@ def _resolve(settings: ModelSettings) -> Path:
 def _network(path: Path, config: Any, settings: ModelSettings) -> nn.Module:
     if settings.dtype not in _DTYPES:
         raise ValueError(f"model.dtype: must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}")
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # it would break up the log
     attention = "eager" if config.model_type in _EAGER else "sdpa"
     network: nn.Module = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=_DTYPES[settings.dtype], attn_implementation=attention, use_safetensors=True
