@@ -83,7 +83,7 @@ def _network(path: Path, config: Any, settings: ModelSettings) -> nn.Module:
     if settings.dtype not in _DTYPES:
         raise ValueError(f"model.dtype: must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}")
     if not sys.stderr.isatty():
-        disable_progress_bar()  # it would break up the log
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break up the log
     attention = "eager" if config.model_type in _EAGER else "sdpa"
     network: nn.Module = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=_DTYPES[settings.dtype], attn_implementation=attention, use_safetensors=True

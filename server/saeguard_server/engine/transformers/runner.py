@@ -84,7 +84,7 @@ class Runner:
         return logits[0]
 
     def decode(self, count: int, length: int) -> Tensor:
-        """Reads the last token of the first ``count`` slots -> [count, vocabulary]; ``length`` is the longest with it."""
+        """Reads the last token of the first ``count`` slots -> [count, vocabulary]; ``length``: of the longest."""
         slots = slice(0, count)
         positions = self._length[slots, None]
         logits = self._forward(self._last[slots, None], slots, positions, length, keep=1)
