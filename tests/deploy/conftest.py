@@ -1,0 +1,84 @@
+"""The deployment's files, parsed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from saeguard_server import cli
+from saeguard_server.settings import Settings, load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def deploy() -> Path:
+    """The folder under test."""
+    return ROOT / "deploy"
+
+
+@pytest.fixture(scope="session")
+def instructions(deploy: Path) -> list[tuple[str, str]]:
+    """The Dockerfile's instructions as name and body, without comments, continued lines joined."""
+    lines = [line for line in (deploy / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    text = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    parts = [line.strip().partition(" ") for line in text.splitlines() if line.strip()]
+    assert len(parts) > 20
+    return [(name, body.strip()) for name, _, body in parts]
+
+
+@pytest.fixture(scope="session")
+def image(instructions: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Bodies by name, of the stage that becomes the image."""
+    names = [name for name, _ in instructions]
+    start = len(names) - names[::-1].index("FROM")
+    bodies: dict[str, list[str]] = {}
+    for name, body in instructions[start:]:
+        bodies.setdefault(name, []).append(body)
+    return bodies
+
+
+@pytest.fixture(scope="session")
+def health_command(image: dict[str, list[str]]) -> list[str]:
+    """The image's health check, which must be in exec form."""
+    (body,) = image["HEALTHCHECK"]
+    options, _, command = body.partition(" CMD ")
+    assert "--timeout=" in options
+    words: list[str] = json.loads(command)
+    return words
+
+
+@pytest.fixture(scope="session")
+def settings_of() -> Callable[[list[str]], Settings]:
+    """What ``saeguard serve ...`` would run with; an unknown flag fails."""
+
+    def parse(command: list[str]) -> Settings:
+        parser = argparse.ArgumentParser()
+        cli.add_serve(parser.add_subparsers())
+        arguments = parser.parse_args(command)
+        return load(arguments.config, cli.overrides(arguments))
+
+    return parse
+
+
+@pytest.fixture(scope="session")
+def compose(deploy: Path) -> dict[str, Any]:
+    """compose.yaml."""
+    parsed: dict[str, Any] = yaml.safe_load((deploy / "compose.yaml").read_text())
+    return parsed
+
+
+@pytest.fixture(scope="session")
+def rules(deploy: Path) -> list[dict[str, Any]]:
+    """Every alert."""
+    groups = yaml.safe_load((deploy / "prometheus" / "rules.yaml").read_text())["groups"]
+    found = [rule for group in groups for rule in group["rules"]]
+    assert len(found) >= 5
+    return found
