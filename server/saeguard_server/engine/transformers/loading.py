@@ -42,13 +42,9 @@ def load_saes(settings: tuple[SaeSettings, ...], model: LoadedModel) -> dict[str
     """The SAEs by name, on the model's device.
 
     Raises:
-        LoadError: one cannot be loaded, names a site the model lacks, has another width, or a name is given twice.
+        LoadError: one cannot be loaded, names a site that the model lacks, or has another width.
     """
-    saes: dict[str, LoadedSae] = {}
-    for one in settings:
-        if one.name in saes:
-            raise LoadError(f"SAE {one.name!r} is given twice")
-        saes[one.name] = _load(one, model)
+    saes = {one.name: _load(one, model) for one in settings}
     _check_widths(model, saes)
     return saes
 

@@ -1,0 +1,81 @@
+"""What cannot be served is refused at start, by name, with what would help."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from saeguard_sae.loading import LoadError
+from saeguard_server.engine.transformers import load_engine
+from saeguard_server.engine.transformers.model import ModelLoadError
+from saeguard_server.observe.metrics import Metrics
+from saeguard_server.settings import SaeSettings, Settings
+from support.engines import World, make_world
+from support.saes import plain_sae, save_sae
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world("llama", tmp_path_factory.mktemp("llama"))
+
+
+def refused(settings: Settings, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        load_engine(settings, Metrics(CollectorRegistry()))
+
+
+def with_model(world: World, path: Path) -> Settings:
+    settings = world.settings(with_saes=False)
+    return msgspec.structs.replace(settings, model=msgspec.structs.replace(settings.model, path=str(path)))
+
+
+def with_saes(world: World, *saes: SaeSettings) -> Settings:
+    return msgspec.structs.replace(world.settings(with_saes=False), saes=saes)
+
+
+def test_an_unknown_architecture_names_the_known_ones_and_how_to_add_it(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.path / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "olmo"}))
+    known = "'olmo' is not known; known are gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, qwen2, qwen3.*LAYOUTS"
+    refused(with_model(world, tmp_path / "model"), ModelLoadError, known)
+
+
+def test_weights_that_are_not_safetensors_are_refused(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.path / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    refused(with_model(world, tmp_path / "model"), ModelLoadError, "safetensors")
+
+
+def test_an_unknown_dtype_is_refused(world: World) -> None:
+    settings = world.settings()
+    settings = msgspec.structs.replace(settings, model=msgspec.structs.replace(settings.model, dtype="int4"))
+    refused(settings, ModelLoadError, "dtype")
+
+
+def test_an_sae_of_another_width_is_refused(world: World, tmp_path: Path) -> None:
+    save_sae(plain_sae("standard", 32, 64, seed=1), tmp_path, "blocks.1.hook_resid_post")
+    sae = SaeSettings(name="narrow", path=str(tmp_path))
+    refused(with_saes(world, sae), LoadError, "'narrow' has d_in 32, but resid_post.1 of this model is 48 wide")
+
+
+def test_an_sae_of_a_layer_that_the_model_lacks_is_refused(world: World) -> None:
+    sae = SaeSettings(name="deep", path=str(world.path / "resid_post"), site="resid_post.9")
+    refused(with_saes(world, sae), LoadError, "'deep': resid_post.9 is not a site of this llama model")
+
+
+def test_a_site_in_foreign_spelling_is_refused(world: World) -> None:
+    sae = SaeSettings(name="one", path=str(world.path / "resid_post"), site="layers.1")
+    refused(with_saes(world, sae), LoadError, "write it like 'resid_post.12'")
+
+
+def test_two_saes_at_one_site_are_served(world: World) -> None:
+    path = str(world.path / "resid_post")
+    settings = with_saes(world, SaeSettings(name="a", path=path), SaeSettings(name="b", path=path))
+    engine = load_engine(settings, Metrics(CollectorRegistry()))
+    assert str(engine.saes["a"].site) == str(engine.saes["b"].site) == "resid_post.1"
