@@ -1,0 +1,174 @@
+"""Makes the demonstration again from nothing: ``python -m saeguard_server.demo.build [--out DIR] [--model DIR]``.
+
+Corpus, tokenizer, language model, SAEs, catalogue, scenarios, card; assets are written whole, then moved into place.
+Seeds of training, selection, labelling and measuring are ranges that do not meet.
+"""
+
+import argparse
+import logging
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from saeguard_sae.catalogue import Quality
+from saeguard_sae.formats import saelens
+from saeguard_sae.site import Site
+from saeguard_sae.train import TrainSettings, train
+from saeguard_server.demo import card, corpus, lm, quality, tokens, write
+from saeguard_server.demo.bundle import Bundle, Sae
+from saeguard_server.demo.catalogue import encode_lines, features
+from saeguard_server.demo.harvest import Harvest, harvest
+from saeguard_server.demo.lexicon import lexicon
+from saeguard_server.demo.measure import neutral_change, side
+from saeguard_server.demo.plans import PLANS, Plan
+from saeguard_server.demo.scenarios import ASSETS, Measured, Scenario
+from saeguard_server.demo.selection import select
+from saeguard_server.demo.separation import separation
+from saeguard_server.demo.tokens import Tokens
+
+logger = logging.getLogger("saeguard.demo")
+
+TRAIN_MODEL = range(30_000)
+TRAIN_SAES = range(100_000, 103_000)
+CHOOSE = range(200_000, 200_500)
+"""Features, labels and detectors are chosen on these documents."""
+CHECK = range(210_000, 210_500)
+"""Labels, detectors, statistics and quality are reported on these."""
+NEUTRAL_SELECT, NEUTRAL_MEASURE = range(220_000, 220_040), range(230_000, 230_060)
+SEED_SELECT, SEED_MEASURE = 31_000, 57_000
+SELECT_GENERATIONS, MEASURE_GENERATIONS = 48, 224
+NEUTRAL_KINDS = ("english", "french", "code", "golden_gate", "honest")
+_SAE = TrainSettings(d_sae=768, k=8, widths=(16, 96, 768), steps=1600, learning_rate=2e-3, smooth_weight=0.5)
+SAES = {"resid2": (2, replace(_SAE, seed=102)), "resid4": (4, replace(_SAE, seed=104))}
+"""Layer and training of each SAE by its name."""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ASSETS, help="where the assets go, replaced as a whole")
+    parser.add_argument("--model", type=Path, help="a model folder of an earlier build, instead of training one")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    with TemporaryDirectory(dir=options.out.parent, prefix=".assets-") as folder:
+        build(Path(folder) / "assets", options.model)
+        shutil.rmtree(options.out, ignore_errors=True)
+        (Path(folder) / "assets").rename(options.out)
+
+
+def build(out: Path, trained: Path | None = None) -> None:
+    """Everything, into a new folder."""
+    started = time.monotonic()
+    model, tokenizer, model_tokens = language_model(trained)
+    write.model(out / "model", model, tokenizer)
+    choose, check = documents(tokenizer, CHOOSE), documents(tokenizer, CHECK)
+    layers = tuple(layer for layer, _ in SAES.values())
+    chosen, checked = (harvest(model, some, layers, with_mlp=True) for some in (choose, check))
+    bundle = Bundle(model, tokenizer, {})
+    stream = harvest(model, documents(tokenizer, TRAIN_SAES), layers)
+    fits = {}
+    for name, (layer, settings) in SAES.items():
+        fits[name] = dictionary(bundle, name, layer, settings, stream, chosen, checked, check, out / "saes" / name)
+    rows = separation({name: (sae.layer, sae.dictionary) for name, sae in bundle.saes.items()}, chosen, checked)
+    write.json(out / "separation.json", rows)
+    scenarios = [scenario(plan, bundle, chosen) for plan in PLANS]
+    neutral = {kind: [one.text for one in corpus.documents(NEUTRAL_MEASURE[:20], kind)] for kind in NEUTRAL_KINDS}
+    write.scenarios(out / "scenarios.json", scenarios, lexicon(), neutral)
+    facts = card.Facts(
+        parameters=sum(p.numel() for p in model.parameters()),
+        model_tokens=model_tokens,
+        loss=quality.loss_by_kind(model, check),
+        sae_tokens=len(stream.ids),
+        settings={name: settings for name, (_, settings) in SAES.items()},
+        fits=fits,
+        separation=rows,
+        scenarios=scenarios,
+        minutes=(time.monotonic() - started) / 60,
+        is_model_reused=trained is not None,
+    )
+    (out / "CARD.md").write_text(card.card(facts, out), encoding="utf-8")
+
+
+def language_model(trained: Path | None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, int]:
+    """The model and its tokenizer, trained now or read from a folder, and the tokens of its corpus."""
+    settings = lm.ModelSettings()
+    texts = list(corpus.documents(TRAIN_MODEL))
+    if trained is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(trained)
+        model = LlamaForCausalLM.from_pretrained(trained, dtype=torch.float32)
+        model.train(False)
+        return model, tokenizer, sum(len(tokens.tokenise(tokenizer, one, settings.context).ids) for one in texts)
+    tokenizer = tokens.train_tokenizer(texts[:8000], settings.vocab_size, settings.context)
+    rows = [tokens.tokenise(tokenizer, one, settings.context) for one in texts]
+    return lm.train_model(settings, rows), tokenizer, sum(len(row.ids) for row in rows)
+
+
+def documents(tokenizer: PreTrainedTokenizerFast, seeds: range, kind: str | None = None) -> list[Tokens]:
+    """Documents of these seeds as tokens."""
+    return [tokens.tokenise(tokenizer, one, lm.ModelSettings().context) for one in corpus.documents(seeds, kind)]
+
+
+def dictionary(
+    bundle: Bundle,
+    name: str,
+    layer: int,
+    settings: TrainSettings,
+    stream: Harvest,
+    chosen: Harvest,
+    checked: Harvest,
+    check: list[Tokens],
+    out: Path,
+) -> Quality:
+    """Trains, writes and reads back one SAE, describes its features, and puts it into the bundle."""
+    site = Site(layer, "resid_post")
+    saelens.save(
+        train(settings, stream.resid[layer], stream.before()),
+        out,
+        site=site,
+        model_name="saeguard-demo",
+        metadata={"hf_hook_name": f"model.layers.{layer}", "context_size": lm.ModelSettings().context},
+    )
+    loaded = saelens.load(out).dictionary
+    lines = features(loaded, layer, bundle.model, bundle.tokenizer, chosen, checked, check)
+    (out / "features.jsonl").write_bytes(encode_lines(lines))
+    fit = quality.quality(bundle.model, layer, loaded, checked.resid[layer], check)
+    write.json(out / "quality.json", fit)
+    logger.info("%s: %s; %d features labelled", name, fit, sum(line.label is not None for line in lines))
+    bundle.saes[name] = Sae(layer, loaded, tuple(line.maximum or 0.0 for line in lines))
+    return fit
+
+
+def scenario(plan: Plan, bundle: Bundle, chosen: Harvest) -> Scenario:
+    """Selects interventions for a plan, then measures them on fresh generations and fresh neutral text."""
+    words = lexicon()
+    neutral = documents(bundle.tokenizer, NEUTRAL_SELECT, plan.neutral_kind)
+    interventions = select(plan, bundle, words, chosen, neutral, SELECT_GENERATIONS, SEED_SELECT)
+    base, steered = (
+        side(bundle, plan, edits, words, MEASURE_GENERATIONS, SEED_MEASURE) for edits in ((), interventions)
+    )
+    changes = {
+        kind: neutral_change(bundle, interventions, documents(bundle.tokenizer, NEUTRAL_MEASURE, kind))
+        for kind in NEUTRAL_KINDS
+    }
+    holds = plan.expectation.holds(base.score.mean, steered.score.mean)
+    logger.info("%s: %.2f -> %.2f, %s", plan.name, base.score.mean, steered.score.mean, "holds" if holds else "FAILS")
+    return Scenario(
+        name=plan.name,
+        title=plan.title,
+        prompt=plan.prompt,
+        interventions=interventions,
+        scorer=plan.scorer,
+        max_new_tokens=plan.max_new_tokens,
+        temperature=plan.temperature,
+        expectation=plan.expectation,
+        measured=Measured(MEASURE_GENERATIONS, base, steered, changes),
+    )
+
+
+if __name__ == "__main__":
+    main()

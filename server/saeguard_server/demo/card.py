@@ -1,0 +1,141 @@
+"""The card of the shipped assets: how they were made, what was measured, and their digests."""
+
+import hashlib
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+from saeguard_sae.catalogue import Quality
+from saeguard_sae.train import TrainSettings
+from saeguard_server.demo.lm import ModelSettings
+from saeguard_server.demo.scenarios import Scenario
+from saeguard_server.demo.separation import Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the card says."""
+
+    parameters: int
+    model_tokens: int
+    loss: dict[str, float]
+    sae_tokens: int
+    settings: dict[str, TrainSettings]
+    fits: dict[str, Quality]
+    separation: list[Row]
+    scenarios: list[Scenario]
+    minutes: float
+    is_model_reused: bool
+    """Whether the minutes leave out the training of the model."""
+
+
+def card(facts: Facts, folder: Path) -> str:
+    """Markdown; digests are of the files as they lie in ``folder``."""
+    parts = [_intro(facts), _model(facts), _saes(facts), _separation(facts), _scenarios(facts), _digests(folder)]
+    return "\n".join(parts)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the card, by its path in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "CARD.md")
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _intro(facts: Facts) -> str:
+    without = ", the training of the language model not counted" if facts.is_model_reused else ""
+    return f"""# The demonstration's model and SAEs
+
+Made from nothing by `python -m saeguard_server.demo.build`; {facts.minutes:.0f} minutes on two shared CPU
+cores{without}. The text is synthetic: every document comes from a grammar in this package and a seed, and carries the
+concept it was written as. The model knows nothing else. It is here so that the server has something real to serve, not
+to be useful.
+"""
+
+
+def _model(facts: Facts) -> str:
+    settings = ModelSettings()
+    rows = "".join(f"| {kind} | {loss:.3f} |\n" for kind, loss in facts.loss.items())
+    return f"""## Model
+
+Llama, {settings.n_layers} layers, d_model {settings.d_model}, {settings.n_heads} heads ({settings.n_kv_heads} key-value
+heads), context {settings.context}, vocabulary {settings.vocab_size}, tied embeddings: {facts.parameters:,} parameters,
+stored as bfloat16 and measured in float32 with the stored values. Trained for {settings.steps} steps of at most
+{settings.batch_tokens:,} tokens, padding included, on a corpus of {facts.model_tokens:,} tokens, seed {settings.seed}.
+
+Held-out loss, nats per token (a uniform guess has {log(settings.vocab_size):.2f}):
+
+| documents | loss |
+|---|---|
+{rows}"""
+
+
+def _saes(facts: Facts) -> str:
+    head = "| SAE | features | k | widths | seed | L0 | FVU | CE | CE spliced | CE mean-ablated | dead |\n"
+    rows = "".join(
+        f"| {name} | {facts.settings[name].d_sae} | {facts.settings[name].k} | {facts.settings[name].widths} "
+        f"| {facts.settings[name].seed} | {fit.l0} | {fit.fvu} | {fit.ce_base} | {fit.ce_spliced} "
+        f"| {fit.ce_mean_ablated} | {fit.dead_share} |\n"
+        for name, fit in facts.fits.items()
+    )
+    return f"""## SAEs
+
+Matryoshka BatchTopK with AuxK on the residual stream after a layer, special tokens left out, exported as JumpReLU.
+{facts.sae_tokens:,} tokens were harvested for them. Measured on text that trained neither model nor SAE; dead is the
+share of features that never fired there.
+
+{head}|---|---|---|---|---|---|---|---|---|---|---|
+{rows}"""
+
+
+def _separation(facts: Facts) -> str:
+    rows = "".join(
+        f"| {row.concept} | {row.sae} | {row.feature.unit} | **{row.feature.heldout_f1:.2f}** "
+        f"| {row.mlp_neuron.heldout_f1:.2f} | {row.residual_dimension.heldout_f1:.2f} "
+        f"| {row.feature.heldout_auroc:.3f} "
+        f"| {row.mlp_neuron.heldout_auroc:.3f} | {row.residual_dimension.heldout_auroc:.3f} |\n"
+        for row in facts.separation
+    )
+    return f"""## One feature against one neuron
+
+The best unit of each kind, chosen with its cut by F1 on tokens of one set of documents, scored on another. A neuron may
+have either sign. AUROC is of means over documents, and saturates.
+
+| concept | SAE | feature | F1 feature | F1 MLP neuron | F1 residual dimension | AUROC feature | neuron | dimension |
+|---|---|---|---|---|---|---|---|---|
+{rows}"""
+
+
+def _scenarios(facts: Facts) -> str:
+    return "## Scenarios\n\n" + "\n".join(_scenario(one) for one in facts.scenarios)
+
+
+def _scenario(one: Scenario) -> str:
+    base, steered = one.measured.base, one.measured.steered
+    edits = ", ".join(
+        f"{i.sae} {i.feature} {i.kind}{'' if i.value is None else f' {i.value:g} {i.unit}'}" for i in one.interventions
+    )
+    changes = "; ".join(
+        f"{kind} {change.loss_after - change.loss_before:+.4f} (KL {change.kl:.4f})"
+        for kind, change in one.measured.neutral.items()
+    )
+    return f"""### {one.title}
+
+`{one.name}`: {edits}. {one.scorer} over {one.measured.generations} generations, 95 % intervals:
+{base.score.mean:.3f} [{base.score.low:.3f}, {base.score.high:.3f}] without, {steered.score.mean:.3f}
+[{steered.score.low:.3f}, {steered.score.high:.3f}] with. Nats per token under the unsteered model {base.nll:.2f} and
+{steered.nll:.2f}; repeated trigrams {base.repetition:.3f} and {steered.repetition:.3f}.
+Change of loss: {changes}.
+
+Without: {base.samples[0]!r}
+
+With: {steered.samples[0]!r}
+"""
+
+
+def _digests(folder: Path) -> str:
+    rows = "".join(f"| {name} | {digest} |\n" for name, digest in digests(folder).items())
+    return f"""## Digests
+
+| file | SHA-256 |
+|---|---|
+{rows}"""

@@ -1,0 +1,60 @@
+"""Does one SAE feature tell a concept better than one neuron? Both chosen the same way, both scored on other text."""
+
+import msgspec
+from torch import Tensor
+
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.discover import Candidate, Labelled, search
+from saeguard_server.demo.harvest import Harvest
+
+CONCEPTS = ("french", "code", "golden_gate", "sycophantic")
+
+
+class Best(msgspec.Struct, frozen=True):
+    """The best unit of a kind for a concept, by F1 on the tokens where it was chosen."""
+
+    unit: int
+    sign: int
+    train_f1: float
+    heldout_f1: float
+    heldout_auroc: float
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One concept at one layer. A neuron may stand for the concept with either sign; a feature is positive."""
+
+    concept: str
+    sae: str
+    feature: Best
+    mlp_neuron: Best
+    residual_dimension: Best
+
+
+def separation(saes: dict[str, tuple[int, Dictionary]], train: Harvest, heldout: Harvest) -> list[Row]:
+    """One row per concept and SAE."""
+    rows = []
+    for name, (layer, dictionary) in saes.items():
+        features = dictionary.encode(train.resid[layer]), dictionary.encode(heldout.resid[layer])
+        for concept in CONCEPTS:
+            rows.append(
+                Row(
+                    concept=concept,
+                    sae=name,
+                    feature=_best(features, train, heldout, concept, signs=(1,)),
+                    mlp_neuron=_best((train.mlp[layer], heldout.mlp[layer]), train, heldout, concept),
+                    residual_dimension=_best((train.resid[layer], heldout.resid[layer]), train, heldout, concept),
+                )
+            )
+    return rows
+
+
+def _best(
+    values: tuple[Tensor, Tensor], train: Harvest, heldout: Harvest, concept: str, signs: tuple[int, ...] = (1, -1)
+) -> Best:
+    found: list[tuple[int, Candidate]] = []
+    for sign in signs:
+        here = Labelled(sign * values[0], train.labels(concept), train.document)
+        there = Labelled(sign * values[1], heldout.labels(concept), heldout.document)
+        found += [(sign, one) for one in search(here, there, top=1)]
+    sign, one = max(found, key=lambda pair: pair[1].train_f1)
+    return Best(one.unit, sign, round(one.train_f1, 4), round(one.heldout_f1, 4), round(one.heldout_auroc, 4))

@@ -1,0 +1,175 @@
+"""What is shipped: small enough, as the card says, readable by our own loaders, and true when measured again."""
+
+import json
+import re
+from functools import cache
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from saeguard_sae import loading
+from saeguard_sae.activations import JumpReLU
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.site import Site
+from saeguard_server.demo import build, corpus, scenarios
+from saeguard_server.demo.bundle import Bundle, Sae
+from saeguard_server.demo.card import digests
+from saeguard_server.demo.harvest import Harvest, harvest
+from saeguard_server.demo.measure import neutral_change
+from saeguard_server.demo.scenarios import ASSETS, Scenario
+from saeguard_server.demo.scorers import SCORERS, flattery
+
+DEMO = scenarios.load()
+SAES = sorted(path.name for path in (ASSETS / "saes").iterdir())
+MEBIBYTE = 2**20
+
+
+@cache
+def loaded(name: str) -> LoadedSae:
+    return loading.load(name, ASSETS / "saes" / name)
+
+
+@cache
+def bundle() -> Bundle:
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
+    model.train(False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "model")
+    saes = {name: loaded(name) for name in SAES}
+    maxima = {
+        name: tuple(sae.catalogue.feature(i).maximum or 0.0 for i in range(sae.dictionary.d_sae))
+        for name, sae in saes.items()
+    }
+    return Bundle(model, tokenizer, {n: Sae(s.site.layer, s.dictionary, maxima[n]) for n, s in saes.items()})
+
+
+@cache
+def sample() -> Harvest:
+    """Some of the documents on which the catalogue was measured."""
+    rows = build.documents(bundle().tokenizer, build.CHECK[:150])
+    return harvest(bundle().model, rows, tuple(loaded(name).site.layer for name in SAES))
+
+
+def test_all_of_it_is_at_most_12_mebibytes() -> None:
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 12 * MEBIBYTE
+
+
+def test_the_card_knows_every_file_by_its_digest() -> None:
+    card = (ASSETS / "CARD.md").read_text(encoding="utf-8")
+    written = dict(re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", card, re.MULTILINE))
+    assert written == digests(ASSETS)
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_saes_load_at_their_site(name: str) -> None:
+    sae = loaded(name)
+    layer, settings = build.SAES[name]
+    assert sae.site == Site(layer, "resid_post")
+    assert (sae.dictionary.d_in, sae.dictionary.d_sae) == (192, settings.d_sae)
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_encode_is_the_formula_in_float64(name: str) -> None:
+    d = loaded(name).dictionary
+    assert isinstance(d.activation, JumpReLU)
+    x = sample().resid[loaded(name).site.layer][:500]
+    pre = (x.double() - d.b_dec.double()) @ d.W_enc.double() + d.b_enc.double()
+    wanted = torch.where(pre > d.activation.threshold.double(), pre.clamp(min=0), 0.0)
+    clear = (pre - d.activation.threshold.double()).abs() > 1e-4
+    torch.testing.assert_close(d.encode(x).double()[clear], wanted[clear], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_catalogue_agrees_with_a_sample(name: str) -> None:
+    """A share of a third of the documents lies near the share of all; a maximum cannot be exceeded."""
+    sae = loaded(name)
+    values = sae.dictionary.encode(sample().resid[sae.site.layer])
+    density, maximum = (values > 0).float().mean(0), values.max(0).values
+    for index in range(sae.dictionary.d_sae):
+        feature = sae.catalogue.feature(index)
+        assert feature.density is not None
+        assert float(density[index]) == pytest.approx(feature.density, abs=0.03)
+        assert float(maximum[index]) <= (feature.maximum or 0.0) * 1.001 + 1e-3
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_examples_run_again(name: str) -> None:
+    sae, here = loaded(name), bundle()
+    shown = [one for one in sae.catalogue.features.values() if one.examples][::37]
+    assert shown
+    for feature in shown:
+        example = feature.examples[0]
+        ids = torch.tensor([here.tokenizer(example.text)["input_ids"]])
+        state = here.model(input_ids=ids, output_hidden_states=True).hidden_states[sae.site.layer + 1].detach()
+        value = float(sae.dictionary.encode(state[0, example.token_index])[feature.index])
+        assert value == pytest.approx(example.value, rel=0.01)
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_labels_have_scores_and_quality_is_sane(name: str) -> None:
+    sae = loaded(name)
+    for feature in sae.catalogue.features.values():
+        assert (feature.label is None) == (feature.label_score is None) == (feature.label_metric is None)
+        assert feature.label_score is None or 0.5 < feature.label_score <= 1.0
+    quality = sae.catalogue.quality
+    assert quality is not None
+    assert quality.ce_base <= quality.ce_spliced < quality.ce_mean_ablated  # type: ignore[operator]
+
+
+def test_tokenizer_round_trips_any_text_and_writes_the_chat_markup() -> None:
+    tokenizer = bundle().tokenizer
+    for text in ("Le chat est là, œuf à 12 €.", "def f(x):\n    return x\n", "日本語 🙂"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    chat = [{"role": "user", "content": "Hi."}]
+    written = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert written == "<|bos|><|user|>\nHi.<|end|>\n<|assistant|>\n"
+    assert tokenizer(written, add_special_tokens=False)["input_ids"][:2] == [1, 3]
+
+
+@pytest.mark.parametrize("scenario", DEMO.scenarios, ids=lambda one: one.name)
+def test_scenarios_name_what_exists_and_held(scenario: Scenario) -> None:
+    assert scenario.scorer in SCORERS
+    assert 1 <= len(scenario.interventions) <= 8
+    assert len({(one.sae, one.feature) for one in scenario.interventions}) == len(scenario.interventions)
+    for one in scenario.interventions:
+        assert loaded(one.sae).catalogue.feature(one.feature).maximum
+    measured = scenario.measured
+    assert measured.generations >= 200
+    assert scenario.expectation.holds(measured.base.score.mean, measured.steered.score.mean)
+
+
+def test_neutral_change_is_what_the_build_measured() -> None:
+    scenario = DEMO.scenarios[0]
+    rows = build.documents(bundle().tokenizer, build.NEUTRAL_MEASURE[:40], "english")
+    found = neutral_change(bundle(), scenario.interventions, rows)
+    said = scenario.measured.neutral["english"]
+    assert found.loss_after - found.loss_before == pytest.approx(said.loss_after - said.loss_before, abs=0.02)
+    assert neutral_change(bundle(), (), rows).kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_scores_of_the_shipped_samples_use_the_shipped_lexicon() -> None:
+    first = DEMO.scenarios[0]
+    assert DEMO.score(first, "Le boulanger mange une pomme.") == 1.0
+    assert flattery("You are absolutely right!", DEMO.lexicon) == 1.0
+
+
+def test_separation_beats_neurons_where_it_says_so() -> None:
+    rows = json.loads((ASSETS / "separation.json").read_text(encoding="utf-8"))
+    concepts = {row["concept"] for row in rows}
+    assert concepts == {"french", "code", "golden_gate", "sycophantic"}
+    for concept in concepts:
+        own = [row for row in rows if row["concept"] == concept]
+        assert max(row["feature"]["heldout_f1"] for row in own) > max(row["mlp_neuron"]["heldout_f1"] for row in own)
+
+
+def test_seeds_of_different_uses_do_not_meet() -> None:
+    uses = (build.TRAIN_MODEL, build.TRAIN_SAES, build.CHOOSE, build.CHECK, build.NEUTRAL_SELECT, build.NEUTRAL_MEASURE)
+    seeds = [seed for use in uses for seed in use]
+    assert len(seeds) == len(set(seeds))
+
+
+def test_neutral_prose_is_held_out() -> None:
+    """Dialogues of one turn are bound to repeat: there are few claims. Prose does not."""
+    trained = {corpus.document(seed).text for seed in build.TRAIN_MODEL[:2000]}
+    assert not trained & {text for kind in ("english", "french") for text in DEMO.neutral[kind]}

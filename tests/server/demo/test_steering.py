@@ -1,0 +1,113 @@
+"""The build's own steering is the definition: full decode difference, special tokens alone, same with a cache."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from saeguard_sae.activations import JumpReLU
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.edits import Affine, Clamp, Zero
+from saeguard_server.demo import lm
+from saeguard_server.demo.bundle import affine
+from saeguard_server.demo.harvest import N_SPECIAL, harvest
+from saeguard_server.demo.quality import replaced
+from saeguard_server.demo.scenarios import Intervention
+from saeguard_server.demo.steering import LayerEdits, log_probabilities, sample, steered
+from saeguard_server.demo.tokens import Tokens
+
+SHAPE = replace(lm.ModelSettings(), vocab_size=40, d_model=24, n_layers=3, n_heads=3, n_kv_heads=1, d_mlp=32)
+ROWS = [(1, 9, 12, 3, 30, 7), (1, 8, 25, 11)]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.set_num_threads(1)
+    return lm.new_model(SHAPE).train(False)
+
+
+def dictionary() -> Dictionary:
+    g = torch.Generator().manual_seed(3)
+    W = torch.randn(50, 24, generator=g)
+    threshold = torch.rand(50, generator=g) * 0.02
+    return Dictionary(W.T.clone(), torch.zeros(50), W, torch.randn(24, generator=g) * 0.01, JumpReLU(threshold))
+
+
+def full_formula(d: Dictionary, x: Tensor, edits: dict[int, Affine]) -> Tensor:
+    """decode(f') + (x - decode(f)), every feature computed."""
+    f = d.encode(x)
+    changed = f.clone()
+    for feature, (alpha, beta, low, high) in edits.items():
+        changed[..., feature] = (alpha * f[..., feature] + beta).clamp(low, high)
+    return d.decode(changed) + (x - d.decode(f))
+
+
+def test_edits_are_the_full_formula_on_ordinary_tokens_only(model: LlamaForCausalLM) -> None:
+    d, maps = dictionary(), {4: Zero().affine(1.0), 17: Clamp(0.7).affine(2.0)}
+    ids = lm.padded(ROWS)
+    edits = LayerEdits(1, d, tuple(maps), tuple(maps.values()))
+
+    def state() -> Tensor:
+        """What the next layer reads."""
+        seen: list[Tensor] = []
+        handle = model.model.layers[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+        model(input_ids=ids)
+        handle.remove()
+        return seen[0]
+
+    plain = state()
+    with steered(model, (edits,)):
+        changed = state()
+    ordinary = ids >= N_SPECIAL
+    assert torch.equal(changed[~ordinary], plain[~ordinary])
+    torch.testing.assert_close(changed[ordinary], full_formula(d, plain, maps)[ordinary], rtol=1e-4, atol=1e-5)
+    assert torch.equal(state(), plain), "hooks must not outlive their request"
+
+
+def test_greedy_sampling_with_a_cache_is_greedy_without(model: LlamaForCausalLM) -> None:
+    edits = (LayerEdits(1, dictionary(), (2,), (Clamp(0.5).affine(1.0),)),)
+    with steered(model, edits):
+        new = sample(model, [1, 9, 12], 2, 6, 1e-4, (2,), seed=1)[0]
+        ids = [1, 9, 12]
+        for _ in new:
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            logits[:2] = -torch.inf
+            ids.append(int(logits.argmax()))
+    assert ids[3:] == new
+
+
+def test_padding_is_not_scored(model: LlamaForCausalLM) -> None:
+    together, wanted = log_probabilities(model, ROWS)
+    alone = torch.cat([log_probabilities(model, [row])[0] for row in ROWS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert wanted.tolist() == [9, 12, 3, 30, 7, 8, 25, 11]
+
+
+def test_replacing_by_itself_changes_nothing(model: LlamaForCausalLM) -> None:
+    plain, _ = log_probabilities(model, ROWS)
+    with replaced(model, 1, lambda x: x):
+        same, _ = log_probabilities(model, ROWS)
+    assert torch.equal(plain, same)
+
+
+def test_harvest_knows_each_token_and_its_predecessor(model: LlamaForCausalLM) -> None:
+    rows = [Tokens("k", ids, tuple("markup" if i < N_SPECIAL else "k" for i in ids)) for ids in ROWS]
+    found = harvest(model, rows, (1,), with_mlp=True)
+    assert found.ids.tolist() == [8, 25, 11, 9, 12, 30, 7]
+    assert found.next_ids.tolist() == [25, 11, 0, 12, 3, 7, 0]
+    assert found.document.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert found.position.tolist() == [1, 2, 3, 1, 2, 4, 5]
+    assert found.before().tolist() == [0, 0, 1, 3, 3, 4, 5]
+    state = model(input_ids=torch.tensor([ROWS[1]]), output_hidden_states=True).hidden_states[2][0, 1:]
+    torch.testing.assert_close(found.resid[1][:3], state, rtol=1e-4, atol=1e-5)
+    assert found.mlp[1].shape == (7, 32)
+
+
+def test_units_and_kinds() -> None:
+    assert affine(Intervention("s", 1, "zero"), 5.0) == Affine(alpha=0.0)
+    assert affine(Intervention("s", 1, "clamp", 2.0, "max"), 5.0) == Affine(alpha=0.0, beta=10.0)
+    assert affine(Intervention("s", 1, "scale", -1.0), 5.0) == Affine(alpha=-1.0)
+    with pytest.raises(ValueError, match="needs a value"):
+        affine(Intervention("s", 1, "clamp"), 5.0)
