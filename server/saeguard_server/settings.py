@@ -100,7 +100,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prefill_tokens: Count = 256
     """Prompt tokens processed between two decode steps, so that a long prompt does not stall running requests."""
     threads: Count | None = None
-    """CPU threads for torch; by default torch's choice."""
+    """CPU threads for torch; by default one for a small model and torch's choice for others."""
 
 
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
