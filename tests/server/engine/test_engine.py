@@ -11,6 +11,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from saeguard_sae.edits import Add, Clamp, Scale, Zero
+from saeguard_sae.table import EditTable
 from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
@@ -181,6 +182,27 @@ async def test_a_request_whose_values_blow_up_fails_alone(world: World) -> None:
     for index, answer in enumerate([*results[:3], *again[:3]]):
         assert not isinstance(answer, BaseException)
         assert answer.ids == reference.generate(world.model, prompt(index % 3, 12), 20, [], SPECIAL).tokens
+
+
+async def test_nothing_of_a_poisoned_request_stays_in_its_slot(world: World) -> None:
+    """A short request in that slot beside a long one: the step reads the slot up to the long one's length, masked."""
+    wild = (edit("resid_post", 4, Clamp(3e38)), edit("resid_pre", 3, Scale(-3e38)))
+    with running(world.settings(max_slots=2)) as one:
+        with pytest.raises(NonFiniteOutput):
+            await one.ask(greedy(prompt(9, 60), 4, interventions=wild))
+        short = asyncio.create_task(one.ask(greedy(prompt(1, 5), 40)))
+        await asyncio.sleep(0.02)
+        long = await one.ask(greedy(prompt(2, 60), 8))
+        assert len(long.ids) == 8
+        assert (await short).ids == reference.generate(world.model, prompt(1, 5), 40, [], SPECIAL).tokens
+
+
+async def test_a_receipt_that_does_not_add_up_fails_the_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EditTable, "_count", lambda *_: None)
+    with running(world.settings()) as one:
+        with pytest.raises(InternalFailure, match="applied to 0 tokens instead of 8"):
+            await one.ask(greedy(prompt(1, 5), 5, interventions=(edit("resid_post", 4, Clamp(1.0)),)))
+        assert len((await one.ask(greedy(prompt(1, 5), 5))).ids) == 5
 
 
 async def test_an_exception_in_one_requests_text_fails_it_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
