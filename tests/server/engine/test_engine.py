@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_sae.table import EditTable
+from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
@@ -184,17 +185,39 @@ async def test_a_request_whose_values_blow_up_fails_alone(world: World) -> None:
         assert answer.ids == reference.generate(world.model, prompt(index % 3, 12), 20, [], SPECIAL).tokens
 
 
-async def test_nothing_of_a_poisoned_request_stays_in_its_slot(world: World) -> None:
+@pytest.mark.parametrize("way", ["failed", "cancelled", "inspected"])
+async def test_nothing_of_a_poisoned_request_stays_in_its_slot(world: World, way: str) -> None:
     """A short request in that slot beside a long one: the step reads the slot up to the long one's length, masked."""
     wild = (edit("resid_post", 4, Clamp(3e38)), edit("resid_pre", 3, Scale(-3e38)))
     with running(world.settings(max_slots=2)) as one:
-        with pytest.raises(NonFiniteOutput):
-            await one.ask(greedy(prompt(9, 60), 4, interventions=wild))
+        await _poison(one, greedy(prompt(9, 60), 4, interventions=wild), way)
+        await _idle(one)
         short = asyncio.create_task(one.ask(greedy(prompt(1, 5), 40)))
         await asyncio.sleep(0.02)
         long = await one.ask(greedy(prompt(2, 60), 8))
         assert len(long.ids) == 8
         assert (await short).ids == reference.generate(world.model, prompt(1, 5), 40, [], SPECIAL).tokens
+        assert not one.engine._core.runner.cache.slot_layers[-1]._keys.any(), "a free slot is not all zeros"
+
+
+async def _poison(one: Running, request: GenerationRequest, way: str) -> None:
+    """Fills slot 0 with values that are not finite, and leaves it."""
+    if way == "failed":
+        with pytest.raises(NonFiniteOutput):
+            await one.ask(request)
+        return
+    task = one.flow._prepare(request, Call("test", time.monotonic() + 60))
+    if way == "inspected":
+        read = InspectTask(call=task.call, index=0, tokens=task.tokens, offsets=(None,) * 60,
+                           picks=(Pick(sae="embed", top_k=1),), steering=task.steering)  # fmt: skip
+        assert len([part async for part in one.engine.inspect(read)]) == 10
+        return
+    asked = asyncio.create_task(one.ask(request))
+    while one.engine._core.scheduler.slots_in_use == 0 and not asked.done():
+        await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises((asyncio.CancelledError, NonFiniteOutput)):
+        await asked
 
 
 async def test_a_receipt_that_does_not_add_up_fails_the_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

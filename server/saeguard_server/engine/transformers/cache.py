@@ -61,16 +61,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.context
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies a slot's first ``length`` positions to another slot."""
+        """Moves a slot's first ``length`` positions to a free slot."""
         if self.is_initialized:
             self._keys[target, :length] = self._keys[source, :length]
             self._values[target, :length] = self._values[source, :length]
+            self.wipe(source, length)
 
-    def wipe(self, slot: int) -> None:
-        """Zeroes a slot: masked positions still meet the softmax, and zero times NaN is NaN."""
+    def wipe(self, slot: int, length: int) -> None:
+        """Zeroes a slot's first ``length`` positions."""
         if self.is_initialized:
-            self._keys[slot].zero_()
-            self._values[slot].zero_()
+            self._keys[slot, :length].zero_()
+            self._values[slot, :length].zero_()
 
     @property
     def _keys(self) -> Tensor:
@@ -92,11 +93,15 @@ class SlotCache(Cache):
         super().__init__(layers=list(self.slot_layers))
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies a request's KV to a free slot."""
+        """Moves a request's KV of ``length`` positions to a free slot."""
         for layer in self.slot_layers:
             layer.move(source, target, length)
 
-    def wipe(self, slot: int) -> None:
-        """Zeroes the KV of a request whose values were not finite."""
+    def wipe(self, slot: int, length: int) -> None:
+        """Zeroes the KV of a request that left, so that a free slot is all zeros.
+
+        Masked positions still meet the softmax, and zero times NaN is NaN: what an extreme edit left behind would
+        poison the slot's next request.
+        """
         for layer in self.slot_layers:
-            layer.wipe(slot)
+            layer.wipe(slot, length)

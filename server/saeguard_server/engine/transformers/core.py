@@ -230,16 +230,16 @@ class Core:
 
     def _fail(self, sequence: Sequence, error: SaeguardError) -> None:
         if not sequence.is_done:
-            self._leave(sequence, is_poisoned=isinstance(error, NonFiniteOutput | InternalFailure))
+            self._leave(sequence)
             sequence.send(error)
 
-    def _leave(self, sequence: Sequence, *, is_poisoned: bool = False) -> None:
+    def _leave(self, sequence: Sequence) -> None:
         """Takes a request out and frees its slot; the last ones move up."""
         sequence.is_done = True
         slot = sequence.slot
         moves = self.scheduler.remove(sequence)
         if slot >= 0:
-            self.runner.leave(slot, is_poisoned=is_poisoned)
+            self.runner.leave(slot, len(sequence.tokens))
         for move in moves:
             self.runner.move(move.source, move.target, move.sequence.computed)
 

@@ -48,12 +48,11 @@ class Runner:
         self.hooks.write(slot, task.steering, task.watch)
         self.sampler.write(slot, task.sampling, task.seed, task.max_new_tokens, task.tokens)
 
-    def leave(self, slot: int, *, is_poisoned: bool = False) -> None:
-        """Frees a slot. ``is_poisoned``: its values may not be finite, so its KV must not stay."""
+    def leave(self, slot: int, length: int) -> None:
+        """Frees the slot of a request of ``length`` tokens; nothing of it stays."""
         self.hooks.clear(slot)
         self.sampler.clear(slot)
-        if is_poisoned:
-            self.cache.wipe(slot)
+        self.cache.wipe(slot, length)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Moves a request of ``length`` computed tokens to a free slot."""
