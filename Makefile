@@ -51,7 +51,7 @@ bench: $(READY) ## Measure: steered against unsteered, batched against one at a 
 gpu: $(READY) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again from nothing (about 15 minutes)
+demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again from nothing (about 18 minutes)
 	$(BIN)/python -m saeguard_server.demo.build
 
 image: ## Build the image and check it without a Docker engine (needs root and Debian's container tools)

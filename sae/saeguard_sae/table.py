@@ -120,7 +120,7 @@ class EditTable:
         capped = length > allowed
         shrink = torch.where(capped, allowed / length, 1.0)
         relative = change.abs() * cells["norm"][:, None] * (shrink / size.clamp_min(_TINY))[..., None]
-        self._count(slice(slots.start, slots.stop), used, eligible, change, f, relative, capped)
+        self._count(slots, used, eligible, change, f, relative, capped)
         edited = (wide + delta * shrink[..., None]).to(x.dtype)
         return torch.where(eligible.any(dim=-1, keepdim=True), edited, x)
 

@@ -29,17 +29,14 @@ class Rows:
 
 
 class SteeringHooks:
-    """Edits and reads the model's activations at the sites of ``saes`` while it runs.
-
-    Args:
-        watch: called as ``watch(site, x)`` with the activations [B, T, width] before the edits, while it is set.
-    """
+    """Edits and reads the model's activations at the sites of ``saes`` while it runs."""
 
     def __init__(
         self, model: nn.Module, config: ModelConfig, saes: Mapping[str, LoadedSae], slots: int, device: torch.device
     ) -> None:
         self.rows = Rows()
         self.watch: Callable[[Site, Tensor], None] | None = None
+        """Called as ``watch(site, x)`` with the activations [B, T, width] before the edits, while it is set."""
         self._saes = saes
         widths = {sae.site: sae.dictionary.d_in for sae in saes.values()}
         self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
