@@ -1,4 +1,7 @@
-"""What turns pre-activations into feature values: one class per architecture."""
+"""What turns one feature's pre-activation into its value, and what is common to every such function.
+
+Those that compare a feature with its rivals (TopK and its kin) are in ``selections``.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +38,16 @@ class Activation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Per feature [d_sae]: ``f = relu(gain * q + bias) if q + gate > threshold else 0``, with ``q = x . w_j``."""
+    """Per feature [d_sae]: ``f = relu(gain * q + bias) if q + gate > threshold else 0``, with ``q = x . w_j``.
+
+    ``squashed``: ``tanh`` of that.
+    """
 
     gain: Tensor
     bias: Tensor
     gate: Tensor
     threshold: Tensor
+    squashed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,27 @@ class ReLU:
     def columns(self, b_enc: Tensor) -> Columns:
         never = torch.full_like(b_enc, -torch.inf)
         return Columns(torch.ones_like(b_enc), b_enc, b_enc, never)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {}
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> Activation:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class TanhReLU:
+    """``tanh(max(p, 0))``: what SAELens before 6.0 calls ``tanh-relu``; its later versions load it as ReLU."""
+
+    name: ClassVar[str] = "tanh_relu"
+    local: ClassVar[bool] = True
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return pre.relu().tanh()
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        never = torch.full_like(b_enc, -torch.inf)
+        return Columns(torch.ones_like(b_enc), b_enc, b_enc, never, squashed=True)
 
     def parameters(self) -> dict[str, Tensor]:
         return {}
@@ -108,25 +136,3 @@ class Gated:
 
     def with_parameters(self, tensors: dict[str, Tensor]) -> Activation:
         return Gated(**tensors)
-
-
-@dataclass(frozen=True, slots=True)
-class TopK:
-    """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024)."""
-
-    k: int
-    name: ClassVar[str] = "topk"
-    local: ClassVar[bool] = False
-
-    def __call__(self, pre: Tensor) -> Tensor:
-        values, index = pre.topk(self.k, dim=-1)
-        return torch.zeros_like(pre).scatter_(-1, index, values.relu())
-
-    def columns(self, b_enc: Tensor) -> Columns:
-        raise TypeError("a TopK feature cannot be computed alone: it needs every pre-activation")
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {}
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> Activation:
-        return self

@@ -6,13 +6,14 @@ test; nothing else knows module names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from saeguard_sae.site import Point, Site
+from saeguard_sae.site import POINTS, Point, Site
 
 
 class ModelConfig(Protocol):
@@ -24,10 +25,26 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor in the model: the input (first argument) or output (first element) of ``module``."""
+    """A tensor in the model: the input (first argument) or output (first element) of ``module``.
+
+    ``shared``: the residual stream itself, which the block goes on to use past this module, so that an edit must change
+    the tensor in place. ``normalised``: not the tensor but what the module's norm makes of it before gain and bias.
+    """
 
     module: str
     side: Literal["in", "out"]
+    shared: bool = False
+    normalised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An architecture's norm: with the mean taken out ("layer") or without ("rms"); its gain is ``offset + weight``."""
+
+    kind: Literal["layer", "rms"]
+    eps: str
+    """Name of the setting that holds its epsilon."""
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,62 +53,71 @@ class Layout:
 
     embed: str
     blocks: str
+    norm: Norm
     points: Mapping[Point, Place]
 
 
-_RESIDUAL: dict[Point, Place] = {"resid_pre": Place("", "in"), "resid_post": Place("", "out")}
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A site in a model that is loaded: a side of ``module``, and how to see and edit its tensor."""
+
+    module: nn.Module
+    side: Literal["in", "out"]
+    shared: bool
+    see: Callable[[Tensor], Tensor] | None
+    """What the SAE reads, computed from the module's tensor; None where that is the tensor itself."""
+
+
+def _points(attention: str, out: str, norm: str, mlp: str, down: str) -> dict[Point, Place]:
+    """What every architecture with this naming has; module names are relative to the block."""
+    return {
+        "resid_pre": Place("", "in"),
+        "attn_z": Place(f"{attention}.{out}", "in"),
+        "attn_out": Place(attention, "out"),
+        "resid_mid": Place(norm, "in", shared=True),
+        "mlp_read": Place(norm, "in"),
+        "mlp_normalized": Place(norm, "in", normalised=True),
+        "mlp_in": Place(norm, "out"),
+        "mlp_act": Place(f"{mlp}.{down}", "in"),
+        "mlp_out": Place(mlp, "out"),
+        "resid_post": Place("", "out"),
+    }
+
 
 _LLAMA = Layout(
     "model.embed_tokens",
     "model.layers",
-    _RESIDUAL
-    | {
-        "resid_mid": Place("post_attention_layernorm", "in"),
-        "attn_z": Place("self_attn.o_proj", "in"),
-        "attn_out": Place("self_attn", "out"),
-        "mlp_in": Place("post_attention_layernorm", "out"),
-        "mlp_act": Place("mlp.down_proj", "in"),
-        "mlp_out": Place("mlp", "out"),
-    },
+    Norm("rms", "rms_norm_eps"),
+    _points("self_attn", "o_proj", "post_attention_layernorm", "mlp", "down_proj"),
 )
 # Gemma normalises what attention and MLP write; SAEs read and edit the normalised output.
 _GEMMA = Layout(
     "model.embed_tokens",
     "model.layers",
-    _RESIDUAL
+    Norm("rms", "rms_norm_eps", offset=1.0),
+    _points("self_attn", "o_proj", "pre_feedforward_layernorm", "mlp", "down_proj")
     | {
-        "resid_mid": Place("pre_feedforward_layernorm", "in"),
-        "attn_z": Place("self_attn.o_proj", "in"),
+        "attn_raw": Place("self_attn", "out"),
         "attn_out": Place("post_attention_layernorm", "out"),
-        "mlp_in": Place("pre_feedforward_layernorm", "out"),
-        "mlp_act": Place("mlp.down_proj", "in"),
+        "mlp_raw": Place("mlp", "out"),
         "mlp_out": Place("post_feedforward_layernorm", "out"),
     },
 )
 _GPT2 = Layout(
     "transformer.wte",
     "transformer.h",
-    _RESIDUAL
-    | {
-        "resid_mid": Place("ln_2", "in"),
-        "attn_z": Place("attn.c_proj", "in"),
-        "attn_out": Place("attn", "out"),
-        "mlp_in": Place("ln_2", "out"),
-        "mlp_act": Place("mlp.c_proj", "in"),
-        "mlp_out": Place("mlp", "out"),
-    },
+    Norm("layer", "layer_norm_epsilon"),
+    _points("attn", "c_proj", "ln_2", "mlp", "c_proj"),
 )
 # Attention and MLP run in parallel from the same stream: there is no resid_mid.
 _NEOX = Layout(
     "gpt_neox.embed_in",
     "gpt_neox.layers",
-    _RESIDUAL
-    | {
-        "attn_z": Place("attention.dense", "in"),
-        "attn_out": Place("attention", "out"),
-        "mlp_in": Place("post_attention_layernorm", "out"),
-        "mlp_act": Place("mlp.dense_4h_to_h", "in"),
-        "mlp_out": Place("mlp", "out"),
+    Norm("layer", "layer_norm_eps"),
+    {
+        point: place
+        for point, place in _points("attention", "dense", "post_attention_layernorm", "mlp", "dense_4h_to_h").items()
+        if point != "resid_mid"
     },
 )
 
@@ -133,8 +159,32 @@ def sites(config: ModelConfig) -> frozenset[Site]:
     return frozenset(found | {Site(0, "embed")})
 
 
-def locate(model: nn.Module, config: ModelConfig, site: Site) -> tuple[nn.Module, Literal["in", "out"]]:
-    """The module of a site, and whether the site is its input or its output.
+def site_of(model_type: str, layer: int, module: str, side: Literal["in", "out"]) -> Site:
+    """The site that is the input or output of a module, named relative to its block.
+
+    Raises:
+        ValueError: no site of this architecture is there; names the modules that have one.
+    """
+    where = layout(model_type)
+    # An MLP's input is what the norm before it puts out.
+    mlp = where.points["mlp_act"].module.rpartition(".")[0]
+    if (module, side) == (mlp, "in"):
+        return Site(layer, "mlp_in")
+    # A module's own input is what it alone reads: not the stream, and not what its norm makes of it.
+    for point, place in where.points.items():
+        if (place.module, place.side) == (module, side) and not (place.shared or place.normalised):
+            return Site(layer, point)
+    known = ", ".join(sorted({f"{one.module or 'the block'} ({one.side}put)" for one in where.points.values()}))
+    raise ValueError(f"the {side}put of {module!r} is not a site of {model_type} models; there are: {known}")
+
+
+def depth(site: Site) -> tuple[int, int]:
+    """Orders sites as a forward pass reaches them."""
+    return (-1 if site.point == "embed" else site.layer, POINTS.index(site.point))
+
+
+def locate(model: nn.Module, config: ModelConfig, site: Site) -> Located:
+    """The module of a site and how to reach its tensor.
 
     Raises:
         ValueError: the model has no such site.
@@ -143,7 +193,29 @@ def locate(model: nn.Module, config: ModelConfig, site: Site) -> tuple[nn.Module
     if site not in sites(config):
         raise ValueError(f"{site} is not a site of this {config.model_type} model")
     if site.point == "embed":
-        return model.get_submodule(where.embed), "out"
+        return Located(model.get_submodule(where.embed), "out", shared=False, see=None)
     place = where.points[site.point]
     block = f"{where.blocks}.{site.layer}"
-    return model.get_submodule(f"{block}.{place.module}" if place.module else block), place.side
+    module = model.get_submodule(f"{block}.{place.module}" if place.module else block)
+    see = _normaliser(where.norm, config) if place.normalised else None
+    return Located(module, place.side, place.shared, see)
+
+
+def norm_gain(model: nn.Module, config: ModelConfig, layer: int) -> Tensor:
+    """[d_model] by which the norm before a layer's MLP multiplies what it normalised."""
+    where = layout(config.model_type)
+    norm: Any = locate(model, config, Site(layer, "mlp_in")).module
+    weight: Tensor = norm.weight.detach().float()
+    return weight + where.norm.offset
+
+
+def _normaliser(norm: Norm, config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    eps = float(getattr(config, norm.eps))
+
+    def see(x: Tensor) -> Tensor:
+        wide = x.float()
+        if norm.kind == "layer":
+            wide = wide - wide.mean(dim=-1, keepdim=True)
+        return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+
+    return see

@@ -12,6 +12,8 @@ import msgspec
 
 T = TypeVar("T")
 
+FEATURES = "features.jsonl"
+
 
 class PromotedToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A token that the feature's decoder row makes likelier. ``logit`` is its direct effect per unit of activation."""
@@ -34,7 +36,7 @@ class Feature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     index: int
     label: str | None = None
     label_metric: str | None = None
-    """What ``label_score`` measures: auroc or f1."""
+    """What ``label_score`` measures: auroc or f1, or as those who scored an imported label call it."""
     label_score: float | None = None
     """Held-out score of the label."""
     maximum: float | None = None
@@ -81,17 +83,28 @@ def read(directory: Path, d_sae: int) -> Catalogue:
     Raises:
         BadCatalogue: malformed, an index outside the SAE, or one given twice.
     """
-    features: dict[int, Feature] = {}
-    lines = directory / "features.jsonl"
-    if lines.is_file():
-        for number, line in enumerate(lines.read_bytes().splitlines(), start=1):
-            one = _decode(line, Feature, f"{lines}:{number}")
-            if not 0 <= one.index < d_sae or one.index in features:
-                raise BadCatalogue(f"{lines}:{number}: index {one.index} is repeated or outside 0..{d_sae - 1}")
-            features[one.index] = one
+    lines = directory / FEATURES
+    features = read_features(lines, d_sae) if lines.is_file() else {}
     quality = directory / "quality.json"
     found = _decode(quality.read_bytes(), Quality, str(quality)) if quality.is_file() else None
     return Catalogue(features=features, quality=found)
+
+
+def read_features(file: Path, d_sae: int | None = None) -> dict[int, Feature]:
+    """The features of a ``features.jsonl``, by index; without ``d_sae`` any index is allowed.
+
+    Raises:
+        BadCatalogue: malformed, an index outside the SAE, or one given twice.
+    """
+    features: dict[int, Feature] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            one = _decode(line, Feature, f"{file}:{number}")
+            if one.index < 0 or one.index in features or (d_sae is not None and one.index >= d_sae):
+                allowed = "0 and above" if d_sae is None else f"0..{d_sae - 1}"
+                raise BadCatalogue(f"{file}:{number}: index {one.index} is repeated or outside {allowed}")
+            features[one.index] = one
+    return features
 
 
 def _decode(data: bytes, kind: type[T], where: str) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,30 +11,37 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What one column holds: value when idle, dtype, and whether cells are vectors of the site's width."""
+    """What one column holds: value when idle, dtype, and for vectors whether they are as wide as what is read or
+    written."""
 
     idle: float | int | bool
     dtype: torch.dtype = torch.float32
-    wide: bool = False
+    width: Literal["scalar", "read", "write"] = "scalar"
 
 
 COLUMNS: dict[str, Kind] = {
-    # How a feature is read: f = relu(gain * q + bias) where q + gate > threshold, q = x . W_enc.
-    "W_enc": Kind(0.0, wide=True),
+    # How a feature is read: f = relu(gain * q + bias) where q + gate > threshold, tanh of it where squashed, with
+    # q = (x . W_enc - shift * total) / divisor; shift and divisor are the token's under the SAE's normalisation.
+    "W_enc": Kind(0.0, width="read"),
+    "total": Kind(0.0),
+    "normalisation": Kind(0, torch.int64),
     "gain": Kind(0.0),
     "bias": Kind(0.0),
     "gate": Kind(0.0),
     "threshold": Kind(torch.inf),
-    # Features that need their whole dictionary: its number from 1, 0 for none, and the feature's index in it.
+    "squashed": Kind(False, torch.bool),
+    # Features that need more than themselves: their dictionary's number from 1, 0 for none, and their index in it.
     "whole": Kind(0, torch.int64),
     "feature": Kind(0, torch.int64),
-    # What it becomes: f' = min(max(alpha * f + beta, lo), hi), and where the difference is written.
+    # What it becomes: f' = min(max(alpha * f + beta, lo), hi), and how the difference is written: times W_dec and the
+    # token's scale under the normalisation that is taken back.
     "alpha": Kind(1.0),
     "beta": Kind(0.0),
     "lo": Kind(-torch.inf),
     "hi": Kind(torch.inf),
-    "W_dec": Kind(0.0, wide=True),
+    "W_dec": Kind(0.0, width="write"),
     "norm": Kind(0.0),
+    "restores": Kind(0, torch.int64),
     # Which tokens: positions [first, last), special ones only when asked.
     "first": Kind(0, torch.int64),
     "last": Kind(0, torch.int64),
@@ -51,8 +59,9 @@ COLUMNS: dict[str, Kind] = {
 class ColumnStore:
     """All columns of ``slots`` requests with room for ``capacity`` edits each, idle at first."""
 
-    def __init__(self, slots: int, capacity: int, width: int, device: torch.device) -> None:
-        self.slots, self.capacity, self.width, self.device = slots, capacity, width, device
+    def __init__(self, slots: int, capacity: int, d_read: int, d_write: int, device: torch.device) -> None:
+        self.slots, self.capacity, self.device = slots, capacity, device
+        self._shapes: dict[str, tuple[int, ...]] = {"scalar": (), "read": (d_read,), "write": (d_write,)}
         self._tensors = self._make(capacity)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -80,7 +89,7 @@ class ColumnStore:
 
     def _make(self, capacity: int) -> dict[str, Tensor]:
         def make(kind: Kind) -> Tensor:
-            shape = (self.slots, capacity, self.width) if kind.wide else (self.slots, capacity)
+            shape = (self.slots, capacity, *self._shapes[kind.width])
             return torch.full(shape, kind.idle, dtype=kind.dtype, device=self.device)
 
         return {name: make(kind) for name, kind in COLUMNS.items()}

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from saeguard_sae import catalogue
-from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats import FORMATS, Found
+from saeguard_sae.catalogue import Catalogue, Quality
+from saeguard_sae.coder import SparseCoder
+from saeguard_sae.formats import FORMATS, Choices, Convention, Format, Found, Origin, Source
+from saeguard_sae.formats.files import checkpoint
 from saeguard_sae.site import Site
+
+_WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 
 
 class LoadError(ValueError):
     """An SAE that cannot be loaded; the message names the file and what would help."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenedSae:
+    """An SAE read from disk, not yet tied to a model (``binding.bind``). ``digest`` covers its files, hex SHA-256."""
+
+    name: str
+    format: str
+    found: Found
+    digest: str
+    catalogue: Catalogue
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,31 +39,82 @@ class LoadedSae:
 
     name: str
     site: Site
-    dictionary: Dictionary
+    """Where it reads."""
+    dictionary: SparseCoder
     digest: str
     catalogue: Catalogue
+    writes: tuple[Site, ...] = ()
+    """Where it writes; empty where that is ``site``. Several for one layer of a cross-layer transcoder."""
+    write_gain: Tensor | None = None
+    """[write_width] multiplies what is written, where the model's own norm gain stands between reading and writing."""
+    format: str = ""
+    conventions: tuple[Convention, ...] = ()
+    stated_l0: float | None = None
+    measured: Quality | None = None
+    """On the model it is served with."""
+
+    @property
+    def write_sites(self) -> tuple[Site, ...]:
+        """Where its edits change the model."""
+        return self.writes or (self.site,)
+
+    @property
+    def write_width(self) -> int:
+        """Width of what it writes at each of them."""
+        return self.dictionary.d_out // len(self.write_sites)
 
 
-def load(name: str, path: Path, site: Site | None = None) -> LoadedSae:
-    """The SAE in ``path``, in float32.
+def open_sae(
+    name: str, path: Path, *, origin: Origin | None = None, choices: Choices | None = None, facts: Choices | None = None
+) -> OpenedSae:
+    """The SAE in ``path``, in float32, before it is tied to a model.
 
     Args:
         name: what callers will call it.
-        path: a folder in one of the known formats.
+        path: a folder or file in one of the known formats.
+        origin: where it was published, which decides what some formats leave open.
+        choices: what the user says; one that makes no difference is refused.
+        facts: what a catalogue of releases says, where the files and the user do not.
+
+    Raises:
+        LoadError: unknown format, a convention not supported, or bad weights.
+    """
+    try:
+        kind, found = read(Source(path, origin, choices or Choices()), facts)
+        entries = catalogue.read(path if path.is_dir() else path.parent, found.dictionary.d_sae)
+        return OpenedSae(name, kind, found, digest(found.files), entries)
+    except (ValueError, OSError) as err:
+        raise LoadError(f"SAE {name!r} in {path}: {err}") from err
+
+
+def load(name: str, path: Path, site: Site | None = None) -> LoadedSae:
+    """The SAE in ``path`` as its files describe it, with no model to check it against.
+
+    Args:
+        name: what callers will call it.
+        path: a folder or file in one of the known formats.
         site: overrides what the files say.
 
     Raises:
         LoadError: unknown format, a convention not supported, bad weights, or no site known.
     """
-    try:
-        found = _read(path)
-        where = site if site is not None else found.site
-        if where is None:
-            raise ValueError("its files do not say where in the model it belongs; give the site")
-        entries = catalogue.read(path, found.dictionary.d_sae)
-    except (ValueError, OSError) as err:
-        raise LoadError(f"SAE {name!r} in {path}: {err}") from err
-    return LoadedSae(name, where, found.dictionary.to("cpu"), digest(found.files), entries)
+    opened = open_sae(name, path)
+    found = opened.found
+    where = site if site is not None else found.reads
+    writes = tuple(one for one in found.writes if isinstance(one, Site))
+    if not isinstance(where, Site) or len(writes) < len(found.writes):
+        raise LoadError(f"SAE {name!r} in {path}: its files do not say where in the model it belongs; give the site")
+    return LoadedSae(
+        name,
+        where,
+        found.dictionary,
+        opened.digest,
+        opened.catalogue,
+        writes,
+        format=opened.format,
+        conventions=found.conventions,
+        stated_l0=found.stated_l0,
+    )
 
 
 def digest(files: tuple[Path, ...]) -> str:
@@ -60,10 +127,42 @@ def digest(files: tuple[Path, ...]) -> str:
     return total.hexdigest()
 
 
-def _read(path: Path) -> Found:
-    if not path.is_dir():
-        raise FileNotFoundError("no such folder")
+def read(source: Source, facts: Choices | None = None) -> tuple[str, Found]:
+    """The name of the format and what it holds.
+
+    Args:
+        facts: stand in for choices that the user did not make; it does not matter if they make no difference.
+
+    Raises:
+        ValueError: no known format, something in it that is not understood, or a choice that it cannot use.
+    """
+    path, known = _find(source.path)
+    given = {name: value for name, value in source.choices.given().items() if value is not None}
+    merged = Choices(**((facts or Choices()).given() | given))
+    found = known.load(replace(source, path=path, choices=merged))
+    if unused := sorted(given.keys() - found.used):
+        raise ValueError(f"{unused[0]}: the {known.NAME} format, or this SAE in it, leaves no such choice")
+    return known.NAME, found
+
+
+def recognised(path: Path) -> str | None:
+    """The name of the format of a folder or file; None for what is no SAE."""
+    return next((known.NAME for known in FORMATS if known.recognises(path)), None)
+
+
+def _find(path: Path) -> tuple[Path, Format]:
+    """The format, and the file or folder that holds it."""
+    if not path.exists():
+        raise FileNotFoundError("no such file or folder")
     for known in FORMATS:
         if known.recognises(path):
-            return known.load(path)
-    raise ValueError(f"not a known SAE format; known are {', '.join(one.NAME for one in FORMATS)}")
+            return path, known
+    inside = sorted(one for one in path.iterdir() if one.suffix in _WEIGHTS) if path.is_dir() else []
+    if len(inside) == 1:
+        return _find(inside[0])
+    if path.suffix in (".pt", ".pth"):
+        checkpoint(path)  # says why no format could look into it, where that is so
+    if path.name.endswith((".pkl", ".pkl.gz")):
+        raise ValueError("a pickle, which could run any code, is not read; save its state dict alone with torch.save")
+    names = f"; name one of its files: {', '.join(one.name for one in inside[:8])}" if inside else ""
+    raise ValueError(f"not a known SAE format{names}; known are {', '.join(one.NAME for one in FORMATS)}")

@@ -8,16 +8,23 @@ from typing import Literal, TypeAlias, get_args
 Point: TypeAlias = Literal[
     "embed",
     "resid_pre",
-    "resid_mid",
-    "resid_post",
     "attn_z",
+    "attn_raw",
     "attn_out",
+    "resid_mid",
+    "mlp_read",
+    "mlp_normalized",
     "mlp_in",
     "mlp_act",
+    "mlp_raw",
     "mlp_out",
+    "resid_post",
 ]
-"""Where in a layer: the token embedding (layer 0 only), the residual stream before, inside and after a block, heads'
-outputs before and after the output projection, the MLP's normalised input, its hidden activation, its output."""
+"""Where in a layer, in the order of a forward pass: the token embedding (layer 0 only); the residual stream before the
+block; the heads' outputs before the output projection; what attention adds to the stream, before (``attn_raw``, where
+the architecture has one) and after the norm on it; the stream between attention and MLP; the same as the MLP alone
+reads it, before its norm; that normalised, without the norm's gain and bias; the MLP's input after its norm; its hidden
+activation; what it adds to the stream, before (``mlp_raw``) and after the norm on it; the stream after the block."""
 
 POINTS: tuple[Point, ...] = get_args(Point)
 

@@ -1,100 +1,78 @@
-"""Every live request's edits at one site, as columns: ``slot x edit``. Written when a request joins, read every step.
-
-Per step there is only index arithmetic on whole tensors: no loop over rows or edits, no transfer to the host. The
-encoder and decoder rows of a slot's features are copied in once, so the cost does not depend on d_sae. TopK is the
-exception: it needs every pre-activation, so a TopK dictionary is encoded while one of its features is live.
-"""
+"""Every live request's edits at one site, as columns ``slot x edit``: written when it joins, read every step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saeguard_sae.columns import ColumnStore
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.edits import IDENTITY, Affine
+from saeguard_sae.bank import Bank, Column, Counts
+
+__all__ = ["FOREVER", "Column", "Counts", "EditTable"]
 
 FOREVER: int = torch.iinfo(torch.int64).max
 """A ``last`` position that is never reached."""
-_TINY = 1e-30
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Column:
-    """One edit of one feature for one slot, on tokens at positions ``[first, last)``; by default it only reads.
-
-    ``special`` also edits special tokens.
-    """
-
-    dictionary: Dictionary
-    feature: int
-    affine: Affine = IDENTITY
-    first: int = 0
-    last: int = 0
-    special: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What one column did so far, over the tokens in its scope."""
-
-    eligible: int
-    edited: int
-    capped: int
-    mean_activation: float
-    max_activation: float
-    mean_relative_edit: float
 
 
 class EditTable:
-    """Edits at one site of width ``width`` for ``slots`` requests. While it is empty, ``apply`` returns x itself."""
+    """Edits at one site of width ``width`` for ``slots`` requests. While it is empty, ``apply`` returns x itself.
+
+    All edits of a site are measured before any of them is made, and summed, whatever tensor they read.
+    """
 
     def __init__(self, slots: int, width: int, device: torch.device | str = "cpu", capacity: int = 8) -> None:
-        self._columns = ColumnStore(slots, capacity, width, torch.device(device))
+        self._slots, self._width, self._device = slots, width, torch.device(device)
+        self._capacity = capacity
+        self._banks: dict[Hashable, Bank] = {}
         self._limit = torch.full((slots,), torch.inf, device=device)
-        self._used: dict[int, int] = {}
-        self._whole: list[Dictionary] = []
-        self._whole_of: dict[int, frozenset[int]] = {}
-        self.values: Tensor | None = None
-        """Feature values [B, T, columns] before the edits, of the last ``apply``; None when it had nothing to do."""
+        self._order: dict[int, list[Hashable]] = {}
 
-    def used(self, slots: slice) -> int:
-        """Columns that the fullest of these slots has."""
-        return max((count for slot, count in self._used.items() if slots.start <= slot < slots.stop), default=0)
+    def is_live(self, slots: slice) -> bool:
+        """Whether any of these slots has a column."""
+        return any(bank.used(slots) for bank in self._banks.values())
+
+    def reads(self, source: Hashable, slots: slice) -> bool:
+        """Whether a column of these slots reads that source."""
+        return source in self._banks and self._banks[source].used(slots) > 0
 
     def write(self, slot: int, columns: Sequence[Column], max_relative_edit: float = float("inf")) -> None:
         """Gives a free slot its columns, in this order. ``max_relative_edit`` limits ``|edit| / |x|`` per token."""
-        assert slot not in self._used, "the slot still holds another request's edits"
+        assert slot not in self._order, "the slot still holds another request's edits"
         if not columns:
             return
-        if len(columns) > self._columns.capacity:
-            self._columns.grow(len(columns))
-        whole = {self._number(one.dictionary) for one in columns if not one.dictionary.activation.local}
-        for index, column in enumerate(columns):
-            self._write_cell(slot, index, column)
+        for source in dict.fromkeys(column.source for column in columns):
+            mine = [column for column in columns if column.source == source]
+            self._bank(source, mine[0].coder.d_in).write(slot, mine)
         self._limit[slot] = max_relative_edit
-        self._used[slot], self._whole_of[slot] = len(columns), frozenset(whole)
+        self._order[slot] = [column.source for column in columns]
 
     def clear(self, slot: int) -> None:
         """Frees the slot; nothing of its request stays."""
-        if slot in self._used:
-            del self._used[slot], self._whole_of[slot]
-            self._columns.clear(slot)
+        if self._order.pop(slot, None) is not None:
+            for bank in self._banks.values():
+                bank.clear(slot)
             self._limit[slot] = torch.inf
 
     def move(self, source: int, target: int) -> None:
         """Moves a slot's columns and counts to a free slot."""
-        assert target not in self._used, "the target slot still holds another request's edits"
-        if source in self._used:
-            self._columns.move(source, target)
+        assert target not in self._order, "the target slot still holds another request's edits"
+        if source in self._order:
+            for bank in self._banks.values():
+                bank.move(source, target)
             self._limit[target] = self._limit[source]
-            self._used[target] = self._used.pop(source)
-            self._whole_of[target] = self._whole_of.pop(source)
+            self._order[target] = self._order.pop(source)
 
-    def apply(self, x: Tensor, slots: slice, positions: Tensor, special: Tensor) -> Tensor:
+    def apply(
+        self,
+        x: Tensor,
+        slots: slice,
+        positions: Tensor,
+        special: Tensor,
+        sources: Mapping[Any, Tensor] | None = None,
+    ) -> Tensor:
         """x [B, T, width] of B consecutive slots -> the edited x in its dtype; tokens out of scope come back
         bit-identical.
 
@@ -102,107 +80,40 @@ class EditTable:
             slots: the slot of each row of x.
             positions: int64 [B, T], the token's position in its request.
             special: bool [B, T], True for special tokens.
+            sources: the tensors [B, T, d_read] that columns with a ``source`` read.
         """
-        used = self.used(slots)
-        self.values = None
-        if not used:
+        live = {source: bank for source, bank in self._banks.items() if bank.used(slots)}
+        for bank in self._banks.values():
+            bank.values = None
+        if not live:
             return x
-        cells = {name: self._columns[name][slots, :used] for name in _READ}
         wide = x.float()
-        f = self._read(wide, cells, slots)
-        self.values = f
-        eligible = _eligible(positions, special, cells)
-        change = torch.where(eligible, _target(f, cells) - f, 0.0)
-        delta = torch.bmm(change, cells["W_dec"])
-        size = wide.norm(dim=-1)
-        allowed = self._limit[slots, None] * size
-        length = delta.norm(dim=-1)
+        read: dict[Hashable, Tensor] = {**(sources or {}), None: wide}
+        changes = {key: bank.change(read[key].float(), slots, positions, special) for key, bank in live.items()}
+        delta = reduce(torch.add, (one.delta for one in changes.values()))
+        norm, length = wide.norm(dim=-1), delta.norm(dim=-1)
+        allowed = self._limit[slots, None] * norm
         capped = length > allowed
         shrink = torch.where(capped, allowed / length, 1.0)
-        relative = change.abs() * cells["norm"][:, None] * (shrink / size.clamp_min(_TINY))[..., None]
-        self._count(slots, used, eligible, change, f, relative, capped)
+        for key, change in changes.items():
+            live[key].count(slots, change, shrink, norm, capped)
+        eligible = torch.cat([one.eligible for one in changes.values()], dim=-1)
         edited = (wide + delta * shrink[..., None]).to(x.dtype)
         return torch.where(eligible.any(dim=-1, keepdim=True), edited, x)
 
     def counts(self, slot: int) -> list[Counts]:
         """What each of the slot's columns did, in their order. Waits for the device."""
-        used = self._used.get(slot, 0)
-        names = ("eligible", "edited", "capped", "sum", "max", "relative")
-        cells = zip(*(self._columns[name][slot, :used].tolist() for name in names), strict=True)
-        return [
-            Counts(eligible, edited, capped, total / max(eligible, 1), largest, relative / max(eligible, 1))
-            for eligible, edited, capped, total, largest, relative in cells
-        ]
+        found = {source: iter(bank.counts(slot)) for source, bank in self._banks.items()}
+        return [next(found[source]) for source in self._order.get(slot, ())]
 
-    def _read(self, x: Tensor, cells: dict[str, Tensor], slots: slice) -> Tensor:
-        """[B, T, E] the value of each slot's features."""
-        q = torch.bmm(x, cells["W_enc"].transpose(1, 2))
-        is_on = q + cells["gate"][:, None] > cells["threshold"][:, None]
-        f = (q * cells["gain"][:, None] + cells["bias"][:, None]).relu() * is_on
-        live = {
-            number for slot, numbers in self._whole_of.items() if slots.start <= slot < slots.stop for number in numbers
-        }
-        for number in sorted(live):
-            every = self._whole[number - 1].encode(x).float()
-            mine = (cells["whole"] == number)[:, None]
-            index = torch.where(mine, cells["feature"][:, None], 0).expand_as(f)
-            f = torch.where(mine, every.gather(-1, index), f)
-        return f
+    def values(self, slot: int, row: int, index: int) -> Tensor:
+        """[T] what a slot's column read in the last step, in which the slot was row ``row``."""
+        order = self._order[slot]
+        bank = self._banks[order[index]]
+        assert bank.values is not None, "the column had nothing to do"
+        return bank.values[row, :, order[:index].count(order[index])]
 
-    def _count(
-        self, slots: slice, used: int, eligible: Tensor, change: Tensor, f: Tensor, relative: Tensor, capped: Tensor
-    ) -> None:
-        inside = torch.where(eligible, f, 0.0)
-        for name, amount in (
-            ("eligible", eligible),
-            ("edited", change != 0),
-            ("capped", eligible & capped[..., None]),
-            ("sum", inside),
-            ("relative", relative),
-        ):
-            cell = self._columns[name][slots, :used]
-            cell += amount.sum(dim=1, dtype=cell.dtype)
-        largest = self._columns["max"][slots, :used]
-        torch.maximum(largest, inside.amax(dim=1), out=largest)
-
-    def _write_cell(self, slot: int, index: int, column: Column) -> None:
-        d, j = column.dictionary, column.feature
-        row = d.W_dec[j]
-        cell: dict[str, Tensor | float | int | bool] = column.affine._asdict()
-        cell |= {"W_dec": row, "norm": row.norm(), "feature": j}
-        cell |= {"first": column.first, "last": column.last, "special": column.special}
-        if d.activation.local:
-            one = d.only(j)
-            scalars = one.activation.columns(one.centred_bias())
-            cell |= {"W_enc": one.W_enc[:, 0], "gain": scalars.gain[0], "bias": scalars.bias[0]}
-            cell |= {"gate": scalars.gate[0], "threshold": scalars.threshold[0]}
-        else:
-            cell["whole"] = self._number(d)
-        for name, value in cell.items():
-            self._columns[name][slot, index] = value
-
-    def _number(self, dictionary: Dictionary) -> int:
-        """The number, from 1, of a dictionary that is encoded whole."""
-        for number, known in enumerate(self._whole, start=1):
-            if known is dictionary:
-                return number
-        self._whole.append(dictionary)
-        return len(self._whole)
-
-
-_READ = (
-    *("W_enc", "gain", "bias", "gate", "threshold", "whole", "feature"),
-    *("alpha", "beta", "lo", "hi", "W_dec", "norm", "first", "last", "special"),
-)
-
-
-def _target(f: Tensor, cells: dict[str, Tensor]) -> Tensor:
-    alpha, beta, lo, hi = (cells[name][:, None] for name in ("alpha", "beta", "lo", "hi"))
-    return torch.minimum(torch.maximum(alpha * f + beta, lo), hi)
-
-
-def _eligible(positions: Tensor, special: Tensor, cells: dict[str, Tensor]) -> Tensor:
-    """bool [B, T, E], True where the edit's scope holds the token."""
-    position = positions[..., None]
-    inside = (position >= cells["first"][:, None]) & (position < cells["last"][:, None])
-    return inside & (cells["special"][:, None] | ~special[..., None])
+    def _bank(self, source: Hashable, d_read: int) -> Bank:
+        if source not in self._banks:
+            self._banks[source] = Bank(self._slots, d_read, self._width, self._device, self._capacity)
+        return self._banks[source]

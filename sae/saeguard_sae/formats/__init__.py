@@ -1,4 +1,4 @@
-"""On-disk formats, one module each: ``NAME``, ``recognises(path)`` and ``load(path) -> Found``.
+"""On-disk formats, one module each: ``NAME``, ``recognises(path)`` and ``load(source) -> Found``.
 
 Foreign hook names live in these modules and nowhere else.
 """
@@ -8,8 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from saeguard_sae.formats import saelens
-from saeguard_sae.formats.found import Found
+from saeguard_sae.formats import (
+    bussmann,
+    circuit_tracer,
+    circuit_tracer_clt,
+    connor_rob,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    linear_pair,
+    llama_scope,
+    openai,
+    openmoss,
+    qwen_scope,
+    saelens,
+    sparsify,
+    temporal_repo,
+)
+from saeguard_sae.formats.found import Choices, Convention, Found, Origin, Source
 
 
 class Format(Protocol):
@@ -18,11 +34,11 @@ class Format(Protocol):
     NAME: str
 
     def recognises(self, path: Path) -> bool:
-        """Whether the folder holds this format."""
+        """Whether the folder or file holds this format; looks at names of files, keys and shapes, never at folders'."""
         ...
 
-    def load(self, path: Path) -> Found:
-        """The SAE in the folder.
+    def load(self, source: Source) -> Found:
+        """The SAE.
 
         Raises:
             ValueError: something in it is not understood or not supported, named.
@@ -30,6 +46,23 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (saelens,)  # in order of detection
+# In order of detection.
+FORMATS: tuple[Format, ...] = (
+    saelens,
+    sparsify,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    openmoss,
+    circuit_tracer_clt,
+    circuit_tracer,
+    temporal_repo,
+    bussmann,
+    openai,
+    linear_pair,
+    qwen_scope,
+    connor_rob,
+)
 
-__all__ = ["FORMATS", "Format", "Found"]
+__all__ = ["FORMATS", "Choices", "Convention", "Format", "Found", "Origin", "Source"]

@@ -1,0 +1,142 @@
+"""One layer of circuit-tracer's cross-layer transcoders: ``W_enc_N`` and ``W_dec_N.safetensors``, ``config.yaml``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch.nn.functional import pad
+
+from saeguard_sae.activations import Activation, JumpReLU, ReLU
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats.files import Tensors, check_keys, check_shapes, choice, safetensors, text, yaml_object
+from saeguard_sae.formats.found import Conventions, Found, Place, Source
+from saeguard_sae.formats.places import place
+
+NAME = "circuit_tracer_clt"
+CONFIG = "config.yaml"
+
+_FILE = re.compile(r"W_(?:enc|dec)_(\d+)\.safetensors")
+_KNOWN = {"model_name", "model_kind", "feature_input_hook", "feature_output_hook"}
+# Where it was published and how its features are looked up.
+_PUBLISHING = {"scan", "transcoders", "repo_id", "revision", "subfolder"}
+
+
+def recognises(path: Path) -> bool:
+    """One of a layer's two files, or a folder with one layer's alone."""
+    return _layer(path) is not None
+
+
+def load(source: Source) -> Found:
+    """One layer: what it reads there, and what it writes there and at every later layer.
+
+    Raises:
+        ValueError: a file is missing, an unknown key, missing or surplus weights, or a hook that is not known.
+    """
+    layer = _layer(source.path)
+    if layer is None:
+        raise ValueError("no W_enc_N.safetensors, or several; name one of them")
+    folder = source.path if source.path.is_dir() else source.path.parent
+    files = tuple(folder / name for name in (f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors", CONFIG))
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {_names(files)}")
+    config, notes = _config(files[2]), Conventions()
+    dictionary, n_writes = _dictionary(safetensors(files[0]), safetensors(files[1]), layer, notes)
+    return Found(
+        dictionary=dictionary,
+        files=files,
+        reads=_reads(config, layer, notes),
+        writes=_writes(config, range(layer, layer + n_writes), notes),
+        model=text(config, "model_name", CONFIG) if "model_name" in config else None,
+        conventions=notes.all(),
+    )
+
+
+def _layer(path: Path) -> int | None:
+    names = [one.name for one in path.iterdir()] if path.is_dir() else [path.name] if path.is_file() else []
+    layers = {int(match[1]) for name in names if (match := _FILE.fullmatch(name))}
+    return layers.pop() if len(layers) == 1 else None
+
+
+def _names(files: tuple[Path, ...]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    config = yaml_object(file)
+    check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
+    choice(config, "model_kind", ("cross_layer_transcoder",), CONFIG)
+    return config
+
+
+def _place(config: dict[str, Any], key: str, layer: int) -> Place:
+    hook = text(config, key, CONFIG)
+    found = place(f"blocks.{layer}.{hook}")
+    if found is None:
+        raise ValueError(f"{CONFIG}: {key} {hook!r} is not a place that is known")
+    return found
+
+
+def _reads(config: dict[str, Any], layer: int, notes: Conventions) -> Place:
+    key = "feature_input_hook"
+    found = _place(config, key, layer)
+    notes.note("reads", found, f"{CONFIG}: {key}")
+    return found
+
+
+def _writes(config: dict[str, Any], layers: range, notes: Conventions) -> tuple[Place, ...]:
+    key = "feature_output_hook"
+    found = tuple(_place(config, key, layer) for layer in layers)
+    notes.note("writes", f"at layers {layers[0]} to {layers[-1]}: {config[key]}", f"{CONFIG}: {key}")
+    return found
+
+
+def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventions) -> tuple[Dictionary, int]:
+    """The layer, and the number of layers at which it writes."""
+    W_enc, b_enc, b_dec = (encoder.take(f"{name}_{layer}") for name in ("W_enc", "b_enc", "b_dec"))
+    W_dec, skip = decoder.take(f"W_dec_{layer}"), encoder.take_if(f"W_skip_{layer}")
+    activation = _activation(encoder, layer, notes)
+    encoder.close()
+    decoder.close()
+    d_sae, d_model = b_enc.numel(), b_dec.numel()
+    n_writes = W_dec.shape[1] if W_dec.ndim == 3 else 1
+    check_shapes({f"W_dec_{layer}": (W_dec, (d_sae, n_writes, d_model))}, decoder.file.name)
+    shapes = {"W_enc": (W_enc, (d_sae, d_model)), "b_enc": (b_enc, (d_sae,)), "b_dec": (b_dec, (d_model,))}
+    shapes |= {"W_skip": (skip, (d_model, d_model))} if skip is not None else {}
+    check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
+    _note(skip is not None, notes)
+    # The bias and the skip connection belong to the layer that reads, the first of those that are written.
+    later = (n_writes - 1) * d_model
+    dictionary = Dictionary(
+        W_enc=W_enc.T,
+        b_enc=b_enc,
+        W_dec=W_dec.flatten(1),
+        b_dec=pad(b_dec, (0, later)),
+        activation=activation,
+        centre=False,
+        is_transcoder=True,
+        W_skip=None if skip is None else pad(skip.T, (0, 0, 0, later)),
+    )
+    return dictionary, n_writes
+
+
+def _activation(encoder: Tensors, layer: int, notes: Conventions) -> Activation:
+    threshold, name = encoder.take_if(f"threshold_{layer}"), f"threshold_{layer}"
+    if threshold is None:
+        notes.note("activation", "relu", f"no {name}")
+        return ReLU()
+    if bool((threshold < 0).any()):
+        # circuit-tracer's JumpReLU has no ReLU in it.
+        raise ValueError(
+            f"{encoder.file.name}: {name} is below 0 for some features, whose negative values circuit-tracer lets "
+            "through; that is not supported"
+        )
+    notes.note("activation", "jumprelu", name)
+    return JumpReLU(threshold)
+
+
+def _note(has_skip: bool, notes: Conventions) -> None:
+    notes.note("kind", "one layer of a cross-layer transcoder", "the format")
+    notes.note("centring", False, "the format")
+    notes.note("skip connection", has_skip, "W_skip")

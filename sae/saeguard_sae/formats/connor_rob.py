@@ -1,0 +1,123 @@
+"""Kissane and Krzyzanowski's attention SAEs: ``<name>.pt`` beside ``<name>_cfg.json`` with ``act_name``.
+
+They read all heads side by side, which is how Hugging Face's models keep them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saeguard_sae.activations import ReLU
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats.files import (
+    Tensors,
+    check_keys,
+    check_shapes,
+    check_size,
+    flag,
+    json_object,
+    shapes,
+    state_dict,
+)
+from saeguard_sae.formats.found import Conventions, Found, Source
+from saeguard_sae.formats.places import hook_site
+from saeguard_sae.site import Site
+
+NAME = "connor_rob"
+
+_KNOWN = {"act_name", "act_size", "concat_heads", "dict_size", "head", "model_name"}
+# What only training reads.
+_TRAINING = {
+    "anthropic_neuron_resample_scale",
+    "anthropic_resample_batches",
+    "anthropic_resample_last",
+    "b_dec_init",
+    "batch_size",
+    "beta1",
+    "beta2",
+    "buffer_batches",
+    "buffer_mult",
+    "buffer_size",
+    "dead_direction_cutoff",
+    "device",
+    "dict_mult",
+    "enc_dtype",
+    "eval_every",
+    "l1_coeff",
+    "layer",
+    "lr",
+    "model_batch_size",
+    "name",
+    "num_resamples",
+    "num_tokens",
+    "re_init_every",
+    "reinit",
+    "resample_factor",
+    "resample_scheme",
+    "save_state_dict_every",
+    "sched_epochs",
+    "sched_finish",
+    "sched_lr_factor",
+    "sched_type",
+    "sched_warmup_epochs",
+    "seed",
+    "seq_len",
+    "site",
+    "wandb_entity",
+    "wandb_project_name",
+}
+
+
+def recognises(path: Path) -> bool:
+    """Its settings are there, and a torch file that has what such an SAE's must."""
+    return _config_file(path).is_file() and shapes(path).keys() >= {"W_enc", "b_enc"}
+
+
+def load(source: Source) -> Found:
+    """The SAE in the file.
+
+    Raises:
+        ValueError: it is of a single head, an unknown key, missing or surplus weights.
+    """
+    file = _config_file(source.path)
+    config, notes = json_object(file), Conventions()
+    check_keys(config, _KNOWN | _TRAINING, file.name)
+    # Left out by those who keep only what is needed; then the width says it.
+    if not flag(config, "concat_heads", True, file.name):
+        raise ValueError(f"{file.name}: concat_heads is false: SAEs of single attention heads are not supported")
+    notes.note("activation", "relu", "the format")
+    notes.note("centring", True, "the format")
+    # Its training script most likely used TransformerLens' defaults; libraries serve it on the model as it is.
+    notes.note("processing", "not stated", "the format")
+    model = config.get("model_name")
+    return Found(
+        dictionary=_dictionary(state_dict(source.path), config, file.name),
+        files=(source.path, file),
+        reads=_reads(config, file.name, notes),
+        processing=None,
+        model=model if isinstance(model, str) else None,
+        conventions=notes.all(),
+    )
+
+
+def _config_file(path: Path) -> Path:
+    return path.parent / f"{path.stem}_cfg.json"
+
+
+def _dictionary(tensors: Tensors, config: dict[str, Any], file: str) -> Dictionary:
+    W_enc, b_enc, W_dec, b_dec = (tensors.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    tensors.close()
+    check_shapes({"W_enc": (W_enc, (b_dec.numel(), b_enc.numel()))}, tensors.file.name)
+    check_size(config, "act_size", b_dec.numel(), file)
+    check_size(config, "dict_size", b_enc.numel(), file)
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, ReLU())
+
+
+def _reads(config: dict[str, Any], file: str, notes: Conventions) -> Site | None:
+    name = config.get("act_name")
+    if not isinstance(name, str):
+        raise ValueError(f"{file}: act_name must name a hook, got {name!r}")
+    site = hook_site(name)
+    notes.note("reads", site or f"not known: {name!r}", f"{file}: act_name")
+    return site

@@ -1,0 +1,65 @@
+"""Two linear layers with a ReLU between, as one torch file: Goodfire's SAEs and qresearch's for DeepSeek-R1."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from saeguard_sae.activations import ReLU
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats.files import Tensors, check_shapes, shapes, state_dict
+from saeguard_sae.formats.found import Conventions, Found, Source
+from saeguard_sae.site import Site
+
+NAME = "linear_pair"
+
+_GOODFIRE, _QRESEARCH = ("encoder_linear", "decoder_linear"), ("encoder", "decoder")
+_LAYER = re.compile(r"-l(\d+)$")
+"""How the names of the repositories end: the layer whose residual output it was trained on."""
+
+
+def recognises(path: Path) -> bool:
+    """A torch file with layers of these names; the more common ones must be there with weights and biases."""
+    held = shapes(path).keys()
+    return f"{_GOODFIRE[0]}.weight" in held or held >= set(_names(*_QRESEARCH))
+
+
+def load(source: Source) -> Found:
+    """The SAE in the file.
+
+    Raises:
+        ValueError: missing or surplus weights, or shapes that disagree.
+    """
+    tensors, notes = state_dict(source.path), Conventions()
+    notes.note("activation", "relu", "the format")
+    notes.note("centring", False, "the format")
+    notes.note("feature units", "decoder rows as stored", "the format")
+    return Found(
+        dictionary=_dictionary(tensors),
+        files=(source.path,),
+        reads=_reads(source, notes),
+        conventions=notes.all(),
+    )
+
+
+def _names(encoder: str, decoder: str) -> tuple[str, str, str, str]:
+    return f"{encoder}.weight", f"{encoder}.bias", f"{decoder}.weight", f"{decoder}.bias"
+
+
+def _dictionary(tensors: Tensors) -> Dictionary:
+    names = _names(*(_GOODFIRE if f"{_GOODFIRE[0]}.weight" in tensors else _QRESEARCH))
+    rows, b_enc, columns, b_dec = (tensors.take(name) for name in names)
+    tensors.close()
+    d_in, d_sae = b_dec.numel(), b_enc.numel()
+    check_shapes({names[0]: (rows, (d_sae, d_in)), names[2]: (columns, (d_in, d_sae))}, tensors.file.name)
+    return Dictionary(rows.T, b_enc, columns.T, b_dec, ReLU(), centre=False)
+
+
+def _reads(source: Source, notes: Conventions) -> Site | None:
+    """The files do not say; the repositories' names do."""
+    match = _LAYER.search(source.origin.repo) if source.origin else None
+    if match is None:
+        return None
+    site = Site(int(match[1]), "resid_post")
+    notes.note("reads", site, "the repository's name")
+    return site

@@ -1,0 +1,276 @@
+"""OpenMOSS of 2024, as Llama Scope was published: ``hyperparams.json`` beside ``checkpoints/final.safetensors``.
+
+Two libraries read these files and disagree on which features fire; ``Choices.gating`` says whose rule holds.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.activations import Activation, JumpReLU, ReLU
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats.files import (
+    Tensors,
+    check_keys,
+    check_shapes,
+    check_size,
+    choice,
+    flag,
+    json_object,
+    number,
+    safetensors,
+    whole,
+)
+from saeguard_sae.formats.found import Choices, Conventions, Found, Place, Source
+from saeguard_sae.formats.places import in_and_out
+from saeguard_sae.normalisation import Normalisation
+from saeguard_sae.selections import TopK
+
+NAME = "llama_scope"
+CONFIG = "hyperparams.json"
+WEIGHTS = ("sae_weights.safetensors", "checkpoints/final.safetensors")  # in the order in which OpenMOSS looks
+MODEL = "lm_config.json"
+NORMS = "dataset_average_activation_norm"
+
+Rule: TypeAlias = Literal["openmoss", "saelens"]
+
+_TINY = 1e-30
+_KNOWN = {
+    "act_fn", "apply_decoder_bias_to_pre_encoder", "d_model", "d_sae", NORMS, "hook_point_in", "hook_point_out",
+    "jump_relu_threshold", "norm_activation", "sparsity_include_decoder_norm", "top_k", "use_decoder_bias",
+    "use_glu_encoder",
+}  # fmt: skip
+# What only training and the choice of a device read, and the ratio that the weights' own shapes state better.
+_TRAINING = {
+    "bias_init_method", "ddp_size", "decoder_exactly_fixed_norm", "device", "dtype", "expansion_factor",
+    "init_decoder_norm", "init_encoder_norm", "init_encoder_with_decoder_transpose", "initial_k", "k_warmup_steps",
+    "l1_coefficient", "l1_coefficient_warmup_steps", "lp", "sae_pretrained_name_or_path", "seed", "strict_loading",
+    "tp_size", "use_batch_norm_mse", "use_ghost_grads",
+}  # fmt: skip
+
+
+class _Scales(NamedTuple):
+    """What takes activations to the scale of training, where it reads and where it writes; or how each token is."""
+
+    inward: float
+    outward: float
+    normalisation: Normalisation = "none"
+
+
+def recognises(path: Path) -> bool:
+    """Its settings and one of the files of weights are there."""
+    return (path / CONFIG).is_file() and _weights_file(path) is not None
+
+
+def load(source: Source) -> Found:
+    """The SAE or transcoder in the folder.
+
+    Raises:
+        ValueError: a convention that is not supported, an unknown key, missing or surplus weights, or a bad choice.
+    """
+    file = _weights_file(source.path)
+    if file is None:
+        raise ValueError(f"no {' or '.join(WEIGHTS)}")
+    config, notes = _config(source.path / CONFIG), Conventions()
+    reads, writes = _places(config)
+    rule = _rule(config, source.choices, bool(writes), notes)
+    used = {"gating": _jumps(config), "scale": config.get("norm_activation") == "dataset-wise"}
+    return Found(
+        dictionary=_dictionary(config, safetensors(file), rule, source.choices, notes),
+        files=(source.path / CONFIG, file),
+        reads=reads,
+        writes=writes,
+        model=_model(source.path / MODEL),
+        conventions=notes.all(),
+        used=frozenset(name for name, makes_a_difference in used.items() if makes_a_difference),
+    )
+
+
+def _weights_file(path: Path) -> Path | None:
+    return next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+
+
+def _model(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    name = json_object(file).get("model_name")
+    return name if isinstance(name, str) else None
+
+
+def _config(file: Path) -> dict[str, Any]:
+    config = json_object(file)
+    check_keys(config, _KNOWN | _TRAINING, CONFIG)
+    choice(config, "act_fn", ("jumprelu", "relu", "topk"), CONFIG)
+    if flag(config, "use_glu_encoder", False, CONFIG):
+        raise ValueError(f"{CONFIG}: use_glu_encoder: gated linear encoders are not supported")
+    return config
+
+
+def _places(config: dict[str, Any]) -> tuple[Place | None, tuple[Place, ...]]:
+    return in_and_out(config.get("hook_point_in"), config.get("hook_point_out"), f"{CONFIG}: hook_point_out")
+
+
+def _jumps(config: dict[str, Any]) -> bool:
+    """Whether features fire above a threshold: a TopK SAE that states one is served so, as OpenMOSS does."""
+    if config["act_fn"] == "topk":
+        return config.get("jump_relu_threshold") is not None and number(config, "jump_relu_threshold", CONFIG) > 0
+    return bool(config["act_fn"] == "jumprelu")
+
+
+def _rule(config: dict[str, Any], choices: Choices, is_transcoder: bool, notes: Conventions) -> Rule:
+    """Whose rule decides which features fire.
+
+    SAELens' by default where it can read the SAE, because feature ids and dashboards were made with it.
+    """
+    if not _jumps(config):
+        return "openmoss"
+    rule: Rule = choices.gating or ("openmoss" if is_transcoder else "saelens")
+    if rule == "saelens":
+        _refuse_under_saelens(config, is_transcoder)
+    own = "p * |decoder row|" if flag(config, "sparsity_include_decoder_norm", True, CONFIG) else "p"
+    said = {
+        "saelens": f"saelens: p > threshold, as dashboards were made; OpenMOSS' own rule is {own} > threshold",
+        "openmoss": f"openmoss: {own} > threshold; SAELens, which dashboards were made with, has p > threshold",
+    }
+    notes.note("gating", said[rule], "the user" if choices.gating else "the format")
+    return rule
+
+
+def _refuse_under_saelens(config: dict[str, Any], is_transcoder: bool) -> None:
+    if is_transcoder:
+        raise ValueError("gating saelens: SAELens does not read these transcoders; choose gating openmoss")
+    if _centres(config):
+        raise ValueError(
+            f"{CONFIG}: apply_decoder_bias_to_pre_encoder is true, which SAELens leaves out; choose gating openmoss"
+        )
+
+
+def _centres(config: dict[str, Any]) -> bool:
+    asked = flag(config, "apply_decoder_bias_to_pre_encoder", True, CONFIG)
+    return asked and flag(config, "use_decoder_bias", True, CONFIG)
+
+
+def _dictionary(
+    config: dict[str, Any], tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions
+) -> Dictionary:
+    is_transcoder = bool(_places(config)[1])
+    W_enc, b_enc, W_dec, b_dec = _weights(config, tensors)
+    scales = _scales(config, b_dec.numel(), rule, choices, is_transcoder, notes)
+    gain = _gain(config, W_dec, scales, rule, notes)
+    if is_transcoder and _centres(config):
+        raise ValueError(f"{CONFIG}: apply_decoder_bias_to_pre_encoder: not supported for a transcoder")
+    notes.note("centring", _centres(config), f"{CONFIG}: apply_decoder_bias_to_pre_encoder")
+    return Dictionary(
+        W_enc=_scaled(W_enc, gain * scales.inward).T,
+        b_enc=b_enc * gain,
+        W_dec=_scaled(W_dec.T, 1 / (gain.clamp_min(_TINY) * scales.outward)),
+        b_dec=b_dec / scales.outward,
+        activation=_activation(config, scales, rule, b_enc, notes),
+        centre=_centres(config),
+        normalisation=scales.normalisation,
+        is_transcoder=is_transcoder,
+    )
+
+
+def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    W_enc, b_enc, W_dec = (tensors.take(name) for name in ("encoder.weight", "encoder.bias", "decoder.weight"))
+    has_bias = flag(config, "use_decoder_bias", True, CONFIG)
+    b_dec = tensors.take("decoder.bias") if has_bias else torch.zeros(W_dec.shape[:1])
+    tensors.close()
+    d_sae, d_model = b_enc.numel(), b_dec.numel()
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "encoder.weight": (W_enc, (d_sae, d_model)),
+        "encoder.bias": (b_enc, (d_sae,)),
+        "decoder.weight": (W_dec, (d_model, d_sae)),
+        "decoder.bias": (b_dec, (d_model,)),
+    }
+    check_shapes(shapes, tensors.file.name)
+    check_size(config, "d_sae", d_sae, CONFIG)
+    check_size(config, "d_model", d_model, CONFIG)
+    return W_enc, b_enc, W_dec, b_dec
+
+
+def _scaled(rows: Tensor, by: Tensor) -> Tensor:
+    """rows [d_sae, d] times by [d_sae], each row contiguous: copied once, whatever their layout in the file."""
+    return torch.mul(rows, by[:, None], out=torch.empty(rows.shape))
+
+
+def _scales(
+    config: dict[str, Any], d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
+) -> _Scales:
+    kind = choice(config, "norm_activation", ("dataset-wise", "token-wise", "inference", "none"), CONFIG)
+    if kind == "dataset-wise":
+        inward, outward = _dataset_wise(config, d_model, choices, is_transcoder, notes)
+        return _Scales(inward, inward if rule == "saelens" else outward)
+    notes.note("activation scale", {"token-wise": "of each token"}.get(kind, "none"), f"{CONFIG}: norm_activation")
+    if kind == "token-wise":
+        if is_transcoder:
+            raise ValueError(
+                f"{CONFIG}: norm_activation token-wise: what a transcoder writes would have no known scale"
+            )
+        return _Scales(1.0, 1.0, "constant_norm_rescale")
+    return _Scales(1.0, 1.0)
+
+
+def _dataset_wise(
+    config: dict[str, Any], d_model: int, choices: Choices, is_transcoder: bool, notes: Conventions
+) -> tuple[float, float]:
+    norms, key = config.get(NORMS), f"{CONFIG}: {NORMS}"
+    if isinstance(norms, dict):
+        inward, outward = _factor(norms, "in", d_model), _factor(norms, "out", d_model)
+        if choices.scale is not None and abs(choices.scale / inward - 1) > 0.01:
+            raise ValueError(f"scale is {choices.scale:g}, but {key} says {inward:g}")
+        notes.note("activation scale", inward, key)
+        if is_transcoder:
+            notes.note("activation scale of what it writes", outward, key)
+        return inward, outward
+    if is_transcoder or not choices.scale:
+        raise ValueError(
+            f'{key} is not there: write in the mean norms of the activations, {{"in": ..., "out": ...}}'
+            + ("" if is_transcoder else ", or give scale = sqrt(d_model) / mean |x|")
+        )
+    notes.note("activation scale", choices.scale, "the user")
+    return choices.scale, choices.scale
+
+
+def _factor(norms: dict[str, Any], side: str, d_model: int) -> float:
+    norm = number(norms, side, f"{CONFIG}: {NORMS}")
+    if norm <= 0:
+        raise ValueError(f"{CONFIG}: {NORMS}: {side} must be above 0, got {norm:g}")
+    return sqrt(d_model) / norm
+
+
+def _gain(config: dict[str, Any], W_dec: Tensor, scales: _Scales, rule: Rule, notes: Conventions) -> Tensor:
+    """[d_sae] What the rule multiplies ``inward * x . w_j + b_j`` by before it is compared, and gives as the value.
+
+    SAELens leaves it as it is. OpenMOSS takes it back to the activations' own scale and, where the norm counts, on to a
+    decoder of unit norm.
+    """
+    includes = flag(config, "sparsity_include_decoder_norm", True, CONFIG)
+    if rule == "saelens":
+        notes.note("feature units", "of training: activations scaled, decoder as stored", "SAELens")
+        return torch.ones(W_dec.shape[1])
+    if not includes:
+        notes.note("feature units", "of the model's activations, decoder as stored", "OpenMOSS")
+        return torch.full((W_dec.shape[1],), 1 / scales.inward)
+    notes.note("feature units", "of the model's activations, decoder rows of unit norm", "OpenMOSS")
+    norms: Tensor = W_dec.norm(dim=0)
+    return norms / scales.outward
+
+
+def _activation(config: dict[str, Any], scales: _Scales, rule: Rule, b_enc: Tensor, notes: Conventions) -> Activation:
+    if _jumps(config):
+        threshold = number(config, "jump_relu_threshold", CONFIG)
+        if threshold < 0:
+            raise ValueError(f"{CONFIG}: jump_relu_threshold {threshold:g} is below 0, which is not supported")
+        threshold *= scales.inward if rule == "saelens" else 1.0
+        notes.note("threshold", threshold, f"{CONFIG}: jump_relu_threshold")
+        return JumpReLU(torch.full_like(b_enc, threshold))
+    if config["act_fn"] == "relu":
+        return ReLU()
+    return TopK(whole(config, "top_k", CONFIG))

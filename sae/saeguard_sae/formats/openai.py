@@ -1,0 +1,74 @@
+"""OpenAI's sparse_autoencoder: one torch file with ``pre_bias``, ``latent_bias`` and two linear layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saeguard_sae.activations import Activation, ReLU
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats.files import Tensors, check_shapes, checkpoint, choice, shapes, whole
+from saeguard_sae.formats.found import Conventions, Found, Source
+from saeguard_sae.selections import TopK
+
+NAME = "openai"
+
+_STATE = "activation_state_dict"
+# Statistics of training, and the activation's settings, which are read from the entry above.
+_BESIDES = (
+    "activation",
+    _STATE,
+    "activation.k",
+    "activation.postact_fn",
+    "latents_activation_frequency",
+    "latents_mean_square",
+    "stats_last_nonzero",
+)
+
+
+def recognises(path: Path) -> bool:
+    """A torch file with names that this format alone has."""
+    return {"pre_bias", "latent_bias"} <= shapes(path).keys()
+
+
+def load(source: Source) -> Found:
+    """The SAE in the file, which does not say where in the model it belongs.
+
+    Raises:
+        ValueError: an activation that is not supported, missing or surplus weights.
+    """
+    held, notes = checkpoint(source.path), Conventions()
+    tensors = Tensors(source.path, (str(name) for name in held), held.__getitem__)
+    tensors.ignore(*_BESIDES)
+    activation = _activation(held, source.path.name, notes)
+    # The library's own rule: it keeps no other record of whether tokens were normalised.
+    normed = isinstance(activation, TopK)
+    notes.note("normalisation", "layer_norm" if normed else "none", "the format: TopK alone has it")
+    notes.note("centring", True, "the format")
+    dictionary = _dictionary(tensors, activation, normed)
+    return Found(dictionary=dictionary, files=(source.path,), reads=None, conventions=notes.all())
+
+
+def _dictionary(tensors: Tensors, activation: Activation, normed: bool) -> Dictionary:
+    names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
+    rows, b_enc, columns, b_dec = (tensors.take(name) for name in names)
+    tensors.close()
+    d_in, d_sae = b_dec.numel(), b_enc.numel()
+    wanted = {"encoder.weight": (rows, (d_sae, d_in)), "decoder.weight": (columns, (d_in, d_sae))}
+    check_shapes(wanted, tensors.file.name)
+    return Dictionary(rows.T, b_enc, columns.T, b_dec, activation, normalisation="layer_norm" if normed else "none")
+
+
+def _activation(held: dict[str, Any], file: str, notes: Conventions) -> Activation:
+    name = choice({"activation": "ReLU"} | held, "activation", ("ReLU", "TopK"), file)
+    notes.note("activation", name, f"{file}: activation" if "activation" in held else "the library's default")
+    if name == "ReLU":
+        return ReLU()
+    state, key = held.get(_STATE), f"{file}: {_STATE}"
+    if not isinstance(state, dict):
+        raise ValueError(f"{key} must hold k and postact_fn, got {state!r}")
+    k = whole(state, "k", key)
+    after = choice(state, "postact_fn", ("ReLU", "Identity"), key)
+    notes.note("k", k, key)
+    notes.note("negative values", "kept" if after == "Identity" else "0", f"{key}: postact_fn")
+    return TopK(k, keeps_negative=after == "Identity")

@@ -1,0 +1,130 @@
+"""Qwen-Scope: ``layer5.sae.pt`` with ``W_enc`` [d_sae, d_in] and ``W_dec`` [d_in, d_sae], a TopK SAE of that layer.
+
+How many features are kept is in the ``config.json`` at the root of the repository and in the repository's name.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats.files import (
+    Tensors,
+    check_keys,
+    check_shapes,
+    check_size,
+    choice,
+    json_object,
+    shapes,
+    state_dict,
+    whole,
+)
+from saeguard_sae.formats.found import Conventions, Found, Source
+from saeguard_sae.selections import TopK
+from saeguard_sae.site import Site
+
+NAME = "qwen_scope"
+CONFIG = "config.json"
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
+
+_KNOWN = {"base_model", "d_model", "d_sae", "dtype", "hook_point", "k", "model_type", "num_layers"}
+_FILE = re.compile(r"layer(\d+)\.sae\.pth?")
+_REPO = re.compile(r"SAE-Res-(.+)-W\d+K-L0_(\d+)$")
+
+
+class _Said(NamedTuple):
+    """A value and who says it."""
+
+    value: Any
+    source: str
+
+
+def recognises(path: Path) -> bool:
+    """A torch file with these weights, the encoder's one row for each feature."""
+    held = shapes(path)
+    if not held.keys() >= set(WEIGHTS) or held["W_enc"] != (*held["b_enc"], *held["b_dec"]):
+        return False
+    # Square weights fit either way round: then settings of its own beside the file make it another format's.
+    return held["b_enc"] != held["b_dec"] or not (path.parent / f"{path.stem}_cfg.json").is_file()
+
+
+def load(source: Source) -> Found:
+    """The SAE in the file.
+
+    Raises:
+        ValueError: missing or surplus weights, or k is not known.
+    """
+    config, notes = _config(source.path.parent / CONFIG), Conventions()
+    repo = _REPO.search(source.origin.repo) if source.origin else None
+    known = _known_k(config, repo)
+    k = _k(known, source, notes)
+    notes.note("activation", "topk", "the format")
+    notes.note("centring", False, "the format")
+    return Found(
+        dictionary=_dictionary(state_dict(source.path), config, k),
+        files=(source.path, *((source.path.parent / CONFIG,) if config else ())),
+        reads=_reads(source, config, notes),
+        model=_model(config, repo),
+        conventions=notes.all(),
+        used=frozenset() if known else frozenset({"k"}),
+    )
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The repository's settings where they were downloaded as well; another model's ``config.json`` is not that."""
+    config = json_object(file) if file.is_file() else {}
+    if config.get("model_type") != "topk_sae":
+        return {}
+    check_keys(config, _KNOWN, CONFIG)
+    return config
+
+
+def _known_k(config: dict[str, Any], repo: re.Match[str] | None) -> _Said | None:
+    stated = _Said(whole(config, "k", CONFIG), f"{CONFIG}: k") if config else None
+    named = _Said(int(repo[2]), "the repository's name") if repo else None
+    if stated and named and stated.value != named.value:
+        raise ValueError(f"{CONFIG}: k is {stated.value}, but the repository's name says {named.value}")
+    return stated or named
+
+
+def _k(known: _Said | None, source: Source, notes: Conventions) -> int:
+    chosen = _Said(source.choices.k, "the user") if source.choices.k is not None else None
+    said = known or chosen
+    if said is None:
+        raise ValueError(
+            f"{source.path.name}: how many features are kept is not in the file; give k, the number after 'L0_' in the "
+            "repository's name, or keep the repository's config.json beside the file"
+        )
+    notes.note("k", said.value, said.source)
+    return int(said.value)
+
+
+def _dictionary(tensors: Tensors, config: dict[str, Any], k: int) -> Dictionary:
+    rows, columns, b_enc, b_dec = (tensors.take(name) for name in WEIGHTS)
+    tensors.close()
+    d_in, d_sae = b_dec.numel(), b_enc.numel()
+    check_shapes({"W_enc": (rows, (d_sae, d_in)), "W_dec": (columns, (d_in, d_sae))}, tensors.file.name)
+    check_size(config, "d_model", d_in, CONFIG)
+    check_size(config, "d_sae", d_sae, CONFIG)
+    return Dictionary(rows.T, b_enc, columns.T, b_dec, TopK(k), centre=False)
+
+
+def _reads(source: Source, config: dict[str, Any], notes: Conventions) -> Site | None:
+    """The layer is in the file's name, as it was published where that is known."""
+    if config:
+        choice(config, "hook_point", ("resid_post",), CONFIG)
+    name = Path(source.origin.path).name if source.origin and source.origin.path else source.path.name
+    match = _FILE.fullmatch(name)
+    if match is None:
+        notes.note("reads", f"not known: {name} does not name a layer", "the file's name")
+        return None
+    site = Site(int(match[1]), "resid_post")
+    notes.note("reads", site, "the file's name")
+    return site
+
+
+def _model(config: dict[str, Any], repo: re.Match[str] | None) -> str | None:
+    stated = config.get("base_model")
+    return stated if isinstance(stated, str) else repo[1] if repo else None
