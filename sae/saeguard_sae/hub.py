@@ -1,0 +1,223 @@
+"""From what a user writes to a file or folder here: a path, ``hf://org/name/inside@revision``, or a release's SAE.
+
+Only what one SAE needs is downloaded, of one commit, into huggingface_hub's own cache. Which formats those files hold,
+and what is made of the facts that come with a release, is for the loader.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from saeguard_sae import releases
+from saeguard_sae.formats.found import Origin
+from saeguard_sae.hub_files import needed
+from saeguard_sae.releases import PublishedSae
+
+SCHEME = "hf://"
+
+_TIMEOUT_S = 10.0
+_NO_NAMES = ("", ".", "..")
+# By version, huggingface_hub has its requests made by one library or another. Its own error is also that library's, and
+# an OSError.
+_NETWORK: tuple[type[Exception], ...] = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+
+
+class HubError(ValueError):
+    """An SAE that cannot be had; the message says what would help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """An SAE on this machine, and where it came from."""
+
+    path: Path
+    origin: Origin | None = None
+    revision: str | None = None
+    """The commit of the repository that the files are of."""
+    is_pinned: bool = True
+    """False where the commit is what a branch or tag happens to name today: naming it instead keeps it."""
+    published: PublishedSae | None = None
+    """What SAELens' list says, if the SAE was named by a release or its place on the hub is listed."""
+    offline: str | None = None
+    """Why the cache alone was asked, where the hub was not or did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    repo: str
+    inside: str
+    revision: str | None
+    published: PublishedSae | None = None
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.repo}" + (f"/{self.inside}" if self.inside else "")
+
+
+def resolve(
+    path: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    endpoint: str | None = None,
+) -> Resolved:
+    """The file or folder that ``path`` names, downloaded if it must be; a progress bar shows on a terminal alone.
+
+    Args:
+        path: of a file or folder here, ``hf://org/name/path/in/repo[@revision]``, or ``release/sae-id[@revision]``
+            by SAELens' list. What exists here is what is meant.
+        revision: a branch, tag or commit; ``main`` if it is not given.
+        cache_dir: in place of huggingface_hub's own.
+        local_files_only: the cache alone, as with ``HF_HUB_OFFLINE=1``.
+        endpoint: of the hub, in place of huggingface_hub's own.
+
+    Raises:
+        HubError: it is nowhere, not allowed, not one SAE, or cannot be downloaded now.
+    """
+    if not path.startswith(SCHEME) and os.path.exists(path):
+        return _local(path, revision)
+    address = _address(path, revision)
+    home = Path(cache_dir or HF_HUB_CACHE).expanduser() / f"models--{address.repo.replace('/', '--')}"
+    with _explained(address):
+        if local_files_only:
+            return _from_cache(address, home, "local_files_only is set")
+        try:
+            commit, names = _listing(address, endpoint)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except _NETWORK as err:
+            return _from_cache(address, home, f"{type(err).__name__}: {err}")
+        for name in sorted(_needed(names, address)):
+            hf_hub_download(address.repo, name, revision=commit, cache_dir=home.parent, endpoint=endpoint)
+    _remember(home, address.revision, commit)
+    return _resolved(address, home, commit)
+
+
+def _local(path: str, revision: str | None) -> Resolved:
+    if revision is not None:
+        raise HubError(f"{path} is on this machine, so it has no revision {revision}")
+    # Not resolved: in the hub's cache, files are links into another folder.
+    parts = Path(path).absolute().parts
+    for index, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[index + 1] == "snapshots":
+            origin = Origin(part.removeprefix("models--").replace("--", "/"), "/".join(parts[index + 3 :]))
+            published = releases.at(origin.repo, origin.path)
+            return Resolved(path=Path(path), origin=origin, revision=parts[index + 2], published=published)
+    return Resolved(path=Path(path))
+
+
+def _address(path: str, revision: str | None) -> _Address:
+    path, at, named = path.rpartition("@") if "@" in path else (path, "", "")
+    if at and revision is not None and revision != named:
+        raise HubError(f"{path}@{named}: its revision is said to be {revision} too")
+    revision = named if at else revision
+    if revision is not None and any(part in _NO_NAMES for part in revision.split("/")):
+        raise HubError(f"{path}: {revision!r} is not a revision")
+    if not path.startswith(SCHEME):
+        return _listed(path, revision)
+    parts = path.removeprefix(SCHEME).strip("/").split("/")
+    if len(parts) < 2 or any(part in _NO_NAMES for part in parts):
+        raise HubError(f"{path}: write it like {SCHEME}org/name/path/in/repo@revision")
+    return _Address("/".join(parts[:2]), "/".join(parts[2:]), revision)
+
+
+def _listed(path: str, revision: str | None) -> _Address:
+    release, _, sae_id = path.strip("/").partition("/")
+    try:
+        found = releases.find(release, sae_id)
+    except ValueError as err:
+        raise HubError(
+            f"{path or 'an empty path'}: no such file or folder here, and {err}; "
+            f"what is on the hub is written {SCHEME}org/name/path/in/repo"
+        ) from err
+    return _Address(found.repo, found.path, revision, found)
+
+
+@contextmanager
+def _explained(address: _Address) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as err:
+        raise HubError(
+            f"{address}: its owner has to let you in: ask at https://huggingface.co/{address.repo}, then log in with "
+            "'hf auth login' or set HF_TOKEN"
+        ) from err
+    except RepositoryNotFoundError as err:
+        raise HubError(
+            f"{address}: there is no repository {address.repo}, or it is private: check the name, or log in with "
+            "'hf auth login' or set HF_TOKEN"
+        ) from err
+    except RevisionNotFoundError as err:
+        raise HubError(f"{address}: {address.repo} has no revision {address.revision!r}") from err
+    except HFValidationError as err:
+        raise HubError(f"{address}: {err}") from err
+    except _NETWORK as err:
+        raise HubError(f"{address}: the download failed; try it again: {type(err).__name__}: {err}") from err
+
+
+def _listing(address: _Address, endpoint: str | None) -> tuple[str, Set[str]]:
+    """The commit that the revision names, and every file in it."""
+    info = HfApi(endpoint=endpoint).model_info(address.repo, revision=address.revision, timeout=_TIMEOUT_S)
+    if info.sha is None:
+        raise HubError(f"{address}: the hub does not say which commit {address.revision or 'main'} is")
+    return info.sha, {sibling.rfilename for sibling in info.siblings or ()}
+
+
+def _from_cache(address: _Address, home: Path, why: str) -> Resolved:
+    revision, looked = address.revision or "main", f"only the cache {home.parent} was looked at: {why}"
+    ref = home / "refs" / revision
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    snapshot = home / "snapshots" / commit
+    names = {one.relative_to(snapshot).as_posix() for one in snapshot.rglob("*") if one.is_file()}
+    if not names:
+        raise HubError(f"{address}: nothing of {revision} is there; {looked}")
+    try:
+        _needed(names, address)
+    except HubError as err:
+        raise HubError(f"{err}; {looked}") from err
+    return _resolved(address, home, commit, why)
+
+
+def _needed(names: Set[str], address: _Address) -> Set[str]:
+    try:
+        return needed(names, address.inside)
+    except ValueError as err:
+        raise HubError(f"{address}: {err}") from err
+
+
+def _resolved(address: _Address, home: Path, commit: str, offline: str | None = None) -> Resolved:
+    return Resolved(
+        path=home / "snapshots" / commit / address.inside,
+        origin=Origin(address.repo, address.inside),
+        revision=commit,
+        is_pinned=address.revision == commit,
+        published=address.published or releases.at(address.repo, address.inside),
+        offline=offline,
+    )
+
+
+def _remember(home: Path, revision: str | None, commit: str) -> None:
+    """Notes the commit as the branch's, as huggingface_hub does, so that the branch is found offline too."""
+    if revision == commit:
+        return
+    ref = home / "refs" / (revision or "main")
+    part = ref.with_name(f"{ref.name}.{os.getpid()}.part")
+    # A cache that cannot be written is as good for reading.
+    with suppress(OSError):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(commit, encoding="utf-8")
+        os.replace(part, ref)
