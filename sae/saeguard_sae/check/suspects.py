@@ -1,0 +1,188 @@
+"""Which convention an SAE was most likely given wrongly: the others are tried on activations captured once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import torch
+from torch import Tensor, nn
+
+from saeguard_sae.architectures import ModelConfig
+from saeguard_sae.check.bounds import Bounds
+from saeguard_sae.check.changes import Change, Setup, conventions
+from saeguard_sae.check.hooks import ordinary, run, visiting
+from saeguard_sae.check.measure import reader, target
+from saeguard_sae.check.relocations import relocations
+from saeguard_sae.check.tally import Tally, read
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.site import Site
+
+SAMPLE = 256
+"""Ordinary tokens on which alternatives are tried: enough to tell factors apart, few enough to hold at many sites."""
+SHOWN = 5
+"""Suspects that are named at most."""
+
+_BETTER = 2.0
+"""An alternative outside the bounds counts if it leaves this many times less unexplained,"""
+_USABLE = 0.9
+"""and less than this: just below what the mean leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """An alternative that fits better than what the SAE was given."""
+
+    what: str
+    """In words: "it reads resid_post.3, not resid_post.4"."""
+    setting: str | None
+    """What to write into the SAE's settings, a line each; None where there is no setting for it."""
+    l0: float
+    fvu: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    change: Change
+    l0: float
+    fvu: float | None
+
+
+@torch.inference_mode()
+def suspects(
+    model: nn.Module,
+    config: ModelConfig,
+    sae: LoadedSae,
+    tokens: Sequence[Tensor],
+    special_ids: frozenset[int],
+    bounds: Bounds,
+) -> list[Suspect]:
+    """Alternatives inside the bounds, then those that clearly leave less unexplained; best first.
+
+    One change at a time, and pairs of two where no single one lies inside the bounds. The model runs once.
+    """
+    own = Setup(sae.site, target(sae), reader(sae.dictionary))
+    moves = relocations(sae, config)
+    setups = [own, *(one.apply(own) for one in moves)]
+    wanted = {site for one in setups for site in (one.reads, one.target) if site is not None}
+    captured = _Captured({sae.dictionary.d_in, sae.write_width})
+    with visiting(model, config, wanted, captured.visit):
+        for ids in _sample(tokens, special_ids):
+            captured.ordinary.append(ordinary(ids, special_ids))
+            run(model, ids)
+    target_rows = None if own.target is None else captured.rows(own.target)
+    rest = conventions(sae, model, config, captured.rows(own.reads), target_rows)
+    search = _Search(own, captured, bounds)
+    found = search.among([*moves, *rest])
+    if not any(bounds.admits(one.l0, one.fvu) for one in found):
+        search.beat(found)
+        found += search.among(_pairs(moves, rest))
+    found.sort(key=lambda one: (not bounds.admits(one.l0, one.fvu), merit(one.l0, one.fvu, bounds)))
+    return [Suspect(one.change.what, one.change.setting, one.l0, one.fvu) for one in found[:SHOWN]]
+
+
+def merit(l0: float, fvu: float | None, bounds: Bounds) -> float:
+    """Less is better: the FVU, times how many times L0 is off where it is known what to expect.
+
+    FVU alone would favour whatever makes more features fire.
+    """
+    left, expected = 1.0 if fvu is None else fvu, bounds.middle_l0
+    if expected is None:
+        return left
+    return left * max(l0 / expected, expected / l0) if l0 else inf
+
+
+def _pairs(moves: list[Change], rest: list[Change]) -> Iterator[Change]:
+    """Two conventions of different kinds, or another site with the other bias convention."""
+    for at, one in enumerate(rest):
+        yield from (one.then(other) for other in rest[at + 1 :] if other.kind != one.kind)
+    for bias in rest:
+        if bias.kind == "bias":
+            yield from (move.then(bias) for move in moves)
+
+
+class _Captured:
+    """Activations of a few texts at many sites: those of these widths."""
+
+    def __init__(self, widths: set[int]) -> None:
+        self._widths = widths
+        self.ordinary: list[Tensor] = []
+        self.at: dict[Site, list[Tensor]] = {}
+
+    def visit(self, site: Site, x: Tensor, seen: Tensor) -> None:
+        """Keeps what an SAE reads at the site."""
+        if seen.shape[-1] in self._widths:
+            self.at.setdefault(site, []).append(seen[0].clone())
+
+    def width(self, site: Site) -> int | None:
+        """Of the activations there; None where they were not kept."""
+        return self.at[site][0].shape[-1] if site in self.at else None
+
+    def rows(self, site: Site) -> Tensor:
+        """[n, width] of the ordinary tokens."""
+        return torch.cat([x[rows.to(x.device)] for x, rows in zip(self.at[site], self.ordinary, strict=True)])
+
+
+def _sample(tokens: Iterable[Tensor], special_ids: frozenset[int]) -> Iterator[Tensor]:
+    """The first texts, the last one cut, with SAMPLE ordinary tokens in all."""
+    left = SAMPLE
+    for ids in tokens:
+        reached = ordinary(ids, special_ids).cumsum(0)
+        part = ids[: int((reached <= left).sum())]
+        left -= int(ordinary(part, special_ids).sum())
+        if len(part):
+            yield part
+        if left <= 0:
+            return
+
+
+class _Search:
+    """Tries changes of one SAE and keeps those that count."""
+
+    def __init__(self, own: Setup, captured: _Captured, bounds: Bounds) -> None:
+        self._own = own
+        self._captured = captured
+        self._bounds = bounds
+        l0, self._best = self._measure(own)
+        self._fails = not bounds.admits(l0, self._best)
+
+    def among(self, changes: Iterable[Change]) -> list[_Tried]:
+        """Those of the changes that count."""
+        tried = []
+        for change in changes:
+            setup = change.apply(self._own)
+            if self._is_as_wide(setup):
+                tried.append(_Tried(change, *self._measure(setup)))
+        return [one for one in tried if self._counts(one)]
+
+    def beat(self, found: list[_Tried]) -> None:
+        """What counts from now on must beat the best of these too."""
+        self._best = min((one.fvu for one in found if one.fvu is not None), default=self._best)
+
+    def _is_as_wide(self, setup: Setup) -> bool:
+        """As where it is now: that the SAE fits there was seen before."""
+        same = self._captured.width(setup.reads) == self._captured.width(self._own.reads)
+        if setup.target is None or self._own.target is None:
+            return same
+        return same and self._captured.width(setup.target) == self._captured.width(self._own.target)
+
+    def _measure(self, setup: Setup) -> tuple[float, float | None]:
+        tally, at = Tally(), self._captured.at
+        targets = at[setup.target] if setup.target is not None else [None] * len(self._captured.ordinary)
+        for x, wanted, rows in zip(at[setup.reads], targets, self._captured.ordinary, strict=True):
+            rows = rows.to(x.device)
+            made = read(setup.reader, x, rows, tally, decodes=wanted is not None)
+            if made is not None and wanted is not None:
+                tally.compare(made, wanted[rows].float())
+        return tally.l0, None if setup.target is None else tally.fvu
+
+    def _counts(self, one: _Tried) -> bool:
+        if self._fails and self._bounds.admits(one.l0, one.fvu) and self._is_usable(one):
+            return True
+        if one.fvu is None or self._best is None or not one.fvu < _USABLE:
+            return False
+        return not isfinite(self._best) or one.fvu * _BETTER <= self._best
+
+    def _is_usable(self, one: _Tried) -> bool:
+        return one.fvu is None or self._bounds.max_fvu is not None or one.fvu < _USABLE

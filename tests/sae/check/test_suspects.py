@@ -1,0 +1,434 @@
+"""Each convention got wrong on purpose, and the check names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saeguard_sae.activations import JumpReLU
+from saeguard_sae.binding import Overrides, bind
+from saeguard_sae.catalogue import Catalogue, Quality
+from saeguard_sae.check import Bounds, Report, bounds_from, check, measure, suspects
+from saeguard_sae.check.changes import Setup, conventions
+from saeguard_sae.check.measure import target
+from saeguard_sae.check.relocations import relocations
+from saeguard_sae.check.variant import Variant
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats.found import Convention, Found
+from saeguard_sae.loading import LoadedSae, OpenedSae
+from saeguard_sae.normalisation import normalise
+from saeguard_sae.pursuit import MatchingPursuit
+from saeguard_sae.selections import TopK
+from saeguard_sae.site import Site
+
+MID = 1
+HERE = Site(MID, "resid_post")
+Worlds = Callable[[str], Any]
+Fitted = Callable[..., Dictionary]
+
+
+def stated(world: Any, right: LoadedSae) -> Bounds:
+    """The bounds that follow where the files state what the right SAE does."""
+    found = measure(world.model, world.config, right, world.texts, world.special)
+    quality = Quality(l0=found.l0, fvu=found.fvu, ce_base=found.ce_base, ce_spliced=found.ce_spliced)
+    return bounds_from(quality, None, Bounds())
+
+
+def checked(world: Any, right: LoadedSae, wrong: LoadedSae) -> Report:
+    """The check of the wrong one against what the right one does, which itself passes."""
+    bounds = stated(world, right)
+    arguments = (world.texts, world.special, bounds)
+    assert check(world.model, world.config, right, *arguments).violations == ()
+    report = check(world.model, world.config, wrong, *arguments)
+    assert report.violations, "the mistake must show for this to mean anything"
+    return report
+
+
+def named(report: Report, what: str, setting: str | None) -> None:
+    """The first suspect is this one, and it lies inside the bounds."""
+    assert report.suspects, report.explain()
+    first = report.suspects[0]
+    assert (first.what, first.setting) == (what, setting), report.explain()
+    assert report.bounds.admits(first.l0, first.fvu)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "wrong"),
+    [
+        ("llama", "resid_post.0"), ("llama", "resid_post.2"), ("llama", "resid_pre.1"), ("llama", "mlp_in.1"),
+        ("llama", "attn_out.1"), ("gpt2", "resid_post.0"), ("gpt2", "mlp_out.1"), ("gpt_neox", "resid_pre.1"),
+        ("gemma2", "mlp_raw.1"),
+    ],
+)  # fmt: skip
+def test_the_site(worlds: Worlds, fitted: Fitted, loaded: Any, model_type: str, wrong: str) -> None:
+    world = worlds(model_type)
+    dictionary = fitted(world.rows(HERE))
+    report = checked(world, loaded(HERE, dictionary), loaded(Site.parse(wrong), dictionary))
+    if wrong == "resid_pre.1":  # of the neighbouring layer, it is the same tensor
+        named(report, f"it reads resid_pre.2, not {wrong}", 'site = "resid_pre.2"')
+        report = replace(report, suspects=report.suspects[1:])
+    named(report, f"it reads {HERE}, not {wrong}", f'site = "{HERE}"')
+
+
+def test_the_site_of_an_mlp_sae_read_from_the_stream(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    world, right = worlds("gemma2"), Site(MID, "mlp_in")
+    dictionary = fitted(world.rows(right))
+    for wrong in (Site(MID, "resid_mid"), Site(MID, "resid_pre"), Site(MID, "mlp_normalized")):
+        report = checked(world, loaded(right, dictionary), loaded(wrong, dictionary))
+        named(report, f"it reads {right}, not {wrong}", f'site = "{right}"')
+
+
+def test_the_embedding(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    world, right = worlds("gpt2"), Site(0, "embed")
+    dictionary = fitted(world.rows(right))
+    report = checked(world, loaded(right, dictionary), loaded(Site(0, "resid_pre"), dictionary))
+    named(report, "it reads embed.0, not resid_pre.0", 'site = "embed.0"')
+
+
+@pytest.mark.parametrize("is_centred", [True, False])
+def test_the_bias(worlds: Worlds, fitted: Fitted, loaded: Any, is_centred: bool) -> None:
+    world = worlds("llama")
+    right = fitted(world.rows(HERE))
+    if not is_centred:
+        right = replace(right, b_enc=right.centred_bias(), centre=False)
+    report = checked(world, loaded(HERE, right), loaded(HERE, replace(right, centre=not is_centred)))
+    setting = f"apply_b_dec_to_input = {'true' if is_centred else 'false'}"
+    named(report, f"b_dec is {'' if is_centred else 'not '}subtracted from what it encodes", setting)
+
+
+KINDS = ("none", "layer_norm", "constant_norm_rescale")
+
+
+@pytest.fixture(scope="module")
+def uneven(worlds: Worlds) -> Any:
+    """A world whose tokens differ in length, and have a mean: elsewhere normalisations would be all alike."""
+    world = worlds("llama")
+    model = deepcopy(world.model)
+    rows = model.model.embed_tokens.weight.data
+    rows *= torch.linspace(0.5, 8.0, len(rows))[torch.randperm(len(rows), generator=torch.Generator().manual_seed(6))][
+        :, None
+    ]
+    rows += 1.0
+    return replace(world, model=model)
+
+
+@pytest.mark.parametrize("wrong", KINDS)
+@pytest.mark.parametrize("right", KINDS)
+def test_the_normalisation(uneven: Any, fitted: Fitted, loaded: Any, right: Any, wrong: Any) -> None:
+    if right == wrong:
+        return
+    dictionary = _normalised(uneven, fitted, right)
+    report = checked(uneven, loaded(HERE, dictionary), loaded(HERE, replace(dictionary, normalisation=wrong)))
+    how = {"none": "as it is", "layer_norm": "after layer_norm", "constant_norm_rescale": "after constant_norm_rescale"}
+    before = "" if wrong == "none" else f", not after {wrong}"
+    named(report, f"each token is encoded {how[right]}{before}", f'normalize_activations = "{right}"')
+
+
+def _normalised(world: Any, fitted: Fitted, kind: Any, **more: Any) -> Dictionary:
+    """An SAE that fits under this normalisation."""
+    return replace(fitted(normalise(kind, world.rows(HERE)), offset=0.5, **more), normalisation=kind)
+
+
+def with_mean(world: Any) -> Any:
+    """The same world with a mean in its stream that counts."""
+    model = deepcopy(world.model)
+    model.transformer.wte.weight.data += 3.0 * torch.linspace(-1.0, 1.0, 260)[:, None]
+    return replace(world, model=model)
+
+
+def test_the_mean_that_transformer_lens_takes_out(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    world = with_mean(worlds("gpt2"))
+    right = _normalised(world, fitted, "centred")
+    report = checked(world, loaded(HERE, right), loaded(HERE, replace(right, normalisation="none")))
+    named(report, "the mean is taken out of each token before it is encoded", 'processing = "centred"')
+    wrong = _normalised(world, fitted, "none")
+    notes = (Convention("processing", "centred", "its files"),)
+    mistaken = loaded(HERE, replace(wrong, normalisation="centred"), conventions=notes)
+    report = checked(world, loaded(HERE, wrong), mistaken)
+    named(report, "each token is encoded as it is, not without its mean", 'processing = "none"')
+
+
+def test_settings_that_cannot_be_made_are_not_proposed(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    """RMS norms keep the mean: there is nothing that centring would change."""
+    world = worlds("llama")
+    dictionary = replace(fitted(world.rows(HERE)), normalisation="layer_norm")
+    wide = Bounds(max_fvu=1e-9)
+    found = suspects(world.model, world.config, loaded(HERE, dictionary), world.texts, world.special, wide)
+    assert not any("mean" in one.what for one in found)
+
+
+def test_the_value_bias_that_transformer_lens_folds(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    world, site = worlds("gpt2"), Site(MID, "attn_z")
+    model = deepcopy(world.model)
+    model.transformer.h[MID].attn.c_attn.bias.data += 1.0
+    world = replace(world, model=model)
+    block = model.transformer.h[MID]
+    folded = block.ln_1.bias @ block.attn.c_attn.weight[:, 96:] + block.attn.c_attn.bias[96:]
+    dictionary = fitted(world.rows(site) - folded.double(), offset=0.0)
+    opened = _opened(dictionary, site)
+    right = bind(opened, model, world.config, Overrides(processing="transformer_lens"))
+    report = checked(world, right, bind(opened, model, world.config))
+    named(report, "the model it was trained on had its value biases folded", 'processing = "transformer_lens"')
+
+
+def _opened(dictionary: Dictionary, site: Site, *writes: Site) -> OpenedSae:
+    found = Found(dictionary=dictionary, files=(), reads=site, writes=writes)
+    return OpenedSae("one", "a format", found, "0" * 64, Catalogue())
+
+
+def spread(dictionary: Dictionary) -> Tensor:
+    """Norms of decoder rows that count."""
+    return torch.logspace(-0.5, 0.5, dictionary.d_sae)
+
+
+def _in_units(dictionary: Dictionary, by: Tensor) -> Dictionary:
+    """Features times ``by``; thresholds too, and the decoder takes it back: the same reconstruction."""
+    assert isinstance(dictionary.activation, JumpReLU)
+    return replace(_gated(dictionary, by), activation=JumpReLU(dictionary.activation.threshold * by))
+
+
+def _gated(dictionary: Dictionary, by: Tensor) -> Dictionary:
+    """What thresholds and rivals are compared with times ``by``; the decoder takes it back."""
+    return replace(
+        dictionary, W_enc=dictionary.W_enc * by, b_enc=dictionary.b_enc * by, W_dec=dictionary.W_dec / by[:, None]
+    )
+
+
+def _of_unit_rows(dictionary: Dictionary) -> Dictionary:
+    return _in_units(dictionary, dictionary.W_dec.norm(dim=1))
+
+
+def test_an_encoder_made_for_unit_decoder_rows(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    world = worlds("llama")
+    right = _of_unit_rows(fitted(world.rows(HERE)))
+    wrong = replace(right, W_dec=right.W_dec * spread(right)[:, None])
+    named(checked(world, loaded(HERE, right), loaded(HERE, wrong)), "its features are of unit decoder rows", None)
+
+
+def test_an_encoder_that_lacks_the_decoder_norms(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    world = worlds("llama")
+    unit = _of_unit_rows(fitted(world.rows(HERE)))
+    right = _in_units(unit, 1 / spread(unit))
+    wrong = replace(_in_units(right, 1 / spread(unit)), W_dec=right.W_dec)
+    what = "its features are to be multiplied by the norms of their decoder rows"
+    named(checked(world, loaded(HERE, right), loaded(HERE, wrong)), what, None)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("rule", ["openmoss", "saelens"])
+def test_thresholds_on_other_units(worlds: Worlds, fitted: Fitted, loaded: Any, rule: str, scale: float) -> None:
+    """``scale`` is folded into the weights, decoder rows included: their norms in the file are that much larger."""
+    world = worlds("llama")
+    unit = _of_unit_rows(fitted(world.rows(HERE)))
+    if rule == "openmoss":
+        right, own = unit, "saelens: p > threshold"
+        wrong, sign = _gated(right, 1 / spread(unit)), "x"
+    else:
+        right, own = _in_units(unit, spread(unit).pow(-2)), "openmoss: p * |decoder row| > threshold"
+        wrong, sign = _gated(right, spread(unit)), "/"
+    notes = (Convention("gating", own, "the format"), Convention("activation scale", f"{scale:g}", "the user"))
+    right, wrong = (replace(one, W_dec=one.W_dec / scale, W_enc=one.W_enc * scale) for one in (right, wrong))
+    right, wrong = (replace(one, b_enc=one.b_enc * scale, activation=_times(one, scale)) for one in (right, wrong))
+    report = checked(world, loaded(HERE, right), loaded(HERE, wrong, conventions=notes))
+    what = f"its features are compared with their thresholds as value {sign} norm of the decoder row"
+    named(report, what, f'gating = "{rule}"')
+
+
+def _times(dictionary: Dictionary, by: float) -> JumpReLU:
+    assert isinstance(dictionary.activation, JumpReLU)
+    return JumpReLU(dictionary.activation.threshold * by)
+
+
+def test_a_ranking_in_other_units(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    world = worlds("llama")
+    own = fitted(world.rows(HERE), offset=0.2)
+    right = replace(own, W_dec=own.W_enc.T.contiguous(), activation=TopK(1))
+    wrong = _gated(right, 1 / spread(right))
+    report = checked(world, loaded(HERE, right), loaded(HERE, wrong))
+    named(report, "its features are ranked by value x norm of the decoder row", None)
+
+
+def _at_scale(dictionary: Dictionary, scale: float) -> Dictionary:
+    """The SAE of activations times ``scale``, as SAELens folds the factor into one that was trained on those."""
+    return replace(
+        dictionary, W_enc=dictionary.W_enc * scale, W_dec=dictionary.W_dec / scale, b_dec=dictionary.b_dec / scale
+    )
+
+
+@pytest.fixture(scope="module")
+def quiet(worlds: Worlds) -> Any:
+    """A world whose attention adds little, so that its scale is far from 1."""
+    world = worlds("llama")
+    model = deepcopy(world.model)
+    model.model.layers[MID].self_attn.o_proj.weight.data *= 0.05
+    return replace(world, model=model)
+
+
+@pytest.mark.parametrize(("off", "source"), [(None, ""), (3.0, "the user"), (0.3, "cfg.json: scale")])
+def test_the_activation_scale(quiet: Any, fitted: Fitted, loaded: Any, off: float | None, source: str) -> None:
+    """Only where the user gave the factor does its format take another one."""
+    site = Site(MID, "attn_out")
+    x = quiet.rows(site)
+    scale = float(48**0.5 / x.norm(dim=1).mean())
+    assert scale > 10
+    folded = 1.0 if off is None else float(f"{scale * off:g}")
+    trained = fitted(x * scale)
+    notes = () if off is None else (Convention("activation scale", f"{folded:g}", source),)
+    wrong = loaded(site, _at_scale(trained, folded), conventions=notes)
+    report = checked(quiet, loaded(site, _at_scale(trained, scale)), wrong)
+    first = report.suspects[0]
+    assert report.bounds.admits(first.l0, first.fvu)
+    assert first.what.startswith("its activations are scaled by "), report.explain()
+    assert first.what.endswith(f"not by {folded:.4g}")
+    assert float(first.what.split()[5]) == pytest.approx(scale, rel=0.03)
+    if source != "the user":
+        assert first.setting is None
+        return
+    name, _, value = (first.setting or "").partition(" = ")
+    assert (name, float(value)) == ("scale", pytest.approx(scale, rel=0.03))
+
+
+def test_the_scales_of_a_transcoder(quiet: Any, fitted: Fitted, loaded: Any) -> None:
+    """Trained with both sides scaled, which no setting expresses."""
+    reads, writes = Site(MID, "resid_pre"), Site(MID, "attn_out")
+    x, y = quiet.rows(reads), quiet.rows(writes)
+    inward, outward = (float(48**0.5 / one.norm(dim=1).mean()) for one in (x, y))
+    trained = fitted(x * inward, target=y * outward)
+    right = replace(trained, W_enc=trained.W_enc * inward, W_dec=trained.W_dec / outward, b_dec=trained.b_dec / outward)
+    report = checked(quiet, loaded(reads, right, writes=(writes,)), loaded(reads, trained, writes=(writes,)))
+    first = report.suspects[0]
+    assert first.what.startswith("what it reads is scaled by "), report.explain()
+    assert first.setting is None
+
+
+def transcoder(world: Any, fitted: Fitted, reads: Site, writes: Site) -> Dictionary:
+    """One that fits, with a skip connection."""
+    x, y = world.rows(reads), world.rows(writes)
+    skip = torch.randn(48, 48, generator=torch.Generator().manual_seed(8)) * 0.05
+    dictionary = fitted(x, target=y - x @ skip.double().T, offset=0.5)
+    return replace(dictionary, W_skip=skip)
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "what", "setting"),
+    [
+        ("resid_mid.1", "mlp_out.1", "it reads mlp_in.1, not resid_mid.1", 'site = "mlp_in.1"'),
+        ("mlp_in.1", "mlp_out.2", "it writes mlp_out.1, not mlp_out.2", 'write_site = "mlp_out.1"'),
+        ("mlp_in.1", "mlp_raw.1", "it writes mlp_out.1, not mlp_raw.1", 'write_site = "mlp_out.1"'),
+        ("mlp_in.0", "mlp_out.0", "it reads mlp_in.1 and writes mlp_out.1, not mlp_in.0 and mlp_out.0",
+         'site = "mlp_in.1"\nwrite_site = "mlp_out.1"'),
+    ],
+)  # fmt: skip
+def test_the_sites_of_a_transcoder(
+    worlds: Worlds, fitted: Fitted, loaded: Any, reads: str, writes: str, what: str, setting: str
+) -> None:
+    world, right = worlds("gemma2"), (Site(MID, "mlp_in"), Site(MID, "mlp_out"))
+    dictionary = transcoder(world, fitted, *right)
+    wrong = loaded(Site.parse(reads), dictionary, writes=(Site.parse(writes),))
+    named(checked(world, loaded(right[0], dictionary, writes=right[1:]), wrong), what, setting)
+
+
+def test_no_site_is_proposed_that_could_not_be_set(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    """Nothing is written before it is read, and no activation of another width is read."""
+    world, sites = worlds("gemma2"), (Site(MID, "mlp_in"), Site(MID, "mlp_out"))
+    sae = loaded(sites[0], transcoder(world, fitted, *sites), writes=sites[1:])
+    for change in relocations(sae, world.config):
+        said = dict(line.split(" = ") for line in str(change.setting).splitlines())
+        chosen = {name: Site.parse(value.strip('"')) for name, value in said.items()}
+        overrides = Overrides(site=chosen.get("site"), write_site=chosen.get("write_site"))
+        bound = bind(_opened(sae.dictionary, *sites), world.model, world.config, overrides)
+        setup = change.apply(Setup(sites[0], sites[1], Variant(sae.dictionary)))
+        assert (setup.reads, setup.target) == (bound.site, target(bound))
+
+
+def test_one_layer_of_a_cross_layer_transcoder(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    """By L0 alone: what one layer writes is only a part."""
+    world, right, wrong = worlds("llama"), Site(MID, "mlp_in"), Site(0, "mlp_in")
+    own = fitted(world.rows(right))
+    dictionary = replace(
+        own, b_enc=own.centred_bias(), centre=False, is_transcoder=True,
+        W_dec=torch.cat([own.W_dec, own.W_dec], dim=1), b_dec=torch.cat([own.b_dec, own.b_dec]),
+    )  # fmt: skip
+    writes = (Site(1, "mlp_out"), Site(2, "mlp_out"))
+    report = checked(world, loaded(right, dictionary, writes=writes), loaded(wrong, dictionary, writes=writes))
+    named(report, f"it reads {right}, not {wrong}", f'site = "{right}"')
+    assert all(one.fvu is None for one in report.suspects)
+
+
+def test_two_mistakes(worlds: Worlds, uneven: Any, fitted: Fitted, loaded: Any) -> None:
+    right = _normalised(uneven, fitted, "layer_norm")
+    wrong = replace(right, centre=False, normalisation="none")
+    what = "b_dec is subtracted from what it encodes, and each token is encoded after layer_norm"
+    setting = 'apply_b_dec_to_input = true\nnormalize_activations = "layer_norm"'
+    named(checked(uneven, loaded(HERE, right), loaded(HERE, wrong)), what, setting)
+    world, there = worlds("llama"), Site(2, "resid_pre")
+    fitting = fitted(world.rows(Site(2, "resid_post")))
+    right_sae, wrong_sae = loaded(Site(2, "resid_post"), fitting), loaded(there, replace(fitting, centre=False))
+    what = f"it reads resid_post.2, not {there}, and b_dec is subtracted from what it encodes"
+    setting = 'site = "resid_post.2"\napply_b_dec_to_input = true'
+    named(checked(world, right_sae, wrong_sae), what, setting)
+
+
+def test_nothing_fits_an_sae_of_another_model(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    other = fitted(worlds("gpt2").rows(HERE))
+    world = worlds("llama")
+    report = check(world.model, world.config, loaded(HERE, other), world.texts, world.special, Bounds(max_fvu=0.1))
+    assert not any(report.bounds.admits(one.l0, one.fvu) for one in report.suspects), report.explain()
+
+
+def test_other_coders_can_only_be_at_another_site(worlds: Worlds, loaded: Any) -> None:
+    world = worlds("llama")
+    rows = torch.randn(60, 48, generator=torch.Generator().manual_seed(4))
+    coder = MatchingPursuit(rows / rows.norm(dim=1, keepdim=True), torch.zeros(48), max_iterations=12)
+    everything = Bounds(max_fvu=1e-9)
+    sae = loaded(HERE, coder)
+    assert suspects(world.model, world.config, sae, world.texts, world.special, everything) == []
+    assert {one.kind for one in relocations(sae, world.config)} == {"site"}
+
+
+def test_the_model_runs_once_however_much_is_tried(
+    worlds: Worlds, fitted: Fitted, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = worlds("llama")
+    sae = loaded(HERE, replace(fitted(world.rows(HERE)), centre=False))
+    read: list[int] = []
+    handle = world.model.register_forward_pre_hook(lambda *_: read.append(1))
+    monkeypatch.setattr(import_module("saeguard_sae.check.suspects"), "SAMPLE", 100)
+    suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
+    handle.remove()
+    assert len(read) == 2, "the first text and a part of the second hold 100 ordinary tokens"
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in world.model.modules())
+
+
+def test_weights_are_not_copied(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    """A published SAE takes gigabytes, and the device that holds it may be nearly full."""
+    world = worlds("llama")
+    dictionary = _of_unit_rows(fitted(world.rows(HERE)))
+    dictionary = _in_units(dictionary, spread(dictionary))
+    x = world.rows(HERE).float()
+    own = Setup(HERE, HERE, Variant(dictionary))
+    for change in conventions(loaded(HERE, dictionary), world.model, world.config, x, x):
+        variant = change.apply(own).reader
+        assert isinstance(variant, Variant)
+        assert variant.dictionary.W_enc.data_ptr() == dictionary.W_enc.data_ptr()
+        assert variant.dictionary.W_dec.data_ptr() == dictionary.W_dec.data_ptr()
+
+
+def test_what_is_folded_into_a_processed_sae_is_not_forgotten(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    """At other sites its weights would be others: those are not tried."""
+    world, site = worlds("gpt2"), Site(MID, "attn_z")
+    notes = (Convention("processing", "transformer_lens", "its files"),)
+    sae = loaded(site, fitted(world.rows(site)), conventions=notes)
+    assert relocations(sae, world.config) == []
+    kinds = {one.kind for one in conventions(sae, world.model, world.config, world.rows(site), world.rows(site))}
+    assert not kinds & {"bias", "processing"}
+    stream = loaded(HERE, fitted(world.rows(HERE)), conventions=notes)
+    points = {str(one.setting).split('"')[1].split(".")[0] for one in relocations(stream, world.config)}
+    assert points == {"resid_pre", "resid_mid", "resid_post"}
