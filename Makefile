@@ -4,9 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+REFERENCE_VENV := .venv-reference
+REFERENCE_READY := $(REFERENCE_VENV)/.ready
+REFERENCE_INSTALL := $(REFERENCE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+  --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check format stubs bench gpu demo-assets image clean
+.PHONY: help setup reference-env demo serve test check format stubs bench gpu demo-assets image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +23,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  --editable '.[server,train,dev]'
+	touch $@
+
+reference-env: $(REFERENCE_READY) ## Install the libraries that our loaders are compared with, in an environment of their own
+
+# Most of it is never imported: importing what the tests import compiles that alone, and shows that nothing is missing.
+$(REFERENCE_READY): tests/reference/requirements.txt constraints.txt
+	$(PYTHON) -m venv --clear $(REFERENCE_VENV)
+	$(REFERENCE_INSTALL) torch
+	$(REFERENCE_INSTALL) --no-deps --requirement tests/reference/requirements.txt
+	PYTHONDONTWRITEBYTECODE= $(REFERENCE_VENV)/bin/python -W ignore \
+	  -c 'import dictionary_learning.utils, sae_lens, sparsify, transformer_lens'
 	touch $@
 
 demo: $(READY) ## Serve the bundled model, steer it through the client, print what changed
@@ -57,5 +72,5 @@ demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again fr
 image: ## Build the image and check it without a Docker engine (needs root and Debian's container tools)
 	deploy/check_image.sh
 
-clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove the virtual environments and caches
+	rm -rf $(VENV) $(REFERENCE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

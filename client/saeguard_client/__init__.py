@@ -34,6 +34,7 @@ from saeguard_client.catalog import (
     PromotedToken,
     Quantile,
     Sae,
+    SaeConvention,
     SaeQuality,
     ServerInfo,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "Quantile",
     "Receipt",
     "Sae",
+    "SaeConvention",
     "SaeQuality",
     "SaeguardError",
     "Scale",

@@ -52,13 +52,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class SaeQuality:
-    """What the SAE's files state about it; cross-entropies are the model's, in nats per token.
+    """How well an SAE stands in for the activation; cross-entropies are the model's, in nats per token.
 
     Attributes:
         l0: features that fire on a token, mean.
         fvu: fraction of variance unexplained.
         ce_base: the plain model; ``ce_spliced`` with the reconstruction in place of the activation.
         dead_share: share of features that never fired.
+        tokens: that these were measured on.
     """
 
     l0: float | None = None
@@ -67,11 +68,29 @@ class SaeQuality:
     ce_spliced: float | None = None
     ce_mean_ablated: float | None = None
     dead_share: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SaeConvention:
+    """One thing that decides what an SAE's weights mean, and who says so: a file's key, the format, the settings."""
+
+    name: str
+    value: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sae:
-    """One served SAE; ``digest`` is SHA-256 of its files in hex."""
+    """One served SAE; ``digest`` is SHA-256 of its files in hex.
+
+    Attributes:
+        site: where it reads.
+        write_sites: where its edits change the model; the site itself unless it is a transcoder.
+        format: of its files.
+        quality: what its files state.
+        measured: the same as the server measured it on this model when it started; None where that check is off.
+    """
 
     name: str
     site: str
@@ -81,6 +100,10 @@ class Sae:
     digest: str
     num_labelled: int
     quality: SaeQuality | None = None
+    write_sites: tuple[str, ...] = ()
+    format: str = ""
+    conventions: tuple[SaeConvention, ...] = ()
+    measured: SaeQuality | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ ASSETS = Path(__file__).parent / "demo" / "assets"
 
 
 def resolve(settings: Settings, assets: Path = ASSETS) -> Settings:
-    """The settings with "demo" replaced by the bundled folders; all bundled SAEs where none is named.
+    """The settings with "demo" replaced by the bundled folders and text; all bundled SAEs where none is named.
 
     Raises:
         BadSettings: the assets are not installed.
@@ -23,7 +23,10 @@ def resolve(settings: Settings, assets: Path = ASSETS) -> Settings:
     if not folder.is_dir():
         raise BadSettings("model.path: the demo model is not part of this installation; give --model")
     model = msgspec.structs.replace(settings.model, path=str(folder), name=settings.model.name or DEMO)
-    return msgspec.structs.replace(settings, model=model, saes=settings.saes or _bundled_saes(assets / "saes"))
+    text = assets / "calibration.txt"
+    check = msgspec.structs.replace(settings.check, text=settings.check.text or (str(text) if text.is_file() else None))
+    saes = settings.saes or _bundled_saes(assets / "saes")
+    return msgspec.structs.replace(settings, model=model, saes=saes, check=check)
 
 
 def _bundled_saes(folder: Path) -> tuple[SaeSettings, ...]:

@@ -79,15 +79,68 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A torch device such as cpu or cuda:0."""
 
 
+class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the check at start must find of an SAE; where nothing is given, bounds follow from what its files state."""
+
+    min_l0: Annotated[float, Meta(ge=0.0)] | None = None
+    """Least features that fire on a token, mean."""
+    max_l0: Annotated[float, Meta(gt=0.0)] | None = None
+    """Most features that fire on a token, mean."""
+    max_fvu: Annotated[float, Meta(gt=0.0)] | None = None
+    """Largest share of the activations' variance that it may leave unexplained."""
+    max_ce_increase: float | None = None
+    """Largest rise of the model's cross-entropy, in nats per token, with its reconstruction spliced in."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) is not None:
+                _finite(name, getattr(self, name))
+
+
+class CheckSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The check of every SAE on the model, before the port opens."""
+
+    enabled: bool = True
+    """false serves SAEs unchecked: then nothing says that they fit the model."""
+    text: Text | None = None
+    """File of text like what the SAEs were trained on; by default a short English text that comes with the server."""
+    max_tokens: Count = 1024
+    """Tokens of it that are read."""
+
+
 class SaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One SAE to serve."""
+    """One SAE to serve. What is left out is what its files say."""
 
     name: Text
     """What callers call it."""
     path: Text
-    """Folder with the SAE's files; a features.jsonl beside them is its catalogue."""
+    """A folder or file; "hf://owner/repository/path@revision"; or a SAELens release, "release/sae-id". A features.jsonl
+    beside the weights is its catalogue."""
     site: Text | None = None
-    """Where it reads and edits, such as "resid_post.12"; by default what its own files say."""
+    """Where it reads, such as "resid_post.12", and edits unless it is a transcoder."""
+    write_site: Text | None = None
+    """Where a transcoder writes, such as "mlp_out.12"."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What it computes in. float32 is the most accurate whatever the files hold; others reproduce a library that
+    computes in that type."""
+    scale: Annotated[float, Meta(gt=0.0)] | None = None
+    """The factor that takes activations to the scale it was trained on, sqrt(d_in) / mean |x|, where files lack it."""
+    gating: Literal["openmoss", "saelens"] | None = None
+    """Whose rule decides whether a Llama Scope feature fires."""
+    k: Count | None = None
+    """Features kept per token, where the files do not say."""
+    processing: Literal["none", "centred", "transformer_lens"] | None = None
+    """How TransformerLens had changed the model it was trained on: center_writing_weights alone, or all defaults."""
+    apply_b_dec_to_input: bool | None = None
+    """Whether b_dec is subtracted before encoding, against what the files say."""
+    normalize_activations: Literal["none", "layer_norm", "constant_norm_rescale"] | None = None
+    """Normalisation of each token, against what the files say."""
+    bounds: Bounds = Bounds()
+    """What the check at start must find."""
+
+    def __post_init__(self) -> None:
+        if self.scale is not None:
+            _finite("scale", self.scale)
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -167,6 +220,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     model: ModelSettings = ModelSettings()
     saes: tuple[SaeSettings, ...] = ()
+    check: CheckSettings = CheckSettings()
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
     server: ServerSettings = ServerSettings()

@@ -144,7 +144,7 @@ def catalogue(server: Any) -> None:
         return [reply]
 
     sae = catalog_service_pb2.Sae(
-        name="a", site="resid_post.4", architecture="relu", d_sae=64, num_labelled=1, quality={"l0": 8}
+        name="a", site="resid_post.4", architecture="relu", d_sae=64, num_labelled=1, quality={"l0": 8}, measured={"l0": 8.5, "fvu": 0.12}
     )
     server.on("GetFeature", feature)
     server.on("ListFeatures", listed)
@@ -215,7 +215,7 @@ def test_info(saeguard: Any) -> None:
     assert code == 0
     assert "server  saeguard 9, engine transformers, edits: zero\n" in out
     assert "model   tiny: llama" in out
-    assert out.endswith("a    resid_post.4  relu  64        1         8   -\n")
+    assert out.endswith("a    resid_post.4  relu  64        1         8   -    8.5      0.12\n")
     assert json.loads(saeguard("info", "--json")[1])["saes"][0]["quality"]["l0"] == 8.0
 
 

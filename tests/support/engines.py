@@ -30,9 +30,10 @@ HOOKS = {
     "mlp_in": "blocks.1.mlp.hook_in",
     "mlp_act": "blocks.1.mlp.hook_post",
     "resid_mid": "blocks.1.hook_resid_mid",
+    "mlp_read": "blocks.1.hook_mlp_in",
     "embed": "hook_embed",
 }
-_KINDS = ("standard", "jumprelu", "topk", "gated", "batchtopk", "standard", "topk", "gated", "jumprelu")
+_KINDS = ("standard", "jumprelu", "topk", "gated", "batchtopk", "standard", "topk", "gated", "batchtopk", "jumprelu")
 D_SAE = 96
 
 

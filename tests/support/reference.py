@@ -16,7 +16,7 @@ from support.saes import PlainSae
 
 @dataclass(frozen=True)
 class PlainEdit:
-    """One edit of one feature of an SAE at ``module``'s input or output; ``change`` maps f to f'."""
+    """One edit of one feature of an SAE at a side of ``module`` (``models.SITES``); ``change`` maps f to f'."""
 
     sae: PlainSae
     module: str
@@ -46,7 +46,8 @@ def generate(model: Any, prompt: list[int], new: int, edits: list[PlainEdit], sp
 
     with ExitStack() as stack, torch.no_grad():
         stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
-        places = sorted({(edit.module, edit.side) for edit in edits})
+        # What the rest of the block shares is edited first: the module then reads the edited stream.
+        places = sorted({(edit.module, edit.side) for edit in edits}, key=lambda place: (place[1] != "shared", place))
         for module, side in places:
             here = [edit for edit in edits if (edit.module, edit.side) == (module, side)]
             stack.callback(_hook(model.get_submodule(module), side, here, seen, special).remove)
@@ -84,6 +85,12 @@ def _hook(module: Any, side: str, edits: list[PlainEdit], seen: list[int], speci
     def swap(value: Any) -> Any:
         return edited(value) if isinstance(value, Tensor) else (edited(value[0]), *value[1:])
 
+    def share(_: Any, args: Any) -> None:
+        args[0].copy_(edited(args[0]))
+
+    if side == "shared":
+        # The tensor itself is what the block adds the MLP's output to.
+        return module.register_forward_pre_hook(share)
     if side == "in":
         return module.register_forward_pre_hook(lambda _, args: swap(args))
     return module.register_forward_hook(lambda _, __, out: swap(out))

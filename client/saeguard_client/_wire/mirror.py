@@ -31,6 +31,7 @@ MIRRORS: Final[dict[str, type]] = {
     "PromotedToken": catalog.PromotedToken,
     "Quantile": catalog.Quantile,
     "Sae": catalog.Sae,
+    "SaeConvention": catalog.SaeConvention,
     "SaeQuality": catalog.SaeQuality,
     "TokenText": activations.TokenText,
 }

@@ -59,10 +59,16 @@ def _model(model: Model) -> Iterator[str]:
 
 def _saes(saes: tuple[Sae, ...]) -> Iterator[str]:
     rows = [
-        (one.name, one.site, one.architecture, str(one.d_sae), str(one.num_labelled), *_quality(one.quality))
+        (one.name, _place(one), one.architecture, str(one.d_sae), str(one.num_labelled))
+        + (*_quality(one.quality), *_quality(one.measured))
         for one in saes
     ]
-    return table([("SAE", "SITE", "KIND", "FEATURES", "LABELLED", "L0", "FVU"), *rows])
+    return table([("SAE", "SITE", "KIND", "FEATURES", "LABELLED", "L0", "FVU", "L0 HERE", "FVU HERE"), *rows])
+
+
+def _place(sae: Sae) -> str:
+    writes = ", ".join(sae.write_sites)
+    return sae.site if writes in ("", sae.site) else f"{sae.site} -> {writes}"
 
 
 def _quality(quality: SaeQuality | None) -> tuple[str, str]:

@@ -131,19 +131,38 @@ class Sae(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     NUM_LABELLED_FIELD_NUMBER: _builtins.int
+    WRITE_SITES_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    CONVENTIONS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     site: _builtins.str
+    """Where it reads."""
     d_in: _builtins.int
     d_sae: _builtins.int
     architecture: _builtins.str
-    """"relu", "jumprelu", "topk", "gated"."""
+    """Such as "relu", "jumprelu", "topk", "gated"; "..._transcoder" where it writes elsewhere than it reads."""
     digest: _builtins.str
     """SHA-256 of the SAE's files, hex."""
     num_labelled: _builtins.int
     """Features with a label in the catalogue."""
+    format: _builtins.str
+    """Name of the format of its files."""
     @_builtins.property
     def quality(self) -> Global___SaeQuality:
         """Where its files state it."""
+
+    @_builtins.property
+    def write_sites(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where its edits change the model; the site itself unless it is a transcoder."""
+
+    @_builtins.property
+    def conventions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SaeConvention]:
+        """What decides what its weights mean, and who says so."""
+
+    @_builtins.property
+    def measured(self) -> Global___SaeQuality:
+        """As measured on this model when the server started; unset where the check is off."""
 
     def __init__(
         self,
@@ -156,16 +175,51 @@ class Sae(_message.Message):
         digest: _builtins.str = ...,
         quality: Global___SaeQuality | None = ...,
         num_labelled: _builtins.int = ...,
+        write_sites: _abc.Iterable[_builtins.str] | None = ...,
+        format: _builtins.str = ...,
+        conventions: _abc.Iterable[Global___SaeConvention] | None = ...,
+        measured: Global___SaeQuality | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "quality", b"quality"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_measured", b"_measured", "_quality", b"_quality", "measured", b"measured", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "architecture", b"architecture", "d_in", b"d_in", "d_sae", b"d_sae", "digest", b"digest", "name", b"name", "num_labelled", b"num_labelled", "quality", b"quality", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_measured", b"_measured", "_quality", b"_quality", "architecture", b"architecture", "conventions", b"conventions", "d_in", b"d_in", "d_sae", b"d_sae", "digest", b"digest", "format", b"format", "measured", b"measured", "name", b"name", "num_labelled", b"num_labelled", "quality", b"quality", "site", b"site", "write_sites", b"write_sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__measured: _TypeAlias = _typing.Literal["measured"]  # noqa: Y015
+    _WhichOneofArgType__measured: _TypeAlias = _typing.Literal["_measured", b"_measured"]  # noqa: Y015
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured) -> _WhichOneofReturnType__measured | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
 
 Global___Sae: _TypeAlias = Sae  # noqa: Y015
+
+@_typing.final
+class SaeConvention(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    value: _builtins.str
+    source: _builtins.str
+    """A file's key, the format, or the settings."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.str = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "source", b"source", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaeConvention: _TypeAlias = SaeConvention  # noqa: Y015
 
 @_typing.final
 class SaeQuality(_message.Message):
@@ -177,6 +231,7 @@ class SaeQuality(_message.Message):
     CE_SPLICED_FIELD_NUMBER: _builtins.int
     CE_MEAN_ABLATED_FIELD_NUMBER: _builtins.int
     DEAD_SHARE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     l0: _builtins.float
     fvu: _builtins.float
     """Fraction of variance unexplained."""
@@ -187,6 +242,8 @@ class SaeQuality(_message.Message):
     ce_mean_ablated: _builtins.float
     dead_share: _builtins.float
     """Share of features that never fired."""
+    tokens: _builtins.int
+    """Tokens that these were measured on."""
     def __init__(
         self,
         *,
@@ -196,10 +253,11 @@ class SaeQuality(_message.Message):
         ce_spliced: _builtins.float | None = ...,
         ce_mean_ablated: _builtins.float | None = ...,
         dead_share: _builtins.float | None = ...,
+        tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ce_base", b"_ce_base", "_ce_mean_ablated", b"_ce_mean_ablated", "_ce_spliced", b"_ce_spliced", "_dead_share", b"_dead_share", "_fvu", b"_fvu", "_l0", b"_l0", "ce_base", b"ce_base", "ce_mean_ablated", b"ce_mean_ablated", "ce_spliced", b"ce_spliced", "dead_share", b"dead_share", "fvu", b"fvu", "l0", b"l0"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ce_base", b"_ce_base", "_ce_mean_ablated", b"_ce_mean_ablated", "_ce_spliced", b"_ce_spliced", "_dead_share", b"_dead_share", "_fvu", b"_fvu", "_l0", b"_l0", "_tokens", b"_tokens", "ce_base", b"ce_base", "ce_mean_ablated", b"ce_mean_ablated", "ce_spliced", b"ce_spliced", "dead_share", b"dead_share", "fvu", b"fvu", "l0", b"l0", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ce_base", b"_ce_base", "_ce_mean_ablated", b"_ce_mean_ablated", "_ce_spliced", b"_ce_spliced", "_dead_share", b"_dead_share", "_fvu", b"_fvu", "_l0", b"_l0", "ce_base", b"ce_base", "ce_mean_ablated", b"ce_mean_ablated", "ce_spliced", b"ce_spliced", "dead_share", b"dead_share", "fvu", b"fvu", "l0", b"l0"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ce_base", b"_ce_base", "_ce_mean_ablated", b"_ce_mean_ablated", "_ce_spliced", b"_ce_spliced", "_dead_share", b"_dead_share", "_fvu", b"_fvu", "_l0", b"_l0", "_tokens", b"_tokens", "ce_base", b"ce_base", "ce_mean_ablated", b"ce_mean_ablated", "ce_spliced", b"ce_spliced", "dead_share", b"dead_share", "fvu", b"fvu", "l0", b"l0", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ce_base: _TypeAlias = _typing.Literal["ce_base"]  # noqa: Y015
     _WhichOneofArgType__ce_base: _TypeAlias = _typing.Literal["_ce_base", b"_ce_base"]  # noqa: Y015
@@ -213,6 +271,8 @@ class SaeQuality(_message.Message):
     _WhichOneofArgType__fvu: _TypeAlias = _typing.Literal["_fvu", b"_fvu"]  # noqa: Y015
     _WhichOneofReturnType__l0: _TypeAlias = _typing.Literal["l0"]  # noqa: Y015
     _WhichOneofArgType__l0: _TypeAlias = _typing.Literal["_l0", b"_l0"]  # noqa: Y015
+    _WhichOneofReturnType__tokens: _TypeAlias = _typing.Literal["tokens"]  # noqa: Y015
+    _WhichOneofArgType__tokens: _TypeAlias = _typing.Literal["_tokens", b"_tokens"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ce_base) -> _WhichOneofReturnType__ce_base | None: ...
     @_typing.overload
@@ -225,6 +285,8 @@ class SaeQuality(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__fvu) -> _WhichOneofReturnType__fvu | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__l0) -> _WhichOneofReturnType__l0 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens) -> _WhichOneofReturnType__tokens | None: ...
 
 Global___SaeQuality: _TypeAlias = SaeQuality  # noqa: Y015
 

@@ -16,7 +16,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeguard_sae.catalogue import Quality
-from saeguard_sae.formats import saelens
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats import Source, saelens
 from saeguard_sae.site import Site
 from saeguard_sae.train import TrainSettings, train
 from saeguard_server.demo import card, corpus, lm, quality, tokens, write
@@ -39,6 +40,8 @@ CHOOSE = range(200_000, 200_500)
 """Features, labels and detectors are chosen on these documents."""
 CHECK = range(210_000, 210_500)
 """Labels, detectors, statistics and quality are reported on these."""
+CALIBRATE = range(240_000, 240_040)
+"""What the server reads at start to check the SAEs."""
 NEUTRAL_SELECT, NEUTRAL_MEASURE = range(220_000, 220_040), range(230_000, 230_060)
 SEED_SELECT, SEED_MEASURE = 31_000, 57_000
 SELECT_GENERATIONS, MEASURE_GENERATIONS = 48, 224
@@ -79,6 +82,7 @@ def build(out: Path, trained: Path | None = None) -> None:
     scenarios = [scenario(plan, bundle, chosen) for plan in PLANS]
     neutral = {kind: [one.text for one in corpus.documents(NEUTRAL_MEASURE[:20], kind)] for kind in NEUTRAL_KINDS}
     write.scenarios(out / "scenarios.json", scenarios, lexicon(), neutral)
+    (out / "calibration.txt").write_text(calibration(), encoding="utf-8")
     facts = card.Facts(
         parameters=sum(p.numel() for p in model.parameters()),
         model_tokens=model_tokens,
@@ -108,6 +112,11 @@ def language_model(trained: Path | None) -> tuple[LlamaForCausalLM, PreTrainedTo
     return lm.train_model(settings, rows), tokenizer, sum(len(row.ids) for row in rows)
 
 
+def calibration() -> str:
+    """Documents, a blank line between them."""
+    return "\n\n".join(one.text.strip() for one in corpus.documents(CALIBRATE)) + "\n"
+
+
 def documents(tokenizer: PreTrainedTokenizerFast, seeds: range, kind: str | None = None) -> list[Tokens]:
     """Documents of these seeds as tokens."""
     return [tokens.tokenise(tokenizer, one, lm.ModelSettings().context) for one in corpus.documents(seeds, kind)]
@@ -133,7 +142,8 @@ def dictionary(
         model_name="saeguard-demo",
         metadata={"hf_hook_name": f"model.layers.{layer}", "context_size": lm.ModelSettings().context},
     )
-    loaded = saelens.load(out).dictionary
+    loaded = saelens.load(Source(out)).dictionary
+    assert isinstance(loaded, Dictionary), "what was trained is a plain SAE"
     lines = features(loaded, layer, bundle.model, bundle.tokenizer, chosen, checked, check)
     (out / "features.jsonl").write_bytes(encode_lines(lines))
     fit = quality.quality(bundle.model, layer, loaded, checked.resid[layer], check)

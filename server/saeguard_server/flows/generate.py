@@ -10,7 +10,7 @@ from contextlib import aclosing
 from saeguard_server.engine.protocol import Engine, GenerateTask
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.flows.prompt import check_length, encode
-from saeguard_server.flows.steering import find_feature, resolve
+from saeguard_server.flows.steering import check_watchable, find_feature, resolve
 from saeguard_server.reply import Chunk
 from saeguard_server.request import Call, GenerationRequest
 from saeguard_server.settings import LimitSettings
@@ -37,7 +37,7 @@ class Generate:
     def _prepare(self, request: GenerationRequest, call: Call) -> GenerateTask:
         watch = []
         for index, ref in enumerate(request.watch):
-            find_feature(self._engine, ref, f"watch[{index}]")
+            check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
             watch.append((ref.sae, ref.feature))
         tokens = encode(self._tokenizer, request.prompt).ids
         context = self._engine.model.max_context

@@ -6,6 +6,7 @@ import hashlib
 import json
 from math import isfinite
 
+from saeguard_sae.coder import why_not_editable
 from saeguard_sae.edits import FLOAT32_MAX, Affine, Edit
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.table import FOREVER
@@ -79,13 +80,33 @@ def _resolve_one(
     kind = one.edit.kind
     if kind not in engine.capabilities.kinds:
         raise InvalidRequest(f"{field}.{kind}", f"the {engine.capabilities.engine} engine cannot apply it")
-    if sae.site not in engine.capabilities.sites:
-        raise InvalidRequest(f"{field}.sae", f"the {engine.capabilities.engine} engine cannot edit at {sae.site}")
+    _check_editable(engine, sae, f"{field}.sae")
     affine = _affine(one.edit, sae, one.target.feature, field)
     first, last = one.scope.positions(len(prompt))
     _check_reach(one.scope, first, last, prompt, read_tokens, special_ids, f"{field}.scope")
     end = FOREVER if last is None else last
     return ResolvedEdit(one.target.sae, one.target.feature, kind, affine, first, end, one.scope.include_special_tokens)
+
+
+def _check_editable(engine: Engine, sae: LoadedSae, field: str) -> None:
+    if reason := why_not_editable(sae.dictionary):
+        raise InvalidRequest(field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: {reason}")
+    for site in (sae.site, *sae.writes):
+        if site not in engine.capabilities.sites:
+            raise InvalidRequest(field, f"the {engine.capabilities.engine} engine cannot edit at {site}")
+
+
+def check_watchable(sae: LoadedSae, field: str) -> None:
+    """Refuses to read features along with a generation that depend on more than the token at hand.
+
+    Raises:
+        InvalidRequest: this SAE has such features.
+    """
+    if why_not_editable(sae.dictionary):
+        raise InvalidRequest(
+            field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: its features need the whole prefix; "
+            "GetActivations reads them"
+        )  # fmt: skip
 
 
 def _affine(edit: Edit, sae: LoadedSae, feature: int, field: str) -> Affine:
@@ -143,7 +164,7 @@ def _digest(
     parts = [
         {
             "sae": engine.saes[edit.sae].digest,
-            "site": str(engine.saes[edit.sae].site),
+            "sites": [str(site) for site in (engine.saes[edit.sae].site, *engine.saes[edit.sae].writes)],
             "feature": edit.feature,
             "affine": [repr(value) for value in edit.affine],
             "scope": [one.scope.phase, one.scope.start, one.scope.end, one.scope.include_special_tokens],

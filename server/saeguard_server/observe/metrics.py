@@ -20,6 +20,7 @@ class Metrics:
         self._declare_load(registry)
         self._declare_work(registry)
         self._declare_steering(registry)
+        self._declare_saes(registry)
         self._declare_rpcs(registry)
 
     def _declare_load(self, registry: CollectorRegistry) -> None:
@@ -51,6 +52,17 @@ class Metrics:
         )
         self.relative_edit = Histogram(
             "saeguard_relative_edit", "Mean |edit| / |x| of an edit in a finished request", ["sae"], buckets=SHARES,
+            registry=registry,
+        )  # fmt: skip
+
+    def _declare_saes(self, registry: CollectorRegistry) -> None:
+        """What the check at start measured on this model."""
+        self.sae_l0 = Gauge("saeguard_sae_l0", "Features that fire on a token, mean", ["sae"], registry=registry)
+        self.sae_fvu = Gauge(
+            "saeguard_sae_fvu", "Share of the activations' variance left unexplained", ["sae"], registry=registry
+        )
+        self.sae_ce_increase = Gauge(
+            "saeguard_sae_ce_increase_nats", "Rise of the model's cross-entropy with the SAE spliced in", ["sae"],
             registry=registry,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from saeguard_server.settings import Address, BadSettings
 FOR_THE_ENGINE = {
     "queue_length", "running_requests", "slots_in_use", "batch_size", "prompt_tokens", "generated_tokens", "steps",
     "engine_restarts", "time_to_first_token", "time_per_output_token", "tokens_edited", "relative_edit", "refusals",
+    "sae_l0", "sae_fvu", "sae_ce_increase",
 }  # fmt: skip
 LABELS = {"grpc_type", "grpc_service", "grpc_method", "grpc_code", "sae", "kind", "reason"}
 

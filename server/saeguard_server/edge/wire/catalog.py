@@ -27,16 +27,20 @@ def model_response(model: ModelInfo, capabilities: Capabilities) -> pb.GetModelR
 
 def sae(loaded: LoadedSae) -> pb.Sae:
     """One SAE."""
-    quality = loaded.catalogue.quality
+    quality, measured = loaded.catalogue.quality, loaded.measured
     return pb.Sae(
         name=loaded.name,
         site=str(loaded.site),
         d_in=loaded.dictionary.d_in,
         d_sae=loaded.dictionary.d_sae,
-        architecture=loaded.dictionary.activation.name,
+        architecture=loaded.dictionary.architecture,
         digest=loaded.digest,
         quality=None if quality is None else _quality(quality),
         num_labelled=sum(bool(one.label) for one in loaded.catalogue.features.values()),
+        write_sites=[str(site) for site in loaded.write_sites],
+        format=loaded.format,
+        conventions=[pb.SaeConvention(name=one.name, value=one.value, source=one.source) for one in loaded.conventions],
+        measured=None if measured is None else _quality(measured),
     )
 
 
@@ -79,4 +83,5 @@ def _quality(known: Quality) -> pb.SaeQuality:
         ce_spliced=known.ce_spliced,
         ce_mean_ablated=known.ce_mean_ablated,
         dead_share=known.dead_share,
+        tokens=known.tokens,
     )

@@ -99,7 +99,7 @@ class Core:
             self._prefill(sequence, sequence.task, part)
 
     def _inspect(self, sequence: Sequence, task: InspectTask, part: PromptPart) -> None:
-        capture = Capture(task.picks, self.saes)
+        capture = sequence.capture = sequence.capture or Capture(task.picks, self.saes)
         self.runner.read(sequence.slot, sequence.tokens[part.start : part.end], part.start, watch=capture)
         self._advance(sequence, part.end)
         if part.is_last:
@@ -117,7 +117,7 @@ class Core:
         self._advance(sequence, part.end)
         following = sequence.tokens[part.start + 1 : part.end + 1] if every else []
         scored = outcome.prompt_logprobs(logits, following) if following else ()
-        chunk = Chunk(readings=self._readings(task, 0, part.start), prompt_logprobs=scored)
+        chunk = Chunk(readings=self._readings(sequence, task, 0, part.start), prompt_logprobs=scored)
         if chunk.readings or scored:
             sequence.send(chunk)
         if part.is_last:
@@ -147,7 +147,7 @@ class Core:
         assert isinstance(task, GenerateTask), "only generations sample"
         assert text is not None, "a generation has text"
         token = picked.token(row, task.sampling.logprobs)
-        read = self._readings(task, row, sequence.computed - 1) if is_read else ()
+        read = self._readings(sequence, task, row, sequence.computed - 1) if is_read else ()
         sequence.tokens.append(token.id)
         self._time(sequence)
         ends = token.id in self.model.eos_ids and not task.sampling.ignore_eos
@@ -187,10 +187,10 @@ class Core:
             self.metrics.relative_edit.labels(one.sae).observe(one.mean_relative_edit)
         return receipt
 
-    def _readings(self, task: GenerateTask, row: int, start: int) -> tuple[FeatureReading, ...]:
+    def _readings(self, sequence: Sequence, task: GenerateTask, row: int, start: int) -> tuple[FeatureReading, ...]:
         if not task.watch:
             return ()
-        return outcome.readings(self.runner.hooks.readings(task.steering, task.watch, row), start)
+        return outcome.readings(self.runner.hooks.readings(task.steering, task.watch, sequence.slot, row), start)
 
     def _activations(self, task: InspectTask, sae: str, found: Sparse, part: PromptPart) -> ActivationPart:
         if any(value != value for value in found.values):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from saeguard_sae.architectures import sites
-from saeguard_sae.loading import LoadedSae, LoadError, load
-from saeguard_sae.site import Site
+from saeguard_sae.binding import bind
+from saeguard_sae.loading import LoadedSae, LoadError
+from saeguard_server.engine.transformers import startup
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.engine import TransformersEngine
 from saeguard_server.engine.transformers.model import LoadedModel, load_model
 from saeguard_server.engine.transformers.steering import measure_widths
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import SaeSettings, Settings
+from saeguard_server.sources import open_source
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 20_000_000
 """Parameters below which a second CPU thread costs more than it gives (measured: 2.5M, 1,250 against 680 tokens/s)."""
 
@@ -26,11 +27,12 @@ def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
 
     Raises:
         ModelLoadError: the model cannot be served.
-        LoadError: an SAE cannot be loaded, or does not fit the model.
+        LoadError: an SAE cannot be loaded, does not fit the model, or is not what its files state.
     """
     model = load_model(settings.model, settings.engine.max_context)
     _set_threads(settings.engine.threads, model)
-    saes = load_saes(settings.saes, model)
+    saes = startup.check_saes(load_saes(settings.saes, model), settings.saes, model, settings.check)
+    startup.record(saes, metrics)
 
     def build() -> Core:
         return Core(
@@ -54,27 +56,29 @@ def load_saes(settings: tuple[SaeSettings, ...], model: LoadedModel) -> dict[str
     Raises:
         LoadError: one cannot be loaded, names a site that the model lacks, or has another width.
     """
-    saes = {one.name: _load(one, model) for one in settings}
+    saes = {one.name: load_sae(one, model) for one in settings}
     _check_widths(model, saes)
     return saes
 
 
-def _load(settings: SaeSettings, model: LoadedModel) -> LoadedSae:
-    try:
-        site = Site.parse(settings.site) if settings.site is not None else None
-    except ValueError as err:
-        raise LoadError(f"SAE {settings.name!r}: site: {err}") from err
-    sae = load(settings.name, Path(settings.path), site)
-    if sae.site not in sites(model.network.config):
-        raise LoadError(f"SAE {settings.name!r}: {sae.site} is not a site of this {model.info.architecture} model")
-    return replace(sae, dictionary=sae.dictionary.to(model.device))
+def load_sae(settings: SaeSettings, model: LoadedModel) -> LoadedSae:
+    """One SAE as the settings ask for it, at its sites in this model; its width is not yet compared.
+
+    Raises:
+        LoadError: it cannot be loaded, or names a site that the model lacks.
+    """
+    source = open_source(settings)
+    sae = bind(source.sae, model.network, model.network.config, source.overrides)
+    return replace(sae, dictionary=sae.dictionary.to(model.device, _DTYPES[settings.dtype]))
 
 
 def _check_widths(model: LoadedModel, saes: dict[str, LoadedSae]) -> None:
     """Reads one token and compares every site's width with its SAEs'."""
-    used = {sae.site for sae in saes.values()}
+    used = {site for sae in saes.values() for site in (sae.site, *sae.write_sites)}
     widths = measure_widths(model.network, model.network.config, used, model.device)
     for sae in saes.values():
-        width, d_in = widths[sae.site], sae.dictionary.d_in
-        if width != d_in:
-            raise LoadError(f"SAE {sae.name!r} has d_in {d_in}, but {sae.site} of this model is {width} wide")
+        sizes = [(sae.site, "d_in", sae.dictionary.d_in)]
+        sizes += [(site, "d_out", sae.write_width) for site in sae.writes]
+        for site, name, size in sizes:
+            if widths[site] != size:
+                raise LoadError(f"SAE {sae.name!r} has {name} {size}, but {site} of this model is {widths[site]} wide")

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.text import Assembler
+from saeguard_server.engine.transformers.capture import Capture
 from saeguard_server.errors import SaeguardError
 from saeguard_server.reply import ActivationPart, Chunk, Timings
 
@@ -30,6 +31,8 @@ class Sequence:
     slot: int = -1
     forward_passes: int = 0
     is_done: bool = False
+    capture: Capture | None = None
+    """What an inspection sees."""
     submitted: float = field(default_factory=time.monotonic)
     started: float = 0.0
     first_token: float = 0.0

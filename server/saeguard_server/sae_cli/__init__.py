@@ -1,0 +1,32 @@
+"""``saeguard sae``: look at SAEs on disk or on the hub, check them on a model, convert them, import feature labels."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from saeguard_server.sae_cli import checking, converting, labels, listing
+
+ACTIONS = (checking, converting, listing, labels)
+
+
+def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
+    parser = subparsers.add_parser(
+        "sae", help="check, convert and list SAEs", description="SAEs on disk and on the hub."
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for action in ACTIONS:
+        action.add(actions)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 when it went well, 1 when an SAE cannot be read or does not hold."""
+    act: Callable[[argparse.Namespace], int] = arguments.act
+    try:
+        return act(arguments)
+    except (ValueError, OSError) as err:
+        sys.stderr.write(f"saeguard sae: {err}\n")
+        return 1

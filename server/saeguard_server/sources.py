@@ -1,0 +1,93 @@
+"""From an SAE's settings to its files, read: found here or on the hub, with what a list of releases says of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from saeguard_sae import hub, releases
+from saeguard_sae.binding import Overrides
+from saeguard_sae.formats import Choices, Convention
+from saeguard_sae.formats.places import place
+from saeguard_sae.hub import Resolved
+from saeguard_sae.loading import LoadError, OpenedSae, open_sae
+from saeguard_sae.releases import PublishedSae
+from saeguard_sae.site import Site
+from saeguard_server.settings import SaeSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSource:
+    """An SAE's files as they were read, where they are, and what is known of it besides them."""
+
+    sae: OpenedSae
+    path: Path
+    overrides: Overrides
+
+
+def open_source(settings: SaeSettings) -> OpenedSource:
+    """Finds and reads an SAE; what the settings say wins over the list of releases, which wins over the files.
+
+    Raises:
+        LoadError: it is nowhere, cannot be downloaded, or cannot be read as the settings ask.
+    """
+    try:
+        found = hub.resolve(settings.path)
+        overrides = Overrides(
+            site=_site("site", settings.site),
+            write_site=_site("write_site", settings.write_site),
+            apply_b_dec_to_input=settings.apply_b_dec_to_input,
+            normalize_activations=settings.normalize_activations,
+            processing=settings.processing,
+        )
+    except ValueError as err:
+        raise LoadError(f"SAE {settings.name!r}: {err}") from err
+    _tell(settings, found)
+    known = found.published or (releases.at(found.origin.repo, found.origin.path) if found.origin else None)
+    opened = open_sae(
+        settings.name,
+        found.path,
+        origin=found.origin,
+        choices=Choices(scale=settings.scale, gating=settings.gating, k=settings.k),
+        facts=Choices(scale=known.scale) if known else None,
+    )
+    return OpenedSource(_with_facts(opened, known, found), found.path, overrides)
+
+
+def _site(setting: str, text: str | None) -> Site | None:
+    try:
+        return None if text is None else Site.parse(text)
+    except ValueError as err:
+        raise ValueError(f"{setting}: {err}") from err
+
+
+def _tell(settings: SaeSettings, found: Resolved) -> None:
+    """What an operator should know of a download."""
+    if found.offline is not None:
+        _log.warning("served from the hub's cache", extra={"fields": {"sae": settings.name, "why": found.offline}})
+    if found.revision is not None and not found.is_pinned:
+        fields = {"sae": settings.name, "path": settings.path, "pin": f"@{found.revision}"}
+        _log.warning("the path names no commit, so that it may be another one tomorrow", extra={"fields": fields})
+
+
+def _with_facts(opened: OpenedSae, known: PublishedSae | None, found: Resolved) -> OpenedSae:
+    """What the list of releases says in place of, or beyond, what the files say."""
+    notes, inside = list(opened.found.conventions), opened.found
+    if found.origin is not None:
+        where = f"{found.origin.repo}/{found.origin.path}".rstrip("/")
+        notes.append(Convention("published at", where, f"commit {found.revision}"))
+    if known is not None:
+        source = f"{releases.source()}: {known.release}"
+        if known.is_centred and inside.processing == "none":
+            inside = replace(inside, processing="centred")
+            notes.append(Convention("processing", "centred", source))
+        if known.hook is not None and inside.reads is None:
+            inside = replace(inside, reads=place(known.hook))
+            notes.append(Convention("site", known.hook, source))
+        if known.l0 is not None and inside.stated_l0 is None:
+            inside = replace(inside, stated_l0=known.l0)
+            notes.append(Convention("L0", f"{known.l0:g}", source))
+    return replace(opened, found=replace(inside, conventions=tuple(notes)))

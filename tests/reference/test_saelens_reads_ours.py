@@ -1,0 +1,94 @@
+"""SAELens reads every SAE that we write, and computes what we compute."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saeguard_sae.coder import SparseCoder
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats import saelens
+from saeguard_sae.site import Site
+from support.coders import D_IN, SAVEABLE
+
+READ = Path(__file__).with_name("read_with_saelens.py")
+LIMIT_S = 300
+HALF = torch.bfloat16
+
+CODERS: dict[str, SparseCoder] = {name: maker(51) for name, maker in SAVEABLE.items()}
+HOW: dict[str, dict[str, Any]] = {
+    "heads": {"site": Site(2, "attn_z")},
+    "half": {"dtype": HALF},
+    "centred": {"processing": "centred"},
+}
+"""SAEs that are written in other ways than the rest."""
+
+
+@pytest.fixture(scope="module")
+def theirs(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every SAE written, and what SAELens computes from it, made once."""
+    folder = tmp_path_factory.mktemp("ours")
+    np.save(folder / "x.npy", inputs().numpy())
+    for name, coder in CODERS.items():
+        write(coder, folder / name, {})
+    for name, how in HOW.items():
+        write(CODERS["jumprelu"], folder / name, how)
+    done = subprocess.run(
+        [reference_python, READ, folder], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def inputs() -> Tensor:
+    """[sequences, tokens, d_in] with an attention sink's huge norm and a tiny token."""
+    x = torch.randn(2, 9, D_IN, generator=torch.Generator().manual_seed(52)) * 2
+    x[:, 0] *= 40
+    x[:, 5] *= 0.05
+    return x
+
+
+def write(coder: SparseCoder, path: Path, how: dict[str, Any]) -> None:
+    is_transcoder = isinstance(coder, Dictionary) and coder.is_transcoder
+    own = {"site": Site(2, "mlp_in"), "writes": (Site(2, "mlp_out"),) if is_transcoder else ()}
+    saelens.save(coder, path, model_name="tiny", **own | how)
+
+
+def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
+    """2e-5 relative to each token's largest value."""
+    wanted = torch.from_numpy(theirs)
+    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
+    assert ours.shape == wanted.shape
+    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
+
+
+def compare(coder: SparseCoder, folder: Path) -> None:
+    found, x = np.load(folder / "out.npz"), inputs()
+    features = coder.encode(x)
+    assert 0.05 < float((features != 0).float().mean()) < 0.8
+    close(features, found["features"])
+    close(coder.decode(features, x), found["recon"])
+    close(coder.reconstruct(x), found["forward"])
+
+
+@pytest.mark.parametrize("name", SAVEABLE)
+def test_computes_the_same(name: str, theirs: Path) -> None:
+    compare(CODERS[name], theirs / name)
+
+
+@pytest.mark.parametrize("name", ["heads", "centred"])
+def test_computes_the_same_wherever_it_belongs(name: str, theirs: Path) -> None:
+    compare(CODERS["jumprelu"], theirs / name)
+
+
+def test_computes_the_same_bits_in_half_precision(theirs: Path) -> None:
+    coder, found, x = CODERS["jumprelu"].to("cpu", HALF), np.load(theirs / "half" / "out.npz"), inputs()
+    features = coder.encode(x)
+    assert torch.equal(features.float(), torch.from_numpy(found["features"]))
+    assert torch.equal(coder.decode(features, x).float(), torch.from_numpy(found["recon"]))
