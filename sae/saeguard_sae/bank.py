@@ -19,8 +19,10 @@ from saeguard_sae.columns import ColumnStore
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.edits import IDENTITY, Affine
 from saeguard_sae.normalisation import NORMALISATIONS, frame
+from saeguard_sae.pursuit import MatchingPursuit
 from saeguard_sae.ranking import Rivals
 from saeguard_sae.selections import GroupMax
+from saeguard_sae.temporal import Temporal
 
 _TINY = 1e-30
 
@@ -182,7 +184,7 @@ class Bank:
         if key not in self._live:
             here = [found for slot, found in self._cells.items() if slots.start <= slot < slots.stop]
             columns = [column for found in here for column in found]
-            kinds = frozenset(one.coder.normalisation for one in columns if isinstance(one.coder, Dictionary))
+            kinds = frozenset(one.coder.normalisation for one in columns if not isinstance(one.coder, Temporal))
             whole = {self._number(one.coder) for one in columns if not _is_local(one.coder)}
             self._live[key] = _Live(max(map(len, here), default=0), kinds, tuple(sorted(whole)))
         return self._live[key]
@@ -210,6 +212,8 @@ class Bank:
         cell |= {"first": column.first, "last": column.last, "special": column.special}
         if isinstance(coder, Dictionary):
             cell |= _encoder_cell(coder, column.feature)
+        elif isinstance(coder, MatchingPursuit):
+            cell["restores"] = NORMALISATIONS.index(coder.normalisation)
         if not _is_local(coder):
             cell["whole"] = self._number(coder)
         for name, value in cell.items():

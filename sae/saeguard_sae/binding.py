@@ -14,6 +14,7 @@ from saeguard_sae.loading import LoadedSae, LoadError, OpenedSae
 from saeguard_sae.normalisation import Normalisation
 from saeguard_sae.processing import as_unprocessed, matters
 from saeguard_sae.site import Site
+from saeguard_sae.temporal import Temporal
 
 USER = "the settings"
 
@@ -70,7 +71,7 @@ def _overridden(coder: SparseCoder, said: Overrides) -> tuple[SparseCoder, list[
         value = getattr(said, name)
         if value is None:
             continue
-        if not isinstance(coder, Dictionary):
+        if isinstance(coder, Temporal):
             raise ValueError(f"{name}: a {coder.architecture} SAE leaves no such choice")
         coder = replace(coder, **{field: value})
         notes.append(Convention(name, {True: "yes", False: "no"}.get(value, str(value)), USER))

@@ -45,8 +45,7 @@ class Dictionary:
     W_skip: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.W_enc.ndim == 2:
-            object.__setattr__(self, "W_enc", feature_major(self.W_enc))
+        object.__setattr__(self, "W_enc", feature_major(self.W_enc))
         self._check_shapes()
         for name, tensor in self.tensors().items():
             check_finite(name, tensor)
@@ -167,8 +166,11 @@ class Dictionary:
 
 
 def feature_major(W_enc: Tensor) -> Tensor:
-    """[d_in, d_sae] with each feature's row contiguous in memory; a view where it already is."""
-    return W_enc.T.contiguous().T
+    """[d_in, d_sae] with each feature's row contiguous in memory; a view where it already is.
+
+    A loader calls it where it reads: then the file's own layout is let go before the next weight is read.
+    """
+    return W_enc.T.contiguous().T if W_enc.ndim == 2 else W_enc
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

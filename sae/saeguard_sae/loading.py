@@ -131,16 +131,18 @@ def read(source: Source, facts: Choices | None = None) -> tuple[str, Found]:
     """The name of the format and what it holds.
 
     Args:
-        facts: stand in for choices that the user did not make; it does not matter if they make no difference.
+        facts: its scale stands in where the user gives none; it does not matter if it makes no difference.
 
     Raises:
         ValueError: no known format, something in it that is not understood, or a choice that it cannot use.
     """
     path, known = _find(source.path)
-    given = {name: value for name, value in source.choices.given().items() if value is not None}
-    merged = Choices(**((facts or Choices()).given() | given))
-    found = known.load(replace(source, path=path, choices=merged))
-    if unused := sorted(given.keys() - found.used):
+    given = {name for name, value in source.choices.given().items() if value is not None}
+    choices = source.choices
+    if choices.scale is None and facts is not None:
+        choices = replace(choices, scale=facts.scale, scale_said_by=facts.scale_said_by)
+    found = known.load(replace(source, path=path, choices=choices))
+    if unused := sorted(given - found.used):
         raise ValueError(f"{unused[0]}: the {known.NAME} format, or this SAE in it, leaves no such choice")
     return known.NAME, found
 

@@ -46,13 +46,13 @@ def open_source(settings: SaeSettings) -> OpenedSource:
     except ValueError as err:
         raise LoadError(f"SAE {settings.name!r}: {err}") from err
     _tell(settings, found)
-    known = found.published or (releases.at(found.origin.repo, found.origin.path) if found.origin else None)
+    known = found.published
     opened = open_sae(
         settings.name,
         found.path,
         origin=found.origin,
         choices=Choices(scale=settings.scale, gating=settings.gating, k=settings.k),
-        facts=Choices(scale=known.scale) if known else None,
+        facts=Choices(scale=known.scale, scale_said_by=releases.source()) if known else None,
     )
     return OpenedSource(_with_facts(opened, known, found), found.path, overrides)
 
@@ -81,9 +81,6 @@ def _with_facts(opened: OpenedSae, known: PublishedSae | None, found: Resolved) 
         notes.append(Convention("published at", where, f"commit {found.revision}"))
     if known is not None:
         source = f"{releases.source()}: {known.release}"
-        if known.is_centred and inside.processing == "none":
-            inside = replace(inside, processing="centred")
-            notes.append(Convention("processing", "centred", source))
         if known.hook is not None and inside.reads is None:
             inside = replace(inside, reads=place(known.hook))
             notes.append(Convention("site", known.hook, source))

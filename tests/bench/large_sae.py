@@ -51,14 +51,13 @@ MIB = 2**20
 LOAD = """
 import json, sys, time
 from pathlib import Path
-from saeguard_sae.formats import Source
-from saeguard_sae.loading import read
+from saeguard_sae.loading import open_sae
 
 def memory(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
 before, started = memory("VmRSS"), time.perf_counter()
-weights = read(Source(Path(sys.argv[1])))[1].dictionary.tensors().values()
+weights = open_sae("one", Path(sys.argv[1])).found.dictionary.tensors().values()
 seconds = time.perf_counter() - started
 size = sum(one.numel() * one.element_size() for one in weights)
 print(json.dumps({"seconds": seconds, "peak": memory("VmHWM") - before, "size": size}))

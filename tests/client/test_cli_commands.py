@@ -144,7 +144,13 @@ def catalogue(server: Any) -> None:
         return [reply]
 
     sae = catalog_service_pb2.Sae(
-        name="a", site="resid_post.4", architecture="relu", d_sae=64, num_labelled=1, quality={"l0": 8}, measured={"l0": 8.5, "fvu": 0.12}
+        name="a",
+        site="resid_post.4",
+        architecture="relu",
+        d_sae=64,
+        num_labelled=1,
+        quality={"l0": 8},
+        measured={"l0": 8.5, "fvu": 0.12},
     )
     server.on("GetFeature", feature)
     server.on("ListFeatures", listed)

@@ -58,7 +58,7 @@ def edits(tag: str, facts: dict[str, Any]) -> dict[str, Any]:
         "err_add_k": [Add(tag, k, facts["add_k"])],
     }
     if facts["hook"] == facts["hook_out"] and tag not in ("llama_jump_ln", "llama_topk_rescale"):
-        # A decoder row added as it is: one unit of the feature, unless units are the token's deviation or the row's norm.
+        # A decoder row added as it is: one unit of the feature, unless that is the token's deviation or the row's norm.
         found["steer_add_k"] = [Add(tag, k, facts["steer_add_k"])]
     return found
 

@@ -189,11 +189,6 @@ def test_an_sae_before_a_norms_gain_writes_behind_it(models: Any) -> None:
         ),
         (
             opened(MatchingPursuit(normal(5, F, WIDTH), normal(6, WIDTH), 3), Site(1, "resid_post")),
-            Overrides(apply_b_dec_to_input=False),
-            "apply_b_dec_to_input: a matching_pursuit SAE leaves no such choice",
-        ),
-        (
-            opened(MatchingPursuit(normal(5, F, WIDTH), normal(6, WIDTH), 3), Site(1, "resid_post")),
             Overrides(processing="centred"),
             "processing: matching_pursuit SAEs of processed models",
         ),

@@ -210,15 +210,22 @@ def test_a_gain_between_reading_and_writing_multiplies_the_edit() -> None:
     close(out[0], x[0] + delta * gain)
 
 
-def test_matching_pursuit_is_edited_from_its_whole_encoding() -> None:
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_matching_pursuit_is_edited_from_its_whole_encoding(normalisation: Any) -> None:
     W = normal(330, F, D)
-    d = MatchingPursuit(W / W.norm(dim=1, keepdim=True), normal(331, D, by=0.3), max_iterations=6)
+    W = W / W.norm(dim=1, keepdim=True)
+    d = MatchingPursuit(W, normal(331, D, by=0.3), max_iterations=6, normalisation=normalisation)
     table, x = EditTable(3, D), tokens(10)
     f = d.encode(x[1]).double()
     fired = int((f > 0).sum(0).argmax())
     table.write(1, [Column(d, fired, Zero().affine(1.0), 0, FOREVER), Column(d, 3, Add(2.0).affine(1.0), 0, FOREVER)])
     out = apply(table, x)
-    close(out[1], x[1] - f[:, [fired]] * d.W_dec[fired].double() + 2 * d.W_dec[3].double())
+    wide = x[1].double()
+    scale = {
+        "layer_norm": wide.std(dim=-1, unbiased=True, keepdim=True),
+        "constant_norm_rescale": wide.norm(dim=-1, keepdim=True) / D**0.5,
+    }.get(normalisation, torch.ones(1))
+    close(out[1], wide + (2 * d.W_dec[3].double() - f[:, [fired]] * d.W_dec[fired].double()) * scale)
     assert torch.equal(out[0], x[0])
 
 

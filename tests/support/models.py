@@ -62,10 +62,11 @@ CONFIGS: dict[str, Any] = {
     "gemma3_text": lambda: Gemma3TextConfig(**_GROUPED, head_dim=12, sliding_window=WINDOW, layer_types=_SLIDING),
 }
 
-# By point: the module, and whether it is its input, its output, or the stream that it shares with the rest of its block.
+# By point: the module, and whether it is its input, its output, or the stream that it shares with its block.
 SITES: dict[str, dict[str, tuple[str, str]]] = {
     "gpt2": {"resid_pre": ("transformer.h.1", "in"), "resid_post": ("transformer.h.1", "out"),
-             "resid_mid": ("transformer.h.1.ln_2", "shared"), "mlp_read": ("transformer.h.1.ln_2", "in"), "attn_z": ("transformer.h.1.attn.c_proj", "in"),
+             "resid_mid": ("transformer.h.1.ln_2", "shared"), "mlp_read": ("transformer.h.1.ln_2", "in"),
+             "attn_z": ("transformer.h.1.attn.c_proj", "in"),
              "attn_out": ("transformer.h.1.attn", "out"), "mlp_out": ("transformer.h.1.mlp", "out"),
              "mlp_act": ("transformer.h.1.mlp.c_proj", "in"), "mlp_in": ("transformer.h.1.ln_2", "out")},
     "gpt_neox": {"resid_pre": ("gpt_neox.layers.1", "in"), "resid_post": ("gpt_neox.layers.1", "out"),

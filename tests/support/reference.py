@@ -66,21 +66,24 @@ def generate(model: Any, prompt: list[int], new: int, edits: list[PlainEdit], sp
     return Answer(out.sequences[0, len(prompt) :].tolist(), logprobs)
 
 
+def _token(x: Tensor, position: int, token: int, edits: list[PlainEdit], special: set[int]) -> Tensor:
+    """One token [width], edited."""
+    out = x.clone()
+    for sae in {id(edit.sae): edit.sae for edit in edits}.values():
+        f = sae.encode(x)
+        wanted = f.clone()
+        for edit in edits:
+            if edit.sae is sae and token not in special and edit.applies(position, token):
+                wanted[edit.feature] = edit.change(f[edit.feature])
+        out += sae.decode(wanted) + (x - sae.decode(f)) - x
+    return out
+
+
 def _hook(module: Any, side: str, edits: list[PlainEdit], seen: list[int], special: set[int]) -> Any:
     def edited(x: Tensor) -> Tensor:
         start = len(seen) - x.shape[1]
-        out = x.clone()
-        for row in range(x.shape[1]):
-            position, token = start + row, seen[start + row]
-            for sae in {id(edit.sae): edit.sae for edit in edits}.values():
-                f = sae.encode(x[0, row])
-                wanted = f.clone()
-                for edit in edits:
-                    if edit.sae is sae and token not in special and edit.applies(position, token):
-                        wanted[edit.feature] = edit.change(f[edit.feature])
-                error = x[0, row] - sae.decode(f)
-                out[0, row] += sae.decode(wanted) + error - x[0, row]
-        return out
+        rows = [_token(x[0, row], start + row, seen[start + row], edits, special) for row in range(x.shape[1])]
+        return torch.stack(rows)[None]
 
     def swap(value: Any) -> Any:
         return edited(value) if isinstance(value, Tensor) else (edited(value[0]), *value[1:])

@@ -59,8 +59,10 @@ def _model(model: Model) -> Iterator[str]:
 
 def _saes(saes: tuple[Sae, ...]) -> Iterator[str]:
     rows = [
-        (one.name, _place(one), one.architecture, str(one.d_sae), str(one.num_labelled))
-        + (*_quality(one.quality), *_quality(one.measured))
+        (
+            *(one.name, _place(one), one.architecture, str(one.d_sae), str(one.num_labelled)),
+            *(*_quality(one.quality), *_quality(one.measured)),
+        )
         for one in saes
     ]
     return table([("SAE", "SITE", "KIND", "FEATURES", "LABELLED", "L0", "FVU", "L0 HERE", "FVU HERE"), *rows])

@@ -32,6 +32,7 @@ class Choices:
     """Whose rule decides whether a Llama Scope feature fires: with the decoder's norm (openmoss) or without."""
     k: int | None = None
     """Features kept per token, where the files do not say."""
+    scale_said_by: str = "the user"
 
     def given(self) -> dict[str, Any]:
         """Every choice by its name."""

@@ -133,8 +133,7 @@ def _dictionary(weights: Tensors, published: _Published | None, notes: Conventio
 
 def _encoder(weights: Tensors, name: str) -> Tensor:
     """Turned feature by feature at once, so that the array as stored is gone before the decoder is read."""
-    found = weights.take(name)
-    return feature_major(found) if found.ndim == 2 else found
+    return feature_major(weights.take(name))
 
 
 def _rescale(W_enc: Tensor, W_dec: Tensor, notes: Conventions) -> None:

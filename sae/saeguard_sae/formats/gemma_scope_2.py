@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary, check_finite
+from saeguard_sae.dictionary import Dictionary, check_finite, feature_major
 from saeguard_sae.formats.files import (
     Tensors,
     check_keys,
@@ -245,7 +245,8 @@ def _targets(w_dec: Tensor, layer: int, file: str) -> Tensor:
 
 
 def _dictionary(weights: Tensors, w_dec: Tensor, kind: Kind, stated: _Stated, notes: Conventions) -> Dictionary:
-    w_enc, b_enc, b_dec, threshold = (weights.take(name) for name in ("w_enc", "b_enc", "b_dec", "threshold"))
+    w_enc = feature_major(weights.take("w_enc"))
+    b_enc, b_dec, threshold = (weights.take(name) for name in ("b_enc", "b_dec", "threshold"))
     skip = _skip(weights, stated, notes)
     weights.close()
     d_sae, d_out, d_in = b_enc.numel(), w_dec.shape[-1], (w_enc.shape or (0,))[0]

@@ -234,7 +234,7 @@ def _dataset_wise(
             f'{key} is not there: write in the mean norms of the activations, {{"in": ..., "out": ...}}'
             + ("" if is_transcoder else ", or give scale = sqrt(d_model) / mean |x|")
         )
-    notes.note("activation scale", choices.scale, "the user")
+    notes.note("activation scale", choices.scale, choices.scale_said_by)
     return choices.scale, choices.scale
 
 

@@ -256,7 +256,7 @@ def _scale_given(missing: str, choices: Choices, notes: Conventions) -> _Scales:
             f"{CONFIG}: norm_activation is dataset-wise, but {WEIGHTS} has no {missing}; "
             "give scale = sqrt(d_model) / mean |x|"
         )
-    notes.note("activation scale", choices.scale, "the user")
+    notes.note("activation scale", choices.scale, choices.scale_said_by)
     return _Scales(choices.scale, choices.scale)
 
 

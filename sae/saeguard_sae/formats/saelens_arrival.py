@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from saeguard_sae.formats import files, saelens_hub
+from saeguard_sae import releases
+from saeguard_sae.formats import files
 from saeguard_sae.formats.found import Conventions, Source
 from saeguard_sae.formats.saelens_settings import CONFIG, Settings
 from saeguard_sae.normalisation import Normalisation
@@ -68,8 +69,9 @@ def arrival(source: Source, settings: Settings, said: Conventions) -> Arrival:
 
 def _mode(source: Source, settings: Settings) -> tuple[str, str]:
     """Its name, and who says so."""
-    if published := saelens_hub.normalisation(source.origin):
-        return published, saelens_hub.SOURCE
+    published = releases.at(source.origin.repo, source.origin.path) if source.origin else None
+    if published is not None and published.normalisation is not None:
+        return published.normalisation, releases.source()
     table = {_KEY: "none" if (value := settings.table.get(_KEY)) is None else value}
     allowed: tuple[str, ...] = (*_PER_TOKEN, _SCALED, _WHITENED)
     if settings.architecture == "temporal":
@@ -110,13 +112,13 @@ def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> Arrival:
     if scaler.factor is not None:
         factor, who = files.number({"scaling_factor": scaler.factor}, "scaling_factor", SCALER), SCALER
     elif source.choices.scale is not None:
-        factor, who = source.choices.scale, "the user"
+        factor, who = source.choices.scale, source.choices.scale_said_by
     else:
         raise ValueError(
             f"{CONFIG}: {_KEY} is {_SCALED}, but the factor is not in the files; give scale = sqrt(d_in) / mean |x|"
         )
     said.note("input scale", factor, who)
-    used = frozenset({"scale"}) if who == "the user" else frozenset()
+    used = frozenset({"scale"}) if who == source.choices.scale_said_by else frozenset()
     return Arrival(scale=_positive(factor, "scale"), files=scaler.files, used=used)
 
 

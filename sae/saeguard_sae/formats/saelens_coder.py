@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU, TanhReLU
 from saeguard_sae.coder import SparseCoder
-from saeguard_sae.dictionary import Dictionary, check_finite
+from saeguard_sae.dictionary import Dictionary, check_finite, feature_major
 from saeguard_sae.formats import files, saelens_folds
 from saeguard_sae.formats.files import Tensors
 from saeguard_sae.formats.found import Choices, Conventions
@@ -97,7 +97,7 @@ def _unfolded(parts: Parts) -> Dictionary:
     settings, weights = parts.settings, parts.weights
     activation = _activation(parts)
     return Dictionary(
-        weights.take("W_enc"),
+        feature_major(weights.take("W_enc")),
         torch.zeros_like(activation.b_gate) if isinstance(activation, Gated) else weights.take("b_enc"),
         weights.take("W_dec"),
         weights.take("b_dec"),

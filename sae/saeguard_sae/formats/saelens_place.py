@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saeguard_sae.formats import files, places, saelens_hub
+from saeguard_sae import releases
+from saeguard_sae.formats import files, places
 from saeguard_sae.formats.found import Conventions, Origin, Place, Processing
 from saeguard_sae.formats.saelens_settings import CONFIG, Settings
 
@@ -66,13 +67,15 @@ def _place(settings: Settings, suffix: str, said: Conventions) -> Place | None:
 
 
 def _processing(settings: Settings, origin: Origin | None, said: Conventions) -> Processing:
-    given = settings.metadata.get("model_from_pretrained_kwargs") or {}
+    given = settings.metadata.get("model_from_pretrained_kwargs")
     key = f"{settings.where}model_from_pretrained_kwargs"
+    given = {} if given is None else given
     if not isinstance(given, dict):
         raise ValueError(f"{key} must be a table, got {given!r}")
     on = {name for name in _PROCESSING if files.flag(given, name, False, key)}
-    if saelens_hub.is_centred(origin):
-        on, key = set(_CENTRED), saelens_hub.SOURCE
+    published = releases.at(origin.repo, origin.path) if origin else None
+    if published is not None and published.is_centred:
+        on, key = set(_CENTRED), releases.source()
     known: Mapping[frozenset[str], Processing] = {
         frozenset(): "none",
         frozenset(_CENTRED): "centred",

@@ -75,7 +75,8 @@ def save(
 def _described(coder: SparseCoder, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The part of the config that decides the arithmetic, and the weights, as SAELens names them."""
     # TransformerLens keeps heads apart, and SAELens flattens them only if told to; its transcoders never do.
-    heads = {"reshape_activations": "hook_z" if site.point == "attn_z" else "none"}
+    is_transcoder = isinstance(coder, Dictionary) and coder.is_transcoder
+    heads = {"reshape_activations": "hook_z" if site.point == "attn_z" and not is_transcoder else "none"}
     if isinstance(coder, MatchingPursuit):
         return heads | _pursuit(coder), coder.tensors()
     if isinstance(coder, Temporal):
@@ -133,7 +134,7 @@ def _pursuit(coder: MatchingPursuit) -> dict[str, Any]:
 
 
 def _temporal(coder: Temporal) -> dict[str, Any]:
-    narrow = coder.attention[0]["q_target.weight"].shape[0] if coder.attention else coder.n_heads
+    narrow = len(coder.attention[0]["q_target.weight"])
     bottleneck = coder.d_sae // narrow
     _refuse(bottleneck * narrow != coder.d_sae, f"attention of {narrow} dimensions over {coder.d_sae} features")
     return {

@@ -118,7 +118,7 @@ def test_some_repositories_centred_the_model_without_saying_so(tmp_path: Path) -
     assert load(one).processing == "none"
     found = load(one, Origin("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.3.hook_resid_pre"))
     assert found.processing == "centred"
-    assert said(found)["processing"][1] == "SAELens' list of published SAEs"
+    assert said(found)["processing"][1] == "SAELens 6.54.12"
 
 
 def test_one_repository_normalises_otherwise_than_its_files_say(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SAEs that are more than one matrix at one site, in the engine: against plain hooks on the model, one token at a time."""
+"""SAEs that are more than one matrix at one site, in the engine, against plain hooks on the model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def settings(path: Path, *saes: SaeSettings) -> Settings:
     )
 
 
-def generate(model: Any, ids: list[int], new: int, hooks: list[tuple[str, str, Callable[[Tensor], Tensor]]]) -> list[int]:
+def generate(
+    model: Any, ids: list[int], new: int, hooks: list[tuple[str, str, Callable[[Tensor], Tensor]]]
+) -> list[int]:
     """Greedy, without a cache; each hook maps a module's first input ("in") or output ("out")."""
 
     def swap(change: Callable[[Tensor], Tensor], value: Any) -> Any:

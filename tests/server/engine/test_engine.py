@@ -10,8 +10,8 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_sae.bank import Bank
+from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.transformers import load_engine
