@@ -10,7 +10,7 @@ REFERENCE_INSTALL := $(REFERENCE_VENV)/bin/python -m pip install --quiet --disab
   --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reference-env demo serve test check format stubs bench gpu demo-assets image clean
+.PHONY: help setup reference-env demo serve test check format stubs bench bench-large gpu demo-assets image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ stubs: $(READY) ## Generate the protobuf stubs again
 
 bench: $(READY) ## Measure: steered against unsteered, batched against one at a time, against generate
 	PYTHONPATH=tests $(BIN)/python -m bench.throughput $(ARGS)
+
+bench-large: $(READY) ## Measure SAEs of the sizes people have: loading, edits, activations, memory
+	PYTHONPATH=tests $(BIN)/python -m bench.large_sae $(ARGS)
 
 gpu: $(READY) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saeguard_sae.activations import TanhReLU
 from saeguard_sae.coder import SparseCoder
 from saeguard_sae.columns import ColumnStore
 from saeguard_sae.dictionary import Dictionary
@@ -77,6 +78,8 @@ class _Live(NamedTuple):
     """Normalisations of their SAEs."""
     whole: tuple[int, ...]
     """Numbers of the coders of which more than one row is needed."""
+    is_squashed: bool
+    """Whether any feature goes through tanh."""
 
 
 class Bank:
@@ -123,7 +126,7 @@ class Bank:
         needs = self._needs(slots)
         cells = {name: self._columns[name][slots, : needs.used] for name in _READ}
         frames = _frames(x, needs.kinds)
-        f = self._read(x, cells, frames, needs.whole)
+        f = self._read(x, cells, frames, needs)
         self.values = f
         eligible = _eligible(positions, special, cells)
         change = torch.where(eligible, _target(f, cells) - f, 0.0)
@@ -156,7 +159,7 @@ class Bank:
             for eligible, edited, capped, total, largest, relative in cells
         ]
 
-    def _read(self, x: Tensor, cells: dict[str, Tensor], frames: Tensor | None, whole: tuple[int, ...]) -> Tensor:
+    def _read(self, x: Tensor, cells: dict[str, Tensor], frames: Tensor | None, needs: _Live) -> Tensor:
         """[B, T, E] the value of each slot's features."""
         q = torch.bmm(x, cells["W_enc"].transpose(1, 2))
         if frames is not None:
@@ -164,8 +167,9 @@ class Bank:
             q = (q - _pick(frames[0], kind) * cells["total"][:, None]) / _pick(frames[1], kind)
         pre = q * cells["gain"][:, None] + cells["bias"][:, None]
         f = pre.relu() * (q + cells["gate"][:, None] > cells["threshold"][:, None])
-        f = torch.where(cells["squashed"][:, None], f.tanh(), f)
-        for number in whole:
+        if needs.is_squashed:
+            f = torch.where(cells["squashed"][:, None], f.tanh(), f)
+        for number in needs.whole:
             mine = (cells["whole"] == number)[:, None].expand_as(f)
             index = torch.where(mine, cells["feature"][:, None], -1)
             f = torch.where(mine, self._read_whole(number, x, index, torch.where(mine, pre, 0.0)), f)
@@ -186,7 +190,9 @@ class Bank:
             columns = [column for found in here for column in found]
             kinds = frozenset(one.coder.normalisation for one in columns if not isinstance(one.coder, Temporal))
             whole = {self._number(one.coder) for one in columns if not _is_local(one.coder)}
-            self._live[key] = _Live(max(map(len, here), default=0), kinds, tuple(sorted(whole)))
+            dictionaries = [one.coder for one in columns if isinstance(one.coder, Dictionary)]
+            squashed = any(isinstance(one.activation, TanhReLU) for one in dictionaries)
+            self._live[key] = _Live(max(map(len, here), default=0), kinds, tuple(sorted(whole)), squashed)
         return self._live[key]
 
     def _note_change(self) -> None:
@@ -205,7 +211,7 @@ class Bank:
     def _write_cell(self, slot: int, index: int, column: Column) -> None:
         coder = column.coder
         start = column.block * self._width
-        row = coder.W_dec[column.feature, start : start + self._width]
+        row = coder.W_dec[column.feature, start : start + self._width].float()
         row = row if column.write_gain is None else row * column.write_gain
         cell: dict[str, Tensor | float | int | bool] = column.affine._asdict()
         cell |= {"W_dec": row, "norm": row.norm(), "feature": column.feature}

@@ -104,15 +104,16 @@ class Dictionary:
         return out if self.W_skip is None else out + x.to(out.dtype) @ self.W_skip.T
 
     def centred_bias(self) -> Tensor:
-        """[d_sae] ``b_enc`` with the centring folded in, so that ``p = n @ W_enc + centred_bias``."""
-        return self.b_enc - self.b_dec @ self.W_enc if self.centre else self.b_enc
+        """[d_sae] ``b_enc`` with the centring folded in, so that ``p = n @ W_enc + centred_bias``; in float32."""
+        return self.b_enc.float() - self.b_dec.float() @ self.W_enc.float() if self.centre else self.b_enc.float()
 
     def encoder_row(self, feature: int) -> EncoderRow:
-        """What one feature is computed from."""
+        """What one feature is computed from, in float32."""
         j = slice(feature, feature + 1)
-        weight = self.W_enc[:, feature]
-        bias = self.b_enc[j] - self.b_dec @ weight if self.centre else self.b_enc[j]
-        own = {name: tensor[j] for name, tensor in self.activation.parameters().items()}
+        weight, bias = self.W_enc[:, feature].float(), self.b_enc[j].float()
+        if self.centre:
+            bias = bias - self.b_dec.float() @ weight
+        own = {name: tensor[j].float() for name, tensor in self.activation.parameters().items()}
         return EncoderRow(weight, self.activation.with_parameters(own).columns(bias))
 
     def tensors(self) -> dict[str, Tensor]:

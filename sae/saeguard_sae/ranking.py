@@ -48,11 +48,12 @@ class Rivals:
         groups = torch.tensor(sorted({one // size for one in features}), device=first.device)
         first[groups] = torch.arange(len(groups), device=first.device) * size
         rows = (groups[:, None] * size + torch.arange(size, device=first.device)).flatten()
-        W_enc, bias = dictionary.W_enc.T[rows].T, dictionary.b_enc[rows]
-        return cls(dictionary, selection, W_enc, bias - dictionary.b_dec @ W_enc if dictionary.centre else bias, first)
+        W_enc, bias = dictionary.W_enc.T[rows].T.float(), dictionary.b_enc[rows].float()
+        bias = bias - dictionary.b_dec.float() @ W_enc if dictionary.centre else bias
+        return cls(dictionary, selection, W_enc, bias, first)
 
     def read(self, x: Tensor, features: Tensor, pre: Tensor) -> Tensor:
-        """The values of features [N, E] of tokens x [N, d_in], given their pre-activations ``pre`` [N, E].
+        """The values of features [N, E] of tokens x [N, d_in] in float32, given their pre-activations ``pre`` [N, E].
 
         A cell that is not of this dictionary has feature -1 and ``pre`` 0; its value is 0.
         """
@@ -71,7 +72,7 @@ class Rivals:
         return torch.where(on, worth if gain is None else worth * gain[features], 0.0)
 
     def _on(self, x: Tensor, features: Tensor, pre: Tensor, undecided: Tensor) -> Tensor:
-        n = normalise(self.dictionary.normalisation, x.to(self.W_enc.dtype))
+        n = normalise(self.dictionary.normalisation, x)
         score = self.selection.score(pre)
         if isinstance(self.selection, GroupMax):
             return undecided & self._leads(n, features, score)
@@ -80,7 +81,7 @@ class Rivals:
     def _leads(self, n: Tensor, features: Tensor, score: Tensor) -> Tensor:
         """Whether each feature is the largest of its group."""
         size = self.dictionary.d_sae // self.selection.groups
-        every = self.selection.score(n @ self.W_enc + self.bias)
+        every = self.selection.score(n @ self.W_enc.float() + self.bias)
         at = self.first[features // size] + features % size
         every = _with_own(every, torch.where(features < 0, -1, at), score, slice(0, every.shape[1]))
         best = every.view(len(every), -1, size).amax(dim=-1)
@@ -92,7 +93,7 @@ class Rivals:
         best = score.new_full((len(n), self.selection.limit), -torch.inf)
         rows = torch.arange(len(n), device=n.device)
         for part in self._blocks():
-            every = self.selection.score(n[rows] @ self.W_enc[:, part] + self.bias[part])
+            every = self.selection.score(n[rows] @ self.W_enc[:, part].float() + self.bias[part])
             every = _with_own(every, features[rows], score[rows], part)
             best[rows] = torch.cat([best[rows], every], dim=1).topk(self.selection.limit, dim=1).values
             alive[rows] &= score[rows] >= best[rows, -1:]

@@ -121,8 +121,8 @@ class SaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     write_site: Text | None = None
     """Where a transcoder writes, such as "mlp_out.12"."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What it computes in. float32 is the most accurate whatever the files hold; others reproduce a library that
-    computes in that type."""
+    """What it is held in, and what GetActivations computes in. float32 is the most accurate whatever the files hold;
+    others take half the memory, and reproduce a library that computes in that type. Edits are float32 arithmetic."""
     scale: Annotated[float, Meta(gt=0.0)] | None = None
     """The factor that takes activations to the scale it was trained on, sqrt(d_in) / mean |x|, where files lack it."""
     gating: Literal["openmoss", "saelens"] | None = None

@@ -94,9 +94,7 @@ def load(folder: Path, rounds: int) -> None:
 async def serve(folder: Path, args: argparse.Namespace) -> None:
     """Tokens per second with and without edits of either kind of SAE, and activations against the bare product."""
     settings = write_world(folder, args)
-    started = time.perf_counter()
     engine = load_engine(settings, Metrics(CollectorRegistry()))
-    loaded = time.perf_counter() - started
     engine.start()
     running = Running(engine, settings.limits)
     reader = ReadActivations(engine, engine.tokenizer, settings.limits)
@@ -142,7 +140,6 @@ async def serve(folder: Path, args: argparse.Namespace) -> None:
         sides=("request", "product"), target="",
     )  # fmt: skip
     size = sum(one.numel() * one.element_size() for one in engine.saes["topk"].dictionary.tensors().values()) / MIB
-    figure("start with two SAEs and the model", "s", [loaded], [loaded], sides=("start", "start"), target="")
     figure("memory of the server at its peak", "MiB", [peak()], [size], sides=("peak", "one_sae"), target="")
 
 

@@ -277,3 +277,11 @@ def test_topk_encodes_only_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None
         table.write(0, [Column(d, feature)])
         apply(table, x)
         assert len(looked) == blocks, feature
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_dictionary_held_in_half_precision_is_edited_in_float32(name: str) -> None:
+    half = coder(name, 360).to("cpu", torch.bfloat16)
+    table, x, edits = EditTable(3, D), tokens(12), some_edits(90, 5)
+    table.write(1, columns(half, edits))
+    close(apply(table, x)[1], formula(half.to("cpu"), x[1], x[1], edits))

@@ -18,8 +18,8 @@ from saeguard_sae.check.measure import Measured
 
 L0_FACTOR = 3.0
 """L0 may be this many times what is stated, or as many times less."""
-FVU_FACTOR, FVU_MARGIN = 2.0, 0.2
-"""FVU may be twice what is stated, or 0.2 more: small ones grow by the text's own strangeness."""
+FVU_FACTOR, FVU_MARGIN = 2.0, 0.1
+"""FVU may be twice what is stated, or 0.1 more, whichever is more: small ones grow by the text's own strangeness."""
 CE_FACTOR, CE_MARGIN = 3.0, 0.5
 """The rise in cross-entropy may be 3 times what is stated and 0.5 nats more: it depends most on the text."""
 
@@ -94,16 +94,15 @@ def _derived(stated: Quality, stated_l0: float | None) -> dict[str, _Derived]:
     found: dict[str, _Derived] = {}
     l0 = stated.l0 if stated.l0 is not None else stated_l0
     if l0 is not None and l0 > 0:
-        found["min_l0"] = _Derived(l0 / L0_FACTOR, f"a third of the {_said(l0)} that its files state")
-        found["max_l0"] = _Derived(l0 * L0_FACTOR, f"3 x the {_said(l0)} that its files state")
+        found["min_l0"] = _Derived(l0 / L0_FACTOR, f"the {_said(l0)} that its files state, by {L0_FACTOR:g}")
+        found["max_l0"] = _Derived(l0 * L0_FACTOR, f"{L0_FACTOR:g} x the {_said(l0)} that its files state")
     if stated.fvu is not None and stated.fvu >= 0:
         value = max(stated.fvu * FVU_FACTOR, stated.fvu + FVU_MARGIN)
-        twice = value == stated.fvu * FVU_FACTOR
-        why = f"{'2 x' if twice else '0.2 more than'} the {_said(stated.fvu)} that its files state"
-        found["max_fvu"] = _Derived(value, why)
+        by = f"{FVU_FACTOR:g} x" if value == stated.fvu * FVU_FACTOR else f"{FVU_MARGIN:g} more than"
+        found["max_fvu"] = _Derived(value, f"{by} the {_said(stated.fvu)} that its files state")
     if stated.ce_base is not None and stated.ce_spliced is not None:
         rise = stated.ce_spliced - stated.ce_base
-        why = f"3 x the {_said(rise)} that its files state, and {CE_MARGIN:g}"
+        why = f"{CE_FACTOR:g} x the {_said(rise)} that its files state, and {CE_MARGIN:g}"
         found["max_ce_increase"] = _Derived(max(rise, 0.0) * CE_FACTOR + CE_MARGIN, why)
     return found
 

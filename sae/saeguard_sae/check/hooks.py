@@ -43,8 +43,13 @@ def run(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def ordinary(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
-    """ids [T] -> bool [T], which of them SAEs read."""
-    return ~torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype, device=ids.device))
+    """ids [T], a whole text -> bool [T], which of its tokens are counted and spliced.
+
+    Not the first one, special or not: where no BOS takes that part, models make it an attention sink, whose activation
+    is so long, and so unlike all others, that a few of them decide the sums.
+    """
+    is_special = torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype, device=ids.device))
+    return ~is_special & (torch.arange(len(ids), device=ids.device) > 0)
 
 
 def _attach(site: Site, where: Located, visit: Visit) -> RemovableHandle:

@@ -24,7 +24,10 @@ _POSITIONS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Sums over ordinary tokens; None for what an SAE that writes at several sites has no part in alone."""
+    """Sums over ordinary tokens, which a text's first one is not.
+
+    None stands for what an SAE that writes at several sites has no part in alone.
+    """
 
     tokens: int
     l0: float
@@ -32,7 +35,7 @@ class Measured:
     fvu: float | None
     """Share of the variance of what it must reproduce that it leaves unexplained."""
     ce_base: float | None
-    """The model's cross-entropy, in nats per token; None too where no text has two tokens."""
+    """The model's cross-entropy, in nats per token."""
     ce_spliced: float | None
     """The same with reconstructions in place of the activations of ordinary tokens."""
     dead_share: float
@@ -89,7 +92,9 @@ def measure(
             spliced.add(run(model, ids), ids)
     tally = splice.tally
     if tally.tokens < 2:
-        raise ValueError(f"the text has {tally.tokens} tokens that are not special; give more")
+        raise ValueError(
+            f"the text has {tally.tokens} tokens to measure on, the first and special ones aside; give more"
+        )
     alone = splice.target is not None
     return Measured(
         tokens=tally.tokens,
@@ -153,8 +158,8 @@ class _Loss:
         self._predicted = 0
 
     @property
-    def mean(self) -> float | None:
-        return self._nats / self._predicted if self._predicted else None
+    def mean(self) -> float:
+        return self._nats / self._predicted
 
     def add(self, logits: Tensor, ids: Tensor) -> None:
         """logits [T, vocabulary] and the ids [T] they were computed from."""

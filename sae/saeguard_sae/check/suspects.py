@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from saeguard_sae.architectures import ModelConfig
 from saeguard_sae.check.bounds import Bounds
-from saeguard_sae.check.changes import Change, Setup, conventions
+from saeguard_sae.check.changes import Change, Setup
+from saeguard_sae.check.conventions import conventions
 from saeguard_sae.check.hooks import ordinary, run, visiting
 from saeguard_sae.check.measure import reader, target
 from saeguard_sae.check.relocations import relocations
@@ -24,6 +25,8 @@ SAMPLE = 256
 SHOWN = 5
 """Suspects that are named at most."""
 
+# The settings refuse a moved value bias under a normalisation.
+_EXCLUSIVE = ({"bias"}, {"normalisation"}, {"decoder norms"}, {"scale"}, {"normalisation", "processing"})
 _BETTER = 2.0
 """An alternative outside the bounds counts if it leaves this many times less unexplained,"""
 _USABLE = 0.9
@@ -96,7 +99,7 @@ def merit(l0: float, fvu: float | None, bounds: Bounds) -> float:
 def _pairs(moves: list[Change], rest: list[Change]) -> Iterator[Change]:
     """Two conventions of different kinds, or another site with the other bias convention."""
     for at, one in enumerate(rest):
-        yield from (one.then(other) for other in rest[at + 1 :] if other.kind != one.kind)
+        yield from (one.then(other) for other in rest[at + 1 :] if {one.kind, other.kind} not in _EXCLUSIVE)
     for bias in rest:
         if bias.kind == "bias":
             yield from (move.then(bias) for move in moves)

@@ -89,23 +89,24 @@ def test_the_margins() -> None:
     found = bounds_from(Quality(l0=20.4, fvu=0.15, ce_base=3.0, ce_spliced=3.2), 99.0, Bounds())
     assert found.min_l0 == pytest.approx(6.8)
     assert found.max_l0 == pytest.approx(61.2)
-    assert found.max_fvu == pytest.approx(0.35)
+    assert found.max_fvu == pytest.approx(0.3)
     assert found.max_ce_increase == pytest.approx(1.1)
     assert bounds_from(Quality(fvu=0.3), None, Bounds()).max_fvu == pytest.approx(0.6)
+    assert bounds_from(Quality(fvu=0.04), None, Bounds()).max_fvu == pytest.approx(0.14)
     assert bounds_from(Quality(ce_base=3.0, ce_spliced=2.9), None, Bounds()).max_ce_increase == 0.5
     assert bounds_from(None, 99.0, Bounds()).max_l0 == pytest.approx(297)
     assert bounds_from(Quality(fvu=0.1), 99.0, Bounds()).max_l0 == pytest.approx(297)
 
 
 def test_the_words() -> None:
-    stated = bounds_from(Quality(l0=20.4, fvu=0.15, ce_base=3.0, ce_spliced=3.2), None, Bounds())
+    stated = bounds_from(Quality(l0=20.4, fvu=0.05, ce_base=3.0, ce_spliced=3.2), None, Bounds())
     assert violations(measured(l0=412.0, fvu=0.4, ce_spliced=4.2), stated) == [
         "L0 412 is above 61.2 (3 x the 20.4 that its files state)",
-        "FVU 0.4 is above 0.35 (0.2 more than the 0.15 that its files state)",
+        "FVU 0.4 is above 0.15 (0.1 more than the 0.05 that its files state)",
         "the rise in cross-entropy with its reconstructions in place, in nats per token, 1.2 is above 1.1 "
         "(3 x the 0.2 that its files state, and 0.5)",
     ]
-    assert violations(measured(l0=2.0), stated) == ["L0 2 is below 6.8 (a third of the 20.4 that its files state)"]
+    assert violations(measured(l0=2.0, fvu=0.1), stated) == ["L0 2 is below 6.8 (the 20.4 that its files state, by 3)"]
     twice = bounds_from(Quality(fvu=0.3), None, Bounds())
     assert violations(measured(fvu=7), twice) == ["FVU 7 is above 0.6 (2 x the 0.3 that its files state)"]
     close = violations(measured(l0=61.20004), Bounds(max_l0=61.20001))

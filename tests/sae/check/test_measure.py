@@ -184,6 +184,23 @@ def test_a_transcoder_is_held_against_what_the_model_writes(worlds: Worlds, load
     close(found, {"ce_spliced": spliced})
 
 
+def test_an_sae_that_writes_elsewhere_moves_that_by_its_own_error(worlds: Worlds, loaded: Any) -> None:
+    world, reads, writes = worlds("llama"), Site(MID, "resid_pre"), Site(MID, "resid_post")
+    x, w = world.rows(reads), weights(48, 90, 48)
+    features, made = reconstructed(w, torch.relu, x, centre=True)
+    found = measured(world, loaded(reads, Dictionary(**w, activation=ReLU()), writes=(writes,)))
+    close(found, expected_statistics(features, made, x))
+    at = iter(torch.split((made - x).float(), [int(world.ordinary(ids).sum()) for ids in world.texts]))
+    close(found, {"ce_spliced": spliced_loss(world, writes, lambda own: own + next(at))})
+
+
+def test_a_site_is_read_before_another_of_the_same_module_is_written(worlds: Worlds, loaded: Any) -> None:
+    world, dictionary = worlds("llama"), Dictionary(**weights(48, 90, 48), activation=ReLU())
+    alone = measured(world, loaded(Site(MID, "mlp_read"), dictionary))
+    both = measured(world, loaded(Site(MID, "resid_mid"), dictionary, writes=(Site(MID, "mlp_read"),)))
+    assert both.ce_spliced == pytest.approx(alone.ce_spliced, rel=1e-5)
+
+
 def opened(dictionary: Dictionary, site: Site, *writes: Site) -> OpenedSae:
     found = Found(dictionary=dictionary, files=(), reads=site, writes=writes)
     return OpenedSae("one", "a format", found, "0" * 64, Catalogue())
@@ -289,7 +306,7 @@ def test_special_tokens_are_left_alone(worlds: Worlds, loaded: Any) -> None:
     change = lambda x: reconstructed(w, torch.relu, x, centre=True)[1]  # noqa: E731
     close(found, {"ce_spliced": spliced_loss(only, site, change)})
     everything = replace(world, special=frozenset(range(260)))
-    with pytest.raises(ValueError, match="0 tokens that are not special"):
+    with pytest.raises(ValueError, match="0 tokens to measure on"):
         measured(everything, sae)
 
 
@@ -350,11 +367,25 @@ def test_a_target_that_never_changes() -> None:
     assert same.fvu == inf
 
 
-def test_texts_of_one_token_predict_nothing(worlds: Worlds, loaded: Any) -> None:
+def test_a_first_token_is_never_counted(worlds: Worlds, loaded: Any) -> None:
+    """Without a BOS it would be an attention sink like no other token."""
+    world, site = worlds("gpt2"), Site(MID, "resid_post")
+    cut = replace(world, texts=[ids[1:] for ids in world.texts], special=frozenset())
+    x = torch.cat([own[1:] for own in cut.activations(site)]).double()
+    w = weights(48, 90, 48)
+    found = measured(cut, loaded(site, Dictionary(**w, activation=ReLU())))
+    assert found.tokens == len(x) == 257
+    close(found, expected_statistics(*reconstructed(w, torch.relu, x, centre=True), x))
+
+
+def test_texts_without_a_token_to_measure_on(worlds: Worlds, loaded: Any) -> None:
     world, site = worlds("llama"), Site(MID, "resid_post")
-    short = replace(world, texts=[torch.tensor([5]), torch.tensor([9])])
-    found = measured(short, loaded(site, Dictionary(**weights(48, 90, 48), activation=ReLU())))
-    assert (found.tokens, found.ce_base, found.ce_spliced) == (2, None, None)
+    sae = loaded(site, Dictionary(**weights(48, 90, 48), activation=ReLU()))
+    for texts in ([], [torch.tensor([5]), torch.tensor([9])], [torch.tensor([5, 6])]):
+        with pytest.raises(
+            ValueError, match=f"has {max((len(one) - 1 for one in texts), default=0)} tokens to measure"
+        ):
+            measured(replace(world, texts=texts), sae)
 
 
 def test_no_hook_stays_in_the_model(worlds: Worlds, loaded: Any) -> None:

@@ -28,7 +28,7 @@ from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.site import Site
 
 FOUND = Measured(tokens=1000, l0=412.0, fvu=1.3, ce_base=3.214, ce_spliced=7.9, dead_share=0.021)
-EXPECTED = bounds_from(Quality(l0=20.4, fvu=0.1), None, Bounds())
+EXPECTED = bounds_from(Quality(l0=20.4, fvu=0.14), None, Bounds())
 SITE = Suspect("it reads resid_post.3, not resid_post.4", 'site = "resid_post.3"', 21.0, 0.12)
 SCALE = Suspect("its activations are scaled by 0.37", None, 60.0, 0.25)
 
@@ -40,7 +40,7 @@ def report(*suspects: Suspect, found: Measured = FOUND, bounds: Bounds = EXPECTE
 def test_the_most_likely_mistake_with_its_numbers_and_its_setting() -> None:
     assert report(SITE, SCALE).explain().splitlines() == [
         "L0 412 is above 61.2 (3 x the 20.4 that its files state); "
-        "FVU 1.3 is above 0.3 (0.2 more than the 0.1 that its files state).",
+        "FVU 1.3 is above 0.28 (2 x the 0.14 that its files state).",
         "Measured on 1000 tokens: L0 412, FVU 1.3, cross-entropy 3.214, with its reconstructions in place 7.9, "
         "2.1% of its features fired on no token.",
         "Most likely: it reads resid_post.3, not resid_post.4. So it has L0 21 and FVU 0.12 on a sample of the text. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -12,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU
+from saeguard_sae.activations import JumpReLU, ReLU
 from saeguard_sae.binding import Overrides, bind
 from saeguard_sae.catalogue import Catalogue, Quality
 from saeguard_sae.check import Bounds, Report, bounds_from, check, measure, suspects
-from saeguard_sae.check.changes import Setup, conventions
-from saeguard_sae.check.measure import target
+from saeguard_sae.check.changes import Setup
+from saeguard_sae.check.conventions import conventions
+from saeguard_sae.check.measure import reader, target
 from saeguard_sae.check.relocations import relocations
+from saeguard_sae.check.suspects import _pairs
 from saeguard_sae.check.variant import Variant
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats.found import Convention, Found
@@ -164,18 +167,42 @@ def test_settings_that_cannot_be_made_are_not_proposed(worlds: Worlds, fitted: F
     assert not any("mean" in one.what for one in found)
 
 
-def test_the_value_bias_that_transformer_lens_folds(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
-    world, site = worlds("gpt2"), Site(MID, "attn_z")
-    model = deepcopy(world.model)
-    model.transformer.h[MID].attn.c_attn.bias.data += 1.0
-    world = replace(world, model=model)
+@pytest.fixture(scope="module")
+def valued(worlds: Worlds) -> Any:
+    """A world whose value bias counts, and the part of ``attn_z`` that it makes."""
+    model = deepcopy(worlds("gpt2").model)
     block = model.transformer.h[MID]
+    block.attn.c_attn.bias.data += 1.0
     folded = block.ln_1.bias @ block.attn.c_attn.weight[:, 96:] + block.attn.c_attn.bias[96:]
-    dictionary = fitted(world.rows(site) - folded.double(), offset=0.0)
-    opened = _opened(dictionary, site)
-    right = bind(opened, model, world.config, Overrides(processing="transformer_lens"))
-    report = checked(world, right, bind(opened, model, world.config))
+    return replace(worlds("gpt2"), model=model), folded.double()
+
+
+def test_the_value_bias_that_transformer_lens_folds(valued: Any, fitted: Fitted) -> None:
+    (world, folded), site = valued, Site(MID, "attn_z")
+    opened = _opened(fitted(world.rows(site) - folded, offset=0.0), site)
+    right = bind(opened, world.model, world.config, Overrides(processing="transformer_lens"))
+    report = checked(world, right, bind(opened, world.model, world.config, Overrides(processing="none")))
     named(report, "the model it was trained on had its value biases folded", 'processing = "transformer_lens"')
+
+
+def test_the_value_bias_that_was_not_folded(valued: Any, fitted: Fitted) -> None:
+    (world, _), site = valued, Site(MID, "attn_z")
+    opened = _opened(fitted(world.rows(site), offset=0.1), site)
+    right = bind(opened, world.model, world.config, Overrides(processing="none"))
+    report = checked(world, right, bind(opened, world.model, world.config, Overrides(processing="transformer_lens")))
+    named(report, "the model it was trained on had its value biases in place", 'processing = "none"')
+
+
+def test_the_gain_that_transformer_lens_folds(worlds: Worlds, fitted: Fitted) -> None:
+    """To the model as it is, an MLP's input before the gain is another site."""
+    world, site = worlds("gpt2"), Site(MID, "mlp_in")
+    world = replace(world, model=deepcopy(world.model))
+    world.model.transformer.h[MID].ln_2.weight.data *= torch.logspace(-0.5, 0.5, 48)
+    opened = _opened(fitted(world.rows(site), offset=0.3), site)
+    right = bind(opened, world.model, world.config, Overrides(processing="none"))
+    wrong = bind(opened, world.model, world.config, Overrides(processing="transformer_lens"))
+    setting = 'site = "mlp_in.1"\nprocessing = "none"'
+    named(checked(world, right, wrong), "it reads mlp_in.1, not mlp_normalized.1", setting)
 
 
 def _opened(dictionary: Dictionary, site: Site, *writes: Site) -> OpenedSae:
@@ -335,17 +362,70 @@ def test_the_sites_of_a_transcoder(
     named(checked(world, loaded(right[0], dictionary, writes=right[1:]), wrong), what, setting)
 
 
-def test_no_site_is_proposed_that_could_not_be_set(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
-    """Nothing is written before it is read, and no activation of another width is read."""
-    world, sites = worlds("gemma2"), (Site(MID, "mlp_in"), Site(MID, "mlp_out"))
-    sae = loaded(sites[0], transcoder(world, fitted, *sites), writes=sites[1:])
-    for change in relocations(sae, world.config):
-        said = dict(line.split(" = ") for line in str(change.setting).splitlines())
-        chosen = {name: Site.parse(value.strip('"')) for name, value in said.items()}
-        overrides = Overrides(site=chosen.get("site"), write_site=chosen.get("write_site"))
-        bound = bind(_opened(sae.dictionary, *sites), world.model, world.config, overrides)
-        setup = change.apply(Setup(sites[0], sites[1], Variant(sae.dictionary)))
-        assert (setup.reads, setup.target) == (bound.site, target(bound))
+Case = tuple[str, str, tuple[str, ...], Any, dict[str, Any]]
+CASES: list[Case] = [
+    ("llama", "resid_post.1", (), "none", {}),
+    ("gpt2", "resid_post.1", (), "none", {}),
+    ("gpt2", "resid_post.1", (), "centred", {}),
+    ("gpt2", "resid_pre.1", (), "transformer_lens", {}),
+    ("gpt2", "resid_pre.1", (), None, {"processing": "none"}),
+    ("gpt2", "attn_z.1", (), "none", {}),
+    ("gpt2", "attn_z.1", (), "transformer_lens", {}),
+    ("gpt_neox", "attn_z.1", (), None, {"processing": "none", "apply_b_dec_to_input": False}),
+    ("gpt2", "mlp_in.1", (), "transformer_lens", {}),
+    ("llama", "mlp_in.1", (), None, {"processing": "none"}),
+    ("llama", "resid_mid.1", (), None, {}),
+    ("gemma2", "resid_post.1", (), "none", {"normalize_activations": "layer_norm"}),
+    ("gpt2", "resid_post.1", (), "none", {"normalize_activations": "constant_norm_rescale"}),
+    ("gemma2", "mlp_in.1", ("mlp_out.1",), "none", {}),
+    ("gpt2", "mlp_normalized.1", ("mlp_out.1",), "none", {}),
+    ("llama", "resid_mid.1", ("mlp_normalized.1",), None, {}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join([*case[:2], str(case[3]), *case[4]]))
+def test_every_setting_does_what_was_tried(worlds: Worlds, case: Case) -> None:
+    """Loaded again with it, the SAE reads the same site by the same weights; and none is refused."""
+    model_type, reads, writes, processing, given = case
+    world = worlds(model_type)
+    found = Found(
+        dictionary=_random(is_transcoder=bool(writes)),
+        files=(),
+        reads=Site.parse(reads),
+        writes=tuple(Site.parse(one) for one in writes),
+        processing=processing,
+        conventions=(Convention("processing", processing or "not stated", "its files"),),
+    )
+    opened = OpenedSae("one", "a format", found, "0" * 64, Catalogue())
+    sae = bind(opened, world.model, world.config, Overrides(**given))
+    own = Setup(sae.site, target(sae), reader(sae.dictionary))
+    x = torch.randn(30, 48, generator=torch.Generator().manual_seed(21)) * 2 + 0.5
+    moves, rest = relocations(sae, world.config), conventions(sae, world.model, world.config, x, x)
+    checked_settings = 0
+    for change in [*moves, *rest, *_pairs(moves, rest)]:
+        if change.setting is None:
+            continue
+        bound = bind(opened, world.model, world.config, Overrides(**given | _settings(change.setting)))
+        setup, again = change.apply(own), reader(bound.dictionary)
+        assert (setup.reads, setup.target) == (bound.site, target(bound)), change.setting
+        features = setup.reader.encode(x)
+        torch.testing.assert_close(features, again.encode(x), atol=1e-4, rtol=1e-4, msg=change.setting)
+        torch.testing.assert_close(setup.reader.decode(features, x), again.decode(features, x), atol=1e-4, rtol=1e-4)
+        checked_settings += 1
+    assert checked_settings
+
+
+def _random(*, is_transcoder: bool) -> Dictionary:
+    generator = torch.Generator().manual_seed(13)
+    W_enc, W_dec = (torch.randn(*shape, generator=generator) for shape in ((48, 70), (70, 48)))
+    b_enc, b_dec = (torch.randn(n, generator=generator) for n in (70, 48))
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, ReLU(), centre=not is_transcoder, is_transcoder=is_transcoder)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """What a settings file with these lines says."""
+    read: dict[str, Any] = tomllib.loads(text)
+    return {name: Site.parse(value) if name.endswith("site") else value for name, value in read.items()}
 
 
 def test_one_layer_of_a_cross_layer_transcoder(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
@@ -383,6 +463,40 @@ def test_nothing_fits_an_sae_of_another_model(worlds: Worlds, fitted: Fitted, lo
     assert not any(report.bounds.admits(one.l0, one.fvu) for one in report.suspects), report.explain()
 
 
+def test_no_reason_is_sought_for_what_is_as_expected(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    """The model's loss says nothing about conventions that L0 and FVU do not."""
+    world = worlds("llama")
+    report = check(world.model, world.config, loaded(HERE, fitted(world.rows(HERE))), world.texts, world.special,
+                   Bounds(max_l0=90.0, max_fvu=1e6, max_ce_increase=-9.0))  # fmt: skip
+    assert report.violations
+    assert report.suspects == ()
+
+
+def test_the_right_l0_alone_is_no_fit(worlds: Worlds, loaded: Any) -> None:
+    """Random weights: other conventions fire less, and leave more than the mean would."""
+    world = worlds("llama")
+    random = torch.randn(48, 90, generator=torch.Generator().manual_seed(1))
+    dictionary = Dictionary(random, torch.zeros(90), random.T.contiguous(), torch.ones(48), ReLU())
+    sae = loaded(HERE, dictionary)
+    arguments = (world.model, world.config, sae, world.texts, world.special)
+    l0 = measure(*arguments).l0
+    at_bias = measure(*arguments[:2], loaded(HERE, replace(dictionary, centre=False)), *arguments[3:]).l0
+    bounds = Bounds(max_l0=(l0 + at_bias) / 2) if at_bias < l0 else Bounds(min_l0=(l0 + at_bias) / 2)
+    assert bounds.admits(at_bias, None)
+    assert not bounds.admits(l0, None)
+    assert suspects(*arguments, bounds) == []
+
+
+def test_a_second_change_must_be_worth_it(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
+    """Where nothing fits, what makes no difference is not named beside what does."""
+    world = worlds("llama")
+    dictionary = fitted(world.rows(HERE), offset=0.001)
+    sae = loaded(Site(MID, "attn_out"), dictionary)
+    found = suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
+    assert found[0].setting == f'site = "{HERE}"'
+    assert not any(", and " in one.what for one in found)
+
+
 def test_other_coders_can_only_be_at_another_site(worlds: Worlds, loaded: Any) -> None:
     world = worlds("llama")
     rows = torch.randn(60, 48, generator=torch.Generator().manual_seed(4))
@@ -399,11 +513,16 @@ def test_the_model_runs_once_however_much_is_tried(
     world = worlds("llama")
     sae = loaded(HERE, replace(fitted(world.rows(HERE)), centre=False))
     read: list[int] = []
-    handle = world.model.register_forward_pre_hook(lambda *_: read.append(1))
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        read.append(given["input_ids"].shape[1])
+
+    handle = world.model.register_forward_pre_hook(note, with_kwargs=True)
     monkeypatch.setattr(import_module("saeguard_sae.check.suspects"), "SAMPLE", 100)
     suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
     handle.remove()
-    assert len(read) == 2, "the first text and a part of the second hold 100 ordinary tokens"
+    # The first text holds 70 ordinary tokens after BOS, the second 30 of the rest in its first 32.
+    assert read == [71, 32]
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in world.model.modules())
 
 
@@ -428,7 +547,7 @@ def test_what_is_folded_into_a_processed_sae_is_not_forgotten(worlds: Worlds, fi
     sae = loaded(site, fitted(world.rows(site)), conventions=notes)
     assert relocations(sae, world.config) == []
     kinds = {one.kind for one in conventions(sae, world.model, world.config, world.rows(site), world.rows(site))}
-    assert not kinds & {"bias", "processing"}
+    assert kinds == {"processing", "decoder norms"}
     stream = loaded(HERE, fitted(world.rows(HERE)), conventions=notes)
     points = {str(one.setting).split('"')[1].split(".")[0] for one in relocations(stream, world.config)}
     assert points == {"resid_pre", "resid_mid", "resid_post"}

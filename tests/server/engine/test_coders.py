@@ -199,3 +199,19 @@ async def test_a_temporal_sae_is_read_over_the_whole_prefix_and_never_edited(wor
         stream = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[2][0]
         torch.testing.assert_close(found, one.engine.saes["t"].dictionary.encode(stream), rtol=1e-4, atol=1e-4)
     assert PROMPT[0] == BOS
+
+
+async def test_an_sae_held_in_half_precision_is_served(world: tuple[Path, Any]) -> None:
+    path, model = world
+    write_saelens(path / "half", "blocks.1.hook_resid_post", seed=30)
+    with running(settings(path, SaeSettings(name="h", path=str(path / "half"), dtype="bfloat16"))) as one:
+        found = await inspect(one, "h")
+        stream = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[2][0]
+        answer = await one.ask(greedy(PROMPT, 6, interventions=(edit("h", 4, Clamp(5.0)),)))
+    W_enc, W_dec = normal(30, WIDTH, F, by=WIDTH**-0.5).bfloat16(), normal(31, F, WIDTH).bfloat16().float()
+    torch.testing.assert_close(found, (stream.bfloat16() @ W_enc).relu().float(), rtol=0.02, atol=0.05)
+
+    def write(x: Tensor) -> Tensor:
+        return x + ordinary(x) * (5.0 - (x @ W_enc.float()).relu()[..., [4]]) * W_dec[4]
+
+    assert PROMPT + answer.ids == generate(model, PROMPT, 6, [("model.layers.1", "out", write)])
