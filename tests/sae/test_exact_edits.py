@@ -285,3 +285,20 @@ def test_a_dictionary_held_in_half_precision_is_edited_in_float32(name: str) -> 
     table, x, edits = EditTable(3, D), tokens(12), some_edits(90, 5)
     table.write(1, columns(half, edits))
     close(apply(table, x)[1], formula(half.to("cpu"), x[1], x[1], edits))
+
+
+@pytest.mark.parametrize(
+    "act", [JumpReLU(torch.full((D,), 2.0)), Gated(torch.full((D,), -2.0), torch.ones(D), torch.zeros(D))]
+)
+def test_a_feature_that_just_reaches_its_threshold_is_off(act: Activation) -> None:
+    one = torch.eye(D)
+    d = Dictionary(one, torch.zeros(D), one, torch.zeros(D), act)
+    x = torch.zeros(1, 2, D)
+    x[0, 0, 3], x[0, 1, 3] = 2.0, 2.5
+    table = EditTable(1, D)
+    table.write(0, [Column(d, 3)])
+    apply(table, x)
+    read = table.values(0, 0, 0)
+    assert torch.equal(read, d.encode(x[0])[:, 3])
+    assert read[0] == 0
+    assert read[1] > 0

@@ -95,7 +95,10 @@ def _processing(sae: LoadedSae, dictionary: Dictionary, model: nn.Module, config
     """Value biases moved out of attention. The other half, an MLP's input without the norm's gain, is a site."""
     if sae.site.point != "attn_z" or dictionary.normalisation != "none" or dictionary.is_transcoder:
         return
-    bias = value_bias(model, config, sae.site.layer)
+    try:
+        bias = value_bias(model, config, sae.site.layer)
+    except ValueError:  # an architecture where it is not known: nobody can have set it either
+        return
     if bias is None:
         return
     shift = bias.to(dictionary.W_enc)

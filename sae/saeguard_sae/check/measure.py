@@ -81,29 +81,14 @@ def measure(
         ValueError: fewer than two ordinary tokens.
     """
     splice = _Splice(sae)
-    base = _Loss()
-    if splice.target is not None:
-        for ids in tokens:
-            base.add(run(model, ids), ids)
-    spliced = _Loss()
+    base, spliced = _Loss(), _Loss()
+    for ids in tokens if splice.target is not None else ():
+        base.add(run(model, ids), ids)
     with visiting(model, config, splice.sites, splice.visit):
         for ids in tokens:
             splice.begin(ordinary(ids, special_ids))
             spliced.add(run(model, ids), ids)
-    tally = splice.tally
-    if tally.tokens < 2:
-        raise ValueError(
-            f"the text has {tally.tokens} tokens to measure on, the first and special ones aside; give more"
-        )
-    alone = splice.target is not None
-    return Measured(
-        tokens=tally.tokens,
-        l0=tally.l0,
-        fvu=tally.fvu if alone else None,
-        ce_base=base.mean if alone else None,
-        ce_spliced=spliced.mean if alone else None,
-        dead_share=tally.dead_share,
-    )
+    return splice.measured(base, spliced)
 
 
 class _Splice:
@@ -124,6 +109,22 @@ class _Splice:
         """Before a text is read: which of its tokens are ordinary."""
         self._ordinary = ordinary
         self._reconstruction = self._wanted = None
+
+    def measured(self, base: _Loss, spliced: _Loss) -> Measured:
+        """Of all the texts that were read."""
+        tally, alone = self.tally, self.target is not None
+        if tally.tokens < 2:
+            raise ValueError(
+                f"the text has {tally.tokens} tokens to measure on, the first and special ones aside; give more"
+            )
+        return Measured(
+            tokens=tally.tokens,
+            l0=tally.l0,
+            fvu=tally.fvu if alone else None,
+            ce_base=base.mean if alone else None,
+            ce_spliced=spliced.mean if alone else None,
+            dead_share=tally.dead_share,
+        )
 
     def visit(self, site: Site, x: Tensor, seen: Tensor) -> Tensor | None:
         """Reads where the SAE reads, compares with what it must reproduce, writes where it writes."""

@@ -11,17 +11,14 @@ from torch import Tensor, nn
 
 from saeguard_sae.architectures import ModelConfig
 from saeguard_sae.check.bounds import Bounds
+from saeguard_sae.check.captured import Captured, capture
 from saeguard_sae.check.changes import Change, Setup
 from saeguard_sae.check.conventions import conventions
-from saeguard_sae.check.hooks import ordinary, run, visiting
 from saeguard_sae.check.measure import reader, target
 from saeguard_sae.check.relocations import relocations
 from saeguard_sae.check.tally import Tally, read
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
 
-SAMPLE = 256
-"""Ordinary tokens on which alternatives are tried: enough to tell factors apart, few enough to hold at many sites."""
 SHOWN = 5
 """Suspects that are named at most."""
 
@@ -67,20 +64,11 @@ def suspects(
     """
     own = Setup(sae.site, target(sae), reader(sae.dictionary))
     moves = relocations(sae, config)
-    setups = [own, *(one.apply(own) for one in moves)]
-    wanted = {site for one in setups for site in (one.reads, one.target) if site is not None}
-    captured = _Captured({sae.dictionary.d_in, sae.write_width})
-    with visiting(model, config, wanted, captured.visit):
-        for ids in _sample(tokens, special_ids):
-            captured.ordinary.append(ordinary(ids, special_ids))
-            run(model, ids)
+    wanted = {site for one in (own, *(move.apply(own) for move in moves)) for site in one[:2] if site is not None}
+    captured = capture(model, config, wanted, {sae.dictionary.d_in, sae.write_width}, tokens, special_ids)
     target_rows = None if own.target is None else captured.rows(own.target)
     rest = conventions(sae, model, config, captured.rows(own.reads), target_rows)
-    search = _Search(own, captured, bounds)
-    found = search.among([*moves, *rest])
-    if not any(bounds.admits(one.l0, one.fvu) for one in found):
-        search.beat(found)
-        found += search.among(_pairs(moves, rest))
+    found = _Search(own, captured, bounds).through(moves, rest)
     found.sort(key=lambda one: (not bounds.admits(one.l0, one.fvu), merit(one.l0, one.fvu, bounds)))
     return [Suspect(one.change.what, one.change.setting, one.l0, one.fvu) for one in found[:SHOWN]]
 
@@ -105,52 +93,26 @@ def _pairs(moves: list[Change], rest: list[Change]) -> Iterator[Change]:
             yield from (move.then(bias) for move in moves)
 
 
-class _Captured:
-    """Activations of a few texts at many sites: those of these widths."""
-
-    def __init__(self, widths: set[int]) -> None:
-        self._widths = widths
-        self.ordinary: list[Tensor] = []
-        self.at: dict[Site, list[Tensor]] = {}
-
-    def visit(self, site: Site, x: Tensor, seen: Tensor) -> None:
-        """Keeps what an SAE reads at the site."""
-        if seen.shape[-1] in self._widths:
-            self.at.setdefault(site, []).append(seen[0].clone())
-
-    def width(self, site: Site) -> int | None:
-        """Of the activations there; None where they were not kept."""
-        return self.at[site][0].shape[-1] if site in self.at else None
-
-    def rows(self, site: Site) -> Tensor:
-        """[n, width] of the ordinary tokens."""
-        return torch.cat([x[rows.to(x.device)] for x, rows in zip(self.at[site], self.ordinary, strict=True)])
-
-
-def _sample(tokens: Iterable[Tensor], special_ids: frozenset[int]) -> Iterator[Tensor]:
-    """The first texts, the last one cut, with SAMPLE ordinary tokens in all."""
-    left = SAMPLE
-    for ids in tokens:
-        reached = ordinary(ids, special_ids).cumsum(0)
-        part = ids[: int((reached <= left).sum())]
-        left -= int(ordinary(part, special_ids).sum())
-        if len(part):
-            yield part
-        if left <= 0:
-            return
-
-
 class _Search:
     """Tries changes of one SAE and keeps those that count."""
 
-    def __init__(self, own: Setup, captured: _Captured, bounds: Bounds) -> None:
+    def __init__(self, own: Setup, captured: Captured, bounds: Bounds) -> None:
         self._own = own
         self._captured = captured
         self._bounds = bounds
         l0, self._best = self._measure(own)
         self._fails = not bounds.admits(l0, self._best)
 
-    def among(self, changes: Iterable[Change]) -> list[_Tried]:
+    def through(self, moves: list[Change], rest: list[Change]) -> list[_Tried]:
+        """The changes that count; of pairs too where no single one lies inside the bounds."""
+        found = self._among([*moves, *rest])
+        if any(self._bounds.admits(one.l0, one.fvu) for one in found):
+            return found
+        # A second change must be worth it beside the best of the first.
+        self._best = min((one.fvu for one in found if one.fvu is not None), default=self._best)
+        return found + self._among(_pairs(moves, rest))
+
+    def _among(self, changes: Iterable[Change]) -> list[_Tried]:
         """Those of the changes that count."""
         tried = []
         for change in changes:
@@ -158,10 +120,6 @@ class _Search:
             if self._is_as_wide(setup):
                 tried.append(_Tried(change, *self._measure(setup)))
         return [one for one in tried if self._counts(one)]
-
-    def beat(self, found: list[_Tried]) -> None:
-        """What counts from now on must beat the best of these too."""
-        self._best = min((one.fvu for one in found if one.fvu is not None), default=self._best)
 
     def _is_as_wide(self, setup: Setup) -> bool:
         """As where it is now: that the SAE fits there was seen before."""

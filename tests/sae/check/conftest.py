@@ -16,6 +16,7 @@ from saeguard_sae.catalogue import Catalogue
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.site import Site
+from saeguard_sae.temporal import Temporal
 from support.models import BOS, EOS, PAD, SITES, save_model
 
 SPECIAL = frozenset({BOS, EOS, PAD})
@@ -184,3 +185,17 @@ def loaded() -> Callable[..., LoadedSae]:
         return LoadedSae("one", site, dictionary, "0" * 64, Catalogue(), **more)
 
     return at
+
+
+@pytest.fixture(scope="session")
+def temporal() -> Temporal:
+    """A random temporal SAE."""
+    generator = torch.Generator().manual_seed(32)
+
+    def normal(*shape: int, by: float = 0.2) -> Tensor:
+        return torch.randn(*shape, generator=generator) * by
+
+    shapes = {"k_ctx": (12, 24), "q_target": (12, 24), "v_ctx": (24, 24), "c_proj": (24, 24)}
+    layer = {f"{name}.weight": normal(*shape) for name, shape in shapes.items()}
+    rows = normal(24, 48)
+    return Temporal(rows.T.contiguous(), rows, normal(48), (layer,), n_heads=2, k=None, scale=3.0)

@@ -250,21 +250,9 @@ def test_one_layer_of_a_cross_layer_transcoder_has_no_reconstruction_of_its_own(
     assert world.loss() == before
 
 
-def temporal(d: int) -> Temporal:
-    w = weights(d, 24, d, seed=31)
-    generator = torch.Generator().manual_seed(32)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * 0.2
-
-    shapes = {"k_ctx": (12, 24), "q_target": (12, 24), "v_ctx": (24, 24), "c_proj": (24, 24)}
-    layer = {f"{name}.weight": normal(*shape) for name, shape in shapes.items()}
-    return Temporal(w["W_dec"].T.contiguous(), w["W_dec"], w["b_dec"], (layer,), n_heads=2, k=None, scale=3.0)
-
-
-def test_a_temporal_sae_sees_the_whole_prefix(worlds: Worlds, loaded: Any) -> None:
+def test_a_temporal_sae_sees_the_whole_prefix(worlds: Worlds, loaded: Any, temporal: Temporal) -> None:
     """Special tokens too, though they are not counted and keep their activations."""
-    world, site, coder = worlds("llama"), Site(MID, "resid_post"), temporal(48)
+    world, site, coder = worlds("llama"), Site(MID, "resid_post"), temporal
     texts = world.activations(site)
     rows = [world.ordinary(ids) for ids in world.texts]
     features = torch.cat([coder.encode(x)[own] for x, own in zip(texts, rows, strict=True)]).double()

@@ -6,7 +6,6 @@ import tomllib
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 from saeguard_sae.activations import JumpReLU, ReLU
 from saeguard_sae.binding import Overrides, bind
 from saeguard_sae.catalogue import Catalogue, Quality
-from saeguard_sae.check import Bounds, Report, bounds_from, check, measure, suspects
+from saeguard_sae.check import Bounds, Report, bounds_from, captured, check, measure, suspects
 from saeguard_sae.check.changes import Setup
 from saeguard_sae.check.conventions import conventions
 from saeguard_sae.check.measure import reader, target
@@ -30,6 +29,7 @@ from saeguard_sae.normalisation import normalise
 from saeguard_sae.pursuit import MatchingPursuit
 from saeguard_sae.selections import TopK
 from saeguard_sae.site import Site
+from saeguard_sae.temporal import Temporal
 
 MID = 1
 HERE = Site(MID, "resid_post")
@@ -497,14 +497,39 @@ def test_a_second_change_must_be_worth_it(worlds: Worlds, fitted: Fitted, loaded
     assert not any(", and " in one.what for one in found)
 
 
-def test_other_coders_can_only_be_at_another_site(worlds: Worlds, loaded: Any) -> None:
-    world = worlds("llama")
+def pursuit() -> MatchingPursuit:
     rows = torch.randn(60, 48, generator=torch.Generator().manual_seed(4))
-    coder = MatchingPursuit(rows / rows.norm(dim=1, keepdim=True), torch.zeros(48), max_iterations=12)
-    everything = Bounds(max_fvu=1e-9)
-    sae = loaded(HERE, coder)
-    assert suspects(world.model, world.config, sae, world.texts, world.special, everything) == []
+    b_dec = torch.linspace(-1.0, 1.0, 48)
+    return MatchingPursuit(rows / rows.norm(dim=1, keepdim=True), b_dec, max_iterations=12)
+
+
+def test_the_conventions_of_matching_pursuit(worlds: Worlds, loaded: Any) -> None:
+    world, coder = worlds("llama"), pursuit()
+    x = world.rows(HERE).float()
+    own = Setup(HERE, HERE, coder)
+    tried = {}
+    for change in conventions(loaded(HERE, coder), world.model, world.config, x, x):
+        wanted = {"bias": {"centre": False}, "normalisation": {"normalisation": str(change.setting).split('"')[1::2]}}
+        name, value = next(iter(wanted[change.kind].items()))
+        value = value[0] if isinstance(value, list) else value
+        tried[change.setting] = torch.equal(
+            change.apply(own).reader.encode(x), replace(coder, **{name: value}).encode(x)
+        )
+    assert set(tried.values()) == {True}
+    assert tried.keys() == {
+        "apply_b_dec_to_input = false",
+        'normalize_activations = "layer_norm"',
+        'normalize_activations = "constant_norm_rescale"',
+    }
+
+
+def test_a_temporal_sae_can_only_be_at_another_site(worlds: Worlds, loaded: Any, temporal: Temporal) -> None:
+    world, sae = worlds("llama"), loaded(HERE, temporal)
+    x = world.rows(HERE)
+    assert conventions(sae, world.model, world.config, x, x) == []
     assert {one.kind for one in relocations(sae, world.config)} == {"site"}
+    found = suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
+    assert all(one.fvu is not None and one.fvu < 0.9 for one in found)
 
 
 def test_the_model_runs_once_however_much_is_tried(
@@ -518,7 +543,7 @@ def test_the_model_runs_once_however_much_is_tried(
         read.append(given["input_ids"].shape[1])
 
     handle = world.model.register_forward_pre_hook(note, with_kwargs=True)
-    monkeypatch.setattr(import_module("saeguard_sae.check.suspects"), "SAMPLE", 100)
+    monkeypatch.setattr(captured, "SAMPLE", 100)
     suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
     handle.remove()
     # The first text holds 70 ordinary tokens after BOS, the second 30 of the rest in its first 32.
