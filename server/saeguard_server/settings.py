@@ -95,6 +95,8 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for name in self.__struct_fields__:
             if getattr(self, name) is not None:
                 _finite(name, getattr(self, name))
+        if self.min_l0 is not None and self.max_l0 is not None and self.min_l0 > self.max_l0:
+            raise ValueError(f"min_l0: {self.min_l0:g} is above max_l0, {self.max_l0:g}")
 
 
 class CheckSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saeguard_sae.architectures import ModelConfig
 from saeguard_sae.check.bounds import Bounds, violations
 from saeguard_sae.check.measure import Measured, measure
-from saeguard_sae.check.suspects import Suspect, suspects
+from saeguard_sae.check.suspects import Suspect, doubts, suspects
 from saeguard_sae.loading import LoadedSae
 
 _NONE_FITS = (
@@ -32,11 +32,13 @@ class Report:
     bounds: Bounds
     violations: tuple[str, ...] = ()
     suspects: tuple[Suspect, ...] = ()
+    doubts: tuple[Suspect, ...] = ()
+    """Of one that passed: what would fit it clearly better."""
 
     def explain(self) -> str:
         """What was found, what was expected, and the convention that is most likely wrong, with its setting."""
         if not self.violations:
-            return self._found()
+            return "\n".join([self._found(), *map(_doubt, self.doubts)])
         return "\n".join([f"{'; '.join(self.violations)}.", self._found(), *self._diagnosis()])
 
     def _found(self) -> str:
@@ -61,6 +63,10 @@ class Report:
             yield f"{lead}: {one.what}. {_numbers(one)} {_remedy(one)}"
 
 
+def _doubt(one: Suspect) -> str:
+    return f"Another reading fits it better: {one.what}. {_numbers(one)} {_remedy(one)}"
+
+
 def _numbers(one: Suspect) -> str:
     fvu = "" if one.fvu is None else f" and FVU {one.fvu:.4g}"
     return f"So it has L0 {one.l0:.4g}{fvu} on a sample of the text."
@@ -82,6 +88,8 @@ def check(
 ) -> Report:
     """Measures an SAE on the model it is served with; where it lies outside the bounds, looks for the reason.
 
+    One that passes is compared with its nearest alternatives: a layer off by one can lie within any bounds.
+
     Args:
         tokens: int64 ids [T] of each text.
         special_ids: tokens that SAEs do not read.
@@ -91,5 +99,6 @@ def check(
     """
     measured = measure(model, config, sae, tokens, special_ids)
     broken = violations(measured, bounds)
-    found = suspects(model, config, sae, tokens, special_ids, bounds) if broken else []
-    return Report(measured, bounds, tuple(broken), tuple(found))
+    look = suspects if broken else doubts
+    found = tuple(look(model, config, sae, tokens, special_ids, bounds))
+    return Report(measured, bounds, tuple(broken), *((found, ()) if broken else ((), found)))

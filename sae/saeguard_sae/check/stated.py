@@ -9,13 +9,13 @@ from saeguard_sae.binding import USER
 from saeguard_sae.formats.found import Choices, Convention, Processing
 from saeguard_sae.loading import LoadedSae
 
-_SCALES = ("activation scale", "input scale")
+_SCALE = "activation scale"
 """What formats call the factor that is folded into the weights."""
 
 
-def convention(sae: LoadedSae, *names: str) -> Convention | None:
-    """A convention by one of its names, as it was decided last when the SAE was loaded."""
-    return next((one for one in reversed(sae.conventions) if one.name in names), None)
+def convention(sae: LoadedSae, name: str) -> Convention | None:
+    """A convention by its name, as it was decided last when the SAE was loaded."""
+    return next((one for one in reversed(sae.conventions) if one.name == name), None)
 
 
 def processing(sae: LoadedSae) -> Processing | None:
@@ -28,7 +28,7 @@ def processing(sae: LoadedSae) -> Processing | None:
 
 def scale(sae: LoadedSae) -> float:
     """The factor that takes activations to the scale of training, folded into the weights; 1 for none."""
-    known = convention(sae, *_SCALES)
+    known = convention(sae, _SCALE)
     try:
         return 1.0 if known is None else float(known.value)
     except ValueError:  # "none", or that of each token
@@ -37,7 +37,7 @@ def scale(sae: LoadedSae) -> float:
 
 def asks_for_scale(sae: LoadedSae) -> bool:
     """Whether the settings can say another factor; where files state it or have none, the format refuses it."""
-    known = convention(sae, *_SCALES)
+    known = convention(sae, _SCALE)
     return known is not None and known.source in (Choices().scale_said_by, USER, releases.source())
 
 

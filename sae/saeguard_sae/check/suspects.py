@@ -28,6 +28,10 @@ _BETTER = 2.0
 """An alternative outside the bounds counts if it leaves this many times less unexplained,"""
 _USABLE = 0.9
 """and less than this: just below what the mean leaves."""
+_CLEARLY = 1.2
+"""Within the bounds, an alternative is a doubt if it leaves this many times less unexplained."""
+NEIGHBOURS = 2
+"""Sites that are tried of an SAE within its bounds: the layers before and after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,49 @@ def suspects(
 
     One change at a time, and pairs of two where no single one lies inside the bounds. The model runs once.
     """
-    own = Setup(sae.site, target(sae), reader(sae.dictionary))
     moves = relocations(sae, config)
+    search, rest = _prepared(model, config, sae, tokens, special_ids, bounds, moves)
+    return _named(search.through(moves, rest), bounds)
+
+
+@torch.inference_mode()
+def doubts(
+    model: nn.Module,
+    config: ModelConfig,
+    sae: LoadedSae,
+    tokens: Sequence[Tensor],
+    special_ids: frozenset[int],
+    bounds: Bounds,
+) -> list[Suspect]:
+    """What bounds alone let pass: near alternatives that leave clearly less unexplained; best first.
+
+    The neighbouring layers, the bias convention and the normalisation: few, since every SAE that is served is tried.
+    """
+    moves = relocations(sae, config)[:NEIGHBOURS]
+    search, rest = _prepared(model, config, sae, tokens, special_ids, bounds, moves)
+    near = [one for one in rest if one.kind in ("bias", "normalisation")]
+    return _named(search.clearly_better([*moves, *near]), bounds)
+
+
+def _prepared(
+    model: nn.Module,
+    config: ModelConfig,
+    sae: LoadedSae,
+    tokens: Sequence[Tensor],
+    special_ids: frozenset[int],
+    bounds: Bounds,
+    moves: list[Change],
+) -> tuple[_Search, list[Change]]:
+    """The search over activations at the sites of these moves, and every other change."""
+    own = Setup(sae.site, target(sae), reader(sae.dictionary))
     wanted = {site for one in (own, *(move.apply(own) for move in moves)) for site in one[:2] if site is not None}
     captured = capture(model, config, wanted, {sae.dictionary.d_in, sae.write_width}, tokens, special_ids)
     target_rows = None if own.target is None else captured.rows(own.target)
     rest = conventions(sae, model, config, captured.rows(own.reads), target_rows)
-    found = _Search(own, captured, bounds).through(moves, rest)
+    return _Search(own, captured, bounds), rest
+
+
+def _named(found: list[_Tried], bounds: Bounds) -> list[Suspect]:
     found.sort(key=lambda one: (not bounds.admits(one.l0, one.fvu), merit(one.l0, one.fvu, bounds)))
     return [Suspect(one.change.what, one.change.setting, one.l0, one.fvu) for one in found[:SHOWN]]
 
@@ -112,14 +152,24 @@ class _Search:
         self._best = min((one.fvu for one in found if one.fvu is not None), default=self._best)
         return found + self._among(_pairs(moves, rest))
 
+    def clearly_better(self, changes: list[Change]) -> list[_Tried]:
+        """Those that leave less unexplained by more than the text's chance."""
+        now = self._best
+        if now is None or not isfinite(now):
+            return []
+        return [one for one in self._tried(changes) if one.fvu is not None and one.fvu * _CLEARLY <= min(now, _USABLE)]
+
     def _among(self, changes: Iterable[Change]) -> list[_Tried]:
         """Those of the changes that count."""
+        return [one for one in self._tried(changes) if self._counts(one)]
+
+    def _tried(self, changes: Iterable[Change]) -> list[_Tried]:
         tried = []
         for change in changes:
             setup = change.apply(self._own)
             if self._is_as_wide(setup):
                 tried.append(_Tried(change, *self._measure(setup)))
-        return [one for one in tried if self._counts(one)]
+        return tried
 
     def _is_as_wide(self, setup: Setup) -> bool:
         """As where it is now: that the SAE fits there was seen before."""

@@ -62,7 +62,7 @@ def arrival(source: Source, settings: Settings, said: Conventions) -> Arrival:
     if mode == _FACTOR:
         table = {"activation_normalization_factor": 1.0} | dict(settings.table)
         factor = files.number(table, "activation_normalization_factor", CONFIG)
-        said.note("input scale", factor, settings.source("activation_normalization_factor"))
+        said.note("activation scale", factor, settings.source("activation_normalization_factor"))
         return Arrival(scale=_positive(factor, f"{CONFIG}: activation_normalization_factor"), files=scaler.files)
     return Arrival(normalisation=cast(Normalisation, mode), files=scaler.files)
 
@@ -117,7 +117,7 @@ def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> Arrival:
         raise ValueError(
             f"{CONFIG}: {_KEY} is {_SCALED}, but the factor is not in the files; give scale = sqrt(d_in) / mean |x|"
         )
-    said.note("input scale", factor, who)
+    said.note("activation scale", factor, who)
     used = frozenset({"scale"}) if who == source.choices.scale_said_by else frozenset()
     return Arrival(scale=_positive(factor, "scale"), files=scaler.files, used=used)
 

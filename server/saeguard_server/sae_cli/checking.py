@@ -63,7 +63,7 @@ def _check(arguments: argparse.Namespace) -> int:
     sae = load_saes((given,), model)[given.name]
     report = startup.measure(sae, startup.bounds_of(sae, given), model, startup.calibration(settings.check, model))
     _print(("", *_conventions(sae.conventions), "", *_measured(report, model)))
-    _print(("", f"does not hold: {report.explain()}" if report.violations else "holds"))
+    _print(("", f"does not hold: {report.explain()}" if report.violations else f"holds: {report.explain()}"))
     return 1 if report.violations else 0
 
 

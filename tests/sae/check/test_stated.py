@@ -25,11 +25,10 @@ def test_what_was_decided_last_holds(saying: Any) -> None:
     assert stated.processing(saying(("processing", "not stated", "the format"), user)) == "centred"
 
 
-@pytest.mark.parametrize("name", ["activation scale", "input scale"])
-def test_the_scale_by_any_name(saying: Any, name: str) -> None:
+def test_the_scale(saying: Any) -> None:
     assert stated.scale(saying()) == 1.0
-    assert stated.scale(saying((name, "0.25", "the user"))) == 0.25
-    assert stated.scale(saying((name, "of each token", "hyperparams.json: norm_activation"))) == 1.0
+    assert stated.scale(saying(("activation scale", "0.25", "the user"))) == 0.25
+    assert stated.scale(saying(("activation scale", "of each token", "hyperparams.json: norm_activation"))) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_the_scale_by_any_name(saying: Any, name: str) -> None:
     ],
 )
 def test_whether_another_scale_can_be_said(saying: Any, source: str, can_be_said: bool) -> None:
-    assert stated.asks_for_scale(saying(("input scale", "2", source))) is can_be_said
+    assert stated.asks_for_scale(saying(("activation scale", "2", source))) is can_be_said
     assert not stated.asks_for_scale(saying())
 
 

@@ -137,7 +137,7 @@ def test_the_scale_is_asked_for(tmp_path: Path) -> None:
         load(one)
     found = load(one, scale=0.5)
     assert found.used == {"scale"}
-    assert said(found)["input scale"] == ("0.5", "the user")
+    assert said(found)["activation scale"] == ("0.5", "the user")
     with pytest.raises(ValueError, match="scale must be above 0"):
         load(one, scale=-0.5)
 
@@ -145,7 +145,7 @@ def test_the_scale_is_asked_for(tmp_path: Path) -> None:
 def test_the_scale_beside_a_checkpoint_leaves_no_choice(tmp_path: Path) -> None:
     one = built("checkpoint_matryoshka", tmp_path)
     found = load(one)
-    assert said(found)["input scale"] == ("0.37", "activation_scaler.json")
+    assert said(found)["activation scale"] == ("0.37", "activation_scaler.json")
     assert [file.name for file in found.files][-1] == "activation_scaler.json"
     with pytest.raises(ValueError, match=r"scale: .* leaves no such choice"):
         load(one, scale=0.5)

@@ -18,6 +18,7 @@ from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.startup import PASSAGE_TOKENS, calibration
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import BadSettings, Bounds, CheckSettings, SaeSettings, ServerSettings, Settings
+from saeguard_server.settings import load as load_settings
 from support.models import WIDTH, save_model
 from support.saes import plain_sae, save_sae
 
@@ -75,6 +76,39 @@ def test_a_wrong_convention_is_named_with_its_setting(change: dict[str, Any], se
         load(demo(**change))
     first = next(line for line in str(caught.value).splitlines() if line.startswith("Most likely"))
     assert setting in first
+
+
+@pytest.mark.parametrize(
+    ("sae", "change", "setting"),
+    [
+        ("resid2", {"site": "resid_post.1"}, 'site = "resid_post.2"'),
+        ("resid4", {"apply_b_dec_to_input": False}, "apply_b_dec_to_input = true"),
+        ("resid2", {}, None),
+        ("resid4", {}, None),
+    ],
+)
+def test_what_bounds_let_pass_is_said_in_the_log(
+    sae: str, change: dict[str, Any], setting: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A layer off by one can lie within any bounds; a right one must raise no doubt."""
+    with caplog.at_level("WARNING"):
+        load(demo(path=str(RESID2.parent / sae), **change))
+    doubts = [one for one in caplog.records if "another reading fits it better" in one.message]
+    assert [one.fields["setting"] for one in doubts] == ([] if setting is None else [setting])  # type: ignore[attr-defined]
+
+
+def test_bounds_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "saeguard.toml").write_text(
+        '[[saes]]\nname = "a"\npath = "b"\nbounds = { min_l0 = 9.0, max_l0 = 3.0 }\n', encoding="utf-8"
+    )
+    with pytest.raises(BadSettings, match="min_l0: 9 is above max_l0, 3"):
+        load_settings(tmp_path / "saeguard.toml")
+
+
+def test_a_text_too_short_to_measure_on_is_refused() -> None:
+    short = msgspec.structs.replace(demo(), check=CheckSettings(text=demo().check.text, max_tokens=2))
+    with pytest.raises(LoadError, match="the check cannot be made"):
+        load(short)
 
 
 async def test_the_server_does_not_start_then(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_check_tells_what_an_sae_is_and_who_says_so(sae: Cli) -> None:
 def test_check_on_its_model_holds(sae: Cli) -> None:
     code, out, _ = sae("check", RESID2, "--model", "demo")
     assert code == 0
-    assert out.endswith("\nholds\n")
+    assert out.splitlines()[-1].startswith("holds: Measured on 932 tokens: L0 7.245, FVU 0.09893, ")
     assert "L0                7.245    2.686 to 24.17" in out.splitlines()
 
 
@@ -66,6 +66,12 @@ def test_check_on_the_wrong_site_does_not_hold_and_names_the_right_one(sae: Cli)
     assert "does not hold: FVU 0." in out or "does not hold: L0" in out
     assert "Most likely: it reads resid_post.2, not resid_post.5." in out
     assert 'In its settings: site = "resid_post.2"' in out
+
+
+def test_check_within_the_bounds_still_names_what_fits_better(sae: Cli) -> None:
+    code, out, _ = sae("check", RESID2, "--model", "demo", "--site", "resid_post.1")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("Another reading fits it better: it reads resid_post.2, not resid_post.1.")
 
 
 def test_check_with_bounds_and_a_text_of_ones_own(sae: Cli, tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_1(words: tuple[str, ...], says
     assert err.startswith("saeguard sae: ")
     assert says in err
     assert "Traceback" not in err
-    assert "holds\n" not in out
+    assert "holds: " not in out
 
 
 CONVERTIBLE = {

@@ -85,12 +85,18 @@ def record(saes: dict[str, LoadedSae], metrics: Metrics) -> None:
 
 def _checked(sae: LoadedSae, given: SaeSettings, model: LoadedModel, tokens: list[Tensor]) -> LoadedSae:
     started = time.monotonic()
-    report = measure(sae, bounds_of(sae, given), model, tokens)
+    try:
+        report = measure(sae, bounds_of(sae, given), model, tokens)
+    except ValueError as err:
+        raise LoadError(f"SAE {sae.name!r}: the check cannot be made: {err}") from err
     if report.violations:
         raise LoadError(f"SAE {sae.name!r} does not fit this model: {report.explain()}")
     found = report.measured
     facts = {"sae": sae.name, "l0": found.l0, "fvu": found.fvu, "seconds": round(time.monotonic() - started, 2)}
     _log.info("checked", extra={"fields": facts})
+    for doubt in report.doubts:
+        fields = {"sae": sae.name, "reading": doubt.what, "fvu": doubt.fvu, "setting": doubt.setting}
+        _log.warning("an SAE is within its bounds, but another reading fits it better", extra={"fields": fields})
     return replace(sae, measured=quality_of(report))
 
 
