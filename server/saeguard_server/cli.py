@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeguard_sae.site import Site
 from saeguard_server.settings import BadSettings, Settings, load
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ def add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
     parser.add_argument(
-        "--sae", action="append", metavar="NAME=PATH[@SITE]", help="an SAE; again for more; in place of the file's"
+        "--sae",
+        action="append",
+        metavar="NAME=PATH[@SITE]",
+        help="an SAE: a folder or file, hf://owner/repository/path"
+        "[@revision], or a SAELens release/id; again for more; in place of the file's",
     )
     for flag, (setting, kind, text) in FLAGS.items():
         parser.add_argument(flag, type=kind, dest=setting, metavar=kind.__name__.upper(), help=text)
@@ -81,11 +86,21 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 def _sae(text: str) -> dict[str, str]:
     name, equals, rest = text.partition("=")
     path, at, site = rest.rpartition("@")
+    if site and not _is_site(site) and not Path(path).exists():
+        at = ""  # what follows it is a revision, and part of the path
     if not at:
         path, site = rest, ""
     if not (name and equals and path) or (at and not site):
         raise BadSettings(f"--sae: must be NAME=PATH or NAME=PATH@SITE, got {text!r}")
     return {"name": name, "path": path} | ({"site": site} if site else {})
+
+
+def _is_site(text: str) -> bool:
+    try:
+        Site.parse(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _serve(settings: Settings) -> int:

@@ -32,9 +32,9 @@ class GetActivationsRequest(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """The largest activations of each token, at least 1."""
+    """The largest activations of each token, at least 1; by magnitude where features can be negative."""
     threshold: _builtins.float
-    """Every activation above this value; at least 0."""
+    """Every activation above this value; at least 0. Likewise."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActivationInput]: ...
     @_builtins.property

@@ -48,6 +48,16 @@ def test_saes_with_and_without_a_site() -> None:
     )  # fmt: skip
 
 
+def test_a_revision_is_part_of_the_path(tmp_path: Path) -> None:
+    found = settings("--sae", "a=hf://org/repo/x@main", "--sae", "b=hf://org/repo/x@main@mlp_out.2")
+    assert found.saes == (
+        SaeSettings(name="a", path="hf://org/repo/x@main"),
+        SaeSettings(name="b", path="hf://org/repo/x@main", site="mlp_out.2"),
+    )
+    misspelt = settings("--sae", f"c={tmp_path}@layers.3")
+    assert misspelt.saes == (SaeSettings(name="c", path=str(tmp_path), site="layers.3"),), "refused when it is loaded"
+
+
 @pytest.mark.parametrize("text", ["a", "=x", "a=", "a=@resid_post.1", "a=x@"])
 def test_an_sae_that_is_not_name_and_path_is_refused(text: str) -> None:
     with pytest.raises(BadSettings, match="NAME=PATH"):
