@@ -16,6 +16,7 @@ from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import saelens
 from saeguard_sae.site import Site
 from support.coders import D_IN, SAVEABLE
+from support.near import close
 
 READ = Path(__file__).with_name("read_with_saelens.py")
 LIMIT_S = 300
@@ -58,14 +59,6 @@ def write(coder: SparseCoder, path: Path, how: dict[str, Any]) -> None:
     is_transcoder = isinstance(coder, Dictionary) and coder.is_transcoder
     own = {"site": Site(2, "mlp_in"), "writes": (Site(2, "mlp_out"),) if is_transcoder else ()}
     saelens.save(coder, path, model_name="tiny", **own | how)
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs)
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert ours.shape == wanted.shape
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def compare(coder: SparseCoder, folder: Path) -> None:

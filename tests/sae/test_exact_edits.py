@@ -20,6 +20,7 @@ from saeguard_sae.normalisation import NORMALISATIONS
 from saeguard_sae.pursuit import MatchingPursuit
 from saeguard_sae.selections import AbsTopK, GroupMax, TopK
 from saeguard_sae.table import FOREVER, Column, EditTable
+from support.near import close
 
 D, F, K = 22, 60, 5
 EDITS = [Zero(), Clamp(-2.5), Scale(-2.0), Add(1.5), Cap(0.3), Floor(1.25)]
@@ -129,12 +130,6 @@ def tokens(seed: int, rows: int = 3, length: int = 6) -> Tensor:
 def apply(table: EditTable, x: Tensor, sources: Any = None) -> Tensor:
     positions = torch.arange(x.shape[1]).expand(x.shape[0], -1)
     return table.apply(x, slice(0, x.shape[0]), positions, torch.zeros(x.shape[:2], dtype=torch.bool), sources)
-
-
-def close(ours: Tensor, wanted: Tensor) -> None:
-    """2e-5 relative to each token's largest value."""
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)

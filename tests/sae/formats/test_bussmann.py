@@ -9,25 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.activations import ReLU
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import bussmann
 from saeguard_sae.formats.found import Found, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.bussmann import BUILDERS, K, build, settings
 
 
 def load(path: Path) -> Found:
     return bussmann.load(Source(path))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def said(found: Found, name: str) -> str:

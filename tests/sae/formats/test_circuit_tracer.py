@@ -17,6 +17,7 @@ from saeguard_sae.formats import circuit_tracer
 from saeguard_sae.formats.found import Choices, Found, ModulePlace, Source
 from saeguard_sae.selections import TopK
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.circuit_tracer import BUILDERS, K
 
 CASES: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
@@ -24,13 +25,6 @@ CASES: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "ext_circuit_tracer_jumprelu_skip": ("jumprelu_skip_transcoder", None, ()),
     "ext_circuit_tracer_topk_gate": ("topk_transcoder", Site(0, "mlp_in"), (ModulePlace(0, "mlp", "out"),)),
 }
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def dictionary(found: Found) -> Dictionary:

@@ -10,22 +10,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import circuit_tracer_clt
 from saeguard_sae.formats.found import Found, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.circuit_tracer_clt import BUILDERS, LAYER, N_LAYERS
 
 CASE = "circuit_tracer_clt_layer1"
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def dictionary(found: Found) -> Dictionary:

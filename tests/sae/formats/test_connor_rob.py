@@ -9,23 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.formats import connor_rob
 from saeguard_sae.formats.found import Found, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.connor_rob import SETTINGS, hook_z
 
 
 def load(file: Path) -> Found:
     return connor_rob.load(Source(file))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def test_equals_saelens_with_the_heads_side_by_side(reference_saes: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.activations import JumpReLU
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import gemma_scope
 from saeguard_sae.formats.found import Found, Origin, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.gemma_scope import BUILDERS, EMBEDDING, LAYER, REPO
 
 MLP_OUT = (Site(5, "mlp_out"),)
@@ -25,13 +25,6 @@ CASES: dict[str, tuple[str, str, Site, tuple[Site, ...]]] = {
     "gemmascope1_embedding": ("res", EMBEDDING, Site(0, "embed"), ()),
     "gemmascope1_transcoder": ("transcoders", LAYER, Site(5, "mlp_normalized"), MLP_OUT),
 }
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float().reshape(ours.shape)
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def dictionary(found: Found) -> Dictionary:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import gemma_scope_2
 from saeguard_sae.formats.found import Found, ModulePlace, Origin, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.gemma_scope_2 import BUILDERS, LAYER, N_LAYERS, NORM_IN, NORM_OUT, REPO
 
 READS, WRITES = (
@@ -32,13 +32,6 @@ CASES: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "gemmascope2_transcoder_affine": ("transcoder/layer_17_width_16k_l0_small_affine", READS, (WRITES,)),
 }
 CLT = "clt/layer_3_width_16k_l0_big.safetensors"
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any] | Tensor) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.as_tensor(theirs).float().reshape(ours.shape)
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def dictionary(found: Found) -> Dictionary:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.formats import linear_pair
 from saeguard_sae.formats.found import Found, Origin, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.linear_pair import BUILDERS, goodfire, qresearch
 
 GOODFIRE = "Goodfire/Llama-3.1-8B-Instruct-SAE-l19"
@@ -20,13 +20,6 @@ GOODFIRE = "Goodfire/Llama-3.1-8B-Instruct-SAE-l19"
 
 def load(file: Path, repo: str | None = None) -> Found:
     return linear_pair.load(Source(file, Origin(repo) if repo else None))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 @pytest.mark.parametrize(

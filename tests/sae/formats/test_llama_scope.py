@@ -10,23 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from saeguard_sae.formats import llama_scope
 from saeguard_sae.formats.found import Choices, Found, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.llama_scope import BUILDERS, openmoss, saelens, topk, transcoder
 
 
 def load(path: Path, **choices: Any) -> Found:
     return llama_scope.load(Source(path, None, Choices(**choices)))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def said(found: Found, name: str) -> tuple[str, str]:

@@ -8,22 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.formats import openai
 from saeguard_sae.formats.found import Found, Source
+from support.near import close
 from support.published.openai import BUILDERS, build, held
 
 
 def load(file: Path) -> Found:
     return openai.load(Source(file))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 @pytest.mark.parametrize("case", ["relu_v1", "topk_v5"])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saeguard_sae.formats import Choices, Found, Origin, Source
 from saeguard_sae.loading import LoadError, open_sae, read
+from support.near import close
 from support.published import Builder, Published, builders
 
 BUILDERS = builders()
@@ -63,12 +64,6 @@ def tokens(d_in: int, seed: int) -> Tensor:
     x[0] *= 40
     x[-1] *= 0.05
     return x.float().double()
-
-
-def close(ours: Tensor, wanted: Tensor) -> None:
-    """2e-5 relative to each token's largest value."""
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 @pytest.mark.parametrize("seed", SEEDS)

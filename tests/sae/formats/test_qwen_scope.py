@@ -9,23 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.formats import qwen_scope
 from saeguard_sae.formats.found import Choices, Found, Origin, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.qwen_scope import BUILDERS, REPO, SETTINGS, alone, build, with_settings
 
 
 def load(file: Path, origin: Origin | None = None, k: int | None = None) -> Found:
     return qwen_scope.load(Source(file, origin, Choices(k=k)))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def who(found: Found) -> tuple[str, str]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.formats import Choices, Origin, Source
 from saeguard_sae.loading import read, recognised
+from support.near import close
 
 # Where the files of a case leave something open: what its note says.
 CHOICES: dict[str, Choices] = {
@@ -54,12 +53,6 @@ def path_of(folder: Path) -> Path:
         return clt
     every = [folder, *sorted(folder.rglob("*"))]
     return next(one for one in every if recognised(one))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    wanted = torch.from_numpy(theirs).float().reshape(ours.shape)
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def test_every_case(reference_saes: Path) -> None:

@@ -14,19 +14,13 @@ from torch import Tensor
 from saeguard_sae.formats import Choices, Source, saelens
 from saeguard_sae.loading import load
 from saeguard_sae.site import Site
+from support.near import close
 from support.saes import ARCHITECTURES, plain_sae, save_sae
 
 DATA = Path(__file__).parent / "data" / "saelens"
 CASES = sorted(path.name for path in DATA.iterdir())
 SHARED = ("sl_*", "sl1_*", "sl5_*")
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float().view(ours.shape)
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def folders(reference: Path) -> list[Path]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import sparsify
 from saeguard_sae.formats.found import Found, ModulePlace, Origin, Place, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.sparsify import BUILDERS, NOW, build, old_skip_transcoder, topk
 
 CASES = ("topk", "topk_no_normalize_decoder", "groupmax", "transcoder", "skip_transcoder")
@@ -22,13 +22,6 @@ CASES = ("topk", "topk_no_normalize_decoder", "groupmax", "transcoder", "skip_tr
 
 def load(path: Path, origin: Origin | None = None) -> Found:
     return sparsify.load(Source(path, origin))
-
-
-def close(ours: Tensor, theirs: np.ndarray[Any, Any]) -> None:
-    """2e-5 relative to each token's largest value."""
-    wanted = torch.from_numpy(theirs).float()
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def said(found: Found, name: str) -> str:

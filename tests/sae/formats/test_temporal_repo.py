@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from saeguard_sae.formats import temporal_repo
 from saeguard_sae.formats.found import Found, Origin, Source
 from saeguard_sae.site import Site
+from support.near import close
 from support.published.temporal_repo import BUILDERS, build, settings
 
 REPO = "canrager/temporalSAEs"
@@ -22,12 +22,6 @@ REPO = "canrager/temporalSAEs"
 
 def load(path: Path, place: str = "gemma-2-2B/layer_12/temporal") -> Found:
     return temporal_repo.load(Source(path, Origin(REPO, place)))
-
-
-def close(ours: Tensor, wanted: Tensor) -> None:
-    """2e-5 relative to each token's largest value."""
-    scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-    assert float(((ours - wanted).abs() / scale).max()) <= 2e-5
 
 
 def test_equals_saelens(reference_saes: Path) -> None:
