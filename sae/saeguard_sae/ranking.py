@@ -18,8 +18,9 @@ from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.normalisation import normalise
 from saeguard_sae.selections import GroupMax, Selection, is_selection
 
-BLOCK = 4096
-"""Features encoded between two looks at which tokens are done."""
+FIRST, BLOCK = 512, 4096
+"""Features encoded between two looks at which tokens are done: few at first, which most tokens need no more than, then
+twice as many each time up to so many."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,8 +105,10 @@ class Rivals:
         return alive
 
     def _blocks(self) -> Iterator[slice]:
-        for start in range(0, self.W_enc.shape[1], BLOCK):
-            yield slice(start, min(start + BLOCK, self.W_enc.shape[1]))
+        start, size, end = 0, min(FIRST, BLOCK), self.W_enc.shape[1]
+        while start < end:
+            yield slice(start, min(start + size, end))
+            start, size = start + size, min(2 * size, BLOCK)
 
 
 def _with_own(every: Tensor, features: Tensor, score: Tensor, part: slice) -> Tensor:
