@@ -93,3 +93,18 @@ def compare(root: Path, name: str) -> None:
         close(coder.decode(features, x), reference["recon"])
     if "forward" in reference:
         close(coder.reconstruct(x), reference["forward"])
+
+
+def test_a_dashboards_values_are_raw_values_times_the_decoder_rows_norm(reference_saes: Path) -> None:
+    """SAELens' fold_W_dec_norm, which Neuronpedia's dashboards are made with, against the unit ``unit_decoder``."""
+    compared = 0
+    for name in cases(reference_saes):
+        reference = np.load(reference_saes / name / "ref.npz")
+        if "feature_acts_folded" not in reference or name in ELSEWHERE:
+            continue
+        coder = read(Source(path_of(reference_saes / name), choices=CHOICES.get(name, Choices())))[1].dictionary
+        x = torch.from_numpy(reference["x"])
+        features = coder.encode(x.flatten(2) if x.ndim == 4 else x)
+        close(features * coder.W_dec.norm(dim=1), reference["feature_acts_folded"])
+        compared += 1
+    assert compared > 20
