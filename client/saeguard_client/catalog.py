@@ -82,7 +82,7 @@ class SaeConvention:
 
 @dataclass(frozen=True, slots=True)
 class Sae:
-    """One served SAE; ``digest`` is SHA-256 of its files in hex.
+    """One served SAE; ``digest`` is SHA-256 of its files in hex, with the settings that decide what they mean.
 
     Attributes:
         site: where it reads.

@@ -55,7 +55,7 @@ class InterventionReceipt:
     """What one edit did.
 
     Attributes:
-        sae_digest: SHA-256 of the SAE's files, hex.
+        sae_digest: the SAE's digest, as in the catalogue.
         site: where it was applied, such as "resid_post.12".
         tokens_eligible: tokens inside the scope that the model read.
         tokens_edited: eligible tokens whose feature value changed.

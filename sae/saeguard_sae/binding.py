@@ -10,7 +10,7 @@ from saeguard_sae.architectures import ModelConfig, depth, norm_gain, site_of, s
 from saeguard_sae.coder import SparseCoder
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats.found import Convention, Found, ModulePlace, Place, Processing
-from saeguard_sae.loading import LoadedSae, LoadError, OpenedSae
+from saeguard_sae.loading import LoadedSae, LoadError, OpenedSae, with_settings
 from saeguard_sae.normalisation import Normalisation
 from saeguard_sae.processing import as_unprocessed, matters
 from saeguard_sae.site import Site
@@ -55,7 +55,7 @@ def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Ov
         name=opened.name,
         site=site,
         dictionary=dictionary,
-        digest=opened.digest,
+        digest=with_settings(opened.digest, _meaning(said)),
         catalogue=opened.catalogue,
         writes=writes,
         write_gain=gain,
@@ -63,6 +63,12 @@ def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Ov
         conventions=(*opened.found.conventions, *notes),
         stated_l0=opened.found.stated_l0,
     )
+
+
+def _meaning(said: Overrides) -> dict[str, object]:
+    """What the user says about the weights; its sites are part of every receipt anyway."""
+    names = ("apply_b_dec_to_input", "normalize_activations", "processing")
+    return {name: value for name in names if (value := getattr(said, name)) is not None}
 
 
 def _overridden(coder: SparseCoder, said: Overrides) -> tuple[SparseCoder, list[Convention]]:

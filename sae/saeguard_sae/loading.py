@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ class LoadError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedSae:
-    """An SAE read from disk, not yet tied to a model (``binding.bind``). ``digest`` covers its files, hex SHA-256."""
+    """An SAE read from disk, not yet tied to a model (``binding.bind``). ``digest`` as ``LoadedSae`` has it."""
 
     name: str
     format: str
@@ -35,7 +37,10 @@ class OpenedSae:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSae:
-    """An SAE with its place in the model. ``digest`` is the SHA-256 of its weight and config files, hex."""
+    """An SAE with its place in the model.
+
+    ``digest``: SHA-256 of its weight and config files, hex; where settings decide what they mean, of those too.
+    """
 
     name: str
     site: Site
@@ -82,7 +87,8 @@ def open_sae(
     try:
         kind, found = read(Source(path, origin, choices or Choices()), facts)
         entries = catalogue.read(path if path.is_dir() else path.parent, found.dictionary.d_sae)
-        return OpenedSae(name, kind, found, digest(found.files), entries)
+        decided = {one: value for one, value in _merged(choices, facts).given().items() if one in found.used}
+        return OpenedSae(name, kind, found, with_settings(digest(found.files), decided), entries)
     except (ValueError, OSError) as err:
         raise LoadError(f"SAE {name!r} in {path}: {err}") from err
 
@@ -127,6 +133,13 @@ def digest(files: tuple[Path, ...]) -> str:
     return total.hexdigest()
 
 
+def with_settings(files: str, settings: Mapping[str, object]) -> str:
+    """The digest of files as settings make them mean something else; the files' own where there are none."""
+    if not settings:
+        return files
+    return hashlib.sha256(json.dumps([files, sorted(settings.items())], default=str).encode()).hexdigest()
+
+
 def read(source: Source, facts: Choices | None = None) -> tuple[str, Found]:
     """The name of the format and what it holds.
 
@@ -138,13 +151,17 @@ def read(source: Source, facts: Choices | None = None) -> tuple[str, Found]:
     """
     path, known = _find(source.path)
     given = {name for name, value in source.choices.given().items() if value is not None}
-    choices = source.choices
-    if choices.scale is None and facts is not None:
-        choices = replace(choices, scale=facts.scale, scale_said_by=facts.scale_said_by)
-    found = known.load(replace(source, path=path, choices=choices))
+    found = known.load(replace(source, path=path, choices=_merged(source.choices, facts)))
     if unused := sorted(given - found.used):
         raise ValueError(f"{unused[0]}: the {known.NAME} format, or this SAE in it, leaves no such choice")
     return known.NAME, found
+
+
+def _merged(choices: Choices | None, facts: Choices | None) -> Choices:
+    said = choices or Choices()
+    if said.scale is not None or facts is None:
+        return said
+    return replace(said, scale=facts.scale, scale_said_by=facts.scale_said_by)
 
 
 def recognised(path: Path) -> str | None:

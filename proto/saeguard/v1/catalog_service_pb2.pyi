@@ -143,7 +143,7 @@ class Sae(_message.Message):
     architecture: _builtins.str
     """Such as "relu", "jumprelu", "topk", "gated"; "..._transcoder" where it writes elsewhere than it reads."""
     digest: _builtins.str
-    """SHA-256 of the SAE's files, hex."""
+    """SHA-256 of the SAE's files, hex; where settings decide what they mean, of those too."""
     num_labelled: _builtins.int
     """Features with a label in the catalogue."""
     format: _builtins.str

@@ -74,9 +74,9 @@ class InterventionReceipt(_message.Message):
     kind: _builtins.str
     """One of "zero", "clamp", "scale", "add", "cap", "floor"."""
     sae_digest: _builtins.str
-    """SHA-256 of the SAE's files, hex."""
+    """The SAE's digest, as in the catalogue."""
     site: _builtins.str
-    """Where it was applied, such as "resid_post.12"."""
+    """Where it was applied, such as "resid_post.12"; the first where it writes at several, of which the counts tell."""
     tokens_eligible: _builtins.int
     """Tokens inside the scope that the model read."""
     tokens_edited: _builtins.int

@@ -109,7 +109,8 @@ async def test_one_layer_of_a_cross_layer_transcoder_steers_every_later_mlp(worl
     assert PROMPT + answer.ids == generate(model, PROMPT, 8, hooks)
     assert answer.completion is not None
     assert answer.completion.receipt is not None
-    assert [one.tokens_eligible for one in answer.completion.receipt.interventions] == [23, 23]
+    entries = answer.completion.receipt.interventions
+    assert [(one.site, one.tokens_eligible) for one in entries] == [("mlp_out.1", 23)] * 2
     watched = torch.tensor([one.values[0] for one in sorted(answer.readings, key=lambda one: one.position)])
     torch.testing.assert_close(watched, (seen[-1][0, :24] @ W_enc[7] + b_enc[7]).relu(), rtol=1e-4, atol=1e-4)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from saeguard_sae.binding import bind
-from saeguard_sae.loading import LoadedSae, LoadError
+from saeguard_sae.loading import LoadedSae, LoadError, with_settings
 from saeguard_server.engine.transformers import startup
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.engine import TransformersEngine
@@ -69,7 +69,9 @@ def load_sae(settings: SaeSettings, model: LoadedModel) -> LoadedSae:
     """
     source = open_source(settings)
     sae = bind(source.sae, model.network, model.network.config, source.overrides)
-    return replace(sae, dictionary=sae.dictionary.to(model.device, _DTYPES[settings.dtype]))
+    own = {} if settings.dtype == "float32" else {"dtype": settings.dtype}
+    moved = sae.dictionary.to(model.device, _DTYPES[settings.dtype])
+    return replace(sae, dictionary=moved, digest=with_settings(sae.digest, own))
 
 
 def _check_widths(model: LoadedModel, saes: dict[str, LoadedSae]) -> None:

@@ -122,7 +122,7 @@ def _one(edit: ResolvedEdit, count: Counts, sae: LoadedSae) -> InterventionRecei
         feature=edit.feature,
         kind=edit.kind,
         sae_digest=sae.digest,
-        site=str(sae.site),
+        site=str(sae.write_sites[0]),
         tokens_eligible=count.eligible,
         tokens_edited=count.edited,
         mean_activation=count.mean_activation,
