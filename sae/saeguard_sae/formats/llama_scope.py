@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from saeguard_sae.formats.files import (
 )
 from saeguard_sae.formats.found import Choices, Conventions, Found, Place, Source
 from saeguard_sae.formats.places import in_and_out
-from saeguard_sae.normalisation import Normalisation
+from saeguard_sae.formats.scales import Scales, scaled
 from saeguard_sae.selections import TopK
 
 NAME = "llama_scope"
@@ -52,14 +52,6 @@ _TRAINING = {
     "l1_coefficient", "l1_coefficient_warmup_steps", "lp", "sae_pretrained_name_or_path", "seed", "strict_loading",
     "tp_size", "use_batch_norm_mse", "use_ghost_grads",
 }  # fmt: skip
-
-
-class _Scales(NamedTuple):
-    """What takes activations to the scale of training, where it reads and where it writes; or how each token is."""
-
-    inward: float
-    outward: float
-    normalisation: Normalisation = "none"
 
 
 def recognises(path: Path) -> bool:
@@ -166,9 +158,9 @@ def _dictionary(
         raise ValueError(f"{CONFIG}: apply_decoder_bias_to_pre_encoder: not supported for a transcoder")
     notes.note("centring", _centres(config), f"{CONFIG}: apply_decoder_bias_to_pre_encoder")
     return Dictionary(
-        W_enc=_scaled(W_enc, gain * scales.inward).T,
+        W_enc=scaled(W_enc, gain * scales.inward).T,
         b_enc=b_enc * gain,
-        W_dec=_scaled(W_dec.T, 1 / (gain.clamp_min(_TINY) * scales.outward)),
+        W_dec=scaled(W_dec.T, 1 / (gain.clamp_min(_TINY) * scales.outward)),
         b_dec=b_dec / scales.outward,
         activation=_activation(config, scales, rule, b_enc, notes),
         centre=_centres(config),
@@ -195,26 +187,21 @@ def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, 
     return W_enc, b_enc, W_dec, b_dec
 
 
-def _scaled(rows: Tensor, by: Tensor) -> Tensor:
-    """rows [d_sae, d] times by [d_sae], each row contiguous: copied once, whatever their layout in the file."""
-    return torch.mul(rows, by[:, None], out=torch.empty(rows.shape))
-
-
 def _scales(
     config: dict[str, Any], d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
-) -> _Scales:
+) -> Scales:
     kind = choice(config, "norm_activation", ("dataset-wise", "token-wise", "inference", "none"), CONFIG)
     if kind == "dataset-wise":
         inward, outward = _dataset_wise(config, d_model, choices, is_transcoder, notes)
-        return _Scales(inward, inward if rule == "saelens" else outward)
+        return Scales(inward, inward if rule == "saelens" else outward)
     notes.note("activation scale", {"token-wise": "of each token"}.get(kind, "none"), f"{CONFIG}: norm_activation")
     if kind == "token-wise":
         if is_transcoder:
             raise ValueError(
                 f"{CONFIG}: norm_activation token-wise: what a transcoder writes would have no known scale"
             )
-        return _Scales(1.0, 1.0, "constant_norm_rescale")
-    return _Scales(1.0, 1.0)
+        return Scales(1.0, 1.0, "constant_norm_rescale")
+    return Scales(1.0, 1.0)
 
 
 def _dataset_wise(
@@ -245,7 +232,7 @@ def _factor(norms: dict[str, Any], side: str, d_model: int) -> float:
     return sqrt(d_model) / norm
 
 
-def _gain(config: dict[str, Any], W_dec: Tensor, scales: _Scales, rule: Rule, notes: Conventions) -> Tensor:
+def _gain(config: dict[str, Any], W_dec: Tensor, scales: Scales, rule: Rule, notes: Conventions) -> Tensor:
     """[d_sae] What the rule multiplies ``inward * x . w_j + b_j`` by before it is compared, and gives as the value.
 
     SAELens leaves it as it is. OpenMOSS takes it back to the activations' own scale and, where the norm counts, on to a
@@ -263,7 +250,7 @@ def _gain(config: dict[str, Any], W_dec: Tensor, scales: _Scales, rule: Rule, no
     return norms / scales.outward
 
 
-def _activation(config: dict[str, Any], scales: _Scales, rule: Rule, b_enc: Tensor, notes: Conventions) -> Activation:
+def _activation(config: dict[str, Any], scales: Scales, rule: Rule, b_enc: Tensor, notes: Conventions) -> Activation:
     if _jumps(config):
         threshold = number(config, "jump_relu_threshold", CONFIG)
         if threshold < 0:

@@ -29,7 +29,7 @@ from saeguard_sae.formats.files import (
 )
 from saeguard_sae.formats.found import Choices, Conventions, Found, Place, Source
 from saeguard_sae.formats.places import in_and_out
-from saeguard_sae.normalisation import Normalisation
+from saeguard_sae.formats.scales import Scales, scaled
 from saeguard_sae.selections import TopK
 
 NAME = "openmoss"
@@ -63,14 +63,6 @@ class _Rows(NamedTuple):
     b_enc: Tensor
     decoder: Tensor
     b_dec: Tensor
-
-
-class _Scales(NamedTuple):
-    """What takes activations to the scale of training, where it reads and where it writes; or how each token is."""
-
-    inward: float
-    outward: float
-    normalisation: Normalisation = "none"
 
 
 def recognises(path: Path) -> bool:
@@ -164,9 +156,9 @@ def _dictionary(
     # A threshold takes the norm in; a ranking needs it in the encoder, and TopK's gain takes it out of the value again.
     ranked = norms if norms is not None and isinstance(activation, TopK) else torch.ones_like(rows.b_enc)
     return Dictionary(
-        W_enc=_scaled(rows.encoder, ranked * scales.inward).T,
+        W_enc=scaled(rows.encoder, ranked * scales.inward).T,
         b_enc=rows.b_enc * ranked,
-        W_dec=_scaled(rows.decoder, torch.full_like(rows.b_enc, 1 / scales.outward)),
+        W_dec=scaled(rows.decoder, torch.full_like(rows.b_enc, 1 / scales.outward)),
         b_dec=rows.b_dec / scales.outward,
         activation=activation,
         centre=centre,
@@ -197,11 +189,6 @@ def _check_sizes(config: dict[str, Any], d_model: int, d_sae: int) -> None:
             raise ValueError(f"{CONFIG}: d_model * expansion_factor is {stated}, but the weights have {d_sae}")
 
 
-def _scaled(rows: Tensor, by: Tensor) -> Tensor:
-    """rows [d_sae, d] times by [d_sae], each row contiguous: copied once, whatever their layout in the file."""
-    return torch.mul(rows, by[:, None], out=torch.empty(rows.shape))
-
-
 def _counts_norm(config: dict[str, Any], rule: Rule, notes: Conventions) -> bool:
     """Whether features are compared by what they add to the output rather than by their value."""
     if config["act_fn"] == "relu":
@@ -223,7 +210,7 @@ def _activation(config: dict[str, Any], tensors: Tensors, norms: Tensor | None, 
     return JumpReLU(threshold if norms is None else threshold / norms)
 
 
-def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> _Scales:
+def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> Scales:
     kind = choice(config, "norm_activation", ("dataset-wise", "token-wise", "inference", "none"), CONFIG)
     is_transcoder = bool(_places(config)[1])
     if kind == "dataset-wise":
@@ -232,12 +219,12 @@ def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Cho
     notes.note("activation scale", {"token-wise": "of each token"}.get(kind, "none"), f"{CONFIG}: norm_activation")
     if kind == "token-wise" and is_transcoder:
         raise ValueError(f"{CONFIG}: norm_activation token-wise: what a transcoder writes would have no known scale")
-    return _Scales(1.0, 1.0, "constant_norm_rescale" if kind == "token-wise" else "none")
+    return Scales(1.0, 1.0, "constant_norm_rescale" if kind == "token-wise" else "none")
 
 
 def _dataset_wise(
     config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions
-) -> _Scales:
+) -> Scales:
     is_transcoder, inward = bool(_places(config)[1]), f"{NORMS}.{config.get('hook_point_in')}"
     if inward not in tensors and not is_transcoder:
         return _scale_given(inward, choices, notes)
@@ -245,19 +232,19 @@ def _dataset_wise(
     if choices.scale is not None and abs(choices.scale / scale - 1) > 0.01:
         raise ValueError(f"scale is {choices.scale:g}, but {WEIGHTS}: {inward} says {scale:g}")
     if not is_transcoder:
-        return _Scales(scale, scale)
+        return Scales(scale, scale)
     outward = f"{NORMS}.{config.get('hook_point_out')}"
-    return _Scales(scale, _factor(tensors, outward, d_model, notes, "activation scale of what it writes"))
+    return Scales(scale, _factor(tensors, outward, d_model, notes, "activation scale of what it writes"))
 
 
-def _scale_given(missing: str, choices: Choices, notes: Conventions) -> _Scales:
+def _scale_given(missing: str, choices: Choices, notes: Conventions) -> Scales:
     if not choices.scale:
         raise ValueError(
             f"{CONFIG}: norm_activation is dataset-wise, but {WEIGHTS} has no {missing}; "
             "give scale = sqrt(d_model) / mean |x|"
         )
     notes.note("activation scale", choices.scale, choices.scale_said_by)
-    return _Scales(choices.scale, choices.scale)
+    return Scales(choices.scale, choices.scale)
 
 
 def _factor(tensors: Tensors, name: str, d_model: int, notes: Conventions, said: str) -> float:

@@ -37,11 +37,6 @@ def hook_site(name: str) -> Site | None:
     return Site(int(match[1]), point) if match and point else None
 
 
-def layer_hook_site(layer: int, hook: str) -> Site | None:
-    """The site of a hook inside a block, such as ``mlp.hook_in``."""
-    return hook_site(f"blocks.{layer}.{hook}")
-
-
 def module_place(path: str) -> Place | None:
     """The place of a Hugging Face module path such as ``model.layers.3.mlp``: its output, unless ``.input`` follows."""
     side = "in" if path.endswith(".input") else "out"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from saeguard_sae.metadata import import_features, merge, write
+from saeguard_sae.metadata import Dropped, import_features, merge, write
 from saeguard_server.sae_cli import flags
 from saeguard_server.sources import open_source
 
@@ -24,7 +25,8 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--units",
         choices=("unit_decoder", "raw"),
         required=True,
-        help="of its activations: unit_decoder for Neuronpedia's folded values, raw for the SAE's own",
+        help="of its activations: unit_decoder for Neuronpedia's folded values, raw for the SAE's own, as "
+        "Neuronpedia has of TopK and temporal SAEs",
     )
     parser.add_argument("--source", help='the SAE to take, where files hold several, such as "20-gemmascope-res-16k"')
     parser.add_argument("--out", type=Path, help="folder for features.jsonl; default: beside the weights")
@@ -44,6 +46,11 @@ def act(arguments: argparse.Namespace) -> int:
     write(folder, merge(opened.catalogue.features, imported.features))
     sys.stdout.write(
         f"{imported.read} records, {len(imported.features)} features of {coder.d_sae}: {folder / 'features.jsonl'}\n"
-        f"left out: {imported.dropped}\n"
+        f"left out: {_counted(imported.dropped)}\n"
     )
     return 0
+
+
+def _counted(dropped: Dropped) -> str:
+    counts = {one.name.replace("_", " "): getattr(dropped, one.name) for one in fields(dropped)}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
