@@ -7,62 +7,36 @@ compete (TopK and its kin) also need their rank: see ``ranking``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.activations import TanhReLU
 from saeguard_sae.coder import SparseCoder
-from saeguard_sae.columns import ColumnStore
+from saeguard_sae.columns import Column, ColumnStore, Counts
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.edits import IDENTITY, Affine
 from saeguard_sae.normalisation import NORMALISATIONS, frame
 from saeguard_sae.pursuit import MatchingPursuit
 from saeguard_sae.ranking import Rivals
+from saeguard_sae.rows import Group
 from saeguard_sae.selections import GroupMax
 from saeguard_sae.temporal import Temporal
 
 _TINY = 1e-30
+_REMEMBERED = 32
+"""Sets of slots whose columns are kept at hand: a decode step's, and those of the prompts being read."""
 
+COUNTERS = ("eligible", "edited", "capped", "sum", "max", "relative")
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Column:
-    """One edit of one feature for one slot, on tokens at positions ``[first, last)``; by default it only reads."""
-
-    coder: SparseCoder
-    feature: int
-    affine: Affine = IDENTITY
-    first: int = 0
-    last: int = 0
-    special: bool = False
-    """Also on special tokens."""
-    source: Hashable = None
-    """Which tensor it reads (a key of ``sources`` in ``EditTable.apply``); None for the one that is edited."""
-    block: int = 0
-    """Which of the vectors that its decoder row holds side by side is written here."""
-    write_gain: Tensor | None = None
-    """[width] multiplies what is written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What one column did so far, over the tokens in its scope."""
-
-    eligible: int
-    edited: int
-    capped: int
-    mean_activation: float
-    max_activation: float
-    mean_relative_edit: float
+Tally: TypeAlias = dict[str, Tensor]
+"""The counters [columns] of one slot by name."""
 
 
 class Change(NamedTuple):
-    """What a bank does to the tokens of one step: sizes [B, T, E], and the sum of its edits [B, T, width]."""
+    """What a bank does to a group's tokens: sizes [B, T, E], and the sum of its edits [B, T, width]."""
 
-    used: int
     f: Tensor
     eligible: Tensor
     size: Tensor
@@ -71,9 +45,13 @@ class Change(NamedTuple):
 
 
 class _Live(NamedTuple):
-    """What a range of slots needs; found once for each change of who is here, not every step."""
+    """What some slots need; found once for each change of who is here, not every step."""
 
     used: int
+    at: slice | Tensor
+    """The slots, as an index."""
+    cells: dict[str, Tensor]
+    """Their columns: views of the table where the slots lie together, else copies."""
     kinds: frozenset[str]
     """Normalisations of their SAEs."""
     whole: tuple[int, ...]
@@ -91,13 +69,11 @@ class Bank:
         self._cells: dict[int, list[Column]] = {}
         self._whole: list[SparseCoder] = []
         self._rivals: dict[int, Rivals] = {}
-        self._live: dict[tuple[int, int], _Live] = {}
-        self.values: Tensor | None = None
-        """Feature values [B, T, columns] before the edits, of the last step; None when it had nothing to do."""
+        self._live: dict[tuple[int, ...], _Live] = {}
 
-    def used(self, slots: slice) -> int:
+    def used(self, slots: tuple[int, ...]) -> int:
         """Columns that the fullest of these slots has."""
-        return self._needs(slots).used
+        return max((len(self._cells[slot]) for slot in slots if slot in self._cells), default=0)
 
     def write(self, slot: int, columns: Sequence[Column]) -> None:
         """Gives a free slot its columns, in this order."""
@@ -114,28 +90,25 @@ class Bank:
             self._columns.clear(slot)
             self._note_change()
 
-    def move(self, source: int, target: int) -> None:
-        """Moves a slot's columns and counts to a free slot."""
-        if source in self._cells:
-            self._columns.move(source, target)
-            self._cells[target] = self._cells.pop(source)
-            self._live.clear()
+    def at(self, slots: tuple[int, ...]) -> slice | Tensor:
+        """These slots as an index."""
+        return self._needs(slots).at
 
-    def change(self, x: Tensor, slots: slice, positions: Tensor, special: Tensor) -> Change:
+    def change(self, x: Tensor, group: Group) -> Change:
         """x [B, T, d_read] in float32 -> what this bank's edits add to the tensor that is written."""
-        needs = self._needs(slots)
-        cells = {name: self._columns[name][slots, : needs.used] for name in _READ}
+        needs = self._needs(group.slots)
+        cells = needs.cells
         frames = _frames(x, needs.kinds)
         f = self._read(x, cells, frames, needs)
-        self.values = f
-        eligible = _eligible(positions, special, cells)
+        eligible = _eligible(group.positions, group.special, cells)
         change = torch.where(eligible, _target(f, cells) - f, 0.0)
         size = change if frames is None else change * _pick(frames[2], cells["restores"])
         delta = torch.bmm(size, cells["W_dec"])
-        return Change(needs.used, f, eligible, size.abs() * cells["norm"][:, None], change != 0, delta)
+        return Change(f, eligible, size.abs() * cells["norm"][:, None], change != 0, delta)
 
-    def count(self, slots: slice, change: Change, shrink: Tensor, norm: Tensor, capped: Tensor) -> None:
+    def count(self, slots: tuple[int, ...], change: Change, shrink: Tensor, norm: Tensor, capped: Tensor) -> None:
         """Adds up a step; ``shrink``, ``norm`` (of the tokens that were written) and ``capped`` are [B, T]."""
+        needs = self._needs(slots)
         inside = torch.where(change.eligible, change.f, 0.0)
         for name, amount in (
             ("eligible", change.eligible),
@@ -144,16 +117,25 @@ class Bank:
             ("sum", inside),
             ("relative", change.size * (shrink / norm.clamp_min(_TINY))[..., None]),
         ):
-            cell = self._columns[name][slots, : change.used]
-            cell += amount.sum(dim=1, dtype=cell.dtype)
-        largest = self._columns["max"][slots, : change.used]
-        torch.maximum(largest, inside.amax(dim=1), out=largest)
+            column = self._columns[name]
+            column[needs.at, : needs.used] += amount.sum(dim=1, dtype=column.dtype)
+        largest = self._columns["max"]
+        largest[needs.at, : needs.used] = torch.maximum(largest[needs.at, : needs.used], inside.amax(dim=1))
+
+    def tally(self, slot: int) -> Tally:
+        """What the slot's columns counted so far; stays on the device."""
+        used = len(self._cells.get(slot, ()))
+        return {name: self._columns[name][slot, :used].clone() for name in COUNTERS}
+
+    def resume(self, slot: int, tally: Tally) -> None:
+        """Goes on counting from there."""
+        for name, counted in tally.items():
+            self._columns[name][slot, : len(counted)] = counted
 
     def counts(self, slot: int) -> list[Counts]:
         """What each of the slot's columns did, in their order. Waits for the device."""
         used = len(self._cells.get(slot, ()))
-        names = ("eligible", "edited", "capped", "sum", "max", "relative")
-        cells = zip(*(self._columns[name][slot, :used].tolist() for name in names), strict=True)
+        cells = zip(*(self._columns[name][slot, :used].tolist() for name in COUNTERS), strict=True)
         return [
             Counts(eligible, edited, capped, total / max(eligible, 1), largest, relative / max(eligible, 1))
             for eligible, edited, capped, total, largest, relative in cells
@@ -183,17 +165,22 @@ class Bank:
         flat = self._rivals[number].read(x.flatten(0, 1), index.flatten(0, 1), pre.flatten(0, 1))
         return flat.view_as(index)
 
-    def _needs(self, slots: slice) -> _Live:
-        key = (slots.start, slots.stop)
-        if key not in self._live:
-            here = [found for slot, found in self._cells.items() if slots.start <= slot < slots.stop]
-            columns = [column for found in here for column in found]
-            kinds = frozenset(one.coder.normalisation for one in columns if not isinstance(one.coder, Temporal))
-            whole = {self._number(one.coder) for one in columns if not _is_local(one.coder)}
-            dictionaries = [one.coder for one in columns if isinstance(one.coder, Dictionary)]
-            squashed = any(isinstance(one.activation, TanhReLU) for one in dictionaries)
-            self._live[key] = _Live(max(map(len, here), default=0), kinds, tuple(sorted(whole)), squashed)
-        return self._live[key]
+    def _needs(self, slots: tuple[int, ...]) -> _Live:
+        if slots not in self._live:
+            if len(self._live) >= _REMEMBERED:
+                self._live.clear()
+            self._live[slots] = self._look_up(slots)
+        return self._live[slots]
+
+    def _look_up(self, slots: tuple[int, ...]) -> _Live:
+        columns = [column for slot in slots for column in self._cells.get(slot, ())]
+        kinds = frozenset(one.coder.normalisation for one in columns if not isinstance(one.coder, Temporal))
+        whole = {self._number(one.coder) for one in columns if not _is_local(one.coder)}
+        dictionaries = [one.coder for one in columns if isinstance(one.coder, Dictionary)]
+        squashed = any(isinstance(one.activation, TanhReLU) for one in dictionaries)
+        used, at = self.used(slots), _index(slots, self._columns.device)
+        cells = {name: self._columns[name][at, :used] for name in _READ}
+        return _Live(used, at, cells, kinds, tuple(sorted(whole)), squashed)
 
     def _note_change(self) -> None:
         """After a request came or went: whom the features of each dictionary compete with."""
@@ -238,6 +225,13 @@ _READ = (
     *("W_enc", "total", "normalisation", "gain", "bias", "gate", "threshold", "squashed", "whole", "feature"),
     *("alpha", "beta", "lo", "hi", "W_dec", "norm", "restores", "first", "last", "special"),
 )
+
+
+def _index(slots: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    """Neighbouring slots are a view of the table."""
+    if slots == tuple(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return torch.tensor(slots, device=device)
 
 
 def _frames(x: Tensor, kinds: frozenset[str]) -> Tensor | None:

@@ -1,12 +1,47 @@
-"""The tensors behind an edit table: named columns [slots, capacity, ...], grown, moved and cleared together."""
+"""One column of an edit table, and the tensors behind all: [slots, capacity, ...], grown and cleared together."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from saeguard_sae.coder import SparseCoder
+from saeguard_sae.edits import IDENTITY, Affine
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Column:
+    """One edit of one feature for one slot, on tokens at positions ``[first, last)``; by default it only reads."""
+
+    coder: SparseCoder
+    feature: int
+    affine: Affine = IDENTITY
+    first: int = 0
+    last: int = 0
+    special: bool = False
+    """Also on special tokens."""
+    source: Hashable = None
+    """Which tensor it reads (a key of ``sources`` in ``EditTable.apply``); None for the one that is edited."""
+    block: int = 0
+    """Which of the vectors that its decoder row holds side by side is written here."""
+    write_gain: Tensor | None = None
+    """[width] multiplies what is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one column did so far, over the tokens in its scope."""
+
+    eligible: int
+    edited: int
+    capped: int
+    mean_activation: float
+    max_activation: float
+    mean_relative_edit: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +106,6 @@ class ColumnStore:
         """Makes a slot's cells idle."""
         for name, kind in COLUMNS.items():
             self._tensors[name][slot] = kind.idle
-
-    def move(self, source: int, target: int) -> None:
-        """Copies a slot's cells to another slot and clears them."""
-        for tensor in self._tensors.values():
-            tensor[target] = tensor[source]
-        self.clear(source)
 
     def grow(self, needed: int) -> None:
         """Doubles the capacity until ``needed`` cells fit; what is there stays."""

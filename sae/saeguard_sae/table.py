@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeguard_sae.bank import Bank, Column, Counts
+from saeguard_sae.bank import Bank, Tally
+from saeguard_sae.columns import Column, Counts
+from saeguard_sae.rows import Group, Rows
 
-__all__ = ["FOREVER", "Column", "Counts", "EditTable"]
+__all__ = ["FOREVER", "Column", "Counts", "EditTable", "Tally"]
 
 FOREVER: int = torch.iinfo(torch.int64).max
 """A ``last`` position that is never reached."""
@@ -29,14 +31,15 @@ class EditTable:
         self._banks: dict[Hashable, Bank] = {}
         self._limit = torch.full((slots,), torch.inf, device=device)
         self._order: dict[int, list[Hashable]] = {}
+        self._read: list[tuple[Group, dict[Hashable, Tensor]]] = []
 
-    def is_live(self, slots: slice) -> bool:
-        """Whether any of these slots has a column."""
-        return any(bank.used(slots) for bank in self._banks.values())
+    def holds(self, slot: int) -> bool:
+        """Whether this slot has columns."""
+        return slot in self._order
 
-    def reads(self, source: Hashable, slots: slice) -> bool:
-        """Whether a column of these slots reads that source."""
-        return source in self._banks and self._banks[source].used(slots) > 0
+    def reads(self, source: Hashable, rows: Rows) -> bool:
+        """Whether a column of these requests reads that source."""
+        return source in self._banks and any(self._banks[source].used(group.slots) for group in rows.groups)
 
     def write(self, slot: int, columns: Sequence[Column], max_relative_edit: float = float("inf")) -> None:
         """Gives a free slot its columns, in this order. ``max_relative_edit`` limits ``|edit| / |x|`` per token."""
@@ -56,62 +59,63 @@ class EditTable:
                 bank.clear(slot)
             self._limit[slot] = torch.inf
 
-    def move(self, source: int, target: int) -> None:
-        """Moves a slot's columns and counts to a free slot."""
-        assert target not in self._order, "the target slot still holds another request's edits"
-        if source in self._order:
-            for bank in self._banks.values():
-                bank.move(source, target)
-            self._limit[target] = self._limit[source]
-            self._order[target] = self._order.pop(source)
-
-    def apply(
-        self,
-        x: Tensor,
-        slots: slice,
-        positions: Tensor,
-        special: Tensor,
-        sources: Mapping[Any, Tensor] | None = None,
-    ) -> Tensor:
-        """x [B, T, width] of B consecutive slots -> the edited x in its dtype; tokens out of scope come back
-        bit-identical.
+    def apply(self, x: Tensor, rows: Rows, sources: Mapping[Any, Tensor] | None = None) -> Tensor:
+        """x [N, width] -> the edited x in its dtype, or x itself; tokens out of scope come back bit-identical.
 
         Args:
-            slots: the slot of each row of x.
-            positions: int64 [B, T], the token's position in its request.
-            special: bool [B, T], True for special tokens.
-            sources: the tensors [B, T, d_read] that columns with a ``source`` read.
+            rows: whose tokens they are.
+            sources: the tensors [N, d_read] that columns with a ``source`` read.
         """
-        live = {source: bank for source, bank in self._banks.items() if bank.used(slots)}
-        for bank in self._banks.values():
-            bank.values = None
-        if not live:
-            return x
-        wide = x.float()
-        read: dict[Hashable, Tensor] = {**(sources or {}), None: wide}
-        changes = {key: bank.change(read[key].float(), slots, positions, special) for key, bank in live.items()}
-        delta = reduce(torch.add, (one.delta for one in changes.values()))
-        norm, length = wide.norm(dim=-1), delta.norm(dim=-1)
-        allowed = self._limit[slots, None] * norm
-        capped = length > allowed
-        shrink = torch.where(capped, allowed / length, 1.0)
-        for key, change in changes.items():
-            live[key].count(slots, change, shrink, norm, capped)
-        eligible = torch.cat([one.eligible for one in changes.values()], dim=-1)
-        edited = (wide + delta * shrink[..., None]).to(x.dtype)
-        return torch.where(eligible.any(dim=-1, keepdim=True), edited, x)
+        self._read.clear()
+        out = x
+        for group in rows.groups:
+            live = {source: bank for source, bank in self._banks.items() if bank.used(group.slots)}
+            if live:
+                out = x.clone() if out is x else out
+                group.put(self._edit(x, group, live, sources or {}), out)
+        return out
 
     def counts(self, slot: int) -> list[Counts]:
         """What each of the slot's columns did, in their order. Waits for the device."""
         found = {source: iter(bank.counts(slot)) for source, bank in self._banks.items()}
         return [next(found[source]) for source in self._order.get(slot, ())]
 
-    def values(self, slot: int, row: int, index: int) -> Tensor:
-        """[T] what a slot's column read in the last step, in which the slot was row ``row``."""
+    def tally(self, slot: int) -> dict[Hashable, Tally]:
+        """What the slot's columns counted so far, to ``resume`` from in a slot with the same columns."""
+        return {source: bank.tally(slot) for source, bank in self._banks.items() if bank.used((slot,))}
+
+    def resume(self, slot: int, tally: Mapping[Hashable, Tally]) -> None:
+        """Goes on counting from there."""
+        for source, counted in tally.items():
+            self._banks[source].resume(slot, counted)
+
+    def values(self, slot: int, index: int) -> Tensor:
+        """[T] what a slot's column read of its T tokens in the last pass."""
         order = self._order[slot]
-        bank = self._banks[order[index]]
-        assert bank.values is not None, "the column had nothing to do"
-        return bank.values[row, :, order[:index].count(order[index])]
+        for group, read in self._read:
+            if slot in group.slots:
+                row = group.slots.index(slot)
+                found = read[order[index]][row, : group.lengths[row]]
+                return found[:, order[:index].count(order[index])]
+        raise AssertionError("the column had nothing to do")
+
+    def _edit(self, x: Tensor, group: Group, live: Mapping[Hashable, Bank], sources: Mapping[Any, Tensor]) -> Tensor:
+        """[B, T, width] a group's tokens with their edits."""
+        own = group.take(x)
+        wide = own.float()
+        read: dict[Hashable, Tensor] = {key: wide if key is None else group.take(sources[key]).float() for key in live}
+        changes = {key: bank.change(read[key], group) for key, bank in live.items()}
+        self._read.append((group, {key: one.f for key, one in changes.items()}))
+        delta = reduce(torch.add, (one.delta for one in changes.values()))
+        norm, length = wide.norm(dim=-1), delta.norm(dim=-1)
+        allowed = self._limit[next(iter(live.values())).at(group.slots), None] * norm
+        capped = length > allowed
+        shrink = torch.where(capped, allowed / length, 1.0)
+        for key, change in changes.items():
+            live[key].count(group.slots, change, shrink, norm, capped)
+        eligible = torch.cat([one.eligible for one in changes.values()], dim=-1)
+        edited = (wide + delta * shrink[..., None]).to(x.dtype)
+        return torch.where(eligible.any(dim=-1, keepdim=True), edited, own)
 
     def _bank(self, source: Hashable, d_read: int) -> Bank:
         if source not in self._banks:

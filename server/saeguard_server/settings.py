@@ -153,7 +153,17 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_context: Count = 2048
     """Prompt and generated tokens of one request; never more than the model knows."""
     prefill_tokens: Count = 256
-    """Prompt tokens processed between two decode steps, so that a long prompt does not stall running requests."""
+    """Prompt tokens read in one step beside the running requests' next ones, so that a long prompt does not stall
+    them."""
+    kv_cache_mb: Count | None = None
+    """Memory for keys and values, in MiB; by default what all slots can need, but at most half of what is free."""
+    prefix_cache: bool = True
+    """Whether prompts that begin alike, and are steered alike, share what was read."""
+    pack_weights: bool = True
+    """On a CPU: whether linear layers are held in the layout that its library multiplies fastest."""
+    compile: Literal["none", "attention", "all"] = "none"
+    """What is compiled before the server is ready: nothing; what running requests attend with (about ten seconds); or
+    the whole model as well (a minute or more). On a CPU it needs a C++ compiler."""
     threads: Count | None = None
     """CPU threads for torch; by default one for a small model and torch's choice for others."""
 

@@ -12,6 +12,7 @@ import torch
 from saeguard_sae.edits import Clamp, Scale, Zero
 from saeguard_sae.table import FOREVER, Column, EditTable
 from support.engines import Answer, World, edit, greedy, make_world, prompt, running
+from support.tables import edited
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,8 +43,7 @@ def test_idle_rows_are_bit_identical(tmp_path: Path) -> None:
     table = EditTable(4, dictionary.d_in, "cuda:0")
     table.write(2, [Column(dictionary, 3, Clamp(5.0).affine(1.0), 0, FOREVER)])
     x = torch.randn(4, 3, dictionary.d_in, device="cuda:0")
-    positions = torch.arange(3, device="cuda:0").expand(4, -1)
-    out = table.apply(x, slice(0, 4), positions, torch.zeros(4, 3, dtype=torch.bool, device="cuda:0"))
+    out = edited(table, x)
     others = [0, 1, 3]
     assert torch.equal(out[others], x[others])
     assert not torch.equal(out[2], x[2])

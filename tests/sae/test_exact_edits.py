@@ -21,6 +21,7 @@ from saeguard_sae.pursuit import MatchingPursuit
 from saeguard_sae.selections import AbsTopK, GroupMax, TopK
 from saeguard_sae.table import FOREVER, Column, EditTable
 from support.near import close
+from support.tables import edited, rows
 
 D, F, K = 22, 60, 5
 EDITS = [Zero(), Clamp(-2.5), Scale(-2.0), Add(1.5), Cap(0.3), Floor(1.25)]
@@ -128,8 +129,7 @@ def tokens(seed: int, rows: int = 3, length: int = 6) -> Tensor:
 
 
 def apply(table: EditTable, x: Tensor, sources: Any = None) -> Tensor:
-    positions = torch.arange(x.shape[1]).expand(x.shape[0], -1)
-    return table.apply(x, slice(0, x.shape[0]), positions, torch.zeros(x.shape[:2], dtype=torch.bool), sources)
+    return edited(table, x, sources=sources)
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -152,7 +152,7 @@ def test_edits_equal_the_formula(name: str, normalisation: Any, block: int, monk
     out = apply(table, x)
     for slot, found in edits.items():
         close(out[slot], formula(d, x[slot], x[slot], found))
-        read = torch.stack([table.values(slot, slot, index) for index in range(len(found))], dim=-1)
+        read = torch.stack([table.values(slot, index) for index in range(len(found))], dim=-1)
         close(read, formula_features(d, x[slot])[:, [j for j, _ in found]])
 
 
@@ -178,8 +178,8 @@ def test_a_transcoder_reads_one_tensor_and_writes_another(name: str, normalisati
     table = EditTable(3, 31)
     edits = some_edits(50, 6)
     table.write(2, columns(d, edits, source="mlp_in"))
-    assert table.reads("mlp_in", slice(0, 3))
-    assert not table.reads("mlp_in", slice(0, 2))
+    assert table.reads("mlp_in", rows(torch.zeros(3, 1, D)))
+    assert not table.reads("mlp_in", rows(torch.zeros(2, 1, D)))
     out = apply(table, x, {"mlp_in": read})
     close(out[2], formula(d, x[2], read[2], edits))
     assert torch.equal(out[:2], x[:2])
@@ -248,7 +248,7 @@ def test_ranks_found_in_blocks_equal_the_whole(seed: int, k: int, count: int, bl
         apply(table, x)
     finally:
         ranking.BLOCK = whole
-    read = torch.stack([table.values(1, 1, index) for index in range(count)], dim=-1)
+    read = torch.stack([table.values(1, index) for index in range(count)], dim=-1)
     close(read, d.encode(x[1])[:, chosen].double())
 
 
@@ -293,7 +293,7 @@ def test_a_feature_that_just_reaches_its_threshold_is_off(act: Activation) -> No
     table = EditTable(1, D)
     table.write(0, [Column(d, 3)])
     apply(table, x)
-    read = table.values(0, 0, 0)
+    read = table.values(0, 0)
     assert torch.equal(read, d.encode(x[0])[:, 3])
     assert read[0] == 0
     assert read[1] > 0

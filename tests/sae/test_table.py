@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from saeguard_sae.activations import JumpReLU
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
 from saeguard_sae.loading import load
+from saeguard_sae.rows import Rows, Span
 from saeguard_sae.table import FOREVER, Column, EditTable
 from support.saes import ARCHITECTURES, PlainSae, plain_sae, save_sae
+from support.tables import edited, rows
 
 D, F, SLOTS = 24, 64, 5
 EDITS: list[Edit] = [Zero(), Clamp(3.0), Scale(-2.0), Add(1.5), Cap(0.3), Floor(1.25)]
@@ -46,9 +49,7 @@ def some_edits(seed: int, count: int) -> list[tuple[int, Affine]]:
 
 
 def apply(table: EditTable, x: Tensor) -> Tensor:
-    rows, length = x.shape[:2]
-    positions = torch.arange(length).expand(rows, -1)
-    return table.apply(x, slice(0, rows), positions, torch.zeros(rows, length, dtype=torch.bool))
+    return edited(table, x)
 
 
 def tokens(seed: int, rows: int, length: int = 1) -> Tensor:
@@ -79,21 +80,18 @@ def test_rows_without_edits_are_bit_identical(pair: tuple[PlainSae, Dictionary])
 
 def test_an_empty_table_returns_its_input(pair: tuple[PlainSae, Dictionary]) -> None:
     table, x = EditTable(SLOTS, D), tokens(3, 2)
-    assert apply(table, x) is x
+    flat = x.flatten(0, 1)
+    assert table.apply(flat, rows(x)) is flat
     table.write(1, columns(pair[1], some_edits(1, 3)))
     table.clear(1)
-    assert apply(table, x) is x
+    flat = x.flatten(0, 1)
+    assert table.apply(flat, rows(x)) is flat
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), mine=st.integers(1, 12), theirs=st.integers(0, 20))
 def test_a_neighbour_never_changes_my_row(seed: int, mine: int, theirs: int) -> None:
-    plain = plain_sae("jumprelu", D, F, seed=78)
-    dictionary = Dictionary(
-        plain.weights["W_enc"], plain.weights["b_enc"], plain.weights["W_dec"], plain.weights["b_dec"],
-        activation=_jump(plain),
-    )  # fmt: skip
-    x = tokens(seed, 2)
+    dictionary, x = _dictionary(78), tokens(seed, 2)
     alone, crowded = EditTable(2, D), EditTable(2, D)
     for table in (alone, crowded):
         table.write(0, columns(dictionary, some_edits(seed, mine)))
@@ -101,26 +99,77 @@ def test_a_neighbour_never_changes_my_row(seed: int, mine: int, theirs: int) -> 
     torch.testing.assert_close(apply(alone, x)[0], apply(crowded, x)[0], rtol=0, atol=1e-6)
 
 
-def _jump(plain: PlainSae):  # type: ignore[no-untyped-def]
-    from saeguard_sae.activations import JumpReLU
+def _dictionary(seed: int) -> Dictionary:
+    w = plain_sae("jumprelu", D, F, seed=seed).weights
+    return Dictionary(w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], JumpReLU(w["threshold"]))
 
-    return JumpReLU(plain.weights["threshold"])
 
-
-def test_moving_and_growing_keep_a_request_whole(pair: tuple[PlainSae, Dictionary]) -> None:
+def test_growing_keeps_a_request_whole(pair: tuple[PlainSae, Dictionary]) -> None:
     plain, dictionary = pair
     table, x = EditTable(SLOTS, D, capacity=2), tokens(4, SLOTS)
     mine, many = some_edits(5, 2), some_edits(6, 19)
     table.write(4, columns(dictionary, mine))
     apply(table, x)
     table.write(0, columns(dictionary, many))
-    table.move(4, 1)
     out = apply(table, x)
-    for slot, edits in ((1, mine), (0, many)):
+    for slot, edits in ((4, mine), (0, many)):
         torch.testing.assert_close(out[slot, 0], formula(plain, x[slot, 0], edits), rtol=1e-5, atol=1e-5)
-    assert torch.equal(out[4], x[4])
-    assert [count.eligible for count in table.counts(1)] == [2, 2]
-    assert table.counts(4) == []
+    assert [count.eligible for count in table.counts(4)] == [2, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.dictionaries(st.integers(0, 7), st.integers(1, 19), min_size=1, max_size=8),
+    steered=st.sets(st.integers(0, 7)),
+    order=st.randoms(use_true_random=False),
+)
+def test_requests_lie_in_any_order_and_length(lengths: dict[int, int], steered: set[int], order: random.Random) -> None:
+    """Flat tokens of many requests, some of which read one token and some a prompt, as a mixed batch has them."""
+    dictionary = _dictionary(79)
+    slots = order.sample(sorted(lengths), len(lengths))
+    spans, start = [], 0
+    for slot in slots:
+        start += order.randrange(3)  # tokens that are nobody's
+        spans.append(Span(slot, start, lengths[slot]))
+        start += lengths[slot]
+    x = tokens(91, 1, start + 1)[0]
+    positions = torch.randint(0, 9, (start + 1,), generator=torch.Generator().manual_seed(8))
+    special = torch.rand(start + 1, generator=torch.Generator().manual_seed(9)) < 0.2
+    together = EditTable(8, D)
+    for slot in steered:
+        together.write(slot, [Column(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
+    rows = Rows.of(spans, positions, special)
+    out = together.apply(x, rows)
+    owned = torch.zeros(start + 1, dtype=torch.bool)
+    for slot, at, length in spans:
+        here = slice(at, at + length)
+        owned[here] = True
+        alone = EditTable(8, D)
+        if slot in steered:
+            alone.write(slot, [Column(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
+        wanted = alone.apply(x[here], Rows.of([Span(slot, 0, length)], positions[here], special[here]))
+        torch.testing.assert_close(out[here], wanted, rtol=0, atol=1e-6)
+        assert [one.eligible for one in together.counts(slot)] == [one.eligible for one in alone.counts(slot)]
+        if slot in steered:
+            torch.testing.assert_close(together.values(slot, slot), alone.values(slot, slot), rtol=0, atol=1e-6)
+    assert torch.equal(out[~owned], x[~owned])
+
+
+def test_counting_goes_on_where_it_stopped() -> None:
+    dictionary, x = _dictionary(80), tokens(92, 1, 12)
+    edits = columns(dictionary, some_edits(7, 4))
+    whole, first, second = EditTable(1, D), EditTable(1, D), EditTable(1, D)
+    for table in (whole, first, second):
+        table.write(0, edits)
+    apply(whole, x)
+    apply(first, x[:, :7])
+    second.resume(0, first.tally(0))
+    edited(second, x[:, 7:], positions=torch.arange(7, 12)[None])
+    for found, wanted in zip(second.counts(0), whole.counts(0), strict=True):
+        assert (found.eligible, found.edited, found.capped) == (wanted.eligible, wanted.edited, wanted.capped)
+        assert found.max_activation == pytest.approx(wanted.max_activation)
+        assert found.mean_activation == pytest.approx(wanted.mean_activation)
+        assert found.mean_relative_edit == pytest.approx(wanted.mean_relative_edit)
 
 
 def test_scope_and_special_tokens(pair: tuple[PlainSae, Dictionary]) -> None:
@@ -129,7 +178,7 @@ def test_scope_and_special_tokens(pair: tuple[PlainSae, Dictionary]) -> None:
     clamp = Clamp(4.0).affine(1.0)
     table.write(0, [Column(dictionary, 3, clamp, 2, 5), Column(dictionary, 8, clamp, 0, FOREVER, special=True)])
     special = torch.tensor([[True, False, False, True, False, False]])
-    out = table.apply(x, slice(0, 1), torch.arange(6)[None], special)
+    out = edited(table, x, special=special)
     for at in range(6):
         edits = [(8, clamp)] + ([(3, clamp)] if at in (2, 4) else [])
         torch.testing.assert_close(out[0, at], formula(plain, x[0, at], edits), rtol=1e-5, atol=1e-5)
@@ -141,8 +190,7 @@ def test_the_counts_are_the_receipt(pair: tuple[PlainSae, Dictionary]) -> None:
     table, x = EditTable(2, D), tokens(6, 2, 40)
     table.write(1, [Column(dictionary, j, Zero().affine(1.0), 0, FOREVER) for j in (1, 2)])
     apply(table, x[:, :25])
-    positions = torch.arange(25, 40).expand(2, -1)
-    table.apply(x[:, 25:], slice(0, 2), positions, torch.zeros(2, 15, dtype=torch.bool))
+    edited(table, x[:, 25:], positions=torch.arange(25, 40).expand(2, -1))
     f = plain.encode(x[1])
     norms = plain.weights["W_dec"].norm(dim=1)
     scale = torch.ones_like(norms) if plain.architecture != "batchtopk" else 1 / norms
@@ -176,7 +224,7 @@ def test_a_watched_feature_is_read_and_changes_nothing(pair: tuple[PlainSae, Dic
     table, x = EditTable(2, D), tokens(8, 2, 3)
     table.write(0, [Column(dictionary, j) for j in (5, 9)])
     assert torch.equal(apply(table, x), x)
-    read = torch.stack([table.values(0, 0, index) for index in range(2)], dim=-1)
+    read = torch.stack([table.values(0, index) for index in range(2)], dim=-1)
     torch.testing.assert_close(read, plain.encode(x[0])[:, [5, 9]], rtol=1e-5, atol=1e-5)
     assert [count.eligible for count in table.counts(0)] == [0, 0]
 

@@ -27,6 +27,12 @@ class Metrics:
         self.queue_length = Gauge("saeguard_queue_length", "Requests that wait for a slot", registry=registry)
         self.running_requests = Gauge("saeguard_running_requests", "Requests that hold a slot", registry=registry)
         self.slots_in_use = Gauge("saeguard_slots_in_use", "Slots of the batch that are taken", registry=registry)
+        self.kv_blocks_in_use = Gauge(
+            "saeguard_kv_blocks_in_use", "Blocks of 16 tokens of KV memory that a request holds", registry=registry
+        )
+        self.preemptions = Counter(
+            "saeguard_preemptions", "Times a request gave its KV memory up and was read again", registry=registry
+        )
         self.refusals = Counter(
             "saeguard_refusals", "Requests refused before any work, by reason", ["reason"], registry=registry
         )
@@ -34,6 +40,9 @@ class Metrics:
     def _declare_work(self, registry: CollectorRegistry) -> None:
         self.batch_size = Histogram("saeguard_batch_size", "Rows of a decode step", buckets=ROWS, registry=registry)
         self.prompt_tokens = Counter("saeguard_prompt_tokens", "Prompt tokens read", registry=registry)
+        self.reused_tokens = Counter(
+            "saeguard_prompt_tokens_reused", "Prompt tokens not read, as one like them had been", registry=registry
+        )
         self.generated_tokens = Counter("saeguard_generated_tokens", "Tokens generated", registry=registry)
         self.steps = Counter("saeguard_steps", "Forward passes of the batch", registry=registry)
         self.engine_restarts = Counter("saeguard_engine_restarts", "Times the engine was restarted", registry=registry)

@@ -115,12 +115,18 @@ async def test_the_same_seed_gives_the_same_tokens_in_any_company(world: World) 
 
 
 def logits_of(world: World, *, with_saes: bool) -> list[torch.Tensor]:
-    """Decode logits [4, vocabulary] of four requests in known slots; with SAEs, rows 1 and 3 are steered."""
+    """Decode logits [4, vocabulary] of four requests in known rows; with SAEs, rows 1 and 3 are steered."""
     engine = load_engine(world.settings(with_saes=with_saes, prefill_tokens=200), Metrics(CollectorRegistry()))
     flow, core, seen = Running(engine, LimitSettings()).flow, engine._core, []
-    handle = core.model.network.register_forward_hook(
-        lambda _, __, out: seen.append(out.logits.clone()) if out.logits.shape[0] == 4 else None
-    )
+    forward = core.runner.network.forward
+
+    def watched(one: Any) -> torch.Tensor:
+        logits = forward(one)
+        if one.ids.shape[1] == 4:
+            seen.append(logits.clone())
+        return logits
+
+    core.runner.network.forward = watched  # type: ignore[method-assign]
     steer = (edit("resid_post", 4, Clamp(4.0)), edit("attn_z", 2, Add(3.0))) if with_saes else ()
     for index in range(4):
         request = greedy(prompt(9, 8), 9, interventions=steer if index % 2 else ())
@@ -129,7 +135,6 @@ def logits_of(world: World, *, with_saes: bool) -> list[torch.Tensor]:
     with torch.inference_mode():
         while core.scheduler.has_work:
             core.step()
-    handle.remove()
     return seen
 
 
@@ -187,7 +192,7 @@ async def test_a_request_whose_values_blow_up_fails_alone(world: World) -> None:
 
 @pytest.mark.parametrize("way", ["failed", "cancelled", "inspected"])
 async def test_nothing_of_a_poisoned_request_stays_in_its_slot(world: World, way: str) -> None:
-    """A short request in that slot beside a long one: the step reads the slot up to the long one's length, masked."""
+    """A short request in that memory beside a long one: the step reads it up to the long one's length, masked."""
     wild = (edit("resid_post", 4, Clamp(3e38)), edit("resid_pre", 3, Scale(-3e38)))
     with running(world.settings(max_slots=2)) as one:
         await _poison(one, greedy(prompt(9, 60), 4, interventions=wild), way)
@@ -197,7 +202,6 @@ async def test_nothing_of_a_poisoned_request_stays_in_its_slot(world: World, way
         long = await one.ask(greedy(prompt(2, 60), 8))
         assert len(long.ids) == 8
         assert (await short).ids == reference.generate(world.model, prompt(1, 5), 40, [], SPECIAL).tokens
-        assert not one.engine._core.runner.cache.slot_layers[-1]._keys.any(), "a free slot is not all zeros"
 
 
 async def _poison(one: Running, request: GenerationRequest, way: str) -> None:
@@ -248,7 +252,7 @@ async def test_an_exception_in_one_requests_text_fails_it_alone(world: World, mo
 
 async def test_an_edit_that_was_not_applied_fails_the_request(world: World) -> None:
     with running(world.settings()) as one:
-        one.engine._core.runner.hooks.close()  # as if the model no longer passed the site
+        one.engine._core.runner.network.close()  # as if the model no longer passed the site
         with pytest.raises(InternalFailure, match="0 times in one step"):
             await one.ask(greedy(prompt(1, 5), 5, interventions=(edit("resid_post", 4, Zero()),)))
         assert len((await one.ask(greedy(prompt(1, 5), 5))).ids) == 5
@@ -260,9 +264,11 @@ async def test_the_engine_starts_again_after_a_failure_of_a_whole_step(world: Wo
         def fail(*_: Any) -> None:
             raise RuntimeError("no more")
 
-        one.engine._core.runner.decode = fail  # type: ignore[method-assign,assignment]
+        one.engine._core.runner.forward = fail  # type: ignore[method-assign,assignment]
         with pytest.raises(Exception, match="starts again"):
             await one.ask(greedy(prompt(1, 5), 5))
+        while not one.engine.is_ready():
+            await asyncio.sleep(0.01)
         steer = (edit("resid_post", 4, Clamp(4.0)),)
         assert len((await one.ask(greedy(prompt(1, 5), 5, interventions=steer))).ids) == 5
         assert one.engine._core.metrics.engine_restarts._value.get() == 1

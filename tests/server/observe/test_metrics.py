@@ -13,7 +13,8 @@ from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import Address, BadSettings
 
 FOR_THE_ENGINE = {
-    "queue_length", "running_requests", "slots_in_use", "batch_size", "prompt_tokens", "generated_tokens", "steps",
+    "queue_length", "running_requests", "slots_in_use", "kv_blocks_in_use", "preemptions", "reused_tokens",
+    "batch_size", "prompt_tokens", "generated_tokens", "steps",
     "engine_restarts", "time_to_first_token", "time_per_output_token", "tokens_edited", "relative_edit", "refusals",
     "sae_l0", "sae_fvu", "sae_ce_increase",
 }  # fmt: skip

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.coder import is_signed
 from saeguard_sae.loading import LoadedSae
+from saeguard_sae.rows import Span
 from saeguard_sae.site import Site
 from saeguard_sae.temporal import Temporal
-from saeguard_server.engine.protocol import Pick
+from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.transformers.scheduler import PromptPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,30 +30,98 @@ class Sparse:
     values: array[float]
 
 
+Found: TypeAlias = dict[tuple[int, str], Sparse | Exception]
+"""By request and SAE, what was picked on the last pass' part of it, or what went wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One pick of one part: rows ``[start, end)`` of what is kept at its SAE's site."""
+
+    part: PromptPart
+    pick: Pick
+    start: int
+    end: int
+
+
 class Capture:
-    """Collects what forward passes show of the picked SAEs, part after part of one input; called with each site's
-    activations."""
+    """What the forward passes show of the SAEs that somebody inspects.
 
-    def __init__(self, picks: tuple[Pick, ...], saes: dict[str, LoadedSae]) -> None:
-        self._picks, self._saes = picks, saes
-        self._prefix: dict[str, Tensor] = {}
-        self.found: dict[str, Sparse] = {}
-        """By SAE, of the last part."""
+    Whoever asks the same of an SAE in one pass shares one product with its encoder, and one transfer to the host.
+    """
 
-    def __call__(self, site: Site, x: Tensor) -> None:
-        """x [1, T, width] at ``site``, before its edits."""
-        for pick in self._picks:
-            sae = self._saes[pick.sae]
-            if sae.site == site:
-                self.found[pick.sae] = choose(self._encode(sae, x[0]).float(), pick, signed=is_signed(sae.dictionary))
+    def __init__(self, saes: Mapping[str, LoadedSae]) -> None:
+        self._saes = saes
+        self._tokens = torch.zeros(0, dtype=torch.int64)
+        self._asked: list[_Asked] = []
+        self._seen: dict[Site, Tensor] = {}
+        self._sites: set[Site] = set()
 
-    def _encode(self, sae: LoadedSae, x: Tensor) -> Tensor:
-        if not isinstance(sae.dictionary, Temporal):
-            return sae.dictionary.encode(x)
-        # A temporal SAE reads a token together with everything before it, whatever part that came in.
-        whole = torch.cat([self._prefix[sae.name], x]) if sae.name in self._prefix else x
-        self._prefix[sae.name] = whole
-        return sae.dictionary.encode(whole)[-len(x) :]
+    def begin(self, parts: Many[PromptPart], spans: Many[Span]) -> Callable[[Site, Tensor], None] | None:
+        """Before a pass that reads these parts: what to call with each site's activations; None where none asks."""
+        self._asked, self._seen = [], {}
+        kept: list[Tensor] = []
+        row = 0
+        for part, span in zip(parts, spans, strict=True):
+            if isinstance(part.sequence.task, InspectTask):
+                kept.append(torch.arange(span.start, span.start + span.length))
+                end = row + span.length
+                self._asked += [_Asked(part, pick, row, end) for pick in part.sequence.task.picks]
+                row = end
+        if not kept:
+            return None
+        self._tokens = torch.cat(kept)
+        self._sites = {self._saes[one.pick.sae].site for one in self._asked}
+        return self._see
+
+    def results(self) -> Found:
+        """What the last pass showed; once."""
+        groups: dict[Pick, list[_Asked]] = defaultdict(list)
+        for one in self._asked:
+            groups[one.pick].append(one)
+        found: Found = {}
+        for pick, asked in groups.items():
+            try:
+                parts: Many[Sparse | Exception] = self._choose(pick, asked)
+            except Exception as err:  # one request's activations must not end another's
+                parts = [err] * len(asked)
+            found.update({(one.part.sequence.uid, pick.sae): part for one, part in zip(asked, parts, strict=True)})
+        self._asked, self._seen = [], {}
+        return found
+
+    def _see(self, site: Site, x: Tensor) -> None:
+        """x [N, width] at ``site``, before its edits. Copied: the model goes on to use its memory for other things."""
+        if site in self._sites:
+            self._seen[site] = x[self._tokens.to(x.device)]
+
+    def _choose(self, pick: Pick, asked: list[_Asked]) -> list[Sparse]:
+        sae = self._saes[pick.sae]
+        x = self._seen[sae.site]
+        if isinstance(sae.dictionary, Temporal):
+            features = torch.cat([_with_prefix(sae.dictionary, one, x[one.start : one.end]) for one in asked])
+        else:
+            features = sae.dictionary.encode(torch.cat([x[one.start : one.end] for one in asked]))
+        whole = choose(features.float(), pick, signed=is_signed(sae.dictionary))
+        return _split(whole, [one.end - one.start for one in asked])
+
+
+def _with_prefix(temporal: Temporal, asked: _Asked, x: Tensor) -> Tensor:
+    """A temporal SAE reads a token together with everything before it, whatever part that came in."""
+    before = asked.part.sequence.prefix
+    whole = torch.cat([before[asked.pick.sae], x]) if asked.pick.sae in before else x
+    before[asked.pick.sae] = whole
+    return temporal.encode(whole)[-len(x) :]
+
+
+def _split(whole: Sparse, lengths: list[int]) -> list[Sparse]:
+    """Rows one after the other -> so many for each."""
+    found, row = [], 0
+    for length in lengths:
+        first, last = whole.indptr[row], whole.indptr[row + length]
+        indptr = array("I", (one - first for one in whole.indptr[row : row + length + 1]))
+        found.append(Sparse(indptr, whole.indices[first:last], whole.values[first:last]))
+        row += length
+    return found
 
 
 def choose(features: Tensor, pick: Pick, *, signed: bool = False) -> Sparse:

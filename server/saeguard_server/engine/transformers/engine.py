@@ -7,6 +7,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from saeguard_sae.architectures import sites
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.backoff import Backoff
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
 from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.tokenizer import Tokenizer
@@ -65,6 +67,7 @@ class TransformersEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._added = self._taken = 0
+        self._backoff, self._is_down = Backoff(), False
         self._capabilities = Capabilities(NAME, sites(self._core.model.network.config), frozenset(KINDS))
 
     @property
@@ -89,7 +92,7 @@ class TransformersEngine:
 
     def is_ready(self) -> bool:
         """True while the thread steps."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive() and not self._is_down
 
     def queued(self) -> int:
         """Requests that wait for a slot, those not yet seen by the thread included."""
@@ -149,7 +152,8 @@ class TransformersEngine:
                 self._core.step()
             except Exception:
                 _log.exception("the engine failed; it starts again")
-                self._restart()
+                if not self._restart():
+                    break
             self._deliver()
         self._core.fail_all(Unavailable("the server stopped"))
         self._deliver()
@@ -167,14 +171,46 @@ class TransformersEngine:
                     return False
         return True
 
-    def _restart(self) -> None:
-        """A failure of the whole step: its requests fail by name, and the engine goes on with clean tables."""
-        for sequence in self._core.scheduler.everyone():
-            sequence.send(Unavailable("the engine failed and starts again", _RETRY_S))
-        self._deliver()
+    def _restart(self) -> bool:
+        """A failure of the whole step: its requests fail by name, and the engine goes on with clean memory and tables.
+
+        Returns:
+            False when it was told to stop before it could.
+        """
+        self._is_down = True
         self._core.metrics.engine_restarts.inc()
-        self._core.close()
-        self._core = self._build()
+        while True:
+            wait = self._backoff.failed()
+            error = Unavailable("the engine failed and starts again", max(wait, _RETRY_S))
+            for sequence in self._core.scheduler.everyone():
+                sequence.is_done = True
+                sequence.send(error)
+            self._deliver()
+            if not self._refuse_for(wait, error):
+                return False
+            try:
+                self._core = self._build()
+            except Exception:
+                _log.exception("the engine could not start again")
+                continue
+            self._is_down = False
+            return True
+
+    def _refuse_for(self, wait: float, error: Unavailable) -> bool:
+        """Refuses whatever comes meanwhile; False when told to stop."""
+        until = time.monotonic() + wait
+        while (left := until - time.monotonic()) > 0:
+            try:
+                command = self._commands.get(timeout=left)
+            except queue.Empty:
+                break
+            if isinstance(command, _Stop):
+                return False
+            if isinstance(command, _Add):
+                self._taken += 1
+                command.sequence.send(error)
+                self._deliver()
+        return True
 
     def _deliver(self) -> None:
         """One hand-over to the event loop for everything that the step produced."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from saeguard_sae.architectures import ModelConfig, locate
 from saeguard_sae.binding import bind
 from saeguard_sae.loading import LoadedSae, LoadError, with_settings
+from saeguard_sae.site import Site
 from saeguard_server.engine.transformers import startup
+from saeguard_server.engine.transformers.blocks import BLOCK
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.engine import TransformersEngine
+from saeguard_server.engine.transformers.memory import kv_blocks
 from saeguard_server.engine.transformers.model import LoadedModel, load_model
-from saeguard_server.engine.transformers.steering import measure_widths
+from saeguard_server.engine.transformers.network import Network
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import SaeSettings, Settings
 from saeguard_server.sources import open_source
@@ -34,9 +41,22 @@ def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
     saes = startup.check_saes(load_saes(settings.saes, model), settings.saes, model, settings.check)
     startup.record(saes, metrics)
 
+    engine = settings.engine
+    sites = frozenset(site for sae in saes.values() for site in (sae.site, *sae.write_sites))
+    blocks = kv_blocks(model, engine.max_slots, engine.kv_cache_mb)
+    model = replace(model, info=replace(model.info, max_context=min(model.info.max_context, blocks * BLOCK)))
+    network = Network(model, sites, compiled=engine.compile, packed=engine.pack_weights)
+
     def build() -> Core:
         return Core(
-            model, saes, metrics, slots=settings.engine.max_slots, prefill_tokens=settings.engine.prefill_tokens
+            model,
+            network,
+            saes,
+            metrics,
+            slots=engine.max_slots,
+            prefill_tokens=engine.prefill_tokens,
+            blocks=blocks,
+            reuse=engine.prefix_cache,
         )
 
     return TransformersEngine(build)
@@ -84,3 +104,27 @@ def _check_widths(model: LoadedModel, saes: dict[str, LoadedSae]) -> None:
         for site, name, size in sizes:
             if widths[site] != size:
                 raise LoadError(f"SAE {sae.name!r} has {name} {size}, but {site} of this model is {widths[site]} wide")
+
+
+def measure_widths(
+    model: nn.Module, config: ModelConfig, sites: Iterable[Site], device: torch.device
+) -> dict[Site, int]:
+    """How wide the activations at these sites are, found by reading one token."""
+    found: dict[Site, int] = {}
+    handles = []
+    for site in sites:
+
+        def see(_: nn.Module, args: Any, out: Any = None, site: Site = site) -> None:
+            value = args if out is None else out
+            found[site] = (value if isinstance(value, Tensor) else value[0]).shape[-1]
+
+        where = locate(model, config, site)
+        register = where.module.register_forward_pre_hook if where.side == "in" else where.module.register_forward_hook
+        handles.append(register(see))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,21 +1,15 @@
-"""What a request gets told: tokens with log-probabilities, readings, and the receipt, which is checked here."""
+"""From a step's tensors to what a request is told: tokens with log-probabilities, and readings."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saeguard_sae.loading import LoadedSae
-from saeguard_sae.table import Counts
-from saeguard_server.engine.protocol import ResolvedEdit, Steering
 from saeguard_server.engine.transformers.sampler import Picked
-from saeguard_server.engine.transformers.sequence import Sequence
-from saeguard_server.errors import InternalFailure, NonFiniteOutput
-from saeguard_server.reply import FeatureReading, InterventionReceipt, Receipt, Token, TokenLogprob
+from saeguard_server.errors import NonFiniteOutput
+from saeguard_server.reply import FeatureReading, Token, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,62 +65,3 @@ def prompt_logprobs(logits: Tensor, following: list[int]) -> tuple[float, ...]:
 def readings(values: Tensor, start: int) -> tuple[FeatureReading, ...]:
     """values [T, watched] of the tokens from position ``start`` on."""
     return tuple(FeatureReading(start + row, tuple(one)) for row, one in enumerate(values.tolist()))
-
-
-def receipt(
-    sequence: Sequence,
-    counts: list[Counts],
-    saes: Mapping[str, LoadedSae],
-    special_ids: frozenset[int],
-    model_digest: str,
-) -> Receipt | None:
-    """The receipt of a request that had edits.
-
-    Raises:
-        InternalFailure: an edit was not offered every token in its scope exactly once.
-    """
-    steering = sequence.task.steering
-    if not steering.edits:
-        return None
-    _check(sequence, steering, counts, special_ids)
-    pairs = zip(steering.edits, counts, strict=True)
-    return Receipt(
-        model_digest=model_digest,
-        steering_digest=steering.digest,
-        interventions=tuple(_one(edit, count, saes[edit.sae]) for edit, count in pairs),
-        forward_passes=sequence.forward_passes,
-    )
-
-
-def _check(sequence: Sequence, steering: Steering, counts: list[Counts], special_ids: frozenset[int]) -> None:
-    read = sequence.tokens[: sequence.computed]
-    special_at = [position for position, token in enumerate(read) if token in special_ids]
-    for edit, count in zip(steering.edits, counts, strict=True):
-        wanted = _in_scope(edit, len(read), special_at)
-        if count.eligible != wanted:
-            raise InternalFailure(
-                f"{edit.kind} of feature {edit.feature} of {edit.sae!r} was applied to {count.eligible} tokens "
-                f"instead of {wanted}"
-            )
-
-
-def _in_scope(edit: ResolvedEdit, length: int, special_at: list[int]) -> int:
-    first, last = min(edit.first, length), min(edit.last, length)
-    skipped = 0 if edit.special else bisect_left(special_at, last) - bisect_left(special_at, first)
-    return last - first - skipped
-
-
-def _one(edit: ResolvedEdit, count: Counts, sae: LoadedSae) -> InterventionReceipt:
-    return InterventionReceipt(
-        sae=edit.sae,
-        feature=edit.feature,
-        kind=edit.kind,
-        sae_digest=sae.digest,
-        site=str(sae.write_sites[0]),
-        tokens_eligible=count.eligible,
-        tokens_edited=count.edited,
-        mean_activation=count.mean_activation,
-        max_activation=count.max_activation,
-        mean_relative_edit=count.mean_relative_edit,
-        tokens_capped=count.capped,
-    )

@@ -1,114 +1,80 @@
-"""Runs the model: a part of one prompt, or one decode step of every running request. Holds no queues.
+"""Runs the model: one forward pass of whatever the batch is. Holds no queues.
 
 Everything here runs in inference mode, which the engine's thread enters once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
-from saeguard_server.engine.protocol import GenerateTask, InspectTask
-from saeguard_server.engine.transformers.cache import SlotCache
-from saeguard_server.engine.transformers.masks import Masks
+from saeguard_server.engine.protocol import InspectTask
+from saeguard_server.engine.tables import SteeringTables, Tallies
+from saeguard_server.engine.transformers.attention import KvShape, PagedAttention
+from saeguard_server.engine.transformers.batch import Seats
+from saeguard_server.engine.transformers.blocks import BLOCK
+from saeguard_server.engine.transformers.capture import Capture
 from saeguard_server.engine.transformers.model import LoadedModel
+from saeguard_server.engine.transformers.network import Network
 from saeguard_server.engine.transformers.sampler import Picked, Sampler
-from saeguard_server.engine.transformers.steering import Rows, SteeringHooks
+from saeguard_server.engine.transformers.scheduler import PromptPart
+from saeguard_server.engine.transformers.sequence import Sequence
 
 
 class Runner:
-    """The model with its KV cache, edit tables and sampler; one row of each per slot."""
+    """The model with KV memory of ``blocks`` blocks, edit tables and sampler; one row of each table per slot."""
 
-    def __init__(self, model: LoadedModel, saes: Mapping[str, LoadedSae], slots: int, context: int) -> None:
+    def __init__(
+        self, model: LoadedModel, network: Network, saes: Mapping[str, LoadedSae], slots: int, blocks: int
+    ) -> None:
         config, self.device = model.network.config, model.device
-        self.network = model.network
-        self.cache = SlotCache(config.num_hidden_layers, slots, context)
-        is_additive = config._attn_implementation == "eager"
-        self.masks = Masks(config, is_additive=is_additive, dtype=model.network.dtype)
-        self.hooks = SteeringHooks(model.network, config, saes, slots, self.device)
-        self.sampler = Sampler(slots, context, config.vocab_size, self.device)
-        self._last = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self._length = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self._slots = torch.arange(slots, device=self.device)[:, None]
-        self._is_special = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
+        self.network = network
+        self.tables = SteeringTables(saes, slots, self.device)
+        shape, places = KvShape.of(config), (blocks + 1) * BLOCK
+        attention = PagedAttention(shape, places, model.network.dtype, self.device, network.kernel)
+        network.attach(attention, self.tables)
+        self.sampler = Sampler(slots, model.info.max_context, config.vocab_size, self.device)
+        is_special = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
         special = [one for one in model.tokenizer.special_ids if one < config.vocab_size]
-        self._is_special[torch.tensor(special, dtype=torch.int64, device=self.device)] = True
+        is_special[torch.tensor(special, dtype=torch.int64, device=self.device)] = True
+        self.seats = Seats(slots, model.info.max_context, is_special)
 
-    def join(self, slot: int, task: GenerateTask | InspectTask) -> None:
-        """Prepares a free slot for a request."""
-        self._length[slot] = 0
+    def join(self, sequence: Sequence, tallies: Tallies | None) -> None:
+        """Prepares a request's slot; ``tallies``: what its edits counted on tokens that are not read again."""
+        slot, task = sequence.slot, sequence.task
+        self.seats.take(slot, sequence.computed, sequence.blocks)
         if isinstance(task, InspectTask):
-            self.hooks.write(slot, task.steering)
+            self.tables.write(slot, task.steering)
             return
-        self.hooks.write(slot, task.steering, task.watch)
-        self.sampler.write(slot, task.sampling, task.seed, task.max_new_tokens, task.tokens)
+        self.tables.write(slot, task.steering, task.watch)
+        if tallies is not None:
+            self.tables.resume(slot, tallies)
+        self.sampler.write(
+            slot, task.sampling, task.seed, task.max_new_tokens, sequence.tokens, sequence.generated_tokens
+        )
 
-    def leave(self, slot: int, length: int) -> None:
-        """Frees the slot of a request of ``length`` tokens; nothing of it stays."""
-        self.hooks.clear(slot)
+    def leave(self, slot: int) -> None:
+        """Frees a slot; nothing of its request stays."""
+        self.tables.clear(slot)
         self.sampler.clear(slot)
-        self.cache.wipe(slot, length)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Moves a request of ``length`` computed tokens to a free slot."""
-        self.cache.move(source, target, length)
-        self.hooks.move(source, target)
-        self.sampler.move(source, target)
-        self._last[target], self._length[target] = self._last[source], self._length[source]
-
-    def read(
+    def forward(
         self,
-        slot: int,
-        tokens: list[int],
-        start: int,
-        *,
-        every_logit: bool = False,
-        watch: Callable[[Site, Tensor], None] | None = None,
+        running: tuple[int, ...],
+        parts: Many[PromptPart],
+        ending: Many[PromptPart],
+        scored: Many[PromptPart],
+        capture: Capture,
     ) -> Tensor:
-        """Reads a part of a prompt at positions ``start`` on -> logits [1 or T, vocabulary], float32."""
-        ids = torch.tensor([tokens], device=self.device)
-        end = start + len(tokens)
-        positions = torch.arange(start, end, device=self.device)[None]
-        self.hooks.watch = watch
-        try:
-            logits = self._forward(ids, slice(slot, slot + 1), positions, end, keep=0 if every_logit else 1)
-        finally:
-            self.hooks.watch = None
-        self._length[slot] = end
-        return logits[0]
+        """One pass; see ``Seats.build`` -> logits [M, vocabulary], float32; ``capture`` sees what it was asked for."""
+        one = self.seats.build(running, parts, ending, scored)
+        self.tables.watch = capture.begin(parts, one.spans)
+        return self.network.forward(one)
 
-    def decode(self, count: int, length: int) -> Tensor:
-        """Reads the last token of the first ``count`` slots -> [count, vocabulary]; ``length``: of the longest."""
-        slots = slice(0, count)
-        positions = self._length[slots, None]
-        logits = self._forward(self._last[slots, None], slots, positions, length, keep=1)
-        self._length[slots] += 1
-        return logits[:, -1]
-
-    def pick(self, logits: Tensor, slots: slice) -> Picked:
-        """logits [B, vocabulary] of B consecutive slots -> their next tokens, which the next decode step reads."""
-        picked = self.sampler.pick(logits, slots)
-        self._last[slots] = picked.token.clamp_min(0)
-        return picked
-
-    def _forward(self, ids: Tensor, slots: slice, positions: Tensor, length: int, keep: int) -> Tensor:
-        window = self.cache.window
-        window.slots, window.length = slots, length
-        window.rows, window.positions = self._slots[slots], positions
-        self.hooks.begin(Rows(slots, positions, self._is_special[ids]))
-        arguments: dict[str, Any] = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": self.masks.build(positions, length),
-            "past_key_values": self.cache,
-            "use_cache": True,
-            "logits_to_keep": keep,
-        }
-        logits: Tensor = self.network(**arguments).logits
-        self.hooks.check()
-        return logits.float()
+    def pick(self, logits: Tensor, slots: tuple[int, ...]) -> Picked:
+        """logits [B, vocabulary] of B slots -> their next tokens."""
+        return self.sampler.pick(logits, slots)

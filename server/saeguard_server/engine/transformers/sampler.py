@@ -14,6 +14,9 @@ from torch import Tensor
 
 from saeguard_server.request import Sampling
 
+_REMEMBERED = 8
+"""Sets of slots whose settings are kept at hand."""
+
 
 @dataclass(frozen=True, slots=True)
 class Picked:
@@ -22,6 +25,30 @@ class Picked:
     token: Tensor  # int64 [B]
     logprob: Tensor | None  # [B], when any request asked
     top: tuple[Tensor, Tensor] | None  # log-probabilities and ids [B, most asked for]
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The settings of some slots, and what any of them needs."""
+
+    at: Tensor  # int64 [B]
+    columns: dict[str, Tensor]  # [B] each
+    has_penalty: bool
+    has_noise: bool
+    has_filters: bool
+    logprobs: int | None
+
+    @classmethod
+    def of(cls, at: Tensor, columns: dict[str, Tensor], asked: list[Sampling]) -> _View:
+        drawn = [one for one in asked if one.temperature > 0]
+        return cls(
+            at,
+            columns,
+            has_penalty=any(one.repetition_penalty != 1 for one in asked),
+            has_noise=bool(drawn),
+            has_filters=any(one.top_k or one.top_p < 1 or one.min_p > 0 for one in drawn),
+            logprobs=max((one.logprobs for one in asked if one.logprobs is not None), default=None),
+        )
 
 
 class Sampler:
@@ -42,14 +69,23 @@ class Sampler:
             "min_p": column(0.0),
             "penalty": column(1.0),
             "is_greedy": column(False, torch.bool),
-            "step": column(0, torch.int64),
         }
+        self._steps = column(0, torch.int64)
         self._noise = torch.zeros(slots, context, device=device)
         self._seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
         self._asked: list[Sampling | None] = [None] * slots
+        self._views: dict[tuple[int, ...], _View] = {}
 
-    def write(self, slot: int, sampling: Sampling, seed: int, max_new_tokens: int, prompt: Sequence[int]) -> None:
-        """Gives a slot a request's settings."""
+    def write(
+        self,
+        slot: int,
+        sampling: Sampling,
+        seed: int,
+        max_new_tokens: int,
+        tokens: Sequence[int],
+        generated: int = 0,
+    ) -> None:
+        """Gives a slot a request's settings; ``generated`` of its tokens were chosen here before."""
         values = {
             "temperature": sampling.temperature or 1.0,
             "top_p": sampling.top_p,
@@ -57,62 +93,63 @@ class Sampler:
             "min_p": sampling.min_p,
             "penalty": sampling.repetition_penalty,
             "is_greedy": sampling.temperature == 0,
-            "step": 0,
         }
         for name, value in values.items():
             self._columns[name][slot] = value
+        self._steps[slot] = generated
         if sampling.temperature > 0:
             # Not torch's generator: it keeps 32 bits of the seed.
             noise = np.random.Generator(np.random.Philox(seed)).random(max_new_tokens, dtype=np.float32)
             self._noise[slot, :max_new_tokens] = torch.from_numpy(noise)
         if sampling.repetition_penalty != 1:
             self._seen[slot] = False
-            self._seen[slot, torch.tensor(prompt, device=self._seen.device)] = True
+            self._seen[slot, torch.tensor(tokens, device=self._seen.device)] = True
         self._asked[slot] = sampling
+
+        self._views.clear()
 
     def clear(self, slot: int) -> None:
         """Frees the slot; its columns are written anew before they are read again."""
         self._asked[slot] = None
+        self._views.clear()
 
-    def move(self, source: int, target: int) -> None:
-        """Moves a request's settings to a free slot."""
-        for column in (*self._columns.values(), self._noise, self._seen):
-            column[target] = column[source]
-        self._asked[target], self._asked[source] = self._asked[source], None
-
-    def pick(self, logits: Tensor, slots: slice) -> Picked:
-        """logits [B, vocabulary] float32 of B consecutive slots -> one token each."""
-        asked = [one for one in self._asked[slots] if one is not None]
-        at = {name: column[slots] for name, column in self._columns.items()}
-        scores = logits
-        if any(one.repetition_penalty != 1 for one in asked):
-            scores = self._penalise(scores, at["penalty"], slots)
+    def pick(self, logits: Tensor, slots: tuple[int, ...]) -> Picked:
+        """logits [B, vocabulary] float32 of B slots -> one token each."""
+        view = self._view(slots)
+        steps = self._steps[view.at]
+        scores = self._penalise(logits, view) if view.has_penalty else logits
         token = scores.argmax(dim=-1)
-        if any(one.temperature > 0 for one in asked):
-            noise = self._noise[slots].gather(1, at["step"][:, None])
-            token = torch.where(at["is_greedy"], token, _draw(scores, at, noise, _filters(asked)))
+        if view.has_noise:
+            noise = self._noise[view.at, steps][:, None]
+            token = torch.where(view.columns["is_greedy"], token, _draw(scores, view, noise))
         is_finite = logits.logsumexp(dim=-1).isfinite()
-        if any(one.repetition_penalty != 1 for one in asked):
-            self._seen[slots].scatter_(1, token[:, None], True)
-        self._columns["step"][slots] += 1
-        logprob, top = _logprobs(logits, token, asked)
+        if view.has_penalty:
+            self._seen[view.at, token] = True
+        self._steps[view.at] = steps + 1
+        logprob, top = _logprobs(logits, token, view.logprobs)
         return Picked(torch.where(is_finite, token, -1), logprob, top)
 
-    def _penalise(self, scores: Tensor, penalty: Tensor, slots: slice) -> Tensor:
-        by = penalty[:, None]
+    def _view(self, slots: tuple[int, ...]) -> _View:
+        """Looked up again only when somebody came or went."""
+        if slots not in self._views:
+            if len(self._views) >= _REMEMBERED:
+                self._views.clear()
+            at = torch.tensor(slots, device=self._steps.device)
+            asked = [one for one in (self._asked[slot] for slot in slots) if one is not None]
+            self._views[slots] = _View.of(at, {name: column[at] for name, column in self._columns.items()}, asked)
+        return self._views[slots]
+
+    def _penalise(self, scores: Tensor, view: _View) -> Tensor:
+        by = view.columns["penalty"][:, None]
         lowered = torch.where(scores < 0, scores * by, scores / by)
-        return torch.where(self._seen[slots] & (by != 1), lowered, scores)
+        return torch.where(self._seen[view.at] & (by != 1), lowered, scores)
 
 
-def _filters(asked: list[Sampling]) -> bool:
-    return any(one.temperature > 0 and (one.top_k or one.top_p < 1 or one.min_p > 0) for one in asked)
-
-
-def _draw(scores: Tensor, at: dict[str, Tensor], noise: Tensor, has_filters: bool) -> Tensor:
+def _draw(scores: Tensor, view: _View, noise: Tensor) -> Tensor:
     """[B] tokens by inverting each row's cumulative distribution at its noise in [0, 1)."""
-    scaled = scores / at["temperature"][:, None]
-    if has_filters:
-        scaled = scaled.masked_fill(scaled < _cutoff(scaled, at), -torch.inf)
+    scaled = scores / view.columns["temperature"][:, None]
+    if view.has_filters:
+        scaled = scaled.masked_fill(scaled < _cutoff(scaled, view.columns), -torch.inf)
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
     # Just below the total, or rounding could land behind the last token that may be chosen.
     wanted = noise * (1 - 1e-6) * cumulative[:, -1:]
@@ -135,15 +172,12 @@ def _cutoff(scaled: Tensor, at: dict[str, Tensor]) -> Tensor:
     return ordered.masked_fill(~keep, torch.inf).amin(dim=-1, keepdim=True)
 
 
-def _logprobs(
-    logits: Tensor, token: Tensor, asked: list[Sampling]
-) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-    wanted = [one.logprobs for one in asked if one.logprobs is not None]
-    if not wanted:
+def _logprobs(logits: Tensor, token: Tensor, most: int | None) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    if most is None:
         return None, None
     own = logits.log_softmax(dim=-1)
     chosen = own.gather(1, token[:, None]).squeeze(1)
-    most = min(max(wanted), logits.shape[-1])
+    most = min(most, logits.shape[-1])
     if not most:
         return chosen, None
     values, index = own.topk(most, dim=-1)

@@ -1,15 +1,22 @@
-"""Who is read next. Holds queues and slots, no tensors.
+"""Who runs, who is read next, and who must wait. Holds queues, slots and block numbers, no tensors.
 
-Slots 0 to n-1 are the n requests that generate, so a decode step reads a prefix of the tables; slot n is the one whose
-prompt is being read. When one leaves, the last ones move up.
+A request keeps its slot for as long as it runs. It is admitted when the memory for all that it has to read is there;
+what it generates takes memory as it comes. When none is left, the youngest generation gives its memory up and starts
+again from what it has so far.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from saeguard_server.engine.protocol import GenerateTask
+from saeguard_server.engine.transformers.blocks import BLOCK, Blocks, blocks_for
+from saeguard_server.engine.transformers.prefixes import Hit, Prefixes, can_reuse, is_steered
 from saeguard_server.engine.transformers.sequence import Sequence
+
+_WORTH_KEEPING = 4 * BLOCK
+"""A steered prompt's part at least this long is cut at the end of a block, where its counts can be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +29,31 @@ class PromptPart:
 
     @property
     def is_last(self) -> bool:
-        """True when the prompt is read after this."""
-        return self.end == self.sequence.prompt_tokens
+        """True when the model knows everything so far after this."""
+        return self.end == len(self.sequence.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A sequence's state must go from slot ``source`` to the free slot ``target``."""
+@dataclass(slots=True)
+class Room:
+    """What became of the memory before a step: who got a block, and who gave all up, with the slot it had."""
 
-    sequence: Sequence
-    source: int
-    target: int
+    grown: list[Sequence] = field(default_factory=list)
+    given_up: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 class Scheduler:
-    """First come, first served, into ``slots`` slots."""
+    """First come, first served.
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    Args:
+        prefixes: where to look for what was read before; None never reuses.
+    """
+
+    def __init__(self, slots: int, blocks: Blocks, prefixes: Prefixes | None = None) -> None:
+        self.blocks, self.prefixes = blocks, prefixes
         self.waiting: deque[Sequence] = deque()
+        self.reading: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.reading: Sequence | None = None
+        self._slots = list(range(slots - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
@@ -52,56 +63,107 @@ class Scheduler:
     @property
     def slots_in_use(self) -> int:
         """Slots that hold a request."""
-        return len(self.running) + (self.reading is not None)
+        return len(self.running) + len(self.reading)
 
     def everyone(self) -> list[Sequence]:
         """Every request here."""
-        return [*self.running, *([self.reading] if self.reading else []), *self.waiting]
+        return [*self.running, *self.reading, *self.waiting]
 
     def add(self, sequence: Sequence) -> None:
         """Puts a request at the end of the queue."""
         self.waiting.append(sequence)
 
-    def admit(self) -> Sequence | None:
-        """Moves the next waiting request into the reading slot, if both are there; returns it."""
-        if self.reading is not None or not self.waiting or len(self.running) >= self.slots:
+    def admit(self) -> tuple[Sequence, Hit] | None:
+        """Gives the next waiting request a slot and memory, if both are there."""
+        if not self.waiting or not self._slots:
             return None
-        self.reading = self.waiting.popleft()
-        self.reading.slot = len(self.running)
-        return self.reading
-
-    def next_part(self, budget: int) -> PromptPart | None:
-        """The next at most ``budget`` tokens of the prompt being read."""
-        if self.reading is None or budget < 1:
+        sequence = self.waiting[0]
+        hit = self.prefixes.find(sequence) if self.prefixes else Hit()
+        fresh = blocks_for(len(sequence.tokens)) - len(hit.blocks)
+        # Each running request soon wants one more; without room for that the newcomer would be thrown out again.
+        spare = len(self.running)
+        if fresh + self.blocks.idle_among(hit.blocks) + spare > self.blocks.available:
             return None
-        start = self.reading.computed
-        return PromptPart(self.reading, start, min(start + budget, self.reading.prompt_tokens))
+        self.waiting.popleft()
+        self.blocks.share(hit.blocks)
+        sequence.blocks = [*hit.blocks, *self.blocks.take(fresh)]
+        sequence.computed = sequence.reused = len(hit.blocks) * BLOCK
+        sequence.learned = len(hit.blocks)
+        sequence.slot = self._slots.pop()
+        self.reading.append(sequence)
+        return sequence, hit
 
-    def start_generating(self) -> None:
-        """The prompt is read: its request joins the running ones, in the slot it has."""
-        assert self.reading is not None, "no prompt is being read"
-        self.running.append(self.reading)
-        self.reading = None
+    def make_room(self) -> Room:
+        """Memory for the next token of everyone who generates."""
+        room = Room()
+        for sequence in list(self.running):
+            while self._wants_block(sequence) and not self.blocks.available:
+                youngest = self._youngest()
+                room.given_up.append((youngest, self.preempt(youngest)))
+            if self._wants_block(sequence):
+                sequence.blocks += self.blocks.take(1)
+                room.grown.append(sequence)
+        room.grown = [one for one in room.grown if one.slot >= 0]
+        return room
 
-    def remove(self, sequence: Sequence) -> list[Move]:
-        """Takes a request out, wherever it is. The moves keep the slots in use a prefix; do them in this order."""
+    def preempt(self, sequence: Sequence) -> int:
+        """Sends an admitted request back to the queue, before all that came later; returns the slot it had.
+
+        It keeps its tokens, and is read again from the first of them.
+        """
+        slot = sequence.slot
+        self.remove(sequence)
+        sequence.computed = sequence.reused = sequence.learned = 0
+        at = next((index for index, one in enumerate(self.waiting) if one.uid > sequence.uid), len(self.waiting))
+        self.waiting.insert(at, sequence)
+        return slot
+
+    def next_parts(self, budget: int) -> list[PromptPart]:
+        """At most ``budget`` tokens of the prompts being read, at most one part of each.
+
+        Half of the budget is for whoever came first, so that no prompt starves; the rest goes to the shortest
+        first, so that a long prompt does not hold up short ones.
+        """
+        ends = {id(one): one.computed for one in self.reading}
+        for order, share in (
+            (self.reading, budget - budget // 2),
+            (sorted(self.reading, key=lambda one: len(one.tokens) - one.computed), budget),
+        ):
+            spent = sum(ends[id(one)] - one.computed for one in self.reading)
+            left = min(share, budget - spent)
+            for one in order:
+                more = min(left, len(one.tokens) - ends[id(one)])
+                ends[id(one)] += more
+                left -= more
+        parts = [PromptPart(one, one.computed, self._cut(one, ends[id(one)])) for one in self.reading]
+        return [part for part in parts if part.end > part.start]
+
+    def start_generating(self, sequence: Sequence) -> None:
+        """The prompt is read: its request joins the running ones."""
+        self.reading.remove(sequence)
+        self.running.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a request out, wherever it is, with its slot and memory."""
         if sequence.slot < 0:
             self.waiting.remove(sequence)
-            return []
-        free, sequence.slot = sequence.slot, -1
-        if sequence is self.reading:
-            self.reading = None
-            return []
-        moves = []
-        last = self.running.pop()
-        if last is not sequence:
-            moves.append(self._place(last, free))
-            self.running[free] = last
-        if self.reading is not None:
-            moves.append(self._place(self.reading, len(self.running)))
-        return moves
+            return
+        (self.running if sequence in self.running else self.reading).remove(sequence)
+        self._slots.append(sequence.slot)
+        self.blocks.release(sequence.blocks)
+        sequence.slot, sequence.blocks = -1, []
 
-    def _place(self, sequence: Sequence, target: int) -> Move:
-        move = Move(sequence, sequence.slot, target)
-        sequence.slot = target
-        return move
+    @staticmethod
+    def _wants_block(sequence: Sequence) -> bool:
+        return sequence.slot >= 0 and sequence.computed == len(sequence.blocks) * BLOCK
+
+    def _youngest(self) -> Sequence:
+        return max(
+            (one for one in (*self.running, *self.reading) if isinstance(one.task, GenerateTask)),
+            key=lambda one: one.uid,
+        )
+
+    def _cut(self, sequence: Sequence, end: int) -> int:
+        whole = end - end % BLOCK
+        keeps = self.prefixes is not None and can_reuse(sequence) and is_steered(sequence, whole)
+        return whole if keeps and whole - sequence.computed >= _WORTH_KEEPING else end

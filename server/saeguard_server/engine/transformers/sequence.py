@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from torch import Tensor
+
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.text import Assembler
-from saeguard_server.engine.transformers.capture import Capture
 from saeguard_server.errors import SaeguardError
 from saeguard_server.reply import ActivationPart, Chunk, Timings
 
@@ -29,10 +30,20 @@ class Sequence:
     tokens: list[int] = field(init=False)
     computed: int = 0
     slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    """Blocks of KV memory, in the order of its tokens."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of its full blocks, as far as they were needed."""
+    learned: int = 0
+    """Full blocks that others can find."""
+    reused: int = 0
+    """Tokens that were not read again because somebody had read them."""
+    reported: int = 0
+    """Position up to which readings and log-probabilities of the prompt were sent."""
     forward_passes: int = 0
     is_done: bool = False
-    capture: Capture | None = None
-    """What an inspection sees."""
+    prefix: dict[str, Tensor] = field(default_factory=dict)
+    """By SAE that reads a token together with all before it: what an inspection has seen so far."""
     submitted: float = field(default_factory=time.monotonic)
     started: float = 0.0
     first_token: float = 0.0

@@ -1,0 +1,26 @@
+"""When an engine that failed may start again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+FIRST_S, LONGEST_S = 0.5, 30.0
+GOOD_SERVICE_S = 60.0
+"""An engine that ran this long has recovered."""
+
+
+class Backoff:
+    """Waits before each start: none before the first, then half a second, doubled each time, up to half a minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._failed_at = -GOOD_SERVICE_S
+
+    def failed(self) -> float:
+        """Notes a failure -> seconds to wait before the next start."""
+        now = self._clock()
+        self._failures = 0 if now - self._failed_at >= GOOD_SERVICE_S else self._failures
+        self._failures, self._failed_at = self._failures + 1, now
+        return 0.0 if self._failures == 1 else float(min(FIRST_S * 2 ** (self._failures - 2), LONGEST_S))

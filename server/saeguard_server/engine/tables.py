@@ -1,0 +1,144 @@
+"""The edit tables of an engine: one per site that an SAE writes, whatever runs the model.
+
+An engine tells it whose tokens a forward pass reads (``begin``), hands it the activations of every site in the order
+of the pass (``edit``), and asks afterwards whether every site was reached (``check``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.rows import Rows
+from saeguard_sae.site import Site
+from saeguard_sae.table import Column, Counts, EditTable, Tally
+from saeguard_server.engine.protocol import Steering
+from saeguard_server.errors import InternalFailure
+
+Tallies: TypeAlias = dict[Site, dict[Hashable, Tally]]
+"""What a request's edits counted so far, on the device."""
+
+
+class SteeringTables:
+    """Edits and readings of up to ``slots`` requests at the sites of ``saes``.
+
+    A site is read before its own edits, and by those who write elsewhere (transcoders) after them: what the model
+    itself goes on with.
+    """
+
+    def __init__(self, saes: Mapping[str, LoadedSae], slots: int, device: torch.device) -> None:
+        self.rows = Rows()
+        self.watch: Callable[[Site, Tensor], None] | None = None
+        """Called as ``watch(site, x)`` with the activations [N, width] before the edits, while it is set."""
+        self._saes = saes
+        widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
+        self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
+        self._read_by = _readers(saes)
+        self._sources: dict[Site, Tensor] = {}
+        self.sites = frozenset({sae.site for sae in saes.values()} | self._tables.keys())
+        """Where an engine must call ``edit``."""
+        self._passes: dict[Site, int] = dict.fromkeys(self.sites, 0)
+
+    def write(self, slot: int, steering: Steering, watch: Iterable[tuple[str, int]] = ()) -> None:
+        """Gives a free slot its request's edits and watched features."""
+        columns: dict[Site, list[Column]] = defaultdict(list)
+        for one in steering.edits:
+            sae = self._saes[one.sae]
+            for block, site in enumerate(sae.write_sites):
+                columns[site].append(
+                    Column(
+                        sae.dictionary, one.feature, one.affine, one.first, one.last, one.special,
+                        source=_source(sae, site), block=block, write_gain=sae.write_gain,
+                    )
+                )  # fmt: skip
+        for name, feature in watch:
+            sae, site = self._saes[name], self._saes[name].write_sites[0]
+            columns[site].append(Column(sae.dictionary, feature, source=_source(sae, site)))
+        for site, found in columns.items():
+            self._tables[site].write(slot, found, steering.max_relative_edit)
+
+    def clear(self, slot: int) -> None:
+        """Frees a slot."""
+        for table in self._tables.values():
+            table.clear(slot)
+
+    def begin(self, rows: Rows) -> None:
+        """Before a forward pass: whose tokens it will read."""
+        self.rows = rows
+        self._passes = dict.fromkeys(self._passes, 0)
+        self._sources.clear()
+
+    def edit(self, site: Site, x: Tensor, see: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """x [N, width] as the model made it -> as it goes on with it; x itself where nobody edits.
+
+        Args:
+            see: what SAEs at the site read of x, where that is not x itself.
+        """
+        self._passes[site] += 1
+        if self.watch is not None:
+            self.watch(site, x if see is None else see(x))
+        table = self._tables.get(site)
+        edited = x if table is None else table.apply(x, self.rows, self._sources)
+        if any(self._tables[target].reads(site, self.rows) for target in self._read_by.get(site, ())):
+            self._sources[site] = edited if see is None else see(edited)
+        return edited
+
+    def missed(self) -> tuple[Site, ...]:
+        """After a forward pass: the sites that it did not reach exactly once."""
+        return tuple(site for site in self._tables if self._passes[site] != 1)
+
+    def check(self, slot: int) -> None:
+        """After a forward pass: whether every site with edits of this slot was reached exactly once.
+
+        Raises:
+            InternalFailure: its answer would have been unsteered.
+        """
+        for site in self.missed():
+            if self._tables[site].holds(slot):
+                raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
+
+    def counts(self, slot: int, steering: Steering) -> list[Counts]:
+        """What each edit did so far, in the order of the request; at its first site where it writes at several."""
+        found = {site: iter(table.counts(slot)) for site, table in self._tables.items()}
+        every = [[next(found[site]) for site in self._saes[one.sae].write_sites] for one in steering.edits]
+        return [first for first, *_ in every]
+
+    def tally(self, slot: int) -> Tallies:
+        """What the slot's edits counted so far, to ``resume`` from in a slot with the same edits."""
+        return {site: table.tally(slot) for site, table in self._tables.items()}
+
+    def resume(self, slot: int, tallies: Tallies) -> None:
+        """Goes on counting from there."""
+        for site, tally in tallies.items():
+            self._tables[site].resume(slot, tally)
+
+    def readings(self, steering: Steering, watch: tuple[tuple[str, int], ...], slot: int) -> Tensor:
+        """[T, len(watch)] the watched features of a request on its T tokens of the last forward pass."""
+        at = dict.fromkeys(self._tables, 0)
+        for one in steering.edits:
+            for site in self._saes[one.sae].write_sites:
+                at[site] += 1
+        columns = []
+        for name, _ in watch:
+            site = self._saes[name].write_sites[0]
+            columns.append(self._tables[site].values(slot, at[site]))
+            at[site] += 1
+        return torch.stack(columns, dim=-1)
+
+
+def _source(sae: LoadedSae, site: Site) -> Site | None:
+    """What an SAE's columns at a site read: that site itself, or another."""
+    return None if sae.site == site else sae.site
+
+
+def _readers(saes: Mapping[str, LoadedSae]) -> dict[Site, set[Site]]:
+    """By site that is read, the other sites at which that has an effect."""
+    found: dict[Site, set[Site]] = defaultdict(set)
+    for sae in saes.values():
+        found[sae.site].update(site for site in sae.write_sites if site != sae.site)
+    return found

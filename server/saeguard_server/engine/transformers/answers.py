@@ -1,0 +1,147 @@
+"""What a request is told: its tokens and text, readings, activations, and how it ended, with the receipt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.protocol import GenerateTask, InspectTask
+from saeguard_server.engine.receipts import receipt
+from saeguard_server.engine.tables import SteeringTables
+from saeguard_server.engine.transformers import outcome
+from saeguard_server.engine.transformers.capture import Found, Sparse
+from saeguard_server.engine.transformers.model import LoadedModel
+from saeguard_server.engine.transformers.outcome import HostPicked
+from saeguard_server.engine.transformers.scheduler import PromptPart
+from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.errors import NonFiniteOutput
+from saeguard_server.observe.metrics import Metrics
+from saeguard_server.reply import ActivationPart, Chunk, Completion, FeatureReading, FinishReason, Receipt, TokenText
+
+
+class Answers:
+    """Makes the events of every request; the receipt is checked here before anybody sees it."""
+
+    def __init__(
+        self, model: LoadedModel, saes: Mapping[str, LoadedSae], metrics: Metrics, tables: SteeringTables
+    ) -> None:
+        self._model, self._saes, self._metrics, self._tables = model, saes, metrics, tables
+
+    def prompt(self, sequence: Sequence, task: GenerateTask, part: PromptPart, logits: Tensor) -> None:
+        """Tells what a part of its prompt showed, where it asked; logits [T or 0, vocabulary].
+
+        Raises:
+            NonFiniteOutput: its log-probabilities are not numbers.
+        """
+        new = max(part.start, sequence.reported)
+        following = sequence.tokens[new + 1 : min(part.end + 1, sequence.prompt_tokens)] if len(logits) else []
+        scored = outcome.prompt_logprobs(logits[new - part.start :], following) if following else ()
+        read = self._readings(sequence, task, part.start)[new - part.start :]
+        sequence.reported = max(sequence.reported, part.end)
+        if read or scored:
+            sequence.send(Chunk(readings=read, prompt_logprobs=scored))
+
+    def token(self, sequence: Sequence, picked: HostPicked, row: int, *, is_read: bool) -> Chunk:
+        """The chunk of a chosen token; has a completion when it is the last.
+
+        Args:
+            is_read: the pass read the token before it alone, whose readings are still to be told.
+
+        Raises:
+            NonFiniteOutput: the logits were not finite.
+            InternalFailure: an edit was not offered every token in its scope exactly once.
+        """
+        task, text = sequence.task, sequence.text
+        assert isinstance(task, GenerateTask), "only generations sample"
+        assert text is not None, "a generation has text"
+        token = picked.token(row, task.sampling.logprobs)
+        read: tuple[FeatureReading, ...] = ()
+        if is_read:
+            read = self._readings(sequence, task, sequence.computed - 1)
+            sequence.reported = sequence.computed
+        sequence.tokens.append(token.id)
+        self._time(sequence)
+        ends = token.id in self._model.eos_ids and not task.sampling.ignore_eos
+        piece = "" if ends else text.push(token.id)
+        reason = self._finish_reason(sequence, task, ends=ends or bool(text.stopped_by))
+        if reason is None:
+            return Chunk(piece, (token,), read)
+        completion = self._complete(sequence, task, reason, text.stopped_by)
+        return Chunk(piece + text.flush(), (token,), read, completion=completion)
+
+    def activations(
+        self, sequence: Sequence, task: InspectTask, part: PromptPart, found: Found
+    ) -> list[ActivationPart]:
+        """A part of every SAE's activations, in the order asked for.
+
+        Raises:
+            NonFiniteOutput: an edit made them so.
+            InternalFailure: an edit was not offered every token in its scope exactly once.
+        """
+        parts = [self._activations(task, pick.sae, found[sequence.uid, pick.sae], part) for pick in task.picks]
+        if part.is_last:
+            self._receipt(sequence)
+        return parts
+
+    def _activations(self, task: InspectTask, sae: str, found: Sparse | Exception, part: PromptPart) -> ActivationPart:
+        if isinstance(found, Exception):
+            raise found
+        if any(value != value for value in found.values):
+            raise NonFiniteOutput("activations are not finite; an edit may be too large")
+        where = range(part.start, part.end)
+        text = self._model.tokenizer.text
+        tokens = tuple(TokenText(task.tokens[i], text(task.tokens[i]), task.offsets[i]) for i in where)
+        return ActivationPart(
+            task.index, sae, part.start, tokens, found.indptr, found.indices, found.values, part.is_last
+        )
+
+    def _readings(self, sequence: Sequence, task: GenerateTask, start: int) -> tuple[FeatureReading, ...]:
+        if not task.watch:
+            return ()
+        return outcome.readings(self._tables.readings(task.steering, task.watch, sequence.slot), start)
+
+    def _finish_reason(self, sequence: Sequence, task: GenerateTask, *, ends: bool) -> FinishReason | None:
+        if ends:
+            return "stop"
+        is_full = len(sequence.tokens) >= self._model.info.max_context
+        return "length" if is_full or sequence.generated_tokens >= task.max_new_tokens else None
+
+    def _complete(self, sequence: Sequence, task: GenerateTask, reason: FinishReason, stop: str) -> Completion:
+        return Completion(
+            finish_reason=reason,
+            stop_string=stop,
+            prompt_tokens=sequence.prompt_tokens,
+            generated_tokens=sequence.generated_tokens,
+            timings=sequence.timings(),
+            receipt=self._receipt(sequence),
+            seed=task.seed,
+        )
+
+    def _receipt(self, sequence: Sequence) -> Receipt | None:
+        steering = sequence.task.steering
+        made = receipt(
+            steering,
+            self._tables.counts(sequence.slot, steering),
+            read=sequence.tokens[: sequence.computed],
+            forward_passes=sequence.forward_passes,
+            saes=self._saes,
+            special_ids=self._model.tokenizer.special_ids,
+            model_digest=self._model.info.digest,
+        )
+        for one in made.interventions if made else ():
+            self._metrics.tokens_edited.labels(one.sae, one.kind).inc(one.tokens_edited)
+            self._metrics.relative_edit.labels(one.sae).observe(one.mean_relative_edit)
+        return made
+
+    def _time(self, sequence: Sequence) -> None:
+        now = time.monotonic()
+        self._metrics.generated_tokens.inc()
+        if sequence.generated_tokens == 1:
+            sequence.first_token = now
+            self._metrics.time_to_first_token.observe(now - sequence.submitted)
+        else:
+            self._metrics.time_per_output_token.observe(now - sequence.last_token)
+        sequence.last_token = now
