@@ -75,6 +75,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What callers see; by default the last part of the path."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 or bfloat16."""
+    digest: Text | None = None
+    """SHA-256 that its files must have, as the log and ServerInfo give it; others are refused at start."""
     device: Text = "cpu"
     """A torch device such as cpu or cuda:0."""
 
@@ -146,8 +148,10 @@ class SaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the engine batches."""
+    """What runs the model, and how it batches."""
 
+    process: bool = False
+    """Whether the engine runs in a process of its own, so that its crash does not take the server with it."""
     max_slots: Count = 32
     """Requests that run at the same time."""
     max_context: Count = 2048

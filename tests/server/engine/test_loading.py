@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from saeguard_sae.loading import LoadError
 from saeguard_server.engine.transformers import load_engine
@@ -50,6 +53,45 @@ def test_weights_that_are_not_safetensors_are_refused(world: World, tmp_path: Pa
     shutil.copytree(world.path / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
     refused(with_model(world, tmp_path / "model"), ModelLoadError, "safetensors")
+
+
+def with_weights(world: World, path: Path, change: Callable[[dict[str, Tensor]], None]) -> Settings:
+    shutil.copytree(world.path / "model", path)
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return with_model(world, path)
+
+
+def test_a_weight_that_is_not_there_is_not_made_up(world: World, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    settings = with_weights(world, tmp_path / "model", lambda weights: weights.__delitem__(name))
+    refused(settings, ModelLoadError, f"lack weights that the architecture has: {name}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_of_another_shape_is_refused(world: World, tmp_path: Path) -> None:
+    def cut(weights: dict[str, Tensor]) -> None:
+        weights["model.norm.weight"] = weights["model.norm.weight"][:5].clone()
+
+    refused(with_weights(world, tmp_path / "model", cut), ModelLoadError, "have another shape than its config.json says: .*model.norm.weight")
+
+
+def test_files_that_are_cut_off_are_refused(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.path / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(with_model(world, tmp_path / "model"), ModelLoadError, "model")
+
+
+def test_files_must_have_the_digest_that_the_settings_ask_for(world: World) -> None:
+    settings = world.settings(with_saes=False)
+    digest = load_engine(settings, Metrics(CollectorRegistry())).model.digest
+    model = settings.model
+    right = msgspec.structs.replace(settings, model=msgspec.structs.replace(model, digest=digest))
+    assert load_engine(right, Metrics(CollectorRegistry())).model.digest == digest
+    wrong = msgspec.structs.replace(settings, model=msgspec.structs.replace(model, digest="f" * 64))
+    refused(wrong, ModelLoadError, f"model.digest: its files have {digest}, the settings ask for f")
 
 
 def test_an_unknown_dtype_is_refused(world: World) -> None:

@@ -64,7 +64,9 @@ class PagedAttention:
             size = (places, shape.heads, shape.size)
             return [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
 
-        self.keys, self.values = make(), make()
+        # A compiled kernel tells inference tensors from others: whoever makes the memory, it is of one kind.
+        with torch.inference_mode():
+            self.keys, self.values = make(), make()
         self._kernel = kernel or attend_one
         self._write = torch.zeros(0, dtype=torch.int64, device=device)
         self._readings: tuple[Reading, ...] = ()
@@ -93,9 +95,10 @@ class PagedAttention:
             first = (last - window + 1).clamp_min(0) if window else torch.zeros_like(last)
             mine = group.take(flat)
             if mine.shape[1] == 1:
-                found = self._kernel(mine[:, 0], keys, values, where, first[:, 0], last[:, 0], scaling, softcap)[
-                    :, None
-                ]
+                # Copied, so that a compiled kernel meets one layout only.
+                query = torch.empty(mine[:, 0].shape, dtype=mine.dtype, device=mine.device).copy_(mine[:, 0])
+                one = self._kernel(query, keys, values, where, first[:, 0], last[:, 0], scaling, softcap)
+                found = one[:, None]
             else:
                 found = attend_many(mine, keys, values, where, first, last, scaling, softcap)
             group.put(found, out)

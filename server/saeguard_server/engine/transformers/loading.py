@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from saeguard_sae.architectures import ModelConfig, locate
 from saeguard_sae.binding import bind
@@ -18,8 +19,9 @@ from saeguard_server.engine.transformers.blocks import BLOCK
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.engine import TransformersEngine
 from saeguard_server.engine.transformers.memory import kv_blocks
-from saeguard_server.engine.transformers.model import LoadedModel, load_model
+from saeguard_server.engine.transformers.model import LoadedModel, ModelLoadError, load_model
 from saeguard_server.engine.transformers.network import Network
+from saeguard_server.engine.transformers.warmup import warm_up
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import SaeSettings, Settings
 from saeguard_server.sources import open_source
@@ -59,7 +61,20 @@ def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
             reuse=engine.prefix_cache,
         )
 
-    return TransformersEngine(build)
+    made = TransformersEngine(build)
+    if engine.compile != "none":
+        _warm_up(network)
+    return made
+
+
+def _warm_up(network: Network) -> None:
+    try:
+        warm_up(network)
+    except BackendCompilerFailed as err:
+        first = str(err).strip().splitlines()[0]
+        raise ModelLoadError(
+            f'engine.compile: compiling failed ({first}); is a C++ compiler there? "none" needs none'
+        ) from err
 
 
 def _set_threads(threads: int | None, model: LoadedModel) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -51,17 +53,19 @@ def load_model(settings: ModelSettings, max_context: int) -> LoadedModel:
     """
     try:
         path = _resolve(settings)
+        files = tuple(sorted(file for pattern in _FILES for file in path.glob(pattern)))
+        found = digest(files)
+        _check_digest(settings.digest, found)
         config: Any = AutoConfig.from_pretrained(path)
         layout(config.model_type)
         network = _network(path, config, settings)
         tokenizer = _tokenizer(path, config)
-    except (ValueError, OSError) as err:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as err:
         raise ModelLoadError(f"model {settings.path!r}: {err}") from err
-    files = tuple(sorted(file for pattern in _FILES for file in path.glob(pattern)))
     info = ModelInfo(
         name=settings.name or Path(settings.path).name,
         architecture=config.model_type,
-        digest=digest(files),
+        digest=found,
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -85,10 +89,35 @@ def _network(path: Path, config: Any, settings: ModelSettings) -> nn.Module:
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break up the log
     attention = "eager" if config.model_type in _EAGER else "sdpa"
-    network: nn.Module = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=_DTYPES[settings.dtype], attn_implementation=attention, use_safetensors=True
+    network: nn.Module
+    network, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=_DTYPES[settings.dtype],
+        attn_implementation=attention,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, by name
     )
+    _check_complete(report)
     return network.to(settings.device).eval().requires_grad_(False)
+
+
+def _check_digest(wanted: str | None, found: str) -> None:
+    if wanted is not None and wanted != found:
+        raise ValueError(f"model.digest: its files have {found}, the settings ask for {wanted}")
+
+
+def _check_complete(report: Mapping[str, Any]) -> None:
+    """transformers fills in what the files lack with random numbers, and says so in the log only."""
+    for name, what in (
+        ("missing_keys", "its files lack weights that the architecture has"),
+        ("mismatched_keys", "weights in its files have another shape than its config.json says"),
+        ("error_msgs", "its files cannot be read whole"),
+    ):
+        if found := sorted(map(str, report.get(name) or ())):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ValueError(f"{what}: {', '.join(found[:3])}{more}")
 
 
 def _tokenizer(path: Path, config: Any) -> Tokenizer:
