@@ -68,6 +68,10 @@ class LoadedSae:
         """Width of what it writes at each of them."""
         return self.dictionary.d_out // len(self.write_sites)
 
+    def decoder_norm(self, feature: int) -> float:
+        """The length of what one unit of the feature writes."""
+        return float(self.dictionary.W_dec[feature].float().norm())
+
 
 def open_sae(
     name: str, path: Path, *, origin: Origin | None = None, choices: Choices | None = None, facts: Choices | None = None

@@ -8,12 +8,13 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import grpc
 from prometheus_client import CollectorRegistry
 
 from saeguard_server import bundled
+from saeguard_server.address import Address
 from saeguard_server.edge import server as edge
 from saeguard_server.edge.activation import ActivationServicer
 from saeguard_server.edge.catalog import CatalogServicer
@@ -21,8 +22,7 @@ from saeguard_server.edge.generation import GenerationServicer
 from saeguard_server.edge.health import Health
 from saeguard_server.edge.interceptor import Frame
 from saeguard_server.edge.server_info import ServerInfoServicer
-from saeguard_server.engine.protocol import Engine
-from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.engine.choice import LoadedEngine, load_engine
 from saeguard_server.flows.activations import ReadActivations
 from saeguard_server.flows.catalog import Catalog
 from saeguard_server.flows.generate import Generate
@@ -30,7 +30,7 @@ from saeguard_server.flows.info import describe
 from saeguard_server.guard.limits import Admission
 from saeguard_server.observe.exporter import Exporter
 from saeguard_server.observe.metrics import Metrics
-from saeguard_server.settings import Address, BadSettings, ServerSettings, Settings
+from saeguard_server.settings import ServerSettings, Settings
 
 LOG = logging.getLogger("saeguard.app")
 
@@ -40,13 +40,6 @@ UNWIND_S = 2.0
 """For handlers to end after their RPCs were cut off."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class LoadedEngine(Engine, Protocol):
-    """An engine with the tokenizer of its model."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
 
 
 Loader: TypeAlias = Callable[[Settings, Metrics], LoadedEngine]
@@ -78,7 +71,7 @@ class App:
         async with AsyncExitStack() as stack:
             metrics = Metrics(CollectorRegistry())
             metrics_port = _export(settings.server, metrics, stack)
-            engine = (load or _load_engine)(settings, metrics)
+            engine = (load or load_engine)(settings, metrics)
             stack.callback(engine.stop)
             engine.start()
             admission = Admission(
@@ -145,18 +138,6 @@ async def _cut_off(server: grpc.aio.Server, frame: Frame) -> None:
     await server.stop(None)
     # Handlers hear of it a little later; the engine must outlive them.
     await frame.open.ended(within_s=UNWIND_S)
-
-
-def _load_engine(settings: Settings, metrics: Metrics) -> LoadedEngine:
-    # Here, so that tests of everything around the engine need no model library.
-    from saeguard_sae.loading import LoadError
-    from saeguard_server.engine.transformers import load_engine
-    from saeguard_server.engine.transformers.model import ModelLoadError
-
-    try:
-        return load_engine(settings, metrics)
-    except (LoadError, ModelLoadError) as err:
-        raise BadSettings(str(err)) from err
 
 
 def _export(settings: ServerSettings, metrics: Metrics, stack: AsyncExitStack) -> int | None:

@@ -6,10 +6,12 @@ import tomllib
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
+
+from saeguard_server.address import Address
 
 DEMO = "demo"
 """Model path that stands for the bundled demo model and its SAEs."""
@@ -17,35 +19,6 @@ DEMO = "demo"
 Text: TypeAlias = Annotated[str, Meta(min_length=1)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=86_400.0)]
-
-
-class Address(NamedTuple):
-    """Where a socket listens. ``port`` 0 is any free one."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """``host:port``; an IPv6 host stands in brackets.
-
-        Raises:
-            ValueError: anything else.
-        """
-        host, colon, port = text.rpartition(":")
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65_535
-        if not (colon and bare and is_port) or (":" in bare and bare == host):
-            raise ValueError(f"must be host:port, such as 127.0.0.1:50051 or [::1]:50051, got {text!r}")
-        return cls(bare, int(port))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
 # Checks stand above the classes: their defaults are built, and checked, at import.
@@ -147,9 +120,29 @@ class SaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             _finite("scale", self.scale)
 
 
+class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How vLLM runs the model; read by the vllm engine only."""
+
+    tensor_parallel: Count = 1
+    """Devices that share every layer."""
+    pipeline_parallel: Count = 1
+    """Groups of devices that share the layers among them."""
+    executor: Literal["auto", "mp", "ray"] = "auto"
+    """mp: processes on this machine; ray: also on others that have joined the Ray cluster; auto lets vLLM choose."""
+    memory_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
+    """Of each GPU's memory."""
+    eager: bool = False
+    """Whether nothing is compiled: a start in seconds, and slower answers."""
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What runs the model, and how it batches."""
 
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """transformers: embedded, on one device, every architecture and site; vllm: several GPUs and machines (extra
+    "vllm")."""
+    vllm: VllmSettings = VllmSettings()
+    """How vLLM runs it."""
     process: bool = False
     """Whether the engine runs in a process of its own, so that its crash does not take the server with it."""
     max_slots: Count = 32

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_server.settings import Address, BadSettings, SaeSettings, Settings, load
+from saeguard_server.address import Address
+from saeguard_server.settings import BadSettings, SaeSettings, Settings, load
 
 
 def written(tmp_path: Path, text: str) -> Path:

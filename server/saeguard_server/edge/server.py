@@ -19,6 +19,7 @@ from saeguard.v1 import (
     server_info_service_pb2,
     server_info_service_pb2_grpc,
 )
+from saeguard_server.address import Address
 from saeguard_server.edge.activation import ActivationServicer
 from saeguard_server.edge.catalog import CatalogServicer
 from saeguard_server.edge.generation import GenerationServicer
@@ -26,7 +27,7 @@ from saeguard_server.edge.health import Health
 from saeguard_server.edge.interceptor import Frame
 from saeguard_server.edge.server_info import ServerInfoServicer
 from saeguard_server.edge.tls import credentials
-from saeguard_server.settings import Address, BadSettings, ServerSettings
+from saeguard_server.settings import BadSettings, ServerSettings
 
 LOG = logging.getLogger("saeguard.server")
 

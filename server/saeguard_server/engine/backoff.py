@@ -16,11 +16,15 @@ class Backoff:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failures = 0
-        self._failed_at = -GOOD_SERVICE_S
+        self._started: float | None = None
+
+    def started(self) -> None:
+        """Notes that it serves again."""
+        self._started = self._clock()
 
     def failed(self) -> float:
-        """Notes a failure -> seconds to wait before the next start."""
-        now = self._clock()
-        self._failures = 0 if now - self._failed_at >= GOOD_SERVICE_S else self._failures
-        self._failures, self._failed_at = self._failures + 1, now
+        """Notes a failure, of a running engine or of a start -> seconds to wait before the next start."""
+        if self._started is not None and self._clock() - self._started >= GOOD_SERVICE_S:
+            self._failures = 0
+        self._failures, self._started = self._failures + 1, None
         return 0.0 if self._failures == 1 else float(min(FIRST_S * 2 ** (self._failures - 2), LONGEST_S))

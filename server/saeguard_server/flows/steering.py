@@ -123,7 +123,7 @@ def _unit_scale(edit: Edit, sae: LoadedSae, feature: int, field: str) -> float:
     if unit == "raw":
         return 1.0
     if unit == "unit_decoder":
-        norm = float(sae.dictionary.W_dec[feature].float().norm())
+        norm = sae.decoder_norm(feature)
         if norm == 0:
             raise InvalidRequest(f"{field}.feature", "its decoder row is zero: it writes nothing")
         return 1.0 / norm

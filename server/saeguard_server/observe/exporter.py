@@ -6,7 +6,8 @@ from types import TracebackType
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from saeguard_server.settings import Address, BadSettings
+from saeguard_server.address import Address
+from saeguard_server.settings import BadSettings
 
 
 class Exporter:

@@ -8,9 +8,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
+from saeguard_server.address import Address
 from saeguard_server.observe.exporter import Exporter
 from saeguard_server.observe.metrics import Metrics
-from saeguard_server.settings import Address, BadSettings
+from saeguard_server.settings import BadSettings
 
 FOR_THE_ENGINE = {
     "queue_length", "running_requests", "slots_in_use", "kv_blocks_in_use", "preemptions", "reused_tokens",

@@ -101,6 +101,7 @@ class TransformersEngine:
     def start(self) -> None:
         """Starts the thread; call it on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
+        self._backoff.started()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -194,6 +195,7 @@ class TransformersEngine:
                 _log.exception("the engine could not start again")
                 continue
             self._is_down = False
+            self._backoff.started()
             return True
 
     def _refuse_for(self, wait: float, error: Unavailable) -> bool:

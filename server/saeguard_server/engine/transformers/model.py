@@ -89,8 +89,7 @@ def _network(path: Path, config: Any, settings: ModelSettings) -> nn.Module:
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break up the log
     attention = "eager" if config.model_type in _EAGER else "sdpa"
-    network: nn.Module
-    network, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
         dtype=_DTYPES[settings.dtype],
@@ -99,7 +98,8 @@ def _network(path: Path, config: Any, settings: ModelSettings) -> nn.Module:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the report, by name
     )
-    _check_complete(report)
+    network: nn.Module = loaded[0]
+    _check_complete(loaded[1])
     return network.to(settings.device).eval().requires_grad_(False)
 
 

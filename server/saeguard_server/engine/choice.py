@@ -1,0 +1,46 @@
+"""Which engine the settings ask for, and where it runs. Imports only that one: others need libraries of their own."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from saeguard_sae.loading import LoadError
+from saeguard_server.engine.protocol import Engine
+from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.observe.metrics import Metrics
+from saeguard_server.settings import BadSettings, Settings
+
+
+class LoadedEngine(Engine, Protocol):
+    """An engine with the tokenizer of its model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+def load_engine(settings: Settings, metrics: Metrics) -> LoadedEngine:
+    """The engine that the settings ask for, loaded and checked, not started.
+
+    Raises:
+        BadSettings: it cannot be loaded; says what would help.
+    """
+    if settings.engine.process and settings.engine.kind == "vllm":
+        raise BadSettings("engine.process: the vllm engine runs in processes of its own already")
+    try:
+        if settings.engine.process:
+            from saeguard_server.engine import process
+
+            return process.load_engine(settings, metrics, _embedded)
+        return _embedded(settings, metrics)
+    except LoadError as err:
+        raise BadSettings(str(err)) from err
+
+
+def _embedded(settings: Settings, metrics: Metrics) -> LoadedEngine:
+    from saeguard_server.engine.transformers import load_engine as load
+    from saeguard_server.engine.transformers.model import ModelLoadError
+
+    try:
+        return load(settings, metrics)
+    except ModelLoadError as err:
+        raise BadSettings(str(err)) from err
