@@ -27,4 +27,5 @@ class Backoff:
         if self._started is not None and self._clock() - self._started >= GOOD_SERVICE_S:
             self._failures = 0
         self._failures, self._started = self._failures + 1, None
-        return 0.0 if self._failures == 1 else float(min(FIRST_S * 2 ** (self._failures - 2), LONGEST_S))
+        doublings = min(self._failures - 2, 10)  # 2 ** n overflows a float at last
+        return 0.0 if self._failures == 1 else min(FIRST_S * 2.0**doublings, LONGEST_S)

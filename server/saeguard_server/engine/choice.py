@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from saeguard_sae.loading import LoadError
+from saeguard_server.engine.model_files import ModelLoadError
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe.metrics import Metrics
@@ -24,23 +25,30 @@ def load_engine(settings: Settings, metrics: Metrics) -> LoadedEngine:
     Raises:
         BadSettings: it cannot be loaded; says what would help.
     """
-    if settings.engine.process and settings.engine.kind == "vllm":
+    kind, is_apart = settings.engine.kind, settings.engine.process
+    if is_apart and kind == "vllm":
         raise BadSettings("engine.process: the vllm engine runs in processes of its own already")
     try:
-        if settings.engine.process:
+        if is_apart:
             from saeguard_server.engine import process
+            from saeguard_server.engine.transformers import load_engine as embedded
 
-            return process.load_engine(settings, metrics, _embedded)
-        return _embedded(settings, metrics)
-    except LoadError as err:
+            return process.load_engine(settings, metrics, embedded)
+        return _LOADERS[kind](settings, metrics)
+    except (LoadError, ModelLoadError) as err:
         raise BadSettings(str(err)) from err
 
 
-def _embedded(settings: Settings, metrics: Metrics) -> LoadedEngine:
+def _transformers(settings: Settings, metrics: Metrics) -> LoadedEngine:
     from saeguard_server.engine.transformers import load_engine as load
-    from saeguard_server.engine.transformers.model import ModelLoadError
 
-    try:
-        return load(settings, metrics)
-    except ModelLoadError as err:
-        raise BadSettings(str(err)) from err
+    return load(settings, metrics)
+
+
+def _vllm(settings: Settings, metrics: Metrics) -> LoadedEngine:
+    from saeguard_server.engine.vllm.loading import load_engine as load
+
+    return load(settings, metrics)
+
+
+_LOADERS = {"transformers": _transformers, "vllm": _vllm}

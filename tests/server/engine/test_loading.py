@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeguard_sae.loading import LoadError
+from saeguard_server.engine.model_files import ModelLoadError
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.engine.transformers.model import ModelLoadError
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import SaeSettings, Settings
 from support.engines import World, make_world

@@ -80,6 +80,10 @@ class Core:
             self._fail(sequence, error)
         self._gauges()
 
+    def release(self) -> None:
+        """Lets go of the memory for KV, so that another core can take it; this one steps no more."""
+        self.runner.network.detach()
+
     def _expire(self) -> None:
         now = time.monotonic()
         for sequence in self.scheduler.everyone():

@@ -149,12 +149,9 @@ class TransformersEngine:
     @torch.inference_mode()
     def _run(self) -> None:
         while self._take_commands():
-            try:
-                self._core.step()
-            except Exception:
-                _log.exception("the engine failed; it starts again")
-                if not self._restart():
-                    break
+            # Out of the handler before it starts again: a traceback would hold on to the old memory.
+            if not self._step() and not self._restart():
+                break
             self._deliver()
         self._core.fail_all(Unavailable("the server stopped"))
         self._deliver()
@@ -180,26 +177,38 @@ class TransformersEngine:
         """
         self._is_down = True
         self._core.metrics.engine_restarts.inc()
-        while True:
-            wait = self._backoff.failed()
-            error = Unavailable("the engine failed and starts again", max(wait, _RETRY_S))
-            for sequence in self._core.scheduler.everyone():
-                sequence.is_done = True
-                sequence.send(error)
-            self._deliver()
-            if not self._refuse_for(wait, error):
-                return False
-            try:
-                self._core = self._build()
-            except Exception:
-                _log.exception("the engine could not start again")
-                continue
-            self._is_down = False
-            self._backoff.started()
-            return True
+        error = Unavailable("the engine failed and starts again", _RETRY_S)
+        for sequence in self._core.scheduler.everyone():
+            sequence.is_done = True
+            sequence.send(error)
+        self._deliver()
+        self._core.release()
+        while self._refuse_for(self._backoff.failed()):
+            if self._rebuild():
+                self._is_down = False
+                self._backoff.started()
+                return True
+        return False
 
-    def _refuse_for(self, wait: float, error: Unavailable) -> bool:
-        """Refuses whatever comes meanwhile; False when told to stop."""
+    def _rebuild(self) -> bool:
+        try:
+            self._core = self._build()
+        except Exception:
+            _log.exception("the engine could not start again")
+            return False
+        return True
+
+    def _step(self) -> bool:
+        try:
+            self._core.step()
+        except Exception:
+            _log.exception("the engine failed; it starts again")
+            return False
+        return True
+
+    def _refuse_for(self, wait: float) -> bool:
+        """Refuses whatever comes within so many seconds; False when told to stop."""
+        error = Unavailable("the engine failed and starts again", max(wait, _RETRY_S))
         until = time.monotonic() + wait
         while (left := until - time.monotonic()) > 0:
             try:

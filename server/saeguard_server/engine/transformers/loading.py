@@ -14,12 +14,13 @@ from saeguard_sae.architectures import ModelConfig, locate
 from saeguard_sae.binding import bind
 from saeguard_sae.loading import LoadedSae, LoadError, with_settings
 from saeguard_sae.site import Site
+from saeguard_server.engine.model_files import ModelLoadError
 from saeguard_server.engine.transformers import startup
 from saeguard_server.engine.transformers.blocks import BLOCK
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.engine import TransformersEngine
 from saeguard_server.engine.transformers.memory import kv_blocks
-from saeguard_server.engine.transformers.model import LoadedModel, ModelLoadError, load_model
+from saeguard_server.engine.transformers.model import LoadedModel, load_model
 from saeguard_server.engine.transformers.network import Network
 from saeguard_server.engine.transformers.warmup import warm_up
 from saeguard_server.observe.metrics import Metrics

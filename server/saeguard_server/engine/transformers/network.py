@@ -62,6 +62,10 @@ class Network:
         """The memory and tables of the passes to come."""
         self.attention, self.tables = attention, tables
 
+    def detach(self) -> None:
+        """Lets go of them."""
+        del self.attention, self.tables
+
     def close(self) -> None:
         """Takes the hooks out of the model."""
         for handle in self._handles:
