@@ -11,7 +11,6 @@ import torch
 
 from saeguard_sae.edits import Clamp
 from saeguard_server.engine.protocol import InspectTask, Pick
-from saeguard_server.engine.transformers.capture import choose
 from saeguard_server.request import Call, FeatureRef, GenerationRequest, Sampling, TokenInput
 from support.engines import World, edit, greedy, make_world, prompt, running
 from support.models import SITES
@@ -92,11 +91,3 @@ async def test_activations_equal_the_plain_encoder(world: World, point: str) -> 
     wanted = world.saes[point].encode(_activations(world, point, ids))
     scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
     assert float(((found - wanted) / scale).abs().max()) <= 2e-5
-
-
-def test_features_that_can_be_negative_are_picked_by_magnitude() -> None:
-    features = torch.tensor([[0.0, -3.0, 1.0, 0.0, 2.0], [0.5, 0.0, 0.0, -0.25, 0.0]])
-    top = choose(features, Pick(sae="a", top_k=2), signed=True)
-    assert (list(top.indices), list(top.values)) == ([1, 4, 0, 3], [-3.0, 2.0, 0.5, -0.25])
-    above = choose(features, Pick(sae="a", threshold=0.4), signed=True)
-    assert (list(above.indptr), list(above.indices)) == ([0, 3, 4], [1, 4, 2, 0])

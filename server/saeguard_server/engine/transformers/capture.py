@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saeguard_sae.coder import is_signed
 from saeguard_sae.loading import LoadedSae
+from saeguard_sae.pick import Picked, Picker, above_of, named_of, top_of
 from saeguard_sae.rows import Span
 from saeguard_sae.site import Site
 from saeguard_sae.temporal import Temporal
@@ -55,6 +56,7 @@ class Capture:
         self._tokens = torch.zeros(0, dtype=torch.int64)
         self._asked: list[_Asked] = []
         self._seen: dict[Site, Tensor] = {}
+        self._pickers: dict[str, Picker] = {}
         self._sites: set[Site] = set()
 
     def begin(self, parts: Many[PromptPart], spans: Many[Span]) -> Callable[[Site, Tensor], None] | None:
@@ -96,13 +98,18 @@ class Capture:
 
     def _choose(self, pick: Pick, asked: list[_Asked]) -> list[Sparse]:
         sae = self._saes[pick.sae]
-        x = self._seen[sae.site]
+        parts = [self._seen[sae.site][one.start : one.end] for one in asked]
         if isinstance(sae.dictionary, Temporal):
-            features = torch.cat([_with_prefix(sae.dictionary, one, x[one.start : one.end]) for one in asked])
+            encoded = [_with_prefix(sae.dictionary, one, x) for one, x in zip(asked, parts, strict=True)]
+            found = _of_features(torch.cat(encoded), pick, signed=is_signed(sae.dictionary))
         else:
-            features = sae.dictionary.encode(torch.cat([x[one.start : one.end] for one in asked]))
-        whole = choose(features.float(), pick, signed=is_signed(sae.dictionary))
-        return _split(whole, [one.end - one.start for one in asked])
+            found = _of_activations(self._picker(sae), torch.cat(parts), pick)
+        return _split(_pack(found), [len(x) for x in parts])
+
+    def _picker(self, sae: LoadedSae) -> Picker:
+        if sae.name not in self._pickers:
+            self._pickers[sae.name] = Picker(sae.dictionary)
+        return self._pickers[sae.name]
 
 
 def _with_prefix(temporal: Temporal, asked: _Asked, x: Tensor) -> Tensor:
@@ -124,30 +131,29 @@ def _split(whole: Sparse, lengths: list[int]) -> list[Sparse]:
     return found
 
 
-def choose(features: Tensor, pick: Pick, *, signed: bool = False) -> Sparse:
-    """features [T, d_sae] -> the picked ones, largest first; in the order asked for when they were named.
-
-    Features that can be negative (``signed``) are picked by magnitude.
-    """
+def _of_activations(picker: Picker, x: Tensor, pick: Pick) -> Picked:
     if pick.features is not None:
-        index = torch.tensor(pick.features, device=features.device).expand(features.shape[0], -1)
-        return _pack(features.gather(1, index), index, torch.ones_like(index, dtype=torch.bool))
-    size = features.abs() if signed else features
+        return picker.named(x, pick.features)
     if pick.top_k is not None:
-        index = size.topk(min(pick.top_k, features.shape[1]), dim=-1).indices
-        values = features.gather(1, index)
-        return _pack(values, index, values != 0)
+        return picker.top(x, pick.top_k)
     assert pick.threshold is not None, "a pick names features, a number or a threshold"
-    most = int((size > pick.threshold).sum(dim=-1).max())
-    sizes, index = size.topk(most, dim=-1)
-    return _pack(features.gather(1, index), index, sizes > pick.threshold)
+    return picker.above(x, pick.threshold)
 
 
-def _pack(values: Tensor, index: Tensor, keep: Tensor) -> Sparse:
-    """[T, n] candidates and which to keep -> rows of a sparse matrix."""
-    ends = keep.sum(dim=-1).cumsum(dim=0).tolist()
+def _of_features(features: Tensor, pick: Pick, *, signed: bool) -> Picked:
+    if pick.features is not None:
+        return named_of(features, pick.features)
+    if pick.top_k is not None:
+        return top_of(features, pick.top_k, signed=signed)
+    assert pick.threshold is not None, "a pick names features, a number or a threshold"
+    return above_of(features, pick.threshold, signed=signed)
+
+
+def _pack(picked: Picked) -> Sparse:
+    """Candidates and which to keep -> rows of a sparse matrix."""
+    ends = picked.keep.sum(dim=-1).cumsum(dim=0).tolist()
     return Sparse(
         array("I", [0, *ends]),
-        array("I", index[keep].tolist()),
-        array("f", values[keep].tolist()),
+        array("I", picked.features[picked.keep].tolist()),
+        array("f", picked.values[picked.keep].tolist()),
     )
