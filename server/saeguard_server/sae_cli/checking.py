@@ -19,7 +19,7 @@ from saeguard_server.settings import CheckSettings, ModelSettings, Settings
 from saeguard_server.sources import open_source
 
 if TYPE_CHECKING:
-    from saeguard_server.engine.transformers.model import LoadedModel
+    from saeguard_server.engine.stock.model import LoadedModel
 
 MIB = 2**20
 
@@ -52,9 +52,9 @@ def act(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     # Here, so that looking at a file does not wait for the model library.
-    from saeguard_server.engine.transformers import startup
-    from saeguard_server.engine.transformers.loading import load_saes
-    from saeguard_server.engine.transformers.model import load_model
+    from saeguard_server.engine.stock import startup
+    from saeguard_server.engine.stock.model import load_model
+    from saeguard_server.engine.stock.saes import load_saes
 
     given = flags.settings(arguments)
     check = CheckSettings(text=arguments.text and str(arguments.text), max_tokens=arguments.max_tokens)

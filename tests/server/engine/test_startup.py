@@ -14,8 +14,8 @@ from saeguard_client import AsyncClient
 from saeguard_sae.loading import LoadError
 from saeguard_server import bundled
 from saeguard_server.app import App
+from saeguard_server.engine.stock.startup import PASSAGE_TOKENS, calibration
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.engine.transformers.startup import PASSAGE_TOKENS, calibration
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import BadSettings, Bounds, CheckSettings, SaeSettings, ServerSettings, Settings
 from saeguard_server.settings import load as load_settings

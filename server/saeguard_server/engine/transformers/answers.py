@@ -10,10 +10,10 @@ from torch import Tensor
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.receipts import receipt
+from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers import outcome
 from saeguard_server.engine.transformers.capture import Found, Sparse
-from saeguard_server.engine.transformers.model import LoadedModel
 from saeguard_server.engine.transformers.outcome import HostPicked
 from saeguard_server.engine.transformers.scheduler import PromptPart
 from saeguard_server.engine.transformers.sequence import Sequence

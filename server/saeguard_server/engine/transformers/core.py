@@ -11,11 +11,11 @@ from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
+from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.engine.transformers.answers import Answers
 from saeguard_server.engine.transformers.blocks import Blocks
 from saeguard_server.engine.transformers.capture import Capture, Found
 from saeguard_server.engine.transformers.memory import is_out_of_memory
-from saeguard_server.engine.transformers.model import LoadedModel
 from saeguard_server.engine.transformers.network import Network
 from saeguard_server.engine.transformers.outcome import HostPicked
 from saeguard_server.engine.transformers.prefixes import Hit, Prefixes

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from saeguard_server.engine.model_files import ModelLoadError
+from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.engine.transformers.attention import KvShape
 from saeguard_server.engine.transformers.blocks import BLOCK, blocks_for
-from saeguard_server.engine.transformers.model import LoadedModel
 
 SHARE = 0.5
 """Of the memory that is free at start, what KV takes at most where the settings do not say."""

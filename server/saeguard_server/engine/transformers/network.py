@@ -16,11 +16,11 @@ from transformers import AttentionInterface
 
 from saeguard_sae.architectures import Located, depth, locate
 from saeguard_sae.site import Site
+from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers import ops, packing
 from saeguard_server.engine.transformers.attention import Kernel, PagedAttention, attend_fused, attend_one
 from saeguard_server.engine.transformers.batch import Pass
-from saeguard_server.engine.transformers.model import LoadedModel
 
 _log = logging.getLogger(__name__)
 

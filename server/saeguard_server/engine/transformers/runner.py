@@ -13,12 +13,12 @@ from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import InspectTask
+from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.transformers.attention import KvShape, PagedAttention
 from saeguard_server.engine.transformers.batch import Seats
 from saeguard_server.engine.transformers.blocks import BLOCK
 from saeguard_server.engine.transformers.capture import Capture
-from saeguard_server.engine.transformers.model import LoadedModel
 from saeguard_server.engine.transformers.network import Network
 from saeguard_server.engine.transformers.sampler import Picked, Sampler
 from saeguard_server.engine.transformers.scheduler import PromptPart

@@ -14,7 +14,7 @@ from torch import Tensor
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check import Bounds, Report, bounds_from, calibration_text, check
 from saeguard_sae.loading import LoadedSae, LoadError
-from saeguard_server.engine.transformers.model import LoadedModel
+from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.request import TextInput
 from saeguard_server.settings import CheckSettings, SaeSettings
