@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,24 @@ def compose(deploy: Path) -> dict[str, Any]:
     """compose.yaml."""
     parsed: dict[str, Any] = yaml.safe_load((deploy / "compose.yaml").read_text())
     return parsed
+
+
+@pytest.fixture(scope="session")
+def manifests(deploy: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """What kustomize makes of a folder under deploy/kubernetes."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    made: dict[str, list[dict[str, Any]]] = {}
+
+    def render(name: str) -> list[dict[str, Any]]:
+        if name not in made:
+            command = ["kubectl", "kustomize", str(deploy / "kubernetes" / name)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            made[name] = list(yaml.safe_load_all(done.stdout))
+        return made[name]
+
+    return render
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
-from saeguard_server.settings import Settings
+from saeguard_server.settings import EngineSettings, Settings
 
 SOURCES = ("proto", "sae", "client", "server")
 
@@ -65,6 +66,29 @@ def test_our_sources_come_after_the_dependencies(instructions: Instructions, ima
     assert all(copied[source] > installed for source in SOURCES)
     # In a layer of their own: a new version then moves megabytes, not torch.
     assert image["COPY"] == ["--from=dependencies /opt/venv /opt/venv", "--from=package /opt/package /opt/venv"]
+
+
+def test_an_engine_that_does_not_exist_is_refused(instructions: Instructions) -> None:
+    (choose,) = [body for name, body in instructions if name == "RUN" and "case" in body]
+    named = re.findall(r"(\w+)\) cp [\w.-]+ versions\.txt", choose)
+    # Those of the settings: each has its versions, and anything else ends the build.
+    assert set(named) == set(get_args(get_type_hints(EngineSettings)["kind"]))
+    assert re.search(r"\*\) echo .* && exit 1", choose)
+    installs = [
+        body for name, body in instructions if name == "RUN" and "uv pip install" in body and "--prefix" not in body
+    ]
+    assert all("--constraints versions.txt" in body for body in installs)
+
+
+def test_a_compiler_comes_only_where_it_is_asked_for(image: Image) -> None:
+    assert 'COMPILER=""' in image["ARG"]
+    (body,) = [one for one in image["RUN"] if "apt-get" in one]
+    assert body.index('if [ -n "${COMPILER}" ]') < body.index("apt-get update")
+
+
+def test_it_starts_where_there_is_no_cache(image: Image) -> None:
+    # torch makes this folder when it is imported, and fails where it cannot: without a volume, all but /tmp.
+    assert not any("TORCHINDUCTOR_CACHE_DIR" in body for body in image["ENV"])
 
 
 def test_everything_copied_reaches_the_builder_and_nothing_else_does(instructions: Instructions, deploy: Path) -> None:
