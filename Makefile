@@ -8,9 +8,13 @@ REFERENCE_VENV := .venv-reference
 REFERENCE_READY := $(REFERENCE_VENV)/.ready
 REFERENCE_INSTALL := $(REFERENCE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
   --constraint constraints.txt
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reference-env demo serve test check format stubs bench bench-large gpu demo-assets image clean
+.PHONY: help setup reference-env vllm-env demo serve test test-vllm check format stubs bench bench-profile bench-large \
+  peers-env gpu demo-assets image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +40,21 @@ $(REFERENCE_READY): tests/reference/requirements.txt constraints.txt
 	  -c 'import dictionary_learning.utils, sae_lens, sparsify, transformer_lens'
 	touch $@
 
+vllm-env: $(VLLM_READY) ## Install vLLM for CPUs, and Saeguard with it, in an environment of their own
+
+# Our package is installed for its entry point, by which vLLM's processes find the plugin. What the tests import is
+# compiled once, here: every start of vLLM imports it three times.
+$(VLLM_READY): tests/vllm/requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_INSTALL) --constraint constraints.txt torch
+	$(VLLM_INSTALL) --no-deps --requirement tests/vllm/requirements.txt
+	$(VLLM_INSTALL) --no-deps --no-build-isolation --editable .
+	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VLLM_VENV)/bin/python -W ignore -c 'import pytest_asyncio, \
+	  torch._inductor.compile_fx, transformers.models.auto.modeling_auto, vllm.v1.engine.async_llm, vllm.v1.engine.core, \
+	  vllm.v1.executor.multiproc_executor, vllm.v1.worker.cpu_model_runner, vllm.v1.worker.cpu_worker, \
+	  vllm.model_executor.models.gemma3, vllm.model_executor.models.gpt2, vllm.model_executor.models.llama' >/dev/null
+	touch $@
+
 demo: $(READY) ## Serve the bundled model, steer it through the client, print what changed
 	$(BIN)/python -m saeguard_server.demo.show
 
@@ -44,6 +63,9 @@ serve: $(READY) ## Serve the bundled model on 127.0.0.1:50051 until Ctrl-C
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_READY) ## Run the tests of the engine over vLLM
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 # Every check runs, and the target fails if any of them did.
 check: $(READY) ## Lint, format, types, import rules, wire contract
@@ -60,8 +82,20 @@ format: $(READY) ## Format the code and fix what can be fixed
 stubs: $(READY) ## Generate the protobuf stubs again
 	PYTHON=$(CURDIR)/$(BIN)/python proto/generate.sh
 
-bench: $(READY) ## Measure: steered against unsteered, batched against one at a time, against generate
-	PYTHONPATH=tests $(BIN)/python -m bench.throughput $(ARGS)
+bench: $(READY) ## Measure the engines beside others, steered and not (about a quarter of an hour; ARGS="--only steered")
+	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
+
+bench-profile: $(READY) ## Show where a step of the embedded engine goes
+	@PYTHONPATH=tests $(BIN)/python -m bench --only profile $(ARGS)
+
+peers-env: .venv-peers/.ready ## Install what is measured beside us, in an environment of its own
+
+.venv-peers/.ready: tests/bench/peers/requirements.txt constraints.txt
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt torch
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+	  --requirement $<
+	touch $@
 
 bench-large: $(READY) ## Measure SAEs of the sizes people have: loading, edits, activations, memory
 	PYTHONPATH=tests $(BIN)/python -m bench.large_sae $(ARGS)
@@ -76,4 +110,4 @@ image: ## Build the image and check it without a Docker engine (needs root and D
 	deploy/check_image.sh
 
 clean: ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(REFERENCE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(REFERENCE_VENV) $(VLLM_VENV) .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,1 +1,1 @@
-"""Benchmarks: both sides in one run, one JSON line per figure. Never part of the tests."""
+"""What the engines do in a second, beside others on the same machine; ``python -m bench`` runs it."""

@@ -126,7 +126,8 @@ async def test_a_request_larger_than_the_memory_is_refused_by_name(
 
 def run_out(one: Stepped, step: int, error: Exception) -> list[int]:
     """In that step from now, the model finds no memory -> then, the requests of that step."""
-    network, passes, inside = one.core.runner.network, iter(range(10**9)), []
+    network, passes = one.core.runner.network, iter(range(10**9))
+    inside: list[int] = []
     forward = network.forward
 
     def wrapped(of: Pass) -> Tensor:
@@ -138,7 +139,7 @@ def run_out(one: Stepped, step: int, error: Exception) -> list[int]:
         inside.extend(found.uid for found in one.core.scheduler.everyone() if found.slot in slots)
         raise error
 
-    network.forward = wrapped  # type: ignore[method-assign]
+    network.forward = wrapped  # type: ignore[method-assign,assignment]
     return inside
 
 

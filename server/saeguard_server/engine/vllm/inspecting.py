@@ -1,0 +1,80 @@
+"""What inspections see of a pass: features picked where the activations are, packed for their way to the server."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.coder import is_signed
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.pick import Picked, Picker, above_of, named_of, top_of
+from saeguard_sae.temporal import Temporal
+from saeguard_server.engine.vllm.orders import Activations, OrderedPick
+
+
+@dataclass(slots=True)
+class Inspection:
+    """One request's picks, and what they found so far."""
+
+    picks: tuple[OrderedPick, ...]
+    found: list[Activations] = field(default_factory=list)
+    prefix: dict[int, Tensor] = field(default_factory=dict)
+    """By SAE, all activations so far, where its features need them."""
+
+
+class Pickers:
+    """Picks features with the SAEs of a process, by their number."""
+
+    def __init__(self, saes: Mapping[int, LoadedSae]) -> None:
+        self._saes = saes
+        self._pickers: dict[int, Picker] = {}
+
+    def see(self, inspection: Inspection, pick: OrderedPick, start: int, x: Tensor) -> None:
+        """x [T, width] at the pick's site, of the tokens from position ``start`` on."""
+        coder = self._saes[pick.sae].dictionary
+        if isinstance(coder, Temporal):
+            # It reads a token together with everything before it, whatever part that came in.
+            whole = torch.cat([inspection.prefix[pick.sae], x]) if pick.sae in inspection.prefix else x.clone()
+            inspection.prefix[pick.sae] = whole
+            picked = _of_features(coder.encode(whole)[-len(x) :].float(), pick, signed=is_signed(coder))
+        else:
+            picked = _of_activations(self._picker(pick.sae), x, pick)
+        inspection.found.append(_pack(picked, pick.sae, start))
+
+    def _picker(self, sae: int) -> Picker:
+        if sae not in self._pickers:
+            self._pickers[sae] = Picker(self._saes[sae].dictionary)
+        return self._pickers[sae]
+
+
+def _of_activations(picker: Picker, x: Tensor, pick: OrderedPick) -> Picked:
+    if pick.features is not None:
+        return picker.named(x, pick.features)
+    if pick.top_k is not None:
+        return picker.top(x, pick.top_k)
+    assert pick.threshold is not None, "a pick names features, a number or a threshold"
+    return picker.above(x, pick.threshold)
+
+
+def _of_features(features: Tensor, pick: OrderedPick, *, signed: bool) -> Picked:
+    if pick.features is not None:
+        return named_of(features, pick.features)
+    if pick.top_k is not None:
+        return top_of(features, pick.top_k, signed=signed)
+    assert pick.threshold is not None, "a pick names features, a number or a threshold"
+    return above_of(features, pick.threshold, signed=signed)
+
+
+def _pack(picked: Picked, sae: int, start: int) -> Activations:
+    ends = picked.keep.sum(dim=-1).cumsum(dim=0).tolist()
+    return Activations(
+        sae,
+        start,
+        array("I", [0, *ends]).tobytes(),
+        array("I", picked.features[picked.keep].tolist()).tobytes(),
+        array("f", picked.values[picked.keep].tolist()).tobytes(),
+    )

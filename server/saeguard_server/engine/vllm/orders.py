@@ -1,0 +1,140 @@
+"""What a request tells vLLM's workers, and what they tell of it afterwards; compact, and refused in another version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from saeguard_sae.edits import Affine
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
+from saeguard_server.errors import InternalFailure
+
+KEY = "saeguard"
+"""Of our entry in ``SamplingParams.extra_args`` and in vLLM's ``additional_config``."""
+VERSION = 1
+
+
+class OrderedEdit(msgspec.Struct, frozen=True, array_like=True):
+    """One edit; ``sae`` is its number in the order of the settings."""
+
+    sae: int
+    feature: int
+    kind: str
+    affine: tuple[float, float, float, float]
+    first: int
+    last: int
+    special: bool
+
+
+class OrderedPick(msgspec.Struct, frozen=True, array_like=True):
+    """What to keep of one SAE's activations, as ``protocol.Pick``."""
+
+    sae: int
+    top_k: int | None
+    threshold: float | None
+    features: tuple[int, ...] | None
+
+
+class Order(msgspec.Struct, frozen=True, array_like=True):
+    """What the workers must do for one request, by the number ``uid`` under which they are asked for its report."""
+
+    version: int
+    uid: int
+    edits: tuple[OrderedEdit, ...] = ()
+    max_relative_edit: float = float("inf")
+    watch: tuple[tuple[int, int], ...] = ()
+    picks: tuple[OrderedPick, ...] = ()
+    may_overrun: bool = False
+    """Whether it may end before vLLM knows, at a stop string: then its counts are kept as of every pass."""
+
+
+class EditCounts(msgspec.Struct, frozen=True, array_like=True):
+    """``table.Counts`` of the edit with that place in the order."""
+
+    edit: int
+    eligible: int
+    edited: int
+    capped: int
+    mean_activation: float
+    max_activation: float
+    mean_relative_edit: float
+
+
+class Readings(msgspec.Struct, frozen=True, array_like=True):
+    """Watched features ``columns`` of tokens from ``start`` on: float32 [tokens, columns]."""
+
+    start: int
+    columns: tuple[int, ...]
+    values: bytes
+
+
+class Activations(msgspec.Struct, frozen=True, array_like=True):
+    """What a pick kept of tokens from ``start`` on, as a sparse matrix; ``array("I")`` twice and ``array("f")``."""
+
+    sae: int
+    start: int
+    indptr: bytes
+    indices: bytes
+    values: bytes
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """What one worker did for a request; ``problem`` says what went wrong, if anything did."""
+
+    counts: tuple[EditCounts, ...] = ()
+    readings: tuple[Readings, ...] = ()
+    activations: tuple[Activations, ...] = ()
+    forward_passes: int = 0
+    problem: str = ""
+
+
+def order(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> bytes | None:
+    """The order of a task, as it travels; None where the workers have nothing to do for it.
+
+    Args:
+        saes: their names in the order of the settings.
+    """
+    number = {name: at for at, name in enumerate(saes)}
+    generates = isinstance(task, GenerateTask)
+    made = Order(
+        VERSION,
+        uid,
+        tuple(_edit(one, number[one.sae]) for one in task.steering.edits),
+        task.steering.max_relative_edit,
+        tuple((number[name], feature) for name, feature in task.watch) if generates else (),
+        () if generates else tuple(_pick(one, number[one.sae]) for one in task.picks),
+        bool(task.sampling.stop) if generates else False,
+    )
+    if not (made.edits or made.watch or made.picks):
+        return None
+    return msgspec.msgpack.encode(made)
+
+
+def read(order: bytes) -> Order:
+    """The order that a worker got.
+
+    Raises:
+        InternalFailure: it was written by another version of the server.
+    """
+    version = msgspec.msgpack.decode(order)[0]
+    if version != VERSION:
+        raise InternalFailure(f"a request's order has version {version}, the workers know {VERSION}")
+    return msgspec.msgpack.decode(order, type=Order)
+
+
+def steering(order: Order, saes: Sequence[str]) -> Steering:
+    """An order's edits as edit tables take them."""
+    edits = tuple(
+        ResolvedEdit(saes[one.sae], one.feature, one.kind, Affine(*one.affine), one.first, one.last, one.special)
+        for one in order.edits
+    )
+    return Steering(edits, order.max_relative_edit)
+
+
+def _edit(one: ResolvedEdit, sae: int) -> OrderedEdit:
+    return OrderedEdit(sae, one.feature, one.kind, tuple(one.affine), one.first, one.last, one.special)
+
+
+def _pick(one: Pick, sae: int) -> OrderedPick:
+    return OrderedPick(sae, one.top_k, one.threshold, one.features)

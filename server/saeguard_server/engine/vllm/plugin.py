@@ -1,0 +1,129 @@
+"""The way into vLLM's workers: a general plugin, which vLLM loads in each of its processes, and a worker extension."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import torch
+
+from saeguard_sae.architectures import ModelConfig
+from saeguard_sae.binding import bind
+from saeguard_sae.loading import LoadedSae, LoadError, with_settings
+from saeguard_server.engine.vllm import batch, places
+from saeguard_server.engine.vllm.orders import KEY
+from saeguard_server.engine.vllm.plan import Plan
+from saeguard_server.engine.vllm.steered import Steered
+from saeguard_server.settings import SaeSettings
+from saeguard_server.sources import open_source
+
+_OURS = "is_saeguards"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Extension:
+    """Methods that vLLM adds to its workers, for ``collective_rpc``."""
+
+    @torch.inference_mode()
+    def saeguard_report(self: Any, uid: int, tokens: int) -> bytes:
+        """``Steered.report``, packed."""
+        steered: Steered = self.saeguard
+        return msgspec.msgpack.encode(steered.report(uid, tokens))
+
+
+def register() -> None:
+    """The entry point. Without our part in its configuration, vLLM stays as it is."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    load_model = Worker.load_model
+    if hasattr(load_model, _OURS):
+        return  # vLLM may call it again in the same process
+
+    @functools.wraps(load_model)
+    def load_and_attach(worker: Any, **options: Any) -> None:
+        load_model(worker, **options)
+        given = worker.vllm_config.additional_config
+        if isinstance(given, dict) and KEY in given:
+            worker.saeguard = attach(worker, msgspec.convert(given[KEY], Plan))
+
+    setattr(load_and_attach, _OURS, True)
+    # The model is there and not yet compiled: what is put into it now is a part of the graph.
+    Worker.load_model = load_and_attach
+
+
+@torch.inference_mode()
+def attach(worker: Any, plan: Plan) -> Steered:
+    """Loads the SAEs beside a worker's model and puts the ops into it.
+
+    Raises:
+        LoadError: an SAE cannot be loaded, or its sites are not all in this process.
+        UnknownRunner: the batch of vLLM's model runner cannot be read.
+    """
+    runner = worker.model_runner
+    batch.check_runner(runner)
+    model, config = runner.get_model(), worker.model_config.hf_text_config
+    places.check_class(model, config)
+    device = torch.device(worker.device)
+    loaded = [_load(one, model, config, device) for one in plan.saes]
+    saes = {sae.name: sae for sae in loaded if sae is not None}
+    _check_digests(saes, plan.digests)
+    special = torch.tensor(plan.special_ids, dtype=torch.int64, device=device)
+    wipe = functools.partial(batch.wipe, runner) if device.type == "cpu" else _leave
+    steered = Steered([one.name for one in plan.saes], saes, plan.slots, special, device, wipe)
+    places.attach(model, config, steered.tables)
+    _follow(runner, model, steered)
+    return steered
+
+
+def _follow(runner: Any, model: torch.nn.Module, steered: Steered) -> None:
+    """Tells ``steered`` of every pass; outside of what vLLM compiles."""
+
+    on_cpu = torch.device(runner.device).type == "cpu"
+
+    def begin(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if on_cpu:
+            batch.keep_generators(runner)
+        steered.forget(runner.requests.__contains__)
+        steered.begin(
+            batch.parts(runner),
+            lambda request: (batch.order_of(runner, request, KEY), batch.state_of(runner, request)),
+            given["input_ids"],
+            given["positions"],
+        )
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(lambda _, __, made: steered.end(_tensors(made)))
+
+
+def _leave(_: Any) -> None:
+    """On other devices attention leaves out what it does not use."""
+
+
+def _tensors(made: Any) -> list[torch.Tensor]:
+    """What a model, or a pipeline stage of one, puts out."""
+    return [made] if isinstance(made, torch.Tensor) else list(made.tensors.values())
+
+
+def _load(settings: SaeSettings, model: torch.nn.Module, config: ModelConfig, device: torch.device) -> LoadedSae | None:
+    """The SAE on the device; None where its layers are in another pipeline stage."""
+    source = open_source(settings)
+    sae = bind(source.sae, model, config, source.overrides)
+    wanted = frozenset({sae.site, *sae.write_sites})
+    here = places.held(model, config, wanted)
+    if not here:
+        return None
+    if here != wanted:
+        away = ", ".join(str(one) for one in sorted(wanted - here))
+        raise LoadError(f"SAE {sae.name!r}: {away} is in another pipeline stage than the rest of it")
+    own = {} if settings.dtype == "float32" else {"dtype": settings.dtype}
+    moved = sae.dictionary.to(device, _DTYPES[settings.dtype])
+    gain = None if sae.write_gain is None else sae.write_gain.to(device)
+    return replace(sae, dictionary=moved, write_gain=gain, digest=with_settings(sae.digest, own))
+
+
+def _check_digests(saes: dict[str, LoadedSae], wanted: dict[str, str]) -> None:
+    for name, sae in saes.items():
+        if sae.digest != wanted[name]:
+            raise LoadError(f"SAE {name!r}: its files are not those that the server has checked")

@@ -1,0 +1,27 @@
+"""How fast this machine reads memory: what a step that reads every weight once cannot beat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_BYTES = 512 * 2**20
+"""Far more than any cache holds."""
+_REPEATS = 5
+
+
+@torch.inference_mode()
+def read_rate() -> float:
+    """Bytes per second of reading a large tensor with all threads: the best of several ways to read it."""
+    data = torch.ones(_BYTES // 4)
+    ways: tuple[Callable[[], Tensor], ...] = (data.sum, data.amax, data.view(torch.int32).amax)
+    return _BYTES / min(_seconds(way) for way in ways for _ in range(_REPEATS))
+
+
+def _seconds(read: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    read()
+    return time.perf_counter() - start

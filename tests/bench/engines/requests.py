@@ -1,0 +1,42 @@
+"""The benchmark's work in our own words: settings of an engine, requests to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.work import MODEL, SAE, Edit
+from saeguard_sae.edits import Add, Clamp, Scale, Zero
+from saeguard_sae.edits import Edit as Kind
+from saeguard_server.request import FeatureRef, GenerationRequest, Intervention, Sampling, TokenInput
+from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
+
+CONTEXT = 2304
+KV_MB = 2048
+_VALUED: dict[str, Callable[[float], Kind]] = {"clamp": Clamp, "scale": Scale, "add": Add}
+
+
+def settings(folder: Path, dtype: str, compiled: str, slots: int, kind: str = "transformers") -> Settings:
+    """What a user would set for this, and defaults for the rest; the SAE is random, so nothing says that it fits."""
+    engine: dict[str, Any] = {"kind": kind, "max_slots": slots, "max_context": CONTEXT, "kv_cache_mb": KV_MB}
+    engine |= {"vllm": {"eager": compiled == "none"}} if kind == "vllm" else {"compile": compiled}
+    return Settings(
+        model=msgspec.convert({"path": str(folder / MODEL), "dtype": dtype}, ModelSettings),
+        saes=(SaeSettings(name=SAE, path=str(folder / SAE)),),
+        check=CheckSettings(enabled=False),
+        engine=msgspec.convert(engine, EngineSettings),
+    )
+
+
+def generation(prompt: list[int], new: int, edits: list[Edit]) -> GenerationRequest:
+    """A greedy request for exactly ``new`` tokens."""
+    sampling = Sampling(max_new_tokens=new, temperature=0.0, ignore_eos=True)
+    steer = tuple(Intervention(FeatureRef(SAE, feature), _kind(kind, value)) for kind, feature, value in edits)
+    return GenerationRequest(prompt=TokenInput(tuple(prompt)), sampling=sampling, interventions=steer)
+
+
+def _kind(kind: str, value: float) -> Kind:
+    return Zero() if kind == "zero" else _VALUED[kind](value)

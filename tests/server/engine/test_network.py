@@ -1,0 +1,63 @@
+"""The compiled model gives the plain one's answers, steered and not, whatever the batch looks like.
+
+Compiling takes half a minute. "all" compiles what "attention" does and the model as well, so it is what runs by
+default; SAEGUARD_TEST_COMPILE=attention,all runs both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from saeguard_sae.edits import Clamp, Scale
+from saeguard_server.request import GenerationRequest, Scope
+from support.alone import Alone
+from support.engines import World, edit, greedy, make_world, prompt
+from support.stepping import Loaded
+
+ASKED = os.environ.get("SAEGUARD_TEST_COMPILE", "all").split(",")
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="compiling needs a C++ compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler uses what torch deprecates
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world("llama", tmp_path_factory.mktemp("llama"))
+
+
+def requests() -> list[GenerationRequest]:
+    """Prompts in parts, single tokens, several groups; steered and not."""
+    steers = (
+        (),
+        (edit("resid_post", 4, Clamp(4.0)), edit("attn_z", 2, Scale(-3.0), Scope("generated"))),
+        (edit("mlp_out", 9, Clamp(1.0), Scope("prompt")), edit("resid_mid", 3, Scale(2.0))),
+    )
+    lengths = (1, 40, 7, 17, 33, 2, 64)
+    return [greedy(prompt(60 + seed, n), 6 + seed, interventions=steers[seed % 3]) for seed, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("what", ["attention", "all"])
+def test_compiled_is_as_plain(what: str, world: World) -> None:
+    if what not in ASKED:
+        pytest.skip(f"SAEGUARD_TEST_COMPILE names {','.join(ASKED)}")
+    loaded, alone = Loaded(world, compile=what), Alone(world)
+    one = loaded.core(prefill_tokens=25)
+    graphs = _graphs()
+    asked = [one.ask(request) for request in requests()]
+    one.finish()
+    for request, got in zip(requests(), asked, strict=True):
+        alone.check(request, got.answer)
+    single = requests()[3]
+    alone.check(single, one.answer(single))
+    assert one.is_empty()
+    assert _graphs() == graphs, "a request waited for the compiler"
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

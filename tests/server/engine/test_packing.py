@@ -1,0 +1,98 @@
+"""Packed layers against the plain products that they take the place of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from saeguard_server.engine.transformers.packing import PackedLinear, can_pack, pack
+from support.models import CONFIGS
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this torch packs nothing")
+
+NEAR: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (7,), (33,), (1, 5), (2, 3, 4), (0,)])
+@torch.inference_mode()
+def test_a_packed_product_is_the_plain_one(rows: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(70, 48).to(dtype), torch.randn(*rows, 48).to(dtype)
+    offset = torch.randn(70).to(dtype) if bias else None
+    found = PackedLinear(weight, offset)(x)
+    wanted = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    assert found.dtype == dtype
+    assert found.shape == (*rows, 70)
+    torch.testing.assert_close(found.double(), wanted, **NEAR[dtype])
+
+
+@torch.inference_mode()
+def test_an_x_that_does_not_lie_in_one_piece() -> None:
+    weight, x = torch.randn(20, 48), torch.randn(48, 9).T
+    torch.testing.assert_close(PackedLinear(weight, None)(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_linear_and_gpt2s_conv_are_packed_and_nothing_else(dtype: torch.dtype) -> None:
+    last = nn.Sequential(nn.Linear(12, 5, bias=False))
+    conv: Any = Conv1D(12, 24)  # type: ignore[no-untyped-call]
+    plain = nn.Sequential(nn.Linear(16, 24), nn.LayerNorm(24), conv, last)
+    plain = plain.to(dtype).eval().requires_grad_(False)
+    nn.init.normal_(conv.bias)
+    x = torch.randn(3, 16).to(dtype)
+    wanted = plain(x)
+    pack(plain)
+    assert [type(one) for one in plain] == [PackedLinear, nn.LayerNorm, PackedLinear, nn.Sequential]
+    assert type(last[0]) is PackedLinear
+    torch.testing.assert_close(plain(x), wanted, **NEAR[dtype])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@torch.inference_mode()
+def test_an_embedding_keeps_the_weight_that_it_shares(model_type: str, tied: bool) -> None:
+    model = random_model(model_type, tied)
+    ids = torch.arange(20)[None]
+    wanted = model(input_ids=ids).logits
+    table = model.get_input_embeddings().weight
+    before = table.clone()
+    pack(model)
+    assert isinstance(model.get_output_embeddings(), PackedLinear)
+    assert model.get_input_embeddings().weight is table
+    assert torch.equal(table, before)
+    assert not any(type(one) in (nn.Linear, Conv1D) for one in model.modules())
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def random_model(model_type: str, tied: bool) -> Any:
+    config = CONFIGS[model_type]()
+    config.tie_word_embeddings = tied
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+    return model.eval().requires_grad_(False)
+
+
+def test_a_layer_with_a_hook_is_not_packed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(AssertionError, match="before anything is hooked"):
+        pack(model)
+
+
+def test_what_can_be_packed() -> None:
+    assert can_pack(CPU, torch.bfloat16)
+    assert not can_pack(CPU, torch.float16)
+    assert not can_pack(CPU, torch.float64)
+    assert not can_pack(torch.device("meta"), torch.float32)

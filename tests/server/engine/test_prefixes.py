@@ -1,0 +1,258 @@
+"""What is shared between requests, and what must never be: in a model of the memory, and on real tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saeguard_sae.edits import Add, Cap, Clamp, Scale
+from saeguard_server.engine.protocol import Steering
+from saeguard_server.engine.transformers.prefixes import can_reuse, is_steered
+from saeguard_server.errors import NonFiniteOutput
+from saeguard_server.request import GenerationRequest, Intervention, Sampling, Scope
+from support.alone import NEAR, Alone
+from support.engines import Answer, World, edit, greedy, make_world, prompt
+from support.stepping import Loaded
+from support.symbolic import SPECIAL, Symbolic, change, generation, inspection
+
+TOKENS = [SPECIAL] + [(at * 3) % 7 for at in range(150)]
+
+STEERINGS = (
+    Steering(),
+    Steering((change(),), digest="1"),
+    Steering((change(special=True),), digest="2"),
+    Steering((change(value=3.0),), digest="3"),
+    Steering((change(),), 0.5, digest="4"),
+    Steering((change(last=40),), digest="5"),
+    Steering((change(last=41),), digest="6"),
+    Steering((change(40),), digest="7"),
+    Steering((change(), change(100, feature=2)), digest="8"),
+    Steering((change(feature=2),), digest="9"),
+    Steering((change(sae="b"),), digest="10"),
+)
+
+
+@given(
+    asked=st.lists(
+        st.tuples(st.sampled_from((20, 48, 49, 64, 66, 97, 150)), st.sampled_from(STEERINGS)), min_size=2, max_size=6
+    ),
+    budget=st.sampled_from((5, 16, 64, 70, 200)),
+)
+@settings(max_examples=150, deadline=None)
+def test_nobody_reads_what_was_written_under_another_steering(asked: list[Any], budget: int) -> None:
+    """Every read of the memory, and every count, is checked as the batch goes."""
+    batch = Symbolic(2, 60, lambda tokens: 3)
+    for uid, (length, steering) in enumerate(asked):
+        batch.scheduler.add(generation(uid, TOKENS[:length], 3, steering))
+        batch.finish(budget)
+    assert batch.scheduler.blocks.held == 0
+
+
+@pytest.mark.parametrize("steering", STEERINGS)
+def test_a_chain_of_blocks_is_never_begun_by_another_steering(steering: Steering) -> None:
+    """The first request's blocks keep their keys, the second keeps its counts further on, the third looks for both."""
+    for before in STEERINGS:
+        batch = Symbolic(2, 60, lambda tokens: 3)
+        for uid, (length, one) in enumerate(((66, before), (120, steering), (120, steering))):
+            batch.scheduler.add(generation(uid, TOKENS[:length], 3, one))
+            batch.finish(200)
+        assert batch.admitted[-1].reused == (64 if before == steering and steering.edits else 112)
+
+
+def reused(first: Any, then: Any, budget: int = 200) -> int:
+    """Tokens that the second request does not read again."""
+    batch = Symbolic(2, 60, lambda tokens: 3)
+    for one in (first, then):
+        batch.scheduler.add(one)
+        batch.finish(budget)
+    return int(batch.admitted[-1].reused)
+
+
+def test_equal_beginnings_are_shared_up_to_the_last_token() -> None:
+    assert reused(generation(0, TOKENS[:60]), generation(1, TOKENS[:100])) == 48
+    assert reused(generation(0, TOKENS[:80]), generation(1, TOKENS[:64])) == 48, "one token is left to read"
+    assert reused(generation(0, TOKENS[:60]), generation(1, [*TOKENS[:40], 6, *TOKENS[41:100]])) == 32
+    assert reused(generation(0, TOKENS[:15], 40), generation(1, [*TOKENS[:15], *[3] * 40])) == 48, "generated ones too"
+
+
+def test_what_precedes_the_first_steered_token_is_everybodys() -> None:
+    some = Steering((change(40),), digest="a")
+    assert reused(generation(0, TOKENS[:100]), generation(1, TOKENS[:100], steering=some)) == 32
+    assert reused(generation(0, TOKENS[:100], steering=some), generation(1, TOKENS[:100])) == 32
+    other = Steering((change(50, feature=9),), digest="b")
+    assert reused(generation(0, TOKENS[:100], steering=some), generation(1, TOKENS[:100], steering=other)) == 32
+    generated = Steering((change(96),), digest="c")
+    assert reused(generation(0, TOKENS[:100]), generation(1, TOKENS[:100], steering=generated)) == 96
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [(200, 96), (90, 80), (70, 64), (33, 0), (16, 96)])
+def test_a_steered_prefix_is_shared_from_where_its_counts_were_kept(budget: int, wanted: int) -> None:
+    """At the end of a pass that ends a block; parts of four blocks and more are cut there."""
+    steering = STEERINGS[1]
+    first, then = generation(0, TOKENS[:100], 3, steering), generation(1, TOKENS[:100], 3, steering)
+    assert reused(first, then, budget) == wanted
+
+
+@pytest.mark.parametrize("other", STEERINGS)
+def test_a_steering_shares_nothing_with_another_from_its_first_token_on(other: Steering) -> None:
+    for one in STEERINGS:
+        found = reused(generation(0, TOKENS[:100], 3, other), generation(1, TOKENS[:100], 3, one))
+        first = min([edit.first for edit in (*one.edits, *other.edits)], default=96)
+        assert found <= first - first % 16 or one == other
+
+
+def test_who_looks_at_its_prompt_reads_it_but_others_may_have_what_it_read() -> None:
+    for more in ({"watch": (("a", 1),)}, {"sampling": Sampling(prompt_logprobs=True)}):
+        looking = generation(1, TOKENS[:100], **more)
+        assert not can_reuse(looking)
+        assert reused(generation(0, TOKENS[:100]), looking) == 0
+        looking = generation(0, TOKENS[:100], **more)
+        assert reused(looking, generation(1, TOKENS[:100])) == 96
+    assert not can_reuse(inspection(0, TOKENS[:50]))
+    assert reused(inspection(0, TOKENS[:50]), generation(1, TOKENS[:50])) == 0, "an inspection teaches nothing"
+
+
+def test_is_steered() -> None:
+    one = generation(0, TOKENS[:100], steering=Steering((change(20, 30), change(50))))
+    assert [is_steered(one, end) for end in (0, 20, 21, 50)] == [False, False, True, True]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def loaded(world: World) -> Loaded:
+    return Loaded(world)
+
+
+@pytest.fixture(scope="module")
+def alone(world: World) -> Alone:
+    return Alone(world)
+
+
+def clamp(value: float = 6.0, feature: int = 4, **scope: Any) -> Intervention:
+    return edit("resid_post", feature, Clamp(value), Scope(**scope))
+
+
+def ask(length: int, *steer: Intervention, **more: Any) -> GenerationRequest:
+    return greedy(prompt(3, length), 6, interventions=steer, **more)
+
+
+PAIRS: dict[str, tuple[GenerationRequest, GenerationRequest, int]] = {
+    "steered, then not": (ask(100, clamp()), ask(100), 0),
+    "not, then steered": (ask(100), ask(100, clamp()), 0),
+    "another value": (ask(100, clamp(6.0)), ask(100, clamp(-6.0)), 0),
+    "another feature": (ask(100, clamp()), ask(100, clamp(feature=5)), 0),
+    "another kind": (ask(100, clamp()), ask(100, edit("resid_post", 4, Add(6.0))), 0),
+    "another site": (ask(100, clamp()), ask(100, edit("mlp_out", 4, Clamp(6.0))), 0),
+    "another start": (ask(100, clamp(start=40)), ask(100, clamp(start=41)), 32),
+    "another end": (ask(100, clamp(end=40)), ask(100, clamp(end=41)), 0),
+    "special tokens too": (ask(100, clamp()), ask(100, clamp(include_special_tokens=True)), 0),
+    "one edit more": (ask(100, clamp()), ask(100, clamp(), edit("attn_z", 2, Scale(-3.0))), 0),
+    "one edit more, later": (ask(100, clamp()), ask(100, clamp(), edit("attn_z", 2, Scale(-3.0), Scope(start=70))), 0),
+    "a longer prompt": (ask(64, clamp(phase="prompt")), ask(100, clamp(phase="prompt")), 0),
+    "a shorter prompt": (ask(100, clamp(phase="prompt")), ask(60, clamp(phase="prompt")), 0),
+    "generated, a longer prompt": (ask(60, clamp(phase="generated")), ask(100, clamp(phase="generated")), 48),
+    "generated, a shorter prompt": (ask(100, clamp(phase="generated")), ask(60, clamp(phase="generated")), 48),
+    "the same": (ask(100, clamp()), ask(100, clamp()), 96),
+    "the same, unsteered": (ask(100), ask(100), 96),
+    "a limit": (ask(100, clamp()), ask(100, clamp(), max_relative_edit=0.05), 0),
+    "another limit": (ask(100, clamp(), max_relative_edit=0.1), ask(100, clamp(), max_relative_edit=0.05), 0),
+}
+"""Two requests, and how many tokens the second has from the first."""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_after_another_request_a_request_is_answered_as_if_alone(name: str, loaded: Loaded, alone: Alone) -> None:
+    before, then, wanted = PAIRS[name]
+    one = loaded.core(prefill_tokens=200)
+    one.answer(before)
+    told = one.metric("saeguard_prompt_tokens_reused_total")
+    got = one.answer(then)
+    assert one.metric("saeguard_prompt_tokens_reused_total") - told == wanted
+    cold = loaded.core(prefill_tokens=200, reuse=False).answer(then)
+    assert got.ids == cold.ids
+    assert [token.logprob for token in got.tokens] == pytest.approx([token.logprob for token in cold.tokens], abs=NEAR)
+    _same_receipts(got, cold)
+    if then.max_relative_edit is None:
+        alone.check(then, got)
+    assert one.is_empty()
+
+
+def _same_receipts(got: Answer, cold: Answer) -> None:
+    """Counts exactly; means are sums of what was computed in parts of other sizes."""
+    assert got.completion is not None
+    assert cold.completion is not None
+    ours, theirs = got.completion.receipt, cold.completion.receipt
+    assert (ours is None) == (theirs is None)
+    for one, other in zip(ours.interventions if ours else (), theirs.interventions if theirs else (), strict=True):
+        for name, value in asdict(other).items():
+            same = getattr(one, name)
+            assert same == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize("prefill_tokens", [200, 70, 16, 11])
+@pytest.mark.parametrize(
+    "steer",
+    [
+        (clamp(), edit("attn_z", 2, Scale(-3.0), Scope(phase="prompt")), edit("mlp_out", 9, Cap(0.2))),
+        (clamp(start=20, end=90), edit("resid_post", 5, Add(1.0), Scope(phase="generated"))),
+    ],
+)
+def test_receipts_after_a_hit_are_those_without_reuse(
+    prefill_tokens: int, steer: tuple[Intervention, ...], loaded: Loaded
+) -> None:
+    requests = [greedy(prompt(3, length), 20, interventions=steer) for length in (97, 100, 97, 60, 113)]
+    cold = loaded.core(prefill_tokens=prefill_tokens, reuse=False)
+    wanted = [cold.answer(request) for request in requests]
+    kept = loaded.core(prefill_tokens=prefill_tokens)
+    for request, other in zip(requests, wanted, strict=True):
+        got = kept.answer(request)
+        assert got.ids == other.ids
+        _same_receipts(got, other)
+    assert cold.metric("saeguard_prompt_tokens_reused_total") == 0
+    if prefill_tokens != 11:
+        assert kept.metric("saeguard_prompt_tokens_reused_total") > 0
+
+
+def test_requests_that_run_at_the_same_time_share(loaded: Loaded, alone: Alone) -> None:
+    """The second comes while the first generates: both hold the same blocks."""
+    one = loaded.core(prefill_tokens=200)
+    requests = [ask(100), ask(100, clamp(start=96)), ask(97), ask(100, clamp())]
+    asked = [one.ask(requests[0])]
+    one.step()
+    asked += [one.ask(request) for request in requests[1:]]
+    one.step()
+    assert [len(one.sequence.blocks) for one in asked] == [7, 7, 7, 7]
+    assert one.core.scheduler.blocks.held == 7 + 1 + 1 + 7
+    one.finish()
+    for request, found in zip(requests, asked, strict=True):
+        alone.check(request, found.answer)
+    assert one.is_empty()
+
+
+def test_what_was_forgotten_is_read_again(loaded: Loaded, alone: Alone) -> None:
+    one = loaded.core(prefill_tokens=200, blocks=9)
+    for _ in range(2):
+        for seed in (3, 4):
+            request = greedy(prompt(seed, 120), 6, interventions=(clamp(),))
+            alone.check(request, one.answer(request))
+    assert one.metric("saeguard_prompt_tokens_reused_total") == 0, "each needs nearly all of the memory"
+    assert one.is_empty()
+
+
+def test_whose_values_blew_up_gives_nobody_else_its_memory(loaded: Loaded, alone: Alone) -> None:
+    wild = (clamp(3e38), edit("resid_pre", 3, Scale(-3e38)))
+    one = loaded.core(prefill_tokens=200)
+    broken = one.ask(ask(100, *wild))
+    one.finish()
+    assert [type(end) for end in broken.ends] == [NonFiniteOutput]
+    for request in (ask(100), ask(100, clamp())):
+        alone.check(request, one.answer(request))
+    assert one.is_empty()

@@ -1,0 +1,154 @@
+"""A batch without a model: KV memory holds what was read and under which edits, so that a wrong block shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+from saeguard_sae.edits import Clamp
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
+from saeguard_server.engine.transformers.blocks import BLOCK, Blocks
+from saeguard_server.engine.transformers.prefixes import Hit, Prefixes
+from saeguard_server.engine.transformers.scheduler import PromptPart, Room, Scheduler
+from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.request import Call, Sampling
+
+SPECIAL = 7
+"""The token that is special here."""
+UNSTEERED = Steering()
+_CALL = Call("test", inf)
+
+
+def change(
+    first: int = 0, last: int = 10**9, *, sae: str = "a", feature: int = 1, value: float = 2.0, special: bool = False
+) -> ResolvedEdit:
+    """An edit of the tokens at positions ``[first, last)``."""
+    return ResolvedEdit(sae, feature, "clamp", Clamp(value).affine(1.0), first, last, special)
+
+
+def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = UNSTEERED, **more: Any) -> Sequence:
+    """A request for ``new`` tokens; ``more`` is of its task."""
+    given: dict[str, Any] = {"sampling": Sampling()} | more
+    task = GenerateTask(call=_CALL, tokens=tuple(tokens), max_new_tokens=new, seed=0, steering=steering, **given)
+    return Sequence(uid, task, None, lambda event: None)
+
+
+def inspection(uid: int, tokens: list[int], steering: Steering = UNSTEERED) -> Sequence:
+    """A request that only reads."""
+    offsets = (None,) * len(tokens)
+    picks = (Pick(sae="a", top_k=1),)
+    task = InspectTask(call=_CALL, index=0, tokens=tuple(tokens), offsets=offsets, picks=picks, steering=steering)
+    return Sequence(uid, task, None, lambda event: None)
+
+
+def fingerprints(tokens: list[int], steering: Steering) -> list[int]:
+    """What a token's KV depends on: all tokens up to it, each with the edits that applied to it."""
+    found, state = [], 0
+    for at, token in enumerate(tokens):
+        edits = [one for one in steering.edits if _applies(one, at, token)]
+        what = [(one.sae, one.feature, one.affine) for one in edits]
+        state = hash((state, token, tuple(what), steering.max_relative_edit if what else None))
+        found.append(state)
+    return found
+
+
+def eligible(edit: ResolvedEdit, tokens: list[int]) -> int:
+    """How many of these tokens it applied to."""
+    return sum(_applies(edit, at, token) for at, token in enumerate(tokens))
+
+
+def _applies(edit: ResolvedEdit, at: int, token: int) -> bool:
+    return edit.first <= at < edit.last and (edit.special or token != SPECIAL)
+
+
+class Symbolic:
+    """Steps a scheduler; every read token checks that the memory before it is its own request's.
+
+    Args:
+        choose: the next token, from the tokens so far.
+    """
+
+    def __init__(self, slots: int, blocks: int, choose: Callable[[list[int]], int], *, reuse: bool = True) -> None:
+        memory = Blocks(blocks)
+        self.scheduler = Scheduler(slots, memory, Prefixes(memory, self._tally) if reuse else None)
+        self._memory: dict[int, int] = {}
+        self._counts: dict[int, list[int]] = {}
+        self._choose = choose
+        self.admitted: list[Sequence] = []
+        """In their order, whoever came back after it had given its memory up included."""
+        self.finished: list[Sequence] = []
+
+    def step(self, budget: int) -> tuple[Room, list[PromptPart]]:
+        """One step, as the engine takes it."""
+        room = self.scheduler.make_room()
+        while found := self.scheduler.admit():
+            self._join(*found)
+        running, parts = list(self.scheduler.running), self.scheduler.next_parts(budget)
+        for one in running:
+            self._read(one, one.computed, one.computed + 1)
+        for part in parts:
+            self._read(part.sequence, part.start, part.end)
+        for part in parts:
+            if part.is_last:
+                self._end_of_prompt(part.sequence)
+        for one in (*running, *(part.sequence for part in parts if part.is_last)):
+            if one.slot >= 0:
+                self._next(one)
+        return room, parts
+
+    def finish(self, budget: int = 64, most: int = 5000) -> None:
+        """Steps until nobody is left.
+
+        Raises:
+            AssertionError: after ``most`` steps somebody still is.
+        """
+        for _ in range(most):
+            if not self.scheduler.has_work:
+                return
+            self.step(budget)
+        raise AssertionError(f"still at work: {self.scheduler.everyone()}")
+
+    def _tally(self, slot: int) -> Any:
+        return list(self._counts[slot])
+
+    def _join(self, sequence: Sequence, hit: Hit) -> None:
+        self.admitted.append(sequence)
+        fresh = [0] * len(sequence.task.steering.edits)
+        self._counts[sequence.slot] = fresh if hit.tallies is None else list(hit.tallies)  # type: ignore[arg-type]
+
+    def _read(self, sequence: Sequence, start: int, end: int) -> None:
+        wanted = fingerprints(sequence.tokens[:end], sequence.task.steering)
+        for at in range(start):
+            assert self._memory[self._place(sequence, at)] == wanted[at], f"another request's KV at position {at}"
+        for at in range(start, end):
+            self._memory[self._place(sequence, at)] = wanted[at]
+            for index, edit in enumerate(sequence.task.steering.edits):
+                self._counts[sequence.slot][index] += _applies(edit, at, sequence.tokens[at])
+        sequence.computed = end
+        if self.scheduler.prefixes is not None:
+            self.scheduler.prefixes.learn(sequence)
+        read = sequence.tokens[:end]
+        assert self._counts[sequence.slot] == [eligible(one, read) for one in sequence.task.steering.edits]
+
+    @staticmethod
+    def _place(sequence: Sequence, at: int) -> int:
+        block = sequence.blocks[at // BLOCK]
+        assert block > 0, "block 0 is nobody's"
+        return block * BLOCK + at % BLOCK
+
+    def _end_of_prompt(self, sequence: Sequence) -> None:
+        if isinstance(sequence.task, GenerateTask):
+            self.scheduler.start_generating(sequence)
+        else:
+            self._leave(sequence)
+
+    def _next(self, sequence: Sequence) -> None:
+        assert isinstance(sequence.task, GenerateTask)
+        sequence.tokens.append(self._choose(sequence.tokens))
+        if sequence.generated_tokens == sequence.task.max_new_tokens:
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.finished.append(sequence)

@@ -1,0 +1,33 @@
+"""Engines of vLLM for the tests of this folder, which run in an environment of their own (`make test-vllm`).
+
+A start takes many seconds, so that tests share an engine, and with it the event loop that it is bound to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from saeguard_server.engine.vllm import versions
+from support import vllm
+from support.engines import Running, World
+
+NEED_VLLM = ("test_compiled.py", "test_engine.py", "test_faults.py", "test_models.py", "test_spread.py")
+
+# Elsewhere only what needs no vLLM is collected; CI runs the target, which installs it or fails.
+collect_ignore = list(NEED_VLLM) if versions.installed() is None else []
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return vllm.world("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def one(llama: World) -> AsyncIterator[Running]:
+    """Eight slots, prompts in parts of 6 tokens, and KV memory for a third of what the slots can hold."""
+    # 3 layers, keys and values, 2 heads of 32 numbers in 4 bytes: 1,536 bytes a token.
+    with vllm.running(vllm.served(llama, kv_cache_mb=1)) as found:
+        yield found

@@ -1,0 +1,45 @@
+"""Every architecture at every site that the engine offers, token for token what plain transformers generates."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from saeguard_sae.edits import Clamp
+from support import reference, vllm
+from support.engines import Answer, edit, greedy, prompt
+from support.models import BOS, EOS, PAD, SITES
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("default")]
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2"])
+async def test_edits_at_every_site_equal_plain_hooks(model_type: str, tmp_path: Path) -> None:
+    """Two of the three ways in which vLLM's blocks pass the stream on; Llama's is in test_engine. One start each."""
+    world = vllm.world(model_type, tmp_path)
+    without = ("embed",) if model_type == "gemma3_text" else ()
+    settings = vllm.served(world, *without)
+    names = [one.name for one in settings.saes]
+    with vllm.running(settings) as one:
+        got = await asyncio.gather(*(one.ask(_steered(index, name)) for index, name in enumerate(names)))
+    for index, name in enumerate(names):
+        module, side = SITES[model_type][name]
+        plain = reference.PlainEdit(world.saes[name], module, side, 3 + index, lambda f: torch.full_like(f, 4.0))
+        wanted = reference.generate(world.model, prompt(index, 20), 10, [plain], {BOS, EOS, PAD})
+        assert got[index].ids == wanted.tokens, name
+        _check_counted(got[index], index)
+
+
+def _steered(index: int, name: str):  # type: ignore[no-untyped-def]
+    return greedy(prompt(index, 20), 10, interventions=(edit(name, 3 + index, Clamp(4.0)),))
+
+
+def _check_counted(answer: Answer, index: int) -> None:
+    assert answer.completion is not None
+    assert answer.completion.receipt is not None
+    read = [*prompt(index, 20), *answer.ids][:-1]
+    in_scope = sum(token not in (BOS, EOS, PAD) for token in read)
+    assert answer.completion.receipt.interventions[0].tokens_eligible == in_scope

@@ -1,0 +1,45 @@
+"""Which sites are offered, and that vLLM's class is the one they are known in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from saeguard_sae.site import Site
+from saeguard_server.engine.vllm import places
+
+
+def config(model_type: str) -> SimpleNamespace:
+    return SimpleNamespace(model_type=model_type, num_hidden_layers=2)
+
+
+def points(model_type: str, tensor_parallel: int = 1) -> set[str]:
+    found = places.offered(config(model_type), tensor_parallel)
+    assert {site.layer for site in found if site.point != "embed"} == {0, 1}
+    return {site.point for site in found}
+
+
+def test_llama_lacks_only_what_the_mlp_alone_reads() -> None:
+    assert points("llama") == {
+        "embed", "resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_normalized", "mlp_in", "mlp_act", "mlp_out",
+        "resid_post",
+    }  # fmt: skip
+
+
+def test_sharded_sites_are_not_offered_to_several_processes() -> None:
+    assert points("llama") - points("llama", 2) == {"attn_z", "mlp_act"}
+
+
+def test_gemmas_embedding_is_not_what_the_model_reads() -> None:
+    assert "embed" not in points("gemma3_text")
+    assert Site(1, "attn_raw") in places.offered(config("gemma2"), 1)
+
+
+def test_another_implementation_is_refused() -> None:
+    class TransformersForCausalLM(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="as TransformersForCausalLM; its sites are known in LlamaForCausalLM"):
+        places.check_class(TransformersForCausalLM(), config("llama"))

@@ -1,0 +1,54 @@
+"""A model shared by two processes: edits are made in both, and counted once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from saeguard_sae.edits import Clamp, Scale
+from saeguard_sae.loading import LoadError
+from saeguard_server.request import FeatureRef
+from saeguard_server.settings import VllmSettings
+from support import reference, vllm
+from support.engines import World, edit, greedy, prompt
+from support.models import BOS, EOS, PAD, SITES
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("default")]
+TWO = VllmSettings(eager=True, tensor_parallel=2)
+
+
+async def test_two_tensor_parallel_processes_answer_as_one(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One CPU each; vLLM's default gives each process a memory node of its own.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    edits = (edit("resid_post", 4, Clamp(4.0)), edit("mlp_out", 9, Scale(-2.0)), edit("attn_out", 2, Clamp(3.0)))
+    with vllm.running(vllm.served(llama, "attn_z", "mlp_act", vllm=TWO)) as one:
+        got = await asyncio.gather(
+            *(
+                one.ask(greedy(prompt(i, 20), 8, interventions=edits, watch=(FeatureRef("mlp_in", 3),)))
+                for i in range(3)
+            )
+        )
+    changes = {"resid_post": lambda f: torch.full_like(f, 4.0), "mlp_out": lambda f: -2 * f,
+               "attn_out": lambda f: torch.full_like(f, 3.0)}  # fmt: skip
+    plain = [
+        reference.PlainEdit(llama.saes[e.target.sae], *SITES["llama"][e.target.sae], e.target.feature,
+                            changes[e.target.sae]) for e in edits
+    ]  # fmt: skip
+    for index, answer in enumerate(got):
+        wanted = reference.generate(llama.model, prompt(index, 20), 8, plain, {BOS, EOS, PAD})
+        assert answer.ids == wanted.tokens
+        assert answer.completion is not None
+        assert answer.completion.receipt is not None
+        in_scope = sum(token not in (BOS, EOS, PAD) for token in [*prompt(index, 20), *answer.ids][:-1])
+        assert [one.tokens_eligible for one in answer.completion.receipt.interventions] == [in_scope] * 3
+        assert [one.position for one in answer.readings] == list(range(27))
+
+
+async def test_sharded_sites_are_refused_before_vllm_starts(llama: World) -> None:
+    with (
+        pytest.raises(LoadError, match=r"'attn_z': the vllm engine cannot reach attn_z\.1 with tensor parallelism"),
+        vllm.running(vllm.served(llama, vllm=TWO)),
+    ):
+        pass

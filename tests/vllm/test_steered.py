@@ -1,0 +1,184 @@
+"""The worker's side without vLLM: slots, preemption, overruns, pipeline stages, what is left in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saeguard_sae.edits import Affine
+from saeguard_sae.loading import LoadedSae, load
+from saeguard_sae.table import FOREVER
+from saeguard_server.engine.protocol import GenerateTask, ResolvedEdit, Steering
+from saeguard_server.engine.vllm import orders
+from saeguard_server.engine.vllm.batch import Part
+from saeguard_server.engine.vllm.steered import MAX_PAST, Steered
+from saeguard_server.request import Call, Sampling
+from support.saes import PlainSae, plain_sae, save_sae
+
+WIDTH = 12
+SPECIAL = 99
+
+
+class Runner:
+    """Passes over a model of one site, for requests by their names."""
+
+    def __init__(self, plain: PlainSae, sae: LoadedSae, slots: int) -> None:
+        self.plain, self.sae = plain, sae
+        self.wiped: list[Any] = []
+        self.steered = Steered(
+            ["there", "here"], {"here": sae}, slots, torch.tensor([SPECIAL]), torch.device("cpu"), self.wiped.append
+        )
+        self.orders: dict[str, bytes | None] = {}
+
+    def ask(self, name: str, uid: int, *, stop: bool = False, watch: bool = False, both: bool = False) -> None:
+        edits = [ResolvedEdit("here", 3, "clamp", Affine(alpha=0.0, beta=5.0), 2, FOREVER, special=False)]
+        if both:
+            edits.insert(0, ResolvedEdit("there", 1, "zero", Affine(alpha=0.0), 0, FOREVER, special=False))
+        task = GenerateTask(
+            call=Call(name, 0.0), tokens=(1,), sampling=Sampling(stop=("x",) if stop else ()), max_new_tokens=1,
+            seed=0, steering=Steering(tuple(edits)), watch=(("here", 3),) if watch else (),
+        )  # fmt: skip
+        self.orders[name] = orders.order(uid, task, ("there", "here"))
+
+    def run(self, *reads: tuple[str, int, int], ids: int = 1, spoil: bool = False) -> tuple[Tensor, Tensor]:
+        """One pass over (request, start, length) -> activations before and after."""
+        parts, first = [], 0
+        for name, start, length in reads:
+            parts.append(Part(name, start, first, length))
+            first += length
+        positions = torch.cat([torch.arange(start, start + length) for _, start, length in reads])
+        self.steered.begin(
+            parts, lambda name: (self.orders[name], f"memory of {name}"), torch.full((first,), ids), positions
+        )
+        x = torch.randn(first, WIDTH)
+        out = self.steered.tables.edit(self.sae.site, x)
+        self.steered.end([out * float("inf") if spoil else out])
+        return x, out
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[[int], Runner]:
+    plain = plain_sae("jumprelu", WIDTH, 32, seed=4242)
+    save_sae(plain, tmp_path, "blocks.1.hook_resid_post")
+    return lambda slots: Runner(plain, load("here", tmp_path), slots)
+
+
+def test_each_request_is_edited_by_its_own_order(made: Callable[[int], Runner]) -> None:
+    one = made(2)
+    one.ask("a", 1)
+    one.orders["b"] = None
+    x, out = one.run(("b", 0, 3), ("a", 0, 4))
+    assert torch.equal(out[:5], x[:5])  # b, and a's first two tokens, which are out of scope
+    f = one.plain.encode(x[5:])[:, 3]
+    wanted = x[5:] + (5.0 - f)[:, None] * one.plain.weights["W_dec"][3]
+    assert torch.allclose(out[5:], wanted, atol=1e-5)
+    report = one.steered.report(1, 4)
+    assert [(count.edit, count.eligible) for count in report.counts] == [(0, 2)]
+    assert report.problem == ""
+
+
+def test_a_preempted_request_is_counted_once(made: Callable[[int], Runner]) -> None:
+    one = made(2)
+    one.ask("a", 1, watch=True)
+    one.run(("a", 0, 6))
+    one.run(("a", 6, 1))
+    one.run(("a", 0, 4))
+    one.run(("a", 4, 4))
+    report = one.steered.report(1, 8)
+    assert report.counts[0].eligible == 6
+    assert report.forward_passes == 4
+    assert [part.start for part in report.readings] == [0, 4]
+
+
+def test_who_pauses_gives_its_slot_up_and_keeps_its_counts(made: Callable[[int], Runner]) -> None:
+    one = made(1)
+    one.ask("a", 1)
+    one.ask("b", 2)
+    one.run(("a", 0, 5))
+    one.run(("b", 0, 3))
+    one.run(("a", 5, 1))
+    assert one.steered.report(1, 6).counts[0].eligible == 4
+    assert one.steered.report(2, 3).counts[0].eligible == 1
+
+
+def test_an_overrun_is_not_counted(made: Callable[[int], Runner]) -> None:
+    one = made(2)
+    one.ask("a", 1, stop=True)
+    one.run(("a", 0, 5))
+    for at in range(5, 12):
+        one.run(("a", at, 1))
+    one.steered.forget(lambda name: False)
+    report = one.steered.report(1, 9)
+    assert report.counts[0].eligible == 7
+    assert report.forward_passes == 5
+
+
+def test_an_overrun_that_was_not_foreseen_is_a_problem(made: Callable[[int], Runner]) -> None:
+    one = made(2)
+    one.ask("a", 1)
+    one.run(("a", 0, 5))
+    one.run(("a", 5, 1))
+    assert "read 6 tokens of this request, not 5" in one.steered.report(1, 5).problem
+
+
+def test_the_past_is_bounded(made: Callable[[int], Runner]) -> None:
+    one = made(1)
+    one.ask("a", 1, stop=True)
+    one.run(("a", 0, 5))
+    for at in range(5, 5 + MAX_PAST):
+        one.run(("a", at, 1))
+    assert "not 5" in one.steered.report(1, 5).problem
+    assert one.steered.report(1, 6).problem == ""
+
+
+def test_special_tokens_are_left_alone(made: Callable[[int], Runner]) -> None:
+    one = made(1)
+    one.ask("a", 1)
+    x, out = one.run(("a", 0, 5), ids=SPECIAL)
+    assert torch.equal(x, out)
+    assert one.steered.report(1, 5).counts[0].eligible == 0
+
+
+def test_a_gap_in_what_is_read_is_a_problem(made: Callable[[int], Runner]) -> None:
+    one = made(1)
+    one.ask("a", 1)
+    one.run(("a", 0, 5))
+    one.run(("a", 7, 1))
+    assert "position 7 after 5 tokens" in one.steered.report(1, 8).problem
+
+
+def test_a_site_that_was_not_passed_is_a_problem(made: Callable[[int], Runner]) -> None:
+    one = made(1)
+    one.ask("a", 1)
+    one.steered.begin([Part("a", 0, 0, 3)], lambda name: (one.orders[name], None), torch.ones(3), torch.arange(3))
+    one.steered.end([torch.zeros(3, WIDTH)])
+    assert "passed resid_post.1 0 times" in one.steered.report(1, 3).problem
+
+
+def test_a_stage_counts_the_edits_of_its_own_layers(made: Callable[[int], Runner]) -> None:
+    one = made(1)
+    one.ask("a", 1, both=True)
+    one.run(("a", 0, 5))
+    assert [(count.edit, count.eligible) for count in one.steered.report(1, 5).counts] == [(1, 3)]
+
+
+def test_what_is_not_finite_is_wiped_when_its_request_leaves(made: Callable[[int], Runner]) -> None:
+    one = made(2)
+    one.ask("a", 1)
+    one.ask("b", 2)
+    one.run(("a", 0, 3), spoil=True)
+    one.run(("a", 3, 1))
+    assert one.wiped == []
+    one.run(("b", 0, 3))
+    assert one.wiped == ["memory of a"]
+    one.steered.forget(lambda name: False)
+    assert one.wiped == ["memory of a"]
+
+
+def test_an_unknown_request_has_no_report(made: Callable[[int], Runner]) -> None:
+    assert "knows nothing" in made(1).steered.report(5, 1).problem
