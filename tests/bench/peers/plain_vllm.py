@@ -1,7 +1,7 @@
 """vLLM on the CPU as it comes, without our plugin. Nobody is steered.
 
-Served: tokens come one by one, as from a server. Offline: all at the end. Both in a process of vLLM's own, which it starts
-with the threads and libraries that it wants; within this one it was found to take ten times as long.
+Served: tokens come one by one, as from a server. Offline: all at the end. Both in a process of vLLM's own, which it
+starts with the threads and libraries that it wants; within this one it was found to take ten times as long.
 """
 
 from __future__ import annotations

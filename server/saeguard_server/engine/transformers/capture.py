@@ -14,10 +14,11 @@ from torch import Tensor
 
 from saeguard_sae.coder import is_signed
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.pick import Picked, Picker, above_of, named_of, top_of
+from saeguard_sae.pick import Picked, Picker
 from saeguard_sae.rows import Span
 from saeguard_sae.site import Site
 from saeguard_sae.temporal import Temporal
+from saeguard_server.engine.picking import of_activations, of_features
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.transformers.scheduler import PromptPart
 
@@ -101,9 +102,9 @@ class Capture:
         parts = [self._seen[sae.site][one.start : one.end] for one in asked]
         if isinstance(sae.dictionary, Temporal):
             encoded = [_with_prefix(sae.dictionary, one, x) for one, x in zip(asked, parts, strict=True)]
-            found = _of_features(torch.cat(encoded), pick, signed=is_signed(sae.dictionary))
+            found = of_features(torch.cat(encoded), pick, signed=is_signed(sae.dictionary))
         else:
-            found = _of_activations(self._picker(sae), torch.cat(parts), pick)
+            found = of_activations(self._picker(sae), torch.cat(parts), pick)
         return _split(_pack(found), [len(x) for x in parts])
 
     def _picker(self, sae: LoadedSae) -> Picker:
@@ -129,24 +130,6 @@ def _split(whole: Sparse, lengths: list[int]) -> list[Sparse]:
         found.append(Sparse(indptr, whole.indices[first:last], whole.values[first:last]))
         row += length
     return found
-
-
-def _of_activations(picker: Picker, x: Tensor, pick: Pick) -> Picked:
-    if pick.features is not None:
-        return picker.named(x, pick.features)
-    if pick.top_k is not None:
-        return picker.top(x, pick.top_k)
-    assert pick.threshold is not None, "a pick names features, a number or a threshold"
-    return picker.above(x, pick.threshold)
-
-
-def _of_features(features: Tensor, pick: Pick, *, signed: bool) -> Picked:
-    if pick.features is not None:
-        return named_of(features, pick.features)
-    if pick.top_k is not None:
-        return top_of(features, pick.top_k, signed=signed)
-    assert pick.threshold is not None, "a pick names features, a number or a threshold"
-    return above_of(features, pick.threshold, signed=signed)
 
 
 def _pack(picked: Picked) -> Sparse:

@@ -100,7 +100,7 @@ def _kv_bytes(engine: EngineSettings, model: ModelFiles) -> int:
     config, own = model.config, engine.vllm
     heads = -(-_kv_heads(config) // own.tensor_parallel)
     layers = -(-config.num_hidden_layers // own.pipeline_parallel)
-    block = 2 * heads * _head_size(config) * layers * _BYTES[model.info.dtype] * _CPU_BLOCK
+    block: int = 2 * heads * _head_size(config) * layers * _BYTES[model.info.dtype] * _CPU_BLOCK
     per_request = -(-model.info.max_context // _CPU_BLOCK)
     # One block is vLLM's own.
     return block * (per_request * engine.max_slots + 1)

@@ -112,6 +112,7 @@ class VllmEngine:
         client, self._client = self._client, None
         if client is not None:
             client.shut_down()
+            asyncio.get_running_loop().call_soon(client.close)
 
     async def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
         """Chunks as they are made; closing the iterator cancels the task.
@@ -174,7 +175,8 @@ class VllmEngine:
             self._count(-1)
 
     async def _report(self, task: GenerateTask | InspectTask, uid: int, tokens: int) -> orders.Report:
-        return await self._in_time(task, self._up().report(uid, tokens))
+        report: orders.Report = await self._in_time(task, self._up().report(uid, tokens))
+        return report
 
     async def _in_time(self, task: GenerateTask | InspectTask, work: Any) -> Any:
         """What ``work`` gives, before the deadline and while vLLM lives."""
@@ -211,6 +213,7 @@ class VllmEngine:
         dead, self._client = self._client, None
         if dead is not None:
             await asyncio.to_thread(dead.shut_down)
+            dead.close()
         while self._client is None:
             await asyncio.sleep(self._backoff.failed())
             try:

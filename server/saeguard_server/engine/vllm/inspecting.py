@@ -11,8 +11,9 @@ from torch import Tensor
 
 from saeguard_sae.coder import is_signed
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.pick import Picked, Picker, above_of, named_of, top_of
+from saeguard_sae.pick import Picked, Picker
 from saeguard_sae.temporal import Temporal
+from saeguard_server.engine.picking import of_activations, of_features
 from saeguard_server.engine.vllm.orders import Activations, OrderedPick
 
 
@@ -40,33 +41,15 @@ class Pickers:
             # It reads a token together with everything before it, whatever part that came in.
             whole = torch.cat([inspection.prefix[pick.sae], x]) if pick.sae in inspection.prefix else x.clone()
             inspection.prefix[pick.sae] = whole
-            picked = _of_features(coder.encode(whole)[-len(x) :].float(), pick, signed=is_signed(coder))
+            picked = of_features(coder.encode(whole)[-len(x) :].float(), pick, signed=is_signed(coder))
         else:
-            picked = _of_activations(self._picker(pick.sae), x, pick)
+            picked = of_activations(self._picker(pick.sae), x, pick)
         inspection.found.append(_pack(picked, pick.sae, start))
 
     def _picker(self, sae: int) -> Picker:
         if sae not in self._pickers:
             self._pickers[sae] = Picker(self._saes[sae].dictionary)
         return self._pickers[sae]
-
-
-def _of_activations(picker: Picker, x: Tensor, pick: OrderedPick) -> Picked:
-    if pick.features is not None:
-        return picker.named(x, pick.features)
-    if pick.top_k is not None:
-        return picker.top(x, pick.top_k)
-    assert pick.threshold is not None, "a pick names features, a number or a threshold"
-    return picker.above(x, pick.threshold)
-
-
-def _of_features(features: Tensor, pick: OrderedPick, *, signed: bool) -> Picked:
-    if pick.features is not None:
-        return named_of(features, pick.features)
-    if pick.top_k is not None:
-        return top_of(features, pick.top_k, signed=signed)
-    assert pick.threshold is not None, "a pick names features, a number or a threshold"
-    return above_of(features, pick.threshold, signed=signed)
 
 
 def _pack(picked: Picked, sae: int, start: int) -> Activations:

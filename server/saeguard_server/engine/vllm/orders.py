@@ -96,16 +96,14 @@ def order(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> by
         saes: their names in the order of the settings.
     """
     number = {name: at for at, name in enumerate(saes)}
-    generates = isinstance(task, GenerateTask)
-    made = Order(
-        VERSION,
-        uid,
-        tuple(_edit(one, number[one.sae]) for one in task.steering.edits),
-        task.steering.max_relative_edit,
-        tuple((number[name], feature) for name, feature in task.watch) if generates else (),
-        () if generates else tuple(_pick(one, number[one.sae]) for one in task.picks),
-        bool(task.sampling.stop) if generates else False,
-    )
+    edits = tuple(_edit(one, number[one.sae]) for one in task.steering.edits)
+    limit = task.steering.max_relative_edit
+    if isinstance(task, InspectTask):
+        picks = tuple(_pick(one, number[one.sae]) for one in task.picks)
+        made = Order(VERSION, uid, edits, limit, picks=picks)
+    else:
+        watch = tuple((number[name], feature) for name, feature in task.watch)
+        made = Order(VERSION, uid, edits, limit, watch, may_overrun=bool(task.sampling.stop))
     if not (made.edits or made.watch or made.picks):
         return None
     return msgspec.msgpack.encode(made)
@@ -133,7 +131,8 @@ def steering(order: Order, saes: Sequence[str]) -> Steering:
 
 
 def _edit(one: ResolvedEdit, sae: int) -> OrderedEdit:
-    return OrderedEdit(sae, one.feature, one.kind, tuple(one.affine), one.first, one.last, one.special)
+    alpha, beta, lo, hi = one.affine
+    return OrderedEdit(sae, one.feature, one.kind, (alpha, beta, lo, hi), one.first, one.last, one.special)
 
 
 def _pick(one: Pick, sae: int) -> OrderedPick:
