@@ -22,6 +22,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -184,16 +185,20 @@ def served() -> Iterator[tuple[str, int]]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [str(Path(sys.executable).parent / "saeguard"), "serve", "--listen", address, "--metrics-listen", ""]
-    process = subprocess.Popen([*command, "--log-level", "error"])
-    try:
-        yield address, process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as settings:
+        # What prefixes leave behind fills KV memory in time: little of it, so that it is full before the warm-up ends.
+        settings.write("engine.kv_cache_mb = 64\n")
+        settings.flush()
+        process = subprocess.Popen([*command, "--log-level", "error", "--config", settings.name])
         try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield address, process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 async def ready(client: AsyncClient) -> None:

@@ -20,6 +20,11 @@ NEED_VLLM = ("test_compiled.py", "test_engine.py", "test_faults.py", "test_model
 collect_ignore = list(NEED_VLLM) if versions.installed() is None else []
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Where vLLM starts its processes it forgets a context, which then warns in whatever test runs.
+    config.addinivalue_line("filterwarnings", "ignore:Unclosed context <zmq:ResourceWarning")
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
     return vllm.world("llama", tmp_path_factory.mktemp("llama"))

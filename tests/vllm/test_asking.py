@@ -16,9 +16,14 @@ STEERING = Steering((ResolvedEdit("sae", 1, "zero", Affine(alpha=0.0), 0, 9, spe
 EOS = frozenset({7, 3})
 
 
-def task(steering: Steering = Steering(), **sampling: Any) -> GenerateTask:
+def task(steering: Steering | None = None, **sampling: Any) -> GenerateTask:
     return GenerateTask(
-        call=Call("id", 0.0), tokens=(5, 6), sampling=Sampling(**sampling), max_new_tokens=4, seed=11, steering=steering
+        call=Call("id", 0.0),
+        tokens=(5, 6),
+        sampling=Sampling(**sampling),
+        max_new_tokens=4,
+        seed=11,
+        steering=steering or Steering(),
     )
 
 

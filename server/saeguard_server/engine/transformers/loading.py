@@ -64,7 +64,7 @@ def _warm_up(network: Network) -> None:
     try:
         warm_up(network)
     except BackendCompilerFailed as err:
-        first = str(err).strip().splitlines()[0]
+        first = next(iter(str(err.inner_exception).strip().splitlines()), type(err.inner_exception).__name__)
         raise ModelLoadError(
             f'engine.compile: compiling failed ({first}); is a C++ compiler there? "none" needs none'
         ) from err

@@ -6,7 +6,7 @@ They change their tensors in place, so that an idle site costs no copy, and wher
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ Edit: TypeAlias = Callable[[Tensor], Tensor]
 _PLACES: list[Edit] = []
 """Of the one model that a worker process runs, by the number that its graph holds."""
 
-_LIBRARY = torch.library.Library("saeguard_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("edit(Tensor(a!) x, int place) -> ()")  # type: ignore[no-untyped-call]
-_LIBRARY.define("edit_sum(Tensor(a!) hidden, Tensor(b!) residual, int place) -> ()")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("saeguard_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("edit(Tensor(a!) x, int place) -> ()")
+_LIBRARY.define("edit_sum(Tensor(a!) hidden, Tensor(b!) residual, int place) -> ()")
 
 
 def install(places: list[Edit]) -> None:
@@ -45,15 +45,10 @@ def _edit_sum(hidden: Tensor, residual: Tensor, place: int) -> None:
     residual.masked_fill_(changed, 0.0)
 
 
-_LIBRARY.impl("edit", _edit, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("edit_sum", _edit_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("edit", _edit, "CompositeExplicitAutograd")
+_LIBRARY.impl("edit_sum", _edit_sum, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("saeguard_vllm::edit")  # type: ignore[untyped-decorator]
-def _(x: Tensor, place: int) -> None:
-    return None
-
-
-@torch.library.register_fake("saeguard_vllm::edit_sum")  # type: ignore[untyped-decorator]
-def _(hidden: Tensor, residual: Tensor, place: int) -> None:
-    return None
+# A graph is traced without data: they change nothing that it needs to know.
+torch.library.register_fake("saeguard_vllm::edit", lambda x, place: None)
+torch.library.register_fake("saeguard_vllm::edit_sum", lambda hidden, residual, place: None)

@@ -21,7 +21,7 @@ class OrderedEdit(msgspec.Struct, frozen=True, array_like=True):
     sae: int
     feature: int
     kind: str
-    affine: tuple[float, float, float, float]
+    affine: Affine
     first: int
     last: int
     special: bool
@@ -96,14 +96,21 @@ def order(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> by
         saes: their names in the order of the settings.
     """
     number = {name: at for at, name in enumerate(saes)}
-    edits = tuple(_edit(one, number[one.sae]) for one in task.steering.edits)
-    limit = task.steering.max_relative_edit
-    if isinstance(task, InspectTask):
-        picks = tuple(_pick(one, number[one.sae]) for one in task.picks)
-        made = Order(VERSION, uid, edits, limit, picks=picks)
+    watch: tuple[tuple[str, int], ...] = ()
+    picks: tuple[Pick, ...] = ()
+    if isinstance(task, GenerateTask):
+        watch = task.watch
     else:
-        watch = tuple((number[name], feature) for name, feature in task.watch)
-        made = Order(VERSION, uid, edits, limit, watch, may_overrun=bool(task.sampling.stop))
+        picks = task.picks
+    made = Order(
+        VERSION,
+        uid,
+        tuple(_edit(one, number[one.sae]) for one in task.steering.edits),
+        task.steering.max_relative_edit,
+        tuple((number[name], feature) for name, feature in watch),
+        tuple(_pick(one, number[one.sae]) for one in picks),
+        isinstance(task, GenerateTask) and bool(task.sampling.stop),
+    )
     if not (made.edits or made.watch or made.picks):
         return None
     return msgspec.msgpack.encode(made)
@@ -124,15 +131,14 @@ def read(order: bytes) -> Order:
 def steering(order: Order, saes: Sequence[str]) -> Steering:
     """An order's edits as edit tables take them."""
     edits = tuple(
-        ResolvedEdit(saes[one.sae], one.feature, one.kind, Affine(*one.affine), one.first, one.last, one.special)
+        ResolvedEdit(saes[one.sae], one.feature, one.kind, one.affine, one.first, one.last, one.special)
         for one in order.edits
     )
     return Steering(edits, order.max_relative_edit)
 
 
 def _edit(one: ResolvedEdit, sae: int) -> OrderedEdit:
-    alpha, beta, lo, hi = one.affine
-    return OrderedEdit(sae, one.feature, one.kind, (alpha, beta, lo, hi), one.first, one.last, one.special)
+    return OrderedEdit(sae, one.feature, one.kind, one.affine, one.first, one.last, one.special)
 
 
 def _pick(one: Pick, sae: int) -> OrderedPick:
