@@ -76,7 +76,8 @@ class Own:
 async def main() -> None:
     """Loads, and serves the benchmark."""
     args = _arguments()
-    chosen = settings(args.folder, args.dtype, args.compile, args.slots, args.kind)
+    more = {"prefill_tokens": args.prefill_tokens} if args.prefill_tokens else {}
+    chosen = settings(args.folder, args.dtype, args.compile, args.slots, args.kind, **more)
     engine = load_engine(chosen, Metrics(CollectorRegistry()))
     engine.start()
     own = Own(engine, chosen.limits)
@@ -102,6 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kind", required=True)
     parser.add_argument("--compile", required=True)
     parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--prefill-tokens", type=int)
     return parser.parse_args()
 
 

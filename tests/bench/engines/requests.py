@@ -19,9 +19,9 @@ KV_MB = 2048
 _VALUED: dict[str, Callable[[float], Kind]] = {"clamp": Clamp, "scale": Scale, "add": Add}
 
 
-def settings(folder: Path, dtype: str, compiled: str, slots: int, kind: str = "transformers") -> Settings:
+def settings(folder: Path, dtype: str, compiled: str, slots: int, kind: str = "transformers", **more: Any) -> Settings:
     """What a user would set for this, and defaults for the rest; the SAE is random, so nothing says that it fits."""
-    engine: dict[str, Any] = {"kind": kind, "max_slots": slots, "max_context": CONTEXT, "kv_cache_mb": KV_MB}
+    engine: dict[str, Any] = {"kind": kind, "max_slots": slots, "max_context": CONTEXT, "kv_cache_mb": KV_MB} | more
     engine |= {"vllm": {"eager": compiled == "none"}} if kind == "vllm" else {"compile": compiled}
     return Settings(
         model=msgspec.convert({"path": str(folder / MODEL), "dtype": dtype}, ModelSettings),

@@ -117,17 +117,20 @@ class Sampler:
         """logits [B, vocabulary] float32 of B slots -> one token each."""
         view = self._view(slots)
         steps = self._steps[view.at]
-        scores = self._penalise(logits, view) if view.has_penalty else logits
-        token = scores.argmax(dim=-1)
+        # Neither NaN nor infinity hides behind the largest: max passes both on.
+        largest, token = logits.max(dim=-1)
+        scores = logits
+        if view.has_penalty:
+            scores = self._penalise(logits, view)
+            token = scores.argmax(dim=-1)
         if view.has_noise:
             noise = self._noise[view.at, steps][:, None]
             token = torch.where(view.columns["is_greedy"], token, _draw(scores, view, noise))
-        is_finite = logits.logsumexp(dim=-1).isfinite()
         if view.has_penalty:
             self._seen[view.at, token] = True
         self._steps[view.at] = steps + 1
         logprob, top = _logprobs(logits, token, view.logprobs)
-        return Picked(torch.where(is_finite, token, -1), logprob, top)
+        return Picked(torch.where(largest.isfinite(), token, -1), logprob, top)
 
     def _view(self, slots: tuple[int, ...]) -> _View:
         """Looked up again only when somebody came or went."""
