@@ -9,6 +9,8 @@ REFERENCE_READY := $(REFERENCE_VENV)/.ready
 REFERENCE_INSTALL := $(REFERENCE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
   --constraint constraints.txt
 VLLM_VENV := .venv-vllm
+# Models of the end-to-end proof through gRPC that vLLM repeats; E2E=test takes all that it runs.
+E2E ?= llama
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
@@ -66,6 +68,7 @@ test: $(READY) ## Run the tests
 
 test-vllm: $(VLLM_READY) ## Run the tests of the engine over vLLM
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+	SAEGUARD_TEST_ENGINE=vllm $(VLLM_VENV)/bin/python -m pytest -W default tests/e2e/test_proof.py -k $(E2E)
 
 # Every check runs, and the target fails if any of them did.
 check: $(READY) ## Lint, format, types, import rules, wire contract

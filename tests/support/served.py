@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,14 +15,39 @@ import msgspec
 
 from saeguard_server.app import App
 from saeguard_server.settings import LimitSettings, ServerSettings, Settings
-from support.engines import World
+from support.engines import World, make_world
+
+ENGINE = os.environ.get("SAEGUARD_TEST_ENGINE", "transformers")
+"""What the end-to-end tests run on: transformers, process or vllm."""
+
+
+def served_world(model_type: str, path: Path) -> World:
+    """A model that the engine under test can run, with SAEs where that can be steered."""
+    if ENGINE != "vllm":
+        return make_world(model_type, path)
+    from support import vllm
+
+    world = vllm.world(model_type, path)
+    names = {one.name for one in vllm.served(world, *_BEYOND_VLLM.get(model_type, ())).saes}
+    return replace(world, saes={name: sae for name, sae in world.saes.items() if name in names})
+
+
+_BEYOND_VLLM = {"gemma2": ("embed",), "gemma3_text": ("embed",)}
+
+
+def _settings(world: World, **engine: Any) -> Settings:
+    if ENGINE == "vllm":
+        from support import vllm
+
+        return vllm.served(world, **engine)
+    return world.settings(**{"process": ENGINE == "process"} | engine)
 
 
 @asynccontextmanager
 async def serving(world: World, limits: LimitSettings | None = None, **engine: Any) -> AsyncIterator[App]:
     """The app, listening on a free port of 127.0.0.1."""
     settings = msgspec.structs.replace(
-        world.settings(**engine),
+        _settings(world, **engine),
         server=ServerSettings(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", log_level="error"),
         limits=limits or LimitSettings(),
     )

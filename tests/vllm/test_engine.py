@@ -102,8 +102,9 @@ async def test_preempted_requests_are_read_again_and_counted_once(llama: World, 
 async def test_kv_of_one_steering_is_not_read_under_another(llama: World, one: Running) -> None:
     text = prompt(5, 80)
     steer = (edit("resid_pre", 4, Clamp(8.0)),)
-    before = await one.ask(greedy(text, 5))
+    # Steered first: what it wrote is what an unsteered request would find.
     steered = await one.ask(greedy(text, 5, interventions=steer))
+    before = await one.ask(greedy(text, 5))
     again = await one.ask(greedy(text, 5, interventions=steer))
     after = await one.ask(greedy(text, 5))
     assert before.ids == after.ids == reference.generate(llama.model, text, 5, [], SPECIAL).tokens

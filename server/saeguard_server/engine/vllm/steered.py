@@ -128,7 +128,7 @@ class Steered:
                 live.past[live.read] = self.tables.tally(live.slot)
                 if len(live.past) > MAX_PAST:
                     del live.past[next(iter(live.past))]
-            if live.watch:
+            if live.watch and not live.problem:
                 live.readings.append(self._readings(live, part.start))
         self._now = []
 
