@@ -30,7 +30,7 @@ def test_no_flag_changes_nothing() -> None:
 
 def test_every_flag_reaches_its_setting() -> None:
     samples: dict[str, Any] = {"--dtype": "bfloat16", "--log-level": "debug", "--listen": "[::1]:7"}
-    samples |= {"--metrics-listen": "", "--tls-cert": "c", "--tls-key": "k"}
+    samples |= {"--engine": "vllm", "--compile": "all", "--metrics-listen": "", "--tls-cert": "c", "--tls-key": "k"}
     for flag, (setting, kind, _) in cli.FLAGS.items():
         value = samples.get(flag, 3 if kind is not str else "text")
         extra = {"--tls-cert": ["--tls-key", "k"], "--tls-key": ["--tls-cert", "c"]}.get(flag, [])
