@@ -97,9 +97,20 @@ FIGURES = (
 TOPICS = tuple(dict.fromkeys(one.topic for one in FIGURES))
 
 
+TOGETHER = (("steered", "generate", "against-vllm"), ("peers",), ("vllm",))
+"""Topics that share their rounds; each lot's workers end before the next begins, or 24 GiB would not hold them all."""
+
+
 def run(pool: Pool, options: Options) -> Iterator[Line]:
-    """The figures of the topics that were asked for, out of the same rounds; ends every worker but the embedded one."""
-    wanted = [one for one in FIGURES if one.topic in options.only]
+    """The figures of the topics that were asked for; ends every worker but the embedded one."""
+    for topics in TOGETHER:
+        yield from _run(pool, options, [one for one in FIGURES if one.topic in topics and one.topic in options.only])
+
+
+def _run(pool: Pool, options: Options, wanted: list[Figure]) -> Iterator[Line]:
+    """Figures out of the same rounds."""
+    if not wanted:
+        return
     sides = list(dict.fromkeys(side for one in wanted for side in (one.ours, one.theirs)))
     measures = {side.label: partial(side.measure, pool, options, number) for number, side in enumerate(sides)}
     found = interleave(measures, options.rounds)
