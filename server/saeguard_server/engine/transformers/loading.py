@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -31,6 +32,17 @@ def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
         ModelLoadError: the model cannot be served.
         LoadError: an SAE cannot be loaded, does not fit the model, or is not what its files state.
     """
+    # On a thread that ends. OpenMP's workers belong to the thread that first computed; were this one left with some,
+    # there would be more of them than cores, and those of the engine's thread would sleep between operations instead
+    # of spinning (measured at 125M parameters, one request: 32 ms a token instead of 20).
+    with ThreadPoolExecutor(1, "engine-loading") as loader:
+        made = loader.submit(_load, settings, metrics).result()
+        # How many it may use is this thread's own too: a graph compiled for one number is not used with another.
+        torch.set_num_threads(loader.submit(torch.get_num_threads).result())
+        return made
+
+
+def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
     model = load_model(settings.model, settings.engine.max_context)
     _set_threads(settings.engine.threads, model)
     saes = startup.check_saes(load_saes(settings.saes, model), settings.saes, model, settings.check)
