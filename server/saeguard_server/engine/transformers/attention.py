@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +38,11 @@ class KvShape:
     size: int
 
     @classmethod
-    def of(cls, config: object) -> KvShape:
+    def of(cls, config: Any) -> KvShape:
         """From a Hugging Face configuration."""
-        heads = getattr(config, "num_attention_heads")  # noqa: B009 - every supported configuration has it
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        size = getattr(config, "head_dim", None) or getattr(config, "hidden_size") // heads  # noqa: B009
-        return cls(getattr(config, "num_hidden_layers"), groups, size)  # noqa: B009
+        heads: int = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Memory of one token."""

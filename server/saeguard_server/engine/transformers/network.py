@@ -5,7 +5,6 @@ Made once; when the engine starts again it is given new memory and tables.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -21,8 +20,6 @@ from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers import ops, packing
 from saeguard_server.engine.transformers.attention import Kernel, PagedAttention, attend_fused, attend_one
 from saeguard_server.engine.transformers.batch import Pass
-
-_log = logging.getLogger(__name__)
 
 Compile: TypeAlias = Literal["none", "attention", "all"]
 _LEAST = 2
