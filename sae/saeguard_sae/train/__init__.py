@@ -1,8 +1,8 @@
-"""Training an SAE on activations: settings, the learner with its losses, the loop, evaluation."""
+"""Training SAEs on activations: settings, learners with their losses and kernels, the loop, evaluation."""
 
 from saeguard_sae.train.evaluate import Fit, evaluate
-from saeguard_sae.train.learner import Learner
+from saeguard_sae.train.learner import Learner, Progress, make_learner
 from saeguard_sae.train.loop import shuffled, train
-from saeguard_sae.train.settings import TrainSettings
+from saeguard_sae.train.settings import SaeSettings
 
-__all__ = ["Fit", "Learner", "TrainSettings", "evaluate", "shuffled", "train"]
+__all__ = ["Fit", "Learner", "Progress", "SaeSettings", "evaluate", "make_learner", "shuffled", "train"]

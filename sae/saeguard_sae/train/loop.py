@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Training on activations that are all in memory."""
 
 from __future__ import annotations
 
@@ -9,43 +9,34 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.train.learner import Learner
-from saeguard_sae.train.settings import TrainSettings
+from saeguard_sae.train.learner import make_learner
+from saeguard_sae.train.settings import SaeSettings
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
+_EVERY = 500
 
 
-def train(settings: TrainSettings, activations: Tensor, before: Tensor | None = None) -> Dictionary:
+def train(settings: SaeSettings, activations: Tensor, before: Tensor | None = None) -> Dictionary:
     """activations [tokens, d_in], BOS left out -> the trained SAE, ready to be served.
 
-    ``before`` [tokens] is the row of the token before, a row's own index where there is none; asked for by smoothness.
+    Args:
+        before: [tokens] the row of the token before, a row's own index where there is none; asked for by smoothness.
+
+    Raises:
+        ValueError: fewer activations than a batch, or smoothness without ``before``.
     """
     if settings.smooth_weight and before is None:
         raise ValueError("smooth_weight needs to know each token's predecessor")
-    learner = Learner(settings, activations)
-    optimiser = torch.optim.Adam(learner.parameters(), lr=settings.learning_rate, fused=True)
+    learner = make_learner(settings, activations)
     batches = shuffled(len(activations), settings.batch, settings.seed)
     for step in range(settings.steps):
         rows = next(batches)
         earlier = activations[before[rows]] if before is not None and settings.smooth_weight else None
-        loss = _step(learner, optimiser, activations[rows], earlier, step)
-        if step % 500 == 0 or step == settings.steps - 1:
-            dead = int((learner.silent > settings.dead_after_steps).sum())
-            logger.info("SAE step %d of %d: loss %.4f, %d dead", step, settings.steps, loss, dead)
+        learner.step(activations[rows], before=earlier)
+        if step % _EVERY == 0 or step == settings.steps - 1:
+            now = learner.progress()
+            _log.info("SAE step %d of %d: FVU %.4f, %.1f %% dead", step, settings.steps, now.fvu, 100 * now.dead_share)
     return learner.export()
-
-
-def _step(learner: Learner, optimiser: torch.optim.Optimizer, batch: Tensor, before: Tensor | None, step: int) -> float:
-    for group in optimiser.param_groups:
-        group["lr"] = learner.settings.rate(step)
-    loss = learner.loss(batch, step, before)
-    optimiser.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    learner.project_gradient()
-    torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-    optimiser.step()
-    learner.normalise()
-    return loss.item()
 
 
 def shuffled(tokens: int, batch: int, seed: int) -> Iterator[Tensor]:

@@ -1,59 +1,152 @@
-"""How an SAE is trained."""
+"""How one SAE is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+Architecture: TypeAlias = Literal["matryoshka", "batchtopk", "topk", "relu", "gated", "jumprelu"]
+JumpLoss: TypeAlias = Literal["tanh", "l0"]
+Kernels: TypeAlias = Literal["auto", "compiled", "torch"]
+Precision: TypeAlias = Literal["int8", "bfloat16", "float32"]
+
+SELECTING: tuple[Architecture, ...] = ("matryoshka", "batchtopk", "topk")
+"""Architectures that keep the largest pre-activations; the others pay for what fires."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSettings:
-    """A Matryoshka BatchTopK run; plain BatchTopK is ``widths=(d_sae,)``."""
+class SaeSettings:
+    """One SAE. It learns on activations scaled to a mean squared norm of d_in; the scale is folded away at the end.
+
+    ``topk`` (Gao et al. 2024), ``batchtopk`` and ``matryoshka`` (Bussmann et al. 2024, 2025) need ``k``; ``relu``
+    (Conerly et al. 2024), ``gated`` (Rajamanoharan et al. 2024) and ``jumprelu`` (Rajamanoharan et al. 2024; Conerly et
+    al. 2025) need ``sparsity``.
+
+    Raises:
+        ValueError: names the field and what is allowed.
+    """
 
     d_sae: int
     """Number of features."""
-    k: int
-    """Features that fire on a token, on average over a batch."""
+    architecture: Architecture = "matryoshka"
+    k: int = 0
+    """Features that fire on a token, for ``topk`` on each, else on average over a batch."""
     widths: tuple[int, ...] = ()
-    """Prefixes of the features that must each reconstruct alone, ascending, the last is d_sae; empty: d_sae only."""
+    """Of ``matryoshka``: prefixes of the features that must each reconstruct alone, ascending, the last is d_sae.
+    Empty: d_sae / 4, d_sae / 2 and d_sae, below 4,096 features d_sae / 32, d_sae / 8 and d_sae."""
+    sparsity: float = 0.0
+    """Weight of the price of firing, against the mean squared error per token of scaled activations."""
+    jump_loss: JumpLoss = "tanh"
+    """Of ``jumprelu``: what it pays for, ``tanh`` of its features' sizes or their number."""
+    is_transcoder: bool = False
+    """Whether it learns to write another tensor than it reads."""
     steps: int
-    batch: int = 1024
+    batch: int = 4096
     """Tokens of a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.0
+    """0: ``3e-4 * (16384 / d_sae) ** 0.5``, at most 2e-3."""
     warm_up: float = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0; at most 1,000 steps."""
     decay: float = 0.2
     """Share of the steps, the last ones, in which it falls to 0."""
+    clip: float = 1.0
+    """Longest gradient of a step, its loss in shares of variance; longer ones are shortened to it."""
     aux_weight: float = 1 / 32
     """Weight of the loss by which dead features learn the error of the live ones; 0 turns it off."""
+    aux_k: int = 0
+    """Dead features that learn from a token, at most; 0: d_in / 2."""
+    aux_share: float = 1 / 8
+    """Share of a batch's tokens that they learn from: so that reviving features costs little."""
     dead_after: float = 0.05
-    """A feature is dead when silent for this share of the run's tokens, so that short runs revive features too."""
+    """A feature is dead when silent for this share of the run's tokens, so that short runs revive features too; for ten
+    million tokens at most."""
+    restart_scale: float = 0.5
+    """A feature that AuxK has not brought back after as long again starts anew: its bias 0, its encoder row this many
+    times its decoder row; 0 turns it off. Not while the learning rate falls. Without it, features whose bias has sunk
+    stay dead: AuxK teaches only those whose pre-activations are above 0 somewhere."""
     smooth_weight: float = 0.0
     """Weight by which the first level's features should change little from a token to the next, so that they stand for
     what lasts (a language, a subject) and leave single tokens to others; after Temporal SAEs, Bhalla et al. 2025."""
     threshold_memory: float = 0.99
     """Memory of the running mean of the batch threshold, which becomes the exported one."""
+    precision: Precision = "int8"
+    """Of the product that proposes which features fire. What is proposed is computed again, and chosen, in float32."""
+    kernels: Kernels = "auto"
+    """``compiled``: C++ made on first use, for CPUs; ``torch``: the same in torch; ``auto``: the first that can be."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.d_sae:
-            raise ValueError(f"k must be 1 to d_sae ({self.d_sae}), got {self.k}")
-        if self.levels[-1] != self.d_sae or any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
-            raise ValueError(f"widths must rise to d_sae ({self.d_sae}), got {self.widths}")
-        if min(self.levels[0], self.steps, self.batch) < 1:
-            raise ValueError("widths, steps and batch must be positive")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for what, names, holds in _RANGES:
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must {what}, got {getattr(self, name)}")
+        self._check_sparsity()
+        self._check_widths()
+
+    @property
+    def is_selecting(self) -> bool:
+        """Whether it keeps the largest pre-activations."""
+        return self.architecture in SELECTING
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The widths, at least one."""
-        return self.widths or (self.d_sae,)
+        """The widths that must each reconstruct alone, at least one."""
+        if self.architecture != "matryoshka":
+            return (self.d_sae,)
+        parts = (4, 2, 1) if self.d_sae >= 4096 else (32, 8, 1)
+        return self.widths or tuple(sorted({max(1, self.d_sae // part) for part in parts}))
 
     @property
     def dead_after_steps(self) -> int:
         """Steps of silence after which a feature counts as dead."""
-        return max(1, round(self.dead_after * self.steps))
+        return max(1, min(round(self.dead_after * self.steps), 10_000_000 // self.batch))
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay."""
-        rise = (step + 1) / max(1.0, self.warm_up * self.steps)
+        highest = self.learning_rate or min(2e-3, 3e-4 * (16384 / self.d_sae) ** 0.5)
+        rise = (step + 1) / max(1.0, min(self.warm_up * self.steps, 1000.0))
         fall = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.learning_rate * min(1.0, rise, fall)
+        return highest * max(0.0, min(1.0, rise, fall))
+
+    def _check_sparsity(self) -> None:
+        if self.is_transcoder and self.architecture == "gated":
+            raise ValueError("architecture must not be gated for a transcoder: no format has one")
+        if not self.is_selecting:
+            if self.k:
+                raise ValueError(f"k is of {', '.join(SELECTING)}; {self.architecture} takes sparsity")
+            if not self.sparsity > 0:
+                raise ValueError(f"sparsity must be positive for {self.architecture}, got {self.sparsity}")
+        elif self.sparsity:
+            raise ValueError(f"sparsity is of relu, gated and jumprelu; {self.architecture} takes k")
+        elif not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k must be 1 to d_sae ({self.d_sae}), got {self.k}")
+
+    def _check_widths(self) -> None:
+        if self.widths and self.architecture != "matryoshka":
+            raise ValueError(f"widths are of matryoshka, not of {self.architecture}")
+        rising = all(a < b for a, b in zip((0, *self.levels), self.levels, strict=False))
+        if self.levels[-1] != self.d_sae or not rising:
+            raise ValueError(f"widths must rise to d_sae ({self.d_sae}), got {self.widths}")
+        if self.smooth_weight and (not self.is_selecting or self.is_transcoder):
+            raise ValueError(f"smooth_weight is of SAEs of {', '.join(SELECTING)}")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "architecture": get_args(Architecture),
+    "jump_loss": get_args(JumpLoss),
+    "precision": get_args(Precision),
+    "kernels": get_args(Kernels),
+}
+_RANGES: tuple[tuple[str, tuple[str, ...], Callable[[float], bool]], ...] = (
+    ("be positive", ("d_sae", "steps", "batch", "clip"), lambda value: value > 0),
+    (
+        "not be negative",
+        ("aux_weight", "smooth_weight", "sparsity", "learning_rate", "aux_k", "restart_scale"),
+        lambda value: value >= 0,
+    ),
+    ("be 0 to 1", ("warm_up", "decay", "dead_after", "aux_share", "threshold_memory"), lambda value: 0 <= value <= 1),
+)

@@ -19,7 +19,7 @@ from saeguard_sae.catalogue import Quality
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import Source, saelens
 from saeguard_sae.site import Site
-from saeguard_sae.train import TrainSettings, train
+from saeguard_sae.train import SaeSettings, train
 from saeguard_server.demo import card, corpus, lm, quality, tokens, write
 from saeguard_server.demo.bundle import Bundle, Sae
 from saeguard_server.demo.catalogue import encode_lines, features
@@ -46,7 +46,9 @@ NEUTRAL_SELECT, NEUTRAL_MEASURE = range(220_000, 220_040), range(230_000, 230_06
 SEED_SELECT, SEED_MEASURE = 31_000, 57_000
 SELECT_GENERATIONS, MEASURE_GENERATIONS = 48, 224
 NEUTRAL_KINDS = ("english", "french", "code", "golden_gate", "honest")
-_SAE = TrainSettings(d_sae=768, k=8, widths=(16, 96, 768), steps=1600, learning_rate=2e-3, smooth_weight=0.5)
+_SAE = SaeSettings(
+    d_sae=768, k=8, widths=(16, 96, 768), steps=1600, batch=1024, learning_rate=2e-3, smooth_weight=0.5
+)
 SAES = {"resid2": (2, replace(_SAE, seed=102)), "resid4": (4, replace(_SAE, seed=104))}
 """Layer and training of each SAE by its name."""
 
@@ -126,7 +128,7 @@ def dictionary(
     bundle: Bundle,
     name: str,
     layer: int,
-    settings: TrainSettings,
+    settings: SaeSettings,
     stream: Harvest,
     chosen: Harvest,
     checked: Harvest,

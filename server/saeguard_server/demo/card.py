@@ -6,7 +6,7 @@ from math import log
 from pathlib import Path
 
 from saeguard_sae.catalogue import Quality
-from saeguard_sae.train import TrainSettings
+from saeguard_sae.train import SaeSettings
 from saeguard_server.demo.lm import ModelSettings
 from saeguard_server.demo.scenarios import Scenario
 from saeguard_server.demo.separation import Row
@@ -20,7 +20,7 @@ class Facts:
     model_tokens: int
     loss: dict[str, float]
     sae_tokens: int
-    settings: dict[str, TrainSettings]
+    settings: dict[str, SaeSettings]
     fits: dict[str, Quality]
     separation: list[Row]
     scenarios: list[Scenario]

@@ -1,0 +1,229 @@
+"""SAEs that pay for what fires, while they learn: ReLU with L1, gated, JumpReLU. Early on most features fire, so that
+the whole is dense, and autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.train.learner import Progress
+from saeguard_sae.train.mesh import Mesh
+from saeguard_sae.train.scaling import Scaling, unit_rows
+from saeguard_sae.train.settings import SaeSettings
+from saeguard_sae.train.tracking import Tracking
+
+_DECODER_NORM = 0.1
+"""Of ReLU's first decoder rows, whose length is free (Conerly et al. 2024)."""
+_TANH_SLOPE, _BANDWIDTH, _TANH_THRESHOLD, _SILENT_PRICE = 4.0, 2.0, 0.1, 3e-6
+"""Conerly et al. 2025, for a mean squared norm of d_in, which is ours."""
+_L0_THRESHOLD = 0.5
+"""Ours, and the bandwidth of the others: with those of Rajamanoharan et al. 2024, 0.001 for a mean squared norm of 1,
+thresholds hardly move in less than billions of tokens."""
+_TINY = 1e-12
+
+
+class Read(NamedTuple):
+    """What an architecture makes of a batch: its features [B, F], their price [B], and what it adds to the loss."""
+
+    features: Tensor
+    price: Tensor
+    more: Tensor
+
+
+class DenseLearner:
+    """See ``Learner``; made by ``make_learner``."""
+
+    def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None, mesh: Mesh) -> None:
+        self.settings, self.steps, self._mesh = settings, 0, mesh
+        self.scaling = Scaling.of(sample, target)
+        device, d_in, d_out = sample.device, sample.shape[1], len(self.scaling.mean)
+        rows = unit_rows(settings.d_sae, d_out, settings.seed, device)
+        if settings.architecture == "relu":
+            rows = rows * _DECODER_NORM
+        zeros = torch.zeros(settings.d_sae, device=device)
+        first = rows if d_in == d_out else unit_rows(settings.d_sae, d_in, settings.seed + 1, device)
+        self.weights = {"W_enc": first.clone(), "b_enc": zeros, "W_dec": rows, "b_dec": self.scaling.mean.clone()}
+        self.weights |= _own_weights(settings, zeros)
+        for tensor in self.weights.values():
+            tensor.requires_grad_()
+        self._optimiser = torch.optim.Adam(self.weights.values(), fused=True)
+        self.tracking = Tracking(settings, device)
+        self._read: Callable[[Tensor, Tensor], Read] = getattr(self, f"_{settings.architecture}")
+
+    def step(self, x: Tensor, target: Tensor | None = None, before: Tensor | None = None) -> None:
+        """See ``Learner.step``."""
+        if (target is not None) != self.settings.is_transcoder:
+            raise ValueError("a transcoder needs a target, and nothing else has one")
+        loss, features, error = self._loss(x, target)
+        self._optimiser.zero_grad()
+        (loss / self._mesh.shares).backward()  # type: ignore[no-untyped-call]
+        self._update()
+        self._track(loss.detach(), features.detach(), error.detach())
+        self.steps += 1
+
+    def progress(self) -> Progress:
+        """See ``Learner.progress``."""
+        return self.tracking.progress(self.steps)
+
+    @torch.no_grad()
+    def export(self) -> Dictionary:
+        """See ``Learner.export``: decoder rows of length 1, whatever length was learnt."""
+        weights = {name: tensor.detach() for name, tensor in self.weights.items()}
+        size = weights["W_dec"].norm(dim=1).clamp_min(_TINY)
+        # A gated SAE's b_enc is its gate's bias, and in what is exported part of the activation.
+        is_gated = self.settings.architecture == "gated"
+        W_enc, b_enc = weights["W_enc"] * size[:, None], weights["b_enc"] * (0.0 if is_gated else size)
+        W_dec, centre = weights["W_dec"] / size[:, None], not self.settings.is_transcoder
+        return self.scaling.fold(W_enc, b_enc, W_dec, weights["b_dec"], self._activation(weights, size), centre=centre)
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Learner.state``."""
+        own = {"steps": torch.tensor(self.steps)} | self.scaling.state()
+        for name, tensor in self.weights.items():
+            own[name] = tensor.detach()
+            kept = self._optimiser.state.get(tensor, {})
+            own[f"{name}.m"] = kept.get("exp_avg", torch.zeros_like(tensor)).detach()
+            own[f"{name}.v"] = kept.get("exp_avg_sq", torch.zeros_like(tensor)).detach()
+        return own | self.tracking.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See ``Learner.load_state``."""
+        self.steps = int(state["steps"])
+        self.scaling = Scaling.from_state(state, self.scaling.mean.device)
+        for name, tensor in self.weights.items():
+            tensor.detach().copy_(state[name])
+            self._optimiser.state[tensor] = {
+                "step": torch.tensor(float(self.steps), device=tensor.device),
+                "exp_avg": state[f"{name}.m"].to(tensor).clone(),
+                "exp_avg_sq": state[f"{name}.v"].to(tensor).clone(),
+            }
+        for name, kept in self.tracking.state().items():
+            kept.copy_(state[name])
+
+    def _loss(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss in shares of variance, the features [B, F], and the error [B, d_out]."""
+        W_dec, b_dec = self.weights["W_dec"], self.weights["b_dec"]
+        scaled = x / self.scaling.read
+        seen = scaled - b_dec if target is None else scaled
+        wanted = scaled if target is None else target / self.scaling.written
+        read = self._read(seen, wanted)
+        error = read.features @ W_dec + b_dec - wanted
+        price = self._sparsity() * read.price.mean()
+        loss = error.square().sum(1).mean() + price + read.more
+        return loss / self.scaling.variance, read.features, error
+
+    def _sparsity(self) -> float:
+        """Its weight rises over the first steps; that of tanh over the whole run (Conerly et al. 2025)."""
+        is_slow = self.settings.architecture == "jumprelu" and self.settings.jump_loss == "tanh"
+        share = 1.0 if is_slow else self.settings.warm_up
+        return self.settings.sparsity * min(1.0, (self.steps + 1) / max(1.0, share * self.settings.steps))
+
+    def _pre(self, seen: Tensor) -> Tensor:
+        return seen @ self.weights["W_enc"].T + self.weights["b_enc"]
+
+    def _relu(self, seen: Tensor, wanted: Tensor) -> Read:
+        features = self._pre(seen).relu()
+        return Read(features, features @ self.weights["W_dec"].norm(dim=1), features.new_zeros(()))
+
+    def _gated(self, seen: Tensor, wanted: Tensor) -> Read:
+        # b_enc is the gate's bias here.
+        own = seen @ self.weights["W_enc"].T
+        gate = own + self.weights["b_enc"]
+        size = (own * self.weights["r_mag"].exp() + self.weights["b_mag"]).relu()
+        fires = gate.relu()
+        alone = fires @ self.weights["W_dec"].detach() + self.weights["b_dec"].detach() - wanted
+        price = fires @ self.weights["W_dec"].norm(dim=1)
+        return Read(size * (gate > 0), price, alone.square().sum(1).mean())
+
+    def _jumprelu(self, seen: Tensor, wanted: Tensor) -> Read:
+        pre, threshold = self._pre(seen), self.weights["log_threshold"].exp()
+        features: Tensor = _Jump.apply(pre, threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
+        if self.settings.jump_loss == "l0":
+            fires: Tensor = _Step.apply(pre.detach(), threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
+            return Read(features, fires.sum(1), pre.new_zeros(()))
+        size = self.weights["W_dec"].norm(dim=1)
+        silent = _SILENT_PRICE * ((threshold - pre).relu() * size).sum(1).mean()
+        return Read(features, (_TANH_SLOPE * features * size).tanh().sum(1), silent)
+
+    def _update(self) -> None:
+        weights = self.weights
+        for tensor in weights.values():
+            if tensor.grad is not None:
+                self._mesh.total(tensor.grad)
+        W_dec = weights["W_dec"]
+        is_unit = self.settings.architecture != "relu"
+        with torch.no_grad():
+            if is_unit and W_dec.grad is not None:
+                W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+            torch.nn.utils.clip_grad_norm_(weights.values(), self.settings.clip)
+            self._optimiser.param_groups[0]["lr"] = self.settings.rate(self.steps)
+            self._optimiser.step()
+            if is_unit:
+                W_dec /= W_dec.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def _track(self, loss: Tensor, features: Tensor, error: Tensor) -> None:
+        fires = features > 0
+        fvu = error.square().sum(1).mean() / self.scaling.variance
+        means = (loss, fires.sum() / len(features), fvu)
+        self.tracking.note(
+            self._mesh.total(fires.any(0).int()), *(self._mesh.total(one) / self._mesh.shares for one in means)
+        )
+
+    def _activation(self, weights: dict[str, Tensor], size: Tensor) -> Activation:
+        match self.settings.architecture:
+            case "gated":
+                return Gated(weights["b_enc"] * size, weights["b_mag"] * size, weights["r_mag"].clone())
+            case "jumprelu":
+                return JumpReLU(weights["log_threshold"].exp() * size)
+            case _:
+                return ReLU()
+
+
+class _Jump(torch.autograd.Function):
+    """``x if x > threshold else 0``; the threshold's gradient by a rectangle of that width around the jump."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, threshold: Tensor, width: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, threshold)
+        ctx.width = width
+        return x * (x > threshold)
+
+    @staticmethod
+    def backward(ctx, given: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        x, threshold = ctx.saved_tensors
+        near = ((x - threshold).abs() < ctx.width / 2) * given
+        return given * (x > threshold), -(threshold / ctx.width) * near.sum(0), None
+
+
+class _Step(torch.autograd.Function):
+    """``1 if x > threshold else 0``; only the threshold has a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, threshold: Tensor, width: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, threshold)
+        ctx.width = width
+        return (x > threshold).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, given: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def]
+        x, threshold = ctx.saved_tensors
+        near = ((x - threshold).abs() < ctx.width / 2) * given
+        return None, -near.sum(0) / ctx.width, None
+
+
+def _own_weights(settings: SaeSettings, zeros: Tensor) -> dict[str, Tensor]:
+    match settings.architecture:
+        case "gated":
+            return {"r_mag": zeros.clone(), "b_mag": zeros.clone()}
+        case "jumprelu":
+            start = _TANH_THRESHOLD if settings.jump_loss == "tanh" else _L0_THRESHOLD
+            return {"log_threshold": torch.full_like(zeros, start).log()}
+        case _:
+            return {}

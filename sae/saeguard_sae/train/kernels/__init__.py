@@ -1,0 +1,12 @@
+"""The sparse arithmetic of a training step, in C++ for CPUs and in torch for everything; both give the same results.
+
+A step's cost beyond the one dense product that proposes features is that of the pairs (token, feature) which fire.
+"""
+
+from saeguard_sae.train.kernels.choosing import choose
+from saeguard_sae.train.kernels.pairs import Decoded, Pairs
+from saeguard_sae.train.kernels.protocol import Kernels
+from saeguard_sae.train.kernels.rough import Pre, Rough
+from saeguard_sae.train.kernels.rows import FeatureRows, Rates
+
+__all__ = ["Decoded", "FeatureRows", "Kernels", "Pairs", "Pre", "Rates", "Rough", "choose"]

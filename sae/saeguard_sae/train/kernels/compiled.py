@@ -1,0 +1,137 @@
+"""The kernels in C++: ``kernels.cpp``, compiled for this machine on first use and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.train.kernels.pairs import Decoded, Pairs, starts
+from saeguard_sae.train.kernels.rough import Pre
+from saeguard_sae.train.kernels.rows import FeatureRows, Rates
+
+
+class CompiledKernels:
+    """See ``Kernels``. Tensors must be contiguous, on the CPU, and of the types that ``Kernels`` names."""
+
+    name = "compiled"
+
+    def __init__(self, library: Path) -> None:
+        self._c = ctypes.CDLL(str(library))
+        self._room = 128
+        """Pairs of one token that ``above`` expects at most; grows."""
+
+    def above(self, pre: Pre, cut: float) -> Pairs:
+        """See ``Kernels.above``."""
+        count, width = pre.values.shape
+        while True:
+            room = min(self._room, width)
+            feature, counts = torch.empty(count, room, dtype=torch.int32), torch.empty(count, dtype=torch.int64)
+            found = _n(room), _at(feature, torch.int32), _at(counts, torch.int64)
+            self._c.saeguard_above(*_pre(pre), _n(count), _n(width), ctypes.c_float(cut), *found)
+            if int(counts.max()) <= room:
+                return Pairs(starts(counts), feature[torch.arange(room) < counts[:, None]])
+            self._room = 2 * int(counts.max())
+
+    def largest(self, pre: Pre, k: int) -> Pairs:
+        """See ``Kernels.largest``."""
+        count, width = pre.values.shape
+        k = min(k, width)
+        feature, counts = torch.empty(count, k, dtype=torch.int32), torch.empty(count, dtype=torch.int64)
+        found = _at(feature, torch.int32), _at(counts, torch.int64)
+        self._c.saeguard_largest(*_pre(pre), _n(count), _n(width), _n(k), *found)
+        return Pairs(starts(counts), feature[torch.arange(k) < counts[:, None]])
+
+    def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:
+        """See ``Kernels.read``."""
+        values = x.new_empty(len(pairs.feature))
+        self._c.saeguard_read(
+            _at(x), _at(W_enc), _at(b_enc), _n(len(x)), _n(x.shape[1]), *_pairs(pairs), _at(values)
+        )  # fmt: skip
+        return values
+
+    def decode(
+        self, target: Tensor, W_dec: Tensor, pairs: Pairs, values: Tensor, ends: Tensor, weights: Tensor
+    ) -> Decoded:
+        """See ``Kernels.decode``."""
+        count, width = target.shape
+        levels = len(ends)
+        pulls, last = target.new_empty(levels, count, width), torch.empty_like(target)
+        squares, slopes = target.new_empty(count, levels), torch.empty_like(values)
+        self._c.saeguard_decode(
+            _at(target), _at(W_dec), _n(count), _n(width), *_pairs(pairs), _at(values), _at(ends, torch.int32),
+            _at(weights), _n(levels), _at(pulls), _at(last), _at(squares), _at(slopes),
+        )  # fmt: skip
+        return Decoded(pulls, last, squares, slopes)
+
+    def gradients(
+        self, x: Tensor, decoded: Decoded, pairs: Pairs, values: Tensor, ends: Tensor, rows: FeatureRows
+    ) -> None:
+        """See ``Kernels.gradients``."""
+        count, n = len(rows.active), len(pairs.feature)
+        begins, row = torch.empty(count + 1, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
+        pair = torch.empty(n, dtype=torch.int64)
+        order = (_at(begins, torch.int64), _at(row, torch.int32), _at(pair, torch.int64))
+        self._c.saeguard_by_feature(_n(len(x)), _n(count), *_pairs(pairs), *order)
+        widths = (_n(x.shape[1]), _n(decoded.pulls.shape[-1]))
+        self._c.saeguard_gradients(
+            _at(x), _at(decoded.pulls), _n(len(x)), *widths, _n(count), *order, _at(values), _at(decoded.slopes),
+            _at(ends, torch.int32), _n(len(ends)),
+            _at(rows.g_enc), _at(rows.g_bias), _at(rows.g_dec), _at(rows.active, torch.uint8),
+        )  # fmt: skip
+
+    def lengths(self, rows: FeatureRows) -> Tensor:
+        """See ``Kernels.lengths``."""
+        squares = torch.empty_like(rows.b_enc)
+        self._c.saeguard_lengths(
+            _at(rows.W_dec), *_widths(rows), _n(len(rows.active)), _at(rows.active, torch.uint8),
+            _at(rows.g_enc), _at(rows.g_bias), _at(rows.g_dec), _at(squares),
+        )  # fmt: skip
+        return squares
+
+    def adam(self, rows: FeatureRows, rates: Rates) -> None:
+        """See ``Kernels.adam``."""
+        rough = rows.rough
+        half = _at(rough.values, torch.bfloat16) if rough.values.dtype == torch.bfloat16 else None
+        small = None if rough.scale is None else _at(rough.values, torch.int8)
+        scale = None if rough.scale is None else _at(rough.scale)
+        numbers = (rates.scale, rates.rate, rates.beta1, rates.beta2, rates.eps)
+        tensors = (
+            rows.b_enc, rows.W_dec, rows.g_enc, rows.g_bias, rows.g_dec,
+            rows.m_enc, rows.v_enc, rows.m_bias, rows.v_bias, rows.m_dec, rows.v_dec,
+        )  # fmt: skip
+        self._c.saeguard_adam(
+            *_widths(rows), _n(len(rows.active)), _at(rows.active, torch.uint8), _at(rows.clock, torch.int32),
+            *map(ctypes.c_float, numbers), _at(rows.W_enc), half, small, scale, *map(_at, tensors),
+        )  # fmt: skip
+
+
+def _at(tensor: Tensor, dtype: torch.dtype = torch.float32) -> ctypes.c_void_p:
+    """Where its elements lie. A wrong layout would be read as numbers: it is refused here, once for all."""
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"a kernel needs contiguous {dtype} on the CPU, got {tensor.dtype} {tuple(tensor.stride())}")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _n(number: int) -> ctypes.c_int64:
+    return ctypes.c_int64(number)
+
+
+_KINDS = (torch.float32, torch.bfloat16, torch.int32)
+
+
+def _pre(pre: Pre) -> tuple[object, ...]:
+    if pre.values.dtype not in _KINDS:
+        raise ValueError(f"pre-activations must be float32, bfloat16 or int32, got {pre.values.dtype}")
+    scales = (None if one is None else _at(one) for one in (pre.of_row, pre.of_feature, pre.bias))
+    return (_at(pre.values, pre.values.dtype), ctypes.c_int(_KINDS.index(pre.values.dtype)), *scales)
+
+
+def _pairs(pairs: Pairs) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    return _at(pairs.starts, torch.int64), _at(pairs.feature, torch.int32)
+
+
+def _widths(rows: FeatureRows) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    return _n(rows.W_enc.shape[1]), _n(rows.W_dec.shape[1])

@@ -1,0 +1,112 @@
+"""The kernels in torch: for every device, and what the compiled ones are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.train.kernels.pairs import Decoded, Pairs, starts
+from saeguard_sae.train.kernels.rough import Pre
+from saeguard_sae.train.kernels.rows import FeatureRows, Rates
+
+_PAIRS = 1 << 16
+"""Pairs whose rows are gathered at once."""
+
+
+class TorchKernels:
+    """See ``Kernels``."""
+
+    name = "torch"
+
+    def above(self, pre: Pre, cut: float) -> Pairs:
+        """See ``Kernels.above``."""
+        mask = pre.wide() > cut
+        return Pairs(starts(mask.sum(1)), mask.nonzero()[:, 1].int())
+
+    def largest(self, pre: Pre, k: int) -> Pairs:
+        """See ``Kernels.largest``."""
+        values, index = pre.wide().sort(dim=1, descending=True, stable=True)
+        mask = torch.zeros_like(values, dtype=torch.bool).scatter_(1, index[:, :k], values[:, :k] > 0)
+        return Pairs(starts(mask.sum(1)), mask.nonzero()[:, 1].int())
+
+    def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:
+        """See ``Kernels.read``."""
+        return (_dots(x, W_enc, pairs.rows(), pairs.feature.long()) + b_enc[pairs.feature]).relu()
+
+    def decode(
+        self, target: Tensor, W_dec: Tensor, pairs: Pairs, values: Tensor, ends: Tensor, weights: Tensor
+    ) -> Decoded:
+        """See ``Kernels.decode``."""
+        rows, feature = pairs.rows(), pairs.feature.long()
+        level = torch.bucketize(pairs.feature, ends, right=True)
+        errors = torch.stack([-target] + [torch.zeros_like(target) for _ in range(len(ends) - 1)])
+        flat = errors.view(-1, target.shape[1])
+        for part in _parts(len(values)):
+            flat.index_add_(0, level[part] * len(target) + rows[part], values[part, None] * W_dec[feature[part]])
+        errors = errors.cumsum(0)
+        pulls = (errors * weights[:, None, None]).flip(0).cumsum(0).flip(0)
+        slopes = _dots(pulls.view(-1, target.shape[1]), W_dec, level * len(target) + rows, feature)
+        return Decoded(pulls, errors[-1], errors.square().sum(-1).T, slopes * (values > 0))
+
+    def gradients(
+        self, x: Tensor, decoded: Decoded, pairs: Pairs, values: Tensor, ends: Tensor, rows: FeatureRows
+    ) -> None:
+        """See ``Kernels.gradients``."""
+        fires = values > 0
+        token, feature = pairs.rows()[fires], pairs.feature.long()[fires]
+        values, slopes = values[fires], decoded.slopes[fires]
+        touched = torch.zeros_like(rows.active).index_fill_(0, feature, 1)
+        fresh = (touched.bool() & ~rows.active.bool()).nonzero().flatten()
+        for tensor in (rows.g_enc, rows.g_bias, rows.g_dec):
+            tensor.index_fill_(0, fresh, 0.0)
+        level = torch.bucketize(feature.int(), ends, right=True)
+        pulls = decoded.pulls.view(-1, decoded.pulls.shape[-1])
+        for part in _parts(len(values)):
+            pulled = pulls[level[part] * len(x) + token[part]]
+            rows.g_dec.index_add_(0, feature[part], values[part, None] * pulled)
+            rows.g_enc.index_add_(0, feature[part], slopes[part, None] * x[token[part]])
+        rows.g_bias.index_add_(0, feature, slopes)
+        rows.active.bitwise_or_(touched)
+
+    def lengths(self, rows: FeatureRows) -> Tensor:
+        """See ``Kernels.lengths``."""
+        along = (rows.g_dec * rows.W_dec).sum(1)
+        dec = (rows.g_dec.square().sum(1) - along.square()).relu()
+        return torch.where(rows.active.bool(), rows.g_enc.square().sum(1) + rows.g_bias.square() + dec, 0.0)
+
+    def adam(self, rows: FeatureRows, rates: Rates) -> None:
+        """See ``Kernels.adam``."""
+        at = rows.active.nonzero().flatten()
+        rows.active.zero_()
+        rows.clock[at] += 1
+        clock = rows.clock[at].double()
+        step = (rates.rate / (1 - rates.beta1**clock)).float()
+        root = (1 / (1 - rates.beta2**clock).sqrt()).float()
+
+        def move(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor) -> Tensor:
+            wide = (slice(None), None) if weight.ndim == 2 else (slice(None),)
+            first = rates.beta1 * m[at] + (1 - rates.beta1) * gradient
+            second = rates.beta2 * v[at] + (1 - rates.beta2) * gradient.square()
+            m[at], v[at] = first, second
+            return weight[at] - step[wide] * first / (second.sqrt() * root[wide] + rates.eps)
+
+        g_dec, unit = rows.g_dec[at], rows.W_dec[at]
+        g_dec = (g_dec - (g_dec * unit).sum(1, keepdim=True) * unit) * rates.scale
+        rows.W_enc[at] = move(rows.W_enc, rows.g_enc[at] * rates.scale, rows.m_enc, rows.v_enc)
+        rows.b_enc[at] = move(rows.b_enc, rows.g_bias[at] * rates.scale, rows.m_bias, rows.v_bias)
+        moved = move(rows.W_dec, g_dec, rows.m_dec, rows.v_dec)
+        rows.W_dec[at] = moved / moved.norm(dim=1, keepdim=True)
+        rows.rough.write(at, rows.W_enc[at])
+
+
+def _dots(x: Tensor, W: Tensor, rows: Tensor, feature: Tensor) -> Tensor:
+    """[n] products of rows of x and of W."""
+    found = [(x[rows[part]] * W[feature[part]]).sum(1) for part in _parts(len(rows))]
+    return torch.cat([x.new_zeros(0), *found])
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Few enough pairs at once that their gathered rows fit in memory."""
+    return (slice(start, start + _PAIRS) for start in range(0, count, _PAIRS))

@@ -1,0 +1,48 @@
+"""What is counted while an SAE learns: means for the log, and which features have been silent for how long."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.train.learner import Progress
+from saeguard_sae.train.settings import SaeSettings
+
+
+class Tracking:
+    """Stays on the device between two calls of ``progress``."""
+
+    def __init__(self, settings: SaeSettings, device: torch.device) -> None:
+        self._settings = settings
+        self.silent = torch.zeros(settings.d_sae, dtype=torch.int32, device=device)
+        """Steps since each feature last fired."""
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        """Steps, losses, L0s and FVUs since they were asked for."""
+
+    def dead(self) -> Tensor:
+        """bool [d_sae]"""
+        return self.silent > self._settings.dead_after_steps
+
+    def note(self, fired: Tensor, loss: Tensor, l0: Tensor, fvu: Tensor) -> None:
+        """One step; ``fired`` [d_sae] is what is not zero where a feature fired."""
+        self.silent.add_(1).masked_fill_(fired != 0, 0)
+        self._sums += torch.stack([torch.ones_like(self._sums[0]), loss.double(), l0.double(), fvu.double()])
+
+    def progress(self, steps: int) -> Progress:
+        """See ``Learner.progress``."""
+        count, loss, l0, fvu = self._sums.tolist()
+        self._sums.zero_()
+        count = max(count, 1.0)
+        return Progress(
+            steps,
+            steps * self._settings.batch,
+            loss / count,
+            l0 / count,
+            fvu / count,
+            float(self.dead().float().mean()),
+            self._settings.rate(max(steps - 1, 0)),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Learner.state``."""
+        return {"silent": self.silent, "sums": self._sums}

@@ -1,0 +1,205 @@
+"""Both kinds of kernels against dense float64 formulas, autograd's gradients and torch's own Adam."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Pre, Rates, Rough, choose
+from saeguard_sae.train.kernels.choosing import CannotCompile
+
+CPU = torch.device("cpu")
+KINDS: tuple[Kernels, ...] = (choose("torch", CPU), choose("compiled", CPU))
+both = pytest.mark.parametrize("kernels", KINDS, ids=lambda one: one.name)
+
+WIDTHS = (5, 12, 40)
+WEIGHTS = (0.7, 0.2, 0.05)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(700_000 + seed))
+
+
+def some_pairs(tokens: int, features: int, seed: int) -> Pairs:
+    mask = draw(tokens, features, seed=seed) > 1.2
+    mask[tokens // 2] = False
+    return Pairs(torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)), mask.nonzero()[:, 1].int())
+
+
+def dense(pairs: Pairs, values: Tensor, features: int) -> Tensor:
+    table = torch.zeros(len(pairs.starts) - 1, features, dtype=values.dtype)
+    table[pairs.rows(), pairs.feature.long()] = values
+    return table
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 64, 131, 1000])
+def test_above_finds_what_is_above(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    pre = draw(17, width, seed=1).to(dtype)
+    for cut in (0.0, 0.5, float(pre.float().max())):
+        pairs = kernels.above(Pre(pre), cut)
+        wanted = (pre > torch.tensor(cut).to(dtype)).nonzero()
+        assert torch.equal(torch.stack([pairs.rows(), pairs.feature.long()], 1), wanted)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(seed=st.integers(0, 10_000), width=st.integers(1, 200), k=st.integers(1, 40), ties=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_largest_are_the_first_of_a_stable_sort(
+    kernels: Kernels, dtype: torch.dtype, seed: int, width: int, k: int, ties: bool
+) -> None:
+    pre = draw(9, width, seed=seed)
+    pre = (pre * 2).round().to(dtype) if ties else pre.to(dtype)
+    found = kernels.largest(Pre(pre), k)
+    for row in range(9):
+        order = sorted(range(width), key=lambda j: (-float(pre[row, j]), j))[:k]
+        wanted = sorted(j for j in order if pre[row, j] > 0)
+        assert found.feature[found.starts[row] : found.starts[row + 1]].tolist() == wanted
+
+
+@both
+@pytest.mark.parametrize("d", [7, 16, 100])
+def test_read_decode_and_gradients_are_those_of_autograd(kernels: Kernels, d: int) -> None:
+    """Everything from the encoder to the decoder, in float64 by autograd over dense tensors."""
+    tokens, features, d_out = 11, WIDTHS[-1], d + 3
+    x, target = draw(tokens, d, seed=2), draw(tokens, d_out, seed=3)
+    rows = FeatureRows.new(draw(features, d, seed=4), draw(features, d_out, seed=5), precision="float32")
+    rows.b_enc.copy_(draw(features, seed=6))
+    pairs = some_pairs(tokens, features, 7)
+    ends, weights = torch.tensor(WIDTHS, dtype=torch.int32), torch.tensor(WEIGHTS)
+
+    W_enc, b_enc, W_dec = (one.double().requires_grad_() for one in (rows.W_enc, rows.b_enc, rows.W_dec))
+    mask = dense(pairs, torch.ones(len(pairs.feature), dtype=torch.float64), features)
+    wide = (x.double() @ W_enc.T + b_enc).relu() * mask
+    errors = [wide[:, :width] @ W_dec[:width] - target.double() for width in WIDTHS]
+    sum(w / 2 * e.square().sum() for w, e in zip(WEIGHTS, errors, strict=True)).backward()  # type: ignore[union-attr]
+
+    values = kernels.read(x, rows.W_enc, rows.b_enc, pairs)
+    torch.testing.assert_close(dense(pairs, values, features).double(), wide.detach(), rtol=1e-5, atol=1e-5)
+    decoded = kernels.decode(target, rows.W_dec, pairs, values, ends, weights)
+    torch.testing.assert_close(decoded.last.double(), errors[-1].detach(), rtol=1e-4, atol=1e-5)
+    squares = torch.stack([e.detach().square().sum(1) for e in errors], 1)
+    torch.testing.assert_close(decoded.squares.double(), squares, rtol=1e-5, atol=1e-5)
+    kernels.gradients(x, decoded, pairs, values, ends, rows)
+    fires = (wide > 0).any(0)
+    assert torch.equal(rows.active.bool(), fires)
+    for mine, wanted in ((rows.g_enc, W_enc.grad), (rows.g_bias, b_enc.grad), (rows.g_dec, W_dec.grad)):
+        assert wanted is not None
+        torch.testing.assert_close(mine[fires].double(), wanted[fires], rtol=1e-4, atol=1e-4)
+    kernels.gradients(x, decoded, pairs, values, ends, rows)
+    torch.testing.assert_close(rows.g_enc[fires].double(), 2 * W_enc.grad[fires], rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_lengths_leave_out_what_would_only_change_a_decoder_rows_length(kernels: Kernels) -> None:
+    rows = _with_gradients(seed=20)
+    dec = rows.g_dec - (rows.g_dec * rows.W_dec).sum(1, keepdim=True) * rows.W_dec
+    wanted = (rows.g_enc.square().sum(1) + rows.g_bias.square() + dec.square().sum(1)) * rows.active
+    torch.testing.assert_close(kernels.lengths(rows), wanted, rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_adam_is_an_optimiser_for_each_feature_run_when_it_has_a_gradient(kernels: Kernels) -> None:
+    """The reference keeps a ``torch.optim.Adam`` per feature, and projects and normalises by hand."""
+    rows = _with_gradients(seed=30)
+    weights = [[one[f].clone().requires_grad_() for one in (rows.W_enc, rows.b_enc, rows.W_dec)] for f in range(6)]
+    optimisers = [torch.optim.Adam(own, lr=0.01, eps=1e-8) for own in weights]
+    for turn in range(4):
+        active = torch.tensor([(f + turn) % 3 != 0 for f in range(6)])
+        gradients = [draw(*one.shape, seed=100 + turn) for one in (rows.g_enc, rows.g_bias, rows.g_dec)]
+        for kept, new in zip((rows.g_enc, rows.g_bias, rows.g_dec), gradients, strict=True):
+            kept.copy_(new)
+        rows.active.copy_(active)
+        kernels.adam(rows, Rates(0.01, scale=0.5))
+        assert not rows.active.any()
+        for f in active.nonzero().flatten().tolist():
+            enc, bias, dec = weights[f]
+            unit = dec.detach().clone()
+            enc.grad, bias.grad = gradients[0][f] * 0.5, gradients[1][f] * 0.5
+            dec.grad = (gradients[2][f] - (gradients[2][f] @ unit) * unit) * 0.5
+            optimisers[f].step()
+            with torch.no_grad():
+                dec /= dec.norm()
+    for f, (enc, bias, dec) in enumerate(weights):
+        torch.testing.assert_close(rows.W_enc[f], enc.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows.b_enc[f], bias.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows.W_dec[f], dec.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(rows.rough.values, rows.W_enc.bfloat16())
+
+
+@both
+def test_integers_with_scales_are_read_as_what_they_stand_for(kernels: Kernels) -> None:
+    """And the copy in integers follows the weights."""
+    W_dec = draw(50, 24, seed=60)
+    rows = FeatureRows.new(draw(50, 24, seed=61), W_dec / W_dec.norm(dim=1, keepdim=True), "int8")
+    x, bias = draw(30, 24, seed=62), draw(50, seed=63)
+    for _ in range(2):
+        pre = rows.rough.product(rows.rough.like(x), 0, 30, bias)
+        exact = x @ rows.W_enc.T + bias
+        assert (pre.wide() - exact).abs().max() < 0.03 * exact.abs().max()
+        pairs = kernels.above(pre, 0.7)
+        assert torch.equal(torch.stack([pairs.rows(), pairs.feature.long()], 1), (pre.wide() > 0.7).nonzero())
+        wide, small = kernels.largest(Pre(pre.wide()), 7), kernels.largest(pre, 7)
+        assert torch.equal(wide.feature, small.feature)
+        for tensor, number in ((rows.g_enc, 64), (rows.g_bias, 65), (rows.g_dec, 66)):
+            tensor.copy_(draw(*tensor.shape, seed=number))
+        rows.active.fill_(1)
+        kernels.adam(rows, Rates(0.3))
+        again = Rough.of(rows.W_enc, "int8")
+        assert rows.rough.scale is not None
+        assert again.scale is not None
+        torch.testing.assert_close(rows.rough.scale, again.scale)
+        assert (rows.rough.values.int() - again.values.int()).abs().max() <= 1
+
+
+def test_a_step_gives_the_same_numbers_whatever_the_number_of_threads() -> None:
+    compiled = KINDS[1]
+    kept = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            rows = _with_gradients(seed=40)
+            compiled.adam(rows, Rates(0.01))
+            found.append(rows)
+    finally:
+        torch.set_num_threads(kept)
+    for one in fields(FeatureRows):
+        if one.name != "rough":
+            assert torch.equal(getattr(found[0], one.name), getattr(found[1], one.name)), one.name
+
+
+def test_compiled_kernels_refuse_what_they_would_misread() -> None:
+    compiled = KINDS[1]
+    with pytest.raises(ValueError, match="contiguous"):
+        compiled.above(Pre(draw(8, 8, seed=50).T), 0.0)
+    with pytest.raises(ValueError, match="float32, bfloat16 or int32"):
+        compiled.above(Pre(draw(8, 8, seed=50).double()), 0.0)
+
+
+def test_without_a_compiler_auto_falls_back_and_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saeguard_sae.train.kernels import choosing as module
+
+    module._compiled.cache_clear()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
+    assert choose("auto", CPU).name == "torch"
+    with pytest.raises(CannotCompile, match="/nowhere"):
+        choose("compiled", CPU)
+    module._compiled.cache_clear()
+
+
+def _with_gradients(seed: int) -> FeatureRows:
+    W_dec = draw(6, 20, seed=seed)
+    rows = FeatureRows.new(draw(6, 9, seed=seed + 1), W_dec / W_dec.norm(dim=1, keepdim=True), precision="bfloat16")
+    for tensor, number in ((rows.g_enc, 2), (rows.g_bias, 3), (rows.g_dec, 4)):
+        tensor.copy_(draw(*tensor.shape, seed=seed + number))
+    rows.active.copy_(torch.tensor([1, 0, 1, 1, 0, 1]))
+    return rows
