@@ -1,12 +1,18 @@
-"""How fast this machine reads memory: what a step that reads every weight once cannot beat."""
+"""How fast this machine reads memory: what a step that reads every weight once cannot beat.
+
+In a process of its own: after torch has computed on a second thread, an engine beside it would be slow for good.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from bench.worker import serve
 
 _BYTES = 512 * 2**20
 """Far more than any cache holds."""
@@ -25,3 +31,7 @@ def _seconds(read: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
     read()
     return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    asyncio.run(serve({"bandwidth": read_rate}))

@@ -58,6 +58,7 @@ ROSTER: dict[str, Entry] = {
     "continuous batching": Entry("bench.peers.continuous"),
     "SAELens": Entry("bench.peers.with_saelens", (), ROOT / ".venv-reference", "make reference-env"),
     "nnsight": Entry("bench.peers.with_nnsight", (), ROOT / ".venv-peers", "make peers-env"),
+    "memory": Entry("bench.bandwidth"),
     "edit table": Entry("bench.engines.edit_table"),
     "server": Entry("bench.engines.server", ("--compile", "all")),
     "client": Entry("bench.engines.client"),

@@ -11,7 +11,6 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from bench.bandwidth import read_rate
 from bench.engines import first_token, profile
 from bench.engines.requests import generation, settings
 from bench.work import batch, tokens
@@ -86,7 +85,6 @@ async def main() -> None:
         "batch": own.together,
         "one_by_one": own.one_by_one,
         "step": own.step,
-        "bandwidth": read_rate,
         "first_token": lambda **asked: first_token.probe(own, **asked),
         "profile": lambda **asked: profile.measure(own, **asked),
     }

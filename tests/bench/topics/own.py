@@ -29,7 +29,7 @@ def single(pool: Pool, options: Options) -> Iterator[Line]:
         return float(size / pool.ask(EMBEDDED, "step", **batch(1, options.new, 50_000 + turn)) / 1e9)
 
     found = interleave(
-        {"weights read": reads, "memory read": lambda _: pool.ask(EMBEDDED, "bandwidth") / 1e9}, options.rounds
+        {"weights read": reads, "memory read": lambda _: pool.ask("memory", "bandwidth") / 1e9}, options.rounds
     )
     name = "embedded engine, one request: share of the memory bandwidth"
     yield found.compare(name, "GB/s", "weights read", "memory read", ">= 0.7")
