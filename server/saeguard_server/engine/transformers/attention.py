@@ -61,7 +61,8 @@ class PagedAttention:
     ) -> None:
         def make() -> list[Tensor]:
             size = (places, shape.heads, shape.size)
-            return [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
+            # Written once now: memory that is not there must show at start, not when requests first need it.
+            return [torch.empty(size, dtype=dtype, device=device).zero_() for _ in range(shape.layers)]
 
         # A compiled kernel tells inference tensors from others: whoever makes the memory, it is of one kind.
         with torch.inference_mode():
