@@ -1,0 +1,151 @@
+"""``saeguard evaluate``: how good an SAE is, as a file for programs and a report for people."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saeguard_sae.site import Site
+    from saeguard_sae.train.quality.evaluate import Progress
+    from saeguard_sae.train.quality.evaluation import Evaluation
+
+_TEXT = "text that did not train the SAE: a file, a folder, or a data set of the Hugging Face hub"
+
+
+def add_evaluate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure an SAE on its model and write a report",
+        description="Writes evaluation.json, report.html and the plots as PNG. A frozen random dictionary is measured "
+        "beside the SAE.",
+    )
+    parser.add_argument("sae", type=Path, help="folder or file of the SAE")
+    parser.add_argument("--model", required=True, help="local folder or Hugging Face repository")
+    parser.add_argument("--data", required=True, help=_TEXT)
+    parser.add_argument("--out", type=Path, help="folder for the report; default: evaluation, in the SAE's folder")
+    _add_reading(parser)
+    _add_measuring(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 when it went well, 1 for a mistake of the user's or a file that cannot be used."""
+    # Here, because the command line asks every command to register before it knows which one runs.
+    from saeguard_sae.train.errors import TrainError
+
+    try:
+        return _evaluate(arguments)
+    except (TrainError, OSError) as err:
+        sys.stderr.write(f"saeguard evaluate: {err}\n")
+        return 1
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", default="", help="commit or tag of the model's repository")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
+    parser.add_argument("--threads", type=int, metavar="INT", help="CPU threads for torch")
+    parser.add_argument("--site", help='where the SAE reads, such as "resid_post.12", where its files do not say')
+    parser.add_argument("--column", default="text", help="of the data: where the text is")
+    parser.add_argument("--split", default="train", help="of a data set of the hub")
+    parser.add_argument("--separator", default="", help=r"of plain text: what parts documents, such as '\n\n'")
+    parser.add_argument("--skip", type=int, default=0, metavar="INT", help="documents to leave out at the start")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="INT", help="tokens of a row; 0: the model's, <= 1024"
+    )
+    parser.add_argument("--packing", default="packed", help="packed or documents: whether a row may hold several")
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, metavar="INT", help="to measure on; default: 1,000,000")
+    parser.add_argument("--loss-tokens", type=int, metavar="INT", help="of these with losses; default: 65,536")
+    parser.add_argument("--seed", type=int, metavar="INT", help="of the frozen baseline and the probes' split")
+    parser.add_argument("--other", type=Path, help="another SAE, to measure agreement with, such as another seed")
+    parser.add_argument("--probe", type=Path, help='JSONL of {"text": ..., "label": ...}, to probe with few features')
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from saeguard_sae.train.lm import ModelSettings, open_model
+    from saeguard_sae.train.quality.folder import evaluate_folder
+    from saeguard_sae.train.quality.settings import EvaluateSettings
+    from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
+
+    data = DataSettings(
+        path=arguments.data,
+        column=arguments.column,
+        split=arguments.split,
+        separator=arguments.separator.replace("\\n", "\n"),
+        skip=arguments.skip,
+    )
+    stream = StreamSettings(context=arguments.context, packing=arguments.packing)
+    asked = {name: getattr(arguments, name) for name in ("tokens", "loss_tokens", "seed")}
+    settings = EvaluateSettings(**{name: value for name, value in asked.items() if value is not None})
+    if arguments.threads is not None:
+        torch.set_num_threads(_at_least_one(arguments.threads))
+    model = open_model(
+        ModelSettings(path=arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=arguments.device)
+    )
+    out: Path = arguments.out or _beside(arguments.sae)
+    found = evaluate_folder(
+        arguments.sae,
+        model,
+        data,
+        stream,
+        out,
+        settings=settings,
+        site=_site(arguments.site),
+        other=arguments.other,
+        probe=arguments.probe,
+        progress=_progress(settings.tokens),
+    )
+    sys.stdout.write(_told(found, out))
+    return 0
+
+
+def _at_least_one(threads: int) -> int:
+    from saeguard_sae.train.errors import check_at_least
+
+    check_at_least("threads", threads, 1)
+    return threads
+
+
+def _beside(sae: Path) -> Path:
+    return (sae if sae.is_dir() else sae.parent) / "evaluation"
+
+
+def _site(text: str | None) -> Site | None:
+    from saeguard_sae.site import Site
+    from saeguard_sae.train.errors import TrainError
+
+    try:
+        return None if text is None else Site.parse(text)
+    except ValueError as err:
+        raise TrainError(f"site: {err}") from err
+
+
+def _progress(wanted: int) -> Progress:
+    """A line on the terminal that renews itself; nothing where nobody looks."""
+    is_seen = sys.stderr.isatty()
+
+    def told(tokens: int) -> None:
+        if is_seen:
+            end = "\n" if tokens >= wanted else ""
+            sys.stderr.write(f"\r{tokens:,} of {wanted:,} tokens{end}")
+            sys.stderr.flush()
+
+    return told
+
+
+def _told(found: Evaluation, out: Path) -> str:
+    from saeguard_sae.train.quality.rows import lines, summary
+
+    width = max(len(line.name) for line in lines(found))
+    rows = [f"{line.name:<{width}}  {line.sae:>14}  {line.frozen:>14}" for line in lines(found)]
+    head = f"{'':<{width}}  {'SAE':>14}  {'frozen':>14}"
+    return "\n".join([summary(found), "", head, *rows, "", f"Report: {out / 'report.html'}", ""])

@@ -1,0 +1,93 @@
+"""``saeguard train``: trains the SAEs of a configuration. Exit 2 for a bad configuration, 1 for a run that failed."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FLAGS: Mapping[str, tuple[str, type, str]] = {
+    "--out": ("run.out", str, "folder of the run"),
+    "--tokens": ("run.tokens", int, "tokens that every SAE learns from"),
+    "--batch": ("stream.batch", int, "tokens of a step"),
+    "--seed": ("run.seed", int, "of everything that names no seed of its own"),
+    "--threads": ("run.threads", int, "CPU threads for torch"),
+    "--device": ("model.device", str, "torch device, such as cpu or cuda:0"),
+}
+"""Each flag, the key it replaces, its type, its help."""
+
+_INTERRUPTED = 130
+_SIGNALLED = 128
+
+
+def add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train SAEs on a model's activations",
+        description="Trains every SAE of a configuration on one stream of activations. Flags win over the file.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="the run: model, data, stream, run, saes")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in its folder, from its last checkpoint"
+    )
+    for flag, (key, kind, text) in FLAGS.items():
+        parser.add_argument(flag, type=kind, dest=key, metavar=kind.__name__.upper(), help=text)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains; every way out has a line on standard error."""
+    # Here, because the command line asks every command to register before it knows which one runs.
+    from saeguard_sae.train.errors import TrainError
+    from saeguard_sae.train.run.errors import RunFailed, RunStopped
+
+    try:
+        return _train(arguments)
+    except TrainError as err:
+        return _say(str(err), 2)
+    except RunFailed as err:
+        return _say(str(err), 1)
+    except RunStopped as err:
+        return _say(f"{err}; go on with: {_again(arguments)}", _SIGNALLED + err.number)
+    except KeyboardInterrupt:
+        return _say("interrupted; --resume goes on from the last checkpoint", _INTERRUPTED)
+    except Exception as err:  # ours to mend: with all that helps to, and the line that every failure has
+        traceback.print_exc()
+        return _say(f"failed unexpectedly, {type(err).__name__}: {err}", 1)
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as a tree in the shape of the file."""
+    tree: dict[str, Any] = {}
+    for key, _, _ in FLAGS.values():
+        value = vars(arguments)[key]
+        if value is not None:
+            table, name = key.split(".")
+            tree.setdefault(table, {})[name] = value
+    return tree
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from saeguard_sae.train.run.config import load
+    from saeguard_sae.train.run.run import train_from_config
+
+    paths = train_from_config(load(arguments.config, overrides(arguments)), resume=arguments.resume)
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    return 0
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    """The command that goes on: as it was given, to resume."""
+    given = [(flag, vars(arguments)[key]) for flag, (key, _, _) in FLAGS.items()]
+    flags = [word for flag, value in given if value is not None for word in (flag, str(value))]
+    return shlex.join(["saeguard", "train", str(arguments.config), "--resume", *flags])
+
+
+def _say(text: str, code: int) -> int:
+    sys.stderr.write(f"saeguard train: {text}\n")
+    return code

@@ -1,0 +1,138 @@
+"""What a run will need of memory and disk, and what there is, so that it is refused before work is lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saeguard_sae.train.run.errors import BadConfig
+from saeguard_sae.train.settings import SaeSettings
+
+_FLOAT = 4
+_PRE_ACTIVATION_ROWS = 512
+"""Tokens whose pre-activations an SAE that selects has room for, whatever the batch, and the copies made of them."""
+_PRE_ACTIVATION_COPIES = 2
+_DENSE_COPIES = 6
+"""Tensors [batch, d_sae] that an SAE which pays for firing holds between forward and backward."""
+_GROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """One SAE: its settings, and the widths of what it reads and writes."""
+
+    settings: SaeSettings
+    d_in: int
+    d_out: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in its weights."""
+        return self.settings.d_sae * (self.d_in + self.d_out + 1) + self.d_out
+
+    def training_bytes(self) -> int:
+        """Weights, gradients, two moments, the rough copy of the encoder, and what one step holds besides."""
+        settings = self.settings
+        rough = 2 * settings.d_sae * self.d_in if settings.precision != "float32" else 0
+        if settings.is_selecting:
+            held = _PRE_ACTIVATION_COPIES * _PRE_ACTIVATION_ROWS * settings.d_sae
+        else:
+            held = _DENSE_COPIES * settings.batch * settings.d_sae
+        tokens = 4 * settings.batch * (self.d_in + self.d_out)
+        return 4 * _FLOAT * self.weights + rough + _FLOAT * (held + tokens)
+
+    def checkpoint_bytes(self) -> int:
+        """Weights and moments, and a clock for each feature."""
+        return _FLOAT * (3 * self.weights + 2 * self.settings.d_sae)
+
+    def export_bytes(self) -> int:
+        """Its files."""
+        return _FLOAT * self.weights
+
+
+def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.device) -> None:
+    """The model is loaded by now, and so no longer part of what is available.
+
+    Args:
+        device: where the SAEs learn and the buffer is.
+
+    Raises:
+        BadConfig: more is needed than there is, with the numbers.
+    """
+    needs = {name: one.training_bytes() for name, one in sizes.items()}
+    # A checkpoint holds a copy of the buffer while it is written; SAEs are copied one by one, after the buffer is gone.
+    held = 2 * stream_bytes
+    there = available_memory(device)
+    needed = sum(needs.values()) + held
+    if there is None or needed <= there:
+        return
+    parts = [f"{name} {gib(size)}" for name, size in sorted(needs.items(), key=lambda one: -one[1])[:5]]
+    if len(needs) > 5:
+        parts.append(f"{len(needs) - 5} more SAEs")
+    parts.append(f"the buffer {gib(held)}")
+    raise BadConfig(
+        f"saes: training would need about {gib(needed)} on {device}, where {gib(there)} are available beside the model"
+        f" ({', '.join(parts)}); lower d_sae or expansion, the number of SAEs, or stream.buffer"
+    )
+
+
+def check_disk(sizes: Iterable[Size], stream_bytes: int, keep: int, folder: Path) -> None:
+    """Room for the checkpoints that are kept, one more while it is written, and the SAEs; what is there counts as room.
+
+    Raises:
+        BadConfig: more is needed than there is, with the numbers.
+    """
+    sizes = list(sizes)
+    one = sum(size.checkpoint_bytes() for size in sizes) + stream_bytes
+    needed = (keep + 1) * one + sum(size.export_bytes() for size in sizes)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free + held:
+        raise BadConfig(
+            f"run.out: {keep + 1} checkpoints of {gib(one)} and the SAEs need {gib(needed)}, and {folder} has"
+            f" {gib(free)} free; lower run.keep, stream.buffer or the SAEs' d_sae, or name another disk"
+        )
+
+
+def gib(size: int) -> str:
+    """For messages."""
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken there; None where nobody knows."""
+    if device.type == "cuda":
+        # What torch holds but does not use is as good as free.
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + spare
+    known = [one for one in (_of_machine(), _of_group()) if one is not None]
+    return min(known) if known and device.type == "cpu" else None
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
+def _of_group() -> int | None:
+    """What a container leaves; caches of files, which it can take back, count as left."""
+    try:
+        limit = (_GROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_GROUP / "memory.current").read_text(encoding="ascii"))
+        facts = dict(line.split() for line in (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + int(facts.get("inactive_file", 0))
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.resolve()
+    return next(one for one in (folder, *folder.parents) if one.exists())

@@ -1,0 +1,98 @@
+"""``saeguard evaluate`` writes its files, and every mistake ends in one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeguard_sae.formats import saelens_save
+from saeguard_sae.site import Site
+from saeguard_sae.train.quality.cli import add_evaluate
+from saeguard_sae.train.quality.evaluation import read
+
+
+@pytest.fixture
+def files(tmp_path: Path, worlds: Any, random_sae: Any) -> dict[str, str]:
+    """What a run needs, as flags."""
+    sae = tmp_path / "run" / "sae"
+    saelens_save.save(random_sae(48), sae, site=Site(1, "resid_post"), model_name="tiny")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{at} is a number, and so is {at + 1}."}) + "\n" for at in range(40)))
+    probe = tmp_path / "probe.jsonl"
+    labelled = [{"text": ("abab", "xyxy")[at % 2] * (2 + at % 3), "label": ("one", "two")[at % 2]} for at in range(24)]
+    probe.write_text("".join(json.dumps(one) + "\n" for one in labelled))
+    return {"sae": str(sae), "--model": str(worlds("llama").folder), "--data": str(text), "--context": "32",
+            "--probe": str(probe)}  # fmt: skip
+
+
+def call(given: dict[str, str]) -> int:
+    parser = argparse.ArgumentParser()
+    add_evaluate(parser.add_subparsers())
+    flags = [one for name, value in given.items() if name != "sae" for one in (name, value)]
+    arguments = parser.parse_args(["evaluate", given["sae"], *flags])
+    code: int = arguments.run(arguments)
+    return code
+
+
+def test_it_writes_beside_the_sae(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(files) == 0
+    folder = Path(files["sae"]) / "evaluation"
+    found = read(folder / "evaluation.json")
+    assert found.subjects.sae == "run/sae"
+    assert found.subjects.reads == "resid_post.1"
+    assert len(found.subjects.digest) == 64
+    assert found.probes is not None
+    told = capsys.readouterr().out
+    assert f"{found.sae.fvu:.4f}" in told
+    assert str(folder / "report.html") in told
+    assert "<!doctype html>" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_another_sae_and_another_folder(files: dict[str, str], tmp_path: Path) -> None:
+    assert call(files | {"--other": files["sae"], "--out": str(tmp_path / "out"), "--seed": "3"}) == 0
+    found = read(tmp_path / "out" / "evaluation.json")
+    assert found.agreement is not None
+    assert found.agreement.mcc == pytest.approx(1, abs=1e-5)
+    assert found.agreement_with == "run/sae"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sae": "nowhere"}, "sae: SAE "),
+        ({"--model": "/nowhere/model"}, "model.path: "),
+        ({"--data": "/nowhere/text.jsonl"}, "data.path: "),
+        ({"--column": "body"}, "body"),
+        ({"--site": "layer 3"}, "site: 'layer 3' is not a site"),
+        ({"--site": "resid_post.9"}, "resid_post.9 is not a site"),
+        ({"--site": "mlp_act.1"}, "wide"),
+        ({"--tokens": "0"}, "tokens must be at least 1"),
+        ({"--probe": "/nowhere/probe.jsonl"}, "probe: /nowhere/probe.jsonl: No such file"),
+        ({"--other": "/nowhere/sae"}, "other: SAE "),
+        ({"--context": "100000"}, "stream.context: "),
+        ({"--packing": "loose"}, "stream.packing: "),
+        ({"--threads": "0"}, "threads: must be at least 1"),
+        ({"--dtype": "int8"}, "model.dtype: "),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], change: dict[str, str], message: str
+) -> None:
+    assert call(files | change) == 1
+    told = capsys.readouterr().err.splitlines()
+    mine = [line for line in told if line.startswith("saeguard evaluate: ")]
+    assert len(mine) == 1
+    assert message in mine[0]
+    assert "Traceback" not in "".join(told)
+
+
+def test_a_report_that_cannot_be_written(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert call(files | {"--out": str(tmp_path / "file" / "out")}) == 1
+    assert "saeguard evaluate: out: " in capsys.readouterr().err

@@ -1,0 +1,45 @@
+"""What was found comes back from its file as it was; files are whole; other versions are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saeguard_sae.train.quality import Evaluation
+from saeguard_sae.train.quality.evaluation import read, write, write_whole
+
+
+def test_round_trip(tmp_path: Path, evaluation: Evaluation) -> None:
+    file = write(evaluation, tmp_path)
+    assert file == tmp_path / "evaluation.json"
+    assert read(file) == evaluation
+    assert json.loads(file.read_text())["version"] == 1
+
+
+def test_other_files_are_refused(tmp_path: Path, evaluation: Evaluation) -> None:
+    file = write(evaluation, tmp_path)
+    known = json.loads(file.read_text())
+    for change, message in (({"version": 2}, "version 2 is not supported"), ({"more": 1}, "unknown field `more`")):
+        file.write_text(json.dumps(known | change))
+        with pytest.raises(ValueError, match=rf"evaluation\.json: .*{message}"):
+            read(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json: "):
+        read(file)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_whole(tmp_path / "one", b"before")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(data[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(file, b"after")
+    assert file.read_bytes() == b"before"
+    assert [one.name for one in tmp_path.iterdir()] == ["one"]

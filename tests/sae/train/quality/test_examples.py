@@ -1,0 +1,51 @@
+"""The contexts that are shown are the strongest of all, one of each row at most."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saeguard_sae.train.quality.batch import Row, padded
+from saeguard_sae.train.quality.examples import Examples, spread
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(f"{one}," for one in ids)
+
+
+@pytest.mark.parametrize("size", [3, 1000])
+def test_the_strongest_of_all(size: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    texts = []
+    for at in range(9):
+        ids = torch.arange(100 * at, 100 * at + 10 + 7 * (at % 3))
+        texts.append(Row(ids, torch.arange(len(ids)) > 0))
+    values = [torch.rand(int(row.ordinary.sum()), 6, generator=generator) for row in texts]
+    values[4][:, 2] += 3.0  # all of the strongest in one row
+    values[5][:, 5] = 0
+    found = Examples([2, 5], contexts=4)
+    for start in (0, 4):
+        batch = padded(texts[start : start + 5] if start else texts[:4])
+        found.begin(batch)
+        flat = torch.cat(values[start : start + 5] if start else values[:4])
+        for part in range(0, len(flat), size):
+            found.watch(flat[part : part + size], part)
+    shown = found.shown(torch.full((6,), 0.25), decode)
+    assert [one.feature for one in shown] == [2, 5]
+    for one in shown:
+        best = sorted((float(each[:, one.feature].max()), at) for at, each in enumerate(values))[::-1][:4]
+        assert [context.value for context in one.contexts] == pytest.approx([value for value, _ in best])
+        for context, (value, at) in zip(one.contexts, best, strict=True):
+            place = 1 + int((values[at][:, one.feature] == value).nonzero()[0])
+            ids = texts[at].ids.tolist()
+            assert context.before == decode(ids[max(0, place - 24) : place])
+            assert context.token == decode([ids[place]])
+            assert context.after == decode(ids[place + 1 : place + 13])
+
+
+def test_features_are_taken_evenly_over_densities() -> None:
+    density = torch.tensor([0.0, 0.5, 0.1, 0.4, 0.0, 0.2, 0.3])
+    assert spread(density, 3) == [1, 2, 6]
+    assert spread(density, 50) == [1, 2, 3, 5, 6]
+    assert spread(torch.zeros(4), 3) == []
+    assert spread(density, 0) == []

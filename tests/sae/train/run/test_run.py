@@ -1,0 +1,201 @@
+"""Runs from the configuration to the files, on a model that is read for real."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.loading import open_sae
+from saeguard_sae.site import Site
+from saeguard_sae.train.caching import cache
+from saeguard_sae.train.errors import TrainError
+from saeguard_sae.train.lm import ModelSettings, open_model
+from saeguard_sae.train.run import run as running
+from saeguard_sae.train.run.config import parse
+from saeguard_sae.train.run.console import Console
+from saeguard_sae.train.run.errors import BadConfig, RunFailed
+from saeguard_sae.train.run.run import train_from_config
+from saeguard_sae.train.stream import ActivationStream
+from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
+
+Tree = dict[str, Any]
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "sae_weights.safetensors")
+
+
+def test_from_a_configuration_to_an_sae_that_loads(tree: Tree, console: Console, screen: io.StringIO) -> None:
+    tree["saes"] = [
+        {**tree["saes"][0], "k": [2, 8]},
+        {"name": "over", "site": "mlp_in.1", "write_site": "mlp_out.1", "d_sae": 64, "k": 4, "kernels": "torch"},
+        {"name": "classic", "site": "resid_post.0", "expansion": 2, "architecture": "relu", "sparsity": 0.1},
+    ]
+    paths = train_from_config(parse(tree), console=console)
+    assert [path.name for path in paths] == ["mid-k2", "mid-k8", "over", "classic"]
+    found = {path.name: open_sae(path.name, path).found for path in paths}
+    assert {name: one.dictionary.architecture for name, one in found.items()} == {
+        "mid-k2": "jumprelu",
+        "mid-k8": "jumprelu",
+        "over": "jumprelu_transcoder",
+        "classic": "relu",
+    }
+    assert found["mid-k2"].reads == Site(1, "resid_post")
+    assert (found["over"].reads, found["over"].writes) == (Site(1, "mlp_in"), (Site(1, "mlp_out"),))
+    assert found["classic"].dictionary.d_sae == 2 * 48
+    metadata = json.loads((paths[0] / "cfg.json").read_text(encoding="utf-8"))["metadata"]
+    assert (metadata["context_size"], metadata["training_tokens"], metadata["prepend_bos"]) == (32, 2560, True)
+    card = (paths[2] / "README.md").read_text(encoding="utf-8")
+    assert "# over\n" in card
+    assert "the activations at `mlp_in.1`, of which it makes those at `mlp_out.1`" in card
+    assert screen.getvalue().startswith("saeguard train: 4 SAEs of model, 40 steps of 64 tokens, in ")
+    assert screen.getvalue().count("step ") == 4
+
+
+def test_it_learns(tree: Tree, console: Console) -> None:
+    tree["run"]["tokens"] = 64 * 300
+    (path,) = train_from_config(parse(tree), console=console)
+    dictionary = open_sae("mid", path).found.dictionary
+    assert isinstance(dictionary, Dictionary)
+    model = open_model(ModelSettings(path=tree["model"]["path"]))
+    held_out = DataSettings(path=tree["data"]["path"], skip=100)
+    site = Site(1, "resid_post")
+    x = ActivationStream(model, [site], held_out, StreamSettings(context=32, batch=64, buffer=1024)).sample(500)[site]
+    left = (dictionary.reconstruct(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    # Predicting the mean leaves 1.
+    assert left < 0.7
+
+
+def test_metrics_are_of_every_tenth_step(tree: Tree, console: Console) -> None:
+    train_from_config(parse(tree), console=console)
+    lines = (Path(tree["run"]["out"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tree: Tree, tmp_path: Path, console: Console) -> None:
+    found = []
+    for number, seed in enumerate((11, 11, 12)):
+        tree["run"] |= {"out": str(tmp_path / f"out{number}"), "seed": seed}
+        (path,) = train_from_config(parse(tree), console=console)
+        found.append((path / "sae_weights.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_finished_run_is_written_again(tree: Tree, console: Console, screen: io.StringIO) -> None:
+    (path,) = train_from_config(parse(tree), console=console)
+    before = (path / "sae_weights.safetensors").read_bytes()
+    (path / "sae_weights.safetensors").unlink()
+    train_from_config(parse(tree), resume=True, console=console)
+    assert (path / "sae_weights.safetensors").read_bytes() == before
+    assert "going on after step 40" in screen.getvalue()
+
+
+def test_cached_activations_need_no_model(tree: Tree, tmp_path: Path, console: Console) -> None:
+    model = open_model(ModelSettings(path=tree["model"]["path"]))
+    settings = StreamSettings(context=32, batch=64, buffer=1024)
+    stream = ActivationStream(model, [Site(1, "resid_post")], DataSettings(path=tree["data"]["path"]), settings)
+    cache(stream, tmp_path / "cached", 3_000)
+    del tree["model"]
+    tree["data"] = {"path": str(tmp_path / "cached")}
+    (path,) = train_from_config(parse(tree), console=console)
+    config = json.loads((path / "cfg.json").read_text(encoding="utf-8"))
+    assert config["metadata"]["model_name"] == "model"
+    assert "context_size" not in config["metadata"]
+    tree["run"] |= {"evaluate": True, "out": str(tmp_path / "other")}
+    with pytest.raises(BadConfig, match=r"^run\.evaluate: cached activations hold no text"):
+        train_from_config(parse(tree), console=console)
+
+
+def test_evaluation_at_the_end(tree: Tree, console: Console, screen: io.StringIO) -> None:
+    tree["run"] |= {"evaluate": True, "heldout": 20}
+    tree["saes"][0]["seed"] = [0, 1]
+    paths = train_from_config(parse(tree), console=console)
+    for path in paths:
+        found = json.loads((path / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+        assert found["subjects"]["reads"] == "resid_post.1"
+        assert found["agreement"] is not None, "two seeds of one SAE are compared"
+    assert "held out, and evaluated on" in (paths[0] / "README.md").read_text(encoding="utf-8")
+    assert screen.getvalue().count("evaluating ") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"path": "/no/such/model"}}, "model.path: "),
+        ({"model": {"device": "abacus"}}, "model.device: 'abacus' is not a device"),
+        ({"data": {"path": "/no/such/text.jsonl"}}, "data.path: there is no file"),
+        ({"data": {"column": "body"}}, "data.column: "),
+        ({"stream": {"context": 300}}, "stream.context: model can read 256 tokens"),
+        ({"stream": {"context": 128}, "run": {"evaluate": True, "heldout": 1}}, "run.heldout: "),
+        ({"run": {"evaluate": True, "heldout": 10_000}}, "data.path: "),
+    ],
+)
+def test_what_cannot_be_used_is_named_before_anything_is_written(
+    tree: Tree, console: Console, changes: Mapping[str, Any], said: str
+) -> None:
+    for table, values in changes.items():
+        tree[table] |= values
+    with pytest.raises(TrainError) as caught:
+        train_from_config(parse(tree), console=console)
+    assert str(caught.value).startswith(said)
+    assert not Path(tree["run"]["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"site": "resid_post.7"}, "model has no resid_post.7"),
+        ({"site": "mlp_raw.1"}, "mlp_raw.1"),
+        ({"d_sae": 2**31}, "training would need about"),
+        ({"name": "mid", "kernels": "torch", "k": 64, "d_sae": 63}, "k must be 1 to d_sae (63), got 64"),
+    ],
+)
+def test_saes_that_cannot_be_are_refused(tree: Tree, console: Console, changes: Mapping[str, Any], said: str) -> None:
+    tree["saes"][0] |= changes
+    with pytest.raises(TrainError) as caught:
+        train_from_config(parse(tree), console=console)
+    assert said in str(caught.value)
+    assert not Path(tree["run"]["out"]).exists()
+
+
+def test_activations_that_are_not_finite_stop_it_with_the_checkpoint_named(
+    tree: Tree, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = running.Source.batch, 0
+
+    def broken(self: running.Source) -> dict[Site, Tensor]:
+        nonlocal count
+        count += 1
+        if count == 26:
+            raise TrainError("activations at resid_post.1 are not finite")
+        return real(self)
+
+    monkeypatch.setattr(running.Source, "batch", broken)
+    with pytest.raises(RunFailed) as caught:
+        train_from_config(parse(tree), console=console)
+    assert str(caught.value) == (
+        "after step 25: activations at resid_post.1 are not finite; the checkpoint of step 20 is kept"
+    )
+
+
+def test_a_learning_rate_that_breaks_an_sae_stops_the_run_by_name(tree: Tree, console: Console) -> None:
+    tree["saes"].append({**tree["saes"][0], "name": "wild", "learning_rate": 1e30, "clip": 1e30})
+    with pytest.raises(RunFailed, match=r"^saes\.wild: its loss stopped being a number between steps"):
+        train_from_config(parse(tree), console=console)
+
+
+def test_threads_are_given_back(tree: Tree, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(running, "_train", lambda *args, **kwargs: seen.append(torch.get_num_threads()) or {})
+    tree["run"]["threads"] = 2
+    train_from_config(parse(tree), console=console)
+    assert (seen, torch.get_num_threads()) == ([2], 1)
