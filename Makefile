@@ -15,7 +15,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reference-env vllm-env demo serve test test-vllm check format stubs bench bench-profile bench-large \
+.PHONY: help setup reference-env vllm-env demo serve test test-vllm check format stubs bench bench-profile bench-train bench-large \
   peers-env gpu demo-assets image clean
 
 help: ## Show this list
@@ -99,6 +99,9 @@ peers-env: .venv-peers/.ready ## Install what is measured beside us, in an envir
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
 	  --requirement $<
 	touch $@
+
+bench-train: $(READY) ## Measure the trainer beside SAELens, dictionary_learning and sparsify (ARGS="--sizes small --threads 1")
+	@PYTHONPATH=tests $(BIN)/python -m bench.train $(ARGS)
 
 bench-large: $(READY) ## Measure SAEs of the sizes people have: loading, edits, activations, memory
 	PYTHONPATH=tests $(BIN)/python -m bench.large_sae $(ARGS)
