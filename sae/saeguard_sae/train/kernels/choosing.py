@@ -54,9 +54,9 @@ def choose(choice: Choice, device: torch.device) -> Kernels:
 
 @cache
 def _compiled() -> CompiledKernels:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
-        raise CannotCompile(f"kernels: no C++ compiler among {', '.join(_COMPILERS)}; install one or set CXX")
+        raise CannotCompile(f"kernels: no C++ compiler among {', '.join(_COMPILERS)}; install one")
     command = [compiler, *_FLAGS, str(_SOURCE), *map(str, _openmp())]
     kept = _folder() / f"{_key(command)}.so"
     if not kept.exists():
@@ -88,7 +88,8 @@ def _openmp() -> list[Path]:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saeguard" / "kernels"
+    """Beside what torch keeps for this user, in a folder that the user may move (``TORCH_HOME``)."""
+    return Path(torch.hub.get_dir()).parent / "saeguard"
 
 
 def _key(command: list[str]) -> str:

@@ -74,7 +74,7 @@ def _all(found: Evaluation) -> Iterator[Plot]:
         "Share of tokens by the number of features that fire. The baseline's mean was set equal. The rarest "
         "hundredth on the right is cut off.",
         lambda axes, theme: _pair(
-            axes, theme, sae.l0_histogram, frozen.l0_histogram, "features", "share of tokens", True
+            axes, theme, sae.l0_histogram, frozen.l0_histogram, "features", "share of tokens, by unit", True
         ),
     )
     yield _plot(

@@ -51,7 +51,8 @@ def _body(found: Evaluation, drawn: Sequence[Plot]) -> Iterator[str]:
     yield f'<h1>{escape(what.sae)}</h1>\n<p class="place">{escape(what.model)}, {escape(place)}</p>'
     yield f'<p class="lead">{escape(summary(found))}</p>'
     yield _facts(found)
-    yield f'<h2>Figures</h2>\n<div class="card scroll" tabindex="0" role="region" aria-label="Figures">{_table(lines(found))}</div>'
+    yield '<h2>Figures</h2>\n<div class="card scroll" tabindex="0" role="region" aria-label="Figures">'
+    yield f"{_table(lines(found))}</div>"
     yield f'<p class="quiet">The frozen baseline: {escape(found.frozen_what)}</p>'
     yield '<h2>Plots</h2>\n<div class="plots">'
     yield from (_figure(one) for one in drawn)
