@@ -12,11 +12,9 @@ from torch import Tensor
 
 from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.train.learner import Progress
-from saeguard_sae.train.mesh import Mesh
 from saeguard_sae.train.scaling import Scaling, unit_rows
 from saeguard_sae.train.settings import SaeSettings
-from saeguard_sae.train.tracking import Tracking
+from saeguard_sae.train.tracking import Progress, Tracking
 
 _DECODER_NORM = 0.1
 """Of ReLU's first decoder rows, whose length is free (Conerly et al. 2024)."""
@@ -39,8 +37,8 @@ class Read(NamedTuple):
 class DenseLearner:
     """See ``Learner``; made by ``make_learner``."""
 
-    def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None, mesh: Mesh) -> None:
-        self.settings, self.steps, self._mesh = settings, 0, mesh
+    def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None) -> None:
+        self.settings, self.steps = settings, 0
         self.scaling = Scaling.of(sample, target)
         device, d_in, d_out = sample.device, sample.shape[1], len(self.scaling.mean)
         rows = unit_rows(settings.d_sae, d_out, settings.seed, device)
@@ -62,7 +60,7 @@ class DenseLearner:
             raise ValueError("a transcoder needs a target, and nothing else has one")
         loss, features, error = self._loss(x, target)
         self._optimiser.zero_grad()
-        (loss / self._mesh.shares).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         self._update()
         self._track(loss.detach(), features.detach(), error.detach())
         self.steps += 1
@@ -153,9 +151,6 @@ class DenseLearner:
 
     def _update(self) -> None:
         weights = self.weights
-        for tensor in weights.values():
-            if tensor.grad is not None:
-                self._mesh.total(tensor.grad)
         W_dec = weights["W_dec"]
         is_unit = self.settings.architecture != "relu"
         with torch.no_grad():
@@ -171,10 +166,7 @@ class DenseLearner:
     def _track(self, loss: Tensor, features: Tensor, error: Tensor) -> None:
         fires = features > 0
         fvu = error.square().sum(1).mean() / self.scaling.variance
-        means = (loss, fires.sum() / len(features), fvu)
-        self.tracking.note(
-            self._mesh.total(fires.any(0).int()), *(self._mesh.total(one) / self._mesh.shares for one in means)
-        )
+        self.tracking.note(fires.any(0), loss, fires.sum() / len(features), fvu)
 
     def _activation(self, weights: dict[str, Tensor], size: Tensor) -> Activation:
         match self.settings.architecture:

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.train.mesh import ALONE, Mesh
+from saeguard_sae.train.dense import DenseLearner
 from saeguard_sae.train.settings import SaeSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Means over the steps since it was asked for last."""
-
-    steps: int
-    """All so far."""
-    tokens: int
-    """All so far."""
-    loss: float
-    """In shares of variance, sparsity included."""
-    l0: float
-    fvu: float
-    """Of the batches as they were trained on: share of variance left unexplained."""
-    dead_share: float
-    learning_rate: float
+from saeguard_sae.train.sparse import SparseLearner
+from saeguard_sae.train.tracking import Progress
 
 
 class Learner(Protocol):
@@ -64,26 +48,22 @@ class Learner(Protocol):
         ...
 
 
-def make_learner(settings: SaeSettings, sample: Tensor, target: Tensor | None = None, *, mesh: Mesh = ALONE) -> Learner:
+def make_learner(settings: SaeSettings, sample: Tensor, target: Tensor | None = None) -> Learner:
     """An untrained one.
 
     Args:
         sample: [tokens, d_in] activations that set scale and bias; its device is where it will learn.
         target: [tokens, d_out] what a transcoder should make of them.
-        mesh: of the processes that train it together.
 
     Raises:
         ValueError: a transcoder without a target, or the other way round; activations that are not finite or all equal.
         CannotCompile: compiled kernels were asked for and cannot be had.
     """
-    from saeguard_sae.train.dense import DenseLearner
-    from saeguard_sae.train.sparse import SparseLearner
-
     if settings.is_transcoder != (target is not None):
         raise ValueError("a transcoder needs a target, and nothing else has one")
     for name, tensor in (("sample", sample), ("target", target)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds activations that are not finite")
     kind = SparseLearner if settings.is_selecting else DenseLearner
-    made: Learner = kind(settings, sample.float(), None if target is None else target.float(), mesh)
+    made: Learner = kind(settings, sample.float(), None if target is None else target.float())
     return made

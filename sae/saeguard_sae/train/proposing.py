@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Pre, Rough
-from saeguard_sae.train.mesh import Mesh
 from saeguard_sae.train.settings import SaeSettings
 
 _CHUNK = 512
@@ -36,8 +35,8 @@ class Chosen(NamedTuple):
 class Proposer:
     """Keeps the last cut as a guess at the next."""
 
-    def __init__(self, settings: SaeSettings, kernels: Kernels, rows: FeatureRows, d_in: int, mesh: Mesh) -> None:
-        self._settings, self._kernels, self._rows, self._mesh = settings, kernels, rows, mesh
+    def __init__(self, settings: SaeSettings, kernels: Kernels, rows: FeatureRows, d_in: int) -> None:
+        self._settings, self._kernels, self._rows = settings, kernels, rows
         self._aux_k = settings.aux_k or max(1, d_in // 2)
         # Memory that is asked for anew for every product costs as much as a tenth of the product.
         is_small = rows.rough.scale is not None
@@ -60,16 +59,15 @@ class Proposer:
 
     def _choose_over_batch(self, x: Tensor, rough: Rough, index: Tensor | None) -> Chosen:
         """The k * B largest of the batch, of those that are positive."""
-        wanted = self._settings.k * len(x) * self._mesh.shares
+        wanted = self._settings.k * len(x)
         guess = self._guess(rough)
         while True:
             pairs, aux = self._propose(rough, index, guess)
             values = self._kernels.read(x, self._rows.W_enc, self._rows.b_enc, pairs)
-            every = self._mesh.gather(values)
-            if len(every) >= wanted or guess <= 0:
+            if len(values) >= wanted or guess <= 0:
                 break
             guess = guess * 0.7 if guess > 1e-6 else 0.0
-        cut = _largest(every, wanted)
+        cut = _largest(values, wanted)
         self.cut[0] = self.cut[1]
         self.cut[1] = float(cut)
         mask = values >= cut

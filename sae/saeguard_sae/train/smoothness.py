@@ -17,8 +17,8 @@ class Smoothness:
     def __init__(self, settings: SaeSettings) -> None:
         self._weight, self._width = settings.smooth_weight, settings.levels[0]
 
-    def add(self, now: Tensor, earlier: Tensor, rows: FeatureRows) -> tuple[Tensor, Tensor]:
-        """now and earlier [B, d], as the encoder sees them -> the weighted cost, and 0 for b_dec's gradient.
+    def add(self, now: Tensor, earlier: Tensor, rows: FeatureRows) -> Tensor:
+        """now and earlier [B, d], as the encoder sees them -> the weighted cost.
 
         What b_dec does through the encoder follows from the features' biases: see ``SparseLearner``.
         """
@@ -34,7 +34,7 @@ class Smoothness:
             if more is not None:
                 gradient[first] += more
         rows.active[first] = 1
-        return cost.detach(), torch.zeros_like(now[0])
+        return cost.detach()
 
 
 def change(now: Tensor, earlier: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """SAEs that keep the largest pre-activations, while they learn: TopK, BatchTopK, Matryoshka BatchTopK, with AuxK.
 
-One dense product proposes which features fire (in bfloat16 unless told otherwise), and everything after it is done for
-the pairs of token and feature that do: their values in float32, the reconstructions, exact gradients, Adam.
+One dense product proposes which features fire (in 8-bit integers unless told otherwise), and everything after it is
+done for the pairs of token and feature that do: values in float32, reconstructions, exact gradients, Adam.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from saeguard_sae.activations import JumpReLU
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.selections import TopK
 from saeguard_sae.train.kernels import FeatureRows, Pairs, Rates, choose
-from saeguard_sae.train.learner import Progress
-from saeguard_sae.train.mesh import Mesh
 from saeguard_sae.train.proposing import Proposer
 from saeguard_sae.train.scaling import Scaling, unit_rows
 from saeguard_sae.train.settings import SaeSettings
 from saeguard_sae.train.smoothness import Smoothness
-from saeguard_sae.train.tracking import Tracking
+from saeguard_sae.train.tracking import Progress, Tracking
 
 _TINY = 1e-12
 
@@ -29,8 +27,8 @@ _TINY = 1e-12
 class SparseLearner:
     """See ``Learner``; made by ``make_learner``."""
 
-    def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None, mesh: Mesh) -> None:
-        self.settings, self.steps, self._mesh = settings, 0, mesh
+    def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None) -> None:
+        self.settings, self.steps = settings, 0
         device = sample.device
         self.scaling = Scaling.of(sample, target)
         self.kernels = choose(settings.kernels, device)
@@ -42,7 +40,7 @@ class SparseLearner:
         self._moments = torch.zeros(2, len(self.b_dec), device=device)
         self.threshold = torch.zeros((), device=device)
         self.tracking = Tracking(settings, device)
-        self._proposer = Proposer(settings, self.kernels, self.rows, sample.shape[1], mesh)
+        self._proposer = Proposer(settings, self.kernels, self.rows, sample.shape[1])
         self._ends = torch.tensor(settings.levels, dtype=torch.int32, device=device)
         self._smooth = Smoothness(settings) if settings.smooth_weight else None
 
@@ -56,18 +54,16 @@ class SparseLearner:
         chosen = self._proposer.choose(seen, self.tracking.dead() if self.settings.aux_weight else None)
         self._remember(chosen.cut)
         loss, l0, fvu, bias, last = self._reconstruct(seen, wanted, chosen.pairs, chosen.values)
-        fired = self.rows.active.int()
+        fired = self.rows.active.clone()
         if chosen.aux is not None:
             loss = loss + self._revive(seen, last, chosen.aux)
         if self._smooth is not None:
             if before is None:
                 raise ValueError("smooth_weight needs to know each token's predecessor")
             earlier = before / self.scaling.read - self.b_dec
-            cost, pull = self._smooth.add(seen, earlier, self.rows)
-            loss, bias = loss + cost, bias + pull
+            loss = loss + self._smooth.add(seen, earlier, self.rows)
         self._update(bias)
-        means = (self._mesh.total(one) / self._mesh.shares for one in (loss, l0, fvu))
-        self.tracking.note(self._mesh.total(fired), *means)
+        self.tracking.note(fired, loss, l0, fvu)
         self.steps += 1
         if self._is_restart_due():
             self.rows.restart(self.tracking.dead(), self.settings.restart_scale)
@@ -117,8 +113,7 @@ class SparseLearner:
         """Mean over the levels of the unexplained share of variance, L0, FVU; b_dec's gradient; the last error."""
         count = len(seen) * self.scaling.variance
         levels = len(self._ends)
-        slope = 2 / (levels * count * self._mesh.shares)
-        weights = torch.full((levels,), slope, device=seen.device)
+        weights = torch.full((levels,), 2 / (levels * count), device=seen.device)
         decoded = self.kernels.decode(wanted, self.rows.W_dec, pairs, values, self._ends, weights)
         self.kernels.gradients(seen, decoded, pairs, values, self._ends, self.rows)
         each = decoded.squares.sum(0) / count
@@ -132,15 +127,13 @@ class SparseLearner:
         values = self.kernels.read(part, self.rows.W_enc, self.rows.b_enc, pairs)
         size = wanted.square().sum().clamp_min(_TINY)
         whole = self._ends[-1:]
-        weights = (2 * self.settings.aux_weight / self._mesh.shares / size).reshape(1)
+        weights = (2 * self.settings.aux_weight / size).reshape(1)
         decoded = self.kernels.decode(wanted, self.rows.W_dec, pairs, values, whole, weights)
         self.kernels.gradients(part, decoded, pairs, values, whole, self.rows)
         return self.settings.aux_weight * decoded.squares.sum() / size
 
     def _update(self, bias: Tensor) -> None:
         """One step of Adam, its gradient no longer than ``clip``. ``bias`` [d_out]: b_dec's as what is written."""
-        self._share()
-        bias = self._mesh.total(bias)
         if not self.settings.is_transcoder:
             through = torch.where(self.rows.active.bool(), self.rows.g_bias, 0.0)
             bias = bias - through @ self.rows.W_enc
@@ -149,16 +142,6 @@ class SparseLearner:
         rates = Rates(self.settings.rate(self.steps), min(1.0, self.settings.clip / max(length, _TINY)))
         self.kernels.adam(self.rows, rates)
         self._move_bias(bias * rates.scale, rates)
-
-    def _share(self) -> None:
-        """Every process gets the gradients of all."""
-        if self._mesh.shares == 1:
-            return
-        rows, own = self.rows, self.rows.active.bool()
-        for gradient in (rows.g_enc, rows.g_bias, rows.g_dec):
-            gradient[~own] = 0
-            self._mesh.total(gradient)
-        rows.active.copy_(self._mesh.total(rows.active.int()) > 0)
 
     def _move_bias(self, gradient: Tensor, rates: Rates) -> None:
         mean, square = self._moments

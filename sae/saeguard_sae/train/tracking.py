@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from saeguard_sae.train.learner import Progress
 from saeguard_sae.train.settings import SaeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Means over the steps since it was asked for last."""
+
+    steps: int
+    """All so far."""
+    tokens: int
+    """All so far."""
+    loss: float
+    """In shares of variance, sparsity included."""
+    l0: float
+    fvu: float
+    """Of the batches as they were trained on: share of variance left unexplained."""
+    dead_share: float
+    learning_rate: float
 
 
 class Tracking:

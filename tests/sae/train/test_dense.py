@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,8 @@ from saeguard_sae.train import SaeSettings, evaluate, make_learner, shuffled, tr
 from saeguard_sae.train.dense import DenseLearner
 from support.dictionaries import TRUE_FEATURES, observations, recovery, truth
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = SaeSettings(
     d_sae=TRUE_FEATURES, architecture="relu", sparsity=1.0, steps=600, batch=256, learning_rate=5e-3, seed=5
 )
@@ -24,15 +25,6 @@ KINDS: list[dict[str, Any]] = [
     {"architecture": "jumprelu", "sparsity": 0.3, "jump_loss": "l0"},
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["architecture"] + kind.get("jump_loss", ""))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def learner(x: Tensor, **more: Any) -> DenseLearner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,19 +15,12 @@ from saeguard_sae.train.smoothness import change
 from saeguard_sae.train.sparse import SparseLearner
 from support.dictionaries import ACTIVE, D_IN, TRUE_FEATURES, observations, recovery, truth
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = SaeSettings(
     d_sae=TRUE_FEATURES, k=ACTIVE, steps=500, batch=256, learning_rate=5e-3, seed=5, architecture="batchtopk"
 )
 KINDS: list[dict[str, Any]] = [{"architecture": "topk"}, {}, {"architecture": "matryoshka", "widths": (10, 40)}]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def learner(x: Tensor, **more: Any) -> SparseLearner:

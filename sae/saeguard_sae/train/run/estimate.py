@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from saeguard_sae.train.run.errors import BadConfig
-from saeguard_sae.train.settings import SaeSettings
+from saeguard_sae.train.settings import Precision, SaeSettings
 
 _FLOAT = 4
 _PRE_ACTIVATION_ROWS = 512
 """Tokens whose pre-activations an SAE that selects has room for, whatever the batch, and the copies made of them."""
 _PRE_ACTIVATION_COPIES = 2
+_ROUGH: Mapping[Precision, int] = {"int8": 1, "bfloat16": 2, "float32": 0}
+"""Bytes of a number in the copy of the encoder that proposes features; float32 needs none."""
 _DENSE_COPIES = 6
 """Tensors [batch, d_sae] that an SAE which pays for firing holds between forward and backward."""
 _GROUP = Path("/sys/fs/cgroup")
@@ -37,7 +39,7 @@ class Size:
     def training_bytes(self) -> int:
         """Weights, gradients, two moments, the rough copy of the encoder, and what one step holds besides."""
         settings = self.settings
-        rough = 2 * settings.d_sae * self.d_in if settings.precision != "float32" else 0
+        rough = _ROUGH[settings.precision] * settings.d_sae * self.d_in
         if settings.is_selecting:
             held = _PRE_ACTIVATION_COPIES * _PRE_ACTIVATION_ROWS * settings.d_sae
         else:

@@ -24,8 +24,7 @@ from saeguard_sae.train.run.export import export
 from saeguard_sae.train.run.folder import RunFolder
 from saeguard_sae.train.run.loop import Loop, Trainee
 from saeguard_sae.train.run.plans import Plan, plans, rehearse_export
-from saeguard_sae.train.run.rank import is_writer
-from saeguard_sae.train.run.recorder import Recorder, Silent, Written
+from saeguard_sae.train.run.recorder import Written
 from saeguard_sae.train.run.source import Source
 from saeguard_sae.train.run.stopping import StopSignals
 
@@ -45,6 +44,8 @@ def train_from_config(config: RunConfig, *, resume: bool = False, console: Conso
         RunFailed: it began and cannot go on; the message says what is kept.
         RunStopped: SIGINT or SIGTERM came; it saved itself.
     """
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        raise BadConfig("a run is one process: torchrun would start the same one several times, in one folder")
     console = console or Console(sys.stderr)
     folder = RunFolder(Path(config.run.out).expanduser())
     folder.check(config, resume=resume)
@@ -53,7 +54,7 @@ def train_from_config(config: RunConfig, *, resume: bool = False, console: Conso
         model = None if config.model is None else open_model(config.model)
         check_evaluation(config, model)
         paths = _train(config, folder, model, console, resume=resume)
-        if config.run.evaluate and model is not None and is_writer():
+        if config.run.evaluate and model is not None:
             evaluate_all(config, model, paths, console)
     return list(paths.values())
 
@@ -82,8 +83,6 @@ def _train(
         raise RunFailed(f"{err}; {checkpoints.kept()}") from err
     finally:
         recorder.close()
-    if not is_writer():
-        return {plan.name: folder.sae(plan.name) for plan in todo}
     return {one.plan.name: export(one, config, folder, source) for one in trainees}
 
 
@@ -107,9 +106,7 @@ def _restore(config: RunConfig, begun: Checkpoint, source: Source, trainees: Seq
 
 def _recorder(
     config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, console: Console, begun: Checkpoint | None
-) -> Recorder:
-    if not is_writer():
-        return Silent()
+) -> Written:
     folder.claim(config)
     checkpoints.discard_parts()
     return Written(folder, checkpoints, console, begun)

@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from saeguard_sae.train.learner import Progress
 from saeguard_sae.train.run.console import Console, duration, rate
 from saeguard_sae.train.run.metrics import Moment
+from saeguard_sae.train.tracking import Progress
 
 
 class Terminal(io.StringIO):

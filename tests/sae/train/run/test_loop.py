@@ -12,15 +12,15 @@ from torch import Tensor
 
 from saeguard_sae.site import Site
 from saeguard_sae.train.errors import TrainError
-from saeguard_sae.train.learner import Learner, Progress
+from saeguard_sae.train.learner import Learner
 from saeguard_sae.train.run.checkpoints import Checkpoint
 from saeguard_sae.train.run.config import RunConfig, parse
 from saeguard_sae.train.run.errors import RunFailed, RunStopped
 from saeguard_sae.train.run.loop import Loop, Trainee
 from saeguard_sae.train.run.metrics import Moment
 from saeguard_sae.train.run.plans import Plan, plans
-from saeguard_sae.train.run.recorder import Silent
 from saeguard_sae.train.run.stopping import StopSignals
+from saeguard_sae.train.tracking import Progress
 
 READS, WRITES = Site(1, "resid_post"), Site(2, "mlp_out")
 
@@ -63,7 +63,7 @@ class Numbers:
         return {"count": self.count}
 
 
-class Remembering(Silent):
+class Remembering:
     """Keeps what it is told, in order."""
 
     def __init__(self) -> None:
@@ -85,6 +85,12 @@ class Remembering(Silent):
     def save(self, checkpoint: Checkpoint) -> None:
         self.saved.append(checkpoint)
         self.events.append(f"save {checkpoint.step}")
+
+    def note(self, text: str) -> None:
+        raise AssertionError("a loop tells its figures only")
+
+    def close(self) -> None:
+        raise AssertionError("who made it closes it")
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from saeguard_sae.train.learner import Progress
 from saeguard_sae.train.run.errors import RunFailed
 from saeguard_sae.train.run.metrics import MetricsFile, Moment, TensorBoard, last_figures
+from saeguard_sae.train.tracking import Progress
 
 
 def moment(step: int, loss: float = 0.5) -> Moment:
