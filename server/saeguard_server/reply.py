@@ -6,7 +6,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length"]
+FinishReason: TypeAlias = Literal["stop", "length", "feature"]
+"""feature: a trigger stopped it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,28 @@ class InterventionReceipt:
     max_activation: float
     mean_relative_edit: float
     tokens_capped: int
+    policy: str = ""
+    """Whose rule made it; empty for the request's own."""
+    rule: str = ""
+    is_shadow: bool = False
+    """Counted as if it were made, and not made."""
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerReceipt:
+    """What one trigger saw."""
+
+    policy: str
+    """Empty for the request's own."""
+    name: str
+    is_shadow: bool
+    tokens_evaluated: int
+    tokens_on: int
+    """Evaluated tokens on which its condition held."""
+    first_position: int | None
+    """Of the token on which it first held."""
+    maximum: float
+    """Largest value of its sum; -inf where nothing was evaluated. For metrics and audit: never on the wire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +82,25 @@ class Receipt:
     steering_digest: str
     interventions: tuple[InterventionReceipt, ...]
     forward_passes: int
+    triggers: tuple[TriggerReceipt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedBy:
+    """The trigger that ended a generation; ``policy`` is empty for the request's own."""
+
+    policy: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """Which policies decided about a request: the activation that was in force when it was admitted."""
+
+    activation: int
+    revision: int
+    enforced: tuple[str, ...]
+    shadowed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +114,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """How a generation ended. ``receipt`` is present exactly when there were interventions."""
+    """How a generation ended. ``receipt`` is present exactly when there were edits or triggers."""
 
     finish_reason: FinishReason
     stop_string: str
@@ -81,6 +123,10 @@ class Completion:
     timings: Timings
     receipt: Receipt | None
     seed: int
+    stopped_by: StoppedBy | None = None
+    """Present exactly when the finish reason is feature."""
+    policy: PolicyFacts | None = None
+    """Present exactly when the server has policies."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-from saeguard_sae.edits import FLOAT32_MAX, Edit
+from saeguard_sae.edits import FLOAT32_MAX
+from saeguard_server.interventions import FeatureRef, Intervention, Trigger, check_one_edit_per_feature
 
-Phase: TypeAlias = Literal["all", "prompt", "generated"]
-PHASES: tuple[Phase, ...] = ("all", "prompt", "generated")
 ROLES = ("system", "user", "assistant")
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_CONVERSATION_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,56 +64,6 @@ class TokenInput:
 ModelInput: TypeAlias = TextInput | ChatInput | TokenInput
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """The tokens an edit applies to: a phase, positions ``[start, end)``, and special tokens only when asked."""
-
-    phase: Phase = "all"
-    start: int = 0
-    end: int | None = None
-    include_special_tokens: bool = False
-
-    def __post_init__(self) -> None:
-        if self.phase not in PHASES:
-            raise ValueError(f"phase: must be one of {', '.join(PHASES)}, got {self.phase!r}")
-        if self.start < 0:
-            raise ValueError(f"start: must be at least 0, got {self.start}")
-        if self.end is not None and self.end <= self.start:
-            raise ValueError(f"end: must be above start ({self.start}), got {self.end}")
-
-    def positions(self, prompt_tokens: int) -> tuple[int, int | None]:
-        """``[first, last)`` position that the scope selects for a prompt of that length; None is no end."""
-        first, last = self.start, self.end
-        if self.phase == "generated":
-            first = max(first, prompt_tokens)
-        if self.phase == "prompt":
-            last = prompt_tokens if last is None else min(last, prompt_tokens)
-        return first, last
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureRef:
-    """One feature of a named SAE."""
-
-    sae: str
-    feature: int
-
-    def __post_init__(self) -> None:
-        if not self.sae:
-            raise ValueError("sae: must not be empty")
-        if self.feature < 0:
-            raise ValueError(f"feature: must be at least 0, got {self.feature}")
-
-
-@dataclass(frozen=True, slots=True)
-class Intervention:
-    """One edit of one feature, and where it applies."""
-
-    target: FeatureRef
-    edit: Edit
-    scope: Scope = Scope()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is chosen; fields as on the wire, None is the server's choice."""
@@ -154,6 +104,13 @@ class GenerationRequest:
     interventions: tuple[Intervention, ...] = ()
     max_relative_edit: float | None = None
     watch: tuple[FeatureRef, ...] = ()
+    triggers: tuple[Trigger, ...] = ()
+    policies: tuple[str, ...] = ()
+    """Policies that shall apply whether or not their target and rollout choose this request."""
+    conversation: str = ""
+    """What a rollout by conversation hashes."""
+    min_policy_activation: int | None = None
+    """The oldest activation of policies that may decide about this request."""
 
     def __post_init__(self) -> None:
         limit = self.max_relative_edit
@@ -162,6 +119,13 @@ class GenerationRequest:
         check_one_edit_per_feature(self.interventions)
         if len(set(self.watch)) != len(self.watch):
             raise ValueError("watch: a feature is named twice")
+        names = [one.name for one in self.triggers]
+        if len(set(names)) != len(names):
+            raise ValueError("triggers: a name is given twice")
+        if len(set(self.policies)) != len(self.policies):
+            raise ValueError("policies: a policy is named twice")
+        if len(self.conversation) > MAX_CONVERSATION_CHARS:
+            raise ValueError(f"conversation: at most {MAX_CONVERSATION_CHARS} characters, got {len(self.conversation)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,20 +183,6 @@ class ActivationRequest:
         if len(set(self.saes)) != len(self.saes):
             raise ValueError("saes: an SAE is named twice")
         check_one_edit_per_feature(self.interventions)
-
-
-def check_one_edit_per_feature(interventions: tuple[Intervention, ...]) -> None:
-    """Two edits of one feature would each measure from the original value: refused.
-
-    Raises:
-        ValueError: the message begins with the second one's field.
-    """
-    seen: dict[FeatureRef, int] = {}
-    for index, one in enumerate(interventions):
-        first = seen.setdefault(one.target, index)
-        if first != index:
-            where = f"feature {one.target.feature} of {one.target.sae!r}"
-            raise ValueError(f"interventions[{index}].feature: {where} is already edited by interventions[{first}]")
 
 
 def _within(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:

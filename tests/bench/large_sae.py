@@ -30,17 +30,9 @@ from bench.report import figure
 from saeguard_sae.edits import Clamp, Scale, Zero
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.flows.activations import ReadActivations
+from saeguard_server.interventions import FeatureRef, Intervention
 from saeguard_server.observe.metrics import Metrics
-from saeguard_server.request import (
-    ActivationRequest,
-    Call,
-    FeatureRef,
-    GenerationRequest,
-    Intervention,
-    Sampling,
-    TokenInput,
-    TopK,
-)
+from saeguard_server.request import ActivationRequest, Call, GenerationRequest, Sampling, TokenInput, TopK
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
 from support.engines import Running, prompt
 from support.models import VOCAB, tokenizer

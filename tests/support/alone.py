@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.edits import Add, Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_server.request import GenerationRequest, Intervention, Scope, TokenInput
+from saeguard_server.interventions import Intervention, Scope
+from saeguard_server.request import GenerationRequest, TokenInput
 from support import reference
 from support.engines import Answer, World
 from support.models import BOS, EOS, PAD, SITES

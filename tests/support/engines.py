@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry
 from saeguard_sae.edits import Edit
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.flows.generate import Generate
+from saeguard_server.interventions import FeatureRef, Intervention, Scope
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.reply import Completion, FeatureReading, Token
-from saeguard_server.request import Call, FeatureRef, GenerationRequest, Intervention, Sampling, Scope, TokenInput
+from saeguard_server.request import Call, GenerationRequest, Sampling, TokenInput
 from saeguard_server.settings import EngineSettings, LimitSettings, ModelSettings, SaeSettings, Settings
 from support.models import SITES, save_model
 from support.saes import PlainSae, plain_sae, save_sae

@@ -15,8 +15,9 @@ import torch
 from saeguard_sae.edits import Add, Clamp, Scale
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.errors import DeadlineExceeded, InvalidRequest, NonFiniteOutput
+from saeguard_server.interventions import FeatureRef, Scope
 from saeguard_server.reply import Receipt
-from saeguard_server.request import Call, FeatureRef, GenerationRequest, Sampling, Scope, TextInput, TokenInput
+from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput, TokenInput
 from support import engines, reference, vllm
 from support.engines import Answer, Running, World, edit, greedy, prompt
 from support.models import BOS, EOS, PAD, SITES

@@ -9,7 +9,7 @@ import torch
 
 from saeguard_sae.edits import Clamp, Scale
 from saeguard_sae.loading import LoadError
-from saeguard_server.request import FeatureRef
+from saeguard_server.interventions import FeatureRef
 from saeguard_server.settings import VllmSettings
 from support import reference, vllm
 from support.engines import World, edit, greedy, prompt

@@ -12,6 +12,7 @@ from typing import Protocol
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.site import Site
+from saeguard_server.interventions import Comparison, Window
 from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.request import Call, Sampling
 
@@ -39,6 +40,17 @@ class Capabilities:
     engine: str
     sites: frozenset[Site]
     kinds: frozenset[str]
+    conditions: bool = False
+    """Whether it decides conditions: guards, and edits that depend on one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who wants an edit or guard: a policy's rule, or the request itself where ``policy`` is empty."""
+
+    policy: str = ""
+    rule: str = ""
+    """The rule's or trigger's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +65,58 @@ class ResolvedEdit:
     last: int
     special: bool
     """Also on special tokens."""
+    gate: int | None = None
+    """Index of the guard that must be on; None is always."""
+    is_shadow: bool = False
+    """Counted as if it were made, and not made."""
+    is_limited: bool = True
+    """Whether ``Steering.max_relative_edit`` may shorten it: a policy's edits are never shortened by a request."""
+    origin: Origin = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """``bias + sum of weight * feature``, of features as they are before any edit of their site."""
+
+    terms: tuple[tuple[str, int, float], ...]
+    """SAE, feature, weight."""
+    bias: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedGuard:
+    """A condition as the engine decides it on every token at positions ``[first, last)``, in raw feature units.
+
+    ``comparison`` and ``window`` as in ``interventions.Condition``. Other tokens leave it as it is.
+    """
+
+    probe: Probe
+    comparison: Comparison
+    threshold: float
+    release: float
+    """Equal to the threshold where there is no hysteresis."""
+    window: Window
+    first: int
+    last: int
+    special: bool
+    latches: bool = False
+    """Once on, always on: edits that a trigger applies from then on."""
+    stops: bool = False
+    """The generation ends when it comes on."""
+    is_trigger: bool = False
+    """Whether receipts tell of it; an edit's own condition is told by the edit."""
+    is_shadow: bool = False
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """All edits of one request, with the limit on ``|edit| / |x|`` per site and their digest (hex SHA-256)."""
+    """All edits and guards of one request, the limit on ``|edit| / |x|`` per site, and their digest (hex SHA-256)."""
 
     edits: tuple[ResolvedEdit, ...] = ()
     max_relative_edit: float = float("inf")
     digest: str = ""
+    guards: tuple[ResolvedGuard, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

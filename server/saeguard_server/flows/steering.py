@@ -12,7 +12,7 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.table import FOREVER
 from saeguard_server.engine.protocol import Engine, ResolvedEdit, Steering
 from saeguard_server.errors import InvalidRequest, UnknownName
-from saeguard_server.request import FeatureRef, Intervention, Scope
+from saeguard_server.interventions import FeatureRef, Intervention, Scope
 
 
 def find_sae(engine: Engine, name: str, field: str) -> LoadedSae:

@@ -11,7 +11,8 @@ import msgspec
 from bench.work import MODEL, SAE, Edit
 from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_sae.edits import Edit as Kind
-from saeguard_server.request import FeatureRef, GenerationRequest, Intervention, Sampling, TokenInput
+from saeguard_server.interventions import FeatureRef, Intervention
+from saeguard_server.request import GenerationRequest, Sampling, TokenInput
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
 
 CONTEXT = 2304

@@ -15,6 +15,7 @@ from saeguard.v1 import input_pb2, receipt_pb2, server_info_service_pb2
 from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard_sae import catalogue
 from saeguard_sae.edits import KINDS, UNITS
+from saeguard_server import interventions as domain
 from saeguard_server import reply, request
 from saeguard_server.edge.server import SERVICES
 from saeguard_server.edge.wire import generation, interventions
@@ -52,7 +53,7 @@ def test_every_enum_value_has_a_meaning_and_every_meaning_a_value() -> None:
     assert interventions.UNITS.keys() == set(edit_pb.Unit.values())
     assert set(interventions.UNITS.values()) == set(UNITS)
     assert interventions.PHASES.keys() == set(edit_pb.Phase.values())
-    assert set(interventions.PHASES.values()) == set(request.PHASES)
+    assert set(interventions.PHASES.values()) == set(domain.PHASES)
     assert set(generation.FINISH_REASONS) == set(get_args(reply.FinishReason))
     assert set(generation.FINISH_REASONS.values()) == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
 
@@ -64,14 +65,14 @@ def test_every_input_is_the_same_oneof() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "domain"),
+    ("message", "noun"),
     [
         (pb.Sampling, request.Sampling),
-        (pb.FeatureRef, request.FeatureRef),
+        (pb.FeatureRef, domain.FeatureRef),
         (pb.FeatureReading, reply.FeatureReading),
         (pb.TokenLogprob, reply.TokenLogprob),
         (pb.Timings, reply.Timings),
-        (edit_pb.Scope, request.Scope),
+        (edit_pb.Scope, domain.Scope),
         (input_pb2.ChatMessage, request.ChatMessage),
         (receipt_pb2.Receipt, reply.Receipt),
         (receipt_pb2.InterventionReceipt, reply.InterventionReceipt),
@@ -80,8 +81,8 @@ def test_every_input_is_the_same_oneof() -> None:
         (server_info_service_pb2.Limits, info.Limits),
     ],
 )
-def test_messages_and_dataclasses_have_the_same_fields(message: Any, domain: Any) -> None:
-    assert names(message.DESCRIPTOR) == {one.name for one in fields(domain)}
+def test_messages_and_dataclasses_have_the_same_fields(message: Any, noun: Any) -> None:
+    assert names(message.DESCRIPTOR) == {one.name for one in fields(noun)}
 
 
 def test_what_the_catalogue_knows_is_on_the_wire() -> None:

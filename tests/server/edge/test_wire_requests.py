@@ -16,7 +16,8 @@ from saeguard_server.edge.wire.activations import activation_request
 from saeguard_server.edge.wire.fields import at
 from saeguard_server.edge.wire.generation import generation_request
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.request import Intervention, Named, Sampling, Scope
+from saeguard_server.interventions import Intervention, Scope
+from saeguard_server.request import Named, Sampling
 from saeguard_server.settings import LimitSettings
 
 LIMITS = LimitSettings(

@@ -18,7 +18,8 @@ from torch import Tensor
 from saeguard_sae.edits import Add, Clamp, Zero
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.request import Call, FeatureRef
+from saeguard_server.interventions import FeatureRef
+from saeguard_server.request import Call
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
 from support.engines import Running, edit, greedy, prompt, running
 from support.models import BOS, LAYERS, WIDTH, save_model

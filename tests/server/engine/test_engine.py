@@ -17,8 +17,9 @@ from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import DeadlineExceeded, InternalFailure, InvalidRequest, NonFiniteOutput
+from saeguard_server.interventions import Scope
 from saeguard_server.observe.metrics import Metrics
-from saeguard_server.request import Call, GenerationRequest, Sampling, Scope, TextInput, TokenInput
+from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput, TokenInput
 from saeguard_server.settings import LimitSettings
 from support import reference
 from support.engines import Running, World, edit, greedy, make_world, prompt, running

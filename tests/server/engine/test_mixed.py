@@ -21,7 +21,8 @@ from saeguard_sae.edits import Add, Cap, Clamp, Scale, Zero
 from saeguard_server.engine.protocol import Pick
 from saeguard_server.engine.transformers import loading
 from saeguard_server.engine.transformers.blocks import BLOCK
-from saeguard_server.request import FeatureRef, GenerationRequest, Intervention, Sampling, Scope, TokenInput
+from saeguard_server.interventions import FeatureRef, Intervention, Scope
+from saeguard_server.request import GenerationRequest, Sampling, TokenInput
 from support.alone import Alone
 from support.engines import Answer, World, edit, make_world, prompt, running
 from support.models import SITES

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from saeguard_sae.edits import Clamp, Scale
-from saeguard_server.request import GenerationRequest, Scope
+from saeguard_server.interventions import Scope
+from saeguard_server.request import GenerationRequest
 from support.alone import Alone
 from support.engines import World, edit, greedy, make_world, prompt
 from support.stepping import Loaded

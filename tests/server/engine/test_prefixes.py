@@ -13,7 +13,8 @@ from saeguard_sae.edits import Add, Cap, Clamp, Scale
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.transformers.prefixes import can_reuse, is_steered
 from saeguard_server.errors import NonFiniteOutput
-from saeguard_server.request import GenerationRequest, Intervention, Sampling, Scope
+from saeguard_server.interventions import Intervention, Scope
+from saeguard_server.request import GenerationRequest, Sampling
 from support.alone import NEAR, Alone
 from support.engines import Answer, World, edit, greedy, make_world, prompt
 from support.stepping import Loaded

@@ -27,9 +27,10 @@ from saeguard_server.engine import transformers
 from saeguard_server.engine.process import child, engine, load_engine
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.errors import DeadlineExceeded, NonFiniteOutput, Unavailable
+from saeguard_server.interventions import FeatureRef
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.reply import ActivationPart
-from saeguard_server.request import Call, FeatureRef, GenerationRequest, Sampling, TextInput
+from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput
 from saeguard_server.settings import Settings
 from support import reference
 from support.engines import Answer, Running, World, edit, greedy, make_world, prompt, running

@@ -11,7 +11,8 @@ import torch
 
 from saeguard_sae.edits import Clamp
 from saeguard_server.engine.protocol import InspectTask, Pick
-from saeguard_server.request import Call, FeatureRef, GenerationRequest, Sampling, TokenInput
+from saeguard_server.interventions import FeatureRef
+from saeguard_server.request import Call, GenerationRequest, Sampling, TokenInput
 from support.engines import World, edit, greedy, make_world, prompt, running
 from support.models import SITES
 

@@ -6,7 +6,8 @@ import pytest
 
 from saeguard_sae.edits import Clamp, Zero
 from saeguard_server.errors import InvalidRequest, UnknownName
-from saeguard_server.request import FeatureRef, GenerationRequest, Scope
+from saeguard_server.interventions import FeatureRef, Scope
+from saeguard_server.request import GenerationRequest
 from support.engines import World, edit, greedy, make_world, running
 
 

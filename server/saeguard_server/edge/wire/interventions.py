@@ -12,7 +12,7 @@ from saeguard.v1 import intervention_pb2 as pb
 from saeguard_sae.edits import KINDS, Edit, Unit
 from saeguard_server.edge.wire.fields import at, at_most, chosen
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.request import FeatureRef, Intervention, Phase, Scope
+from saeguard_server.interventions import FeatureRef, Intervention, Phase, Scope
 
 T = TypeVar("T")
 
