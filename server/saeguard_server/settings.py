@@ -178,6 +178,10 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Edits in one request."""
     max_watch: Count = 64
     """Watched features in one request."""
+    max_triggers: Count = 64
+    """Triggers in one request."""
+    max_policies: Count = 64
+    """Policies named in one request."""
     max_activation_inputs: Count = 64
     """Inputs in one GetActivations."""
     max_activation_values: Count = 4096

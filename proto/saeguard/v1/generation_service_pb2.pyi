@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from saeguard.v1 import condition_pb2 as _condition_pb2
 from saeguard.v1 import input_pb2 as _input_pb2
 from saeguard.v1 import intervention_pb2 as _intervention_pb2
 from saeguard.v1 import receipt_pb2 as _receipt_pb2
@@ -33,6 +34,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """End-of-sequence token or stop string."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_new_tokens or the context is full."""
+    FINISH_REASON_FEATURE: _FinishReason.ValueType  # 3
+    """A trigger stopped it; see `stopped_by`."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -41,6 +44,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """End-of-sequence token or stop string."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_new_tokens or the context is full."""
+FINISH_REASON_FEATURE: FinishReason.ValueType  # 3
+"""A trigger stopped it; see `stopped_by`."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -54,9 +59,17 @@ class GenerateRequest(_message.Message):
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_EDIT_FIELD_NUMBER: _builtins.int
     WATCH_FIELD_NUMBER: _builtins.int
+    TRIGGERS_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
+    MIN_POLICY_ACTIVATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_relative_edit: _builtins.float
     """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
+    conversation: _builtins.str
+    """What a rollout by conversation hashes; at most 256 characters."""
+    min_policy_activation: _builtins.int
+    """The oldest activation of policies that may decide about this request; waited for until the deadline."""
     @_builtins.property
     def chat(self) -> _input_pb2.ChatInput: ...
     @_builtins.property
@@ -71,6 +84,14 @@ class GenerateRequest(_message.Message):
     def watch(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureRef]:
         """Features to read on every token, without editing them."""
 
+    @_builtins.property
+    def triggers(self) -> _containers.RepeatedCompositeFieldContainer[_condition_pb2.Trigger]:
+        """What to do when features fire."""
+
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Policies that shall apply whether or not their target and rollout choose this request."""
+
     def __init__(
         self,
         *,
@@ -81,17 +102,25 @@ class GenerateRequest(_message.Message):
         interventions: _abc.Iterable[_intervention_pb2.Intervention] | None = ...,
         max_relative_edit: _builtins.float | None = ...,
         watch: _abc.Iterable[Global___FeatureRef] | None = ...,
+        triggers: _abc.Iterable[_condition_pb2.Trigger] | None = ...,
+        policies: _abc.Iterable[_builtins.str] | None = ...,
+        conversation: _builtins.str = ...,
+        min_policy_activation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "chat", b"chat", "input", b"input", "max_relative_edit", b"max_relative_edit", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "input", b"input", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "chat", b"chat", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "watch", b"watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "conversation", b"conversation", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "policies", b"policies", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "triggers", b"triggers", "watch", b"watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_relative_edit: _TypeAlias = _typing.Literal["max_relative_edit"]  # noqa: Y015
     _WhichOneofArgType__max_relative_edit: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit"]  # noqa: Y015
+    _WhichOneofReturnType__min_policy_activation: _TypeAlias = _typing.Literal["min_policy_activation"]  # noqa: Y015
+    _WhichOneofArgType__min_policy_activation: _TypeAlias = _typing.Literal["_min_policy_activation", b"_min_policy_activation"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_relative_edit) -> _WhichOneofReturnType__max_relative_edit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_policy_activation) -> _WhichOneofReturnType__min_policy_activation | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -110,9 +139,17 @@ class GenerateStreamRequest(_message.Message):
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_EDIT_FIELD_NUMBER: _builtins.int
     WATCH_FIELD_NUMBER: _builtins.int
+    TRIGGERS_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
+    MIN_POLICY_ACTIVATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_relative_edit: _builtins.float
     """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
+    conversation: _builtins.str
+    """What a rollout by conversation hashes; at most 256 characters."""
+    min_policy_activation: _builtins.int
+    """The oldest activation of policies that may decide about this request; waited for until the deadline."""
     @_builtins.property
     def chat(self) -> _input_pb2.ChatInput: ...
     @_builtins.property
@@ -127,6 +164,14 @@ class GenerateStreamRequest(_message.Message):
     def watch(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureRef]:
         """Features to read on every token, without editing them."""
 
+    @_builtins.property
+    def triggers(self) -> _containers.RepeatedCompositeFieldContainer[_condition_pb2.Trigger]:
+        """What to do when features fire."""
+
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Policies that shall apply whether or not their target and rollout choose this request."""
+
     def __init__(
         self,
         *,
@@ -137,17 +182,25 @@ class GenerateStreamRequest(_message.Message):
         interventions: _abc.Iterable[_intervention_pb2.Intervention] | None = ...,
         max_relative_edit: _builtins.float | None = ...,
         watch: _abc.Iterable[Global___FeatureRef] | None = ...,
+        triggers: _abc.Iterable[_condition_pb2.Trigger] | None = ...,
+        policies: _abc.Iterable[_builtins.str] | None = ...,
+        conversation: _builtins.str = ...,
+        min_policy_activation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "chat", b"chat", "input", b"input", "max_relative_edit", b"max_relative_edit", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "input", b"input", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "chat", b"chat", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "watch", b"watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "conversation", b"conversation", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "policies", b"policies", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "triggers", b"triggers", "watch", b"watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_relative_edit: _TypeAlias = _typing.Literal["max_relative_edit"]  # noqa: Y015
     _WhichOneofArgType__max_relative_edit: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit"]  # noqa: Y015
+    _WhichOneofReturnType__min_policy_activation: _TypeAlias = _typing.Literal["min_policy_activation"]  # noqa: Y015
+    _WhichOneofArgType__min_policy_activation: _TypeAlias = _typing.Literal["_min_policy_activation", b"_min_policy_activation"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_relative_edit) -> _WhichOneofReturnType__max_relative_edit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_policy_activation) -> _WhichOneofReturnType__min_policy_activation | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -436,6 +489,8 @@ class Completion(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STOPPED_BY_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     stop_string: _builtins.str
     """The stop string that ended the generation, if one did."""
@@ -448,7 +503,15 @@ class Completion(_message.Message):
     def timings(self) -> Global___Timings: ...
     @_builtins.property
     def receipt(self) -> _receipt_pb2.Receipt:
-        """Present exactly when the request had interventions."""
+        """Present exactly when edits or triggers, the request's or a policy's, had to do with it."""
+
+    @_builtins.property
+    def stopped_by(self) -> Global___StoppedBy:
+        """Present exactly when the finish reason is FEATURE."""
+
+    @_builtins.property
+    def policy(self) -> Global___PolicyFacts:
+        """Present exactly when the server has policies."""
 
     def __init__(
         self,
@@ -460,14 +523,78 @@ class Completion(_message.Message):
         receipt: _receipt_pb2.Receipt | None = ...,
         seed: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        stopped_by: Global___StoppedBy | None = ...,
+        policy: Global___PolicyFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "receipt", b"receipt", "stopped_by", b"stopped_by", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "receipt", b"receipt", "request_id", b"request_id", "seed", b"seed", "stop_string", b"stop_string", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "policy", b"policy", "receipt", b"receipt", "request_id", b"request_id", "seed", b"seed", "stop_string", b"stop_string", "stopped_by", b"stopped_by", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Completion: _TypeAlias = Completion  # noqa: Y015
+
+@_typing.final
+class StoppedBy(_message.Message):
+    """The trigger that ended a generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """Empty for the request's own trigger."""
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoppedBy: _TypeAlias = StoppedBy  # noqa: Y015
+
+@_typing.final
+class PolicyFacts(_message.Message):
+    """Which policies decided about a request: what was in force when it was admitted, however long it ran."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    ENFORCED_FIELD_NUMBER: _builtins.int
+    SHADOWED_FIELD_NUMBER: _builtins.int
+    activation: _builtins.int
+    """Number of the act that put the revision in force; later acts have larger ones."""
+    revision: _builtins.int
+    @_builtins.property
+    def enforced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the policies that were applied, in their order."""
+
+    @_builtins.property
+    def shadowed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of those that were evaluated and not applied."""
+
+    def __init__(
+        self,
+        *,
+        activation: _builtins.int = ...,
+        revision: _builtins.int = ...,
+        enforced: _abc.Iterable[_builtins.str] | None = ...,
+        shadowed: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "enforced", b"enforced", "revision", b"revision", "shadowed", b"shadowed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyFacts: _TypeAlias = PolicyFacts  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):

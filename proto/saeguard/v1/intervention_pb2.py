@@ -24,31 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esaeguard/v1/intervention.proto\x12\x0bsaeguard.v1\"\xab\x02\n\x0cIntervention\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12!\n\x04zero\x18\x03 \x01(\x0b\x32\x11.saeguard.v1.ZeroH\x00\x12#\n\x05\x63lamp\x18\x04 \x01(\x0b\x32\x12.saeguard.v1.ClampH\x00\x12#\n\x05scale\x18\x05 \x01(\x0b\x32\x12.saeguard.v1.ScaleH\x00\x12\x1f\n\x03\x61\x64\x64\x18\x06 \x01(\x0b\x32\x10.saeguard.v1.AddH\x00\x12\x1f\n\x03\x63\x61p\x18\x07 \x01(\x0b\x32\x10.saeguard.v1.CapH\x00\x12#\n\x05\x66loor\x18\x08 \x01(\x0b\x32\x12.saeguard.v1.FloorH\x00\x12!\n\x05scope\x18\t \x01(\x0b\x32\x12.saeguard.v1.ScopeB\x06\n\x04kind\"\x06\n\x04Zero\"7\n\x05\x43lamp\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"\x17\n\x05Scale\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x01\"5\n\x03\x41\x64\x64\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"5\n\x03\x43\x61p\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"7\n\x05\x46loor\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"\x82\x01\n\x05Scope\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.saeguard.v1.Phase\x12\x12\n\x05start\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1e\n\x16include_special_tokens\x18\x04 \x01(\x08\x42\x08\n\x06_startB\x06\n\x04_end*O\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_RAW\x10\x01\x12\x0c\n\x08UNIT_MAX\x10\x02\x12\x15\n\x11UNIT_UNIT_DECODER\x10\x03*T\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\r\n\tPHASE_ALL\x10\x01\x12\x10\n\x0cPHASE_PROMPT\x10\x02\x12\x13\n\x0fPHASE_GENERATED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esaeguard/v1/intervention.proto\x12\x0bsaeguard.v1\"\xd1\x02\n\x0cIntervention\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12!\n\x04zero\x18\x03 \x01(\x0b\x32\x11.saeguard.v1.ZeroH\x00\x12#\n\x05\x63lamp\x18\x04 \x01(\x0b\x32\x12.saeguard.v1.ClampH\x00\x12#\n\x05scale\x18\x05 \x01(\x0b\x32\x12.saeguard.v1.ScaleH\x00\x12\x1f\n\x03\x61\x64\x64\x18\x06 \x01(\x0b\x32\x10.saeguard.v1.AddH\x00\x12\x1f\n\x03\x63\x61p\x18\x07 \x01(\x0b\x32\x10.saeguard.v1.CapH\x00\x12#\n\x05\x66loor\x18\x08 \x01(\x0b\x32\x12.saeguard.v1.FloorH\x00\x12!\n\x05scope\x18\t \x01(\x0b\x32\x12.saeguard.v1.Scope\x12$\n\x04when\x18\n \x01(\x0b\x32\x16.saeguard.v1.ConditionB\x06\n\x04kind\"\x86\x02\n\tCondition\x12 \n\x05terms\x18\x01 \x03(\x0b\x32\x11.saeguard.v1.Term\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\x12+\n\ncomparison\x18\x03 \x01(\x0e\x32\x17.saeguard.v1.Comparison\x12\x11\n\tthreshold\x18\x04 \x01(\x01\x12\x14\n\x07release\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x04unit\x18\x06 \x01(\x0e\x32\x11.saeguard.v1.Unit\x12#\n\x06window\x18\x07 \x01(\x0b\x32\x13.saeguard.v1.Window\x12!\n\x05scope\x18\x08 \x01(\x0b\x32\x12.saeguard.v1.ScopeB\n\n\x08_release\"D\n\x04Term\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\x13\n\x06weight\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"e\n\x06Window\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.saeguard.v1.WindowKind\x12\x13\n\x06tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x01k\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07_tokensB\x04\n\x02_k\"\x06\n\x04Zero\"7\n\x05\x43lamp\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"\x17\n\x05Scale\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x01\"5\n\x03\x41\x64\x64\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"5\n\x03\x43\x61p\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"7\n\x05\x46loor\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeguard.v1.Unit\"\x82\x01\n\x05Scope\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.saeguard.v1.Phase\x12\x12\n\x05start\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1e\n\x16include_special_tokens\x18\x04 \x01(\x08\x42\x08\n\x06_startB\x06\n\x04_end*\x85\x01\n\nComparison\x12\x1a\n\x16\x43OMPARISON_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPARISON_ABOVE\x10\x01\x12\x17\n\x13\x43OMPARISON_AT_LEAST\x10\x02\x12\x14\n\x10\x43OMPARISON_BELOW\x10\x03\x12\x16\n\x12\x43OMPARISON_AT_MOST\x10\x04*\xb0\x01\n\nWindowKind\x12\x1b\n\x17WINDOW_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16WINDOW_KIND_THIS_TOKEN\x10\x01\x12\x1a\n\x16WINDOW_KIND_ANY_SO_FAR\x10\x02\x12\x17\n\x13WINDOW_KIND_MAXIMUM\x10\x03\x12\x1c\n\x18WINDOW_KIND_ROLLING_MEAN\x10\x04\x12\x16\n\x12WINDOW_KIND_K_OF_N\x10\x05*O\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_RAW\x10\x01\x12\x0c\n\x08UNIT_MAX\x10\x02\x12\x15\n\x11UNIT_UNIT_DECODER\x10\x03*T\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\r\n\tPHASE_ALL\x10\x01\x12\x10\n\x0cPHASE_PROMPT\x10\x02\x12\x13\n\x0fPHASE_GENERATED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'saeguard.v1.intervention_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UNIT']._serialized_start=739
-  _globals['_UNIT']._serialized_end=818
-  _globals['_PHASE']._serialized_start=820
-  _globals['_PHASE']._serialized_end=904
+  _globals['_COMPARISON']._serialized_start=1216
+  _globals['_COMPARISON']._serialized_end=1349
+  _globals['_WINDOWKIND']._serialized_start=1352
+  _globals['_WINDOWKIND']._serialized_end=1528
+  _globals['_UNIT']._serialized_start=1530
+  _globals['_UNIT']._serialized_end=1609
+  _globals['_PHASE']._serialized_start=1611
+  _globals['_PHASE']._serialized_end=1695
   _globals['_INTERVENTION']._serialized_start=48
-  _globals['_INTERVENTION']._serialized_end=347
-  _globals['_ZERO']._serialized_start=349
-  _globals['_ZERO']._serialized_end=355
-  _globals['_CLAMP']._serialized_start=357
-  _globals['_CLAMP']._serialized_end=412
-  _globals['_SCALE']._serialized_start=414
-  _globals['_SCALE']._serialized_end=437
-  _globals['_ADD']._serialized_start=439
-  _globals['_ADD']._serialized_end=492
-  _globals['_CAP']._serialized_start=494
-  _globals['_CAP']._serialized_end=547
-  _globals['_FLOOR']._serialized_start=549
-  _globals['_FLOOR']._serialized_end=604
-  _globals['_SCOPE']._serialized_start=607
-  _globals['_SCOPE']._serialized_end=737
+  _globals['_INTERVENTION']._serialized_end=385
+  _globals['_CONDITION']._serialized_start=388
+  _globals['_CONDITION']._serialized_end=650
+  _globals['_TERM']._serialized_start=652
+  _globals['_TERM']._serialized_end=720
+  _globals['_WINDOW']._serialized_start=722
+  _globals['_WINDOW']._serialized_end=823
+  _globals['_ZERO']._serialized_start=825
+  _globals['_ZERO']._serialized_end=831
+  _globals['_CLAMP']._serialized_start=833
+  _globals['_CLAMP']._serialized_end=888
+  _globals['_SCALE']._serialized_start=890
+  _globals['_SCALE']._serialized_end=913
+  _globals['_ADD']._serialized_start=915
+  _globals['_ADD']._serialized_end=968
+  _globals['_CAP']._serialized_start=970
+  _globals['_CAP']._serialized_end=1023
+  _globals['_FLOOR']._serialized_start=1025
+  _globals['_FLOOR']._serialized_end=1080
+  _globals['_SCOPE']._serialized_start=1083
+  _globals['_SCOPE']._serialized_end=1213
 # @@protoc_insertion_point(module_scope)

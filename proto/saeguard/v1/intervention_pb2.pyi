@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -16,6 +18,62 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Comparison:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ComparisonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comparison.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPARISON_UNSPECIFIED: _Comparison.ValueType  # 0
+    """The same as COMPARISON_ABOVE."""
+    COMPARISON_ABOVE: _Comparison.ValueType  # 1
+    COMPARISON_AT_LEAST: _Comparison.ValueType  # 2
+    COMPARISON_BELOW: _Comparison.ValueType  # 3
+    COMPARISON_AT_MOST: _Comparison.ValueType  # 4
+
+class Comparison(_Comparison, metaclass=_ComparisonEnumTypeWrapper): ...
+
+COMPARISON_UNSPECIFIED: Comparison.ValueType  # 0
+"""The same as COMPARISON_ABOVE."""
+COMPARISON_ABOVE: Comparison.ValueType  # 1
+COMPARISON_AT_LEAST: Comparison.ValueType  # 2
+COMPARISON_BELOW: Comparison.ValueType  # 3
+COMPARISON_AT_MOST: Comparison.ValueType  # 4
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
+
+class _WindowKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WindowKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WindowKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WINDOW_KIND_UNSPECIFIED: _WindowKind.ValueType  # 0
+    """The same as WINDOW_KIND_THIS_TOKEN."""
+    WINDOW_KIND_THIS_TOKEN: _WindowKind.ValueType  # 1
+    WINDOW_KIND_ANY_SO_FAR: _WindowKind.ValueType  # 2
+    """Whether one compared true, once and for all."""
+    WINDOW_KIND_MAXIMUM: _WindowKind.ValueType  # 3
+    """The largest so far."""
+    WINDOW_KIND_ROLLING_MEAN: _WindowKind.ValueType  # 4
+    """Of the last `tokens`; of fewer while there are fewer."""
+    WINDOW_KIND_K_OF_N: _WindowKind.ValueType  # 5
+    """Whether at least `k` of the last `tokens` compared true."""
+
+class WindowKind(_WindowKind, metaclass=_WindowKindEnumTypeWrapper): ...
+
+WINDOW_KIND_UNSPECIFIED: WindowKind.ValueType  # 0
+"""The same as WINDOW_KIND_THIS_TOKEN."""
+WINDOW_KIND_THIS_TOKEN: WindowKind.ValueType  # 1
+WINDOW_KIND_ANY_SO_FAR: WindowKind.ValueType  # 2
+"""Whether one compared true, once and for all."""
+WINDOW_KIND_MAXIMUM: WindowKind.ValueType  # 3
+"""The largest so far."""
+WINDOW_KIND_ROLLING_MEAN: WindowKind.ValueType  # 4
+"""Of the last `tokens`; of fewer while there are fewer."""
+WINDOW_KIND_K_OF_N: WindowKind.ValueType  # 5
+"""Whether at least `k` of the last `tokens` compared true."""
+Global___WindowKind: _TypeAlias = WindowKind  # noqa: Y015
 
 class _Unit:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -83,6 +141,7 @@ class Intervention(_message.Message):
     CAP_FIELD_NUMBER: _builtins.int
     FLOOR_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
+    WHEN_FIELD_NUMBER: _builtins.int
     sae: _builtins.str
     """Name of an SAE as CatalogService lists it."""
     feature: _builtins.int
@@ -103,6 +162,10 @@ class Intervention(_message.Message):
     def scope(self) -> Global___Scope:
         """Which tokens are edited; absent means every token but special ones."""
 
+    @_builtins.property
+    def when(self) -> Global___Condition:
+        """Only tokens on which this holds. It must be decided at the site where the edit is made or at an earlier one."""
+
     def __init__(
         self,
         *,
@@ -115,16 +178,138 @@ class Intervention(_message.Message):
         cap: Global___Cap | None = ...,
         floor: Global___Floor | None = ...,
         scope: Global___Scope | None = ...,
+        when: Global___Condition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "cap", b"cap", "clamp", b"clamp", "floor", b"floor", "kind", b"kind", "scale", b"scale", "scope", b"scope", "zero", b"zero"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "cap", b"cap", "clamp", b"clamp", "floor", b"floor", "kind", b"kind", "scale", b"scale", "scope", b"scope", "when", b"when", "zero", b"zero"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "cap", b"cap", "clamp", b"clamp", "feature", b"feature", "floor", b"floor", "kind", b"kind", "sae", b"sae", "scale", b"scale", "scope", b"scope", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "cap", b"cap", "clamp", b"clamp", "feature", b"feature", "floor", b"floor", "kind", b"kind", "sae", b"sae", "scale", b"scale", "scope", b"scope", "when", b"when", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["zero", "clamp", "scale", "add", "cap", "floor"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Intervention: _TypeAlias = Intervention  # noqa: Y015
+
+@_typing.final
+class Condition(_message.Message):
+    """`bias + sum of weight * feature` over a window, compared with a threshold: a linear probe on SAE features. It is decided
+    on every token in scope while the model reads it, from values before any edit; other tokens leave it as it is.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERMS_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    COMPARISON_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    bias: _builtins.float
+    comparison: Global___Comparison.ValueType
+    threshold: _builtins.float
+    release: _builtins.float
+    """Once it holds, it goes on holding while the value compares true with this. Default: the threshold."""
+    unit: Global___Unit.ValueType
+    """Of threshold and release; others than raw are for one feature alone, with weight 1 and no bias."""
+    @_builtins.property
+    def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Term]: ...
+    @_builtins.property
+    def window(self) -> Global___Window:
+        """Absent means the present token alone."""
+
+    @_builtins.property
+    def scope(self) -> Global___Scope:
+        """Absent means every token but special ones."""
+
+    def __init__(
+        self,
+        *,
+        terms: _abc.Iterable[Global___Term] | None = ...,
+        bias: _builtins.float = ...,
+        comparison: Global___Comparison.ValueType = ...,
+        threshold: _builtins.float = ...,
+        release: _builtins.float | None = ...,
+        unit: Global___Unit.ValueType = ...,
+        window: Global___Window | None = ...,
+        scope: Global___Scope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "release", b"release", "scope", b"scope", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "bias", b"bias", "comparison", b"comparison", "release", b"release", "scope", b"scope", "terms", b"terms", "threshold", b"threshold", "unit", b"unit", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
+
+Global___Condition: _TypeAlias = Condition  # noqa: Y015
+
+@_typing.final
+class Term(_message.Message):
+    """A feature and its weight."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAE_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    sae: _builtins.str
+    feature: _builtins.int
+    weight: _builtins.float
+    """Default 1; not 0."""
+    def __init__(
+        self,
+        *,
+        sae: _builtins.str = ...,
+        feature: _builtins.int = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "feature", b"feature", "sae", b"sae", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___Term: _TypeAlias = Term  # noqa: Y015
+
+@_typing.final
+class Window(_message.Message):
+    """Which values of the sum are looked at, the present token's last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    kind: Global___WindowKind.ValueType
+    tokens: _builtins.int
+    """Of ROLLING_MEAN and K_OF_N: tokens in scope, 1 to 128. Default 1."""
+    k: _builtins.int
+    """Of K_OF_N: how many of them must compare true. Default 1."""
+    def __init__(
+        self,
+        *,
+        kind: Global___WindowKind.ValueType = ...,
+        tokens: _builtins.int | None = ...,
+        k: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_tokens", b"_tokens", "k", b"k", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_tokens", b"_tokens", "k", b"k", "kind", b"kind", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
+    _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
+    _WhichOneofReturnType__tokens: _TypeAlias = _typing.Literal["tokens"]  # noqa: Y015
+    _WhichOneofArgType__tokens: _TypeAlias = _typing.Literal["_tokens", b"_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens) -> _WhichOneofReturnType__tokens | None: ...
+
+Global___Window: _TypeAlias = Window  # noqa: Y015
 
 @_typing.final
 class Zero(_message.Message):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19saeguard/v1/receipt.proto\x12\x0bsaeguard.v1\"\x89\x01\n\x07Receipt\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x17\n\x0fsteering_digest\x18\x02 \x01(\t\x12\x37\n\rinterventions\x18\x03 \x03(\x0b\x32 .saeguard.v1.InterventionReceipt\x12\x16\n\x0e\x66orward_passes\x18\x04 \x01(\r\"\xf7\x01\n\x13InterventionReceipt\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x12\n\nsae_digest\x18\x04 \x01(\t\x12\x0c\n\x04site\x18\x05 \x01(\t\x12\x17\n\x0ftokens_eligible\x18\x06 \x01(\r\x12\x15\n\rtokens_edited\x18\x07 \x01(\r\x12\x17\n\x0fmean_activation\x18\x08 \x01(\x01\x12\x16\n\x0emax_activation\x18\t \x01(\x01\x12\x1a\n\x12mean_relative_edit\x18\n \x01(\x01\x12\x15\n\rtokens_capped\x18\x0b \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19saeguard/v1/receipt.proto\x12\x0bsaeguard.v1\"\xb8\x01\n\x07Receipt\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x17\n\x0fsteering_digest\x18\x02 \x01(\t\x12\x37\n\rinterventions\x18\x03 \x03(\x0b\x32 .saeguard.v1.InterventionReceipt\x12\x16\n\x0e\x66orward_passes\x18\x04 \x01(\r\x12-\n\x08triggers\x18\x05 \x03(\x0b\x32\x1b.saeguard.v1.TriggerReceipt\"\x9e\x01\n\x0eTriggerReceipt\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tis_shadow\x18\x03 \x01(\x08\x12\x18\n\x10tokens_evaluated\x18\x04 \x01(\r\x12\x11\n\ttokens_on\x18\x05 \x01(\r\x12\x1b\n\x0e\x66irst_position\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_first_position\"\xa8\x02\n\x13InterventionReceipt\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x12\n\nsae_digest\x18\x04 \x01(\t\x12\x0c\n\x04site\x18\x05 \x01(\t\x12\x17\n\x0ftokens_eligible\x18\x06 \x01(\r\x12\x15\n\rtokens_edited\x18\x07 \x01(\r\x12\x17\n\x0fmean_activation\x18\x08 \x01(\x01\x12\x16\n\x0emax_activation\x18\t \x01(\x01\x12\x1a\n\x12mean_relative_edit\x18\n \x01(\x01\x12\x15\n\rtokens_capped\x18\x0b \x01(\r\x12\x0e\n\x06policy\x18\x0c \x01(\t\x12\x0c\n\x04rule\x18\r \x01(\t\x12\x11\n\tis_shadow\x18\x0e \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'saeguard.v1.receipt_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RECEIPT']._serialized_start=43
-  _globals['_RECEIPT']._serialized_end=180
-  _globals['_INTERVENTIONRECEIPT']._serialized_start=183
-  _globals['_INTERVENTIONRECEIPT']._serialized_end=430
+  _globals['_RECEIPT']._serialized_end=227
+  _globals['_TRIGGERRECEIPT']._serialized_start=230
+  _globals['_TRIGGERRECEIPT']._serialized_end=388
+  _globals['_INTERVENTIONRECEIPT']._serialized_start=391
+  _globals['_INTERVENTIONRECEIPT']._serialized_end=687
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ class Receipt(_message.Message):
     STEERING_DIGEST_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     FORWARD_PASSES_FIELD_NUMBER: _builtins.int
+    TRIGGERS_FIELD_NUMBER: _builtins.int
     model_digest: _builtins.str
     """SHA-256 of the served model's files, hex."""
     steering_digest: _builtins.str
@@ -36,7 +37,13 @@ class Receipt(_message.Message):
     """Forward passes of the model that touched this request."""
     @_builtins.property
     def interventions(self) -> _containers.RepeatedCompositeFieldContainer[Global___InterventionReceipt]:
-        """One per intervention, in the request's order."""
+        """One per edit: those of enforced policies first, then what policies in shadow would have done, then the request's in
+        its order.
+        """
+
+    @_builtins.property
+    def triggers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TriggerReceipt]:
+        """One per trigger, in the same order."""
 
     def __init__(
         self,
@@ -45,14 +52,58 @@ class Receipt(_message.Message):
         steering_digest: _builtins.str = ...,
         interventions: _abc.Iterable[Global___InterventionReceipt] | None = ...,
         forward_passes: _builtins.int = ...,
+        triggers: _abc.Iterable[Global___TriggerReceipt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_passes", b"forward_passes", "interventions", b"interventions", "model_digest", b"model_digest", "steering_digest", b"steering_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_passes", b"forward_passes", "interventions", b"interventions", "model_digest", b"model_digest", "steering_digest", b"steering_digest", "triggers", b"triggers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class TriggerReceipt(_message.Message):
+    """What one trigger saw."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    IS_SHADOW_FIELD_NUMBER: _builtins.int
+    TOKENS_EVALUATED_FIELD_NUMBER: _builtins.int
+    TOKENS_ON_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """Empty for the request's own."""
+    name: _builtins.str
+    is_shadow: _builtins.bool
+    """Evaluated, and not acted on."""
+    tokens_evaluated: _builtins.int
+    """Tokens inside the condition's scope that the model read."""
+    tokens_on: _builtins.int
+    """Evaluated tokens on which the condition held."""
+    first_position: _builtins.int
+    """Of the token on which it first held; absent if it never did."""
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        name: _builtins.str = ...,
+        is_shadow: _builtins.bool = ...,
+        tokens_evaluated: _builtins.int = ...,
+        tokens_on: _builtins.int = ...,
+        first_position: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_position", b"_first_position", "first_position", b"first_position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_position", b"_first_position", "first_position", b"first_position", "is_shadow", b"is_shadow", "name", b"name", "policy", b"policy", "tokens_evaluated", b"tokens_evaluated", "tokens_on", b"tokens_on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_position: _TypeAlias = _typing.Literal["first_position"]  # noqa: Y015
+    _WhichOneofArgType__first_position: _TypeAlias = _typing.Literal["_first_position", b"_first_position"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_position) -> _WhichOneofReturnType__first_position | None: ...
+
+Global___TriggerReceipt: _TypeAlias = TriggerReceipt  # noqa: Y015
 
 @_typing.final
 class InterventionReceipt(_message.Message):
@@ -69,6 +120,9 @@ class InterventionReceipt(_message.Message):
     MAX_ACTIVATION_FIELD_NUMBER: _builtins.int
     MEAN_RELATIVE_EDIT_FIELD_NUMBER: _builtins.int
     TOKENS_CAPPED_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    IS_SHADOW_FIELD_NUMBER: _builtins.int
     sae: _builtins.str
     feature: _builtins.int
     kind: _builtins.str
@@ -88,6 +142,11 @@ class InterventionReceipt(_message.Message):
     """|f' - f| * |W_dec[feature]| / |x|, mean over eligible tokens."""
     tokens_capped: _builtins.int
     """Tokens where max_relative_edit made the site's summed edit smaller."""
+    policy: _builtins.str
+    """The policy and rule that made it; empty for the request's own."""
+    rule: _builtins.str
+    is_shadow: _builtins.bool
+    """Counted as if it were made, and not made."""
     def __init__(
         self,
         *,
@@ -102,10 +161,13 @@ class InterventionReceipt(_message.Message):
         max_activation: _builtins.float = ...,
         mean_relative_edit: _builtins.float = ...,
         tokens_capped: _builtins.int = ...,
+        policy: _builtins.str = ...,
+        rule: _builtins.str = ...,
+        is_shadow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "kind", b"kind", "max_activation", b"max_activation", "mean_activation", b"mean_activation", "mean_relative_edit", b"mean_relative_edit", "sae", b"sae", "sae_digest", b"sae_digest", "site", b"site", "tokens_capped", b"tokens_capped", "tokens_edited", b"tokens_edited", "tokens_eligible", b"tokens_eligible"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "is_shadow", b"is_shadow", "kind", b"kind", "max_activation", b"max_activation", "mean_activation", b"mean_activation", "mean_relative_edit", b"mean_relative_edit", "policy", b"policy", "rule", b"rule", "sae", b"sae", "sae_digest", b"sae_digest", "site", b"site", "tokens_capped", b"tokens_capped", "tokens_edited", b"tokens_edited", "tokens_eligible", b"tokens_eligible"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

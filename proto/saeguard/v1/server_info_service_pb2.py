@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%saeguard/v1/server_info_service.proto\x12\x0bsaeguard.v1\"\x16\n\x14GetServerInfoRequest\"\x88\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.saeguard.v1.Limits\x12\x1a\n\x12intervention_kinds\x18\x05 \x03(\t\"\xc8\x01\n\x06Limits\x12\x11\n\tmax_slots\x18\x01 \x01(\r\x12\x11\n\tmax_queue\x18\x02 \x01(\r\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x19\n\x11max_interventions\x18\x04 \x01(\r\x12\x11\n\tmax_watch\x18\x05 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x06 \x01(\r\x12\x16\n\x0emax_deadline_s\x18\x07 \x01(\x01\x12\x1d\n\x15max_activation_inputs\x18\x08 \x01(\r2k\n\x11ServerInfoService\x12V\n\rGetServerInfo\x12!.saeguard.v1.GetServerInfoRequest\x1a\".saeguard.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%saeguard/v1/server_info_service.proto\x12\x0bsaeguard.v1\"\x16\n\x14GetServerInfoRequest\"\x9c\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.saeguard.v1.Limits\x12\x1a\n\x12intervention_kinds\x18\x05 \x03(\t\x12\x12\n\nconditions\x18\x06 \x01(\x08\"\xde\x01\n\x06Limits\x12\x11\n\tmax_slots\x18\x01 \x01(\r\x12\x11\n\tmax_queue\x18\x02 \x01(\r\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x19\n\x11max_interventions\x18\x04 \x01(\r\x12\x11\n\tmax_watch\x18\x05 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x06 \x01(\r\x12\x16\n\x0emax_deadline_s\x18\x07 \x01(\x01\x12\x1d\n\x15max_activation_inputs\x18\x08 \x01(\r\x12\x14\n\x0cmax_triggers\x18\t \x01(\r2k\n\x11ServerInfoService\x12V\n\rGetServerInfo\x12!.saeguard.v1.GetServerInfoRequest\x1a\".saeguard.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=54
   _globals['_GETSERVERINFOREQUEST']._serialized_end=76
   _globals['_GETSERVERINFORESPONSE']._serialized_start=79
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=215
-  _globals['_LIMITS']._serialized_start=218
-  _globals['_LIMITS']._serialized_end=418
-  _globals['_SERVERINFOSERVICE']._serialized_start=420
-  _globals['_SERVERINFOSERVICE']._serialized_end=527
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=235
+  _globals['_LIMITS']._serialized_start=238
+  _globals['_LIMITS']._serialized_end=460
+  _globals['_SERVERINFOSERVICE']._serialized_start=462
+  _globals['_SERVERINFOSERVICE']._serialized_end=569
 # @@protoc_insertion_point(module_scope)

@@ -42,10 +42,13 @@ class GetServerInfoResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     INTERVENTION_KINDS_FIELD_NUMBER: _builtins.int
+    CONDITIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     engine: _builtins.str
     """Name of the engine, such as "transformers"."""
     model: _builtins.str
+    conditions: _builtins.bool
+    """Whether it decides conditions: triggers, and edits that apply only where one holds."""
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     @_builtins.property
@@ -60,10 +63,11 @@ class GetServerInfoResponse(_message.Message):
         model: _builtins.str = ...,
         limits: Global___Limits | None = ...,
         intervention_kinds: _abc.Iterable[_builtins.str] | None = ...,
+        conditions: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "intervention_kinds", b"intervention_kinds", "limits", b"limits", "model", b"model", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "engine", b"engine", "intervention_kinds", b"intervention_kinds", "limits", b"limits", "model", b"model", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -81,6 +85,7 @@ class Limits(_message.Message):
     DEFAULT_MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_DEADLINE_S_FIELD_NUMBER: _builtins.int
     MAX_ACTIVATION_INPUTS_FIELD_NUMBER: _builtins.int
+    MAX_TRIGGERS_FIELD_NUMBER: _builtins.int
     max_slots: _builtins.int
     max_queue: _builtins.int
     max_context: _builtins.int
@@ -89,6 +94,7 @@ class Limits(_message.Message):
     default_max_new_tokens: _builtins.int
     max_deadline_s: _builtins.float
     max_activation_inputs: _builtins.int
+    max_triggers: _builtins.int
     def __init__(
         self,
         *,
@@ -100,10 +106,11 @@ class Limits(_message.Message):
         default_max_new_tokens: _builtins.int = ...,
         max_deadline_s: _builtins.float = ...,
         max_activation_inputs: _builtins.int = ...,
+        max_triggers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_max_new_tokens", b"default_max_new_tokens", "max_activation_inputs", b"max_activation_inputs", "max_context", b"max_context", "max_deadline_s", b"max_deadline_s", "max_interventions", b"max_interventions", "max_queue", b"max_queue", "max_slots", b"max_slots", "max_watch", b"max_watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_max_new_tokens", b"default_max_new_tokens", "max_activation_inputs", b"max_activation_inputs", "max_context", b"max_context", "max_deadline_s", b"max_deadline_s", "max_interventions", b"max_interventions", "max_queue", b"max_queue", "max_slots", b"max_slots", "max_triggers", b"max_triggers", "max_watch", b"max_watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

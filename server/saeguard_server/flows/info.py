@@ -21,6 +21,7 @@ class Limits:
     default_max_new_tokens: int
     max_deadline_s: float
     max_activation_inputs: int
+    max_triggers: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class ServerInfo:
     model: str
     limits: Limits
     intervention_kinds: tuple[str, ...]
+    conditions: bool
+    """Whether the engine decides conditions."""
 
 
 def describe(engine: Engine, settings: Settings) -> ServerInfo:
@@ -50,6 +53,8 @@ def describe(engine: Engine, settings: Settings) -> ServerInfo:
             default_max_new_tokens=limits.default_max_new_tokens,
             max_deadline_s=limits.max_deadline_s,
             max_activation_inputs=limits.max_activation_inputs,
+            max_triggers=limits.max_triggers,
         ),
         intervention_kinds=tuple(sorted(engine.capabilities.kinds)),
+        conditions=engine.capabilities.conditions,
     )

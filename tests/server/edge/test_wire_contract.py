@@ -10,8 +10,8 @@ from google.protobuf.descriptor import Descriptor
 
 from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import catalog_service_pb2 as catalog_pb
+from saeguard.v1 import condition_pb2, input_pb2, receipt_pb2, server_info_service_pb2
 from saeguard.v1 import generation_service_pb2 as pb
-from saeguard.v1 import input_pb2, receipt_pb2, server_info_service_pb2
 from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard_sae import catalogue
 from saeguard_sae.edits import KINDS, UNITS
@@ -54,8 +54,17 @@ def test_every_enum_value_has_a_meaning_and_every_meaning_a_value() -> None:
     assert set(interventions.UNITS.values()) == set(UNITS)
     assert interventions.PHASES.keys() == set(edit_pb.Phase.values())
     assert set(interventions.PHASES.values()) == set(domain.PHASES)
+    assert interventions.COMPARISONS.keys() == set(edit_pb.Comparison.values())
+    assert set(interventions.COMPARISONS.values()) == set(domain.COMPARISONS)
+    assert interventions.WINDOWS.keys() == set(edit_pb.WindowKind.values())
+    assert set(interventions.WINDOWS.values()) == set(domain.WINDOWS)
     assert set(generation.FINISH_REASONS) == set(get_args(reply.FinishReason))
     assert set(generation.FINISH_REASONS.values()) == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
+
+
+def test_every_action_of_a_trigger_is_known() -> None:
+    oneof = condition_pb2.Trigger.DESCRIPTOR.oneofs_by_name["action"]
+    assert {one.message_type.name for one in oneof.fields} == {one.__name__ for one in get_args(domain.Action)}
 
 
 def test_every_input_is_the_same_oneof() -> None:
@@ -79,6 +88,10 @@ def test_every_input_is_the_same_oneof() -> None:
         (activation_pb.TokenText, reply.TokenText),
         (activation_pb.GetActivationsResponse, reply.ActivationPart),
         (server_info_service_pb2.Limits, info.Limits),
+        (pb.StoppedBy, reply.StoppedBy),
+        (pb.PolicyFacts, reply.PolicyFacts),
+        (edit_pb.Condition, domain.Condition),
+        (edit_pb.Window, domain.Window),
     ],
 )
 def test_messages_and_dataclasses_have_the_same_fields(message: Any, noun: Any) -> None:

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeguard.v1 import activation_service_pb2 as activation_pb
+from saeguard.v1 import condition_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard_sae.edits import FLOAT32_MAX, KINDS, UNITS, Edit
+from saeguard_server import interventions as rules
 from saeguard_server import request as domain
 from saeguard_server.edge.wire import interventions as wire
 from saeguard_server.edge.wire.activations import activation_request
@@ -30,7 +32,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 some_words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 numbers = st.integers(0, 2**32 - 1)
 values = st.floats(-FLOAT32_MAX, FLOAT32_MAX)
-refs = st.builds(domain.FeatureRef, some_words, numbers)
+refs = st.builds(rules.FeatureRef, some_words, numbers)
 
 
 def edits() -> st.SearchStrategy[Edit]:
@@ -41,10 +43,35 @@ def edits() -> st.SearchStrategy[Edit]:
 
 
 @st.composite
-def scopes(draw: st.DrawFn) -> domain.Scope:
+def scopes(draw: st.DrawFn) -> rules.Scope:
     start = draw(st.integers(0, 2**32 - 2))
     end = draw(st.none() | st.integers(start + 1, 2**32 - 1))
-    return domain.Scope(draw(st.sampled_from(domain.PHASES)), start, end, draw(st.booleans()))
+    return rules.Scope(draw(st.sampled_from(rules.PHASES)), start, end, draw(st.booleans()))
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> rules.Window:
+    tokens = draw(st.integers(1, rules.MAX_WINDOW))
+    return rules.Window(draw(st.sampled_from(rules.WINDOWS)), tokens, draw(st.integers(1, tokens)))
+
+
+@st.composite
+def conditions(draw: st.DrawFn) -> rules.Condition:
+    weights = values.filter(lambda weight: weight != 0)
+    terms = st.lists(st.builds(rules.Term, refs, weights), min_size=1, max_size=3, unique_by=lambda one: one.feature)
+    window, comparison = draw(windows()), draw(st.sampled_from(rules.COMPARISONS))
+    low, high = sorted((draw(values), draw(values)))
+    rises = comparison in ("above", "at_least")
+    has_release = window.kind not in ("any_so_far", "k_of_n") and draw(st.booleans())
+    return rules.Condition(
+        terms=tuple(draw(terms)),
+        bias=draw(values),
+        comparison=comparison,
+        threshold=high if rises else low,
+        release=(low if rises else high) if has_release else None,
+        window=window,
+        scope=draw(scopes()),
+    )
 
 
 inputs = st.one_of(
@@ -71,8 +98,17 @@ samplings = st.builds(
     ignore_eos=st.booleans(),
     prompt_logprobs=st.booleans(),
 )
-steering = st.lists(
-    st.builds(domain.Intervention, refs, edits(), scopes()), max_size=3, unique_by=lambda one: one.target
+
+
+def steerings(whens: st.SearchStrategy[rules.Condition | None], least: int) -> st.SearchStrategy[Any]:
+    one = st.builds(rules.Intervention, refs, edits(), scopes(), whens)
+    return st.lists(one, min_size=least, max_size=3, unique_by=lambda one: one.target).map(tuple)
+
+
+steering = steerings(st.none() | conditions(), 0)
+actions = st.one_of(st.just(rules.Flag()), st.just(rules.Stop()), st.builds(rules.Apply, steerings(st.none(), 1)))
+triggers = st.lists(
+    st.builds(rules.Trigger, some_words, conditions(), actions), max_size=2, unique_by=lambda one: one.name
 ).map(tuple)
 watches = st.lists(refs, max_size=3, unique=True).map(tuple)
 generations = st.builds(
@@ -82,6 +118,10 @@ generations = st.builds(
     interventions=steering,
     max_relative_edit=st.none() | st.floats(0, 1e9, exclude_min=True),
     watch=watches,
+    triggers=triggers,
+    policies=st.lists(some_words, max_size=2, unique=True).map(tuple),
+    conversation=words,
+    min_policy_activation=st.none() | st.integers(0, 2**64 - 1),
 )
 selections = st.one_of(
     st.builds(domain.TopK, st.integers(1, LIMITS.max_activation_values)),
@@ -107,29 +147,59 @@ def to_input(message: Any, one: domain.ModelInput) -> None:
             message.chat.messages.add(role=turn.role, content=turn.content)
 
 
-def to_edits(message: Any, edits: tuple[domain.Intervention, ...]) -> None:
-    units = {name: number for number, name in wire.UNITS.items()}
-    phases = {name: number for number, name in wire.PHASES.items()}
+def backwards(names: Any) -> dict[Any, int]:
+    return {name: number for number, name in names.items()}
+
+
+def to_scope(scope: rules.Scope) -> edit_pb.Scope:
+    return edit_pb.Scope(
+        phase=backwards(wire.PHASES)[scope.phase], start=scope.start, end=scope.end,
+        include_special_tokens=scope.include_special_tokens,
+    )  # fmt: skip
+
+
+def to_condition(one: rules.Condition) -> edit_pb.Condition:
+    window = one.window
+    return edit_pb.Condition(
+        terms=[
+            edit_pb.Term(sae=term.feature.sae, feature=term.feature.feature, weight=term.weight) for term in one.terms
+        ],
+        bias=one.bias,
+        comparison=backwards(wire.COMPARISONS)[one.comparison],
+        threshold=one.threshold,
+        release=one.release,
+        unit=backwards(wire.UNITS)[one.unit],
+        window=edit_pb.Window(kind=backwards(wire.WINDOWS)[window.kind], tokens=window.tokens, k=window.k),
+        scope=to_scope(one.scope),
+    )
+
+
+def to_edits(message: Any, edits: tuple[rules.Intervention, ...]) -> None:
     for one in edits:
         said = message.interventions.add(sae=one.target.sae, feature=one.target.feature)
         body = {field.name: getattr(one.edit, field.name) for field in fields(one.edit)}
         if "unit" in body:
-            body["unit"] = units[body["unit"]]
+            body["unit"] = backwards(wire.UNITS)[body["unit"]]
         getattr(said, one.edit.kind).CopyFrom(type(getattr(said, one.edit.kind))(**body))
-        scope = one.scope
-        said.scope.CopyFrom(
-            edit_pb.Scope(
-                phase=phases[scope.phase], start=scope.start, end=scope.end,
-                include_special_tokens=scope.include_special_tokens,
-            )
-        )  # fmt: skip
+        said.scope.CopyFrom(to_scope(one.scope))
+        if one.when is not None:
+            said.when.CopyFrom(to_condition(one.when))
+
+
+def to_trigger(one: rules.Trigger) -> condition_pb2.Trigger:
+    message = condition_pb2.Trigger(name=one.name, when=to_condition(one.when))
+    if isinstance(one.action, rules.Apply):
+        to_edits(message.apply, one.action.interventions)
+    else:
+        getattr(message, type(one.action).__name__.lower()).SetInParent()
+    return message
 
 
 def to_sampling(one: domain.Sampling) -> pb.Sampling:
     return pb.Sampling(**{field.name: getattr(one, field.name) for field in fields(one)})
 
 
-def to_refs(refs: tuple[domain.FeatureRef, ...]) -> list[pb.FeatureRef]:
+def to_refs(refs: tuple[rules.FeatureRef, ...]) -> list[pb.FeatureRef]:
     return [pb.FeatureRef(sae=ref.sae, feature=ref.feature) for ref in refs]
 
 
@@ -139,6 +209,11 @@ def to_generation(kind: Any, one: domain.GenerationRequest) -> Any:
     to_edits(message, one.interventions)
     message.sampling.CopyFrom(to_sampling(one.sampling))
     message.watch.extend(to_refs(one.watch))
+    message.triggers.extend(to_trigger(trigger) for trigger in one.triggers)
+    message.policies.extend(one.policies)
+    message.conversation = one.conversation
+    if one.min_policy_activation is not None:
+        message.min_policy_activation = one.min_policy_activation
     return message
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
 from saeguard_server.errors import InvalidRequest
+
+T = TypeVar("T")
 
 _FIELD = re.compile(r"[a-z_]+(\[\d+\])?(\.[a-z_]+(\[\d+\])?)*")
 
@@ -50,3 +53,14 @@ def at_most(limit: int, items: Sized, path: str) -> None:
     """
     if len(items) > limit:
         raise InvalidRequest(path, f"at most {limit}, got {len(items)}")
+
+
+def named(names: Mapping[int, T], number: int, path: str) -> T:
+    """What an enum's number stands for.
+
+    Raises:
+        InvalidRequest: the number is not known here.
+    """
+    if number not in names:
+        raise InvalidRequest(path, f"{number} is not a value of this enum; this server may be older than its caller")
+    return names[number]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 from saeguard.v1 import generation_service_pb2 as pb
+from saeguard_server.edge.wire.conditions import triggers
 from saeguard_server.edge.wire.fields import at, at_most
 from saeguard_server.edge.wire.inputs import model_input
 from saeguard_server.edge.wire.interventions import feature_refs, interventions
@@ -20,6 +22,7 @@ AnyRequest: TypeAlias = pb.GenerateRequest | pb.GenerateStreamRequest
 FINISH_REASONS: Mapping[FinishReason, pb.FinishReason.ValueType] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
+    "feature": pb.FINISH_REASON_FEATURE,
 }
 
 
@@ -33,6 +36,8 @@ def generation_request(message: AnyRequest, limits: LimitSettings) -> Generation
     prompt = model_input(message)
     edits = interventions(message.interventions, limits.max_interventions)
     watch = feature_refs(message.watch, "watch")
+    rules = triggers(message.triggers, limits.max_triggers, limits.max_interventions)
+    at_most(limits.max_policies, message.policies, "policies")
     with at(""):
         return GenerationRequest(
             prompt=prompt,
@@ -40,6 +45,12 @@ def generation_request(message: AnyRequest, limits: LimitSettings) -> Generation
             interventions=edits,
             max_relative_edit=message.max_relative_edit if message.HasField("max_relative_edit") else None,
             watch=watch,
+            triggers=rules,
+            policies=tuple(message.policies),
+            conversation=message.conversation,
+            min_policy_activation=(
+                message.min_policy_activation if message.HasField("min_policy_activation") else None
+            ),
         )
 
 
@@ -101,4 +112,6 @@ def _completion(done: Completion, request_id: str) -> pb.Completion:
         receipt=None if done.receipt is None else receipt(done.receipt),
         seed=done.seed,
         request_id=request_id,
+        stopped_by=None if done.stopped_by is None else pb.StoppedBy(**asdict(done.stopped_by)),
+        policy=None if done.policy is None else pb.PolicyFacts(**asdict(done.policy)),
     )

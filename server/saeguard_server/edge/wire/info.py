@@ -16,4 +16,5 @@ def info_response(info: ServerInfo) -> pb.GetServerInfoResponse:
         model=info.model,
         limits=pb.Limits(**asdict(info.limits)),
         intervention_kinds=info.intervention_kinds,
+        conditions=info.conditions,
     )
