@@ -18,6 +18,7 @@ from saeguard_client._errors import (
     NotFound,
     Overloaded,
     PermissionDenied,
+    ReceiptMismatch,
     SaeguardError,
     Unauthenticated,
     Unavailable,
@@ -39,24 +40,31 @@ from saeguard_client.catalog import (
     ServerInfo,
 )
 from saeguard_client.client import Client
+from saeguard_client.conditions import Condition, Term, Window
 from saeguard_client.inputs import ChatMessage, Input
-from saeguard_client.interventions import Add, Cap, Clamp, Floor, Intervention, Scale, Scope, Zero
+from saeguard_client.interventions import Add, Cap, Clamp, Floor, Intervention, Scale, Zero
 from saeguard_client.results import (
     Completion,
     FeatureReading,
     InterventionReceipt,
+    PolicyFacts,
     Receipt,
+    StoppedBy,
     StreamChunk,
     Timings,
     Token,
     TokenLogprob,
+    TriggerReceipt,
     Usage,
 )
+from saeguard_client.scopes import Scope
+from saeguard_client.triggers import Apply, Flag, Stop, Trigger
 
 __all__ = [
     "ActivationPart",
     "Activations",
     "Add",
+    "Apply",
     "AsyncClient",
     "Cancelled",
     "Cap",
@@ -64,6 +72,7 @@ __all__ = [
     "Clamp",
     "Client",
     "Completion",
+    "Condition",
     "Conflict",
     "DeadlineExceeded",
     "FailedPrecondition",
@@ -72,6 +81,7 @@ __all__ = [
     "FeatureReading",
     "FeatureRef",
     "FieldViolation",
+    "Flag",
     "Floor",
     "Input",
     "InternalError",
@@ -83,9 +93,11 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "PermissionDenied",
+    "PolicyFacts",
     "PromotedToken",
     "Quantile",
     "Receipt",
+    "ReceiptMismatch",
     "Sae",
     "SaeConvention",
     "SaeQuality",
@@ -93,15 +105,21 @@ __all__ = [
     "Scale",
     "Scope",
     "ServerInfo",
+    "Stop",
+    "StoppedBy",
     "StreamChunk",
+    "Term",
     "Timings",
     "Token",
     "TokenLogprob",
     "TokenText",
+    "Trigger",
+    "TriggerReceipt",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
     "Usage",
+    "Window",
     "Zero",
     "merge",
 ]

@@ -18,6 +18,7 @@ from saeguard_client.inputs import Input
 from saeguard_client.interventions import Intervention
 from saeguard_client.results import Completion, StreamChunk
 from saeguard_client.sampling import Sampling
+from saeguard_client.triggers import Trigger
 
 
 def generate(
@@ -37,6 +38,11 @@ def generate(
     prompt_logprobs: bool = False,
     max_relative_edit: float | None = None,
     watch: Iterable[FeatureRef] = (),
+    triggers: Iterable[Trigger] = (),
+    policies: str | Iterable[str] = (),
+    conversation: str | None = None,
+    min_policy_activation: int | None = None,
+    check_receipt: bool = True,
     deadline_s: float | None = None,
     request_id: str | None = None,
 ) -> EitherCall[Completion, StreamChunk]:
@@ -61,6 +67,12 @@ def generate(
         prompt_logprobs: log-probability of every prompt token given those before it.
         max_relative_edit: limit on an edit's size as a share of the activation's.
         watch: features to read on every token without editing them.
+        triggers: what to do when features fire. With any, the completion has a receipt.
+        policies: names of policies that shall apply whether or not their target and rollout choose this request.
+        conversation: what a policy's rollout by conversation hashes.
+        min_policy_activation: the oldest activation of policies that may decide; waited for until the deadline.
+        check_receipt: raise ReceiptMismatch where the receipt does not tell of all the edits, triggers and policies
+            that were asked for.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -76,7 +88,17 @@ def generate(
         prompt_logprobs=prompt_logprobs,
     )
     asked = generation.Generation(
-        input=input, sampling=sampling, steer=steer, max_relative_edit=max_relative_edit, watch=watch
+        input=input,
+        sampling=sampling,
+        steer=steer,
+        max_relative_edit=max_relative_edit,
+        watch=watch,
+        triggers=triggers,
+        # A lone string is one name: taken as a sequence it would be one per character.
+        policies=(policies,) if isinstance(policies, str) else policies,
+        conversation=conversation,
+        min_policy_activation=min_policy_activation,
+        check_receipt=check_receipt,
     )
     return generation.call(asked, PerCall(deadline_s=deadline_s, request_id=request_id))
 

@@ -13,6 +13,7 @@ SaeguardError
 ├── Cancelled               the server ended the call
 ├── Unimplemented           the server does not know this method
 └── InternalError           the server's bug, or a reply that cannot be read
+    └── ReceiptMismatch     a reply that does not prove that the text was steered as asked
 """
 
 from __future__ import annotations
@@ -115,6 +116,10 @@ class InternalError(SaeguardError):
     """A bug of the server, or a reply that does not keep the contract."""
 
 
+class ReceiptMismatch(InternalError):
+    """The reply has no receipt, or one that does not tell of all that was asked for. The text may be unsteered."""
+
+
 BY_STATUS: Final[dict[StatusCode, type[SaeguardError]]] = {
     StatusCode.INVALID_ARGUMENT: InvalidRequest,
     StatusCode.OUT_OF_RANGE: InvalidRequest,
@@ -145,6 +150,11 @@ def from_call(call: Any) -> SaeguardError:
 def malformed(what: str) -> InternalError:
     """The server said OK and sent something that cannot be right."""
     return InternalError(f"the server's reply cannot be used: {what}", _Details(reason="MALFORMED_REPLY"))
+
+
+def receipt_mismatch(what: str) -> ReceiptMismatch:
+    """The text is there, and nothing proves that it was steered as asked."""
+    return ReceiptMismatch(f"the server's reply may be unsteered: {what}", _Details(reason="RECEIPT_MISMATCH"))
 
 
 def _rich_status(call: Any) -> status_pb2.Status:

@@ -170,14 +170,16 @@ class Limits:
     default_max_new_tokens: int
     max_deadline_s: float
     max_activation_inputs: int
+    max_triggers: int
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """The server: its version, engine, limits, and the kinds of edit it applies."""
+    """The server: its version, engine, limits, the kinds of edit it applies, and whether it decides conditions."""
 
     version: str
     engine: str
     model: str
     limits: Limits
     intervention_kinds: tuple[str, ...]
+    conditions: bool

@@ -7,49 +7,26 @@ edit is measured from the model's own activation.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Final, Literal, TypeAlias, get_args
+from typing import ClassVar, Final
 
 from saeguard_client import _checks
-
-Unit: TypeAlias = Literal["raw", "max", "unit_decoder"]
-Phase: TypeAlias = Literal["all", "prompt", "generated"]
-UNITS: Final[tuple[Unit, ...]] = get_args(Unit)
-PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scope:
-    """The tokens an edit applies to; by default every token but special ones.
-
-    Attributes:
-        phase: "all", "prompt" or "generated" tokens.
-        start: first position, inclusive; positions count from 0 over prompt and generated tokens together.
-        end: last position, exclusive; None is no end.
-        include_special_tokens: also edit BOS and the tokenizer's other special tokens.
-    """
-
-    phase: Phase = "all"
-    start: int | None = None
-    end: int | None = None
-    include_special_tokens: bool = False
-
-    def __post_init__(self) -> None:
-        _checks.choice("phase", self.phase, PHASES)
-        for name in ("start", "end"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _checks.whole(name, getattr(self, name)))
-        _checks.flag("include_special_tokens", self.include_special_tokens)
+from saeguard_client.conditions import Condition, check_when
+from saeguard_client.scopes import UNITS, Scope, Unit
 
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """Base of every edit: one feature of one SAE, named as the catalogue names it."""
+    """Base of every edit: one feature of one SAE, named as the catalogue names it.
+
+    With ``when``, it is made only on tokens on which that condition holds.
+    """
 
     kind: ClassVar[str] = ""
     sae: str
     feature: int
     _: KW_ONLY
     scope: Scope | None = None
+    when: Condition | None = None
 
     def __post_init__(self) -> None:
         _check_target(self)
@@ -125,3 +102,4 @@ def _check_target(edit: Intervention) -> None:
     object.__setattr__(edit, "feature", _checks.whole("feature", edit.feature))
     if edit.scope is not None and not isinstance(edit.scope, Scope):
         raise ValueError(f"scope: must be a Scope, got {edit.scope!r}")
+    check_when(edit.when)

@@ -62,6 +62,8 @@ class InterventionReceipt:
         mean_activation: feature value before the edit, over eligible tokens; ``max_activation`` likewise.
         mean_relative_edit: size of the edit as a share of the activation's, mean over eligible tokens.
         tokens_capped: tokens where ``max_relative_edit`` made the site's edit smaller.
+        policy: whose ``rule`` made it; "" is the request's own edit.
+        is_shadow: counted as if it were made, and not made.
     """
 
     sae: str
@@ -75,6 +77,29 @@ class InterventionReceipt:
     max_activation: float
     mean_relative_edit: float
     tokens_capped: int
+    policy: str
+    rule: str
+    is_shadow: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerReceipt:
+    """What one trigger saw.
+
+    Attributes:
+        policy: whose trigger it is; "" is the request's own.
+        is_shadow: evaluated, and not acted on.
+        tokens_evaluated: tokens inside the condition's scope that the model read.
+        tokens_on: evaluated tokens on which it held.
+        first_position: of the token on which it first held; None if it never did.
+    """
+
+    policy: str
+    name: str
+    is_shadow: bool
+    tokens_evaluated: int
+    tokens_on: int
+    first_position: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +110,31 @@ class Receipt:
     steering_digest: str
     interventions: tuple[InterventionReceipt, ...]
     forward_passes: int
+    triggers: tuple[TriggerReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedBy:
+    """The trigger that ended a generation; ``policy`` is "" for the request's own."""
+
+    policy: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """Which policies decided about a request: what was in force when it was admitted, however long it ran.
+
+    Attributes:
+        activation: number of the act that put ``revision`` in force; later acts have larger ones.
+        enforced: names of the policies that were applied.
+        shadowed: names of those that were evaluated and not applied.
+    """
+
+    activation: int
+    revision: int
+    enforced: tuple[str, ...]
+    shadowed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +144,12 @@ class Completion:
     Attributes:
         readings: one per token read, where features were watched.
         prompt_logprobs: nats, one per prompt token after the first, where asked for.
-        finish_reason: "stop" (end of sequence or stop string) or "length"; a newer server may know more.
+        finish_reason: "stop" (end of sequence or stop string), "length" or "feature" (a trigger); a newer server may
+            know more.
         stop_string: the stop string that ended it, or "".
-        receipt: present exactly when the request had edits.
+        receipt: present exactly when edits or triggers, the request's or a policy's, had to do with it.
+        stopped_by: present exactly when the finish reason is "feature".
+        policy: present exactly when the server has policies.
         seed: the seed that was used; the same request with it gives the same tokens.
     """
 
@@ -111,6 +164,8 @@ class Completion:
     seed: int
     request_id: str
     receipt: Receipt | None = None
+    stopped_by: StoppedBy | None = None
+    policy: PolicyFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2 as details
 
-from saeguard.v1 import activation_service_pb2, catalog_service_pb2, server_info_service_pb2
+from saeguard.v1 import activation_service_pb2, catalog_service_pb2, receipt_pb2, server_info_service_pb2
 from saeguard.v1 import generation_service_pb2 as gen
 from saeguard_client.cli import main, terminal
 
@@ -90,7 +90,13 @@ def test_a_model_cannot_drive_the_terminal(server: Any, saeguard: Any, completio
 
 def compared(request: Any, context: Any) -> Any:
     text = "steered text" if request.interventions else "plain text"
-    return gen.GenerateResponse(text=text, completion=gen.Completion(finish_reason=2, seed=request.sampling.seed))
+    made = [
+        receipt_pb2.InterventionReceipt(sae=one.sae, feature=one.feature, kind=one.WhichOneof("kind"))
+        for one in request.interventions
+    ]
+    receipt = receipt_pb2.Receipt(interventions=made) if made else None
+    done = gen.Completion(finish_reason=2, seed=request.sampling.seed, receipt=receipt)
+    return gen.GenerateResponse(text=text, completion=done)
 
 
 def test_compare_one_after_the_other(server: Any, saeguard: Any) -> None:

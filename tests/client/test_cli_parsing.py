@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from saeguard_client import Add, Clamp, FeatureRef, Scale, Scope, Zero
 from saeguard_client.cli import main, parser, plugins
 from saeguard_client.cli.steering import EditFlag, steering
-from saeguard_client.interventions import KINDS, UNITS
+from saeguard_client.interventions import KINDS
+from saeguard_client.scopes import UNITS
 
 NAMES = st.text(st.characters(categories=["L", "N"], include_characters="_.:=-/"), min_size=1)
 REFS = st.builds(FeatureRef, NAMES, st.integers(0, 2**32 - 1))

@@ -15,6 +15,7 @@ import saeguard_client
 from saeguard.v1 import (
     activation_service_pb2,
     catalog_service_pb2,
+    condition_pb2,
     generation_service_pb2,
     intervention_pb2,
     receipt_pb2,
@@ -22,8 +23,11 @@ from saeguard.v1 import (
 )
 from saeguard_client import AsyncClient, Client, Completion, _api
 from saeguard_client._wire.mirror import MIRRORS
-from saeguard_client.interventions import KINDS, PHASES, UNITS, Intervention, Scope
+from saeguard_client.conditions import COMPARISONS, WINDOWS, Condition, Term, Window
+from saeguard_client.interventions import KINDS, Intervention
 from saeguard_client.sampling import Sampling
+from saeguard_client.scopes import PHASES, UNITS, Scope
+from saeguard_client.triggers import ACTIONS
 
 FILES = (
     activation_service_pb2,
@@ -79,6 +83,16 @@ def test_scope_sampling_units_and_phases_are_the_wires() -> None:
     assert set(generation_service_pb2.Sampling.DESCRIPTOR.fields_by_name) == names(Sampling)
     assert {f"UNIT_{unit.upper()}" for unit in UNITS} == set(intervention_pb2.Unit.keys()) - {"UNIT_UNSPECIFIED"}
     assert {f"PHASE_{phase.upper()}" for phase in PHASES} == set(intervention_pb2.Phase.keys()) - {"PHASE_UNSPECIFIED"}
+
+
+def test_conditions_and_triggers_are_the_wires() -> None:
+    for message, cls in (("Condition", Condition), ("Term", Term), ("Window", Window)):
+        assert set(intervention_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name) == names(cls)
+    comparisons, windows = set(intervention_pb2.Comparison.keys()), set(intervention_pb2.WindowKind.keys())
+    assert {f"COMPARISON_{one.upper()}" for one in COMPARISONS} == comparisons - {"COMPARISON_UNSPECIFIED"}
+    assert {f"WINDOW_KIND_{one.upper()}" for one in WINDOWS} == windows - {"WINDOW_KIND_UNSPECIFIED"}
+    actions = condition_pb2.Trigger.DESCRIPTOR.oneofs_by_name["action"].fields
+    assert {one.message_type.name for one in actions} == {one.__name__ for one in ACTIONS}
 
 
 @pytest.mark.parametrize("name", sorted(MIRRORS))

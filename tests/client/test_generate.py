@@ -6,9 +6,25 @@ from typing import Any
 
 import pytest
 
+from saeguard.v1 import condition_pb2, input_pb2, intervention_pb2
 from saeguard.v1 import generation_service_pb2 as gen
-from saeguard.v1 import input_pb2, intervention_pb2
-from saeguard_client import Add, ChatMessage, Clamp, FeatureRef, InternalError, Scale, Scope, Zero
+from saeguard_client import (
+    Add,
+    Apply,
+    ChatMessage,
+    Clamp,
+    Condition,
+    FeatureRef,
+    Flag,
+    InternalError,
+    Scale,
+    Scope,
+    Stop,
+    Term,
+    Trigger,
+    Window,
+    Zero,
+)
 
 ARGUMENTS: dict[str, Any] = {
     "steer": [
@@ -27,6 +43,17 @@ ARGUMENTS: dict[str, Any] = {
     "prompt_logprobs": True,
     "max_relative_edit": 0.5,
     "watch": [FeatureRef("resid4", 5)],
+    "triggers": [
+        Trigger("seen", Condition.on("resid4", 6, 1.5, unit="max"), Flag()),
+        Trigger("over", Condition(terms=[Term("resid4", 6, -2), Term("resid2", 1)], threshold=0, bias=1), Stop()),  # type: ignore[arg-type]
+        Trigger(
+            "then", Condition.on("resid2", 7, 2, release=1, window=Window("k_of_n", 4, 2)), Apply([Zero("resid4", 7)])
+        ),
+    ],
+    "policies": "calm",
+    "conversation": "c-1",
+    "min_policy_activation": 2**64 - 1,
+    "check_receipt": False,
 }
 
 EXPECTED = {
@@ -61,6 +88,50 @@ EXPECTED = {
     ],
     "max_relative_edit": 0.5,
     "watch": [gen.FeatureRef(sae="resid4", feature=5)],
+    "triggers": [
+        condition_pb2.Trigger(
+            name="seen",
+            when=intervention_pb2.Condition(
+                terms=[intervention_pb2.Term(sae="resid4", feature=6, weight=1)],
+                comparison=intervention_pb2.COMPARISON_ABOVE,
+                threshold=1.5,
+                unit=intervention_pb2.UNIT_MAX,
+                window=intervention_pb2.Window(kind=intervention_pb2.WINDOW_KIND_THIS_TOKEN, tokens=1, k=1),
+            ),
+            flag=condition_pb2.Flag(),
+        ),
+        condition_pb2.Trigger(
+            name="over",
+            when=intervention_pb2.Condition(
+                terms=[
+                    intervention_pb2.Term(sae="resid4", feature=6, weight=-2),
+                    intervention_pb2.Term(sae="resid2", feature=1, weight=1),
+                ],
+                bias=1,
+                comparison=intervention_pb2.COMPARISON_ABOVE,
+                unit=intervention_pb2.UNIT_RAW,
+                window=intervention_pb2.Window(kind=intervention_pb2.WINDOW_KIND_THIS_TOKEN, tokens=1, k=1),
+            ),
+            stop=condition_pb2.Stop(),
+        ),
+        condition_pb2.Trigger(
+            name="then",
+            when=intervention_pb2.Condition(
+                terms=[intervention_pb2.Term(sae="resid2", feature=7, weight=1)],
+                comparison=intervention_pb2.COMPARISON_ABOVE,
+                threshold=2,
+                release=1,
+                unit=intervention_pb2.UNIT_RAW,
+                window=intervention_pb2.Window(kind=intervention_pb2.WINDOW_KIND_K_OF_N, tokens=4, k=2),
+            ),
+            apply=condition_pb2.Apply(
+                interventions=[intervention_pb2.Intervention(sae="resid4", feature=7, zero=intervention_pb2.Zero())]
+            ),
+        ),
+    ],
+    "policies": ["calm"],
+    "conversation": "c-1",
+    "min_policy_activation": 2**64 - 1,
 }
 
 

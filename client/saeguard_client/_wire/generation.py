@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from saeguard.v1 import generation_service_pb2 as pb
-from saeguard_client import _checks
+from saeguard_client import _checks, _receipts
 from saeguard_client._call import EitherCall, StreamCall, UnaryCall
 from saeguard_client._errors import malformed
 from saeguard_client._options import PerCall
@@ -17,6 +17,7 @@ from saeguard_client.catalog import FeatureRef
 from saeguard_client.interventions import Intervention
 from saeguard_client.results import Completion, FeatureReading, StreamChunk, Token
 from saeguard_client.sampling import Sampling
+from saeguard_client.triggers import Trigger
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -30,6 +31,27 @@ class Generation:
     steer: Iterable[Intervention]
     max_relative_edit: float | None
     watch: Iterable[FeatureRef]
+    triggers: Iterable[Trigger]
+    policies: Iterable[str]
+    conversation: str | None
+    min_policy_activation: int | None
+    check_receipt: bool
+
+    def __post_init__(self) -> None:
+        # Read more than once: to send, and to compare with the receipt.
+        for name in ("steer", "watch", "triggers", "policies"):
+            object.__setattr__(self, name, tuple(request.iterable(name, getattr(self, name))))
+        _checks.flag("check_receipt", self.check_receipt)
+
+    def checked(self, done: Completion) -> Completion:
+        """``done``, if it accounts for what was asked.
+
+        Raises:
+            ReceiptMismatch: it does not.
+        """
+        if self.check_receipt:
+            _receipts.check(done, self.steer, self.triggers, self.policies)
+        return done
 
 
 def call(asked: Generation, options: PerCall) -> EitherCall[Completion, StreamChunk]:
@@ -37,8 +59,12 @@ def call(asked: Generation, options: PerCall) -> EitherCall[Completion, StreamCh
     shared = _shared_fields(asked)
     unary, stream = pb.GenerateRequest(**shared), pb.GenerateStreamRequest(**shared)
     return EitherCall(
-        UnaryCall(f"/{_SERVICE}/Generate", unary.SerializeToString(), _completion, options),
-        StreamCall(f"/{_SERVICE}/GenerateStream", stream.SerializeToString(), ChunkReader, options),
+        UnaryCall(
+            f"/{_SERVICE}/Generate", unary.SerializeToString(), lambda data: asked.checked(_completion(data)), options
+        ),
+        StreamCall(
+            f"/{_SERVICE}/GenerateStream", stream.SerializeToString(), lambda: ChunkReader(asked.checked), options
+        ),
     )
 
 
@@ -50,6 +76,14 @@ def _shared_fields(asked: Generation) -> dict[str, Any]:
         "interventions": request.interventions("steer", asked.steer),
         "max_relative_edit": None if limit is None else _checks.number("max_relative_edit", limit),
         "watch": request.features("watch", asked.watch),
+        "triggers": request.triggers("triggers", asked.triggers),
+        "policies": [_checks.text(f"policies[{i}]", name) for i, name in enumerate(asked.policies)],
+        "conversation": None if asked.conversation is None else _checks.text("conversation", asked.conversation),
+        "min_policy_activation": (
+            None
+            if asked.min_policy_activation is None
+            else _checks.whole("min_policy_activation", asked.min_policy_activation, _checks.MAX_UINT64)
+        ),
     }
 
 
@@ -62,9 +96,10 @@ def _completion(data: bytes) -> Completion:
 
 
 class ChunkReader:
-    """Reads one stream and keeps what the completion at its end is made of."""
+    """Reads one stream and keeps what the completion at its end is made of, which ``check`` sees first."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[Completion], Completion]) -> None:
+        self._check = check
         self._text: list[str] = []
         self._tokens: list[Token] = []
         self._readings: list[FeatureReading] = []
@@ -91,7 +126,7 @@ class ChunkReader:
 
     def _whole(self, end: pb.Completion) -> Completion:
         text, tokens, readings = "".join(self._text), tuple(self._tokens), tuple(self._readings)
-        return _finished(end, text, tokens, readings, tuple(self._prompt_logprobs))
+        return self._check(_finished(end, text, tokens, readings, tuple(self._prompt_logprobs)))
 
 
 def _finished(

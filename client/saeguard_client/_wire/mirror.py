@@ -18,10 +18,13 @@ M = TypeVar("M", bound=Message)
 MIRRORS: Final[dict[str, type]] = {
     "FeatureReading": results.FeatureReading,
     "InterventionReceipt": results.InterventionReceipt,
+    "PolicyFacts": results.PolicyFacts,
     "Receipt": results.Receipt,
+    "StoppedBy": results.StoppedBy,
     "Timings": results.Timings,
     "Token": results.Token,
     "TokenLogprob": results.TokenLogprob,
+    "TriggerReceipt": results.TriggerReceipt,
     "Usage": results.Usage,
     "Feature": catalog.Feature,
     "FeatureExample": catalog.FeatureExample,

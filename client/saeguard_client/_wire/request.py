@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from saeguard.v1 import generation_service_pb2, input_pb2, intervention_pb2
+from saeguard.v1 import condition_pb2, generation_service_pb2, input_pb2, intervention_pb2
 from saeguard_client import _checks
 from saeguard_client.catalog import FeatureRef
+from saeguard_client.conditions import Condition, Term, Window
 from saeguard_client.inputs import ChatMessage
-from saeguard_client.interventions import Intervention, Scope
+from saeguard_client.interventions import Intervention
+from saeguard_client.scopes import Scope
+from saeguard_client.triggers import Apply, Trigger
 
-_TARGET = ("sae", "feature", "scope")
+_TARGET = ("sae", "feature", "scope", "when")
 
 
 def prompt(name: str, value: object) -> dict[str, Any]:
@@ -36,6 +39,11 @@ def interventions(name: str, edits: Iterable[Intervention]) -> list[intervention
     return [_intervention(f"{name}[{i}]", edit) for i, edit in enumerate(iterable(name, edits))]
 
 
+def triggers(name: str, given: Iterable[Trigger]) -> list[condition_pb2.Trigger]:
+    """Raises ValueError for anything that is not a Trigger."""
+    return [_trigger(f"{name}[{i}]", trigger) for i, trigger in enumerate(iterable(name, given))]
+
+
 def features(name: str, refs: Iterable[FeatureRef]) -> list[generation_service_pb2.FeatureRef]:
     """Raises ValueError for anything that is not a FeatureRef."""
     return [_feature(f"{name}[{i}]", ref) for i, ref in enumerate(iterable(name, refs))]
@@ -52,12 +60,48 @@ def _intervention(name: str, edit: object) -> intervention_pb2.Intervention:
     if not isinstance(edit, Intervention) or not edit.kind:
         raise ValueError(f"{name}: must be an edit such as Zero or Clamp, got {edit!r}")
     message = intervention_pb2.Intervention(sae=edit.sae, feature=edit.feature, scope=_scope(edit.scope))
+    if edit.when is not None:
+        message.when.CopyFrom(_condition(edit.when))
     body = getattr(message, edit.kind)
     body.SetInParent()
     for field in fields(edit):
         if field.name not in _TARGET:
             setattr(body, field.name, _operand(field.name, getattr(edit, field.name)))
     return message
+
+
+def _trigger(name: str, trigger: object) -> condition_pb2.Trigger:
+    if not isinstance(trigger, Trigger):
+        raise ValueError(f"{name}: must be a Trigger, got {trigger!r}")
+    message = condition_pb2.Trigger(name=trigger.name, when=_condition(trigger.when))
+    if isinstance(trigger.action, Apply):
+        edits = interventions(f"{name}.action.interventions", trigger.action.interventions)
+        message.apply.interventions.extend(edits)
+    else:
+        getattr(message, type(trigger.action).__name__.lower()).SetInParent()
+    return message
+
+
+def _condition(when: Condition) -> intervention_pb2.Condition:
+    return intervention_pb2.Condition(
+        terms=[_term(one) for one in when.terms],
+        bias=when.bias,
+        comparison=intervention_pb2.Comparison.Value(f"COMPARISON_{when.comparison.upper()}"),
+        threshold=when.threshold,
+        release=when.release,
+        unit=_operand("unit", when.unit),
+        window=_window(when.window),
+        scope=_scope(when.scope),
+    )
+
+
+def _term(term: Term) -> intervention_pb2.Term:
+    return intervention_pb2.Term(sae=term.sae, feature=term.feature, weight=term.weight)
+
+
+def _window(window: Window) -> intervention_pb2.Window:
+    kind = intervention_pb2.WindowKind.Value(f"WINDOW_KIND_{window.kind.upper()}")
+    return intervention_pb2.Window(kind=kind, tokens=window.tokens, k=window.k)
 
 
 def _operand(name: str, value: Any) -> Any:

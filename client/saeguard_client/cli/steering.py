@@ -8,7 +8,8 @@ from functools import partial
 
 from saeguard_client.catalog import FeatureRef
 from saeguard_client.cli.usage import as_argument, usage
-from saeguard_client.interventions import KINDS, PHASES, UNITS, Intervention, Scope
+from saeguard_client.interventions import KINDS, Intervention
+from saeguard_client.scopes import PHASES, UNITS, Scope
 
 _HELP = {
     "zero": "suppress the feature",
