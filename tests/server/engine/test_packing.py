@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from saeguard_server.engine.transformers.packing import PackedLinear, can_pack, pack
+from saeguard_server.engine.transformers.packing import PackedLinear, can_pack, pack, padded_rows
 from support.models import CONFIGS
 
 CPU = torch.device("cpu")
@@ -96,3 +96,27 @@ def test_what_can_be_packed() -> None:
     assert not can_pack(CPU, torch.float16)
     assert not can_pack(CPU, torch.float64)
     assert not can_pack(torch.device("meta"), torch.float32)
+
+
+def test_rows_come_in_few_sizes_and_little_is_padded() -> None:
+    """Every size that a layer sees costs memory for as long as the process lives."""
+    sizes = {count: padded_rows(count) for count in range(1, 2049)}
+    assert len(set(sizes.values())) < 80
+    assert all(count <= size <= max(1.125 * count, count) for count, size in sizes.items())
+    assert all(sizes[count] == count for count in (1, 2, 8, 16, 32, 64, 256))
+
+
+def test_a_layer_is_multiplied_in_those_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def spy(x: Tensor, *others: Any) -> Tensor:
+        seen.append(len(x))
+        return real(x, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    layer = PackedLinear(torch.eye(8), None)
+    for count in range(1, 70):
+        x = torch.rand(1, count, 8)
+        torch.testing.assert_close(layer(x), x)
+    assert set(seen) == {padded_rows(count) for count in range(1, 70)}
