@@ -17,124 +17,17 @@ from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import condition_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
-from saeguard_sae.edits import FLOAT32_MAX, KINDS, UNITS, Edit
+from saeguard.v1 import policy_service_pb2 as policy_pb
 from saeguard_server import interventions as rules
 from saeguard_server import request as domain
 from saeguard_server.edge.wire import interventions as wire
 from saeguard_server.edge.wire.activations import activation_request
 from saeguard_server.edge.wire.generation import generation_request
+from saeguard_server.edge.wire.policies import policy
+from saeguard_server.edge.wire.policy_messages import policy_message
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.settings import LimitSettings
-
-LIMITS = LimitSettings()
-
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-some_words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-numbers = st.integers(0, 2**32 - 1)
-values = st.floats(-FLOAT32_MAX, FLOAT32_MAX)
-refs = st.builds(rules.FeatureRef, some_words, numbers)
-
-
-def edits() -> st.SearchStrategy[Edit]:
-    arguments = {"value": values, "factor": values, "unit": st.sampled_from(UNITS)}
-    return st.one_of(
-        [st.builds(kind, **{one.name: arguments[one.name] for one in fields(kind)}) for kind in KINDS.values()]
-    )
-
-
-@st.composite
-def scopes(draw: st.DrawFn) -> rules.Scope:
-    start = draw(st.integers(0, 2**32 - 2))
-    end = draw(st.none() | st.integers(start + 1, 2**32 - 1))
-    return rules.Scope(draw(st.sampled_from(rules.PHASES)), start, end, draw(st.booleans()))
-
-
-@st.composite
-def windows(draw: st.DrawFn) -> rules.Window:
-    tokens = draw(st.integers(1, rules.MAX_WINDOW))
-    return rules.Window(draw(st.sampled_from(rules.WINDOWS)), tokens, draw(st.integers(1, tokens)))
-
-
-@st.composite
-def conditions(draw: st.DrawFn) -> rules.Condition:
-    weights = values.filter(lambda weight: weight != 0)
-    terms = st.lists(st.builds(rules.Term, refs, weights), min_size=1, max_size=3, unique_by=lambda one: one.feature)
-    window, comparison = draw(windows()), draw(st.sampled_from(rules.COMPARISONS))
-    low, high = sorted((draw(values), draw(values)))
-    rises = comparison in ("above", "at_least")
-    has_release = window.kind not in ("any_so_far", "k_of_n") and draw(st.booleans())
-    return rules.Condition(
-        terms=tuple(draw(terms)),
-        bias=draw(values),
-        comparison=comparison,
-        threshold=high if rises else low,
-        release=(low if rises else high) if has_release else None,
-        window=window,
-        scope=draw(scopes()),
-    )
-
-
-inputs = st.one_of(
-    st.builds(domain.TextInput, some_words),
-    st.builds(
-        domain.ChatInput,
-        st.lists(st.builds(domain.ChatMessage, st.sampled_from(domain.ROLES), words), min_size=1, max_size=3).map(
-            tuple
-        ),
-    ),
-    st.builds(domain.TokenInput, st.lists(numbers, min_size=1, max_size=5).map(tuple)),
-)
-samplings = st.builds(
-    domain.Sampling,
-    max_new_tokens=st.none() | st.integers(1, 2**32 - 1),
-    temperature=st.just(0.0) | st.floats(0.001, 100),
-    top_p=st.floats(0, 1, exclude_min=True),
-    top_k=numbers,
-    min_p=st.floats(0, 1),
-    repetition_penalty=st.floats(0, 100, exclude_min=True),
-    seed=st.none() | st.integers(0, 2**64 - 1),
-    stop=st.lists(some_words, max_size=3).map(tuple),
-    logprobs=st.none() | st.integers(0, domain.MAX_LOGPROBS),
-    ignore_eos=st.booleans(),
-    prompt_logprobs=st.booleans(),
-)
-
-
-def steerings(whens: st.SearchStrategy[rules.Condition | None], least: int) -> st.SearchStrategy[Any]:
-    one = st.builds(rules.Intervention, refs, edits(), scopes(), whens)
-    return st.lists(one, min_size=least, max_size=3, unique_by=lambda one: one.target).map(tuple)
-
-
-steering = steerings(st.none() | conditions(), 0)
-actions = st.one_of(st.just(rules.Flag()), st.just(rules.Stop()), st.builds(rules.Apply, steerings(st.none(), 1)))
-triggers = st.lists(
-    st.builds(rules.Trigger, some_words, conditions(), actions), max_size=2, unique_by=lambda one: one.name
-).map(tuple)
-watches = st.lists(refs, max_size=3, unique=True).map(tuple)
-generations = st.builds(
-    domain.GenerationRequest,
-    prompt=inputs,
-    sampling=samplings,
-    interventions=steering,
-    max_relative_edit=st.none() | st.floats(0, 1e9, exclude_min=True),
-    watch=watches,
-    triggers=triggers,
-    policies=st.lists(some_words, max_size=2, unique=True).map(tuple),
-    conversation=words,
-    min_policy_activation=st.none() | st.integers(0, 2**64 - 1),
-)
-selections = st.one_of(
-    st.builds(domain.TopK, st.integers(1, LIMITS.max_activation_values)),
-    st.builds(domain.Threshold, st.floats(0, FLOAT32_MAX)),
-    st.builds(domain.Named, st.lists(refs, min_size=1, max_size=3, unique=True).map(tuple)),
-)
-readings = st.builds(
-    domain.ActivationRequest,
-    inputs=st.lists(inputs, min_size=1, max_size=3).map(tuple),
-    saes=st.lists(some_words, min_size=1, max_size=3, unique=True).map(tuple),
-    selection=selections,
-    interventions=steering,
-)
+from saeguard_server.guard.policy.model import Policy
+from support.strategies import LIMITS, generations, policies, readings
 
 
 def to_input(message: Any, one: domain.ModelInput) -> None:
@@ -242,6 +135,12 @@ def test_a_generation_means_the_same_after_the_wire(asked: domain.GenerationRequ
 def test_a_reading_means_the_same_after_the_wire(asked: domain.ActivationRequest) -> None:
     message = activation_pb.GetActivationsRequest.FromString(to_reading(asked).SerializeToString())
     assert activation_request(message, LIMITS) == asked
+
+
+@given(policies)
+def test_a_policy_means_the_same_after_the_wire_and_back(written: Policy) -> None:
+    message = policy_pb.Policy.FromString(policy_message(written).SerializeToString())
+    assert policy(message, LIMITS.max_interventions) == written
 
 
 @given(generations, st.data())

@@ -62,7 +62,7 @@ def interventions(
         InvalidRequest: more than ``limit``, or one is malformed; ``interventions[i]...`` is named.
     """
     at_most(limit, messages, path)
-    return tuple(_intervention(one, f"{path}[{index}]") for index, one in enumerate(messages))
+    return tuple(intervention(one, f"{path}[{index}]") for index, one in enumerate(messages))
 
 
 def condition(message: pb.Condition, path: str) -> Condition:
@@ -102,7 +102,12 @@ def feature_refs(messages: Iterable[generation_pb.FeatureRef], path: str) -> tup
     return tuple(found)
 
 
-def _intervention(message: pb.Intervention, path: str) -> Intervention:
+def intervention(message: pb.Intervention, path: str) -> Intervention:
+    """One edit.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
     with at(path):
         target = FeatureRef(message.sae, message.feature)
     kind = chosen(message, "kind", f"{path}.kind")
