@@ -43,6 +43,15 @@ from saeguard_client.client import Client
 from saeguard_client.conditions import Condition, Term, Window
 from saeguard_client.inputs import ChatMessage, Input
 from saeguard_client.interventions import Add, Cap, Clamp, Floor, Intervention, Scale, Zero
+from saeguard_client.policies import (
+    Activation,
+    PolicyChange,
+    PolicyFinding,
+    PolicyHistory,
+    PolicySet,
+    PolicySummary,
+    Revision,
+)
 from saeguard_client.results import (
     Completion,
     FeatureReading,
@@ -61,6 +70,7 @@ from saeguard_client.scopes import Scope
 from saeguard_client.triggers import Apply, Flag, Stop, Trigger
 
 __all__ = [
+    "Activation",
     "ActivationPart",
     "Activations",
     "Add",
@@ -93,11 +103,17 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "PermissionDenied",
+    "PolicyChange",
     "PolicyFacts",
+    "PolicyFinding",
+    "PolicyHistory",
+    "PolicySet",
+    "PolicySummary",
     "PromotedToken",
     "Quantile",
     "Receipt",
     "ReceiptMismatch",
+    "Revision",
     "Sae",
     "SaeConvention",
     "SaeQuality",

@@ -6,16 +6,18 @@ takes ``deadline_s`` (None: the client's) and ``request_id`` (sent as ``x-reques
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from saeguard_client._call import EitherCall, GatheredCall, PagedCall, UnaryCall
 from saeguard_client._options import PerCall
 from saeguard_client._wire import activations as activations_wire
 from saeguard_client._wire import catalog, generation
+from saeguard_client._wire import policies as policies_wire
 from saeguard_client.activations import ActivationPart, Activations
 from saeguard_client.catalog import Feature, FeatureRef, Model, Sae, ServerInfo
 from saeguard_client.inputs import Input
 from saeguard_client.interventions import Intervention
+from saeguard_client.policies import Activation, PolicyChange, PolicyHistory, PolicySet
 from saeguard_client.results import Completion, StreamChunk
 from saeguard_client.sampling import Sampling
 from saeguard_client.triggers import Trigger
@@ -165,6 +167,68 @@ def features(
         deadline_s: for each page.
     """
     return catalog.features(sae, query, limit, PerCall(deadline_s=deadline_s, request_id=request_id))
+
+
+def policies(
+    revision: int | None = None, *, deadline_s: float | None = None, request_id: str | None = None
+) -> UnaryCall[PolicySet]:
+    """The PolicySet of a revision; of the latest where none is named. Needs the role policy-read."""
+    return policies_wire.listed(revision, PerCall(deadline_s=deadline_s, request_id=request_id))
+
+
+def apply_policies(
+    documents: Mapping[str, str],
+    *,
+    etag: str = "",
+    reason: str = "",
+    prune: bool = False,
+    dry_run: bool = False,
+    deadline_s: float | None = None,
+    request_id: str | None = None,
+) -> UnaryCall[PolicyChange]:
+    """Makes a revision of YAML documents, checked completely before it is stored. It is not in force until activated.
+
+    Args:
+        documents: content by file name; JSON files of probes that they name too.
+        etag: as ``policies`` gave it; raises Conflict where there is a newer revision. "" is for the first.
+        reason: why, for the history.
+        prune: delete policies that the documents do not hold.
+        dry_run: check and compare only.
+    """
+    options = PerCall(deadline_s=deadline_s, request_id=request_id)
+    return policies_wire.applied(documents, etag, reason, prune, dry_run, options)
+
+
+def delete_policy(
+    name: str, *, etag: str, reason: str = "", deadline_s: float | None = None, request_id: str | None = None
+) -> UnaryCall[PolicyChange]:
+    """Makes a revision without this policy; as ``apply_policies``."""
+    return policies_wire.deleted(name, etag, reason, PerCall(deadline_s=deadline_s, request_id=request_id))
+
+
+def activate_revision(
+    revision: int,
+    *,
+    expected_activation: int,
+    reason: str = "",
+    deadline_s: float | None = None,
+    request_id: str | None = None,
+) -> UnaryCall[Activation]:
+    """Puts a revision in force, a newer or an older one.
+
+    Args:
+        expected_activation: number of what the caller believes to be in force, 0 for nothing; raises Conflict where it
+            is not.
+    """
+    options = PerCall(deadline_s=deadline_s, request_id=request_id)
+    return policies_wire.activated(revision, reason, expected_activation, options)
+
+
+def policy_history(
+    limit: int | None = None, *, deadline_s: float | None = None, request_id: str | None = None
+) -> UnaryCall[PolicyHistory]:
+    """Revisions and activations, at most ``limit`` of each (None is the server's default), the latest first."""
+    return policies_wire.history(limit, PerCall(deadline_s=deadline_s, request_id=request_id))
 
 
 def info(*, deadline_s: float | None = None, request_id: str | None = None) -> UnaryCall[ServerInfo]:

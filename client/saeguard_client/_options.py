@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -18,9 +18,12 @@ DEFAULT_RETRIES: Final = 3
 MAX_RETRIES: Final = 4
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 REQUEST_ID: Final = "x-request-id"
+AUTHORIZATION: Final = "authorization"
 
 StrPath: TypeAlias = str | PathLike[str]
 ChannelOptions: TypeAlias = Sequence[tuple[str, Any]]
+Token: TypeAlias = str | Callable[[], str]
+"""A JSON Web Token, or what gives the one to use for the next call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,34 +122,73 @@ class PerCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Bearer:
+    """What shows the server who calls, beside a certificate: nothing, an API key, or a token."""
+
+    api_key: str | None = field(default=None, repr=False)
+    token: Token | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and self.token is not None:
+            raise ValueError("api_key: the server takes one credential, not token as well")
+        if self.api_key is not None:
+            _check_secret("api_key", self.api_key)
+        if self.token is not None and not callable(self.token):
+            _check_secret("token", self.token)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """For the next call.
+
+        Raises:
+            ValueError: the token that was given for it cannot be sent.
+        """
+        secret = self.token() if callable(self.token) else self.token or self.api_key
+        if secret is None:
+            return ()
+        _check_secret("token", secret)
+        return ((AUTHORIZATION, f"Bearer {secret}"),)
+
+
+@dataclass(frozen=True, slots=True)
 class Defaults:
     """What a client says for every call that does not."""
 
     deadline_s: float | None
     metadata: tuple[tuple[str, str], ...]
+    bearer: Bearer = Bearer()
 
     @classmethod
-    def of(cls, deadline_s: float | None, metadata: Mapping[str, str]) -> Defaults:
+    def of(cls, deadline_s: float | None, metadata: Mapping[str, str], bearer: Bearer) -> Defaults:
         """Checked.
 
         Raises:
-            ValueError: a deadline that is not above 0, or metadata that HTTP/2 cannot carry.
+            ValueError: a deadline that is not above 0, metadata that HTTP/2 cannot carry, or two credentials.
         """
         for key, value in metadata.items():
             _check_header(f"metadata[{key!r}]", value)
         deadline = None if deadline_s is None else _checks.seconds("deadline_s", deadline_s)
-        return cls(deadline, tuple((key.lower(), value) for key, value in metadata.items()))
+        pairs = tuple((key.lower(), value) for key, value in metadata.items())
+        if bearer != Bearer() and AUTHORIZATION in dict(pairs):
+            raise ValueError("metadata['authorization']: the server takes one credential, not api_key or token as well")
+        return cls(deadline, pairs, bearer)
 
     def of_call(self, call: PerCall) -> tuple[float | None, tuple[tuple[str, str], ...]]:
         """``(timeout_s, metadata)``; None is no limit, and the call's request id replaces the client's."""
         timeout_s = self.deadline_s if call.deadline_s is None else call.deadline_s
+        metadata = (*self.metadata, *self.bearer.metadata())
         if call.request_id is None:
-            return timeout_s, self.metadata
-        return timeout_s, (*_without(self.metadata, REQUEST_ID), (REQUEST_ID, call.request_id))
+            return timeout_s, metadata
+        return timeout_s, (*_without(metadata, REQUEST_ID), (REQUEST_ID, call.request_id))
 
 
 def _without(metadata: Iterable[tuple[str, str]], key: str) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in metadata if pair[0] != key)
+
+
+def _check_secret(name: str, value: object) -> None:
+    """Never quotes it."""
+    if not isinstance(value, str) or not value or not (value.isascii() and value.isprintable()) or " " in value:
+        raise ValueError(f"{name}: must be printable ASCII without blanks")
 
 
 def _check_header(name: str, value: object) -> None:

@@ -31,9 +31,10 @@ def check(
         return
     _check_edits(done.receipt, [*edits, *_applied(rules)])
     _check_triggers(done, done.receipt, rules)
-    for one in (*done.receipt.interventions, *done.receipt.triggers):
-        if one.policy and (facts is None or one.policy not in (*facts.enforced, *facts.shadowed)):
-            raise receipt_mismatch(f"the receipt tells of a policy {one.policy!r} that was not in force")
+    told = [one.policy for one in done.receipt.interventions] + [one.policy for one in done.receipt.triggers]
+    for name in filter(None, told):
+        if facts is None or name not in (*facts.enforced, *facts.shadowed):
+            raise receipt_mismatch(f"the receipt tells of a policy {name!r} that was not in force")
 
 
 def _applied(triggers: Iterable[Trigger]) -> list[Intervention]:

@@ -16,11 +16,13 @@ from saeguard_client._method import method
 from saeguard_client._options import (
     DEFAULT_DEADLINE_S,
     DEFAULT_RETRIES,
+    Bearer,
     ChannelOptions,
     Defaults,
     Endpoint,
     StrPath,
     Tls,
+    Token,
     check_ready,
     endpoint,
 )
@@ -44,13 +46,15 @@ class AsyncClient:
         root_certificates: StrPath | None = None,
         private_key: StrPath | None = None,
         certificate_chain: StrPath | None = None,
+        api_key: str | None = None,
+        token: Token | None = None,
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         retries: int = DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
         tls = Tls(root_certificates, private_key, certificate_chain)
-        self._defaults = Defaults.of(deadline_s, metadata or {})
+        self._defaults = Defaults.of(deadline_s, metadata or {}, Bearer(api_key, token))
         self._endpoint = endpoint(target, tls, retries, options) if channel is None else None
         if channel is not None:
             check_ready(target, tls, options)
@@ -127,6 +131,11 @@ class AsyncClient:
     saes = method("saes", _api.saes, _unary)
     feature = method("feature", _api.feature, _unary)
     features = method("features", _api.features, _paged)
+    policies = method("policies", _api.policies, _unary)
+    apply_policies = method("apply_policies", _api.apply_policies, _unary)
+    delete_policy = method("delete_policy", _api.delete_policy, _unary)
+    activate_revision = method("activate_revision", _api.activate_revision, _unary)
+    policy_history = method("policy_history", _api.policy_history, _unary)
     info = method("info", _api.info, _unary)
     healthy = method("healthy", _api.healthy, _probe)
 

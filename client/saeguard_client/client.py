@@ -15,11 +15,13 @@ from saeguard_client._method import method
 from saeguard_client._options import (
     DEFAULT_DEADLINE_S,
     DEFAULT_RETRIES,
+    Bearer,
     ChannelOptions,
     Defaults,
     Endpoint,
     StrPath,
     Tls,
+    Token,
     check_ready,
     endpoint,
 )
@@ -37,6 +39,8 @@ class Client:
         channel: a ready channel instead of a target; it stays open when the client closes.
         root_certificates: path of a PEM file; TLS is used when this or a key is given.
         private_key: path of a PEM file, for servers that ask who calls; goes with ``certificate_chain``.
+        api_key: "sg_...", for servers that want one; anybody on the way can read it where there is no TLS.
+        token: a JSON Web Token instead; or a function that gives one for the next call, without waiting.
         deadline_s: for every call that does not say; None is no limit but the server's.
         retries: repetitions, 0 to 4, of a call that was refused as unavailable or overloaded before its first message.
         metadata: sent with every call.
@@ -55,13 +59,15 @@ class Client:
         root_certificates: StrPath | None = None,
         private_key: StrPath | None = None,
         certificate_chain: StrPath | None = None,
+        api_key: str | None = None,
+        token: Token | None = None,
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         retries: int = DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
         tls = Tls(root_certificates, private_key, certificate_chain)
-        self._defaults = Defaults.of(deadline_s, metadata or {})
+        self._defaults = Defaults.of(deadline_s, metadata or {}, Bearer(api_key, token))
         self._is_ours = channel is None
         if channel is None:
             channel = _open(endpoint(target, tls, retries, options))
@@ -135,6 +141,11 @@ class Client:
     saes = method("saes", _api.saes, _unary)
     feature = method("feature", _api.feature, _unary)
     features = method("features", _api.features, _paged)
+    policies = method("policies", _api.policies, _unary)
+    apply_policies = method("apply_policies", _api.apply_policies, _unary)
+    delete_policy = method("delete_policy", _api.delete_policy, _unary)
+    activate_revision = method("activate_revision", _api.activate_revision, _unary)
+    policy_history = method("policy_history", _api.policy_history, _unary)
     info = method("info", _api.info, _unary)
     healthy = method("healthy", _api.healthy, _probe)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from saeguard_client._errors import SaeguardError, Unavailable
+from saeguard_client._errors import SaeguardError, Unauthenticated, Unavailable
 from saeguard_client.cli import parser
 from saeguard_client.cli.plugins import missing
 from saeguard_client.cli.terminal import Terminal, safe
@@ -66,6 +66,8 @@ def _told(error: SaeguardError, target: str) -> str:
     parts.extend(f"{one.field}: {one.description}" for one in error.violations if one.field not in error.message)
     if error.retry_after_s is not None:
         parts.append(f"try again in {error.retry_after_s:g} s")
+    if isinstance(error, Unauthenticated):
+        parts.append("show who you are with --api-key-file, --token-file or --tls-cert")
     if isinstance(error, Unavailable):
         parts.append(f"server: {target}")
     return safe("; ".join(parts), keep="")

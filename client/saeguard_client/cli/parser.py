@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib.metadata import PackageNotFoundError, version
 
-from saeguard_client.cli import activations, features, generate, info
+from saeguard_client.cli import activations, features, generate, info, policy
 from saeguard_client.cli.connection import add_connection
 from saeguard_client.cli.plugins import CommandParser, add_plugins
 
@@ -31,7 +31,7 @@ def build() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"saeguard {_version()}")
     add_connection(parser, with_defaults=True)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (generate, activations, features, info):
+    for command in (generate, activations, features, policy, info):
         command.add(commands)
     add_plugins(commands)
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from saeguard_client.catalog import FeatureRef
 from saeguard_client.cli.usage import as_argument, usage
@@ -48,7 +49,7 @@ class EditFlag:
     def build(self, unit: str, scope: Scope | None) -> Intervention:
         """The edit, with what the other flags say."""
         operands = () if self.operand is None else (self.operand,)
-        units = {} if self.kind in ("zero", "scale") else {"unit": self.unit or unit}
+        units: dict[str, Any] = {} if self.kind in ("zero", "scale") else {"unit": self.unit or unit}
         return KINDS[self.kind](self.target.sae, self.target.feature, *operands, scope=scope, **units)
 
 

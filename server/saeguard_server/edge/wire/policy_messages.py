@@ -13,7 +13,10 @@ from saeguard.v1 import condition_pb2, generation_service_pb2, policy_service_pb
 from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard_server.edge.wire import interventions as wire
 from saeguard_server.edge.wire import policies
-from saeguard_server.guard.policy.model import Activation, Limits, Policy
+from saeguard_server.guard.policy.administration import Written
+from saeguard_server.guard.policy.changes import PolicyChange
+from saeguard_server.guard.policy.model import Activation, Limits, Policy, Revision
+from saeguard_server.guard.policy.store.protocol import Change
 from saeguard_server.interventions import Apply, Condition, FeatureRef, Intervention, Scope, Trigger
 
 pb = policy_service_pb2
@@ -47,11 +50,39 @@ def activation_message(of: Activation) -> pb.Activation:
     )
 
 
+def revision(of: Revision) -> pb.Revision:
+    """A revision as a message, without what it changed."""
+    return pb.Revision(number=of.number, author=of.author, time=timestamp(of.time), reason=of.reason)
+
+
+def change(of: Change) -> pb.Revision:
+    """A revision of the history, with what it changed."""
+    return pb.Revision(
+        number=of.number, author=of.author, time=timestamp(of.time), reason=of.reason, diff=_diff(of.policies)
+    )
+
+
+def written(of: Written) -> pb.Revision:
+    """What a change came to; of a trial only what would change."""
+    message = pb.Revision() if of.revision is None else revision(of.revision)
+    message.diff = _diff(of.changes)
+    return message
+
+
+def findings(of: Written) -> list[pb.PolicyFinding]:
+    """What was noticed about the policies."""
+    return [pb.PolicyFinding(message=one) for one in of.warnings]
+
+
 def timestamp(time: datetime) -> Timestamp:
     """A time with a zone as a message."""
     message = Timestamp()
     message.FromDatetime(time)
     return message
+
+
+def _diff(changes: Iterable[PolicyChange]) -> str:
+    return "".join(one.diff for one in changes)
 
 
 def _limits(of: Limits) -> pb.PolicyLimits:

@@ -1,0 +1,154 @@
+"""PolicyService: policies are read and written, revisions put in force. Whose role allows what is the doorman's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from saeguard.v1 import policy_service_pb2 as pb
+from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
+from saeguard_server.edge import call
+from saeguard_server.edge.wire import policies as wire
+from saeguard_server.edge.wire import policy_messages as messages
+from saeguard_server.errors import InvalidRequest, NotConfigured, UnknownName
+from saeguard_server.guard.policy import document
+from saeguard_server.guard.policy.administration import Administration, Written, etag_of
+from saeguard_server.guard.policy.model import Policy
+from saeguard_server.settings import LimitSettings
+
+DEFAULT_HISTORY = 50
+MAX_HISTORY = 500
+MAX_DOCUMENTS = 1024
+
+
+class PolicyServicer(PolicyServiceServicer):
+    """Acts in the name of whoever calls; ``administration`` is None where the server has no store of policies."""
+
+    def __init__(self, administration: Administration | None, limits: LimitSettings) -> None:
+        self._given, self._limits = administration, limits
+
+    async def CreatePolicy(self, request: pb.CreatePolicyRequest, context: object) -> pb.CreatePolicyResponse:
+        """A revision with one policy more."""
+        policy = self._read(request.policy)
+        newest = await self._administration.revision()
+        if newest is not None and any(one.name == policy.name for one in newest.policies):
+            raise InvalidRequest("policy.name", f"there is a policy {policy.name!r} already; UpdatePolicy changes it")
+        written = await self._apply((policy,), request.etag, request.reason)
+        return pb.CreatePolicyResponse(
+            revision=messages.written(written), etag=etag_of(written.revision), findings=messages.findings(written)
+        )
+
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: object) -> pb.GetPolicyResponse:
+        """One policy."""
+        newest = await self._administration.revision()
+        found = await self._administration.revision(request.revision) if request.HasField("revision") else newest
+        for policy in found.policies if found else ():
+            if policy.name == request.name:
+                return pb.GetPolicyResponse(
+                    policy=messages.policy_message(policy), etag=etag_of(newest), yaml=document.to_yaml(policy)
+                )
+        raise UnknownName("name", f"there is no policy {request.name!r}")
+
+    async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
+        """Every policy of a revision."""
+        newest = await self._administration.revision()
+        found = await self._administration.revision(request.revision) if request.HasField("revision") else newest
+        active = await self._administration.active()
+        policies = found.policies if found else ()
+        return pb.ListPoliciesResponse(
+            policies=[messages.policy_message(one) for one in policies],
+            etag=etag_of(newest),
+            revision=None if found is None else messages.revision(found),
+            active=None if active is None else messages.activation_message(active.activation),
+            yaml="---\n".join(document.to_yaml(one) for one in policies),
+        )
+
+    async def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: object) -> pb.UpdatePolicyResponse:
+        """A revision with one policy changed."""
+        policy = self._read(request.policy)
+        if not request.etag:
+            raise InvalidRequest("etag", "must be the one that ListPolicies gave")
+        newest = await self._administration.revision()
+        if newest is None or all(one.name != policy.name for one in newest.policies):
+            raise UnknownName("policy.name", f"there is no policy {policy.name!r}; CreatePolicy makes it")
+        written = await self._apply((policy,), request.etag, request.reason)
+        return pb.UpdatePolicyResponse(
+            revision=messages.written(written), etag=etag_of(written.revision), findings=messages.findings(written)
+        )
+
+    async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
+        """A revision with one policy less."""
+        if not request.etag:
+            raise InvalidRequest("etag", "must be the one that ListPolicies gave")
+        written = await self._administration.delete(
+            [request.name], caller=call.current().caller, reason=request.reason, etag=request.etag
+        )
+        return pb.DeletePolicyResponse(revision=messages.written(written), etag=etag_of(written.revision))
+
+    async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
+        """A revision made of documents."""
+        written = await self._apply(
+            _parsed(request.documents), request.etag, request.reason, prune=request.prune, trial=request.dry_run
+        )
+        return pb.ApplyPoliciesResponse(
+            revision=messages.written(written), etag=etag_of(written.revision), findings=messages.findings(written)
+        )
+
+    async def ActivateRevision(
+        self, request: pb.ActivateRevisionRequest, context: object
+    ) -> pb.ActivateRevisionResponse:
+        """A revision comes into force."""
+        done = await self._administration.activate(
+            request.revision,
+            caller=call.current().caller,
+            reason=request.reason,
+            expected_activation=request.expected_activation,
+        )
+        return pb.ActivateRevisionResponse(activation=messages.activation_message(done))
+
+    async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
+        """What happened."""
+        limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
+        if not 1 <= limit <= MAX_HISTORY:
+            raise InvalidRequest("limit", f"must be 1 to {MAX_HISTORY}, got {limit}")
+        changes = await self._administration.changes(
+            limit=limit, before=request.before_revision if request.HasField("before_revision") else None
+        )
+        acts = await self._administration.activations(
+            limit=limit, before=request.before_activation if request.HasField("before_activation") else None
+        )
+        return pb.ListHistoryResponse(
+            revisions=[messages.change(one) for one in changes],
+            activations=[messages.activation_message(one) for one in acts],
+        )
+
+    @property
+    def _administration(self) -> Administration:
+        if self._given is None:
+            raise NotConfigured("this server has no policies; set [policies] store")
+        return self._given
+
+    def _read(self, message: pb.Policy) -> Policy:
+        return wire.policy(message, self._limits.max_interventions)
+
+    async def _apply(
+        self, policies: Sequence[Policy], etag: str, reason: str, *, prune: bool = False, trial: bool = False
+    ) -> Written:
+        # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
+        known = etag or (None if trial else etag_of(None))
+        return await self._administration.apply(
+            policies, caller=call.current().caller, reason=reason, etag=known, is_whole_set=prune, is_trial=trial
+        )
+
+
+def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:
+    if not 1 <= len(documents) <= MAX_DOCUMENTS:
+        raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
+    files: dict[str, str] = {}
+    for index, one in enumerate(documents):
+        if not one.name or one.name in files:
+            raise InvalidRequest(f"documents[{index}].name", "must be there, and differ from the others")
+        files[one.name] = one.content
+    try:
+        return document.read_files(files)
+    except document.BadDocument as err:
+        raise InvalidRequest("documents", str(err)) from err
