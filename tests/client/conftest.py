@@ -16,12 +16,19 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 
-from saeguard.v1 import activation_service_pb2, catalog_service_pb2, server_info_service_pb2
+from saeguard.v1 import activation_service_pb2, catalog_service_pb2, policy_service_pb2, server_info_service_pb2
 from saeguard.v1 import generation_service_pb2 as gen
 from saeguard.v1 import receipt_pb2 as receipts
 from saeguard_client import AsyncClient, Client
 
-FILES = (gen, activation_service_pb2, catalog_service_pb2, server_info_service_pb2, health_pb2)
+FILES = (
+    gen,
+    activation_service_pb2,
+    catalog_service_pb2,
+    policy_service_pb2,
+    server_info_service_pb2,
+    health_pb2,
+)
 Script = Callable[[Any, grpc.ServicerContext], Any]
 
 

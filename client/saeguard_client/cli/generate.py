@@ -16,6 +16,7 @@ from saeguard_client.cli.sampling import add_sampling, sampling
 from saeguard_client.cli.steering import add_steering, steering
 from saeguard_client.cli.terminal import Terminal, safe
 from saeguard_client.cli.usage import UsageError, as_argument, usage
+from saeguard_client.cli.watching import add_watching, watching
 from saeguard_client.inputs import ChatMessage, Input
 from saeguard_client.results import Completion, StreamChunk
 
@@ -49,6 +50,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--max-relative-edit", type=float, metavar="R", help="limit |edit| / |x| on every token")
     add_steering(parser)
+    add_watching(parser)
     add_sampling(parser)
     add_connection(parser, with_defaults=False)
     parser.set_defaults(run=run)
@@ -57,15 +59,17 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sends the prompt; 0 when it was answered."""
     arguments = {**sampling(args), "watch": args.watch, "max_relative_edit": args.max_relative_edit}
-    steer, prompt = steering(args), read_prompt(args.prompt, args.chat)
+    steer, prompt, watched = steering(args), read_prompt(args.prompt, args.chat), watching(args)
     if args.compare:
         if not steer:
             raise UsageError("--compare needs an edit, such as --clamp SAE:FEATURE=VALUE")
+        if any(watched.values()):
+            raise UsageError("--compare shows edits alone, without triggers and policies")
         return compare.run(args, prompt, steer, arguments)
     terminal = Terminal()
     with connect(args) as client:
         with usage():
-            stream = client.generate_stream(prompt, steer=steer, **arguments)
+            stream = client.generate_stream(prompt, steer=steer, **arguments, **watched)
         with closing(stream) as chunks:
             completion = _last(chunks, terminal, is_quiet=args.json)
     if args.json:

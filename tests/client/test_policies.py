@@ -1,0 +1,219 @@
+"""Policies through both clients and the command line, against a scripted server."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from saeguard.v1 import generation_service_pb2 as gen
+from saeguard.v1 import policy_service_pb2 as pb
+from saeguard.v1 import receipt_pb2
+from saeguard_client import PolicyFinding, PolicySummary
+from saeguard_client.cli import main
+
+TIME = datetime(2026, 11, 3, 14, 5, 6, tzinfo=UTC)
+
+
+def stamp() -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(TIME)
+    return message
+
+
+def revision(number: int, diff: str = "") -> pb.Revision:
+    return pb.Revision(number=number, author="ana", time=stamp(), reason="calmer", diff=diff)
+
+
+def activation(number: int, of: int) -> pb.Activation:
+    return pb.Activation(number=number, revision=of, actor="bo", time=stamp(), reason="reviewed")
+
+
+LISTED = pb.ListPoliciesResponse(
+    policies=[
+        pb.Policy(
+            name="calm",
+            mode=pb.POLICY_MODE_SHADOW,
+            owner="safety",
+            rollout=pb.PolicyRollout(share=0.5),
+            rules=[pb.PolicyRule(name="flattery")],
+            expires=stamp(),
+        ),
+        pb.Policy(name="loud", mode=pb.POLICY_MODE_ENFORCE),
+    ],
+    etag="7",
+    revision=revision(7),
+    active=activation(4, 6),
+    yaml="name: calm\n---\nname: loud\n",
+)
+HISTORY = pb.ListHistoryResponse(
+    revisions=[revision(7, "+mode: shadow\n"), revision(6)],
+    activations=[activation(4, 6), activation(3, 6), activation(2, 5)],
+)
+
+
+def test_a_set_is_read(server: Any, shell: Any) -> None:
+    server.on("ListPolicies", LISTED)
+    found = shell.call("policies", 7)
+    assert server.seen[0].request == pb.ListPoliciesRequest(revision=7)
+    assert found.policies[0] == PolicySummary("calm", "shadow", "safety", 0.5, ("flattery",), (), TIME)
+    assert (found.policies[1].share, found.policies[1].expires) == (1.0, None)
+    assert (found.etag, found.revision.number, found.active.revision, found.active.time) == ("7", 7, 6, TIME)
+
+
+def test_before_the_first_there_is_nothing(server: Any, shell: Any) -> None:
+    server.on("ListPolicies", pb.ListPoliciesResponse(etag="0"))
+    found = shell.call("policies")
+    assert (found.policies, found.revision, found.active) == ((), None, None)
+
+
+def test_changes_are_sent_whole(server: Any, shell: Any) -> None:
+    reply = pb.ApplyPoliciesResponse(
+        revision=revision(8, "+x\n"), etag="8", findings=[pb.PolicyFinding(policy="calm", message="expires soon")]
+    )
+    server.on("ApplyPolicies", reply)
+    change = shell.call("apply_policies", {"a.yaml": "name: a\n"}, etag="7", reason="why", prune=True, dry_run=True)
+    assert server.seen[0].request == pb.ApplyPoliciesRequest(
+        documents=[pb.PolicyDocument(name="a.yaml", content="name: a\n")],
+        etag="7",
+        reason="why",
+        prune=True,
+        dry_run=True,
+    )
+    assert (change.revision.diff, change.etag) == ("+x\n", "8")
+    assert change.findings == (PolicyFinding("calm", "expires soon"),)
+    server.on("DeletePolicy", pb.DeletePolicyResponse(revision=revision(9), etag="9"))
+    assert shell.call("delete_policy", "calm", etag="8", reason="done").etag == "9"
+    assert server.seen[1].request == pb.DeletePolicyRequest(name="calm", etag="8", reason="done")
+
+
+def test_revisions_are_put_in_force(server: Any, shell: Any) -> None:
+    server.on("ActivateRevision", pb.ActivateRevisionResponse(activation=activation(5, 7)))
+    assert shell.call("activate_revision", 7, expected_activation=4, reason="go").number == 5
+    wanted = pb.ActivateRevisionRequest(revision=7, expected_activation=4, reason="go")
+    assert server.seen[0].request == wanted
+    server.on("ListHistory", HISTORY)
+    found = shell.call("policy_history", 3)
+    assert server.seen[1].request == pb.ListHistoryRequest(limit=3)
+    assert [one.number for one in found.revisions] == [7, 6]
+    assert [one.revision for one in found.activations] == [6, 6, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "problem"),
+    [
+        ("policies", {"revision": -1}, "revision: must be 0 to"),
+        ("apply_policies", {"documents": {"a": 1}}, r"documents\['a'\]: must be a string"),
+        ("activate_revision", {"revision": 1, "expected_activation": "x"}, "expected_activation: must be an integer"),
+        ("policy_history", {"limit": 1.5}, "limit: must be an integer"),
+    ],
+)
+def test_what_the_wire_cannot_hold(shell: Any, name: str, arguments: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        shell.call(name, **arguments)
+
+
+@pytest.fixture
+def saeguard(server: Any, capsys: Any, monkeypatch: Any) -> Any:
+    monkeypatch.setenv("SAEGUARD_TARGET", server.target)
+    server.on("ListPolicies", LISTED)
+    server.on("ListHistory", HISTORY)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(["policy", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_list_and_show_and_history(saeguard: Any) -> None:
+    code, out, _ = saeguard("list")
+    assert code == 0
+    assert out.splitlines() == [
+        "in force  revision 6, since 2026-11-03 14:05:06 UTC, activation 4 by bo",
+        "listed    revision 7 of 2026-11-03 14:05:06 UTC by ana",
+        "",
+        "POLICY  MODE                                  SHARE  RULES     OWNER",
+        "calm    shadow until 2026-11-03 14:05:06 UTC  50%    flattery  safety",
+        "loud    enforce                               100%             -",
+    ]
+    assert saeguard("show")[1] == "name: calm\n---\nname: loud\n"
+    code, out, _ = saeguard("history", "--diff")
+    assert "2026-11-03 14:05:06 UTC  activation 4 puts revision 6 in force  bo: reviewed" in out
+    assert "    +mode: shadow" in out
+
+
+def test_apply_reads_folders_and_can_activate(server: Any, saeguard: Any, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    (tmp_path / "sub" / "probe.json").write_text("{}")
+    (tmp_path / "README.md").write_text("not a policy")
+    server.on("ApplyPolicies", pb.ApplyPoliciesResponse(revision=revision(8, "+name: a\n"), etag="8"))
+    server.on("ActivateRevision", pb.ActivateRevisionResponse(activation=activation(5, 8)))
+    code, out, err = saeguard("apply", str(tmp_path), "--reason", "new", "--activate")
+    assert (code, err) == (0, "")
+    assert out == "+name: a\nstored as revision 8\nrevision 8 is in force (activation 5)\n"
+    asked = [call.request for call in server.seen]
+    assert [one.name for one in asked[1].documents] == ["a.yaml", "sub/probe.json"]
+    assert (asked[1].etag, asked[2].expected_activation) == ("7", 4)
+
+
+def test_diff_and_lint_store_nothing(server: Any, saeguard: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    finding = pb.PolicyFinding(policy="a", message="mode off")
+    server.on("ApplyPolicies", pb.ApplyPoliciesResponse(revision=pb.Revision(diff="-old\n"), findings=[finding]))
+    assert saeguard("diff", str(tmp_path)) == (0, "-old\n", "warning: a: mode off\n")
+    assert saeguard("lint", str(tmp_path)) == (1, "", "warning: a: mode off\n")
+    assert all(call.request.dry_run for call in server.seen)
+    assert saeguard("diff", str(tmp_path / "none"))[0] == 2
+
+
+def test_rollback_goes_to_what_was_in_force_before(server: Any, saeguard: Any) -> None:
+    server.on("ActivateRevision", pb.ActivateRevisionResponse(activation=activation(5, 5)))
+    code, out, _ = saeguard("rollback", "--reason", "too much")
+    assert (code, out) == (0, "revision 5 is in force, in place of revision 6 (activation 5)\n")
+    assert server.seen[-1].request.revision == 5
+
+
+def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path) -> None:
+    receipt = receipt_pb2.Receipt(
+        interventions=[receipt_pb2.InterventionReceipt(policy="calm", rule="flattery", tokens_edited=3)],
+        triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult")],
+    )
+    facts = gen.PolicyFacts(activation=4, revision=6, enforced=["calm"])
+    done = gen.Completion(finish_reason=gen.FINISH_REASON_STOP, receipt=receipt, policy=facts)
+    server.on("Generate", gen.GenerateResponse(completion=done))
+    cases = tmp_path / "cases.toml"
+    cases.write_text(
+        '[[case]]\nprompt = "You are great"\npolicies = ["calm"]\nfires = ["calm/flattery"]\nquiet = ["calm/insult"]\n'
+        '[[case]]\nprompt = "Hello"\nfires = ["calm/insult"]\nquiet = ["calm/flattery"]\nfinish = "feature"\n'
+    )
+    code, out, _ = saeguard("test", str(cases))
+    assert code == 1
+    assert out.splitlines() == [
+        "ok    case 1 'You are great': as it should be",
+        "WRONG case 2 'Hello': calm/insult did not fire; calm/flattery fired; finished with stop, not feature",
+        "1 of 2 as they should be",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[[case]]\nfires = ['a/b']\n", "case[0].prompt: is missing"),
+        ("[[case]]\nprompt = 'x'\n", "one of fires, quiet and finish"),
+        ("[[case]]\nprompt = 'x'\nfires = 'a/b'\n", "fires: must be a list"),
+        ("[[case]]\nprompt = 'x'\nfires = []\ncolour = 1\n", "colour: is not one of"),
+        ("other = 1\n", "must hold [[case]] tables"),
+        ("not toml", "cases.toml: "),
+    ],
+)
+def test_cases_that_are_none(saeguard: Any, tmp_path: Path, text: str, problem: str) -> None:
+    cases = tmp_path / "cases.toml"
+    cases.write_text(text)
+    code, _, err = saeguard("test", str(cases))
+    assert code == 2
+    assert problem in err
