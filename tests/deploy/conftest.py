@@ -13,9 +13,16 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
 
 from saeguard_server import cli
+from saeguard_server.observe.metrics import Metrics
 from saeguard_server.settings import Settings, load
+
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+TARGET_LABELS = {"instance", "job"}
+"""Labels that Prometheus itself adds."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,3 +109,19 @@ def rules(deploy: Path) -> list[dict[str, Any]]:
     found = [rule for group in groups for rule in group["rules"]]
     assert len(found) >= 5
     return found
+
+
+@pytest.fixture(scope="session")
+def declared() -> dict[str, set[str]]:
+    """Labels of every series the server exposes."""
+    metrics = Metrics(CollectorRegistry())
+    every = [*vars(metrics).values(), *vars(metrics.policy_rules).values()]
+    wrappers = [one for one in every if isinstance(one, MetricWrapperBase)]
+    assert len(wrappers) > 10
+    series = {"up": TARGET_LABELS}
+    for one in wrappers:
+        (family,) = one.describe()
+        for suffix in SUFFIXES[family.type]:
+            # There is no public way to ask a metric for its labels.
+            series[family.name + suffix] = {*one._labelnames, *TARGET_LABELS, *(["le"] if suffix == "_bucket" else [])}
+    return series

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from saeguard_server.observe.policy_metrics import PolicyMetrics
+
 RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -21,10 +23,16 @@ class Metrics:
         self._declare_work(registry)
         self._declare_steering(registry)
         self._declare_saes(registry)
+        self._declare_policies(registry)
+        self.policy_rules = PolicyMetrics(registry)
+        self._declare_audit(registry)
         self._declare_rpcs(registry)
 
     def _declare_load(self, registry: CollectorRegistry) -> None:
         self.queue_length = Gauge("saeguard_queue_length", "Requests that wait for a slot", registry=registry)
+        self.turns_waiting = Gauge(
+            "saeguard_turns_waiting", "Requests that wait for their caller's turn, before that queue", registry=registry
+        )
         self.running_requests = Gauge("saeguard_running_requests", "Requests that hold a slot", registry=registry)
         self.slots_in_use = Gauge("saeguard_slots_in_use", "Slots of the batch that are taken", registry=registry)
         self.kv_blocks_in_use = Gauge(
@@ -74,6 +82,33 @@ class Metrics:
             "saeguard_sae_ce_increase_nats", "Rise of the model's cross-entropy with the SAE spliced in", ["sae"],
             registry=registry,
         )  # fmt: skip
+
+    def _declare_policies(self, registry: CollectorRegistry) -> None:
+        """What is in force here, and how well this server follows it."""
+        self.policy_revision = Gauge("saeguard_policy_revision", "Revision that is enforced here", registry=registry)
+        self.policy_activation = Gauge(
+            "saeguard_policy_activation", "Activation that put it in force", registry=registry
+        )
+        self.policy_activation_time = Gauge(
+            "saeguard_policy_activation_time_seconds", "When that was, as Unix time", registry=registry
+        )
+        self.policy_sync_age = Gauge(
+            "saeguard_policy_sync_age_seconds", "Since the policy store was last read successfully", registry=registry
+        )
+        self.policy_apply_lag = Histogram(
+            "saeguard_policy_apply_lag_seconds", "From an activation, by its author's clock, until it is enforced here",
+            buckets=LONG_S, registry=registry,
+        )  # fmt: skip
+        self.policy_sync_failures = Counter(
+            "saeguard_policy_sync_failures", "Failed attempts to follow the policy store, by reason", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+
+    def _declare_audit(self, registry: CollectorRegistry) -> None:
+        self.audit_records = Counter("saeguard_audit_records", "Audit records written", registry=registry)
+        self.audit_failures = Counter(
+            "saeguard_audit_failures", "Times the audit could not be written", registry=registry
+        )
 
     def _declare_rpcs(self, registry: CollectorRegistry) -> None:
         """The names that gRPC dashboards expect, whatever the language of the server."""
