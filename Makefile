@@ -9,8 +9,9 @@ REFERENCE_READY := $(REFERENCE_VENV)/.ready
 REFERENCE_INSTALL := $(REFERENCE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
   --constraint constraints.txt
 VLLM_VENV := .venv-vllm
-# Models of the end-to-end proof through gRPC that vLLM repeats; E2E=test takes all that it runs.
-E2E ?= llama
+JOBS ?= auto
+# What vLLM repeats of the end-to-end tests through gRPC, the proof with one model; E2E=test takes all that it runs.
+E2E ?= llama or bad_input or soak
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
@@ -28,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[server,train,dev]'
+	  --editable '.[server,postgres,train,dev]'
 	touch $@
 
 reference-env: $(REFERENCE_READY) ## Install the libraries that our loaders are compared with, in an environment of their own
@@ -63,12 +64,14 @@ demo: $(READY) ## Serve the bundled model, steer it through the client, print wh
 serve: $(READY) ## Serve the bundled model on 127.0.0.1:50051 until Ctrl-C
 	$(BIN)/saeguard serve
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+# A file's tests stay together: they share what is expensive to make. One thread each, as there is a process for each core.
+test: $(READY) ## Run the tests, in as many processes as there are cores (JOBS=0 for one)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-vllm: $(VLLM_READY) ## Run the tests of the engine over vLLM
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
-	SAEGUARD_TEST_ENGINE=vllm $(VLLM_VENV)/bin/python -m pytest -W default tests/e2e/test_proof.py -k $(E2E)
+	SAEGUARD_TEST_ENGINE=vllm $(VLLM_VENV)/bin/python -m pytest -W default -k "$(E2E)" \
+	  tests/e2e/test_proof.py tests/e2e/test_bad_input.py tests/e2e/test_soak.py
 
 # Every check runs, and the target fails if any of them did.
 check: $(READY) ## Lint, format, types, import rules, wire contract

@@ -106,11 +106,19 @@ build() {
 
 arguments_can_be_replaced() { podman run --rm "$IMAGE" --version; }
 
+# As it is it would be open to whoever reaches the container.
+refuses_to_be_open_to_all() {
+    if podman run --rm "$IMAGE" >"$work/refused" 2>&1; then return 1; fi
+    tail -n 1 "$work/refused"
+    grep -q 'identity.api_keys' "$work/refused"
+}
+
 start() {
     # Without --read-only-tmpfs=false podman adds writable places that Docker and Kubernetes do not have.
     podman run --detach --name "$container" --publish 127.0.0.1::50051 --publish 127.0.0.1::9464 \
         --read-only --read-only-tmpfs=false --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
-        --memory "$MEMORY" --cpus "$CPUS" "$IMAGE"
+        --memory "$MEMORY" --cpus "$CPUS" "$IMAGE" \
+        serve --listen 0.0.0.0:50051 --metrics-listen 0.0.0.0:9464 --allow-anonymous
 }
 
 becomes_healthy() {
@@ -183,6 +191,7 @@ if [[ -z $SKIP_BUILD ]]; then
 fi
 size=$(podman image inspect --format '{{.Size}}' "$IMAGE")
 check "its arguments can be replaced" arguments_can_be_replaced
+check "it refuses to be open to all" refuses_to_be_open_to_all
 check "it starts with a read-only root" start
 check "its health check says SERVING" becomes_healthy
 ((failures == 0)) || exit 1

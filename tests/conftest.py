@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("saeguard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("saeguard")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "reference_saes"
 

@@ -18,15 +18,25 @@ from saeguard_server.address import Address
 from saeguard_server.edge import server as edge
 from saeguard_server.edge.activation import ActivationServicer
 from saeguard_server.edge.catalog import CatalogServicer
+from saeguard_server.edge.doorman import Doorman
 from saeguard_server.edge.generation import GenerationServicer
 from saeguard_server.edge.health import Health
 from saeguard_server.edge.interceptor import Frame
+from saeguard_server.edge.policy import PolicyServicer
 from saeguard_server.edge.server_info import ServerInfoServicer
 from saeguard_server.engine.choice import LoadedEngine, load_engine
 from saeguard_server.flows.activations import ReadActivations
 from saeguard_server.flows.catalog import Catalog
+from saeguard_server.flows.compare import Compare
+from saeguard_server.flows.counterfactual import Counterfactuals
+from saeguard_server.flows.enforcing import Enforcement, enforcing, opened
 from saeguard_server.flows.generate import Generate
 from saeguard_server.flows.info import describe
+from saeguard_server.flows.keeping import Keeping
+from saeguard_server.guard.audit.audit import Audit
+from saeguard_server.guard.gate import Gate
+from saeguard_server.guard.identity import access
+from saeguard_server.guard.identity.identity import Identity
 from saeguard_server.guard.limits import Admission
 from saeguard_server.observe.exporter import Exporter
 from saeguard_server.observe.metrics import Metrics
@@ -65,26 +75,39 @@ class App:
         """The whole server, listening. ``load`` replaces the engine that the settings ask for.
 
         Raises:
-            BadSettings: an address, a file, the model or an SAE is not usable.
+            BadSettings: an address, a file, the policies' store, the model or an SAE is not usable.
         """
         settings = bundled.resolve(settings)
+        # Before the engine: a file of keys that cannot be used need not wait for a model.
+        identity = Identity.of(settings.identity)
         async with AsyncExitStack() as stack:
             metrics = Metrics(CollectorRegistry())
             metrics_port = _export(settings.server, metrics, stack)
+            audit = Audit.of(settings.audit, metrics)
+            stack.callback(audit.close)
+            store = await stack.enter_async_context(opened(settings.policies))
             engine = (load or load_engine)(settings, metrics)
             stack.callback(engine.stop)
             engine.start()
+            enforced = await stack.enter_async_context(
+                enforcing(store, settings.policies, engine, metrics, keeps_audit=audit.is_kept)
+            )
+            counterfactuals = Counterfactuals(engine, metrics)
+            await stack.enter_async_context(counterfactuals.running())
+            keeping = Keeping(audit, metrics.policy_rules, counterfactuals)
+            gate = Gate(engine, metrics, settings.engine.max_slots)
             admission = Admission(
-                engine, metrics, max_queue=settings.limits.max_queue, max_slots=settings.engine.max_slots
+                engine, gate.turns, metrics, max_queue=settings.limits.max_queue, max_slots=settings.engine.max_slots
             )
             health = Health(edge.SERVICES)
-            servicers = _servicers(settings, engine, admission, health)
-            frame = Frame(metrics, admission, settings.limits.max_deadline_s)
+            servicers = _servicers(settings, engine, admission, gate, health, enforced, keeping, audit)
+            doorman = Doorman(identity, access.table(settings.policies.second_person), metrics)
+            frame = Frame(metrics, admission, doorman, settings.limits.max_deadline_s)
             server = edge.build(servicers, frame, settings.server)
             address = edge.listen(server, settings.server)
             await server.start()
             stack.push_async_callback(_cut_off, server, frame)
-            stack.enter_context(_following(health, lambda: engine.is_ready() and not admission.is_leaving))
+            stack.enter_context(_following(health, lambda: _is_ready(engine, admission, enforced)))
             yield cls(
                 address=address,
                 metrics_port=metrics_port,
@@ -146,22 +169,38 @@ def _export(settings: ServerSettings, metrics: Metrics, stack: AsyncExitStack) -
     return stack.enter_context(Exporter(metrics.registry, Address.parse(settings.metrics_listen))).port
 
 
-def _servicers(settings: Settings, engine: LoadedEngine, admission: Admission, health: Health) -> edge.Servicers:
+def _servicers(
+    settings: Settings,
+    engine: LoadedEngine,
+    admission: Admission,
+    gate: Gate,
+    health: Health,
+    enforced: Enforcement | None,
+    keeping: Keeping,
+    audit: Audit,
+) -> edge.Servicers:
     limits = settings.limits
-    generate = Generate(engine, engine.tokenizer, limits)
-    read = ReadActivations(engine, engine.tokenizer, limits)
+    policies, administration = (None, None) if enforced is None else (enforced.policies, enforced.administration)
+    generate = Generate(engine, engine.tokenizer, limits, gate, policies, keeping)
+    read = ReadActivations(engine, engine.tokenizer, limits, gate)
     return edge.Servicers(
-        generation=GenerationServicer(generate, admission, limits),
+        generation=GenerationServicer(generate, Compare(engine, generate, gate), admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
+        policy=PolicyServicer(administration, audit, limits),
         server_info=ServerInfoServicer(describe(engine, settings)),
         health=health,
     )
 
 
+def _is_ready(engine: LoadedEngine, admission: Admission, enforced: Enforcement | None) -> bool:
+    is_enforcing = enforced is None or enforced.policies.is_current()
+    return engine.is_ready() and is_enforcing and not admission.is_leaving
+
+
 @contextmanager
 def _following(health: Health, is_ready: Callable[[], bool]) -> Iterator[None]:
-    """Health follows the engine for as long as the server runs."""
+    """Health follows the engine and the policies for as long as the server runs."""
     task = asyncio.create_task(health.follow(is_ready))
     try:
         yield

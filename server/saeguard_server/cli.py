@@ -33,6 +33,8 @@ FLAGS: Mapping[str, tuple[str, type, str]] = {
     "--tls-cert": ("server.tls_certificate", str, "PEM certificate chain"),
     "--tls-key": ("server.tls_key", str, "PEM private key"),
     "--tls-client-ca": ("server.tls_client_ca", str, "PEM authorities; clients must show a certificate"),
+    "--api-keys": ("identity.api_keys", str, "file of API keys, made by saeguard key create"),
+    "--allow-anonymous": ("identity.allow_anonymous", bool, "serve beyond this machine without asking who calls"),
     "--drain-s": ("server.drain_s", float, "how long running requests may finish after SIGTERM"),
     "--drain-delay-s": ("server.drain_delay_s", float, "wait between NOT_SERVING and refusing new requests"),
     "--max-connection-age-s": ("server.max_connection_age_s", float, "older connections are asked to reconnect"),
@@ -55,7 +57,10 @@ def add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "[@revision], or a SAELens release/id; again for more; in place of the file's",
     )
     for flag, (setting, kind, text) in FLAGS.items():
-        parser.add_argument(flag, type=kind, dest=setting, metavar=kind.__name__.upper(), help=text)
+        if kind is bool:
+            parser.add_argument(flag, action="store_const", const=True, dest=setting, help=text)
+        else:
+            parser.add_argument(flag, type=kind, dest=setting, metavar=kind.__name__.upper(), help=text)
     parser.set_defaults(run=run)
 
 

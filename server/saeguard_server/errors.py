@@ -3,16 +3,26 @@
 SaeguardError
 ├── InvalidRequest          a field is wrong; names it
 ├── UnknownName             a model, SAE or feature that is not served; names the field
+├── Unauthenticated         nobody knows who calls
+├── PermissionDenied        the caller is known and may not; names the role that it needs
+├── PolicyRefusal           a field asks for what a policy does not allow; names field, policy and rule
+├── QuotaExceeded           the caller's own share is used up; says which, and when to come back if that helps
+├── Conflict                what the caller read has changed since; read it again
+├── ReadOnlyStore           policies are kept where this server may not write
+├── NotConfigured           this server was started without what the call is about
 ├── Overloaded              too much at once; says when to come back
 ├── DeadlineExceeded        the time the caller or the server allowed is over
 ├── Cancelled               the caller is gone
 ├── Unavailable             draining, starting, or the engine is down; try elsewhere or later
+├── PoliciesUnavailable     what must be enforced is not known, so nothing is served
+├── ActivationNotReached    the policies that the caller demands were not in force in time
 ├── NonFiniteOutput         the model's output for this request is not finite
 └── InternalFailure         our bug, including an edit that was promised and not applied
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -29,6 +39,11 @@ class SaeguardError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What clients may want beside the reason, by name."""
+        return {}
 
 
 class _FieldError(SaeguardError):
@@ -50,6 +65,77 @@ class UnknownName(_FieldError):
     """A field names something that is not served here."""
 
     reason: ClassVar[str] = "UNKNOWN_NAME"
+
+
+class Unauthenticated(SaeguardError):
+    """The caller showed nothing, too much, or what is not accepted; the message never quotes it."""
+
+    reason: ClassVar[str] = "UNAUTHENTICATED"
+
+
+class PermissionDenied(SaeguardError):
+    """The caller has not the role that this needs."""
+
+    reason: ClassVar[str] = "PERMISSION_DENIED"
+
+    def __init__(self, message: str, role: str) -> None:
+        super().__init__(message)
+        self.role = role
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """The role."""
+        return {"role": self.role}
+
+
+class PolicyRefusal(_FieldError):
+    """A policy does not allow what a field asks for."""
+
+    reason: ClassVar[str] = "POLICY_REFUSED"
+
+    def __init__(self, field: str, message: str, *, policy: str, rule: str = "") -> None:
+        whose = f"rule {rule!r} of policy {policy!r}" if rule else f"policy {policy!r}"
+        super().__init__(field, f"{whose} does not allow it: {message}")
+        self.policy, self.rule = policy, rule
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """The policy, and its rule where it is one that refuses."""
+        return {"policy": self.policy} | ({"rule": self.rule} if self.rule else {})
+
+
+class QuotaExceeded(SaeguardError):
+    """The caller's own quota; others are served meanwhile. Without ``retry_after_s`` this request never fits."""
+
+    reason: ClassVar[str] = "QUOTA_EXCEEDED"
+
+    def __init__(self, message: str, quota: str, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.quota = quota
+        self.retry_after_s = retry_after_s
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """Which quota."""
+        return {"quota": self.quota}
+
+
+class Conflict(SaeguardError):
+    """Somebody else was first; nothing was written."""
+
+    reason: ClassVar[str] = "CONFLICT"
+
+
+class ReadOnlyStore(SaeguardError):
+    """Policies come from files that somebody else writes."""
+
+    reason: ClassVar[str] = "READ_ONLY_STORE"
+
+
+class NotConfigured(SaeguardError):
+    """The settings leave out what the call is about."""
+
+    reason: ClassVar[str] = "NOT_CONFIGURED"
 
 
 class Overloaded(SaeguardError):
@@ -82,6 +168,18 @@ class Unavailable(SaeguardError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class PoliciesUnavailable(Unavailable):
+    """No policies, stale ones, or some that cannot be applied here: nothing is served without them."""
+
+    reason: ClassVar[str] = "POLICIES_UNAVAILABLE"
+
+
+class ActivationNotReached(SaeguardError):
+    """Policies as new as the caller demands were not in force here before its deadline."""
+
+    reason: ClassVar[str] = "ACTIVATION_NOT_REACHED"
 
 
 class NonFiniteOutput(SaeguardError):

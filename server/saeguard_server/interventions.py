@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal, TypeAlias, get_args
 
-from saeguard_sae.edits import FLOAT32_MAX, UNITS, Edit, Unit
+from saeguard_sae.edits import FLOAT32_MAX, UNITS, Affine, Edit, Unit
 
 Phase: TypeAlias = Literal["all", "prompt", "generated"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -192,6 +192,47 @@ class Trigger:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name: must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who wants an edit or guard: a policy's rule, or the request itself where ``policy`` is empty."""
+
+    policy: str = ""
+    rule: str = ""
+    """The rule's or trigger's name."""
+
+
+OWN = Origin()
+"""The request's own interventions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An intervention that shall be made on one request, and who wants it."""
+
+    intervention: Intervention
+    field: str
+    """How refusals name it, such as ``interventions[2]``."""
+    affine: Affine | None = None
+    """What is done instead of the intervention's edit, in raw units: an edit tightened by another."""
+    origin: Origin = OWN
+    is_shadow: bool = False
+    """Counted as if it were made, and not made."""
+    is_limited: bool = True
+    """Whether the request's ``max_relative_edit`` may shorten it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedTrigger:
+    """A trigger that shall watch one request; ``is_shadow`` and ``is_limited`` are its edits' too."""
+
+    trigger: Trigger
+    field: str
+    """How refusals name it, such as ``triggers[2]``."""
+    origin: Origin = OWN
+    is_shadow: bool = False
+    is_limited: bool = True
 
 
 def check_one_edit_per_feature(interventions: tuple[Intervention, ...]) -> None:

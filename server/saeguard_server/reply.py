@@ -105,7 +105,7 @@ class PolicyFacts:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds since the request was submitted."""
+    """Seconds since the request was submitted; 0 to a first token that never came."""
 
     queue_s: float
     time_to_first_token_s: float

@@ -5,11 +5,13 @@ Whether names exist and positions can be reached is for ``flows`` to say, which 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import TypeAlias
 
 from saeguard_sae.edits import FLOAT32_MAX
+from saeguard_server.caller import LOCAL, Caller
 from saeguard_server.interventions import FeatureRef, Intervention, Trigger, check_one_edit_per_feature
 
 ROLES = ("system", "user", "assistant")
@@ -203,7 +205,10 @@ def _check_stop(stop: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One RPC: its id for logs and receipts, and ``deadline`` on the ``time.monotonic`` clock, in seconds."""
+    """One RPC: its id for logs and receipts, ``deadline`` on the ``time.monotonic`` clock in seconds, and who calls."""
 
     request_id: str
     deadline: float
+    caller: Caller = LOCAL
+    arrived: float = field(default_factory=time.monotonic, compare=False)
+    """On the same clock: what waits before the engine is part of how long an answer took."""

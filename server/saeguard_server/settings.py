@@ -12,6 +12,9 @@ import msgspec
 from msgspec import Meta
 
 from saeguard_server.address import Address
+from saeguard_server.audit_settings import AuditSettings
+from saeguard_server.identity_settings import IdentitySettings, check_reach
+from saeguard_server.policy_settings import PolicySettings
 
 DEMO = "demo"
 """Model path that stands for the bundled demo model and its SAEs."""
@@ -180,6 +183,8 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Watched features in one request."""
     max_triggers: Count = 64
     """Triggers in one request."""
+    max_condition_terms: Count = 8192
+    """Features in all conditions of one request together."""
     max_policies: Count = 64
     """Policies named in one request."""
     max_activation_inputs: Count = 64
@@ -237,8 +242,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
     server: ServerSettings = ServerSettings()
+    identity: IdentitySettings = IdentitySettings()
+    policies: PolicySettings = PolicySettings()
+    audit: AuditSettings = AuditSettings()
 
     def __post_init__(self) -> None:
+        check_reach(self.identity, self.server.listen, self.server.tls_client_ca)
+        if self.policies.second_person and not self.identity.asks:
+            raise ValueError("policies.second_person: needs identity, to tell one person from another")
         names = [sae.name for sae in self.saes]
         for name in names:
             if names.count(name) > 1:
@@ -259,8 +270,8 @@ def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Setti
     try:
         return msgspec.convert(_merged(tree, overrides or {}), Settings)
     except msgspec.ValidationError as err:
-        problem, _, where = str(err).rpartition(" - at `$")
-        key = where.rstrip("`").lstrip(".")
+        problem, at, where = str(err).rpartition(" - at `$")
+        key = where.rstrip("`").lstrip(".") if at else ""
         said = f"{key}: {problem}" if key else problem or str(err)
         raise BadSettings(said if path is None else f"{path}: {said}") from err
 

@@ -17,6 +17,12 @@ def test_the_command_is_accepted_and_listens_beyond_the_container(compose: dict[
     assert (server.listen, server.metrics_listen) == ("0.0.0.0:50051", "0.0.0.0:9464")
 
 
+def test_nobody_is_asked_who_calls_only_where_nobody_else_can_call(compose: dict[str, Any], settings_of: Parse) -> None:
+    body = compose["services"]["server"]
+    assert settings_of(body["command"]).identity.allow_anonymous
+    assert all(port.startswith("127.0.0.1:") for port in body["ports"])
+
+
 def test_a_drain_gets_its_time(compose: dict[str, Any], settings_of: Parse) -> None:
     body = compose["services"]["server"]
     server = settings_of(body["command"]).server

@@ -68,6 +68,12 @@ def test_models_are_mounted_where_the_settings_look(overlay: dict[str, Any], set
     assert all(path.startswith("/models/") for path in (settings.model.path, *(sae.path for sae in settings.saes)))
 
 
+def test_keys_are_mounted_where_the_settings_look(overlay: dict[str, Any], settings: Settings) -> None:
+    (mount,) = [one.rsplit(":", 2)[1:] for one in overlay["volumes"] if one.startswith("${KEYS:?")]
+    assert mount == ["/etc/saeguard-keys", "ro"]
+    assert settings.identity.api_keys == "/etc/saeguard-keys/keys.json"
+
+
 def test_its_health_waits_as_long_as_a_start_may_take(overlay: dict[str, Any], compose: dict[str, Any]) -> None:
     here, below = (float(one["healthcheck"]["start_period"].removesuffix("s"))
                    for one in (overlay, compose["services"]["server"]))  # fmt: skip

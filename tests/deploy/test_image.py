@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from saeguard_server.settings import EngineSettings, Settings
+import pytest
+
+from saeguard_server.settings import BadSettings, EngineSettings, Settings
 
 SOURCES = ("proto", "sae", "client", "server")
 
@@ -50,7 +52,10 @@ def test_starts_without_a_shell_and_listens_beyond_the_container(
     # A shell as process 1 would not pass SIGTERM on, and the server would be killed instead of draining.
     assert [json.loads(body) for body in image["ENTRYPOINT"]] == [["saeguard"]]
     (command,) = image["CMD"]
-    server = settings_of(json.loads(command)).server
+    # As it stands it would be open to all: whoever starts it says who may call.
+    with pytest.raises(BadSettings, match=r"identity\.api_keys"):
+        settings_of(json.loads(command))
+    server = settings_of([*json.loads(command), "--allow-anonymous"]).server
     assert (server.listen, server.metrics_listen) == ("0.0.0.0:50051", "0.0.0.0:9464")
 
 

@@ -95,6 +95,17 @@ def test_the_server_reads_the_settings_that_are_mounted(made: Made) -> None:
     assert f"{mount['mountPath']}/saeguard.toml" in " ".join(made.server["args"]).split()
 
 
+def test_callers_are_known_by_keys_that_only_the_server_can_read(made: Made) -> None:
+    assert made.settings.identity.api_keys is not None
+    assert not made.settings.identity.allow_anonymous
+    (volume,) = [one for one in made.templates[0]["spec"]["volumes"] if "secret" in one]
+    (mount,) = [one for one in made.server["volumeMounts"] if one["name"] == volume["name"]]
+    assert made.settings.identity.api_keys.startswith(f"{mount['mountPath']}/")
+    # The server refuses a file that others may read.
+    assert volume["secret"]["defaultMode"] & 0o027 == 0
+    assert not any("secret" in one for template in made.templates[1:] for one in template["spec"]["volumes"])
+
+
 def test_ports_are_those_of_the_settings(made: Made) -> None:
     listens = Address.parse(made.settings.server.listen)
     assert made.settings.server.metrics_listen is not None

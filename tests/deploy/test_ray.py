@@ -115,6 +115,11 @@ def test_a_head_has_the_profile_of_its_machine(services: dict[str, Any], deploy:
     assert len(services) == settings.engine.vllm.pipeline_parallel
 
 
+def test_keys_are_mounted_where_the_settings_look(services: dict[str, Any]) -> None:
+    (mount,) = [one.rsplit(":", 2)[1:] for one in services["head"]["volumes"] if one.startswith("${KEYS:?")]
+    assert mount == ["/etc/saeguard-keys", "ro"]
+
+
 def test_both_services_are_confined(services: dict[str, Any], settings_of: Parse, deploy: Path) -> None:
     for body in services.values():
         assert body["read_only"] is True

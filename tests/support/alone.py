@@ -64,7 +64,7 @@ class Alone:
         point = one.target.sae
         module, side = SITES[self._world.model_type][point]
         return reference.PlainEdit(
-            self._world.saes[point], module, side, one.target.feature, _change(one.edit),
+            self._world.saes[point], module, side, one.target.feature, change(one.edit),
             lambda position, token: in_scope(one.scope, position, token, prompt_tokens),
         )  # fmt: skip
 
@@ -85,7 +85,8 @@ def eligible(one: Intervention, read: list[int], prompt_tokens: int) -> int:
     return sum(in_scope(one.scope, at, token, prompt_tokens) for at, token in enumerate(read))
 
 
-def _change(edit: Edit) -> Callable[[Tensor], Tensor]:
+def change(edit: Edit) -> Callable[[Tensor], Tensor]:
+    """What the edit makes of a feature's value."""
     match edit:
         case Zero():
             return torch.zeros_like

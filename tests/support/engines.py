@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from saeguard_sae.edits import Edit
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.flows.generate import Generate
+from saeguard_server.guard.gate import Gate
 from saeguard_server.interventions import FeatureRef, Intervention, Scope
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.reply import Completion, FeatureReading, Token
@@ -93,12 +94,17 @@ class Answer:
         return [token.id for token in self.tokens]
 
 
+def open_gate(engine: Any) -> Gate:
+    """One that lets everybody in at once."""
+    return Gate(engine, Metrics(CollectorRegistry()), slots=2**31)
+
+
 class Running:
     """A started engine with its flow."""
 
     def __init__(self, engine: TransformersEngine, limits: LimitSettings) -> None:
         self.engine = engine
-        self.flow = Generate(engine, engine.tokenizer, limits)
+        self.flow = Generate(engine, engine.tokenizer, limits, open_gate(engine))
 
     async def ask(self, request: GenerationRequest, deadline_s: float = 60.0, stop_after: int | None = None) -> Answer:
         """One generation; ``stop_after`` closes the stream after that many tokens."""

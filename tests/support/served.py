@@ -59,6 +59,10 @@ async def serving(world: World, limits: LimitSettings | None = None, **engine: A
 async def _serves(app: App) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
         await asyncio.wait_for(channel.channel_ready(), 10)
+    # vLLM compiles some of its sampling when it is first used.
+    async with asyncio.timeout(60):
+        while not app.engine.is_ready():
+            await asyncio.sleep(0.01)
 
 
 async def idle(app: App) -> None:
@@ -80,9 +84,9 @@ def metric(app: App, name: str, labels: Sequence[tuple[str, str]] = ()) -> float
 
 
 @asynccontextmanager
-async def serving_demo() -> AsyncIterator[App]:
-    """The bundled model with its SAEs, on a free port of 127.0.0.1."""
+async def serving_demo(**more: Any) -> AsyncIterator[App]:
+    """The bundled model with its SAEs, on a free port of 127.0.0.1; ``more`` settings by table."""
     server = ServerSettings(listen="127.0.0.1:0", metrics_listen="", log_level="error")
-    async with App.build(Settings(server=server)) as app:
+    async with App.build(Settings(server=server, **more)) as app:
         await _serves(app)
         yield app

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from saeguard_sae.architectures import sites
 from saeguard_sae.edits import KINDS
-from saeguard_server.engine.protocol import Capabilities, InspectTask, Pick
+from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, Pick
 from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.blocks import BLOCK
@@ -24,7 +24,7 @@ from saeguard_server.observe.metrics import Metrics
 from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.request import Call, GenerationRequest
 from saeguard_server.settings import LimitSettings
-from support.engines import Answer, World
+from support.engines import Answer, World, open_gate
 
 _LONG_S = 600.0
 
@@ -93,13 +93,17 @@ class Stepped:
             slots=slots, prefill_tokens=prefill_tokens, blocks=blocks, reuse=reuse,
         )  # fmt: skip
         self._world, self._asked = loaded.world, 0
-        can = Capabilities("transformers", sites(loaded.model.network.config), frozenset(KINDS))
-        engine = SimpleNamespace(model=info, saes=loaded.saes, capabilities=can)
-        self.flow = Generate(cast(Any, engine), loaded.model.tokenizer, LimitSettings())
+        can = Capabilities("transformers", sites(loaded.model.network.config), frozenset(KINDS), conditions=True)
+        self.engine = cast(Any, SimpleNamespace(model=info, saes=loaded.saes, capabilities=can))
+        self.flow = Generate(self.engine, loaded.model.tokenizer, LimitSettings(), open_gate(self.engine))
 
     def ask(self, request: GenerationRequest, deadline_s: float = _LONG_S) -> Asked:
         """A generation joins the queue."""
-        task = self.flow._prepare(request, Call("test", time.monotonic() + deadline_s))
+        task = self.flow._prepare(request, Call("test", time.monotonic() + deadline_s), None).task
+        return self.submit(task)
+
+    def submit(self, task: GenerateTask) -> Asked:
+        """A generation as the flow has made it joins the queue."""
         return self._add(task, Assembler(self.core.model.tokenizer.stream(), task.sampling.stop))
 
     def inspect(self, tokens: Many[int], picks: tuple[Pick, ...]) -> Asked:

@@ -7,11 +7,20 @@ from math import inf
 from typing import Any
 
 from saeguard_sae.edits import Clamp
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import (
+    GenerateTask,
+    InspectTask,
+    Pick,
+    Probe,
+    ResolvedEdit,
+    ResolvedGuard,
+    Steering,
+)
 from saeguard_server.engine.transformers.blocks import BLOCK, Blocks
 from saeguard_server.engine.transformers.prefixes import Hit, Prefixes
 from saeguard_server.engine.transformers.scheduler import PromptPart, Room, Scheduler
 from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.interventions import Window
 from saeguard_server.request import Call, Sampling
 
 SPECIAL = 7
@@ -21,10 +30,23 @@ _CALL = Call("test", inf)
 
 
 def change(
-    first: int = 0, last: int = 10**9, *, sae: str = "a", feature: int = 1, value: float = 2.0, special: bool = False
+    first: int = 0,
+    last: int = 10**9,
+    *,
+    sae: str = "a",
+    feature: int = 1,
+    value: float = 2.0,
+    special: bool = False,
+    **more: Any,
 ) -> ResolvedEdit:
-    """An edit of the tokens at positions ``[first, last)``."""
-    return ResolvedEdit(sae, feature, "clamp", Clamp(value).affine(1.0), first, last, special)
+    """An edit of the tokens at positions ``[first, last)``; ``more`` is of it."""
+    return ResolvedEdit(sae, feature, "clamp", Clamp(value).affine(1.0), first, last, special, **more)
+
+
+def guard(first: int = 0, last: int = 10**9, threshold: float = 0.5) -> ResolvedGuard:
+    """One that is decided on the tokens at positions ``[first, last)``."""
+    probe = Probe((("a", 1, 1.0),))
+    return ResolvedGuard(probe, "above", threshold, threshold, Window(), first, last, special=False)
 
 
 def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = UNSTEERED, **more: Any) -> Sequence:
@@ -43,23 +65,33 @@ def inspection(uid: int, tokens: list[int], steering: Steering = UNSTEERED) -> S
 
 
 def fingerprints(tokens: list[int], steering: Steering) -> list[int]:
-    """What a token's KV depends on: all tokens up to it, each with the edits that applied to it."""
+    """What a token's KV depends on: all tokens up to it, each with the edits that applied to it, or may have."""
     found, state = [], 0
     for at, token in enumerate(tokens):
-        edits = [one for one in steering.edits if _applies(one, at, token)]
-        what = [(one.sae, one.feature, one.affine) for one in edits]
+        edits = [one for one in steering.edits if _applies(one, at, token) and not one.is_shadow]
+        what = [(one.sae, one.feature, one.affine, _seen(steering, one.gate, at)) for one in edits]
         state = hash((state, token, tuple(what), steering.max_relative_edit if what else None))
         found.append(state)
     return found
 
 
-def eligible(edit: ResolvedEdit, tokens: list[int]) -> int:
+def _seen(steering: Steering, gate: int | None, at: int) -> object:
+    """What a guard's state follows from, beside the tokens: what it is, and which of them it has seen."""
+    one = None if gate is None else steering.guards[gate]
+    return None if one is None else (one.probe, one.threshold, one.first, min(at + 1, one.last))
+
+
+def eligible(edit: ResolvedEdit | ResolvedGuard, tokens: list[int]) -> int:
     """How many of these tokens it applied to."""
     return sum(_applies(edit, at, token) for at, token in enumerate(tokens))
 
 
-def _applies(edit: ResolvedEdit, at: int, token: int) -> bool:
+def _applies(edit: ResolvedEdit | ResolvedGuard, at: int, token: int) -> bool:
     return edit.first <= at < edit.last and (edit.special or token != SPECIAL)
+
+
+def _scopes(sequence: Sequence) -> list[ResolvedEdit | ResolvedGuard]:
+    return [*sequence.task.steering.edits, *sequence.task.steering.guards]
 
 
 class Symbolic:
@@ -114,7 +146,7 @@ class Symbolic:
 
     def _join(self, sequence: Sequence, hit: Hit) -> None:
         self.admitted.append(sequence)
-        fresh = [0] * len(sequence.task.steering.edits)
+        fresh = [0] * len(_scopes(sequence))
         self._counts[sequence.slot] = fresh if hit.tallies is None else list(hit.tallies)  # type: ignore[arg-type]
 
     def _read(self, sequence: Sequence, start: int, end: int) -> None:
@@ -123,13 +155,13 @@ class Symbolic:
             assert self._memory[self._place(sequence, at)] == wanted[at], f"another request's KV at position {at}"
         for at in range(start, end):
             self._memory[self._place(sequence, at)] = wanted[at]
-            for index, edit in enumerate(sequence.task.steering.edits):
+            for index, edit in enumerate(_scopes(sequence)):
                 self._counts[sequence.slot][index] += _applies(edit, at, sequence.tokens[at])
         sequence.computed = end
         if self.scheduler.prefixes is not None:
             self.scheduler.prefixes.learn(sequence)
         read = sequence.tokens[:end]
-        assert self._counts[sequence.slot] == [eligible(one, read) for one in sequence.task.steering.edits]
+        assert self._counts[sequence.slot] == [eligible(one, read) for one in _scopes(sequence)]
 
     @staticmethod
     def _place(sequence: Sequence, at: int) -> int:

@@ -11,10 +11,13 @@ from prometheus_client import CollectorRegistry
 
 from saeguard_server.engine.vllm.loading import load_engine
 from saeguard_server.observe.metrics import Metrics
+from saeguard_server.reply import Receipt
 from saeguard_server.settings import CheckSettings, Settings, VllmSettings
-from support import models
-from support.engines import Running, World, make_world
+from support import models, reference
+from support.engines import Answer, Running, World, make_world
+from support.models import BOS, EOS, PAD, SITES
 
+SPECIAL = {BOS, EOS, PAD}
 HEAD = 32
 """The smallest that it has."""
 
@@ -55,3 +58,16 @@ def running(settings: Settings) -> Iterator[Running]:
         yield Running(engine, settings.limits)
     finally:
         engine.stop()
+
+
+def plain(world: World, sae: str, feature: int, change: Any, applies: Any = lambda position, token: True) -> Any:
+    """An edit as the reference makes it."""
+    module, side = SITES[world.model_type][sae]
+    return reference.PlainEdit(world.saes[sae], module, side, feature, change, applies)
+
+
+def receipt(answer: Answer) -> Receipt:
+    """Of a complete answer to a steered request."""
+    assert answer.completion is not None
+    assert answer.completion.receipt is not None
+    return answer.completion.receipt

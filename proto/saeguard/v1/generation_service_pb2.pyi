@@ -49,6 +49,68 @@ FINISH_REASON_FEATURE: FinishReason.ValueType  # 3
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
+class CompareRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___GenerateRequest:
+        """max_new_tokens at most 512, and no prompt_logprobs."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareRequest: _TypeAlias = CompareRequest  # noqa: Y015
+
+@_typing.final
+class CompareResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEERED_FIELD_NUMBER: _builtins.int
+    UNSTEERED_FIELD_NUMBER: _builtins.int
+    FIRST_DIVERGENCE_FIELD_NUMBER: _builtins.int
+    KL_NATS_FIELD_NUMBER: _builtins.int
+    first_divergence: _builtins.int
+    """Index of the first generated token that differs, where one ends that of its end; absent if they are the same."""
+    @_builtins.property
+    def steered(self) -> Global___GenerateResponse: ...
+    @_builtins.property
+    def unsteered(self) -> Global___GenerateResponse:
+        """With the same seed."""
+
+    @_builtins.property
+    def kl_nats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """For each token of `steered`: KL(steered || unsteered) of the distributions it was drawn from, in nats, both after the
+        same tokens.
+        """
+
+    def __init__(
+        self,
+        *,
+        steered: Global___GenerateResponse | None = ...,
+        unsteered: Global___GenerateResponse | None = ...,
+        first_divergence: _builtins.int | None = ...,
+        kl_nats: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "first_divergence", b"first_divergence", "steered", b"steered", "unsteered", b"unsteered"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "first_divergence", b"first_divergence", "kl_nats", b"kl_nats", "steered", b"steered", "unsteered", b"unsteered"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_divergence: _TypeAlias = _typing.Literal["first_divergence"]  # noqa: Y015
+    _WhichOneofArgType__first_divergence: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_divergence) -> _WhichOneofReturnType__first_divergence | None: ...
+
+Global___CompareResponse: _TypeAlias = CompareResponse  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Compare = channel.unary_unary(
+                '/saeguard.v1.GenerationService/Compare',
+                request_serializer=saeguard_dot_v1_dot_generation__service__pb2.CompareRequest.SerializeToString,
+                response_deserializer=saeguard_dot_v1_dot_generation__service__pb2.CompareResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -65,6 +70,14 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compare(self, request, context):
+        """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
+        and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.FromString,
                     response_serializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Compare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=saeguard_dot_v1_dot_generation__service__pb2.CompareRequest.FromString,
+                    response_serializer=saeguard_dot_v1_dot_generation__service__pb2.CompareResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class GenerationService(object):
             '/saeguard.v1.GenerationService/GenerateStream',
             saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.SerializeToString,
             saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeguard.v1.GenerationService/Compare',
+            saeguard_dot_v1_dot_generation__service__pb2.CompareRequest.SerializeToString,
+            saeguard_dot_v1_dot_generation__service__pb2.CompareResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class GenerationServiceStub:
     """The whole completion in one reply."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_service_pb2.GenerateStreamRequest, _generation_service_pb2.GenerateStreamResponse]
     """The completion as it is made; the last message carries `completion`."""
+    Compare: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.CompareRequest, _generation_service_pb2.CompareResponse]
+    """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
+    and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -47,6 +51,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """The whole completion in one reply."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_service_pb2.GenerateStreamRequest, _generation_service_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """The completion as it is made; the last message carries `completion`."""
+    Compare: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.CompareRequest, _generation_service_pb2.CompareResponse]  # type: ignore[assignment]
+    """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
+    and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text from the model, steered per request."""
@@ -66,5 +74,15 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_service_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_service_pb2.GenerateStreamResponse]]:
         """The completion as it is made; the last message carries `completion`."""
+
+    @_abc_1.abstractmethod
+    def Compare(
+        self,
+        request: _generation_service_pb2.CompareRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_service_pb2.CompareResponse, _abc.Awaitable[_generation_service_pb2.CompareResponse]]:
+        """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
+        and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

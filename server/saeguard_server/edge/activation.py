@@ -37,7 +37,7 @@ class ActivationServicer(ActivationServiceServicer):
     ) -> AsyncIterator[pb.GetActivationsResponse]:
         """Reads the inputs once and streams what fired."""
         asked = wire.activation_request(request, self._limits)
-        with self._admission.work():
+        with self._admission.work(calls.current().caller):
             async with closing(self._flow.stream(asked, calls.current())) as parts:
                 async for part in parts:
                     for message in wire.responses(part):

@@ -6,9 +6,11 @@ import re
 import time
 import uuid
 from contextvars import ContextVar
+from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING
 
+from saeguard_server.caller import NOBODY, Caller
 from saeguard_server.request import Call
 
 if TYPE_CHECKING:
@@ -26,10 +28,17 @@ def current() -> Call:
 
 
 def enter(context: Context, max_deadline_s: float) -> Call:
-    """Begins a call: the caller's request id where it is sane, and its deadline where it is not too far."""
+    """Begins a call: the request id where it is sane, and the deadline where it is not too far. Nobody calls yet."""
     left = context.time_remaining()
     deadline = time.monotonic() + min(inf if left is None else left, max_deadline_s)
-    call = Call(_request_id(context), deadline)
+    call = Call(_request_id(context), deadline, NOBODY)
+    _CURRENT.set(call)
+    return call
+
+
+def identified(call: Call, caller: Caller) -> Call:
+    """The same call once it is known who calls."""
+    call = replace(call, caller=caller)
     _CURRENT.set(call)
     return call
 

@@ -12,13 +12,22 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from saeguard_server.errors import (
+    ActivationNotReached,
     Cancelled,
+    Conflict,
     DeadlineExceeded,
     InternalFailure,
     InvalidRequest,
     NonFiniteOutput,
+    NotConfigured,
     Overloaded,
+    PermissionDenied,
+    PoliciesUnavailable,
+    PolicyRefusal,
+    QuotaExceeded,
+    ReadOnlyStore,
     SaeguardError,
+    Unauthenticated,
     Unavailable,
     UnknownName,
 )
@@ -28,10 +37,19 @@ DOMAIN = "saeguard.v1"
 STATUS: Mapping[type[SaeguardError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownName: grpc.StatusCode.NOT_FOUND,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    PolicyRefusal: grpc.StatusCode.PERMISSION_DENIED,
+    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Conflict: grpc.StatusCode.ABORTED,
+    ReadOnlyStore: grpc.StatusCode.FAILED_PRECONDITION,
+    NotConfigured: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Cancelled: grpc.StatusCode.CANCELLED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
+    PoliciesUnavailable: grpc.StatusCode.UNAVAILABLE,
+    ActivationNotReached: grpc.StatusCode.FAILED_PRECONDITION,
     NonFiniteOutput: grpc.StatusCode.FAILED_PRECONDITION,
     InternalFailure: grpc.StatusCode.INTERNAL,
 }
@@ -60,6 +78,9 @@ def failure(error: SaeguardError, request_id: str) -> Failure:
     trailers: tuple[tuple[str, str | bytes], ...] = (*rpc_status.to_status(rich).trailing_metadata,)
     trailers += (("x-request-id", request_id),)
     retry_after_s = _retry_after_s(error)
+    if isinstance(error, QuotaExceeded) and retry_after_s is None:
+        # Below 0 is "never": the same request would be refused each time.
+        trailers += (("grpc-retry-pushback-ms", "-1"),)
     if retry_after_s is not None:
         trailers += (("grpc-retry-pushback-ms", str(round(retry_after_s * 1000))),)
     return Failure(code, message, trailers)
@@ -72,9 +93,11 @@ def _public_message(error: SaeguardError, request_id: str) -> str:
 
 
 def _details(error: SaeguardError, request_id: str) -> list[Message]:
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id})
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **error.facts}
+    )
     details: list[Message] = [info]
-    if isinstance(error, InvalidRequest | UnknownName):
+    if isinstance(error, InvalidRequest | UnknownName | PolicyRefusal):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=_short(error.description), reason=error.reason
         )
@@ -88,7 +111,7 @@ def _details(error: SaeguardError, request_id: str) -> list[Message]:
 
 
 def _retry_after_s(error: SaeguardError) -> float | None:
-    return error.retry_after_s if isinstance(error, Overloaded | Unavailable) else None
+    return error.retry_after_s if isinstance(error, Overloaded | QuotaExceeded | Unavailable) else None
 
 
 def _packed(detail: Message) -> AnyMessage:

@@ -11,6 +11,7 @@ from saeguard_server.edge import call as calls
 from saeguard_server.edge.closing import closing
 from saeguard_server.edge.wire import generation as wire
 from saeguard_server.errors import InternalFailure
+from saeguard_server.flows.compare import Comparison
 from saeguard_server.guard.limits import Admission
 from saeguard_server.reply import Chunk
 from saeguard_server.request import Call, GenerationRequest
@@ -25,11 +26,19 @@ class Generates(Protocol):
         ...
 
 
+class Compares(Protocol):
+    """The flow behind Compare."""
+
+    async def run(self, request: GenerationRequest, call: Call) -> Comparison:
+        """The request with and without all that is done to it."""
+        ...
+
+
 class GenerationServicer(GenerationServiceServicer):
     """Parses, admits, streams."""
 
-    def __init__(self, flow: Generates, admission: Admission, limits: LimitSettings) -> None:
-        self._flow = flow
+    def __init__(self, flow: Generates, comparison: Compares, admission: Admission, limits: LimitSettings) -> None:
+        self._flow, self._comparison = flow, comparison
         self._admission = admission
         self._limits = limits
 
@@ -51,9 +60,16 @@ class GenerationServicer(GenerationServiceServicer):
         if not is_complete:
             raise InternalFailure("a generation ended without its completion")
 
+    async def Compare(self, request: pb.CompareRequest, context: object) -> pb.CompareResponse:
+        """Both completions in one reply."""
+        asked = wire.generation_request(request.request, self._limits)
+        with self._admission.work(calls.current().caller):
+            found = await self._comparison.run(asked, calls.current())
+        return wire.comparison(found, calls.current().request_id)
+
     async def _chunks(self, message: wire.AnyRequest) -> AsyncIterator[Chunk]:
         asked = wire.generation_request(message, self._limits)
-        with self._admission.work():
+        with self._admission.work(calls.current().caller):
             async with closing(self._flow.stream(asked, calls.current())) as chunks:
                 async for chunk in chunks:
                     yield chunk

@@ -1,4 +1,4 @@
-"""The frame around every RPC: request id, deadline, drain, errors to statuses, metrics, one log line.
+"""The frame around every RPC: request id, caller, deadline, drain, errors to statuses, metrics, one log line.
 
 Handlers are rebuilt in the writer style (a coroutine and ``context.write``), so that a cancelled RPC closes its
 generators at once and not when they are collected.
@@ -10,15 +10,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from saeguard_server.edge import call as calls
+from saeguard_server.edge.doorman import Doorman
 from saeguard_server.edge.errors import failure
-from saeguard_server.edge.outcome import Outcome
+from saeguard_server.edge.outcome import CORE_ENDS_WITHIN_S, Outcome
 from saeguard_server.edge.record import Record
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.guard.in_flight import InFlight
@@ -40,9 +41,10 @@ class Frame(grpc.aio.ServerInterceptor):
     ``open`` counts the RPCs inside it, health's too.
     """
 
-    def __init__(self, metrics: Metrics, admission: Admission, max_deadline_s: float) -> None:
+    def __init__(self, metrics: Metrics, admission: Admission, doorman: Doorman, max_deadline_s: float) -> None:
         self._metrics = metrics
         self._admission = admission
+        self._doorman = doorman
         self._max_deadline_s = max_deadline_s
         self.open = InFlight()
 
@@ -85,11 +87,17 @@ class Frame(grpc.aio.ServerInterceptor):
         try:
             with self.open, outcome, self._admission.rpc() if is_ours else nullcontext():
                 async with asyncio.timeout(call.deadline - time.monotonic() if is_ours else None) as outcome.timeout:
-                    return await work(record, call)
+                    caller = await self._doorman.recognise(context, method)
+                    record.caller = caller.name
+                    self._doorman.check(caller, method)
+                    return await work(record, calls.identified(call, caller))
         finally:
             record.close(outcome.code, outcome.error, logging.INFO if is_ours else logging.DEBUG)
         # Only reached when ``outcome`` holds an error.
         assert outcome.error is not None
+        if outcome.is_for_the_core:
+            # It cancels us here, at the latest when its clock says that the caller's time is over.
+            await asyncio.sleep(CORE_ENDS_WITHIN_S)
         return await context.abort_with_status(failure(outcome.error, call.request_id))
 
 
@@ -122,4 +130,12 @@ async def _streamed(handler: Handler, request: Any, context: Context, record: Re
 
 async def _send_headers(context: Context, call: Call) -> None:
     # Not before the first reply: a client retries a refusal only while it has seen no headers.
-    await context.send_initial_metadata(((calls.REQUEST_ID_KEY, call.request_id),))
+    sending = asyncio.ensure_future(context.send_initial_metadata(((calls.REQUEST_ID_KEY, call.request_id),)))
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        # A deadline waits for headers under way: cut off here, gRPC forgets that it sent them, sends them again with
+        # the status, and fails at that; the caller would never hear of the end.
+        with suppress(grpc.aio.BaseError):
+            await sending
+        raise

@@ -20,6 +20,9 @@ LOG = logging.getLogger("saeguard.rpc")
 ALMOST_OVER_S = 0.01
 """The core cancels at the deadline; its clock and ours differ by less than this."""
 
+CORE_ENDS_WITHIN_S = 1.0
+"""How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
+
 
 class Outcome:
     """A context manager around the handler. It swallows what becomes ``error``; the caller must then abort with it.
@@ -45,15 +48,25 @@ class Outcome:
             self.code = _as_code(self._context.code())
             return False
         if isinstance(error, asyncio.CancelledError) and _is_ours_to_leave():
-            left = self._context.time_remaining()
-            is_late = left is not None and left <= ALMOST_OVER_S
-            self.code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            self.code = grpc.StatusCode.DEADLINE_EXCEEDED if self._is_late() else grpc.StatusCode.CANCELLED
             return False
         if not isinstance(error, Exception | asyncio.CancelledError):
             return False
         self.error = self._ours(error)
         self.code = STATUS[type(self.error)]
         return True
+
+    @property
+    def is_for_the_core(self) -> bool:
+        """Whether the caller's own deadline is what ended this RPC, so that the core on both sides says so.
+
+        An answer of ours would race with that, and gRPC logs the one that loses as an error.
+        """
+        return isinstance(self.error, DeadlineExceeded) and self._is_late()
+
+    def _is_late(self) -> bool:
+        left = self._context.time_remaining()
+        return left is not None and left <= ALMOST_OVER_S
 
     def _ours(self, error: BaseException) -> SaeguardError:
         if isinstance(error, TimeoutError) and self.timeout is not None and self.timeout.expired():

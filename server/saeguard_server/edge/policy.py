@@ -10,6 +10,7 @@ from saeguard_server.edge import call
 from saeguard_server.edge.wire import policies as wire
 from saeguard_server.edge.wire import policy_messages as messages
 from saeguard_server.errors import InvalidRequest, NotConfigured, UnknownName
+from saeguard_server.guard.audit.audit import Audit
 from saeguard_server.guard.policy import document
 from saeguard_server.guard.policy.administration import Administration, Written, etag_of
 from saeguard_server.guard.policy.model import Policy
@@ -23,8 +24,8 @@ MAX_DOCUMENTS = 1024
 class PolicyServicer(PolicyServiceServicer):
     """Acts in the name of whoever calls; ``administration`` is None where the server has no store of policies."""
 
-    def __init__(self, administration: Administration | None, limits: LimitSettings) -> None:
-        self._given, self._limits = administration, limits
+    def __init__(self, administration: Administration | None, audit: Audit, limits: LimitSettings) -> None:
+        self._given, self._audit, self._limits = administration, audit, limits
 
     async def CreatePolicy(self, request: pb.CreatePolicyRequest, context: object) -> pb.CreatePolicyResponse:
         """A revision with one policy more."""
@@ -34,7 +35,7 @@ class PolicyServicer(PolicyServiceServicer):
             raise InvalidRequest("policy.name", f"there is a policy {policy.name!r} already; UpdatePolicy changes it")
         written = await self._apply((policy,), request.etag, request.reason)
         return pb.CreatePolicyResponse(
-            revision=messages.written(written), etag=etag_of(written.revision), findings=messages.findings(written)
+            revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
         )
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: object) -> pb.GetPolicyResponse:
@@ -72,7 +73,7 @@ class PolicyServicer(PolicyServiceServicer):
             raise UnknownName("policy.name", f"there is no policy {policy.name!r}; CreatePolicy makes it")
         written = await self._apply((policy,), request.etag, request.reason)
         return pb.UpdatePolicyResponse(
-            revision=messages.written(written), etag=etag_of(written.revision), findings=messages.findings(written)
+            revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
         )
 
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
@@ -82,7 +83,8 @@ class PolicyServicer(PolicyServiceServicer):
         written = await self._administration.delete(
             [request.name], caller=call.current().caller, reason=request.reason, etag=request.etag
         )
-        return pb.DeletePolicyResponse(revision=messages.written(written), etag=etag_of(written.revision))
+        await self._record("delete", request.reason, name=request.name, revision=_number(written))
+        return pb.DeletePolicyResponse(revision=messages.written(written), etag=written.etag)
 
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         """A revision made of documents."""
@@ -90,7 +92,7 @@ class PolicyServicer(PolicyServiceServicer):
             _parsed(request.documents), request.etag, request.reason, prune=request.prune, trial=request.dry_run
         )
         return pb.ApplyPoliciesResponse(
-            revision=messages.written(written), etag=etag_of(written.revision), findings=messages.findings(written)
+            revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
         )
 
     async def ActivateRevision(
@@ -103,6 +105,7 @@ class PolicyServicer(PolicyServiceServicer):
             reason=request.reason,
             expected_activation=request.expected_activation,
         )
+        await self._record("activate", request.reason, activation=done.number, revision=done.revision)
         return pb.ActivateRevisionResponse(activation=messages.activation_message(done))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
@@ -135,9 +138,21 @@ class PolicyServicer(PolicyServiceServicer):
     ) -> Written:
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         known = etag or (None if trial else etag_of(None))
-        return await self._administration.apply(
+        written = await self._administration.apply(
             policies, caller=call.current().caller, reason=reason, etag=known, is_whole_set=prune, is_trial=trial
         )
+        if not trial:
+            changed = [one.name for one in written.changes]
+            await self._record("write", reason, policies=changed, revision=_number(written))
+        return written
+
+    async def _record(self, act: str, reason: str, **facts: object) -> None:
+        # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.
+        await self._audit.act(call.current(), act, reason=reason, **facts)
+
+
+def _number(written: Written) -> int | None:
+    return None if written.revision is None else written.revision.number
 
 
 def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:

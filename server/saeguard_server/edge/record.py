@@ -7,7 +7,7 @@ import time
 
 import grpc
 
-from saeguard_server.errors import InvalidRequest, SaeguardError, UnknownName
+from saeguard_server.errors import InvalidRequest, PolicyRefusal, SaeguardError, UnknownName
 from saeguard_server.observe.metrics import Metrics
 
 LOG = logging.getLogger("saeguard.rpc")
@@ -27,6 +27,8 @@ class Record:
         self._labels = (kind, service, name)
         self._metrics = metrics
         self._method = method
+        self.caller: str | None = None
+        """Who calls, once that is known."""
         # Now: it is empty after a deadline.
         self._peer = peer
         self._began = time.perf_counter()
@@ -55,9 +57,11 @@ class Record:
             "messages": self._messages,
             "peer": self._peer,
         }
+        if self.caller is not None:
+            fields["caller"] = self.caller
         if error is not None:
             # Reason and field, never the message: that quotes the caller.
             fields["reason"] = error.reason
-        if isinstance(error, InvalidRequest | UnknownName):
+        if isinstance(error, InvalidRequest | PolicyRefusal | UnknownName):
             fields["field"] = error.field
         LOG.log(level, "rpc", extra={"fields": fields})

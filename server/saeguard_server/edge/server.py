@@ -16,6 +16,8 @@ from saeguard.v1 import (
     catalog_service_pb2_grpc,
     generation_service_pb2,
     generation_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
     server_info_service_pb2,
     server_info_service_pb2_grpc,
 )
@@ -25,6 +27,7 @@ from saeguard_server.edge.catalog import CatalogServicer
 from saeguard_server.edge.generation import GenerationServicer
 from saeguard_server.edge.health import Health
 from saeguard_server.edge.interceptor import Frame
+from saeguard_server.edge.policy import PolicyServicer
 from saeguard_server.edge.server_info import ServerInfoServicer
 from saeguard_server.edge.tls import credentials
 from saeguard_server.settings import BadSettings, ServerSettings
@@ -37,6 +40,7 @@ SERVICES: tuple[str, ...] = tuple(
         generation_service_pb2.DESCRIPTOR,
         activation_service_pb2.DESCRIPTOR,
         catalog_service_pb2.DESCRIPTOR,
+        policy_service_pb2.DESCRIPTOR,
         server_info_service_pb2.DESCRIPTOR,
     )
     for service in file.services_by_name.values()
@@ -52,6 +56,7 @@ class Servicers:
     generation: GenerationServicer
     activation: ActivationServicer
     catalog: CatalogServicer
+    policy: PolicyServicer
     server_info: ServerInfoServicer
     health: Health
 
@@ -62,6 +67,7 @@ def build(servicers: Servicers, frame: Frame, settings: ServerSettings) -> grpc.
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
     activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
     catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicers.catalog, server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(servicers.policy, server)
     server_info_service_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicers.server_info, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicers.health, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TypeAlias
 
 import grpc
 
 from saeguard_server.settings import BadSettings, ServerSettings
+from saeguard_server.watched import Stamp, stamp
 
 LOG = logging.getLogger("saeguard.tls")
-
-Stamp: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class Certificates:
@@ -31,7 +29,7 @@ class Certificates:
             BadSettings: a file cannot be read.
         """
         try:
-            self._seen = self._stamp()
+            self._seen = stamp(self._files())
             first = self._read()
         except OSError as err:
             raise BadSettings(f"server.tls_*: {err.filename}: {err.strerror}") from err
@@ -44,22 +42,19 @@ class Certificates:
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """Called at each handshake: the files where they have changed, None to go on with what there is."""
         try:
-            stamp = self._stamp()
-            if stamp == self._seen:
+            found = stamp(self._files())
+            if found == self._seen:
                 return None
             fresh = self._read()
         except OSError as err:
             LOG.warning("TLS files cannot be read, the old ones stay", extra={"fields": {"problem": err.strerror}})
             return None
-        self._seen = stamp
+        self._seen = found
         LOG.info("TLS files read again")
         return fresh
 
     def _files(self) -> list[Path]:
         return [self._certificate, self._key, *([self._client_ca] if self._client_ca is not None else [])]
-
-    def _stamp(self) -> Stamp:
-        return tuple((stat.st_mtime_ns, stat.st_ino) for stat in map(Path.stat, self._files()))
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         pair = (self._key.read_bytes(), self._certificate.read_bytes())

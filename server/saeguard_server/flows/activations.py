@@ -10,7 +10,10 @@ from saeguard_server.engine.protocol import Engine, InspectTask, Pick
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.flows.prompt import check_length, encode
-from saeguard_server.flows.steering import find_feature, find_sae, resolve
+from saeguard_server.flows.reach import Reach
+from saeguard_server.flows.served import find_feature, find_sae
+from saeguard_server.flows.steering import resolve
+from saeguard_server.guard.gate import Gate
 from saeguard_server.reply import ActivationPart
 from saeguard_server.request import ActivationRequest, Call, ModelInput, Named, Threshold, TopK
 from saeguard_server.settings import LimitSettings
@@ -19,20 +22,26 @@ from saeguard_server.settings import LimitSettings
 class ReadActivations:
     """Reads inputs without generating."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: LimitSettings) -> None:
-        self._engine, self._tokenizer, self._limits = engine, tokenizer, limits
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: LimitSettings, gate: Gate) -> None:
+        self._engine, self._tokenizer, self._limits, self._gate = engine, tokenizer, limits, gate
 
     async def stream(self, request: ActivationRequest, call: Call) -> AsyncGenerator[ActivationPart]:
         """Parts of whole tokens, input by input; everything is checked before the first is read.
 
         Raises:
             UnknownName, InvalidRequest: what cannot be served as asked, by field, before any work.
+            PermissionDenied, QuotaExceeded: what this caller may not, before any work.
             DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
         """
-        for task in await asyncio.to_thread(self._prepare, request, call):
-            async with aclosing(self._engine.inspect(task)) as parts:
-                async for part in parts:
-                    yield part
+        with self._gate.request(call.caller, request) as spending:
+            tasks = await asyncio.to_thread(self._prepare, request, call)
+            spending.take(sum(len(task.tokens) for task in tasks))
+            for task in tasks:
+                tokens = len(task.tokens)
+                async with self._gate.turn(call.caller, tokens), aclosing(self._engine.inspect(task)) as parts:
+                    spending.use(tokens)
+                    async for part in parts:
+                        yield part
 
     def _prepare(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
         picks = self._picks(request)
@@ -44,8 +53,8 @@ class ReadActivations:
         prefix = f"inputs[{index}]."
         encoded = encode(self._tokenizer, prompt, prefix)
         check_length(prompt, len(encoded.ids), self._engine.model.max_context, prefix)
-        length, special = len(encoded.ids), self._tokenizer.special_ids
-        steering = resolve(self._engine, request.interventions, None, encoded.ids, length, special)
+        reach = Reach(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
+        steering = resolve(self._engine, request.interventions, None, reach)
         return InspectTask(
             call=call, index=index, tokens=encoded.ids, offsets=encoded.offsets, picks=picks, steering=steering
         )

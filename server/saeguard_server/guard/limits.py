@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from saeguard_server.caller import Caller
 from saeguard_server.errors import Overloaded, Unavailable
+from saeguard_server.guard.fairness import Turns
 from saeguard_server.guard.in_flight import InFlight
 from saeguard_server.observe.metrics import Metrics
 
@@ -33,8 +35,9 @@ class Load(Protocol):
 class Admission:
     """Counts the RPCs in flight and refuses what is too much."""
 
-    def __init__(self, engine: Load, metrics: Metrics, *, max_queue: int, max_slots: int) -> None:
+    def __init__(self, engine: Load, turns: Turns, metrics: Metrics, *, max_queue: int, max_slots: int) -> None:
         self._engine = engine
+        self._turns = turns
         self._refusals = metrics.refusals
         self._max_queue = max_queue
         self._max_slots = max_slots
@@ -71,14 +74,14 @@ class Admission:
             yield
 
     @contextmanager
-    def work(self) -> Iterator[None]:
+    def work(self, caller: Caller) -> Iterator[None]:
         """Around an RPC that needs the engine.
 
         Raises:
             Unavailable: the engine is not ready.
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, and nobody has more in it than this caller.
         """
-        self._check_room()
+        self._check_room(caller)
         self._working += 1
         began = time.monotonic()
         try:
@@ -87,7 +90,7 @@ class Admission:
             self._working -= 1
             self._typical_s += 0.1 * (time.monotonic() - began - self._typical_s)
 
-    def _check_room(self) -> None:
+    def _check_room(self, caller: Caller) -> None:
         if not self._engine.is_ready():
             self._refusals.labels("not_ready").inc()
             raise Unavailable("the engine is not ready", retry_after_s=SOON_S)
@@ -95,7 +98,12 @@ class Admission:
         is_burst = self._working >= self._max_queue + self._max_slots
         if is_burst or self._engine.queued() >= self._max_queue:
             self._refusals.labels("queue_full").inc()
-            raise Overloaded(f"{self._max_queue} requests are waiting already", retry_after_s=self._retry_after_s())
+            refusal = Overloaded(
+                f"{self._max_queue} requests are waiting already", retry_after_s=self._retry_after_s()
+            )  # fmt: skip
+            # One caller's thousand requests must not shut the door on everybody else.
+            if not self._turns.send_away(caller.name, refusal):
+                raise refusal
 
     def _retry_after_s(self) -> float:
         """Until about half of the queue has moved, spread so that those refused together do not return together."""

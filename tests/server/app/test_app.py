@@ -73,7 +73,8 @@ async def test_reflection_lists_every_service(app_with: Any) -> None:
         call.cancel()
     assert {one.name for one in reply.list_services_response.service} == {
         "saeguard.v1.GenerationService", "saeguard.v1.ActivationService", "saeguard.v1.CatalogService",
-        "saeguard.v1.ServerInfoService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
+        "saeguard.v1.PolicyService", "saeguard.v1.ServerInfoService",
+        "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
     }  # fmt: skip
 
 
@@ -116,7 +117,7 @@ async def test_a_port_that_is_taken_is_refused_and_everything_is_closed(app_with
 
 
 async def test_a_port_open_beyond_this_machine_without_tls_is_warned_about(app_with: Any, caplog: Any) -> None:
-    async with app_with(server={"listen": "0.0.0.0:0"}):
+    async with app_with(server={"listen": "0.0.0.0:0"}, identity={"allow_anonymous": True}):
         assert "listening without TLS beyond this machine" in caplog.text
     caplog.clear()
     async with app_with():

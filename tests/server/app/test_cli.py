@@ -32,10 +32,10 @@ def test_every_flag_reaches_its_setting() -> None:
     samples: dict[str, Any] = {"--dtype": "bfloat16", "--log-level": "debug", "--listen": "[::1]:7"}
     samples |= {"--engine": "vllm", "--compile": "all", "--metrics-listen": "", "--tls-cert": "c", "--tls-key": "k"}
     for flag, (setting, kind, _) in cli.FLAGS.items():
-        value = samples.get(flag, 3 if kind is not str else "text")
+        value = samples.get(flag, {str: "text", bool: True}.get(kind, 3))
         extra = {"--tls-cert": ["--tls-key", "k"], "--tls-key": ["--tls-cert", "c"]}.get(flag, [])
         extra = ["--tls-cert", "c", "--tls-key", "k"] if flag == "--tls-client-ca" else extra
-        found: Any = settings(flag, str(value), *extra)
+        found: Any = settings(flag, *([] if kind is bool else [str(value)]), *extra)
         for key in setting.split("."):
             found = getattr(found, key)
         assert found == value, flag
@@ -72,6 +72,8 @@ def test_an_sae_that_is_not_name_and_path_is_refused(text: str) -> None:
         (["--config", "/none/such.toml"], "/none/such.toml"),
         (["--tls-cert", "x"], "tls_key"),
         (["--listen", "nowhere"], "listen"),
+        (["--listen", "0.0.0.0:50051"], "server.listen: 0.0.0.0:50051 can be reached from elsewhere"),
+        (["--allow-anonymous", "--api-keys", "keys.json"], "allow_anonymous"),
     ],
 )
 def test_bad_settings_are_exit_2_and_one_line(arguments: list[str], said: str, capsys: Any) -> None:
@@ -79,6 +81,7 @@ def test_bad_settings_are_exit_2_and_one_line(arguments: list[str], said: str, c
     assert cli.run(arguments) == 2  # type: ignore[arg-type]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("saeguard serve: ")
+    assert not line.endswith(": ")
     assert said in line
 
 

@@ -19,16 +19,24 @@ from saeguard.v1 import (
 from saeguard_server.edge import server as edge
 from saeguard_server.edge.activation import ActivationServicer
 from saeguard_server.edge.catalog import CatalogServicer
+from saeguard_server.edge.doorman import Doorman
 from saeguard_server.edge.generation import GenerationServicer
 from saeguard_server.edge.health import Health
 from saeguard_server.edge.interceptor import Frame
+from saeguard_server.edge.policy import PolicyServicer
 from saeguard_server.edge.server_info import ServerInfoServicer
 from saeguard_server.engine.protocol import Engine, GenerateTask
 from saeguard_server.flows.catalog import Catalog
+from saeguard_server.flows.compare import Comparison
 from saeguard_server.flows.info import describe
+from saeguard_server.guard.audit.audit import Audit
+from saeguard_server.guard.fairness import Turns
+from saeguard_server.guard.identity import access
+from saeguard_server.guard.identity.identity import Identity
 from saeguard_server.guard.limits import Admission
+from saeguard_server.identity_settings import IdentitySettings
 from saeguard_server.observe.metrics import Metrics
-from saeguard_server.reply import ActivationPart, Chunk, TokenText
+from saeguard_server.reply import ActivationPart, Chunk, Completion, Timings, Token, TokenText
 from saeguard_server.request import ActivationRequest, Call, GenerationRequest
 from saeguard_server.settings import LimitSettings, ServerSettings, Settings
 
@@ -52,6 +60,15 @@ class FakeGenerate:
         async with aclosing(self.engine.generate(task)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+
+class FakeCompare:
+    """Both answers are the same."""
+
+    async def run(self, request: GenerationRequest, call: Call) -> Comparison:
+        done = Completion("length", "", 2, 1, Timings(0.0, 0.0, 0.0), None, 7)
+        same = (Chunk("text", (Token(1),), completion=done),)
+        return Comparison(same, same, None, (0.0,))
 
 
 @dataclass
@@ -104,17 +121,23 @@ def limits() -> LimitSettings:
 
 @pytest.fixture
 async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> AsyncIterator[Edge]:
-    admission = Admission(engine, metrics, max_queue=limits.max_queue, max_slots=2)
+    admission = Admission(engine, Turns(engine, metrics, slots=2), metrics, max_queue=limits.max_queue, max_slots=2)
     health, generate, read = Health(edge.SERVICES), FakeGenerate(engine), FakeRead()
     settings = Settings(limits=limits, server=ServerSettings(listen="127.0.0.1:0"))
     servicers = edge.Servicers(
-        generation=GenerationServicer(generate, admission, limits),
+        generation=GenerationServicer(generate, FakeCompare(), admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
+        policy=PolicyServicer(None, Audit(), limits),
         server_info=ServerInfoServicer(describe(engine, settings)),
         health=health,
     )
-    frame = Frame(metrics, admission, limits.max_deadline_s)
+    frame = Frame(
+        metrics,
+        admission,
+        Doorman(Identity.of(IdentitySettings()), access.table(False), metrics),
+        limits.max_deadline_s,
+    )
     server = edge.build(servicers, frame, settings.server)
     address = str(edge.listen(server, settings.server))
     await server.start()

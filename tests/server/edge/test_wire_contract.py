@@ -105,5 +105,5 @@ def test_what_the_catalogue_knows_is_on_the_wire() -> None:
 
 
 def test_every_service_of_the_package_is_served() -> None:
-    assert len(SERVICES) == 4
+    assert len(SERVICES) == 5
     assert all(one.startswith("saeguard.v1.") for one in SERVICES)

@@ -18,7 +18,7 @@ from saeguard_server.request import GenerationRequest, Sampling
 from support.alone import NEAR, Alone
 from support.engines import Answer, World, edit, greedy, make_world, prompt
 from support.stepping import Loaded
-from support.symbolic import SPECIAL, Symbolic, change, generation, inspection
+from support.symbolic import SPECIAL, Symbolic, change, generation, guard, inspection
 
 TOKENS = [SPECIAL] + [(at * 3) % 7 for at in range(150)]
 
@@ -34,6 +34,12 @@ STEERINGS = (
     Steering((change(), change(100, feature=2)), digest="8"),
     Steering((change(feature=2),), digest="9"),
     Steering((change(sae="b"),), digest="10"),
+    Steering((change(is_shadow=True),), digest="11"),
+    Steering((change(gate=0),), digest="12", guards=(guard(),)),
+    Steering((change(gate=0),), digest="13", guards=(guard(40),)),
+    Steering((change(50, gate=0),), digest="14", guards=(guard(0, 30),)),
+    Steering(digest="15", guards=(guard(),)),
+    Steering(digest="16", guards=(guard(threshold=0.7),)),
 )
 
 
@@ -61,7 +67,7 @@ def test_a_chain_of_blocks_is_never_begun_by_another_steering(steering: Steering
         for uid, (length, one) in enumerate(((66, before), (120, steering), (120, steering))):
             batch.scheduler.add(generation(uid, TOKENS[:length], 3, one))
             batch.finish(200)
-        assert batch.admitted[-1].reused == (64 if before == steering and steering.edits else 112)
+        assert batch.admitted[-1].reused == (64 if before == steering and steering != Steering() else 112)
 
 
 def reused(first: Any, then: Any, budget: int = 200) -> int:
@@ -102,7 +108,8 @@ def test_a_steered_prefix_is_shared_from_where_its_counts_were_kept(budget: int,
 def test_a_steering_shares_nothing_with_another_from_its_first_token_on(other: Steering) -> None:
     for one in STEERINGS:
         found = reused(generation(0, TOKENS[:100], 3, other), generation(1, TOKENS[:100], 3, one))
-        first = min([edit.first for edit in (*one.edits, *other.edits)], default=96)
+        scopes = [*one.edits, *other.edits, *one.guards, *other.guards]
+        first = min([scope.first for scope in scopes], default=96)
         assert found <= first - first % 16 or one == other
 
 

@@ -34,6 +34,7 @@ from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput
 from saeguard_server.settings import Settings
 from support import reference
 from support.engines import Answer, Running, World, edit, greedy, make_world, prompt, running
+from support.guarding import TRIGGERS
 from support.models import BOS, EOS, PAD, SITES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -89,20 +90,19 @@ async def until(is_so: Callable[[], bool], within_s: float) -> None:
 
 
 async def read(one: Running, **pick: Any) -> list[ActivationPart]:
-    task = one.flow._prepare(greedy(prompt(3, 20), 1, interventions=STEER[:1]), Call("test", time.monotonic() + 60))
+    call = Call("test", time.monotonic() + 60)
+    task = one.flow._prepare(greedy(prompt(3, 20), 1, interventions=STEER[:1]), call, None).task
+    given = {"call": call, "tokens": task.tokens, "offsets": (None,) * 20, "steering": task.steering}
     picks = (Pick(sae="resid_post", **pick), Pick(sae="attn_z", **pick))
-    inspect = InspectTask(call=task.call, index=2, tokens=task.tokens, offsets=(None,) * 20, picks=picks,
-                          steering=task.steering)  # fmt: skip
-    return [part async for part in one.engine.inspect(inspect)]
+    return [part async for part in one.engine.inspect(InspectTask(index=2, picks=picks, **given))]
 
 
 async def everything(one: Running) -> list[Any]:
     """Answers to requests of every kind, without what differs from one time to the next."""
     text = GenerationRequest(prompt=TextInput("héllo  wörld"), sampling=Sampling(max_new_tokens=9, seed=71, logprobs=3))
-    watched = greedy(prompt(5, 20), 8, interventions=STEER, watch=(FeatureRef("resid_post", 7),))
-    scored = GenerationRequest(
-        prompt=TextInput("abc"), sampling=Sampling(max_new_tokens=3, seed=5, prompt_logprobs=True)
-    )
+    watched = greedy(prompt(5, 20), 8, interventions=STEER, watch=(FeatureRef("resid_post", 7),), triggers=TRIGGERS)
+    sampling = Sampling(max_new_tokens=3, seed=5, prompt_logprobs=True)
+    scored = GenerationRequest(prompt=TextInput("abc"), sampling=sampling)
     asked = [text, watched, scored, *(greedy(prompt(index, 11), 12, interventions=STEER) for index in range(5))]
     # One after another: in another batch the last digits of a log-probability differ.
     answers: list[Answer] = [await one.ask(request) for request in asked]

@@ -58,6 +58,12 @@ def make(kind: type[SaeguardError]) -> SaeguardError:
         return kind("saes[3].name", "is not known")  # type: ignore[call-arg]
     if kind in (errors.Overloaded, errors.Unavailable):
         return kind("come back", 2.5)  # type: ignore[call-arg]
+    if kind is errors.PermissionDenied:
+        return errors.PermissionDenied("may not", "steer")
+    if kind is errors.QuotaExceeded:
+        return errors.QuotaExceeded("no more", "tokens_per_minute", 2.5)
+    if kind is errors.PolicyRefusal:
+        return errors.PolicyRefusal("interventions[0]", "no", policy="calm", rule="first")
     return kind("it went wrong")
 
 

@@ -13,6 +13,7 @@ from saeguard_sae.edits import Add, Cap, Clamp, Edit, Floor
 from saeguard_sae.metadata import write
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest
+from saeguard_server.flows.reach import Reach
 from saeguard_server.flows.steering import resolve
 from saeguard_server.observe.metrics import Metrics
 from support.engines import edit, make_world
@@ -29,7 +30,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
 
 
 def affine(engine: TransformersEngine, kind: Edit, sae: str = "resid_post", feature: int = 4) -> list[float]:
-    steering = resolve(engine, (edit(sae, feature, kind),), None, TOKENS, 8, frozenset())
+    steering = resolve(engine, (edit(sae, feature, kind),), None, Reach(TOKENS, 8, frozenset()))
     return list(steering.edits[0].affine)
 
 

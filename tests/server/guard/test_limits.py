@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from saeguard_server.caller import LOCAL
 from saeguard_server.errors import Overloaded, Unavailable
+from saeguard_server.guard.fairness import Turns
 from saeguard_server.guard.limits import LONGEST_RETRY_S, SHORTEST_RETRY_S, Admission
 
 
 @pytest.fixture
 def admission(engine: Any, metrics: Any) -> Admission:
-    return Admission(engine, metrics, max_queue=4, max_slots=2)
+    return Admission(engine, Turns(engine, metrics, slots=2), metrics, max_queue=4, max_slots=2)
 
 
 def refused(metrics: Any, reason: str) -> float:
@@ -23,10 +25,10 @@ def refused(metrics: Any, reason: str) -> float:
 
 def test_a_full_queue_is_refused_and_counted(admission: Admission, engine: Any, metrics: Any) -> None:
     engine.waiting = 3
-    with admission.work():
+    with admission.work(LOCAL):
         pass
     engine.waiting = 4
-    with pytest.raises(Overloaded, match="4 requests are waiting") as caught, admission.work():
+    with pytest.raises(Overloaded, match="4 requests are waiting") as caught, admission.work(LOCAL):
         pass
     assert SHORTEST_RETRY_S <= caught.value.retry_after_s <= 1.5 * LONGEST_RETRY_S
     assert refused(metrics, "queue_full") == 1
@@ -36,16 +38,16 @@ def test_a_burst_is_refused_before_the_engine_knows_of_it(admission: Admission, 
     assert engine.waiting == 0
     with ExitStack() as burst:
         for _ in range(4 + 2):
-            burst.enter_context(admission.work())
-        with pytest.raises(Overloaded), admission.work():
+            burst.enter_context(admission.work(LOCAL))
+        with pytest.raises(Overloaded), admission.work(LOCAL):
             pass
-    with admission.work():
+    with admission.work(LOCAL):
         pass
 
 
 def test_an_engine_that_is_not_ready_refuses(admission: Admission, engine: Any, metrics: Any) -> None:
     engine.ready = False
-    with pytest.raises(Unavailable) as caught, admission.work():
+    with pytest.raises(Unavailable) as caught, admission.work(LOCAL):
         pass
     assert caught.value.retry_after_s
     assert refused(metrics, "not_ready") == 1
@@ -77,7 +79,7 @@ async def test_idle_when_the_last_rpc_ends_however_it_ends(admission: Admission)
 
 def test_a_slower_engine_asks_for_more_patience(engine: Any, metrics: Any) -> None:
     def asked(typical_s: float) -> float:
-        admission = Admission(engine, metrics, max_queue=8, max_slots=2)
+        admission = Admission(engine, Turns(engine, metrics, slots=2), metrics, max_queue=8, max_slots=2)
         admission._typical_s = typical_s
         return min(admission._retry_after_s() for _ in range(50))
 

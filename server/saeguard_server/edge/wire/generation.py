@@ -13,6 +13,7 @@ from saeguard_server.edge.wire.inputs import model_input
 from saeguard_server.edge.wire.interventions import feature_refs, interventions
 from saeguard_server.edge.wire.receipt import receipt
 from saeguard_server.errors import InternalFailure
+from saeguard_server.flows.compare import Comparison
 from saeguard_server.reply import Chunk, Completion, FeatureReading, FinishReason, Token
 from saeguard_server.request import GenerationRequest, Sampling
 from saeguard_server.settings import LimitSettings
@@ -79,6 +80,16 @@ def whole_response(chunks: Sequence[Chunk], request_id: str) -> pb.GenerateRespo
         readings=[_reading(one) for chunk in chunks for one in chunk.readings],
         prompt_logprobs=[value for chunk in chunks for value in chunk.prompt_logprobs],
         completion=_completion(chunks[-1].completion, request_id),
+    )
+
+
+def comparison(found: Comparison, request_id: str) -> pb.CompareResponse:
+    """Both answers."""
+    return pb.CompareResponse(
+        steered=whole_response(found.steered, request_id),
+        unsteered=whole_response(found.unsteered, request_id),
+        first_divergence=found.first_divergence,
+        kl_nats=found.kl_nats,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from saeguard_server.reply import Completion, PolicyFacts
 from saeguard_server.request import Call, GenerationRequest
 from saeguard_server.settings import BadSettings
 
-_log = logging.getLogger(__name__)
 RETRY_S = 1.0
 
 
@@ -51,35 +49,25 @@ class Audit:
             raise BadSettings(f"audit: {err}") from err
         return cls(AuditWriter(folder, metrics), text, required=settings.required)
 
-    async def admit(
-        self, call: Call, request: GenerationRequest, facts: PolicyFacts | None, seed: int, *, required: bool
-    ) -> RequestAudit:
-        """Before any work on a request.
+    def request(self, call: Call, request: GenerationRequest) -> RequestAudit:
+        """A request as it came; nothing is written yet."""
+        begun = {} if self._writer is None else record.asked_by(call, request)
+        return RequestAudit(self._writer, begun, self._text, required=self._required)
 
-        Args:
-            required: whether a policy says that it must be audited.
+    @property
+    def is_kept(self) -> bool:
+        """Whether records are written anywhere."""
+        return self._writer is not None
 
-        Raises:
-            Unavailable: it must be, and its record cannot be written.
-        """
-        if self._writer is None:
-            if required:
-                raise Unavailable("a policy requires an audit, and this server keeps none", RETRY_S)
-            return RequestAudit(None, {}, self._text, required=False)
-        begun = record.admitted(call, request, facts, seed)
-        must = required or self._required
-        if must:
-            await _written(self._writer, begun)
-        return RequestAudit(self._writer, begun, self._text, required=must)
-
-    async def act(self, caller: str, what: str, **facts: Any) -> None:
+    async def act(self, call: Call, what: str, **facts: Any) -> None:
         """An act on policies that was done.
 
         Raises:
             Unavailable: its record cannot be written.
         """
         if self._writer is not None:
-            await _written(self._writer, {"kind": "policy", "caller": caller, "act": what, **facts})
+            told = {"kind": "policy", "request_id": call.request_id, "caller": call.caller.name, "act": what, **facts}
+            await _written(self._writer, told)
 
     def close(self) -> None:
         """Writes what has come."""
@@ -91,8 +79,26 @@ class RequestAudit:
     """One request on its way."""
 
     def __init__(self, writer: AuditWriter | None, begun: dict[str, Any], text: Veil, *, required: bool) -> None:
-        self._writer, self._begun, self._text, self._required = writer, begun, text, required
+        self._writer, self._told, self._text, self._required = writer, begun, text, required
         self._is_over = False
+
+    async def admit(self, facts: PolicyFacts | None, seed: int, *, required: bool) -> None:
+        """Before any work on it, once it is known which policies decide.
+
+        Args:
+            required: whether one of them says that it must be audited.
+
+        Raises:
+            Unavailable: it must be, and its record cannot be written.
+        """
+        if self._writer is None:
+            if required:
+                raise Unavailable("a policy requires an audit, and this server keeps none", RETRY_S)
+            return
+        self._required |= required
+        self._told = record.admitted(self._told, facts, seed)
+        if self._required:
+            await _written(self._writer, {"kind": "admitted", **self._told})
 
     async def finish(self, done: Completion, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Before the end of its answer is sent.
@@ -103,17 +109,17 @@ class RequestAudit:
         if self._writer is None:
             return
         self._is_over = True
-        told = {**record.finished(self._begun, done), **self._text.of(prompt, answer)}
+        told = {"kind": "request", **record.finished(self._told, done), **self._text.of(prompt, answer)}
         if self._required:
             await _written(self._writer, told)
         else:
             self._writer.note(told)
 
     def fail(self, reason: str) -> None:
-        """It ended in an error, or its caller went away; nothing where it has finished."""
+        """It was refused, ended in an error, or its caller went away; nothing where it has finished."""
         if self._writer is not None and not self._is_over:
             self._is_over = True
-            self._writer.note(record.failed(self._begun, reason))
+            self._writer.note({"kind": "request", **self._told, "outcome": reason})
 
 
 async def _written(writer: AuditWriter, told: dict[str, Any]) -> None:

@@ -59,24 +59,21 @@ def again(told: dict[str, Any], prompt: ModelInput) -> GenerationRequest:
         raise ValueError(f"not a record of a request: {err}") from err
 
 
-def admitted(call: Call, request: GenerationRequest, facts: PolicyFacts | None, seed: int) -> dict[str, Any]:
-    """Before any work."""
-    return {
-        "kind": "admitted",
-        "request_id": call.request_id,
-        "caller": call.caller.name,
-        "policy": None if facts is None else msgspec.to_builtins(facts),
-        "asked": asked(request),
-        "seed": seed,
-    }
+def asked_by(call: Call, request: GenerationRequest) -> dict[str, Any]:
+    """Who asked for what."""
+    return {"request_id": call.request_id, "caller": call.caller.name, "asked": asked(request)}
 
 
-def finished(begun: dict[str, Any], done: Completion) -> dict[str, Any]:
-    """When the answer is complete, before its end is sent."""
+def admitted(told: dict[str, Any], facts: PolicyFacts | None, seed: int) -> dict[str, Any]:
+    """That, and which policies decide."""
+    return {**told, "policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
+
+
+def finished(told: dict[str, Any], done: Completion) -> dict[str, Any]:
+    """That, and what was done."""
     receipt = done.receipt
     return {
-        **begun,
-        "kind": "request",
+        **told,
         "outcome": done.finish_reason,
         "stopped_by": None if done.stopped_by is None else msgspec.to_builtins(done.stopped_by),
         "prompt_tokens": done.prompt_tokens,
@@ -87,11 +84,6 @@ def finished(begun: dict[str, Any], done: Completion) -> dict[str, Any]:
         "triggers": [] if receipt is None else [_finite(msgspec.to_builtins(one)) for one in receipt.triggers],
         "total_s": done.timings.total_s,
     }
-
-
-def failed(begun: dict[str, Any], reason: str) -> dict[str, Any]:
-    """When it ended in an error, or its caller went away."""
-    return {**begun, "kind": "request", "outcome": reason}
 
 
 def _intervention(one: Intervention) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Whether features exist and digests match is for ``checking`` to say, which knows
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from math import isfinite
@@ -84,7 +85,12 @@ class Pins:
 
     model: str | None = None
     saes: tuple[tuple[str, str], ...] = ()
-    """Pairs of an SAE's name and digest."""
+    """Pairs of an SAE's name and digest, in the order of the names."""
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.saes]
+        if names != sorted(set(names)):
+            raise ValueError("saes: must be in the order of their names, each once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +133,8 @@ class Policy:
             raise ValueError(f"rules: at most {MAX_RULES} rules and triggers, got {len(names)}")
         for index, trigger in enumerate(self.triggers):
             check_name(f"triggers[{index}].name", trigger.name)
-        for name in names:
-            if names.count(name) > 1:
+        for name, times in Counter(names).items():
+            if times > 1:
                 raise ValueError(f"rules: the name {name!r} is given twice")
 
 

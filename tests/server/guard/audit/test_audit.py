@@ -48,7 +48,8 @@ def failures(metrics: Metrics) -> float:
 
 
 async def serve(one: Audit, *, required: bool = False) -> None:
-    request = await one.admit(CALL, REQUEST, FACTS, 5, required=required)
+    request = one.request(CALL, REQUEST)
+    await request.admit(FACTS, 5, required=required)
     await request.finish(DONE, [1, 2, 3], [4, 5])
 
 
@@ -67,7 +68,8 @@ async def test_one_record_tells_who_asked_what_under_which_policies(tmp_path: Pa
 
 async def test_what_must_be_audited_is_written_before_any_work(tmp_path: Path, metrics: Metrics) -> None:
     one = audit(tmp_path, metrics)
-    request = await one.admit(CALL, REQUEST, FACTS, 5, required=True)
+    request = one.request(CALL, REQUEST)
+    await request.admit(FACTS, 5, required=True)
     assert [told["kind"] for told in records(tmp_path)] == ["admitted"]
     await request.finish(DONE, [1], [2])
     assert [told["kind"] for told in records(tmp_path)] == ["admitted", "request"]
@@ -76,7 +78,7 @@ async def test_what_must_be_audited_is_written_before_any_work(tmp_path: Path, m
 
 async def test_a_failure_is_recorded_once(tmp_path: Path, metrics: Metrics) -> None:
     one = audit(tmp_path, metrics)
-    request = await one.admit(CALL, REQUEST, None, 5, required=False)
+    request = one.request(CALL, REQUEST)
     request.fail("DEADLINE_EXCEEDED")
     request.fail("CANCELLED")
     one.close()
@@ -135,7 +137,8 @@ async def test_a_full_disk_fails_those_that_must_be_audited_and_loses_none_of_th
 async def test_an_answer_that_cannot_be_recorded_is_not_given(metrics: Metrics) -> None:
     disk = Disk()
     one = Audit(AuditWriter(disk, metrics), required=True)
-    request = await one.admit(CALL, REQUEST, FACTS, 5, required=False)
+    request = one.request(CALL, REQUEST)
+    await request.admit(FACTS, 5, required=False)
     disk.is_full = True
     with pytest.raises(Unavailable, match="No space left"):
         await request.finish(DONE, [1], [2])

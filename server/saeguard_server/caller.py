@@ -1,0 +1,82 @@
+"""Who calls: a name, what it may do, and how much of it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+MAX_NAME_CHARS = 256
+
+_Limit: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+
+class Role(StrEnum):
+    """What a caller may do; ``guard.identity.access`` says which RPC needs which."""
+
+    GENERATE = "generate"
+    OBSERVE = "observe"
+    """Read activations and the catalogue."""
+    STEER = "steer"
+    """Send interventions and triggers of its own, on top of generate or observe."""
+    POLICY_READ = "policy-read"
+    POLICY_WRITE = "policy-write"
+    POLICY_APPROVE = "policy-approve"
+    ADMIN = "admin"
+    """All of the others."""
+
+
+class Quota(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one caller may use; None is no limit but the server's own."""
+
+    max_concurrent: _Limit | None = None
+    """Requests that run or wait at the same time."""
+    tokens_per_minute: _Limit | None = None
+    """Prompt and generated tokens; as many may be used at once after a minute without any."""
+    max_features: _Limit | None = None
+    """Features that one request edits, watches or depends on."""
+
+
+UNLIMITED = Quota()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody who was recognised, or the one that everybody is where nobody has to be."""
+
+    name: str
+    roles: frozenset[Role]
+    tags: frozenset[str] = frozenset()
+    """What policies can be aimed at beside the name."""
+    quota: Quota = UNLIMITED
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+    @classmethod
+    def local(cls, quota: Quota = UNLIMITED) -> Caller:
+        """Everybody who can reach a server that only this machine can reach."""
+        return cls("local", frozenset(Role), quota=quota)
+
+    def may(self, role: Role) -> bool:
+        """Whether it has the role, or all of them."""
+        return role in self.roles or Role.ADMIN in self.roles
+
+
+def check_name(name: str) -> None:
+    """Names are logged and audited.
+
+    Raises:
+        ValueError: empty, too long, or with characters that do not print.
+    """
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable() or name != name.strip():
+        raise ValueError(f"name: must be 1 to {MAX_NAME_CHARS} printable characters without blanks around them")
+
+
+LOCAL = Caller.local()
+
+NOBODY = Caller("nobody", frozenset())
+"""Who calls an RPC that is open to all, and whoever is not recognised yet."""

@@ -1,0 +1,199 @@
+"""Whether what somebody asks would weaken what a policy enforces, and what both together come to. Pure, in raw units.
+
+Each kind of edit makes a demand on the feature's value: a constant, a factor, a difference, or bounds. What is asked is
+accepted where one map is at least as tight as the rule and keeps the asked demand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Literal, TypeAlias
+
+from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
+from saeguard_server.interventions import Condition, Scope
+
+Base: TypeAlias = Literal["free", "constant", "scale", "add"]
+Relation: TypeAlias = Literal["apart", "same", "within", "across"]
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What is done to a feature: ``value`` is its constant, factor or difference; then it is kept in bounds.
+
+    A constant has no bounds.
+    """
+
+    base: Base = "free"
+    value: float = 0.0
+    low: float = -inf
+    high: float = inf
+
+    @classmethod
+    def of(cls, kind: str, affine: Affine) -> Effect:
+        """What an edit of that kind does. Zero, clamp to 0 and scale by 0 are the same."""
+        match kind:
+            case "zero" | "clamp":
+                return cls("constant", affine.beta)
+            case "scale":
+                return cls("scale", affine.alpha) if affine.alpha else cls("constant", 0.0)
+            case "add":
+                return cls("add", affine.beta)
+            case "cap" | "floor":
+                return cls(low=affine.lo, high=affine.hi)
+        raise AssertionError(f"a kind of edit without a demand: {kind}")
+
+    @property
+    def affine(self) -> Affine:
+        """The map."""
+        match self.base:
+            case "free":
+                return Affine(lo=self.low, hi=self.high)
+            case "constant":
+                return Affine(alpha=0.0, beta=self.value)
+            case "scale":
+                return Affine(alpha=self.value, lo=self.low, hi=self.high)
+            case "add":
+                return Affine(beta=self.value, lo=self.low, hi=self.high)
+
+    @property
+    def edit(self) -> Edit:
+        """The kind that says best what it is; ``affine`` says exactly."""
+        match self.base:
+            case "free":
+                return Cap(self.high) if self.high < inf else Floor(self.low)
+            case "constant":
+                return Clamp(self.value) if self.value else Zero()
+            case "scale":
+                return Scale(self.value)
+            case "add":
+                return Add(self.value)
+
+    @property
+    def may_be_capped(self) -> bool:
+        """Whether less of the feature is never weaker."""
+        return self.base == "free" or (self.base == "scale" and 0 <= self.value <= 1) or self._adds(-1)
+
+    @property
+    def may_be_floored(self) -> bool:
+        """Whether more of the feature is never weaker."""
+        return self.base == "free" or (self.base == "scale" and self.value >= 1) or self._adds(1)
+
+    def _adds(self, sign: int) -> bool:
+        return self.base == "add" and self.value * sign > 0
+
+
+NOTHING = Effect()
+
+
+def tightened(enforced: Effect, asked: Effect) -> Effect | None:
+    """The effect that is at least as tight as ``enforced`` and keeps the demand of ``asked``; None where there is none.
+
+    Args:
+        asked: of one edit. A factor or difference under enforced bounds is kept within them.
+    """
+    if enforced.base == "constant":
+        return enforced if meets(enforced, asked) else None
+    match asked.base:
+        case "free":
+            return _bounded(enforced, asked)
+        case "constant":
+            return _pinned(enforced, asked)
+        case "scale" | "add":
+            return _moved(enforced, asked)
+
+
+def meets(enforced: Effect, asked: Effect) -> bool:
+    """Whether ``enforced`` alone keeps the demand of ``asked``, whatever the feature's value."""
+    low, high = (enforced.value,) * 2 if enforced.base == "constant" else (enforced.low, enforced.high)
+    match asked.base:
+        case "free":
+            return asked.low <= low and high <= asked.high
+        case "constant":
+            return low == high == asked.value
+        case "scale" | "add":
+            return enforced == asked
+
+
+def strictness(effect: Effect) -> tuple[int, float]:
+    """Rules are combined in this order: if they can be combined at all, they can in this one."""
+    match effect.base:
+        case "free":
+            return 0, 0.0
+        case "scale":
+            return 1, abs(effect.value - 1)
+        case "add":
+            return 1, abs(effect.value)
+        case "constant":
+            return 2, 0.0
+
+
+def _bounded(enforced: Effect, asked: Effect) -> Effect | None:
+    if (asked.high < inf and not enforced.may_be_capped) or (asked.low > -inf and not enforced.may_be_floored):
+        return None
+    low, high = max(enforced.low, asked.low), min(enforced.high, asked.high)
+    return replace(enforced, low=low, high=high) if low <= high else None
+
+
+def _pinned(enforced: Effect, asked: Effect) -> Effect | None:
+    is_within = enforced.low <= asked.value <= enforced.high
+    is_tight = enforced.base == "free" or (
+        enforced.base == "scale" and 0 <= enforced.value <= 1 and asked.value == 0
+    )  # fmt: skip
+    return asked if is_within and is_tight else None
+
+
+def _moved(enforced: Effect, asked: Effect) -> Effect | None:
+    if enforced.base == "free":
+        return replace(asked, low=enforced.low, high=enforced.high)
+    old, new = enforced.value, asked.value
+    if enforced.base != asked.base:
+        return None
+    if enforced.base == "scale":
+        is_tight = 0 <= new <= old <= 1 or new >= old >= 1 or new == old
+    else:
+        is_tight = new <= old < 0 or new >= old > 0 or new == old
+    return replace(enforced, value=new) if is_tight else None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The tokens on which an edit is made: those of a scope, while a condition holds, from when a trigger fired."""
+
+    scope: Scope
+    when: Condition | None = None
+    is_triggered: bool = False
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether it may be on none of the scope's tokens."""
+        return self.when is not None or self.is_triggered
+
+
+def relation(enforced: Where, asked: Where) -> Relation:
+    """``apart``: no token is in both; ``same``: the same tokens; ``within``: all of ``asked`` are always enforced."""
+    if are_apart(enforced.scope, asked.scope):
+        return "apart"
+    if enforced == asked and not enforced.is_triggered:
+        return "same"
+    if not enforced.is_conditional and contains(enforced.scope, asked.scope):
+        return "within"
+    return "across"
+
+
+def are_apart(one: Scope, other: Scope) -> bool:
+    """Whether no token of any prompt is in both."""
+    ends_before = (one.end is not None and one.end <= other.start) or (
+        other.end is not None and other.end <= one.start
+    )  # fmt: skip
+    return ends_before or {one.phase, other.phase} == {"prompt", "generated"}
+
+
+def contains(outer: Scope, inner: Scope) -> bool:
+    """Whether every token of ``inner`` is in ``outer``, whatever the prompt."""
+    return (
+        outer.phase in ("all", inner.phase)
+        and outer.start <= inner.start
+        and (outer.end is None or (inner.end is not None and inner.end <= outer.end))
+        and (outer.include_special_tokens or not inner.include_special_tokens)
+    )

@@ -1,0 +1,149 @@
+"""Policies in the whole application: from an empty store to an enforced rule, and over restarts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from saeguard.v1 import generation_service_pb2 as pb
+from saeguard.v1 import generation_service_pb2_grpc, policy_service_pb2_grpc
+from saeguard.v1 import policy_service_pb2 as policy_pb
+from saeguard_server.guard.policy import document
+from saeguard_server.settings import BadSettings
+from support.policies import a_policy
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+QUIET = {"metrics_listen": ""}
+"""Without metrics over HTTP, whose server takes half a second to end."""
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass
+class Served:
+    """A server as its callers see it."""
+
+    channel: grpc.aio.Channel
+
+    async def health(self, expected: int) -> None:
+        """Waits until it says so."""
+        watch = health_pb2_grpc.HealthStub(self.channel).Watch(health_pb2.HealthCheckRequest(), timeout=5.0)
+        async for reply in watch:
+            if reply.status == expected:
+                watch.cancel()
+                return
+
+    async def generate(self, **given: Any) -> pb.Completion:
+        stub = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
+        request = pb.GenerateRequest(text="abc", sampling=pb.Sampling(max_new_tokens=2), **given)
+        return (await stub.Generate(request, timeout=5.0)).completion
+
+    async def apply(self, value: float, etag: str = "0") -> None:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(self.channel)
+        one = policy_pb.PolicyDocument(name="calm.yaml", content=document.to_yaml(a_policy(value=value)))
+        await stub.ApplyPolicies(policy_pb.ApplyPoliciesRequest(documents=[one], etag=etag, reason="because"))
+
+    async def activate(self, revision: int, expected: int) -> int:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(self.channel)
+        request = policy_pb.ActivateRevisionRequest(revision=revision, expected_activation=expected, reason="now")
+        return int((await stub.ActivateRevision(request)).activation.number)
+
+
+@pytest.fixture
+def served_with(app_with: Any) -> Any:
+    @asynccontextmanager
+    async def serve(store: str) -> AsyncIterator[Served]:
+        async with (
+            app_with(policies={"store": store}, server=QUIET) as app,
+            grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel,
+        ):
+            yield Served(channel)
+
+    return serve
+
+
+def caps(engine: Any) -> list[float]:
+    return [edit.affine.hi for edit in engine.tasks[-1].steering.edits]
+
+
+def connections() -> list[threading.Thread]:
+    """To SQLite; each is a thread."""
+    return [one for one in threading.enumerate() if "connection_worker" in one.name]
+
+
+async def test_a_new_store_serves_nothing_until_a_revision_is_in_force(
+    served_with: Any, engine: Any, tmp_path: Path
+) -> None:
+    where = f"sqlite:///{tmp_path}/policies.db"
+    async with served_with(where) as served:
+        await served.health(NOT_SERVING)
+        assert connections()
+        with pytest.raises(grpc.aio.AioRpcError, match="no revision of the policies is in force yet") as caught:
+            await served.generate()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert not engine.tasks
+        await served.apply(1.0)
+        assert await served.activate(1, expected=0) == 1
+        await served.health(SERVING)
+        completion = await served.generate(min_policy_activation=1)
+        assert (completion.policy.activation, completion.policy.revision) == (1, 1)
+        assert list(completion.policy.enforced) == ["calm"]
+        assert caps(engine) == [1.0]
+        await served.apply(2.0, etag="1")
+        await served.activate(2, expected=1)
+        await served.generate(min_policy_activation=2)
+        assert caps(engine) == [2.0]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.activate(1, expected=1)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert not connections()
+    async with served_with(where) as served:
+        await served.health(SERVING)
+        assert (await served.generate()).policy.activation == 2
+        assert caps(engine) == [2.0]
+
+
+async def test_a_directory_is_followed_and_not_written(served_with: Any, engine: Any, tmp_path: Path) -> None:
+    (tmp_path / "calm.yaml").write_text(document.to_yaml(a_policy(value=3.0)))
+    async with served_with(f"directory:{tmp_path}") as served:
+        await served.health(SERVING)
+        await served.generate()
+        assert caps(engine) == [3.0]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.apply(4.0)
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_what_this_model_does_not_have_is_not_stored(served_with: Any, tmp_path: Path) -> None:
+    async with served_with(f"sqlite:///{tmp_path}/policies.db") as served:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(served.channel)
+        text = document.to_yaml(a_policy()).replace("feature: 2", "feature: 99")
+        one = policy_pb.PolicyDocument(name="calm.yaml", content=text)
+        with pytest.raises(grpc.aio.AioRpcError, match="must be 0 to 7, got 99") as caught:
+            await stub.ApplyPolicies(policy_pb.ApplyPoliciesRequest(documents=[one], etag="0", reason="because"))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ("sqlite:///{}/damaged.db", "not a database"),
+        ("sqlite:///{}/missing/policies.db", "unable to open"),
+        ("directory:{}/missing", "No such file"),
+        ("postgresql://ann:secret@127.0.0.1/policies", "must hold no password"),
+    ],
+)
+async def test_a_store_that_cannot_be_used_ends_the_start(
+    app_with: Any, engine: Any, tmp_path: Path, store: str, said: str
+) -> None:
+    (tmp_path / "damaged.db").write_text("nothing of the kind\n" * 100)
+    with pytest.raises(BadSettings, match=f"policies.store: .*{said}"):
+        async with app_with(policies={"store": store.format(tmp_path)}, server=QUIET):
+            pytest.fail("it serves")

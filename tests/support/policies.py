@@ -1,0 +1,12 @@
+"""Small policies, and stores to put them in."""
+
+from __future__ import annotations
+
+from saeguard_sae.edits import Cap
+from saeguard_server.guard.policy.model import Mode, Policy, Rule
+from saeguard_server.interventions import FeatureRef, Intervention
+
+
+def a_policy(name: str = "calm", value: float = 1.0, mode: Mode = "enforce") -> Policy:
+    """One that caps one feature."""
+    return Policy(name=name, mode=mode, rules=(Rule("cap", Intervention(FeatureRef("mid", 2), Cap(value))),))
