@@ -16,7 +16,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reference-env vllm-env demo serve test test-vllm check format stubs bench bench-profile bench-train bench-large \
+.PHONY: help setup reference-env vllm-env demo demo-policy serve test test-vllm check format stubs bench bench-profile bench-train bench-large \
   peers-env gpu demo-assets image clean
 
 help: ## Show this list
@@ -60,6 +60,9 @@ $(VLLM_READY): tests/vllm/requirements.txt constraints.txt pyproject.toml
 
 demo: $(READY) ## Serve the bundled model, steer it through the client, print what changed
 	$(BIN)/python -m saeguard_server.demo.show
+
+demo-policy: $(READY) ## A policy's life on the bundled model: shadow, half of the traffic, all of it, rolled back
+	$(BIN)/python -m saeguard_server.demo.policy_life
 
 serve: $(READY) ## Serve the bundled model on 127.0.0.1:50051 until Ctrl-C
 	$(BIN)/saeguard serve

@@ -10,23 +10,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
-import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from saeguard_client import AsyncClient
 from saeguard_server.demo.replay import Replay, Shown
 from saeguard_server.demo.scenarios import ASSETS, load
 from saeguard_server.demo.scorers import Interval
+from saeguard_server.demo.serving import served
 
 SEED = 7_000_000
 """Far from the seeds that made the assets."""
-_ADDRESS = re.compile(r"serving \S+ on ([\d.]+:\d+)")
 
 
 def main() -> int:
@@ -37,29 +33,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.target:
         return asyncio.run(_show(arguments.target, arguments.generations))
-    with served() as target:
-        return asyncio.run(_show(target, arguments.generations))
-
-
-@contextmanager
-def served() -> Iterator[str]:
-    """A server on the bundled model in a process of its own; gives its address, and stops it in the end."""
-    saeguard = "import sys; from saeguard_client.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", saeguard, "serve", "--listen", "127.0.0.1:0"]
-    command += ["--metrics-listen", "", "--log-level", "warning"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert server.stderr is not None
-        said = []
-        for line in server.stderr:
-            said.append(line)
-            if found := _ADDRESS.search(line):
-                yield found[1]
-                return
-        raise RuntimeError("the server did not start:\n" + "".join(said))
-    finally:
-        server.terminate()
-        server.communicate()
+    with served() as server:
+        return asyncio.run(_show(server.target, arguments.generations))
 
 
 async def _show(target: str, generations: int) -> int:

@@ -1,0 +1,175 @@
+"""A policy's life on the bundled model, from the command line: in shadow, on half of the traffic, on all, rolled back.
+
+    python -m saeguard_server.demo.policy_life [--generations 200]
+
+Serves the demo model with a policy store, an audit and metrics of its own, and asks for the same answers in every
+phase. Exit code 1 when a phase does not do what it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from saeguard_client import AsyncClient, ChatMessage, Completion
+from saeguard_client.cli import main as saeguard
+from saeguard_server.demo.scenarios import Demonstration, Scenario, load
+from saeguard_server.demo.serving import Served, served
+
+SCENARIO = "flattery-suppressed"
+SEED = 8_000_000
+CONCURRENT = 64
+NAME = "less-flattery"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What some answers showed, and what the server counted meanwhile."""
+
+    score: float
+    """Share of the answers that flatter."""
+    under_policy: int
+    """Answers on which the policy was enforced."""
+    shadow_tokens: int
+    edited_tokens: int
+
+
+def main() -> int:
+    """Runs it; the exit code says whether every phase did what it should."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", type=int, default=200, help="in each phase (default: 200)")
+    generations = parser.parse_args().generations
+    demonstration = load()
+    scenario = next(one for one in demonstration.scenarios if one.name == SCENARIO)
+    with tempfile.TemporaryDirectory(prefix="saeguard-") as folder:
+        files = Path(folder)
+        store = f'[policies]\nstore = "sqlite:///{files}/policies.db"\npoll_s = 0.1\n'
+        (files / "settings.toml").write_text(f'{store}[audit]\nfolder = "{files}/audit"\n', encoding="utf-8")
+        with served("--config", str(files / "settings.toml"), with_metrics=True) as server:
+            return _live(server, files, demonstration, scenario, generations)
+
+
+def _live(server: Served, files: Path, demonstration: Demonstration, scenario: Scenario, generations: int) -> int:
+    policy = files / "policy.yaml"
+
+    def run(*command: str) -> None:
+        shown = [one.replace(str(files), ".") for one in command]
+        _say("\n$ saeguard " + " ".join(f'"{one}"' if " " in one else one for one in shown))
+        code = saeguard(["--target", server.target, *command])
+        if code:
+            raise RuntimeError(f"saeguard ended with {code}")
+
+    def apply(mode: str, share: float, reason: str) -> None:
+        policy.write_text(_yaml(scenario, mode, share), encoding="utf-8")
+        run("policy", "apply", str(policy), "--reason", reason, "--activate")
+
+    def ask() -> Phase:
+        phase = asyncio.run(_ask(server, demonstration, scenario, generations))
+        _say(
+            f"  {phase.score:.2f} of {generations} answers flatter; {phase.under_policy} were under the policy, "
+            f"{phase.edited_tokens} of their tokens edited; in shadow {phase.shadow_tokens} would have been"
+        )
+        return phase
+
+    apply("off", 1.0, "nothing is done yet")
+    before = ask()
+    apply("shadow", 1.0, "what would it do?")
+    shadow = ask()
+    apply("enforce", 0.5, "half of the conversations")
+    half = ask()
+    apply("enforce", 1.0, "everybody")
+    whole = ask()
+    run("policy", "rollback", "--reason", "show that it can be undone")
+    back = ask()
+    run("policy", "history", "--limit", "4")
+    run("audit", "verify", "--folder", str(files / "audit"))
+    wrong = _wrong(before, shadow, half, whole, back, generations)
+    _say("\nEvery phase did what it should." if not wrong else f"\nNot as it should be: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+def _wrong(before: Phase, shadow: Phase, half: Phase, whole: Phase, back: Phase, generations: int) -> list[str]:
+    checks = {
+        "a policy that is off edits": not (before.edited_tokens or before.shadow_tokens),
+        "a shadow changes nothing and counts": shadow.score == before.score and shadow.shadow_tokens > 0,
+        "half of the conversations": 0.35 <= half.under_policy / generations <= 0.65,
+        "everybody": whole.under_policy == generations and whole.score < 0.5 * before.score,
+        "back is as half": (back.score, back.under_policy) == (half.score, half.under_policy),
+    }
+    return [name for name, holds in checks.items() if not holds]
+
+
+async def _ask(server: Served, demonstration: Demonstration, scenario: Scenario, generations: int) -> Phase:
+    counted = _counted(server.metrics)
+    places = asyncio.Semaphore(CONCURRENT)
+    async with AsyncClient(server.target) as client:
+
+        async def one(number: int) -> Completion:
+            prompt = scenario.prompt
+            given = prompt if isinstance(prompt, str) else [ChatMessage(turn.role, turn.content) for turn in prompt]
+            async with places:
+                return await client.generate(
+                    given,
+                    max_new_tokens=scenario.max_new_tokens,
+                    temperature=scenario.temperature,
+                    seed=SEED + number,
+                    conversation=f"conversation-{number}",
+                )
+
+        answers = await asyncio.gather(*(one(number) for number in range(generations)))
+    now = _counted(server.metrics)
+    return Phase(
+        score=sum(demonstration.score(scenario, answer.text) for answer in answers) / generations,
+        under_policy=sum(_is_under(answer) for answer in answers),
+        shadow_tokens=now["shadow"] - counted["shadow"],
+        edited_tokens=now["enforce"] - counted["enforce"],
+    )
+
+
+def _is_under(answer: Completion) -> bool:
+    made: Sequence[object] = answer.policy.enforced if answer.policy else ()
+    return NAME in made
+
+
+def _counted(metrics: str) -> dict[str, int]:
+    """Tokens that the policy's rules edited so far, by mode, as /metrics says."""
+    with urllib.request.urlopen(metrics, timeout=10) as reply:
+        text = reply.read().decode()
+    found = {"shadow": 0, "enforce": 0}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "saeguard_policy_rule_edited_tokens_total" and sample.labels["policy"] == NAME:
+                found[sample.labels["mode"]] += int(sample.value)
+    return found
+
+
+def _yaml(scenario: Scenario, mode: str, share: float) -> str:
+    rules = "".join(
+        f"  - {{name: r{number}, sae: {one.sae}, feature: {one.feature}, {one.kind}: {_value(one.value, one.unit)}}}\n"
+        for number, one in enumerate(scenario.interventions, start=1)
+    )
+    rollout = "" if share == 1.0 else f"rollout: {{share: {share:g}, by: conversation}}\n"
+    return f"name: {NAME}\nmode: {mode}\nowner: safety@example.org\n{rollout}rules:\n{rules}"
+
+
+def _value(value: float | None, unit: str) -> str:
+    if value is None:
+        return "true"
+    return f"{value:g}" if unit == "raw" else f"{{value: {value:g}, unit: {unit}}}"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
