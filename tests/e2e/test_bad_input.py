@@ -19,10 +19,13 @@ from saeguard.v1 import activation_service_pb2_grpc as activation_grpc
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import generation_service_pb2_grpc as pb_grpc
 from saeguard.v1 import input_pb2, intervention_pb2
-from support.engines import World, make_world, prompt
-from support.served import idle, serving
+from support.engines import prompt
+from support.served import ENGINE, idle
 
-BATCHES, PER_BATCH = 84, 25  # 2,100 requests
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+# Over vLLM a third: what is refused is refused by the same code, and what is not takes longer.
+BATCHES, PER_BATCH = 28 if ENGINE == "vllm" else 84, 25  # 2,100 requests
 ALLOWED = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -137,23 +140,46 @@ def readings(draw: st.DrawFn) -> Any:
     )
 
 
+CLAMP = intervention_pb2.Intervention(sae="resid_post", feature=4, clamp=intervention_pb2.Clamp(value=4.0))
+GOOD = pb.GenerateRequest(
+    tokens=input_pb2.TokenInput(ids=prompt(1, 9)),
+    sampling=pb.Sampling(max_new_tokens=12, temperature=0.0, ignore_eos=True),
+    interventions=[CLAMP],
+)
+
+
+@st.composite
+def spoilt(draw: st.DrawFn) -> Any:
+    """A good request with one thing of another: what every check but one lets pass, and perhaps all do."""
+    request = pb.GenerateRequest()
+    request.CopyFrom(GOOD)
+    to, source = request, draw(generations())
+    while found := source.ListFields():
+        field, value = draw(st.sampled_from(found))
+        if field.is_repeated:
+            to.ClearField(field.name)
+            getattr(to, field.name).extend(value)
+            break
+        if field.message_type is None:
+            setattr(to, field.name, value)
+            break
+        to, source = getattr(to, field.name), value
+        to.SetInParent()
+    return request
+
+
 def generated() -> list[list[Any]]:
     """The requests, drawn once by hypothesis: a failing one is printed whole, so nothing needs shrinking."""
     found: list[list[Any]] = []
 
     @settings(max_examples=BATCHES, database=None, phases=[Phase.generate], deadline=None,
               suppress_health_check=list(HealthCheck), derandomize=True)  # fmt: skip
-    @given(st.lists(generations() | generations() | readings(), min_size=PER_BATCH, max_size=PER_BATCH))
+    @given(st.lists(spoilt() | spoilt() | generations() | readings(), min_size=PER_BATCH, max_size=PER_BATCH))
     def collect(batch: list[Any]) -> None:
         found.append(batch)
 
     collect()
     return found
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world("llama", tmp_path_factory.mktemp("llama"))
 
 
 async def status(channel: grpc.aio.Channel, request: Any) -> tuple[grpc.StatusCode, list[str]]:
@@ -182,20 +208,14 @@ def _fields(err: grpc.aio.AioRpcError) -> list[str]:
 
 async def good(channel: grpc.aio.Channel) -> AsyncIterator[list[int]]:
     """A steered request, again and again."""
-    clamp = intervention_pb2.Intervention(sae="resid_post", feature=4, clamp=intervention_pb2.Clamp(value=4.0))
-    request = pb.GenerateRequest(
-        tokens=input_pb2.TokenInput(ids=prompt(1, 9)),
-        sampling=pb.Sampling(max_new_tokens=12, temperature=0.0, ignore_eos=True),
-        interventions=[clamp],
-    )
     while True:
-        reply = await pb_grpc.GenerationServiceStub(channel).Generate(request, timeout=60)
+        reply = await pb_grpc.GenerationServiceStub(channel).Generate(GOOD, timeout=60)
         yield [token.id for token in reply.tokens]
 
 
-async def test_two_thousand_bad_requests(world: World) -> None:
+async def test_bad_requests_are_refused_by_name(served: Any) -> None:
     seen: Counter[grpc.StatusCode] = Counter()
-    async with serving(world, max_slots=16) as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+    async with grpc.aio.insecure_channel(served.address) as channel:
         beside = good(channel)
         first = await anext(beside)
         for batch in generated():
@@ -205,15 +225,17 @@ async def test_two_thousand_bad_requests(world: World) -> None:
                 assert code in ALLOWED, f"{code} for {request}"
                 assert (code not in NAMED) or (fields and all(fields)), f"no field named for {request}"
                 seen[code] += 1
-        await idle(app)
-    assert seen.total() >= 2000
-    assert {grpc.StatusCode.OK, *NAMED} <= seen.keys()
+        await idle(served.app)
+    assert seen.total() == BATCHES * PER_BATCH
+    # Not refused all at the first check.
+    assert seen[grpc.StatusCode.OK] > seen.total() / 10
+    assert seen.keys() >= NAMED
 
 
 @pytest.mark.parametrize("body", [b"\xff\xff\xff", b"\x0a\x04\xff\xfe\xfd\xfc", b"\x0a\xff\xff\xff\xff\x0f"])
-async def test_bytes_that_are_no_message_are_refused(world: World, body: bytes) -> None:
+async def test_bytes_that_are_no_message_are_refused(served: Any, body: bytes) -> None:
     """Among them text that is not UTF-8. gRPC itself answers these, before any of our code runs."""
-    async with serving(world) as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+    async with grpc.aio.insecure_channel(served.address) as channel:
         call = channel.unary_unary("/saeguard.v1.GenerationService/Generate")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(body, timeout=10)

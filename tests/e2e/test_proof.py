@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from saeguard_client import Add, AsyncClient, Cap, Clamp, Completion, Floor, Intervention, Scale, Scope, Zero
-from saeguard_server.engine.vllm.places import MODELS
+from saeguard_server.app import App
 from support import reference
 from support.engines import D_SAE, World, make_world, prompt
 from support.models import BOS, CONFIGS, EOS, PAD, SITES
-from support.served import ENGINE, idle, served_world, serving
+from support.served import ENGINE, idle, serving
 
 SPECIAL = {BOS, EOS, PAD}
 NEW = 12
@@ -63,13 +63,6 @@ def make_case(world: World, index: int) -> Case:
     return Case(ids, steer, plain, 4 if index % 5 == 4 else None)
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    if ENGINE == "vllm" and request.param not in MODELS:
-        pytest.skip(f"vLLM's sites are not known for {request.param}")
-    return served_world(request.param, tmp_path_factory.mktemp(request.param))
-
-
 async def ask(client: AsyncClient, case: Case) -> tuple[list[int], list[float], Completion | None]:
     ids: list[int] = []
     logprobs: list[float] = []
@@ -87,18 +80,22 @@ async def ask(client: AsyncClient, case: Case) -> tuple[list[int], list[float], 
     return ids, logprobs, done
 
 
-async def test_thirty_two_requests_at_once_equal_one_at_a_time(world: World) -> None:
-    await _prove(world)
+@pytest.mark.parametrize("served", sorted(CONFIGS), indirect=True)
+@pytest.mark.asyncio(loop_scope="session")
+async def test_thirty_two_requests_at_once_equal_one_at_a_time(served: Any) -> None:
+    await _prove(served.world, served.app)
 
 
 @pytest.mark.skipif(ENGINE != "transformers", reason="another engine is asked for")
 async def test_the_same_with_the_engine_in_a_process_of_its_own(tmp_path: Path) -> None:
-    await _prove(make_world("llama", tmp_path), process=True)
+    world = make_world("llama", tmp_path)
+    async with serving(world, max_slots=16, process=True) as app:
+        await _prove(world, app)
 
 
-async def _prove(world: World, **engine: Any) -> None:
+async def _prove(world: World, app: App) -> None:
     cases = [make_case(world, index) for index in range(32)]
-    async with serving(world, max_slots=12, **engine) as app, AsyncClient(f"127.0.0.1:{app.port}") as client:
+    async with AsyncClient(f"127.0.0.1:{app.port}") as client:
 
         async def joining(index: int) -> Any:
             await asyncio.sleep(0.003 * (index % 11))

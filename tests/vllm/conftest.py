@@ -14,7 +14,10 @@ from saeguard_server.engine.vllm import versions
 from support import vllm
 from support.engines import Running, World
 
-NEED_VLLM = ("test_compiled.py", "test_engine.py", "test_faults.py", "test_models.py", "test_spread.py")
+NEED_VLLM = (
+    "test_compiled.py", "test_ends.py", "test_engine.py", "test_faults.py", "test_memory.py", "test_mixed.py",
+    "test_models.py", "test_spread.py", "test_telling.py",
+)  # fmt: skip
 
 # Elsewhere only what needs no vLLM is collected; CI runs the target, which installs it or fails.
 collect_ignore = list(NEED_VLLM) if versions.installed() is None else []

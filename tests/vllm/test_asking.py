@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from saeguard_server.errors import InvalidRequest
 from saeguard_server.request import Call, Sampling
 
 STEERING = Steering((ResolvedEdit("sae", 1, "zero", Affine(alpha=0.0), 0, 9, special=False),), digest="abc")
+AFTER = replace(STEERING, edits=(replace(STEERING.edits[0], first=2),))
 EOS = frozenset({7, 3})
 
 
@@ -45,6 +47,7 @@ def test_a_steered_request_is_read_whole_and_its_logits_are_looked_at() -> None:
     given = asking.sampling(task(STEERING), b"order", EOS)
     assert given["extra_args"] == {"saeguard": b"order"}
     assert (given["skip_reading_prefix_cache"], given["logprobs"]) == (True, 0)
+    assert not asking.sampling(task(AFTER), b"order", EOS)["skip_reading_prefix_cache"]
     assert asking.sampling(task(STEERING, logprobs=4), b"order", EOS)["logprobs"] == 4
 
 
@@ -54,8 +57,10 @@ def test_prompt_log_probabilities_need_the_prompt_read() -> None:
 
 
 def test_kv_is_salted_with_the_steering() -> None:
-    assert asking.prompt(task(STEERING)) == {"prompt_token_ids": [5, 6], "cache_salt": "abc"}
     assert asking.prompt(task()) == {"prompt_token_ids": [5, 6]}
+    salts = [asking.prompt(task(one))["cache_salt"] for one in (STEERING, AFTER, replace(STEERING, digest="abd"))]
+    assert len(set(salts)) == 3
+    assert asking.prompt(task(replace(AFTER)))["cache_salt"] == salts[1]
 
 
 def test_an_inspection_samples_one_token_that_nobody_sees() -> None:

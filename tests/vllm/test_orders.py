@@ -15,7 +15,7 @@ from saeguard_server.request import Call, Sampling
 SAES = ("first", "second")
 EDITS = (
     ResolvedEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
-    ResolvedEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True),
+    ResolvedEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
 )
 
 
@@ -54,5 +54,5 @@ def test_a_plain_request_has_no_order_and_a_stop_string_is_told() -> None:
 
 
 def test_an_order_of_another_version_is_refused() -> None:
-    with pytest.raises(InternalFailure, match="version 99, the workers know 1"):
+    with pytest.raises(InternalFailure, match="version 99, the workers know 2"):
         orders.read(msgspec.msgpack.encode([99, "whatever", {"it": "holds"}]))

@@ -35,13 +35,15 @@ class Runner:
         )
         self.orders: dict[str, bytes | None] = {}
 
-    def ask(self, name: str, uid: int, *, stop: bool = False, watch: bool = False, both: bool = False) -> None:
+    def ask(
+        self, name: str, uid: int, *, prompt: int = 8, stop: bool = False, watch: bool = False, both: bool = False
+    ) -> None:
         edits = [ResolvedEdit("here", 3, "clamp", Affine(alpha=0.0, beta=5.0), 2, FOREVER, special=False)]
         if both:
             edits.insert(0, ResolvedEdit("there", 1, "zero", Affine(alpha=0.0), 0, FOREVER, special=False))
         task = GenerateTask(
-            call=Call(name, 0.0), tokens=(1,), sampling=Sampling(stop=("x",) if stop else ()), max_new_tokens=1,
-            seed=0, steering=Steering(tuple(edits)), watch=(("here", 3),) if watch else (),
+            call=Call(name, 0.0), tokens=(1,) * prompt, sampling=Sampling(stop=("x",) if stop else ()),
+            max_new_tokens=1, seed=0, steering=Steering(tuple(edits)), watch=(("here", 3),) if watch else (),
         )  # fmt: skip
         self.orders[name] = orders.order(uid, task, ("there", "here"))
 
@@ -150,6 +152,31 @@ def test_a_gap_in_what_is_read_is_a_problem(made: Callable[[int], Runner]) -> No
     one.run(("a", 0, 5))
     one.run(("a", 7, 1))
     assert "position 7 after 5 tokens" in one.steered.report(1, 8).problem
+
+
+def test_what_is_found_before_the_first_edit_is_not_missed(made: Callable[[int], Runner]) -> None:
+    one = made(2)
+    one.ask("a", 1, prompt=3)
+    one.ask("b", 2, prompt=8)
+    one.run(("a", 2, 1), ("b", 2, 6))
+    report = one.steered.report(1, 3)
+    assert (report.problem, report.counts[0].eligible, report.forward_passes) == ("", 1, 1)
+    assert "position 2 after 0 tokens" in one.steered.report(2, 8).problem
+
+
+def test_a_preempted_request_goes_on_from_the_end_of_a_block(made: Callable[[int], Runner]) -> None:
+    one = made(1)
+    one.ask("a", 1, prompt=3, stop=True)
+    one.run(("a", 0, 3))
+    for at in range(3, 20):
+        one.run(("a", at, 1))
+    one.run(("a", 16, 4))
+    one.run(("a", 20, 1))
+    report = one.steered.report(1, 21)
+    assert (report.problem, report.counts[0].eligible, report.forward_passes) == ("", 19, 20)
+    assert one.steered.report(1, 16).counts[0].eligible == 14
+    one.run(("a", 18, 3))
+    assert "position 18 after 21 tokens" in one.steered.report(1, 21).problem
 
 
 def test_a_site_that_was_not_passed_is_a_problem(made: Callable[[int], Runner]) -> None:

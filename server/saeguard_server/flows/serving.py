@@ -16,7 +16,12 @@ class ServedModel:
     """A ``guard.policy.served.Served``: one engine's model and SAEs."""
 
     def __init__(self, engine: Engine, *, keeps_audit: bool = False) -> None:
-        self._engine, self.keeps_audit = engine, keeps_audit
+        self._engine, self._keeps_audit = engine, keeps_audit
+
+    @property
+    def keeps_audit(self) -> bool:
+        """Whether requests can be recorded."""
+        return self._keeps_audit
 
     @property
     def compares(self) -> bool:

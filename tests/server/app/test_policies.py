@@ -79,7 +79,7 @@ def connections() -> list[threading.Thread]:
 
 
 async def test_a_new_store_serves_nothing_until_a_revision_is_in_force(
-    served_with: Any, engine: Any, tmp_path: Path
+    served_with: Any, engine: Any, tmp_path: Path, eventually: Any
 ) -> None:
     where = f"sqlite:///{tmp_path}/policies.db"
     async with served_with(where) as served:
@@ -103,7 +103,7 @@ async def test_a_new_store_serves_nothing_until_a_revision_is_in_force(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await served.activate(1, expected=1)
         assert caught.value.code() is grpc.StatusCode.ABORTED
-    assert not connections()
+    await eventually(lambda: not connections())
     async with served_with(where) as served:
         await served.health(SERVING)
         assert (await served.generate()).policy.activation == 2

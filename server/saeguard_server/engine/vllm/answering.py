@@ -37,8 +37,9 @@ class Answer:
 
     def __init__(self, task: GenerateTask, text: Assembler, model: ModelFiles, metrics: Metrics) -> None:
         self._task, self._text, self._model, self._metrics = task, text, model, metrics
-        self._submitted = self._last = time.monotonic()
-        self._first = self._queued = 0.0
+        self._submitted, self._last = task.call.arrived, time.monotonic()
+        self._first = 0.0
+        self._queued = self._last - self._submitted
         self.generated: list[int] = []
         self.finish_reason: FinishReason | None = None
         """Why it ended; None while it goes on."""
@@ -105,8 +106,9 @@ class Answer:
             model_digest=self._model.info.digest,
         )
         for one in made.interventions if made else ():
-            self._metrics.tokens_edited.labels(one.sae, one.kind).inc(one.tokens_edited)
-            self._metrics.relative_edit.labels(one.sae).observe(one.mean_relative_edit)
+            if not one.is_shadow:
+                self._metrics.tokens_edited.labels(one.sae, one.kind).inc(one.tokens_edited)
+                self._metrics.relative_edit.labels(one.sae).observe(one.mean_relative_edit)
         return made
 
     def _token(self, token: int, found: Mapping[int, Any] | None) -> Token:
@@ -137,7 +139,8 @@ class Answer:
         if not self._first:
             self._first = now
             stats = output.metrics
-            self._queued = max(0.0, stats.scheduled_ts - stats.queued_ts) if stats is not None else 0.0
+            if stats is not None:
+                self._queued += max(0.0, stats.scheduled_ts - stats.queued_ts)
             reused = output.num_cached_tokens or 0
             self._metrics.reused_tokens.inc(reused)
             self._metrics.prompt_tokens.inc(len(self._task.tokens) - reused)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
-from saeguard_server.engine.protocol import GenerateTask, InspectTask
-from saeguard_server.engine.vllm.orders import KEY
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
+from saeguard_server.engine.vllm.orders import KEY, may_reuse
 from saeguard_server.errors import InvalidRequest
 
 COLDEST, HOTTEST = 0.01, 2.0
@@ -47,7 +48,12 @@ def reading(task: InspectTask, order: bytes | None) -> dict[str, Any]:
 def prompt(task: GenerateTask | InspectTask) -> dict[str, Any]:
     """vLLM's prompt: KV is shared among those who are steered alike only."""
     given: dict[str, Any] = {"prompt_token_ids": list(task.tokens)}
-    return given | {"cache_salt": task.steering.digest} if task.steering.digest else given
+    return given | {"cache_salt": _salt(task.steering)} if task.steering.digest else given
+
+
+def _salt(steering: Steering) -> str:
+    """Of its positions too, which the digest leaves out: "generated" begins elsewhere after another prompt."""
+    return hashlib.blake2b(repr(steering).encode(), digest_size=16).hexdigest()
 
 
 def _common(task: GenerateTask | InspectTask, order: bytes | None) -> dict[str, Any]:
@@ -55,10 +61,6 @@ def _common(task: GenerateTask | InspectTask, order: bytes | None) -> dict[str, 
     return {
         "detokenize": False,
         # What is not read again is neither counted nor watched.
-        "skip_reading_prefix_cache": order is not None or _scores_prompt(task),
+        "skip_reading_prefix_cache": not may_reuse(task),
         **ordered,
     }
-
-
-def _scores_prompt(task: GenerateTask | InspectTask) -> bool:
-    return isinstance(task, GenerateTask) and task.sampling.prompt_logprobs

@@ -76,15 +76,17 @@ def state_of(runner: Any, request: str) -> Any:
 
 
 def wipe(runner: Any, state: Any) -> None:
-    """Writes zeros over a request's keys and values, wherever they are now.
+    """Writes zeros over those of a request's keys and values that are not finite, wherever they are now.
 
-    Whoever gets a block after it reads the block's unused places too, at weight 0: what is not finite there would make
-    his own values not finite. Only vLLM's attention on a CPU does that.
+    The others stay as they are: a request with the same prompt may find them. Whoever gets a block after it reads the
+    block's unused places too, at weight 0: what is not finite there would make his own values not finite. Only vLLM's
+    attention on a CPU does that.
     """
     layers = runner.compilation_config.static_forward_context
     for group, blocks in zip(runner.kv_cache_config.kv_cache_groups, state.block_ids, strict=True):
         for name in group.layer_names:
-            layers[name].kv_cache[list(blocks)] = 0
+            cache, held = layers[name].kv_cache, list(blocks)
+            cache[held] = cache[held].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _is_real() -> bool:

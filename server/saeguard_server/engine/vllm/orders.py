@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import msgspec
 
 from saeguard_sae.edits import Affine
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
 
 KEY = "saeguard"
 """Of our entry in ``SamplingParams.extra_args`` and in vLLM's ``additional_config``."""
-VERSION = 1
+VERSION = 2
 
 
 class OrderedEdit(msgspec.Struct, frozen=True, array_like=True):
@@ -25,6 +25,8 @@ class OrderedEdit(msgspec.Struct, frozen=True, array_like=True):
     first: int
     last: int
     special: bool
+    is_shadow: bool
+    is_limited: bool
 
 
 class OrderedPick(msgspec.Struct, frozen=True, array_like=True):
@@ -47,6 +49,8 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     picks: tuple[OrderedPick, ...] = ()
     may_overrun: bool = False
     """Whether it may end before vLLM knows, at a stop string: then its counts are kept as of every pass."""
+    untouched: int = 0
+    """Tokens from the first one on of which nobody need know whether they were read, or found in memory."""
 
 
 class EditCounts(msgspec.Struct, frozen=True, array_like=True):
@@ -110,10 +114,27 @@ def order(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> by
         tuple((number[name], feature) for name, feature in watch),
         tuple(_pick(one, number[one.sae]) for one in picks),
         isinstance(task, GenerateTask) and bool(task.sampling.stop),
+        min((one.first for one in scopes(task.steering)), default=0) if may_reuse(task) else 0,
     )
     if not (made.edits or made.watch or made.picks):
         return None
     return msgspec.msgpack.encode(made)
+
+
+def may_reuse(task: GenerateTask | InspectTask) -> bool:
+    """Whether a request wants nothing of its prompt's tokens but their KV.
+
+    vLLM leaves out whole blocks of the prompt, and its scheduler says how many; what edits counted on them is known
+    only for where a pass ended. So an edit, too, must begin after all that can be left out: the last token is read.
+    """
+    if not isinstance(task, GenerateTask) or task.watch or task.sampling.prompt_logprobs:
+        return False
+    return all(one.first >= len(task.tokens) - 1 for one in scopes(task.steering))
+
+
+def scopes(steering: Steering) -> tuple[ResolvedEdit | ResolvedGuard, ...]:
+    """All that holds some positions and not others."""
+    return *steering.edits, *steering.guards
 
 
 def read(order: bytes) -> Order:
@@ -130,15 +151,21 @@ def read(order: bytes) -> Order:
 
 def steering(order: Order, saes: Sequence[str]) -> Steering:
     """An order's edits as edit tables take them."""
-    edits = tuple(
-        ResolvedEdit(saes[one.sae], one.feature, one.kind, one.affine, one.first, one.last, one.special)
-        for one in order.edits
-    )
-    return Steering(edits, order.max_relative_edit)
+    return Steering(tuple(_edit_of(one, saes) for one in order.edits), order.max_relative_edit)
+
+
+def _edit_of(one: OrderedEdit, saes: Sequence[str]) -> ResolvedEdit:
+    return ResolvedEdit(
+        saes[one.sae], one.feature, one.kind, one.affine, one.first, one.last, one.special,
+        is_shadow=one.is_shadow, is_limited=one.is_limited,
+    )  # fmt: skip
 
 
 def _edit(one: ResolvedEdit, sae: int) -> OrderedEdit:
-    return OrderedEdit(sae, one.feature, one.kind, one.affine, one.first, one.last, one.special)
+    assert one.gate is None, "a condition is refused at admission"
+    return OrderedEdit(
+        sae, one.feature, one.kind, one.affine, one.first, one.last, one.special, one.is_shadow, one.is_limited
+    )
 
 
 def _pick(one: Pick, sae: int) -> OrderedPick:

@@ -1,7 +1,7 @@
 """The requests that vLLM's worker steers or reads: their edits in the tables, what was counted, and their reports.
 
-vLLM tells its workers neither when a request is preempted nor when it ends: a request that reads position 0 again was
-preempted, and its counts begin again; one that the runner no longer knows has ended, and is kept until it is asked for.
+vLLM tells its workers neither when a request is preempted nor when it ends: a request that goes back was preempted, and
+its counts go back with it; one that the runner no longer knows has ended, and is kept until it is asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ MAX_ENDED = 4096
 """Reports of ended requests that nobody asked for yet; the oldest go first."""
 MAX_PAST = 512
 """Passes whose counts are kept of a request that may overrun its end."""
+BLOCK = 16
+"""Tokens that vLLM reuses at once, or a multiple of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,16 +54,23 @@ class Live:
     """Of the request in vLLM's runner, by which its memory is found."""
     blew_up: Tensor | None = None
     """bool [], whether the model made something of it that is not finite; on the device."""
-    tallies: Tallies = field(default_factory=dict)
+    tallies: Tallies = field(default_factory=Tallies)
     """What was counted, while it has no slot."""
     past: dict[int, Tallies] = field(default_factory=dict)
     """What was counted when it had read that many tokens."""
+    kept: dict[int, Tallies] = field(default_factory=dict)
+    """What was counted at the ends of blocks, of a request that vLLM may take up again there."""
     readings: list[Readings] = field(default_factory=list)
 
-    def restart(self) -> None:
-        """It is read again from its first token; the passes so far were made all the same."""
-        self.read = 0
-        self.tallies, self.past, self.readings = {}, {}, []
+    def take_up(self, start: int) -> None:
+        """It is read on from there: what comes before was found in memory, or it was preempted.
+
+        The passes so far were made all the same.
+        """
+        if start > self.order.untouched and start not in self.kept:
+            self.problem = f"vLLM read on at position {start} after {self.read} tokens"
+        self.read, self.tallies, self.readings = start, self.kept.get(start, Tallies()), []
+        self.past = {read: tallies for read, tallies in self.past.items() if read <= start}
         self.inspection = Inspection(self.inspection.picks)
 
 
@@ -128,6 +137,8 @@ class Steered:
                 live.past[live.read] = self.tables.tally(live.slot)
                 if len(live.past) > MAX_PAST:
                     del live.past[next(iter(live.past))]
+            if 0 < live.order.untouched < live.read and live.read % BLOCK == 0:
+                live.kept[live.read] = self.tables.tally(live.slot)
             if live.watch and not live.problem:
                 live.readings.append(self._readings(live, part.start))
         self._now = []
@@ -171,11 +182,9 @@ class Steered:
         return Live(order, here, edits, watch, Inspection(picks), state=state)
 
     def _resume(self, live: Live, part: Part) -> None:
-        if part.start == 0 and live.read:
-            self._give_up_slot(live)
-            live.restart()
         if part.start != live.read:
-            live.problem = f"vLLM read on at position {part.start} after {live.read} tokens"
+            self._give_up_slot(live)
+            live.take_up(part.start)
         if live.slot < 0:
             live.slot = self._seat()
             self.tables.write(live.slot, live.steering, self._watched(live))

@@ -1,0 +1,92 @@
+"""What vLLM keeps of tokens that were read: given up and read again, or found again by another request."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from saeguard_sae.edits import Clamp, Scale
+from saeguard_server.errors import NonFiniteOutput
+from saeguard_server.interventions import FeatureRef, Scope
+from support import reference
+from support.engines import Running, World, edit, greedy, prompt
+from support.vllm import SPECIAL, plain, receipt
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
+
+
+@pytest.mark.parametrize("scope", [Scope(), Scope("generated")])
+async def test_preempted_requests_are_counted_once(llama: World, one: Running, scope: Scope) -> None:
+    """Eight requests that need more KV memory than there is: 1,008 tokens of 682."""
+    before = one.engine._metrics.preemptions._value.get()
+    steer = (edit("resid_post", 4, Clamp(4.0), scope),)
+    # Who watches is read again from its first token; who is edited after its prompt goes on from what was kept.
+    watch = (FeatureRef("resid_post", 7),) if scope.phase == "all" else ()
+    began = 30 if scope.phase == "generated" else 0
+    got = await asyncio.gather(
+        *(one.ask(greedy(prompt(index, 30), 96, interventions=steer, watch=watch)) for index in range(8))
+    )
+    assert one.engine._metrics.preemptions._value.get() > before
+    steered = [plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 4.0), lambda at, _: at >= began)]
+    for index, answer in enumerate(got):
+        if index in (0, 7):  # the oldest, and the first to be thrown out
+            assert answer.ids == reference.generate(llama.model, prompt(index, 30), 96, steered, SPECIAL).tokens
+        in_scope = sum(token not in SPECIAL for token in [*prompt(index, 30), *answer.ids][began:-1])
+        assert receipt(answer).interventions[0].tokens_eligible == in_scope
+        assert [reading.position for reading in answer.readings] == (list(range(30 + 95)) if watch else [])
+
+
+def reused(one: Running) -> float:
+    return one.engine._metrics.reused_tokens._value.get()
+
+
+async def test_a_prompt_before_the_first_edit_is_read_once(llama: World, one: Running) -> None:
+    text, before = prompt(8, 50), reused(one)
+    steer = (edit("resid_post", 4, Clamp(9.0), Scope("generated")),)
+
+    async def check(text: list[int]) -> Any:
+        got = await one.ask(greedy(text, 30, interventions=steer))
+        change = plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 9.0), lambda at, _: at >= len(text))
+        assert got.ids == reference.generate(llama.model, text, 30, [change], SPECIAL).tokens
+        assert receipt(got).interventions[0].tokens_eligible == sum(token not in SPECIAL for token in got.ids[:-1])
+        return got
+
+    first = await check(text)
+    assert reused(one) == before
+    again = await check(text)
+    assert reused(one) > before
+    for name in ("tokens_edited", "mean_activation", "mean_relative_edit"):
+        assert getattr(receipt(again).interventions[0], name) == getattr(receipt(first).interventions[0], name)
+    # What was steered as generated is not found as a prompt, which is not.
+    await check([*text, *first.ids])
+
+
+async def test_a_poisoned_request_leaves_its_prompt_as_it_was(llama: World, one: Running) -> None:
+    after = Scope("generated")
+    wild = (edit("resid_post", 4, Clamp(3e38), after), edit("resid_pre", 3, Scale(-3e38), after))
+    request, before = greedy(prompt(9, 60), 20, interventions=wild), reused(one)
+    with pytest.raises(NonFiniteOutput):
+        await one.ask(request)
+    found = await one.ask(request, stop_after=1)
+    assert reused(one) > before
+    wanted = reference.generate(llama.model, prompt(9, 60), 1, [], SPECIAL)
+    assert found.ids == wanted.tokens
+    assert found.tokens[0].logprob == pytest.approx(wanted.logprobs[0, found.ids[0]].item(), abs=1e-4)
+
+
+async def test_kv_of_one_steering_is_not_read_under_another(llama: World, one: Running) -> None:
+    text = prompt(5, 80)
+    steer = (edit("resid_pre", 4, Clamp(8.0)),)
+    # Steered first: what it wrote is what an unsteered request would find.
+    steered = await one.ask(greedy(text, 5, interventions=steer))
+    before = await one.ask(greedy(text, 5))
+    again = await one.ask(greedy(text, 5, interventions=steer))
+    after = await one.ask(greedy(text, 5))
+    assert before.ids == after.ids == reference.generate(llama.model, text, 5, [], SPECIAL).tokens
+    change = [plain(llama, "resid_pre", 4, lambda f: torch.full_like(f, 8.0))]
+    assert steered.ids == again.ids == reference.generate(llama.model, text, 5, change, SPECIAL).tokens
+    assert steered.ids != before.ids
+    assert receipt(again).interventions[0].tokens_eligible == 79 + 4

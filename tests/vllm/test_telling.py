@@ -1,0 +1,116 @@
+"""What vLLM's engine tells beside the text: receipts, watched features, activations, log-probabilities, times."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from saeguard_sae.edits import Add, Affine, Clamp, Scale
+from saeguard_server.engine.protocol import InspectTask, Pick, ResolvedEdit, Steering
+from saeguard_server.interventions import FeatureRef, Scope
+from saeguard_server.request import Call, GenerationRequest, Sampling, TokenInput
+from support import engines, reference, vllm
+from support.engines import Running, World, edit, greedy, prompt
+from support.vllm import SPECIAL, plain, receipt
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
+
+
+async def test_receipts_and_readings_are_the_embedded_engines(llama: World, one: Running) -> None:
+    steer = (
+        edit("resid_post", 4, Clamp(4.0), Scope("generated")),
+        edit("mlp_in", 9, Scale(-2.0)),
+        edit("attn_z", 3, Add(50.0)),
+    )
+    request = greedy(
+        prompt(2, 25), 12, interventions=steer, max_relative_edit=0.5,
+        watch=(FeatureRef("mlp_act", 5), FeatureRef("resid_post", 4), FeatureRef("mlp_in", 1)),
+    )  # fmt: skip
+    with engines.running(vllm.served(llama)) as embedded:
+        wanted = await embedded.ask(request)
+    got = await one.ask(request)
+    assert got.ids == wanted.ids
+    assert receipt(got).steering_digest == receipt(wanted).steering_digest
+    for ours, theirs in zip(receipt(got).interventions, receipt(wanted).interventions, strict=True):
+        for name in (
+            "sae",
+            "feature",
+            "kind",
+            "sae_digest",
+            "site",
+            "tokens_eligible",
+            "tokens_edited",
+            "tokens_capped",
+        ):
+            assert getattr(ours, name) == getattr(theirs, name)
+        for name in ("mean_activation", "max_activation", "mean_relative_edit"):
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-3, abs=1e-4)
+    assert [one.position for one in got.readings] == [one.position for one in wanted.readings]
+    for ours, theirs in zip(got.readings, wanted.readings, strict=True):
+        assert ours.values == pytest.approx(theirs.values, rel=1e-3, abs=1e-4)
+
+
+async def test_inspections_see_what_the_embedded_engine_sees(llama: World, one: Running) -> None:
+    tokens = tuple(prompt(4, 33))
+    picks = (
+        Pick(sae="resid_post", top_k=5),
+        Pick(sae="mlp_act", threshold=0.5),
+        Pick(sae="attn_z", features=(7, 0, 90)),
+    )
+    clamp = ResolvedEdit("resid_pre", 4, "clamp", Affine(alpha=0.0, beta=6.0), 0, len(tokens), special=False)
+    steering = Steering((clamp,), digest="clamped")
+
+    async def parts(engine: Any) -> dict[str, list[list[tuple[int, float]]]]:
+        call = Call("inspect", time.monotonic() + 60)
+        task = InspectTask(
+            call=call, index=2, tokens=tokens, offsets=(None,) * len(tokens), picks=picks, steering=steering
+        )
+        rows: dict[str, list[list[tuple[int, float]]]] = {pick.sae: [] for pick in picks}
+        async with aclosing(engine.inspect(task)) as found:
+            async for part in found:
+                assert (part.input, part.start) == (2, len(rows[part.sae]))
+                assert [token.id for token in part.tokens] == list(tokens[part.start : part.start + len(part.tokens)])
+                for first, last in pairwise(part.indptr):
+                    rows[part.sae].append(list(zip(part.indices[first:last], part.values[first:last], strict=True)))
+                assert part.last == (len(rows[part.sae]) == len(tokens))
+        return rows
+
+    with engines.running(vllm.served(llama)) as embedded:
+        wanted = await parts(embedded.engine)
+    got = await parts(one.engine)
+    for sae, rows in wanted.items():
+        assert len(got[sae]) == len(rows) == len(tokens)
+        for ours, theirs in zip(got[sae], rows, strict=True):
+            assert [index for index, _ in ours] == [index for index, _ in theirs]
+            assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], abs=1e-4)
+
+
+async def test_log_probabilities_of_the_prompt_and_of_other_tokens(llama: World, one: Running) -> None:
+    ids = prompt(6, 21)
+    sampling = Sampling(max_new_tokens=4, temperature=0.0, logprobs=3, prompt_logprobs=True, ignore_eos=True)
+    steer = (edit("resid_post", 4, Clamp(4.0)),)
+    got = await one.ask(GenerationRequest(prompt=TokenInput(tuple(ids)), sampling=sampling, interventions=steer))
+    change = [plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 4.0))]
+    wanted = reference.generate(llama.model, ids, 4, change, SPECIAL)
+    for at, token in enumerate(got.tokens):
+        best = wanted.logprobs[at].topk(3)
+        assert [other.id for other in token.top] == best.indices.tolist()
+        assert [other.logprob for other in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    for at in (1, 9, 20):
+        before = reference.generate(llama.model, ids[:at], 1, change, SPECIAL).logprobs[0, ids[at]]
+        assert got.prompt_logprobs[at - 1] == pytest.approx(before.item(), abs=1e-4)
+    assert len(got.prompt_logprobs) == 20
+
+
+async def test_timings_and_metrics_are_kept(one: Running) -> None:
+    before = one.engine._metrics.generated_tokens._value.get()
+    got = await one.ask(greedy(prompt(1, 20), 7))
+    assert one.engine._metrics.generated_tokens._value.get() == before + 7
+    assert got.completion is not None
+    timings = got.completion.timings
+    assert 0 <= timings.queue_s <= timings.time_to_first_token_s <= timings.total_s
