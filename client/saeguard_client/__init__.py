@@ -53,6 +53,7 @@ from saeguard_client.policies import (
     Revision,
 )
 from saeguard_client.results import (
+    Comparison,
     Completion,
     FeatureReading,
     InterventionReceipt,
@@ -81,6 +82,7 @@ __all__ = [
     "ChatMessage",
     "Clamp",
     "Client",
+    "Comparison",
     "Completion",
     "Condition",
     "Conflict",

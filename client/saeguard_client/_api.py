@@ -18,7 +18,7 @@ from saeguard_client.catalog import Feature, FeatureRef, Model, Sae, ServerInfo
 from saeguard_client.inputs import Input
 from saeguard_client.interventions import Intervention
 from saeguard_client.policies import Activation, PolicyChange, PolicyHistory, PolicySet
-from saeguard_client.results import Completion, StreamChunk
+from saeguard_client.results import Comparison, Completion, StreamChunk
 from saeguard_client.sampling import Sampling
 from saeguard_client.triggers import Trigger
 
@@ -103,6 +103,40 @@ def generate(
         check_receipt=check_receipt,
     )
     return generation.call(asked, PerCall(deadline_s=deadline_s, request_id=request_id))
+
+
+def compare(
+    input: Input,
+    *,
+    steer: Iterable[Intervention] = (),
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    max_relative_edit: float | None = None,
+    triggers: Iterable[Trigger] = (),
+    policies: str | Iterable[str] = (),
+    conversation: str | None = None,
+    check_receipt: bool = True,
+    deadline_s: float | None = None,
+    request_id: str | None = None,
+) -> UnaryCall[Comparison]:
+    """What policies and this request's edits change: the same generation with and without all of that, in one batch.
+
+    Needs the role policy-write: it shows what policies suppress. Arguments are as in ``generate``.
+    """
+    asked = generation.Generation(
+        input=input,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
+        steer=steer,
+        max_relative_edit=max_relative_edit,
+        watch=(),
+        triggers=triggers,
+        policies=(policies,) if isinstance(policies, str) else policies,
+        conversation=conversation,
+        min_policy_activation=None,
+        check_receipt=check_receipt,
+    )
+    return generation.compare(asked, PerCall(deadline_s=deadline_s, request_id=request_id))
 
 
 def activations(

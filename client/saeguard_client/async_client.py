@@ -125,6 +125,7 @@ class AsyncClient:
 
     generate = method("generate", _api.generate, _whole)
     generate_stream = method("generate_stream", _api.generate, _parts)
+    compare = method("compare", _api.compare, _unary)
     activations = method("activations", _api.activations, _gathered)
     activations_stream = method("activations_stream", _api.activations, _parts)
     model = method("model", _api.model, _unary)

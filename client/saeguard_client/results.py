@@ -179,3 +179,20 @@ class StreamChunk:
     tokens: tuple[Token, ...]
     readings: tuple[FeatureReading, ...]
     completion: Completion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A generation with all that policies and the request do to it, and without any of that.
+
+    Attributes:
+        first_divergence: index of the first generated token that differs, where one ends that of its end; None if they
+            are the same.
+        kl_nats: for each token of ``steered``: KL(steered || unsteered) of the distributions it was drawn from, both
+            after the same tokens.
+    """
+
+    steered: Completion
+    unsteered: Completion
+    first_divergence: int | None
+    kl_nats: tuple[float, ...]

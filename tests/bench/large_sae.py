@@ -34,7 +34,7 @@ from saeguard_server.interventions import FeatureRef, Intervention
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.request import ActivationRequest, Call, GenerationRequest, Sampling, TokenInput, TopK
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
-from support.engines import Running, prompt
+from support.engines import Running, open_gate, prompt
 from support.models import VOCAB, tokenizer
 
 ACTIVE = 100
@@ -91,7 +91,7 @@ async def serve(folder: Path, args: argparse.Namespace) -> None:
     engine = load_engine(settings, Metrics(CollectorRegistry()))
     engine.start()
     running = Running(engine, settings.limits)
-    reader = ReadActivations(engine, engine.tokenizer, settings.limits)
+    reader = ReadActivations(engine, engine.tokenizer, settings.limits, open_gate(engine))
     prompts = [prompt(index, 16) for index in range(args.requests)]
 
     async def generate(sae: str | None) -> float:

@@ -4,7 +4,7 @@ Equal steps, batches, order, schedule and k; every learning rate of ``--rates`` 
 best counts, by MMCS over all seeds. Truths are drawn with seeds that no trainer uses.
 
     python -m bench.recovery                                    both truths, three seeds, about 40 minutes
-    python -m bench.recovery --truths toy --seeds 1 --steps 500
+    python -m bench.recovery --truths toy --architectures topk --seeds 1 --steps 500
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ D_SAE, BATCH, POOL, HELD_OUT = 256, 1024, 400, 8192
 """Batches of the pool, over and over; held-out tokens."""
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka")
 WIDTHS = (D_SAE // 32, D_SAE // 8, D_SAE)
-MEASURES = {"mmcs": ">= 1", "mcc": ">= 1", "f1": ">= 1", "fvu": "<= 1"}
+MEASURES = {"mmcs": ">= 1", "found": ">= 1", "mcc": ">= 1", "f1": ">= 1", "fvu": "<= 1"}
 """And what ours should be beside the best library's."""
+COLUMNS = ("mmcs", "found", "mcc", "f1", "fvu", "l0", "dead", "seconds")
+"""Of every side, for people."""
 SAVED = "saved.safetensors"
 
 
@@ -44,6 +46,7 @@ class Options:
     """As given on the command line."""
 
     truths: tuple[str, ...]
+    architectures: tuple[str, ...]
     seeds: int
     steps: int
     rates: tuple[float, ...]
@@ -64,14 +67,20 @@ def main(given: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that workers and files go with it
     options = parse(given)
     lines: list[Line] = []
+    rows = [("truth", "architecture", "side", "rate", *COLUMNS)]
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(Path(folder))
         try:
             for truth in options.truths:
-                lines += Measuring(truth, options, sides).lines()
+                measuring = Measuring(truth, options, sides)
+                lines += measuring.lines()
+                rows += measuring.rows()
         finally:
             sides.stop()
-    sys.stderr.write(table(lines))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        sys.stderr.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    sys.stderr.write("\n" + table(lines))
 
 
 class Measuring:
@@ -79,7 +88,7 @@ class Measuring:
 
     def __init__(self, truth: str, options: Options, sides: Sides) -> None:
         self._truth, self._options, self._sides = truth, options, sides
-        self._runs: dict[str, list[Run]] = {name: [] for name in ARCHITECTURES}
+        self._runs: dict[str, list[Run]] = {name: [] for name in options.architectures}
         self._absent: dict[str, str] = {}
 
     def lines(self) -> Iterator[Line]:
@@ -89,13 +98,21 @@ class Measuring:
         for architecture, runs in self._runs.items():
             yield from beside(f"{self._truth}, {architecture}", runs, self._absent)
 
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Means over the seeds at the rate at which each side found most."""
+        for architecture, runs in self._runs.items():
+            for side in dict.fromkeys(run.side for run in runs):
+                best = best_of(runs, side)
+                means = (f"{_mean(best, name):.3f}" for name in COLUMNS)
+                yield self._truth, architecture, side, f"{best[0].rate:g}", *means
+
     def _world(self, seed: int) -> Iterator[Line]:
         world = TRUTHS[self._truth](seed)
         train, _ = world.sample(BATCH * POOL, 10 * seed + 1)
         held_out, strength = world.sample(HELD_OUT, 10 * seed + 2)
         pool = self._sides.folder / f"{self._truth}.{seed}.safetensors"
         write(pool, train, held_out)
-        for architecture, side, rate in product(ARCHITECTURES, (OURS, *self._options.only), self._options.rates):
+        for architecture, side, rate in product(self._runs, (OURS, *self._options.only), self._options.rates):
             if side in self._absent or (side == "sparsify" and architecture != "topk"):
                 continue
             try:
@@ -105,6 +122,7 @@ class Measuring:
                 continue
             saved = load_file(self._sides.folder / SAVED)
             found = compare(saved["decoder"], world.directions, saved["features"], strength)
+            score["dead"] = float((saved["features"] == 0).all(0).float().mean())
             self._runs[architecture].append(Run(side, rate, score | asdict(found)))
             yield self._said(architecture, seed, self._runs[architecture][-1])
         pool.unlink()
@@ -157,12 +175,17 @@ def parse(given: Sequence[str] | None) -> Options:
         prog="bench.recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--truths", default=",".join(TRUTHS), help=f"some of {', '.join(TRUTHS)}")
+    parser.add_argument("--architectures", default=",".join(ARCHITECTURES), help="some of the default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--rates", default="0.001,0.003", help="learning rates; 0 is a side's own")
+    parser.add_argument("--rates", default="0.003,0.01", help="learning rates; 0 is a side's own")
     parser.add_argument("--only", default=",".join(LIBRARIES), help="libraries beside ours, some of the default")
     args = parser.parse_args(given)
-    for name, value, allowed in (("--truths", args.truths, TRUTHS), ("--only", args.only, LIBRARIES)):
+    for name, value, allowed in (
+        ("--truths", args.truths, TRUTHS),
+        ("--architectures", args.architectures, ARCHITECTURES),
+        ("--only", args.only, LIBRARIES),
+    ):
         for one in filter(None, value.split(",")):
             if one not in allowed:
                 parser.error(f"{name}: {one!r} is not one of {', '.join(allowed)}")
@@ -170,7 +193,12 @@ def parse(given: Sequence[str] | None) -> Options:
         parser.error("--seeds must be 1 to 20, --steps 40 or more")
     rates = tuple(float(one) for one in args.rates.split(","))
     return Options(
-        tuple(args.truths.split(",")), args.seeds, args.steps, rates, tuple(filter(None, args.only.split(",")))
+        tuple(args.truths.split(",")),
+        tuple(args.architectures.split(",")),
+        args.seeds,
+        args.steps,
+        rates,
+        tuple(filter(None, args.only.split(","))),
     )
 
 

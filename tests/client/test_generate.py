@@ -17,6 +17,7 @@ from saeguard_client import (
     FeatureRef,
     Flag,
     InternalError,
+    ReceiptMismatch,
     Scale,
     Scope,
     Stop,
@@ -278,3 +279,23 @@ def test_a_lone_stop_string_is_one(server: Any, shell: Any, whole_reply: Any) ->
     server.on("Generate", whole_reply)
     shell.call("generate", "Once", stop="END")
     assert list(server.seen[0].request.sampling.stop) == ["END"]
+
+
+def test_a_comparison_is_both_answers_and_their_distance(server: Any, shell: Any, whole_reply: Any) -> None:
+    reply = gen.CompareResponse(steered=whole_reply, unsteered=whole_reply, first_divergence=0, kl_nats=[0.5, 0.25, 0])
+    server.on("Compare", reply)
+    found = shell.call(
+        "compare", "Once", steer=[Clamp("resid4", 17, 2.0)], seed=3, policies="calm", check_receipt=False
+    )
+    asked = server.seen[0].request.request
+    assert (asked.text, asked.sampling.seed, list(asked.policies)) == ("Once", 3, ["calm"])
+    assert (found.steered.text, found.unsteered.text) == ("Once upon a", "Once upon a")
+    assert (found.first_divergence, found.kl_nats) == (0, (0.5, 0.25, 0.0))
+    server.on("Compare", gen.CompareResponse(steered=whole_reply, unsteered=whole_reply))
+    assert shell.call("compare", "Once").first_divergence is None
+
+
+def test_a_comparison_without_the_receipt_is_refused(server: Any, shell: Any, whole_reply: Any) -> None:
+    server.on("Compare", gen.CompareResponse(steered=whole_reply, unsteered=whole_reply))
+    with pytest.raises(ReceiptMismatch, match="zero of resid4:1"):
+        shell.call("compare", "Once", steer=[Zero("resid4", 1)])

@@ -1,10 +1,10 @@
-"""SAELens reads every SAE that we write, and computes what we compute."""
+"""SAELens reads every SAE that we write, trained or made up, and computes what we compute."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from saeguard_sae.coder import SparseCoder
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats import saelens
+from saeguard_sae.formats import Source, saelens
 from saeguard_sae.site import Site
-from support.coders import D_IN, SAVEABLE
+from saeguard_sae.train.learner import make_learner
+from saeguard_sae.train.settings import SELECTING, Architecture, JumpLoss, SaeSettings
+from support.coders import D_IN, D_OUT, D_SAE, SAVEABLE
 from support.near import close
 
 READ = Path(__file__).with_name("read_with_saelens.py")
@@ -29,6 +31,14 @@ HOW: dict[str, dict[str, Any]] = {
     "centred": {"processing": "centred"},
 }
 """SAEs that are written in other ways than the rest."""
+JUMPS: dict[str, dict[str, Any]] = {
+    f"jumprelu {loss}": {"architecture": "jumprelu", "jump_loss": loss} for loss in get_args(JumpLoss)
+}
+PLAIN = JUMPS | {one: {"architecture": one} for one in get_args(Architecture) if one != "jumprelu"}
+TRAINED = PLAIN | {
+    f"{name} transcoder": own | {"is_transcoder": True} for name, own in PLAIN.items() if name != "gated"
+}
+"""All that the trainer makes: what is its own of the settings."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +50,8 @@ def theirs(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         write(coder, folder / name, {})
     for name, how in HOW.items():
         write(CODERS["jumprelu"], folder / name, how)
+    for name, own in TRAINED.items():
+        write(learnt(own), folder / f"trained {name}", {})
     done = subprocess.run(
         [reference_python, READ, folder], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
@@ -53,6 +65,18 @@ def inputs() -> Tensor:
     x[:, 0] *= 40
     x[:, 5] *= 0.05
     return x
+
+
+def learnt(own: dict[str, Any]) -> Dictionary:
+    """After a few steps on activations whose mean and scale must be folded into what is written."""
+    x = 3 * torch.randn(128, D_IN, generator=torch.Generator().manual_seed(53)) + 1
+    price = {"k": 6} if own["architecture"] in SELECTING else {"sparsity": 0.1}
+    settings = SaeSettings(d_sae=D_SAE, steps=6, batch=len(x), learning_rate=0.03, kernels="torch", **price, **own)
+    target = x.repeat(1, 2)[:, :D_OUT].square() if settings.is_transcoder else None
+    learner = make_learner(settings, x, target)
+    for _ in range(settings.steps):
+        learner.step(x, target)
+    return learner.export()
 
 
 def write(coder: SparseCoder, path: Path, how: dict[str, Any]) -> None:
@@ -85,3 +109,10 @@ def test_computes_the_same_bits_in_half_precision(theirs: Path) -> None:
     features = coder.encode(x)
     assert torch.equal(features.float(), torch.from_numpy(found["features"]))
     assert torch.equal(coder.decode(features, x).float(), torch.from_numpy(found["recon"]))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_reads_what_was_trained(name: str, theirs: Path) -> None:
+    loaded = saelens.load(Source(theirs / f"trained {name}")).dictionary
+    assert isinstance(loaded, Dictionary)
+    compare(loaded, theirs / f"trained {name}")

@@ -15,7 +15,7 @@ from saeguard_client._wire import request
 from saeguard_client._wire.mirror import decode, read, values
 from saeguard_client.catalog import FeatureRef
 from saeguard_client.interventions import Intervention
-from saeguard_client.results import Completion, FeatureReading, StreamChunk, Token
+from saeguard_client.results import Comparison, Completion, FeatureReading, StreamChunk, Token
 from saeguard_client.sampling import Sampling
 from saeguard_client.triggers import Trigger
 
@@ -68,6 +68,22 @@ def call(asked: Generation, options: PerCall) -> EitherCall[Completion, StreamCh
     )
 
 
+def compare(asked: Generation, options: PerCall) -> UnaryCall[Comparison]:
+    """Compare; raises ValueError naming the argument that the wire cannot hold."""
+    message = pb.CompareRequest(request=pb.GenerateRequest(**_shared_fields(asked)))
+
+    def read(data: bytes) -> Comparison:
+        reply = decode(pb.CompareResponse, data)
+        return Comparison(
+            steered=asked.checked(_whole(reply.steered)),
+            unsteered=_whole(reply.unsteered),
+            first_divergence=reply.first_divergence if reply.HasField("first_divergence") else None,
+            kl_nats=tuple(reply.kl_nats),
+        )
+
+    return UnaryCall(f"/{_SERVICE}/Compare", message.SerializeToString(), read, options)
+
+
 def _shared_fields(asked: Generation) -> dict[str, Any]:
     limit = asked.max_relative_edit
     return {
@@ -88,7 +104,10 @@ def _shared_fields(asked: Generation) -> dict[str, Any]:
 
 
 def _completion(data: bytes) -> Completion:
-    message = decode(pb.GenerateResponse, data)
+    return _whole(decode(pb.GenerateResponse, data))
+
+
+def _whole(message: pb.GenerateResponse) -> Completion:
     if not message.HasField("completion"):
         raise malformed("a completion is missing")
     tokens, readings = _tokens(message), _readings(message)

@@ -17,6 +17,7 @@ from bench.work import batch, tokens
 from bench.worker import serve
 from saeguard_server.engine.choice import load_engine
 from saeguard_server.flows.generate import Generate
+from saeguard_server.guard.gate import Gate
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.request import Call, GenerationRequest
 
@@ -33,7 +34,7 @@ class Own:
 
     def __init__(self, engine: Any, limits: Any) -> None:
         self.engine = engine
-        self._flow = Generate(engine, engine.tokenizer, limits)
+        self._flow = Generate(engine, engine.tokenizer, limits, Gate(engine, Metrics(CollectorRegistry()), 2**31))
 
     async def times(self, request: GenerationRequest, began: asyncio.Event | None = None) -> list[float]:
         """When each token came, in seconds of ``time.perf_counter``; ``began`` is set when the first has."""

@@ -96,6 +96,39 @@ def _dense_step(mine: SparseLearner, x: Tensor) -> dict[str, Tensor]:
     return out | {"loss": loss.detach(), "l0": (features > 0).sum() / len(x)}
 
 
+@pytest.mark.parametrize("kernels", ["torch", "compiled"])
+def test_a_live_feature_without_a_gradient_moves_on_and_a_dead_one_does_not(kernels: str) -> None:
+    """As in ``torch.optim.Adam``, which knows no gradient of 0 from none."""
+    x = observations(truth(5), 2_000, 7)
+    mine = learner(x, precision="float32", kernels=kernels, aux_weight=0.0, restart_scale=0.0, warm_up=0.0)
+    bias = mine.rows.b_enc.double().requires_grad_()
+    reference = torch.optim.Adam([bias], lr=mine.settings.rate(0))
+    mine.step(x[:256])
+    bias.grad = (1 - 0.9) ** -1 * mine.rows.m_bias.double()  # what the first step's gradient was
+    reference.step()
+    mine.rows.b_enc[:4] = bias.detach()[:4] = -9.0  # so low that they no longer fire
+    mine.tracking.silent[:2] = 10_000
+    for _ in range(3):
+        bias.grad.zero_()
+        reference.step()
+        mine.step(x[:256])
+    torch.testing.assert_close(mine.rows.b_enc[2:4].double(), bias.detach()[2:4], rtol=1e-5, atol=1e-7)
+    assert (bias.detach()[2:4] + 9.0).abs().min() > 1e-3
+    assert mine.rows.b_enc[:2].tolist() == [-9.0, -9.0]
+
+
+def test_a_dead_feature_that_auxk_teaches_does_not_begin_anew() -> None:
+    x = observations(truth(3), 2_000, 5)
+    mine = learner(x, dead_after=0.002, aux_share=1.0, aux_k=TRUE_FEATURES)
+    mine.rows.W_enc[:20].mul_(0.01)
+    mine.rows.b_enc[:10] = -9.0
+    for _ in range(5):
+        mine.step(x[:256])
+    sizes = mine.rows.W_enc[:20].norm(dim=1)
+    assert sizes[:10].min() > 0.4
+    assert sizes[10:].max() < 0.3
+
+
 def test_exported_threshold_gives_the_trained_sparsity() -> None:
     rows = truth(2)
     dictionary = train(SETTINGS, observations(rows, 10_000, 3))

@@ -128,34 +128,19 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
 @given(
     before=st.integers(0, 60),
     packing=st.sampled_from(["packed", "documents"]),
-    part=st.sampled_from([(0, 1), (1, 2)]),
     store=st.sampled_from(["model", "bfloat16"]),
 )
-def test_goes_on_bit_for_bit(
-    model: LanguageModel, data: DataSettings, before: int, packing: Any, part: tuple[int, int], store: Any
-) -> None:
+def test_goes_on_bit_for_bit(model: LanguageModel, data: DataSettings, before: int, packing: Any, store: Any) -> None:
     chosen = StreamSettings(batch=32, buffer=512, context=16, rows=4, packing=packing, store=store)
-    stream = ActivationStream(model, [POST, MLP], data, chosen, part)
+    stream = ActivationStream(model, [POST, MLP], data, chosen)
     for _ in range(before):
         stream.batch()
     state = saved(stream.state())
     wanted = continuation(stream, 40)
-    resumed = ActivationStream(model, [POST, MLP], data, chosen, part)
+    resumed = ActivationStream(model, [POST, MLP], data, chosen)
     resumed.resume(state)
     assert all(torch.equal(a, b) for a, b in zip(continuation(resumed, 40), wanted, strict=True))
     assert resumed.epoch == stream.epoch
-
-
-def test_processes_share_the_data(model: LanguageModel, data: DataSettings) -> None:
-    """Two processes' first chunks, together, are the first ones of all: no token is learned from twice."""
-    chosen = StreamSettings(batch=32, buffer=512, context=16, rows=4, outlier_norm=0.0)
-    given_out: Counter[bytes] = Counter()
-    for rank in range(2):
-        stream = ActivationStream(model, [MLP], data, chosen, (rank, 2))
-        given_out.update(key for _ in range(15) for key in keys(stream.batch()[MLP]))
-    assert given_out <= Counter(keys(plain(model, data, MLP, 160, chosen)))
-    streams = [ActivationStream(model, [MLP], data, chosen, (rank, 2)) for rank in range(2)]
-    assert torch.equal(streams[0].sample(70)[MLP], streams[1].sample(70)[MLP])
 
 
 def test_another_seed_draws_another_order(model: LanguageModel, data: DataSettings) -> None:
@@ -185,8 +170,6 @@ def test_states_of_another_run_are_refused(model: LanguageModel, data: DataSetti
     state = stream.state()
     with pytest.raises(TrainError, match=r"sites: the checkpoint has resid_post\.0, the settings mlp_out\.1"):
         ActivationStream(model, [MLP], data, SETTINGS).resume(state)
-    with pytest.raises(TrainError, match="process 0 of 1, this is process 1 of 2"):
-        ActivationStream(model, [POST], data, SETTINGS, (1, 2)).resume(state)
     other = StreamSettings(batch=32, buffer=1024, context=16, rows=4, seed=7)
     with pytest.raises(TrainError, match=r"stream\.buffer: the checkpoint has 512, the settings 1024"):
         ActivationStream(model, [POST], data, other).resume(state)

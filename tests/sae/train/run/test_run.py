@@ -199,11 +199,3 @@ def test_threads_are_given_back(tree: Tree, console: Console, monkeypatch: pytes
     tree["run"]["threads"] = 2
     train_from_config(parse(tree), console=console)
     assert (seen, torch.get_num_threads()) == ([2], 1)
-
-
-def test_several_processes_of_torchrun_are_refused(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would write the whole run to the same folder."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    with pytest.raises(BadConfig, match="a run is one process"):
-        train_from_config(parse(tree))
-    assert not Path(tree["run"]["out"]).exists()

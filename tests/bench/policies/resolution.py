@@ -1,0 +1,147 @@
+"""How long a request waits for its policies to be worked out, with 100 enforced rules over 40 features at two layers.
+
+    cd tests && ../.venv/bin/python -m bench.policies.resolution
+
+Prints a JSON line for each kind of request: the median and the 99th percentile in microseconds, of ``resolve`` alone
+and with ``steer``, which places the edits on the request's tokens and hashes them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.report import say
+from saeguard_sae.activations import ReLU
+from saeguard_sae.catalogue import Catalogue, Feature
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.edits import KINDS, Cap, Scale
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.site import Site
+from saeguard_server.caller import Caller, Role
+from saeguard_server.engine.protocol import Capabilities
+from saeguard_server.flows.reach import Reach
+from saeguard_server.flows.serving import ServedModel, prepared
+from saeguard_server.flows.steering import steer
+from saeguard_server.guard.policy.model import Activation, Policy, Revision, Rollout, Rule, Target
+from saeguard_server.guard.policy.resolution import resolve
+from saeguard_server.guard.policy.snapshot import Snapshot, build
+from saeguard_server.interventions import FeatureRef, Intervention
+from saeguard_server.request import GenerationRequest, TextInput
+
+NOW = datetime.now(UTC)
+SITES = (Site(3, "resid_post"), Site(8, "resid_post"))
+FEATURES = 20
+"""At each of the two."""
+POLICIES, RULES = 5, 20
+ROUNDS = 2000
+TARGET_US = 200.0
+EVERYBODY = Rollout()
+CALLER = Caller("bot", frozenset({Role.GENERATE, Role.STEER}), tags=frozenset({"public"}))
+
+
+def engine() -> Any:
+    """What resolution asks of one."""
+    saes = {}
+    for site in SITES:
+        shape = torch.randn(8, 64)
+        dictionary = Dictionary(shape, torch.zeros(64), shape.T.contiguous(), torch.zeros(8), ReLU())
+        known = {index: Feature(index=index, label="x", maximum=4.0) for index in range(64)}
+        saes[f"sae-{site.layer}"] = LoadedSae(f"sae-{site.layer}", site, dictionary, "d", Catalogue(features=known))
+    model = SimpleNamespace(name="model", digest="digest")
+    capabilities = Capabilities("bench", frozenset(SITES), frozenset(KINDS), conditions=True)
+    return SimpleNamespace(saes=saes, model=model, capabilities=capabilities)
+
+
+def policies(rollout: Rollout = EVERYBODY) -> tuple[Policy, ...]:
+    """100 caps, in units of features' maxima: 40 features, each with two or three of them."""
+    refs = [FeatureRef(f"sae-{site.layer}", index) for site in SITES for index in range(FEATURES)]
+    return tuple(
+        Policy(
+            name=f"policy-{number}",
+            mode="enforce",
+            target=Target(tags=("public",)),
+            rollout=rollout,
+            rules=tuple(
+                Rule(f"rule-{index}", Intervention(refs[(number * RULES + index) % len(refs)], Cap(1.0 + index, "max")))
+                for index in range(RULES)
+            ),
+        )
+        for number in range(POLICIES)
+    )
+
+
+def snapshot(rollout: Rollout = EVERYBODY) -> Snapshot:
+    """All of them in force."""
+    revision = Revision(number=1, policies=policies(rollout), author="bench", time=NOW, reason="bench")
+    activation = Activation(number=1, revision=1, actor="bench", time=NOW, reason="bench")
+    return build(activation, revision, ServedModel(engine()), NOW)
+
+
+def own(count: int) -> tuple[Intervention, ...]:
+    """Edits of a request: every second on a feature that a rule caps."""
+    edits = []
+    for index in range(count):
+        is_ruled = index % 2 == 0
+        ref = FeatureRef("sae-3", index if is_ruled else FEATURES + index)
+        edits.append(Intervention(ref, Cap(0.5) if is_ruled else Scale(2.0)))
+    return tuple(edits)
+
+
+def microseconds(work: Callable[[], object], rounds: int = ROUNDS) -> dict[str, float]:
+    """Of one call."""
+    spent = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        spent.append((time.perf_counter() - began) * 1e6)
+    cuts = statistics.quantiles(spent, n=100)
+    return {"median_us": round(cuts[49], 1), "p99_us": round(cuts[98], 1)}
+
+
+def measure(name: str, found: Snapshot, request: GenerationRequest) -> bool:
+    """Prints one line; whether it is what was aimed at."""
+    reach = Reach((1,) * 64, 192, frozenset())
+
+    def whole() -> None:
+        one = resolve(request, CALLER, found, NOW)
+        steer(*prepared(one.edits, one.triggers), one.max_relative_edit, reach)
+
+    alone = microseconds(lambda: resolve(request, CALLER, found, NOW))
+    is_met = alone["median_us"] < TARGET_US
+    line = {"figure": name, "resolve": alone, "with_steer": microseconds(whole), "target_us": TARGET_US, "met": is_met}
+    say(line)
+    return is_met
+
+
+def main() -> None:
+    """Ends with 1 where a figure is missed."""
+    found = snapshot()
+    plain = GenerationRequest(prompt=TextInput("x"))
+    asking = GenerationRequest(prompt=TextInput("x"), interventions=own(4))
+    results = [
+        measure("a request without edits", found, plain),
+        measure("a request without edits, rollout by half", snapshot(Rollout(share=0.5)), plain),
+        measure("a request with 4 edits, 2 of them on capped features", found, asking),
+    ]
+    began = time.perf_counter()
+    fresh = snapshot()
+    built = time.perf_counter()
+    resolve(plain, CALLER, fresh, NOW)
+    times = {
+        "build_ms": round((built - began) * 1e3, 2),
+        "first_request_ms": round((time.perf_counter() - built) * 1e3, 2),
+    }
+    say({"figure": "a new activation", **times})
+    sys.exit(not all(results))
+
+
+if __name__ == "__main__":
+    main()
