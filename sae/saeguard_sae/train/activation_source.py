@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.site import Site
-from saeguard_sae.train.cached import CachedActivations
 from saeguard_sae.train.errors import TrainError
 from saeguard_sae.train.harvest import Harvester
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.sources import kind
 from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
 from saeguard_sae.train.tokens import Contexts, context_length
 
@@ -38,10 +36,6 @@ class ActivationSource(Protocol):
 
     def read(self) -> dict[Site, Tensor]:
         """The next chunk: at each site [n, width], rows are the same tokens everywhere."""
-        ...
-
-    def pass_over(self) -> None:
-        """Leaves the next chunk to another process."""
         ...
 
     def again(self) -> ActivationSource:
@@ -89,8 +83,12 @@ class ModelActivations:
         return self._harvester.read(self._contexts.rows(self._rows))
 
     def pass_over(self) -> None:
-        """See ``ActivationSource``."""
+        """Leaves the next chunk to another process."""
         self._contexts.rows(self._rows)
+
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        """See ``Contexts.mark``."""
+        return self._contexts.mark()
 
     def again(self) -> ModelActivations:
         """See ``ActivationSource``."""
@@ -103,21 +101,6 @@ class ModelActivations:
     def resume(self, state: Mapping[str, Any]) -> None:
         """See ``ActivationSource``."""
         self._contexts.resume(state)
-
-
-def open_activations(
-    model: LanguageModel | None, wanted: Sequence[Site], data: DataSettings, settings: StreamSettings
-) -> ActivationSource:
-    """The source that the settings name.
-
-    Raises:
-        TrainError: no model where text is to be read; see the sources.
-    """
-    if kind(data) == "activations":
-        return CachedActivations(data, wanted, settings)
-    if model is None:
-        raise TrainError("model: none is given, and the data is text; only cached activations need no model")
-    return ModelActivations(model, wanted, data, settings)
 
 
 def rows_per_pass(model: LanguageModel, settings: StreamSettings) -> int:

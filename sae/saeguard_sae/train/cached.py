@@ -85,10 +85,6 @@ class CachedActivations:
                 raise TrainError(f"activations at {site} are not finite (NaN or infinite) in row {row} of {name}")
         return tokens
 
-    def pass_over(self) -> None:
-        """See ``ActivationSource``."""
-        self._next()
-
     def again(self) -> CachedActivations:
         """See ``ActivationSource``."""
         return CachedActivations(*self._given)

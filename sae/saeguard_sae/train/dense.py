@@ -1,5 +1,5 @@
 """SAEs that pay for what fires, while they learn: ReLU with L1, gated, JumpReLU. Early on most features fire, so that
-the whole is dense, and autograd's.
+the whole is dense, and autograd's. Of several processes each has the loss of its rows, or the price of its features.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU
 from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.train.parallel.autograd import joined, spread
+from saeguard_sae.train.parallel.mesh import Mesh
 from saeguard_sae.train.scaling import Scaling, unit_rows
 from saeguard_sae.train.settings import SaeSettings
 from saeguard_sae.train.tracking import Progress, Tracking
@@ -27,25 +29,29 @@ _TINY = 1e-12
 
 
 class Read(NamedTuple):
-    """What an architecture makes of a batch: its features [B, F], their price [B], and what it adds to the loss."""
+    """What an architecture makes of a batch: the features here [B, F], their price [B], what it adds to the loss."""
 
     features: Tensor
     price: Tensor
-    more: Tensor
+    silent: Tensor
+    """By the features that are here."""
+    alone: Tensor
+    """By all."""
 
 
 class DenseLearner:
     """See ``Learner``; made by ``make_learner``."""
 
-    def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None) -> None:
-        self.settings, self.steps = settings, 0
+    def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None, mesh: Mesh) -> None:
+        self.settings, self.steps, self._mesh = settings, 0, mesh
         self.scaling = Scaling.of(sample, target)
         device, d_in, d_out = sample.device, sample.shape[1], len(self.scaling.mean)
-        rows = unit_rows(settings.d_sae, d_out, settings.seed, device)
+        here = mesh.features(settings.d_sae)
+        rows = unit_rows(settings.d_sae, d_out, settings.seed, device, here)
         if settings.architecture == "relu":
             rows = rows * _DECODER_NORM
-        zeros = torch.zeros(settings.d_sae, device=device)
-        first = rows if d_in == d_out else unit_rows(settings.d_sae, d_in, settings.seed + 1, device)
+        zeros = torch.zeros(len(rows), device=device)
+        first = rows if d_in == d_out else unit_rows(settings.d_sae, d_in, settings.seed + 1, device, here)
         self.weights = {"W_enc": first.clone(), "b_enc": zeros, "W_dec": rows, "b_dec": self.scaling.mean.clone()}
         self.weights |= _own_weights(settings, zeros)
         for tensor in self.weights.values():
@@ -72,7 +78,8 @@ class DenseLearner:
     @torch.no_grad()
     def export(self) -> Dictionary:
         """See ``Learner.export``: decoder rows of length 1, whatever length was learnt."""
-        weights = {name: tensor.detach() for name, tensor in self.weights.items()}
+        weights = {name: self._whole(name, tensor.detach()) for name, tensor in self.weights.items()}
+        weights["b_dec"] = weights["b_dec"].to(weights["W_dec"].device)
         size = weights["W_dec"].norm(dim=1).clamp_min(_TINY)
         # A gated SAE's b_enc is its gate's bias, and in what is exported part of the activation.
         is_gated = self.settings.architecture == "gated"
@@ -84,25 +91,37 @@ class DenseLearner:
         """See ``Learner.state``."""
         own = {"steps": torch.tensor(self.steps)} | self.scaling.state()
         for name, tensor in self.weights.items():
-            own[name] = tensor.detach()
+            own[name] = self._whole(name, tensor.detach())
             kept = self._optimiser.state.get(tensor, {})
-            own[f"{name}.m"] = kept.get("exp_avg", torch.zeros_like(tensor)).detach()
-            own[f"{name}.v"] = kept.get("exp_avg_sq", torch.zeros_like(tensor)).detach()
+            own[f"{name}.m"] = self._whole(name, kept.get("exp_avg", torch.zeros_like(tensor)).detach())
+            own[f"{name}.v"] = self._whole(name, kept.get("exp_avg_sq", torch.zeros_like(tensor)).detach())
         return own | self.tracking.state()
+
+    @torch.no_grad()
+    def align(self) -> None:
+        """See ``Learner.align``."""
+        moments = (kept[name] for kept in self._optimiser.state.values() for name in ("exp_avg", "exp_avg_sq"))
+        for tensor in (*self.weights.values(), *moments, *self.tracking.state().values()):
+            self._mesh.as_first(tensor)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See ``Learner.load_state``."""
         self.steps = int(state["steps"])
         self.scaling = Scaling.from_state(state, self.scaling.mean.device)
+        features = self._mesh.features(self.settings.d_sae)
         for name, tensor in self.weights.items():
-            tensor.detach().copy_(state[name])
+            here = slice(None) if name == "b_dec" else features
+            tensor.detach().copy_(state[name][here])
             self._optimiser.state[tensor] = {
                 "step": torch.tensor(float(self.steps), device=tensor.device),
-                "exp_avg": state[f"{name}.m"].to(tensor).clone(),
-                "exp_avg_sq": state[f"{name}.v"].to(tensor).clone(),
+                "exp_avg": state[f"{name}.m"][here].to(tensor).clone(),
+                "exp_avg_sq": state[f"{name}.v"][here].to(tensor).clone(),
             }
         for name, kept in self.tracking.state().items():
             kept.copy_(state[name])
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        return part if name == "b_dec" else self._mesh.whole(part)
 
     def _loss(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss in shares of variance, the features [B, F], and the error [B, d_out]."""
@@ -110,10 +129,10 @@ class DenseLearner:
         scaled = x / self.scaling.read
         seen = scaled - b_dec if target is None else scaled
         wanted = scaled if target is None else target / self.scaling.written
-        read = self._read(seen, wanted)
-        error = read.features @ W_dec + b_dec - wanted
-        price = self._sparsity() * read.price.mean()
-        loss = error.square().sum(1).mean() + price + read.more
+        read = self._read(spread(seen, self._mesh), wanted)
+        error = joined(read.features @ W_dec, self._mesh) + b_dec - wanted
+        price = joined(self._sparsity() * read.price.mean() + read.silent, self._mesh)
+        loss = error.square().sum(1).mean() + price + read.alone
         return loss / self.scaling.variance, read.features, error
 
     def _sparsity(self) -> float:
@@ -127,7 +146,8 @@ class DenseLearner:
 
     def _relu(self, seen: Tensor, wanted: Tensor) -> Read:
         features = self._pre(seen).relu()
-        return Read(features, features @ self.weights["W_dec"].norm(dim=1), features.new_zeros(()))
+        none = features.new_zeros(())
+        return Read(features, features @ self.weights["W_dec"].norm(dim=1), none, none)
 
     def _gated(self, seen: Tensor, wanted: Tensor) -> Read:
         # b_enc is the gate's bias here.
@@ -135,38 +155,51 @@ class DenseLearner:
         gate = own + self.weights["b_enc"]
         size = (own * self.weights["r_mag"].exp() + self.weights["b_mag"]).relu()
         fires = gate.relu()
-        alone = fires @ self.weights["W_dec"].detach() + self.weights["b_dec"].detach() - wanted
+        rebuilt = joined(fires @ self.weights["W_dec"].detach(), self._mesh)
+        alone = rebuilt + self.weights["b_dec"].detach() - wanted
         price = fires @ self.weights["W_dec"].norm(dim=1)
-        return Read(size * (gate > 0), price, alone.square().sum(1).mean())
+        return Read(size * (gate > 0), price, price.new_zeros(()), alone.square().sum(1).mean())
 
     def _jumprelu(self, seen: Tensor, wanted: Tensor) -> Read:
         pre, threshold = self._pre(seen), self.weights["log_threshold"].exp()
+        none = pre.new_zeros(())
         features: Tensor = _Jump.apply(pre, threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
         if self.settings.jump_loss == "l0":
             fires: Tensor = _Step.apply(pre.detach(), threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
-            return Read(features, fires.sum(1), pre.new_zeros(()))
+            return Read(features, fires.sum(1), none, none)
         size = self.weights["W_dec"].norm(dim=1)
         silent = _SILENT_PRICE * ((threshold - pre).relu() * size).sum(1).mean()
-        return Read(features, (_TANH_SLOPE * features * size).tanh().sum(1), silent)
+        return Read(features, (_TANH_SLOPE * features * size).tanh().sum(1), silent, none)
 
     def _update(self) -> None:
-        weights = self.weights
+        weights, mesh = self.weights, self._mesh
         W_dec = weights["W_dec"]
         is_unit = self.settings.architecture != "relu"
         with torch.no_grad():
+            for tensor in weights.values():
+                if tensor.grad is not None:
+                    mesh.sum_rows(tensor.grad).div_(mesh.data)
             if is_unit and W_dec.grad is not None:
                 W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-            torch.nn.utils.clip_grad_norm_(weights.values(), self.settings.clip)
+            torch.nn.utils.clip_grads_with_norm_(weights.values(), self.settings.clip, self._length())
             self._optimiser.param_groups[0]["lr"] = self.settings.rate(self.steps)
             self._optimiser.step()
             if is_unit:
                 W_dec /= W_dec.norm(dim=1, keepdim=True)
 
+    def _length(self) -> Tensor:
+        """Of the gradient, wherever its features are."""
+        squares = {name: tensor.grad.square().sum() for name, tensor in self.weights.items() if tensor.grad is not None}
+        bias = squares.pop("b_dec")
+        return (self._mesh.sum_features(torch.stack([*squares.values()]).sum()) + bias).sqrt()
+
     @torch.no_grad()
     def _track(self, loss: Tensor, features: Tensor, error: Tensor) -> None:
-        fires = features > 0
+        mesh, fires = self._mesh, features > 0
+        fired = mesh.all_features(mesh.any_row(fires.any(0).byte()), dim=0)
+        l0 = mesh.sum_features(fires.sum() / len(features))
         fvu = error.square().sum(1).mean() / self.scaling.variance
-        self.tracking.note(fires.any(0), loss, fires.sum() / len(features), fvu)
+        self.tracking.note(fired, *(mesh.sum_rows(one) / mesh.data for one in (loss, l0, fvu)))
 
     def _activation(self, weights: dict[str, Tensor], size: Tensor) -> Activation:
         match self.settings.architecture:

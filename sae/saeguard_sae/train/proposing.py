@@ -1,13 +1,18 @@
-"""Which features fire on a batch: proposed by one dense product, decided by their values in float32."""
+"""Which features fire on a batch: proposed by one dense product, decided by their values in float32.
+
+Several processes decide together, by the values of all: as one process would with the whole batch and all features.
+"""
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Pre, Rough
+from saeguard_sae.train.parallel.mesh import Mesh
 from saeguard_sae.train.settings import SaeSettings
 
 _CHUNK = 512
@@ -35,39 +40,41 @@ class Chosen(NamedTuple):
 class Proposer:
     """Keeps the last cut as a guess at the next."""
 
-    def __init__(self, settings: SaeSettings, kernels: Kernels, rows: FeatureRows, d_in: int) -> None:
-        self._settings, self._kernels, self._rows = settings, kernels, rows
+    def __init__(self, settings: SaeSettings, kernels: Kernels, rows: FeatureRows, d_in: int, mesh: Mesh) -> None:
+        self._settings, self._kernels, self._rows, self._mesh = settings, kernels, rows, mesh
         self._aux_k = settings.aux_k or max(1, d_in // 2)
+        self._spare = settings.k + settings.k // _SPARE + 1
         # Memory that is asked for anew for every product costs as much as a tenth of the product.
         is_small = rows.rough.scale is not None
         device = rows.W_enc.device
-        self._room = torch.empty(_CHUNK, settings.d_sae, dtype=torch.int32, device=device) if is_small else None
+        self._room = torch.empty(_CHUNK, len(rows.W_enc), dtype=torch.int32, device=device) if is_small else None
         self.cut = torch.full((2,), -1.0, dtype=torch.float64)
         """The last two steps' cuts; below 0 while there is none. On the CPU: the kernels take them as numbers."""
 
     def choose(self, x: Tensor, dead: Tensor | None) -> Chosen:
-        """x [B, d_in] as the encoder sees it; ``dead`` bool [F] where dead features should learn."""
+        """x [B, d_in] as the encoder sees it; ``dead`` bool [d_sae] where dead features should learn."""
         rough = self._rows.rough.like(x)
-        index = None if dead is None else dead.nonzero().flatten()
-        index = None if index is None or not len(index) else index
+        is_any = dead is not None and bool(dead.any())
+        index = dead[self._mesh.features(len(dead))].nonzero().flatten() if dead is not None and is_any else None
         if self._settings.architecture == "topk":
             pairs, aux = self._propose(rough, index, None)
             pairs, values = self._rank(x, pairs)
-            smallest = values[values > 0].amin() if bool((values > 0).any()) else values.new_zeros(())
-            return Chosen(pairs, values, smallest, aux)
+            smallest = self._mesh.least(torch.cat([values[values > 0], values.new_full((1,), inf)]).amin())
+            return Chosen(pairs, values, smallest if smallest < inf else torch.zeros_like(smallest), aux)
         return self._choose_over_batch(x, rough, index)
 
     def _choose_over_batch(self, x: Tensor, rough: Rough, index: Tensor | None) -> Chosen:
         """The k * B largest of the batch, of those that are positive."""
-        wanted = self._settings.k * len(x)
+        wanted = self._settings.k * len(x) * self._mesh.data
         guess = self._guess(rough)
         while True:
             pairs, aux = self._propose(rough, index, guess)
             values = self._kernels.read(x, self._rows.W_enc, self._rows.b_enc, pairs)
-            if len(values) >= wanted or guess <= 0:
+            every = self._mesh.gather(values)
+            if len(every) >= wanted or guess <= 0:
                 break
             guess = guess * 0.7 if guess > 1e-6 else 0.0
-        cut = _largest(values, wanted)
+        cut = _largest(every, wanted)
         self.cut[0] = self.cut[1]
         self.cut[1] = float(cut)
         mask = values >= cut
@@ -77,15 +84,26 @@ class Proposer:
         """Those above the guess, or each token's largest where there is none; and the dead ones."""
         found, aux = [], []
         count = len(rough.values)
-        revived = 0 if index is None else max(1, round(self._settings.aux_share * count))
-        spare = self._settings.k + self._settings.k // _SPARE + 1
+        first = max(1, round(self._settings.aux_share * count * self._mesh.data))
+        revived = 0 if index is None else self._mesh.count(first)
         for start in range(0, count, _CHUNK):
             pre = self._product(rough, start, start + _CHUNK)
-            found.append(self._kernels.largest(pre, spare) if guess is None else self._kernels.above(pre, guess))
+            found.append(self._strongest(pre, self._spare) if guess is None else self._kernels.above(pre, guess))
             if index is not None and start < revived:
-                best = self._kernels.largest(pre.part(revived - start, index), min(self._aux_k, len(index)))
+                best = self._strongest(pre.part(revived - start, index), self._aux_k)
                 aux.append(Pairs(best.starts, index[best.feature].int()))
-        return Pairs.join(found), Pairs.join(aux) if aux else None
+        if index is None:
+            return Pairs.join(found), None
+        none = Pairs(torch.zeros(1, dtype=torch.int64, device=index.device), index[:0].int())
+        return Pairs.join(found), Pairs.join(aux or [none])
+
+    def _strongest(self, pre: Pre, k: int) -> Pairs:
+        """Of pre [n, features here] those that are among a token's k largest, over all parts of the SAE."""
+        best = self._kernels.largest(pre, k)
+        if self._mesh.shards == 1:
+            return best
+        values = pre.wide()[best.rows(), best.feature.long()].float()
+        return best.keep(self._largest_of_all(best, values, k, k))
 
     def _product(self, rough: Rough, start: int, end: int) -> Pre:
         return self._rows.rough.product(rough, start, end, self._rows.b_enc, self._room)
@@ -93,21 +111,33 @@ class Proposer:
     def _rank(self, x: Tensor, pairs: Pairs) -> tuple[Pairs, Tensor]:
         """Each token's k largest by their values."""
         values = self._kernels.read(x, self._rows.W_enc, self._rows.b_enc, pairs)
-        row, at = pairs.rows(), torch.arange(len(values), device=x.device)
-        table = values.new_full((len(x), int(pairs.starts.diff().max())), -1.0)
-        table[row, at - pairs.starts[row]] = values
-        k = min(self._settings.k, table.shape[1])
-        best = table.topk(k, dim=1, sorted=False).indices
-        kept = torch.zeros_like(table, dtype=torch.bool).scatter_(1, best, True)[row, at - pairs.starts[row]]
+        kept = self._largest_of_all(pairs, values, self._settings.k, self._spare)
         return pairs.keep(kept), values[kept]
+
+    def _largest_of_all(self, pairs: Pairs, values: Tensor, k: int, room: int) -> Tensor:
+        """bool [n] whether a pair is among its token's k, over all parts of the SAE; of equal ones the lowest features.
+
+        Args:
+            room: pairs that a token has here, at most; the same in every process.
+        """
+        row = pairs.rows()
+        column = torch.arange(len(values), device=values.device) - pairs.starts[row]
+        table = values.new_full((len(pairs.starts) - 1, room), -1.0)
+        table[row, column] = values
+        every = self._mesh.all_features(table, dim=1)
+        best = every.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        kept = torch.zeros_like(every, dtype=torch.bool).scatter_(1, best, True)
+        return kept[row, self._mesh.shard * room + column]
 
     def _guess(self, rough: Rough) -> float:
         """A little below what the cut will be; at first by that of a few tokens."""
         before, last = self.cut.tolist()
         if last < 0:
-            pre = self._product(rough, 0, _SAMPLE).wide().float().relu().flatten()
-            count = self._settings.k * min(_SAMPLE, len(rough.values))
-            return pre.topk(count, sorted=False).values.min().item() * (1 - 4 * _MARGIN)
+            sample = min(_SAMPLE, len(rough.values) * self._mesh.data)
+            here = self._product(rough, 0, self._mesh.count(sample)).wide().float().relu().flatten()
+            most = here.topk(min(self._settings.k * sample, len(here)), sorted=False).values
+            every = self._mesh.gather(most).topk(self._settings.k * sample, sorted=False).values
+            return every.min().item() * (1 - 4 * _MARGIN)
         moved: float = abs(last - before) / last if before >= 0 else 4 * _MARGIN
         return float(last * (1 - min(0.5, _MARGIN + 2 * moved)))
 

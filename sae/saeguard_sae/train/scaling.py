@@ -11,6 +11,9 @@ from torch import Tensor
 from saeguard_sae.activations import Activation, Gated, JumpReLU
 from saeguard_sae.dictionary import Dictionary
 
+_AT_ONCE = 4096
+"""Rows drawn at once: a multiple of 16, so that torch's generator gives the numbers that it gives for all together."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scaling:
@@ -79,8 +82,13 @@ def _size(x: Tensor) -> float:
     return size
 
 
-def unit_rows(count: int, width: int, seed: int, device: torch.device) -> Tensor:
-    """Random rows [count, width] of length 1, the same on every device."""
-    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+def unit_rows(count: int, width: int, seed: int, device: torch.device, part: slice = slice(None)) -> Tensor:
+    """Random rows [count, width] of length 1, the same on every device; of these ``part``, without room for all."""
+    generator = torch.Generator().manual_seed(seed)
+    kept, (begin, end, _) = [], part.indices(count)
+    for start in range(0, count, _AT_ONCE):
+        rows = torch.randn(min(_AT_ONCE, count - start), width, generator=generator)
+        kept.append(rows[max(begin - start, 0) : max(end - start, 0)].clone())
+    rows = torch.cat(kept)
     unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
     return unit.to(device)

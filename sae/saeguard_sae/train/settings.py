@@ -62,9 +62,9 @@ class SaeSettings:
     """A feature is dead when silent for this share of the run's tokens, so that short runs revive features too; for ten
     million tokens at most."""
     restart_scale: float = 0.5
-    """A feature that AuxK has not brought back after as long again starts anew: its bias 0, its encoder row this many
-    times its decoder row; 0 turns it off. Not while the learning rate falls, nor where d_in is not d_out. Without it,
-    features whose bias has sunk stay dead: AuxK teaches only those whose pre-activations are above 0 somewhere."""
+    """A dead feature that AuxK does not teach, as its pre-activations are not above 0 anywhere, starts anew: its bias
+    0, its encoder row this many times its decoder row; 0 turns it off. Whenever twice ``dead_after`` has passed, but
+    not while the learning rate falls, nor where d_in is not d_out."""
     smooth_weight: float = 0.0
     """Weight by which the first level's features should change little from a token to the next, so that they stand for
     what lasts (a language, a subject) and leave single tokens to others; after Temporal SAEs, Bhalla et al. 2025."""

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.site import Site
-from saeguard_sae.train.activation_source import ActivationSource, open_activations
+from saeguard_sae.train.activation_source import ActivationSource, ModelActivations
 from saeguard_sae.train.buffer import Buffer, buffer_bytes
+from saeguard_sae.train.cached import CachedActivations
 from saeguard_sae.train.errors import TrainError
 from saeguard_sae.train.harvest import Harvester
 from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.parallel.mesh import ALONE, Mesh
+from saeguard_sae.train.parallel.sharing import SharedActivations
+from saeguard_sae.train.sources import kind
 from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
 
 _MEASURED = 4096
@@ -28,14 +32,12 @@ class ActivationStream:
 
     A transcoder's site to read and site to write are two of its sites.
 
-    Under data parallel each process has its own stream, and ``settings.batch`` is its own share of a step. All read
-    the same data in the same order; chunk ``i`` (the rows of one forward pass) belongs to the process whose number is
-    ``i`` modulo their count, so that no token is learned from twice. The batches of several processes together are not
-    those that one process would have drawn. ``sample`` and what is an outlier are the same for all.
+    Several processes each have the stream that one would have, and its state; the model's forward passes, one for each
+    chunk, are dealt out to them.
 
     Args:
         model: None where ``data`` is cached activations.
-        part: number of this process, and how many there are.
+        mesh: of the processes that all call the same methods.
 
     Raises:
         TrainError: names the field, and what is allowed.
@@ -47,11 +49,10 @@ class ActivationStream:
         sites: Sequence[Site],
         data: DataSettings,
         settings: StreamSettings,
-        part: tuple[int, int] = (0, 1),
+        mesh: Mesh = ALONE,
     ) -> None:
         self.settings = settings
-        self._rank, self._world = part
-        self._source = open_activations(model, sites, data, settings)
+        self._source = _opened(model, sites, data, settings, mesh)
         self._limits: dict[Site, float] | None = None
         self._buffer: Buffer | None = None
 
@@ -115,7 +116,6 @@ class ActivationStream:
             "source": self._source.state(),
             "limits": {str(site): limit for site, limit in self._found_limits().items()},
             "buffer": None if self._buffer is None else self._buffer.state(),
-            "part": [self._rank, self._world],
             "capacity": self.settings.buffer,
         }
 
@@ -123,11 +123,8 @@ class ActivationStream:
         """Gives the batches that would have followed ``state``; on a CPU, bit for bit.
 
         Raises:
-            TrainError: the data has changed, or it is the state of another process or of other sites.
+            TrainError: the data has changed, or it is the state of other sites.
         """
-        if list(state["part"]) != [self._rank, self._world]:
-            was, now = (" of ".join(map(str, part)) for part in (state["part"], (self._rank, self._world)))
-            raise TrainError(f"the checkpoint is of process {was}, this is process {now} (counted from 0)")
         if set(state["limits"]) != {str(site) for site in self.sites}:
             there = ", ".join(state["limits"])
             raise TrainError(f"sites: the checkpoint has {there}, the settings {', '.join(map(str, self.sites))}")
@@ -145,18 +142,12 @@ class ActivationStream:
         if self._buffer is None:
             self._buffer = self._new_buffer()
         while self._buffer.free >= self._source.chunk:
-            for turn in range(self._world):
-                if turn == self._rank:
-                    self._buffer.add(self._chunk(self._source))
-                else:
-                    self._source.pass_over()
+            self._buffer.add(self._chunk(self._source))
         return self._buffer
 
     def _new_buffer(self) -> Buffer:
         source, settings = self._source, self.settings
-        # Processes must not draw in step: each has a seed of its own.
-        seed = settings.seed * 1_000_003 + self._rank
-        return Buffer(source.widths, settings.buffer, self.dtype, source.device, seed)
+        return Buffer(source.widths, settings.buffer, self.dtype, source.device, settings.seed * 1_000_003)
 
     def _chunk(self, source: ActivationSource) -> dict[Site, Tensor]:
         """The next chunk that has tokens, without outliers."""
@@ -201,6 +192,22 @@ def estimate(model: LanguageModel, sites: Sequence[Site], settings: StreamSettin
         TrainError: a site that the model lacks.
     """
     return buffer_bytes(Harvester(model, sites).widths(), settings.buffer, settings.store_dtype(model.dtype))
+
+
+def _opened(
+    model: LanguageModel | None, wanted: Sequence[Site], data: DataSettings, settings: StreamSettings, mesh: Mesh
+) -> ActivationSource:
+    """The source that the settings name.
+
+    Raises:
+        TrainError: no model where text is to be read; see the sources.
+    """
+    if kind(data) == "activations":
+        return CachedActivations(data, wanted, settings)
+    if model is None:
+        raise TrainError("model: none is given, and the data is text; only cached activations need no model")
+    made = ModelActivations(model, wanted, data, settings)
+    return made if mesh.size == 1 else SharedActivations(made, mesh)
 
 
 def _count(tokens: Mapping[Site, Tensor]) -> int:

@@ -60,7 +60,7 @@ class StreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     batch: int = 4096
-    """Tokens of a batch; under data parallel, of each process."""
+    """Tokens of a batch; several processes deal it out."""
     buffer: int = 262_144
     """Tokens that are mixed: each batch is drawn from at least half as many."""
     store: Store = "model"

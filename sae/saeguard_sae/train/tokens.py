@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +97,17 @@ class Contexts:
 
     def state(self) -> dict[str, Any]:
         """Where it is: plain values and a tensor."""
-        return {
-            "documents": self._documents.state(),
-            "pending": torch.tensor(self._pending[self._at :], dtype=torch.int64),
-            "document": self._document,
-            "row": self._row,
+        return self.mark()()
+
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        """What gives the state of now, also later; a long document is copied then only."""
+        documents, pending, at = self._documents.state(), self._pending, self._at
+        document, row = self._document, self._row
+        return lambda: {
+            "documents": documents,
+            "pending": torch.tensor(pending[at:], dtype=torch.int64),
+            "document": document,
+            "row": row,
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:

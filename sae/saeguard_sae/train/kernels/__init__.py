@@ -8,5 +8,6 @@ from saeguard_sae.train.kernels.pairs import Decoded, Pairs
 from saeguard_sae.train.kernels.protocol import Kernels
 from saeguard_sae.train.kernels.rough import Pre, Rough
 from saeguard_sae.train.kernels.rows import FeatureRows, Rates
+from saeguard_sae.train.kernels.torch_kernels import TorchKernels
 
-__all__ = ["Decoded", "FeatureRows", "Kernels", "Pairs", "Pre", "Rates", "Rough", "choose"]
+__all__ = ["Decoded", "FeatureRows", "Kernels", "Pairs", "Pre", "Rates", "Rough", "TorchKernels", "choose"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from saeguard_sae.train.kernels.pairs import Decoded, Pairs, starts
 from saeguard_sae.train.kernels.rough import Pre
 from saeguard_sae.train.kernels.rows import FeatureRows, Rates
+from saeguard_sae.train.parallel.mesh import ALONE, Mesh
 
 _PAIRS = 1 << 16
 """Pairs whose rows are gathered at once."""
@@ -19,6 +20,10 @@ class TorchKernels:
     """See ``Kernels``."""
 
     name = "torch"
+
+    def __init__(self, mesh: Mesh = ALONE) -> None:
+        """``mesh``: where the features of a reconstruction lie in several processes."""
+        self._mesh = mesh
 
     def above(self, pre: Pre, cut: float) -> Pairs:
         """See ``Kernels.above``."""
@@ -41,11 +46,12 @@ class TorchKernels:
         """See ``Kernels.decode``."""
         rows, feature = pairs.rows(), pairs.feature.long()
         level = torch.bucketize(pairs.feature, ends, right=True)
-        errors = torch.stack([-target] + [torch.zeros_like(target) for _ in range(len(ends) - 1)])
+        first = -target if self._mesh.shard == 0 else torch.zeros_like(target)
+        errors = torch.stack([first] + [torch.zeros_like(target) for _ in range(len(ends) - 1)])
         flat = errors.view(-1, target.shape[1])
         for part in _parts(len(values)):
             flat.index_add_(0, level[part] * len(target) + rows[part], values[part, None] * W_dec[feature[part]])
-        errors = errors.cumsum(0)
+        errors = self._mesh.sum_features(errors).cumsum(0)
         pulls = (errors * weights[:, None, None]).flip(0).cumsum(0).flip(0)
         slopes = _dots(pulls.view(-1, target.shape[1]), W_dec, level * len(target) + rows, feature)
         return Decoded(pulls, errors[-1], errors.square().sum(-1).T, slopes * (values > 0))

@@ -8,7 +8,10 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saeguard_sae.train.parallel.voice import Voice
 
 FLAGS: Mapping[str, tuple[str, type, str]] = {
     "--out": ("run.out", str, "folder of the run"),
@@ -44,21 +47,26 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains; every way out has a line on standard error."""
     # Here, because the command line asks every command to register before it knows which one runs.
     from saeguard_sae.train.errors import TrainError
-    from saeguard_sae.train.run.errors import RunFailed, RunStopped
+    from saeguard_sae.train.parallel.voice import Voice, is_launched
+    from saeguard_sae.train.run.errors import RunFailed, RunLost, RunStopped
 
+    voice = Voice()
     try:
         return _train(arguments)
     except TrainError as err:
-        return _say(str(err), 2)
+        return _say(voice, str(err), 2)
+    except RunLost as err:
+        return _say(voice, str(err), 1) if voice.may_break_the_silence() else 1
     except RunFailed as err:
-        return _say(str(err), 1)
+        return _say(voice, str(err), 1)
     except RunStopped as err:
-        return _say(f"{err}; go on with: {_again(arguments)}", _SIGNALLED + err.number)
+        again = "the same torchrun command and --resume" if is_launched() else _again(arguments)
+        return _say(voice, f"{err}; go on with: {again}", _SIGNALLED + err.number)
     except KeyboardInterrupt:
-        return _say("interrupted; --resume goes on from the last checkpoint", _INTERRUPTED)
+        return _say(voice, "interrupted; --resume goes on from the last checkpoint", _INTERRUPTED)
     except Exception as err:  # ours to mend: with all that helps to, and the line that every failure has
         traceback.print_exc()
-        return _say(f"failed unexpectedly, {type(err).__name__}: {err}", 1)
+        return _say(voice, f"failed unexpectedly, {type(err).__name__}: {err}", 1)
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -88,6 +96,8 @@ def _again(arguments: argparse.Namespace) -> str:
     return shlex.join(["saeguard", "train", str(arguments.config), "--resume", *flags])
 
 
-def _say(text: str, code: int) -> int:
-    sys.stderr.write(f"saeguard train: {text}\n")
+def _say(voice: Voice, text: str, code: int) -> int:
+    if voice.may_say(text):
+        sys.stderr.write(f"saeguard train: {text}\n")
+        sys.stderr.flush()
     return code

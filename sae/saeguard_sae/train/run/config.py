@@ -47,6 +47,14 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Documents at the start of the data that are evaluated on, and no SAE learns from; none where evaluate is off."""
 
 
+class ParallelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How several processes that torchrun starts share the work. The outcome is the same within rounding."""
+
+    shards: Count = 1
+    """Parts into which every SAE's features are cut, for SAEs that do not fit one device; the number of processes is a
+    multiple of it. What is left of them, processes / shards, deals out each batch's tokens."""
+
+
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run: a model, a stream of its activations, and all SAEs that learn from it."""
 
@@ -55,6 +63,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: DataSettings
     stream: StreamSettings
     run: RunSettings
+    parallel: ParallelSettings = ParallelSettings()
     saes: tuple[SaeEntry, ...]
 
     def __post_init__(self) -> None:
@@ -81,7 +90,13 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return -(-self.run.tokens // self.stream.batch)
 
 
-_TABLES: dict[str, type] = {"model": ModelSettings, "data": DataSettings, "stream": StreamSettings, "run": RunSettings}
+_TABLES: dict[str, type] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "stream": StreamSettings,
+    "run": RunSettings,
+    "parallel": ParallelSettings,
+}
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -118,6 +133,7 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
             data=_convert("data", parts["data"], DataSettings),
             stream=_convert("stream", parts["stream"], StreamSettings),
             run=run,
+            parallel=_convert("parallel", parts["parallel"], ParallelSettings),
             saes=entries(tree.get("saes", []), run.seed),
         )
     except BadConfig:
@@ -143,6 +159,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 _WITHOUT_EFFECT = {
     "model.device",
     "model.threads",
+    "parallel.shards",
     *(f"run.{one}" for one in ("out", "log_every", "checkpoint_every", "keep", "threads")),
 }
 """Keys that may change when a run is resumed."""

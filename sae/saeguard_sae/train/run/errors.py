@@ -15,6 +15,10 @@ class RunFailed(Exception):
     """A run that began and cannot go on; the message says what of it is kept."""
 
 
+class RunLost(RunFailed):
+    """One of several processes of which another is gone."""
+
+
 class RunStopped(Exception):
     """A run that was asked to stop and saved itself."""
 

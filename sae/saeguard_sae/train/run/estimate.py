@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from saeguard_sae.train.parallel.mesh import ALONE, Mesh
 from saeguard_sae.train.run.errors import BadConfig
 from saeguard_sae.train.settings import Precision, SaeSettings
 
@@ -36,16 +37,18 @@ class Size:
         """Numbers in its weights."""
         return self.settings.d_sae * (self.d_in + self.d_out + 1) + self.d_out
 
-    def training_bytes(self) -> int:
-        """Weights, gradients, two moments, the rough copy of the encoder, and what one step holds besides."""
+    def training_bytes(self, mesh: Mesh = ALONE) -> int:
+        """Weights, gradients, two moments, the rough copy of the encoder, and what one step holds besides: what of it
+        one of several processes has."""
         settings = self.settings
         rough = _ROUGH[settings.precision] * settings.d_sae * self.d_in
+        batch = settings.batch // mesh.data
         if settings.is_selecting:
             held = _PRE_ACTIVATION_COPIES * _PRE_ACTIVATION_ROWS * settings.d_sae
         else:
-            held = _DENSE_COPIES * settings.batch * settings.d_sae
-        tokens = 4 * settings.batch * (self.d_in + self.d_out)
-        return 4 * _FLOAT * self.weights + rough + _FLOAT * (held + tokens)
+            held = _DENSE_COPIES * batch * settings.d_sae
+        tokens = 4 * batch * (self.d_in + self.d_out)
+        return (4 * _FLOAT * self.weights + rough + _FLOAT * held) // mesh.shards + _FLOAT * tokens
 
     def checkpoint_bytes(self) -> int:
         """Weights and moments, and a clock for each feature."""
@@ -56,26 +59,32 @@ class Size:
         return _FLOAT * self.weights
 
 
-def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.device) -> None:
+def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.device, mesh: Mesh = ALONE) -> None:
     """The model is loaded by now, and so no longer part of what is available.
 
     Args:
         device: where the SAEs learn and the buffer is.
+        mesh: of the processes that each have them, those of this machine in one memory unless it is a GPU's.
 
     Raises:
         BadConfig: more is needed than there is, with the numbers.
     """
-    needs = {name: one.training_bytes() for name, one in sizes.items()}
-    # A checkpoint holds a copy of the buffer while it is written; SAEs are copied one by one, after the buffer is gone.
-    held = 2 * stream_bytes
     there = available_memory(device)
+    mesh.told(None)  # nobody takes memory before all have looked
+    sharing = mesh.neighbours if device.type == "cpu" else 1
+    needs = {name: sharing * one.training_bytes(mesh) for name, one in sizes.items()}
+    # A checkpoint holds a copy of the buffer while it is written; SAEs are copied one by one, after the buffer is gone,
+    # but put together before that where they are in parts.
+    held = (sharing + 1) * stream_bytes
+    if mesh.shards > 1 and device.type == "cpu":
+        held += sum(one.checkpoint_bytes() for one in sizes.values())
     needed = sum(needs.values()) + held
     if there is None or needed <= there:
         return
     parts = [f"{name} {gib(size)}" for name, size in sorted(needs.items(), key=lambda one: -one[1])[:5]]
     if len(needs) > 5:
         parts.append(f"{len(needs) - 5} more SAEs")
-    parts.append(f"the buffer {gib(held)}")
+    parts.append(f"the buffer{' and checkpoints' if mesh.shards > 1 else ''} {gib(held)}")
     raise BadConfig(
         f"saes: training would need about {gib(needed)} on {device}, where {gib(there)} are available beside the model"
         f" ({', '.join(parts)}); lower d_sae or expansion, the number of SAEs, or stream.buffer"

@@ -7,28 +7,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import saelens
 from saeguard_sae.train.run.card import card
 from saeguard_sae.train.run.config import RunConfig
 from saeguard_sae.train.run.errors import RunFailed
 from saeguard_sae.train.run.folder import RunFolder
-from saeguard_sae.train.run.loop import Trainee
 from saeguard_sae.train.run.metrics import last_figures
+from saeguard_sae.train.run.plans import Plan
 from saeguard_sae.train.run.source import Source
 
 CARD = "README.md"
 
 
-def export(one: Trainee, config: RunConfig, folder: RunFolder, source: Source) -> Path:
-    """Writes one SAE with its card; its folder.
+def export(dictionary: Dictionary, plan: Plan, config: RunConfig, folder: RunFolder, source: Source) -> Path:
+    """Writes one trained SAE with its card; its folder.
 
     Raises:
         RunFailed: it could not be written, or holds values that are not finite.
     """
-    plan, path = one.plan, folder.sae(one.plan.name)
+    path = folder.sae(plan.name)
     try:
         saelens.save(
-            one.learner.export(),
+            dictionary,
             path,
             site=plan.reads,
             model_name=source.model_name,

@@ -12,6 +12,8 @@ from torch import Tensor
 from saeguard_sae.formats import saelens
 from saeguard_sae.site import Site
 from saeguard_sae.train.learner import make_learner
+from saeguard_sae.train.parallel.mesh import ALONE, Mesh
+from saeguard_sae.train.parallel.parts import check_parts
 from saeguard_sae.train.run.config import RunConfig
 from saeguard_sae.train.run.errors import BadConfig
 from saeguard_sae.train.run.estimate import Size
@@ -37,11 +39,11 @@ class Plan:
         return self.size.settings
 
 
-def plans(config: RunConfig, widths: Mapping[Site, int]) -> tuple[Plan, ...]:
+def plans(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE) -> tuple[Plan, ...]:
     """Every SAE of the configuration.
 
     Raises:
-        BadConfig: settings that do not fit the widths, named.
+        BadConfig: settings that do not fit the widths, or the processes that share the work; named.
     """
     found = []
     for entry in config.saes:
@@ -49,6 +51,7 @@ def plans(config: RunConfig, widths: Mapping[Site, int]) -> tuple[Plan, ...]:
         d_out = d_in if entry.writes is None else widths[entry.writes]
         try:
             settings = entry.sized(d_in, config.steps, config.stream.batch)
+            check_parts(settings, mesh)
         except ValueError as err:
             raise BadConfig(f"saes.{entry.name}: {err}") from err
         size = Size(settings=settings, d_in=d_in, d_out=d_out)

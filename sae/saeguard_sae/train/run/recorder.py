@@ -1,4 +1,4 @@
-"""Everything that a run writes while it goes: lines, figures, checkpoints."""
+"""Everything that a run writes while it goes: lines, figures, checkpoints. One process of a run writes."""
 
 from __future__ import annotations
 
@@ -75,3 +75,26 @@ class Written:
         self._console.clear()
         self._metrics.close()
         self._board.close()
+
+
+class Silent:
+    """Of a process that does not write."""
+
+    def note(self, text: str) -> None:
+        """See ``Recorder``."""
+
+    def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
+        """See ``Recorder``."""
+
+    def report(self, moment: Moment) -> None:
+        """See ``Recorder``."""
+
+    def metrics_size(self) -> int:
+        """See ``Recorder``."""
+        return 0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """See ``Recorder``."""
+
+    def close(self) -> None:
+        """See ``Recorder``."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from saeguard_sae.site import Site
 from saeguard_sae.train.buffer import buffer_bytes
 from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.parallel.mesh import ALONE, Mesh
 from saeguard_sae.train.run.config import RunConfig
 from saeguard_sae.train.stream import ActivationStream
 from saeguard_sae.train.tokens import context_length
@@ -23,9 +24,9 @@ class Source:
         TrainError: a site that the model or the cache lacks, wrong data.
     """
 
-    def __init__(self, config: RunConfig, model: LanguageModel | None) -> None:
+    def __init__(self, config: RunConfig, model: LanguageModel | None, mesh: Mesh = ALONE) -> None:
         sites = [site for one in config.saes for site in one.sites]
-        self._stream = ActivationStream(model, list(dict.fromkeys(sites)), config.training_data, config.stream)
+        self._stream = ActivationStream(model, list(dict.fromkeys(sites)), config.training_data, config.stream, mesh)
         self.device = torch.device("cpu") if model is None else model.device
         self.model_name = self._stream.model_name
         self.widths = self._stream.widths

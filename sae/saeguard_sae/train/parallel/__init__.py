@@ -1,0 +1,1 @@
+"""Several processes that train together: each has its own part of every batch, or of the features."""
