@@ -1,28 +1,26 @@
 """The columns of a table that read the same tensor: how features are read from it, and what their edits change.
 
 Per step there is only index arithmetic on whole tensors: no loop over rows or edits, no transfer to the host. The
-encoder and decoder rows of a slot's features are copied in once, so the cost does not depend on d_sae. Features that
-compete (TopK and its kin) also need their rank: see ``ranking``.
+encoder and decoder rows of a slot's features are copied in once, so the cost does not depend on d_sae.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import TanhReLU
+from saeguard_sae import reading
 from saeguard_sae.coder import SparseCoder
-from saeguard_sae.columns import Column, ColumnStore, Counts
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.normalisation import NORMALISATIONS, frame
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.ranking import Rivals
-from saeguard_sae.rows import Group
-from saeguard_sae.selections import GroupMax
-from saeguard_sae.temporal import Temporal
+from saeguard_sae.columns import COLUMNS, Column, ColumnStore, Counts
+from saeguard_sae.reading import Cells, Coders, Needs
+from saeguard_sae.rows import Group, as_index
+from saeguard_sae.shared import Product
 
 _TINY = 1e-30
 _REMEMBERED = 32
@@ -35,13 +33,34 @@ Tally: TypeAlias = dict[str, Tensor]
 
 
 class Change(NamedTuple):
-    """What a bank does to a group's tokens: sizes [B, T, E], and the sum of its edits [B, T, width]."""
+    """What a bank does to a group's tokens: sizes [B, T, E], and the sums of its edits [B, T, width]."""
 
     f: Tensor
     eligible: Tensor
     size: Tensor
     changed: Tensor
+    made: Tensor
+    """Where an edit is made, whether or not it changes the value."""
     delta: Tensor
+    """Of the edits that a limit may shorten."""
+    free: Tensor | None
+    """Of the others; None where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """What a slot's columns need."""
+
+    used: int
+    cells: Cells
+    """Every column [used, ...], as it is before anything was counted."""
+    needs: Needs
+    whole: tuple[tuple[int, tuple[int, ...]], ...]
+    """Numbers of coders, each with its features."""
+    is_guarded: bool
+    """Whether an edit waits for a guard."""
+    is_free: bool
+    """Whether an edit must not be shortened."""
 
 
 class _Live(NamedTuple):
@@ -50,14 +69,12 @@ class _Live(NamedTuple):
     used: int
     at: slice | Tensor
     """The slots, as an index."""
-    cells: dict[str, Tensor]
+    cells: Cells
     """Their columns: views of the table where the slots lie together, else copies."""
-    kinds: frozenset[str]
-    """Normalisations of their SAEs."""
-    whole: tuple[int, ...]
-    """Numbers of the coders of which more than one row is needed."""
-    is_squashed: bool
-    """Whether any feature goes through tanh."""
+    needs: Needs
+    product: Product
+    is_guarded: bool
+    is_free: bool
 
 
 class Bank:
@@ -65,28 +82,33 @@ class Bank:
 
     def __init__(self, slots: int, d_read: int, d_write: int, device: torch.device, capacity: int) -> None:
         self._columns = ColumnStore(slots, capacity, d_read, d_write, device)
-        self._width = d_write
-        self._cells: dict[int, list[Column]] = {}
-        self._whole: list[SparseCoder] = []
-        self._rivals: dict[int, Rivals] = {}
+        self._d_read, self._width = d_read, d_write
+        self._made: dict[tuple[object, ...], _Slot] = {}
+        self._slots: dict[int, _Slot] = {}
+        self._coders = Coders()
+        self._writers: list[tuple[SparseCoder, int, Tensor | None]] = []
         self._live: dict[tuple[int, ...], _Live] = {}
 
     def used(self, slots: tuple[int, ...]) -> int:
         """Columns that the fullest of these slots has."""
-        return max((len(self._cells[slot]) for slot in slots if slot in self._cells), default=0)
+        return max((self._slots[slot].used for slot in slots if slot in self._slots), default=0)
 
     def write(self, slot: int, columns: Sequence[Column]) -> None:
-        """Gives a free slot its columns, in this order."""
+        """Gives a free slot its columns, in this order. A policy's come with every request: they are made once."""
+        key = tuple(map(_key, columns))
+        if key not in self._made:
+            if len(self._made) >= _REMEMBERED:
+                self._made.clear()
+            self._made[key] = self._make(columns)
         if len(columns) > self._columns.capacity:
             self._columns.grow(len(columns))
-        for index, column in enumerate(columns):
-            self._write_cell(slot, index, column)
-        self._cells[slot] = list(columns)
+        self._slots[slot] = self._made[key]
+        self._columns.fill(slot, self._made[key].cells)
         self._note_change()
 
     def clear(self, slot: int) -> None:
         """Frees the slot; nothing of its request stays."""
-        if self._cells.pop(slot, None) is not None:
+        if self._slots.pop(slot, None) is not None:
             self._columns.clear(slot)
             self._note_change()
 
@@ -94,37 +116,51 @@ class Bank:
         """These slots as an index."""
         return self._needs(slots).at
 
-    def change(self, x: Tensor, group: Group) -> Change:
-        """x [B, T, d_read] in float32 -> what this bank's edits add to the tensor that is written."""
-        needs = self._needs(group.slots)
-        cells = needs.cells
-        frames = _frames(x, needs.kinds)
-        f = self._read(x, cells, frames, needs)
-        eligible = _eligible(group.positions, group.special, cells)
-        change = torch.where(eligible, _target(f, cells) - f, 0.0)
-        size = change if frames is None else change * _pick(frames[2], cells["restores"])
-        delta = torch.bmm(size, cells["W_dec"])
-        return Change(f, eligible, size.abs() * cells["norm"][:, None], change != 0, delta)
+    def change(self, x: Tensor, group: Group, held: Tensor | None, *, is_limited: bool) -> Change:
+        """x [B, T, d_read] in float32 -> what this bank's edits add to the tensor that is written.
 
-    def count(self, slots: tuple[int, ...], change: Change, shrink: Tensor, norm: Tensor, capped: Tensor) -> None:
-        """Adds up a step; ``shrink``, ``norm`` (of the tokens that were written) and ``capped`` are [B, T]."""
-        needs = self._needs(slots)
-        inside = torch.where(change.eligible, change.f, 0.0)
-        for name, amount in (
-            ("eligible", change.eligible),
-            ("edited", change.changed),
-            ("capped", change.eligible & capped[..., None]),
-            ("sum", inside),
-            ("relative", change.size * (shrink / norm.clamp_min(_TINY))[..., None]),
-        ):
+        Args:
+            held: bool [B, T, 1 + guards], after one that is always on.
+            is_limited: whether any of these requests has a limit.
+        """
+        live = self._needs(group.slots)
+        cells = live.cells
+        framed = reading.frames(x, live.needs.kinds)
+        f = reading.values(x, live.product.read(x), cells, framed, live.needs, self._coders)
+        eligible = _eligible(group.positions, group.special, cells)
+        applied = eligible
+        if live.is_guarded:
+            assert held is not None, "an edit waits for a guard that nobody decides"
+            applied = eligible & held.gather(-1, cells["guard"][:, None].expand_as(f))
+        change = torch.where(applied, _target(f, cells) - f, 0.0)
+        size = change if framed is None else change * reading.pick(framed[2], cells["restores"])
+        made = applied & cells["made"][:, None]
+        written = torch.where(made, size, 0.0)
+        delta, free = written, None
+        if is_limited and live.is_free:
+            limited = cells["limited"][:, None]
+            delta, free = torch.where(limited, written, 0.0), live.product.write(torch.where(limited, 0.0, written))
+        norm = size.abs() * cells["norm"][:, None]
+        return Change(f, eligible, norm, change != 0, made, live.product.write(delta), free)
+
+    def count(self, slots: tuple[int, ...], change: Change, norm: Tensor, shrink: Tensor | None) -> None:
+        """Adds up a step; [B, T]: ``norm`` of the tokens that were written, and what limits left of the edits."""
+        live = self._needs(slots)
+        inside, relative = torch.where(change.eligible, change.f, 0.0), change.size / norm.clamp_min(_TINY)[..., None]
+        amounts = {"eligible": change.eligible, "edited": change.changed, "sum": inside}
+        if shrink is not None:
+            limited, left = live.cells["limited"][:, None], shrink[..., None]
+            relative = torch.where(limited, relative * left, relative)
+            amounts["capped"] = change.made & limited & (left < 1)
+        for name, amount in (amounts | {"relative": relative}).items():
             column = self._columns[name]
-            column[needs.at, : needs.used] += amount.sum(dim=1, dtype=column.dtype)
-        largest = self._columns["max"]
-        largest[needs.at, : needs.used] = torch.maximum(largest[needs.at, : needs.used], inside.amax(dim=1))
+            column[live.at, : live.used] += amount[:, 0] if amount.shape[1] == 1 else amount.sum(1, dtype=column.dtype)
+        largest, most = self._columns["max"], inside[:, 0] if inside.shape[1] == 1 else inside.amax(dim=1)
+        largest[live.at, : live.used] = torch.maximum(largest[live.at, : live.used], most)
 
     def tally(self, slot: int) -> Tally:
         """What the slot's columns counted so far; stays on the device."""
-        used = len(self._cells.get(slot, ()))
+        used = self.used((slot,))
         return {name: self._columns[name][slot, :used].clone() for name in COUNTERS}
 
     def resume(self, slot: int, tally: Tally) -> None:
@@ -134,36 +170,12 @@ class Bank:
 
     def counts(self, slot: int) -> list[Counts]:
         """What each of the slot's columns did, in their order. Waits for the device."""
-        used = len(self._cells.get(slot, ()))
+        used = self.used((slot,))
         cells = zip(*(self._columns[name][slot, :used].tolist() for name in COUNTERS), strict=True)
         return [
             Counts(eligible, edited, capped, total / max(eligible, 1), largest, relative / max(eligible, 1))
             for eligible, edited, capped, total, largest, relative in cells
         ]
-
-    def _read(self, x: Tensor, cells: dict[str, Tensor], frames: Tensor | None, needs: _Live) -> Tensor:
-        """[B, T, E] the value of each slot's features."""
-        q = torch.bmm(x, cells["W_enc"].transpose(1, 2))
-        if frames is not None:
-            kind = cells["normalisation"]
-            q = (q - _pick(frames[0], kind) * cells["total"][:, None]) / _pick(frames[1], kind)
-        pre = q * cells["gain"][:, None] + cells["bias"][:, None]
-        f = pre.relu() * (q + cells["gate"][:, None] > cells["threshold"][:, None])
-        if needs.is_squashed:
-            f = torch.where(cells["squashed"][:, None], f.tanh(), f)
-        for number in needs.whole:
-            mine = (cells["whole"] == number)[:, None].expand_as(f)
-            index = torch.where(mine, cells["feature"][:, None], -1)
-            f = torch.where(mine, self._read_whole(number, x, index, torch.where(mine, pre, 0.0)), f)
-        return f
-
-    def _read_whole(self, number: int, x: Tensor, index: Tensor, pre: Tensor) -> Tensor:
-        """The features ``index`` [B, T, E] (-1 for none) of a coder that one row does not tell."""
-        coder = self._whole[number - 1]
-        if number not in self._rivals:
-            return coder.encode(x).float().gather(-1, index.clamp_min(0))
-        flat = self._rivals[number].read(x.flatten(0, 1), index.flatten(0, 1), pre.flatten(0, 1))
-        return flat.view_as(index)
 
     def _needs(self, slots: tuple[int, ...]) -> _Live:
         if slots not in self._live:
@@ -173,107 +185,99 @@ class Bank:
         return self._live[slots]
 
     def _look_up(self, slots: tuple[int, ...]) -> _Live:
-        columns = [column for slot in slots for column in self._cells.get(slot, ())]
-        kinds = frozenset(one.coder.normalisation for one in columns if not isinstance(one.coder, Temporal))
-        whole = {self._number(one.coder) for one in columns if not _is_local(one.coder)}
-        dictionaries = [one.coder for one in columns if isinstance(one.coder, Dictionary)]
-        squashed = any(isinstance(one.activation, TanhReLU) for one in dictionaries)
-        used, at = self.used(slots), _index(slots, self._columns.device)
-        cells = {name: self._columns[name][at, :used] for name in _READ}
-        return _Live(used, at, cells, kinds, tuple(sorted(whole)), squashed)
+        here = [self._slots[slot] for slot in slots if slot in self._slots]
+        used, at = self.used(slots), as_index(slots, self._columns.device)
+        cells = {name: self._columns[name][at, :used] for name in _LIVE}
+        return _Live(
+            used,
+            at,
+            cells,
+            reduce(or_, (one.needs for one in here), Needs()),
+            Product.of(self._columns["W_enc"], self._columns["W_dec"], at, cells["row"]),
+            is_guarded=any(one.is_guarded for one in here),
+            is_free=any(one.is_free for one in here),
+        )
 
     def _note_change(self) -> None:
         """After a request came or went: whom the features of each dictionary compete with."""
         self._live.clear()
-        features: dict[int, set[int]] = {}
-        for column in (one for found in self._cells.values() for one in found if not _is_local(one.coder)):
-            features.setdefault(self._number(column.coder), set()).add(column.feature)
-        self._rivals = {
-            number: self._rivals[number] if number in self._rivals and not grouped else Rivals.of(coder, chosen)
-            for number, chosen in features.items()
-            if isinstance(coder := self._whole[number - 1], Dictionary)
-            for grouped in [isinstance(coder.activation, GroupMax)]
+        self._coders.note(pair for one in self._slots.values() for pair in one.whole)
+
+    def _make(self, columns: Sequence[Column]) -> _Slot:
+        store = ColumnStore(1, len(columns), self._d_read, self._width, self._columns.device)
+        store.fill(0, self._own(columns))
+        groups: dict[int, list[int]] = {}
+        for index, column in enumerate(columns):
+            groups.setdefault(self._writer(column), []).append(index)
+        whole = []
+        for number, found in groups.items():
+            features, coder = [columns[index].feature for index in found], self._writers[number][0]
+            store.write(0, torch.tensor(found, device=store.device), self._rows(number, features))
+            if not reading.is_local(coder):
+                whole.append((self._coders.number(coder), tuple(features)))
+        return _Slot(
+            len(columns),
+            {name: store[name][0] for name in COLUMNS},
+            Needs.of((self._writers[number][0] for number in groups), self._coders),
+            tuple(whole),
+            is_guarded=any(one.guard is not None for one in columns),
+            is_free=any(not one.is_limited for one in columns),
+        )
+
+    def _own(self, columns: Sequence[Column]) -> Cells:
+        """What a column has of its own."""
+        cells: dict[str, list[float] | list[int] | list[bool]] = {
+            "alpha": [one.affine.alpha for one in columns],
+            "beta": [one.affine.beta for one in columns],
+            "lo": [one.affine.lo for one in columns],
+            "hi": [one.affine.hi for one in columns],
+            "first": [one.first for one in columns],
+            "last": [one.last for one in columns],
+            "special": [one.special for one in columns],
+            "guard": [0 if one.guard is None else one.guard + 1 for one in columns],
+            "made": [not one.is_shadow for one in columns],
+            "limited": [one.is_limited for one in columns],
         }
+        return {name: torch.tensor(values, device=self._columns.device) for name, values in cells.items()}
 
-    def _write_cell(self, slot: int, index: int, column: Column) -> None:
-        coder = column.coder
-        start = column.block * self._width
-        row = coder.W_dec[column.feature, start : start + self._width].float()
-        row = row if column.write_gain is None else row * column.write_gain
-        cell: dict[str, Tensor | float | int | bool] = column.affine._asdict()
-        cell |= {"W_dec": row, "norm": row.norm(), "feature": column.feature}
-        cell |= {"first": column.first, "last": column.last, "special": column.special}
-        if isinstance(coder, Dictionary):
-            cell |= _encoder_cell(coder, column.feature)
-        elif isinstance(coder, MatchingPursuit):
-            cell["restores"] = NORMALISATIONS.index(coder.normalisation)
-        if not _is_local(coder):
-            cell["whole"] = self._number(coder)
-        for name, value in cell.items():
-            self._columns[name][slot, index] = value
+    def _rows(self, number: int, features: list[int]) -> Cells:
+        """What columns have from the weights of the coder that they share."""
+        coder, block, gain = self._writers[number]
+        cells = reading.rows(coder, features, self._coders)
+        chosen = cells["feature"]
+        row = coder.W_dec[chosen, block * self._width : (block + 1) * self._width].float()
+        row = row if gain is None else row * gain
+        return cells | {"W_dec": row, "norm": row.norm(dim=1), "row": chosen + (number << 32)}
 
-    def _number(self, coder: SparseCoder) -> int:
-        """The number, from 1, of a coder of which more than one row is needed."""
-        for number, known in enumerate(self._whole, start=1):
-            if known is coder:
+    def _writer(self, column: Column) -> int:
+        """The number of what the column has its rows from."""
+        for number, (coder, block, gain) in enumerate(self._writers):
+            if coder is column.coder and block == column.block and gain is column.write_gain:
                 return number
-        self._whole.append(coder)
-        return len(self._whole)
+        self._writers.append((column.coder, column.block, column.write_gain))
+        return len(self._writers) - 1
 
 
-_READ = (
-    *("W_enc", "total", "normalisation", "gain", "bias", "gate", "threshold", "squashed", "whole", "feature"),
-    *("alpha", "beta", "lo", "hi", "W_dec", "norm", "restores", "first", "last", "special"),
+_LIVE = (
+    *(name for name in reading.READ if name != "W_enc"),
+    *("alpha", "beta", "lo", "hi", "norm", "first", "last", "special", "guard", "made", "limited", "row"),
 )
 
 
-def _index(slots: tuple[int, ...], device: torch.device) -> slice | Tensor:
-    """Neighbouring slots are a view of the table."""
-    if slots == tuple(range(slots[0], slots[0] + len(slots))):
-        return slice(slots[0], slots[0] + len(slots))
-    return torch.tensor(slots, device=device)
+def _key(column: Column) -> tuple[object, ...]:
+    """Equal where columns are; the bank keeps the coders and gains, so that their ids stay theirs."""
+    return (
+        id(column.coder), id(column.write_gain), column.block, column.feature, column.affine, column.first, column.last,
+        column.special, column.guard, column.is_shadow, column.is_limited,
+    )  # fmt: skip
 
 
-def _frames(x: Tensor, kinds: frozenset[str]) -> Tensor | None:
-    """[3, B, T, kinds] each token's shift, divisor and scale under every normalisation; None where none has any."""
-    if not kinds - {"none"}:
-        return None
-    each = [frame(kind if kind in kinds else "none", x) for kind in NORMALISATIONS]
-    return torch.stack([torch.cat(parts, dim=-1) for parts in zip(*each, strict=True)])
-
-
-def _is_local(coder: SparseCoder) -> bool:
-    return isinstance(coder, Dictionary) and coder.activation.local
-
-
-def _encoder_cell(dictionary: Dictionary, feature: int) -> dict[str, Tensor | float | int | bool]:
-    """How one feature is read from its own row."""
-    row = dictionary.encoder_row(feature)
-    kind = NORMALISATIONS.index(dictionary.normalisation)
-    return {
-        "W_enc": row.weight,
-        "total": row.weight.sum(),
-        "normalisation": kind,
-        "restores": 0 if dictionary.is_transcoder else kind,
-        "gain": row.scalars.gain[0],
-        "bias": row.scalars.bias[0],
-        "gate": row.scalars.gate[0],
-        "threshold": row.scalars.threshold[0],
-        "squashed": row.scalars.squashed,
-    }
-
-
-def _pick(by_kind: Tensor, kind: Tensor) -> Tensor:
-    """by_kind [B, T, kinds], kind int64 [B, E] -> [B, T, E]."""
-    return by_kind.gather(-1, kind[:, None].expand(-1, by_kind.shape[1], -1))
-
-
-def _target(f: Tensor, cells: dict[str, Tensor]) -> Tensor:
+def _target(f: Tensor, cells: Cells) -> Tensor:
     alpha, beta, lo, hi = (cells[name][:, None] for name in ("alpha", "beta", "lo", "hi"))
     return torch.minimum(torch.maximum(alpha * f + beta, lo), hi)
 
 
-def _eligible(positions: Tensor, special: Tensor, cells: dict[str, Tensor]) -> Tensor:
+def _eligible(positions: Tensor, special: Tensor, cells: Cells) -> Tensor:
     """bool [B, T, E], True where the edit's scope holds the token."""
     position = positions[..., None]
     inside = (position >= cells["first"][:, None]) & (position < cells["last"][:, None])

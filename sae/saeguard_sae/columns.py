@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,12 @@ class Column:
     """Which of the vectors that its decoder row holds side by side is written here."""
     write_gain: Tensor | None = None
     """[width] multiplies what is written."""
+    guard: int | None = None
+    """Number of the slot's guard that must be on; None is always."""
+    is_shadow: bool = False
+    """Counted as if it were made, and not made."""
+    is_limited: bool = True
+    """Whether the slot's limit on ``|edit| / |x|`` counts and shortens it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,12 @@ COLUMNS: dict[str, Kind] = {
     "first": Kind(0, torch.int64),
     "last": Kind(0, torch.int64),
     "special": Kind(False, torch.bool),
+    # Where the slot's guard with this number, from 1, is on (0: always); whether it is made, and may be shortened.
+    "guard": Kind(0, torch.int64),
+    "made": Kind(False, torch.bool),
+    "limited": Kind(False, torch.bool),
+    # Columns that read and write the same have the same number.
+    "row": Kind(-1, torch.int64),
     # What happened, over eligible tokens: the receipt's numbers.
     "eligible": Kind(0, torch.int64),
     "edited": Kind(0, torch.int64),
@@ -101,6 +113,16 @@ class ColumnStore:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def write(self, slot: int, at: Tensor, cells: Mapping[str, Tensor]) -> None:
+        """Fills the cells ``at`` int64 [n] of a slot: [n, ...] each."""
+        for name, values in cells.items():
+            self._tensors[name][slot].index_copy_(0, at, values.to(self._tensors[name].dtype))
+
+    def fill(self, slot: int, cells: Mapping[str, Tensor]) -> None:
+        """Gives a slot the n cells [n, ...] of every column."""
+        for name, values in cells.items():
+            self._tensors[name][slot, : len(values)] = values
 
     def clear(self, slot: int) -> None:
         """Makes a slot's cells idle."""

@@ -17,10 +17,10 @@ class BadDictionary(ValueError):
     """Weights that cannot be an SAE: shapes disagree or values are not finite."""
 
 
-class EncoderRow(NamedTuple):
-    """One feature alone: its encoder row [d_in], and the scalars of its activation with the centring folded in."""
+class EncoderRows(NamedTuple):
+    """Features alone: their encoder rows [n, d_in], and the scalars [n] of their activation, centring folded in."""
 
-    weight: Tensor
+    weights: Tensor
     scalars: Columns
 
 
@@ -107,14 +107,13 @@ class Dictionary:
         """[d_sae] ``b_enc`` with the centring folded in, so that ``p = n @ W_enc + centred_bias``; in float32."""
         return self.b_enc.float() - self.b_dec.float() @ self.W_enc.float() if self.centre else self.b_enc.float()
 
-    def encoder_row(self, feature: int) -> EncoderRow:
-        """What one feature is computed from, in float32."""
-        j = slice(feature, feature + 1)
-        weight, bias = self.W_enc[:, feature].float(), self.b_enc[j].float()
+    def encoder_rows(self, features: Tensor) -> EncoderRows:
+        """What these features, int64 [n], are computed from, in float32."""
+        weights, bias = self.W_enc.T[features].float(), self.b_enc[features].float()
         if self.centre:
-            bias = bias - self.b_dec.float() @ weight
-        own = {name: tensor[j].float() for name, tensor in self.activation.parameters().items()}
-        return EncoderRow(weight, self.activation.with_parameters(own).columns(bias))
+            bias = bias - weights @ self.b_dec.float()
+        own = {name: tensor[features].float() for name, tensor in self.activation.parameters().items()}
+        return EncoderRows(weights, self.activation.with_parameters(own).columns(bias))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every weight by its name."""

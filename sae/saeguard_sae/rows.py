@@ -78,6 +78,13 @@ class Rows:
         return cls(tuple(_group(found, positions, special) for found in by_size.values()))
 
 
+def as_index(slots: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    """These slots as an index of a table; neighbouring ones are a view of it."""
+    if slots == tuple(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return torch.tensor(slots, device=device)
+
+
 def _group(spans: list[Span], positions: Tensor, special: Tensor) -> Group:
     slots, starts, lengths = zip(*spans, strict=True)
     if max(lengths) == 1:

@@ -30,6 +30,7 @@ class EditTable:
         self._capacity = capacity
         self._banks: dict[Hashable, Bank] = {}
         self._limit = torch.full((slots,), torch.inf, device=device)
+        self._limited: set[int] = set()
         self._order: dict[int, list[Hashable]] = {}
         self._read: list[tuple[Group, dict[Hashable, Tensor]]] = []
 
@@ -50,6 +51,8 @@ class EditTable:
             mine = [column for column in columns if column.source == source]
             self._bank(source, mine[0].coder.d_in).write(slot, mine)
         self._limit[slot] = max_relative_edit
+        if max_relative_edit < torch.inf:
+            self._limited.add(slot)
         self._order[slot] = [column.source for column in columns]
 
     def clear(self, slot: int) -> None:
@@ -58,21 +61,29 @@ class EditTable:
             for bank in self._banks.values():
                 bank.clear(slot)
             self._limit[slot] = torch.inf
+            self._limited.discard(slot)
 
-    def apply(self, x: Tensor, rows: Rows, sources: Mapping[Any, Tensor] | None = None) -> Tensor:
-        """x [N, width] -> the edited x in its dtype, or x itself; tokens out of scope come back bit-identical.
+    def apply(
+        self,
+        x: Tensor,
+        rows: Rows,
+        sources: Mapping[Any, Tensor] | None = None,
+        held: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """x [N, width] -> the edited x in its dtype, or x itself; tokens on which nothing is edited are bit-identical.
 
         Args:
             rows: whose tokens they are.
             sources: the tensors [N, d_read] that columns with a ``source`` read.
+            held: by group, which guards are on: ``Guards.held``; None where no column has a guard.
         """
         self._read.clear()
         out = x
-        for group in rows.groups:
+        for number, group in enumerate(rows.groups):
             live = {source: bank for source, bank in self._banks.items() if bank.used(group.slots)}
             if live:
                 out = x.clone() if out is x else out
-                group.put(self._edit(x, group, live, sources or {}), out)
+                group.put(self._edit(x, group, live, sources or {}, held[number] if held else None), out)
         return out
 
     def counts(self, slot: int) -> list[Counts]:
@@ -99,23 +110,32 @@ class EditTable:
                 return found[:, order[:index].count(order[index])]
         raise AssertionError("the column had nothing to do")
 
-    def _edit(self, x: Tensor, group: Group, live: Mapping[Hashable, Bank], sources: Mapping[Any, Tensor]) -> Tensor:
+    def _edit(
+        self,
+        x: Tensor,
+        group: Group,
+        live: Mapping[Hashable, Bank],
+        sources: Mapping[Any, Tensor],
+        held: Tensor | None,
+    ) -> Tensor:
         """[B, T, width] a group's tokens with their edits."""
         own = group.take(x)
         wide = own.float()
         read: dict[Hashable, Tensor] = {key: wide if key is None else group.take(sources[key]).float() for key in live}
-        changes = {key: bank.change(read[key], group) for key, bank in live.items()}
+        is_limited = any(slot in self._limited for slot in group.slots)
+        changes = {key: bank.change(read[key], group, held, is_limited=is_limited) for key, bank in live.items()}
         self._read.append((group, {key: one.f for key, one in changes.items()}))
-        delta = reduce(torch.add, (one.delta for one in changes.values()))
-        norm, length = wide.norm(dim=-1), delta.norm(dim=-1)
-        allowed = self._limit[next(iter(live.values())).at(group.slots), None] * norm
-        capped = length > allowed
-        shrink = torch.where(capped, allowed / length, 1.0)
+        delta, norm = reduce(torch.add, (one.delta for one in changes.values())), wide.norm(dim=-1)
+        shrink = None
+        if is_limited:
+            allowed, length = self._limit[next(iter(live.values())).at(group.slots), None] * norm, delta.norm(dim=-1)
+            shrink = torch.where(length > allowed, allowed / length, 1.0)
+            free = (one.free for one in changes.values() if one.free is not None)
+            delta = reduce(torch.add, free, delta * shrink[..., None])
         for key, change in changes.items():
-            live[key].count(group.slots, change, shrink, norm, capped)
-        eligible = torch.cat([one.eligible for one in changes.values()], dim=-1)
-        edited = (wide + delta * shrink[..., None]).to(x.dtype)
-        return torch.where(eligible.any(dim=-1, keepdim=True), edited, own)
+            live[key].count(group.slots, change, norm, shrink)
+        made = torch.cat([one.made for one in changes.values()], dim=-1)
+        return torch.where(made.any(dim=-1, keepdim=True), (wide + delta).to(x.dtype), own)
 
     def _bank(self, source: Hashable, d_read: int) -> Bank:
         if source not in self._banks:

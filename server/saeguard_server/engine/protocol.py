@@ -12,7 +12,8 @@ from typing import Protocol
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.site import Site
-from saeguard_server.interventions import Comparison, Window
+from saeguard_server.engine.divergence import Divergence, Side
+from saeguard_server.interventions import OWN, Comparison, Origin, Window
 from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.request import Call, Sampling
 
@@ -42,15 +43,8 @@ class Capabilities:
     kinds: frozenset[str]
     conditions: bool = False
     """Whether it decides conditions: guards, and edits that depend on one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Who wants an edit or guard: a policy's rule, or the request itself where ``policy`` is empty."""
-
-    policy: str = ""
-    rule: str = ""
-    """The rule's or trigger's name."""
+    compares: bool = False
+    """Whether two tasks can be measured against each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +65,7 @@ class ResolvedEdit:
     """Counted as if it were made, and not made."""
     is_limited: bool = True
     """Whether ``Steering.max_relative_edit`` may shorten it: a policy's edits are never shortened by a request."""
-    origin: Origin = Origin()
+    origin: Origin = OWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +100,7 @@ class ResolvedGuard:
     is_trigger: bool = False
     """Whether receipts tell of it; an edit's own condition is told by the edit."""
     is_shadow: bool = False
-    origin: Origin = Origin()
+    origin: Origin = OWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +124,8 @@ class GenerateTask:
     seed: int
     steering: Steering = Steering()
     watch: tuple[tuple[str, int], ...] = ()
+    measure: tuple[Divergence, Side] | None = None
+    """Where its prompt's logits go, and for which side; with ``prompt_logprobs``, on an engine that ``compares``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,20 +8,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TypeAlias
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from saeguard_sae.architectures import depth
+from saeguard_sae.guards import Guard, Guards, Memory, Seen, Summand
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.rows import Rows
 from saeguard_sae.site import Site
 from saeguard_sae.table import Column, Counts, EditTable, Tally
-from saeguard_server.engine.protocol import Steering
+from saeguard_server.engine.protocol import ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
 
-Tallies: TypeAlias = dict[Site, dict[Hashable, Tally]]
-"""What a request's edits counted so far, on the device."""
+_REMEMBERED = 2048
+"""Guards that are kept as the table takes them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tallies:
+    """What a request's edits and guards counted and remember so far, on the device."""
+
+    edits: dict[Site, dict[Hashable, Tally]] = field(default_factory=dict)
+    guards: Memory = field(default_factory=dict)
 
 
 class SteeringTables:
@@ -38,6 +48,8 @@ class SteeringTables:
         self._saes = saes
         widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
         self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
+        self._guards = Guards(slots, device)
+        self._made: dict[int, tuple[ResolvedGuard, Guard]] = {}
         self._read_by = _readers(saes)
         self._sources: dict[Site, Tensor] = {}
         self.sites = frozenset({sae.site for sae in saes.values()} | self._tables.keys())
@@ -45,7 +57,8 @@ class SteeringTables:
         self._passes: dict[Site, int] = dict.fromkeys(self.sites, 0)
 
     def write(self, slot: int, steering: Steering, watch: Iterable[tuple[str, int]] = ()) -> None:
-        """Gives a free slot its request's edits and watched features."""
+        """Gives a free slot its request's guards, edits and watched features."""
+        guards = self._guards.write(slot, [self._guard(one) for one in steering.guards])
         columns: dict[Site, list[Column]] = defaultdict(list)
         for one in steering.edits:
             sae = self._saes[one.sae]
@@ -54,6 +67,8 @@ class SteeringTables:
                     Column(
                         sae.dictionary, one.feature, one.affine, one.first, one.last, one.special,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
+                        guard=None if one.gate is None else guards[one.gate],
+                        is_shadow=one.is_shadow, is_limited=one.is_limited,
                     )
                 )  # fmt: skip
         for name, feature in watch:
@@ -64,6 +79,7 @@ class SteeringTables:
 
     def clear(self, slot: int) -> None:
         """Frees a slot."""
+        self._guards.clear(slot)
         for table in self._tables.values():
             table.clear(slot)
 
@@ -72,6 +88,7 @@ class SteeringTables:
         self.rows = rows
         self._passes = dict.fromkeys(self._passes, 0)
         self._sources.clear()
+        self._guards.begin(rows)
 
     def edit(self, site: Site, x: Tensor, see: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """x [N, width] as the model made it -> as it goes on with it; x itself where nobody edits.
@@ -82,9 +99,11 @@ class SteeringTables:
         self._passes[site] += 1
         if self.watch is not None:
             self.watch(site, x if see is None else see(x))
-        table = self._tables.get(site)
-        edited = x if table is None else table.apply(x, self.rows, self._sources)
-        if any(self._tables[target].reads(site, self.rows) for target in self._read_by.get(site, ())):
+        table, edited = self._tables.get(site), x
+        if table is not None:
+            self._guards.see(site, x, self.rows, self._sources)
+            edited = table.apply(x, self.rows, self._sources, self._guards.held)
+        if any(self._is_read(site, target) for target in self._read_by.get(site, ())):
             self._sources[site] = edited if see is None else see(edited)
         return edited
 
@@ -99,7 +118,7 @@ class SteeringTables:
             InternalFailure: its answer would have been unsteered.
         """
         for site in self.missed():
-            if self._tables[site].holds(slot):
+            if self._tables[site].holds(slot) or self._guards.reads_at(site, slot):
                 raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
 
     def counts(self, slot: int, steering: Steering) -> list[Counts]:
@@ -108,13 +127,22 @@ class SteeringTables:
         every = [[next(found[site]) for site in self._saes[one.sae].write_sites] for one in steering.edits]
         return [first for first, *_ in every]
 
+    def seen(self, slot: int) -> list[Seen]:
+        """What each guard saw so far, in the order of the request."""
+        return self._guards.seen(slot)
+
+    def stopped(self, slots: tuple[int, ...]) -> Tensor | None:
+        """bool [B], for which of these slots a guard has come on that stops; None where none of them has one."""
+        return self._guards.stopped(slots) if self._guards.can_stop(slots) else None
+
     def tally(self, slot: int) -> Tallies:
-        """What the slot's edits counted so far, to ``resume`` from in a slot with the same edits."""
-        return {site: table.tally(slot) for site, table in self._tables.items()}
+        """What the slot's edits counted and its guards remember, to ``resume`` from in a slot with the same ones."""
+        return Tallies({site: table.tally(slot) for site, table in self._tables.items()}, self._guards.tally(slot))
 
     def resume(self, slot: int, tallies: Tallies) -> None:
-        """Goes on counting from there."""
-        for site, tally in tallies.items():
+        """Goes on from there."""
+        self._guards.resume(slot, tallies.guards)
+        for site, tally in tallies.edits.items():
             self._tables[site].resume(slot, tally)
 
     def readings(self, steering: Steering, watch: tuple[tuple[str, int], ...], slot: int) -> Tensor:
@@ -129,6 +157,46 @@ class SteeringTables:
             columns.append(self._tables[site].values(slot, at[site]))
             at[site] += 1
         return torch.stack(columns, dim=-1)
+
+    def _is_read(self, site: Site, target: Site) -> bool:
+        """Whether what the model goes on with after a site is read at a later one."""
+        return self._tables[target].reads(site, self.rows) or self._guards.reads(target, site, self.rows)
+
+    def _guard(self, one: ResolvedGuard) -> Guard:
+        """A guard as the table takes it; a policy's come with every request."""
+        if id(one) not in self._made or self._made[id(one)][0] is not one:
+            if len(self._made) >= _REMEMBERED:
+                self._made.clear()
+            self._made[id(one)] = one, self._make(one)
+        return self._made[id(one)][1]
+
+    def _make(self, one: ResolvedGuard) -> Guard:
+        terms: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for name, feature, weight in one.probe.terms:
+            terms[name].append((feature, weight))
+        saes = sorted((self._saes[name] for name in terms), key=lambda sae: depth(sae.write_sites[0]))
+        return Guard(
+            summands=tuple(_summand(sae, terms[sae.name]) for sae in saes),
+            bias=one.probe.bias,
+            comparison=one.comparison,
+            threshold=one.threshold,
+            release=one.release,
+            window=one.window.kind,
+            tokens=one.window.tokens,
+            k=one.window.k,
+            first=one.first,
+            last=one.last,
+            special=one.special,
+            latches=one.latches,
+            stops=one.stops,
+        )
+
+
+def _summand(sae: LoadedSae, terms: list[tuple[int, float]]) -> Summand:
+    """A probe's part in one SAE, read where its first write is."""
+    site = sae.write_sites[0]
+    features, weights = zip(*terms, strict=True)
+    return Summand(site, _source(sae, site), sae.dictionary, features, weights)
 
 
 def _source(sae: LoadedSae, site: Site) -> Site | None:

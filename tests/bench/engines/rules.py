@@ -188,8 +188,6 @@ async def measure(side: Side, recorder: Recorder, rounds: int) -> None:
         ratios = [some[at] / none[at] for none, some in zip(speed[False], speed[True], strict=True)]
         line = {f"{name} with 100 rules against none": round(statistics.median(ratios), 3)}
         say(line | {"rounds": [round(one, 3) for one in ratios], "target": ">= 0.93"})
-    # On a machine that has other work, the fastest step is what is least disturbed.
-    say({"fastest full step without rules against with": round(least[False]["whole"] / least[True]["whole"], 3)})
 
 
 def say(line: dict[str, Any]) -> None:

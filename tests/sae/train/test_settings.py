@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from saeguard_sae.train import SaeSettings
@@ -43,10 +45,19 @@ def test_levels_follow_the_width_where_nothing_is_said() -> None:
 def test_a_rate_rises_stays_and_falls() -> None:
     settings = SaeSettings(d_sae=16384, k=4, steps=1000)
     rates = [settings.rate(step) for step in range(1000)]
-    assert rates[0] == pytest.approx(3e-4 / 50)
-    assert rates[49:801] == pytest.approx([3e-4] * 752)
-    assert rates[999] == pytest.approx(3e-4 / 200)
-    assert max(rates) == pytest.approx(3e-4)
+    assert rates[0] == pytest.approx(1e-3 / 50)
+    assert rates[49:801] == pytest.approx([1e-3] * 752)
+    assert rates[999] == pytest.approx(1e-3 / 200)
+    assert max(rates) == pytest.approx(1e-3)
+
+
+def test_the_rate_follows_the_width_and_what_decides_what_fires() -> None:
+    def highest(width: int, **more: Any) -> float:
+        return SaeSettings(**{"d_sae": width, "steps": 100} | more).rate(50)
+
+    assert [highest(4 * 16384, k=4), highest(16, k=4)] == pytest.approx([5e-4, 1e-2])
+    paid = {"architecture": "relu", "sparsity": 1.0}
+    assert [highest(16384, **paid), highest(16, **paid)] == pytest.approx([3e-4, 2e-3])
 
 
 def test_a_feature_is_dead_after_a_share_of_a_short_run_and_ten_million_tokens_of_a_long_one() -> None:

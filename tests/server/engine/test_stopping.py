@@ -263,7 +263,7 @@ def test_nothing_leaks_whatever_the_company(loaded: Loaded) -> None:
         cases += [(seed, length, answer.ids, at, threshold_for(values, at)) for at in records(values)]
     core = loaded.core(prefill_tokens=24, blocks=8, slots=8)
     asked: list[tuple[Asked, list[int]]] = []
-    for _ in range(120):
+    for _ in range(80):
         seed, length, ids, at, threshold = draw.choice(cases)
         one = core.ask(ask(seed, length, 20, triggers=(stop(threshold, phase="generated"),)))
         asked.append((one, ids[:at]))

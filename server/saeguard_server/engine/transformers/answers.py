@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
-from saeguard_server.engine.receipts import receipt
+from saeguard_server.engine.receipts import receipt, stopped_by
 from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers import outcome
@@ -19,7 +20,16 @@ from saeguard_server.engine.transformers.scheduler import PromptPart
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import NonFiniteOutput
 from saeguard_server.observe.metrics import Metrics
-from saeguard_server.reply import ActivationPart, Chunk, Completion, FeatureReading, FinishReason, Receipt, TokenText
+from saeguard_server.reply import (
+    ActivationPart,
+    Chunk,
+    Completion,
+    FeatureReading,
+    FinishReason,
+    Receipt,
+    Token,
+    TokenText,
+)
 
 
 class Answers:
@@ -36,6 +46,9 @@ class Answers:
         Raises:
             NonFiniteOutput: its log-probabilities are not numbers.
         """
+        if task.measure is not None and len(logits):
+            measure, side = task.measure
+            measure.offer(side, part.start, logits)
         new = max(part.start, sequence.reported)
         following = sequence.tokens[new + 1 : min(part.end + 1, sequence.prompt_tokens)] if len(logits) else []
         scored = outcome.prompt_logprobs(logits[new - part.start :], following) if following else ()
@@ -44,33 +57,49 @@ class Answers:
         if read or scored:
             sequence.send(Chunk(readings=read, prompt_logprobs=scored))
 
-    def token(self, sequence: Sequence, picked: HostPicked, row: int, *, is_read: bool) -> Chunk:
-        """The chunk of a chosen token; has a completion when it is the last.
+    def token(self, sequence: Sequence, picked: HostPicked, row: int, *, is_read: bool) -> Chunk | None:
+        """What a chosen token lets a request be told; has a completion when that is the last.
+
+        A token that a trigger could stop is kept back until the next pass has read it.
 
         Args:
             is_read: the pass read the token before it alone, whose readings are still to be told.
 
         Raises:
             NonFiniteOutput: the logits were not finite.
-            InternalFailure: an edit was not offered every token in its scope exactly once.
+            InternalFailure: an edit or guard was not offered every token in its scope exactly once.
         """
-        task, text = sequence.task, sequence.text
+        task = sequence.task
         assert isinstance(task, GenerateTask), "only generations sample"
-        assert text is not None, "a generation has text"
-        token = picked.token(row, task.sampling.logprobs)
         read: tuple[FeatureReading, ...] = ()
         if is_read:
             read = self._readings(sequence, task, sequence.computed - 1)
             sequence.reported = sequence.computed
+        before = None
+        if sequence.held is not None:
+            before, sequence.held = self._tell(sequence, task, sequence.held, read), None
+            if before.completion is not None:
+                return before
+            read = ()
+        token = picked.token(row, task.sampling.logprobs)
+        is_special = token.id in self._model.tokenizer.special_ids
+        if sequence.must_be_read(len(sequence.tokens), is_special=is_special):
+            sequence.held = token
         sequence.tokens.append(token.id)
-        self._time(sequence)
-        ends = token.id in self._model.eos_ids and not task.sampling.ignore_eos
-        piece = "" if ends else text.push(token.id)
-        reason = self._finish_reason(sequence, task, ends=ends or bool(text.stopped_by))
-        if reason is None:
-            return Chunk(piece, (token,), read)
-        completion = self._complete(sequence, task, reason, text.stopped_by)
-        return Chunk(piece + text.flush(), (token,), read, completion=completion)
+        if sequence.held is not None:
+            return before or (Chunk(readings=read) if read else None)
+        now = self._tell(sequence, task, token, read)
+        return now if before is None else _joined(before, now)
+
+    def stopped(self, sequence: Sequence) -> Chunk:
+        """The last chunk of a request that a trigger ended: what is safe of the text, and which trigger."""
+        task, text = sequence.task, sequence.text
+        assert isinstance(task, GenerateTask), "only generations can be stopped"
+        assert text is not None, "a generation has text"
+        trigger = stopped_by(task.steering, self._tables.seen(sequence.slot))
+        sent = sequence.generated_tokens - (sequence.held is not None)
+        completion = replace(self._complete(sequence, task, "feature", ""), generated_tokens=sent, stopped_by=trigger)
+        return Chunk(text.flush(), completion=completion)
 
     def activations(
         self, sequence: Sequence, task: InspectTask, part: PromptPart, found: Found
@@ -85,6 +114,19 @@ class Answers:
         if part.is_last:
             self._receipt(sequence)
         return parts
+
+    def _tell(self, sequence: Sequence, task: GenerateTask, token: Token, read: tuple[FeatureReading, ...]) -> Chunk:
+        """The chunk of the sequence's last token."""
+        text = sequence.text
+        assert text is not None, "a generation has text"
+        self._time(sequence)
+        ends = token.id in self._model.eos_ids and not task.sampling.ignore_eos
+        piece = "" if ends else text.push(token.id)
+        reason = self._finish_reason(sequence, task, ends=ends or bool(text.stopped_by))
+        if reason is None:
+            return Chunk(piece, (token,), read)
+        completion = self._complete(sequence, task, reason, text.stopped_by)
+        return Chunk(piece + text.flush(), (token,), read, completion=completion)
 
     def _activations(self, task: InspectTask, sae: str, found: Sparse | Exception, part: PromptPart) -> ActivationPart:
         if isinstance(found, Exception):
@@ -130,10 +172,12 @@ class Answers:
             saes=self._saes,
             special_ids=self._model.tokenizer.special_ids,
             model_digest=self._model.info.digest,
+            seen=self._tables.seen(sequence.slot),
         )
         for one in made.interventions if made else ():
-            self._metrics.tokens_edited.labels(one.sae, one.kind).inc(one.tokens_edited)
-            self._metrics.relative_edit.labels(one.sae).observe(one.mean_relative_edit)
+            if not one.is_shadow:
+                self._metrics.tokens_edited.labels(one.sae, one.kind).inc(one.tokens_edited)
+                self._metrics.relative_edit.labels(one.sae).observe(one.mean_relative_edit)
         return made
 
     def _time(self, sequence: Sequence) -> None:
@@ -145,3 +189,13 @@ class Answers:
         else:
             self._metrics.time_per_output_token.observe(now - sequence.last_token)
         sequence.last_token = now
+
+
+def _joined(first: Chunk, second: Chunk) -> Chunk:
+    """What two tokens of one step let a request be told."""
+    return replace(
+        second,
+        text=first.text + second.text,
+        tokens=first.tokens + second.tokens,
+        readings=first.readings + second.readings,
+    )

@@ -124,11 +124,15 @@ class Core:
             self._out_of_memory(everyone)
             return
         self._account(everyone, [*(one.computed + 1 for one in running), *(part.end for part in parts)])
-        self._report(parts, scored, logits[len(running) + len(ending) :])
+        choosing = [*running, *(part.sequence for part in ending)]
+        alive = [row for row, one in enumerate(choosing) if not one.is_done]
+        picked = self._choose([choosing[row] for row in alive], alive, everyone, logits)
+        self._report(parts, scored, logits[len(choosing) :])
         for part in ending:
             if not part.sequence.is_done:
                 self.scheduler.start_generating(part.sequence)
-        self._choose([*running, *(part.sequence for part in ending)], logits, len(running))
+        for row, at in enumerate(alive):
+            self._guarded(choosing[at], partial(self._take, choosing[at], picked, row, at < len(running)))
 
     def _account(self, everyone: tuple[Sequence, ...], computed: list[int]) -> None:
         """What the pass did to everyone in it: up to where their tokens are read now, edited wherever that was due."""
@@ -159,23 +163,32 @@ class Core:
             self._leave(sequence)
             sequence.send(None)
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor, decoded: int) -> None:
-        """The next token of everyone whose tokens are all read; the first ``decoded`` of them read one of their own."""
-        alive = [row for row, one in enumerate(sequences) if not one.is_done]
-        if not alive:
-            return
-        slots = tuple(sequences[row].slot for row in alive)
-        wanted = logits[: len(alive)] if len(alive) == len(sequences) else logits[alive]
-        picked = HostPicked.fetch(self.runner.pick(wanted, slots))
+    def _choose(
+        self, choosing: list[Sequence], rows: list[int], everyone: tuple[Sequence, ...], logits: Tensor
+    ) -> HostPicked:
+        """The next token of those whose tokens are all read; whoever a trigger stops is told so."""
+        watched = [one for one in everyone if one.stops and not one.is_done]
+        stopped = self.runner.tables.stopped(tuple(one.slot for one in watched)) if watched else None
+        slots = tuple(one.slot for one in choosing)
+        wanted = logits[: len(rows)] if rows == list(range(len(rows))) else logits[rows]
+        picked = HostPicked.fetch(self.runner.pick(wanted, slots) if slots else None, stopped)
         self.runner.seats.choose(slots, [max(token, 0) for token in picked.tokens])
-        for row, at in enumerate(alive):
-            self._guarded(sequences[at], partial(self._take, sequences[at], picked, row, at < decoded))
+        for sequence, is_stopped in zip(watched, picked.stopped, strict=True):
+            if is_stopped:
+                self._guarded(sequence, partial(self._stop, sequence))
+        return picked
+
+    def _stop(self, sequence: Sequence) -> None:
+        chunk = self.answers.stopped(sequence)
+        self._leave(sequence)
+        sequence.send(chunk)
 
     def _take(self, sequence: Sequence, picked: HostPicked, row: int, is_read: bool) -> None:
         chunk = self.answers.token(sequence, picked, row, is_read=is_read)
-        if chunk.completion is not None:
-            self._leave(sequence)
-        sequence.send(chunk)
+        if chunk is not None:
+            if chunk.completion is not None:
+                self._leave(sequence)
+            sequence.send(chunk)
 
     def _advance(self, sequence: Sequence, computed: int) -> None:
         if sequence.computed < sequence.prompt_tokens:

@@ -68,7 +68,8 @@ class TransformersEngine:
         self._thread: threading.Thread | None = None
         self._added = self._taken = 0
         self._backoff, self._is_down = Backoff(), False
-        self._capabilities = Capabilities(NAME, sites(self._core.model.network.config), frozenset(KINDS))
+        reached = sites(self._core.model.network.config)
+        self._capabilities = Capabilities(NAME, reached, frozenset(KINDS), conditions=True, compares=True)
 
     @property
     def model(self) -> ModelInfo:

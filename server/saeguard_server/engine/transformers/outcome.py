@@ -14,19 +14,29 @@ from saeguard_server.reply import FeatureReading, Token, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class HostPicked:
-    """One step's choices on the host."""
+    """One step's choices on the host, and which of the requests that a trigger can stop it did."""
 
+    stopped: list[int]
     tokens: list[int]
     logprobs: list[float] | None
     top_values: list[list[float]] | None
     top_ids: list[list[int]] | None
 
     @classmethod
-    def fetch(cls, picked: Picked) -> HostPicked:
-        """The step's one wait for the device, and one more for each thing that somebody asked for."""
-        top = picked.top
+    def fetch(cls, picked: Picked | None, stopped: Tensor | None) -> HostPicked:
+        """The step's one wait for the device, and one more for each thing that somebody asked for.
+
+        Args:
+            stopped: bool [n].
+        """
+        flags = [] if stopped is None else [stopped.long()]
+        if picked is None:
+            return cls(torch.cat(flags).tolist() if flags else [], [], None, None, None)
+        whole = torch.cat([picked.token, *flags]).tolist() if flags else picked.token.tolist()
+        tokens, top = len(picked.token), picked.top
         return cls(
-            picked.token.tolist(),
+            whole[tokens:],
+            whole[:tokens],
             None if picked.logprob is None else picked.logprob.tolist(),
             None if top is None else top[0].tolist(),
             None if top is None else top[1].tolist(),

@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
         count = len(rows)
         padded = nn.functional.pad(rows, (0, 0, 0, padded_rows(count) - count))
         found: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
-        return found[:count].unflatten(0, x.shape[:-1])
+        return found[:count].view(*x.shape[:-1], self.out_features)
 
 
 def padded_rows(count: int) -> int:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from saeguard_server.engine.protocol import GenerateTask, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import GenerateTask, ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.engine.tables import Tallies
 from saeguard_server.engine.transformers.blocks import BLOCK, Blocks, block_key
 from saeguard_server.engine.transformers.sequence import Sequence
@@ -92,18 +92,27 @@ def can_reuse(sequence: Sequence) -> bool:
 
 
 def is_steered(sequence: Sequence, end: int) -> bool:
-    """Whether an edit's scope holds any of the tokens before position ``end``."""
-    return any(edit.first < min(end, edit.last) for edit in sequence.task.steering.edits)
+    """Whether an edit's or guard's scope holds any of the tokens before position ``end``."""
+    steering = sequence.task.steering
+    scopes: tuple[ResolvedEdit | ResolvedGuard, ...] = (*steering.edits, *steering.guards)
+    return any(one.first < min(end, one.last) for one in scopes)
 
 
 def _active(steering: Steering, start: int) -> bytes:
     """What is applied to the tokens of the block that begins at ``start``; empty where nothing is."""
-    here = [_part(edit, start) for edit in steering.edits if edit.first < start + BLOCK and edit.last > start]
-    if not here:
+    end = start + BLOCK
+    here = [edit for edit in steering.edits if edit.first < end and edit.last > start]
+    guards = [(one.first, min(one.last, end)) for one in steering.guards]
+    if any(first < end and last > start for first, last in guards) or any(edit.gate is not None for edit in here):
+        # What a guard holds in this block follows from all that it has seen since it began.
+        what: object = steering.digest, guards, [(edit.first, min(edit.last, end)) for edit in here]
+    elif here:
+        what = [_part(edit, start) for edit in here], steering.max_relative_edit
+    else:
         return b""
-    return hashlib.blake2b(repr((here, steering.max_relative_edit)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
 
 
 def _part(edit: ResolvedEdit, start: int) -> tuple[object, ...]:
     first, last = max(edit.first - start, 0), min(edit.last - start, BLOCK)
-    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last
+    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited
