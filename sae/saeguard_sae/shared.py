@@ -32,7 +32,7 @@ class Product:
             row: int64 [B, E] of their first E columns, equal where rows are.
         """
         used = row.shape[1]
-        found, index = row.unique(return_inverse=True)
+        found, index = torch.unique(row, return_inverse=True)
         if len(found) > _WORTH_SHARING * used or len(row) == 1:
             return cls(W_enc[at, :used], W_dec[at, :used])
         first = torch.empty_like(found).scatter_(0, index.flatten(), torch.arange(row.numel(), device=row.device))

@@ -45,7 +45,7 @@ class SaeSettings:
     batch: int = 4096
     """Tokens of a step."""
     learning_rate: float = 0.0
-    """0: ``3e-4 * (16384 / d_sae) ** 0.5``, at most 2e-3."""
+    """0: ``1e-3 * (16384 / d_sae) ** 0.5``, at most 1e-2, where ``k`` says what fires; else 3e-4 and at most 2e-3."""
     warm_up: float = 0.05
     """Share of the steps in which the learning rate rises from 0; at most 1,000 steps."""
     decay: float = 0.2
@@ -107,7 +107,8 @@ class SaeSettings:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay."""
-        highest = self.learning_rate or min(2e-3, 3e-4 * (16384 / self.d_sae) ** 0.5)
+        at_16k, most = (1e-3, 1e-2) if self.is_selecting else (3e-4, 2e-3)
+        highest = self.learning_rate or min(most, at_16k * (16384 / self.d_sae) ** 0.5)
         rise = (step + 1) / max(1.0, min(self.warm_up * self.steps, 1000.0))
         fall = (self.steps - step) / max(1.0, self.decay * self.steps)
         return highest * max(0.0, min(1.0, rise, fall))

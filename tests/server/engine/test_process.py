@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ async def test_answers_are_those_of_the_engine_without_a_process(world: World, a
     with running(world.settings(max_slots=SLOTS, max_context=256)) as same:
         wanted = await everything(same)
         assert apart.engine.model == same.engine.model
-        assert apart.engine.capabilities == same.engine.capabilities
+        # Two tasks are measured in one process only.
+        assert apart.engine.capabilities == replace(same.engine.capabilities, compares=False)
         assert apart.engine.tokenizer.encode(TextInput("ünï")) == same.engine.tokenizer.encode(TextInput("ünï"))
     assert await everything(apart) == wanted
     edits = [
