@@ -29,7 +29,7 @@ from saeguard_server.demo.measure import neutral_change, side
 from saeguard_server.demo.plans import PLANS, Plan
 from saeguard_server.demo.scenarios import ASSETS, Measured, Scenario
 from saeguard_server.demo.selection import select
-from saeguard_server.demo.separation import separation
+from saeguard_server.demo.separation import agreement, separation
 from saeguard_server.demo.tokens import Tokens
 
 logger = logging.getLogger("saeguard.demo")
@@ -46,9 +46,13 @@ NEUTRAL_SELECT, NEUTRAL_MEASURE = range(220_000, 220_040), range(230_000, 230_06
 SEED_SELECT, SEED_MEASURE = 31_000, 57_000
 SELECT_GENERATIONS, MEASURE_GENERATIONS = 48, 224
 NEUTRAL_KINDS = ("english", "french", "code", "golden_gate", "honest")
-_SAE = SaeSettings(d_sae=768, k=8, widths=(16, 96, 768), steps=1600, batch=1024, learning_rate=2e-3, smooth_weight=0.5)
+_SAE = SaeSettings(
+    d_sae=768, k=8, widths=(16, 96, 768), steps=1600, batch=1024, learning_rate=2e-3, smooth_weight=0.5, aux_share=1.0
+)
 SAES = {"resid2": (2, replace(_SAE, seed=102)), "resid4": (4, replace(_SAE, seed=104))}
 """Layer and training of each SAE by its name."""
+MORE_SEEDS = (0, 10, 20)
+"""Each is trained with its seed and as many more; the one whose features mark the corpus' concepts best is kept."""
 
 
 def main() -> None:
@@ -74,9 +78,10 @@ def build(out: Path, trained: Path | None = None) -> None:
     chosen, checked = (harvest(model, some, layers, with_mlp=True) for some in (choose, check))
     bundle = Bundle(model, tokenizer, {})
     stream = harvest(model, documents(tokenizer, TRAIN_SAES), layers)
-    fits = {}
+    fits, kept, compared = {}, {}, {}
     for name, (layer, settings) in SAES.items():
-        fits[name] = dictionary(bundle, name, layer, settings, stream, chosen, checked, check, out / "saes" / name)
+        kept[name], learnt, compared[name] = best_seed(layer, settings, stream, chosen)
+        fits[name] = dictionary(bundle, name, layer, learnt, chosen, checked, check, out / "saes" / name)
     rows = separation({name: (sae.layer, sae.dictionary) for name, sae in bundle.saes.items()}, chosen, checked)
     write.json(out / "separation.json", rows)
     scenarios = [scenario(plan, bundle, chosen) for plan in PLANS]
@@ -88,7 +93,8 @@ def build(out: Path, trained: Path | None = None) -> None:
         model_tokens=model_tokens,
         loss=quality.loss_by_kind(model, check),
         sae_tokens=len(stream.ids),
-        settings={name: settings for name, (_, settings) in SAES.items()},
+        settings=kept,
+        seeds=compared,
         fits=fits,
         separation=rows,
         scenarios=scenarios,
@@ -122,21 +128,34 @@ def documents(tokenizer: PreTrainedTokenizerFast, seeds: range, kind: str | None
     return [tokens.tokenise(tokenizer, one, lm.ModelSettings().context) for one in corpus.documents(seeds, kind)]
 
 
+def best_seed(
+    layer: int, settings: SaeSettings, stream: Harvest, chosen: Harvest
+) -> tuple[SaeSettings, Dictionary, dict[int, float]]:
+    """The settings and the SAE of the best seed, and every seed's agreement with the corpus' concepts."""
+    scores: dict[int, float] = {}
+    made: dict[int, Dictionary] = {}
+    for seed in (settings.seed + more for more in MORE_SEEDS):
+        made[seed] = train(replace(settings, seed=seed), stream.resid[layer], stream.before())
+        scores[seed] = agreement(made[seed], chosen.resid[layer], chosen)
+        logger.info("layer %d, seed %d: F1 of the concepts %.4f", layer, seed, scores[seed])
+    best = max(scores, key=lambda seed: scores[seed])
+    return replace(settings, seed=best), made[best], scores
+
+
 def dictionary(
     bundle: Bundle,
     name: str,
     layer: int,
-    settings: SaeSettings,
-    stream: Harvest,
+    learnt: Dictionary,
     chosen: Harvest,
     checked: Harvest,
     check: list[Tokens],
     out: Path,
 ) -> Quality:
-    """Trains, writes and reads back one SAE, describes its features, and puts it into the bundle."""
+    """Writes and reads back one SAE, describes its features, and puts it into the bundle."""
     site = Site(layer, "resid_post")
     saelens.save(
-        train(settings, stream.resid[layer], stream.before()),
+        learnt,
         out,
         site=site,
         model_name="saeguard-demo",

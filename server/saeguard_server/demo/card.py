@@ -21,6 +21,9 @@ class Facts:
     loss: dict[str, float]
     sae_tokens: int
     settings: dict[str, SaeSettings]
+    """Of the SAEs that were kept, by name."""
+    seeds: dict[str, dict[int, float]]
+    """What each seed of an SAE scored when they were compared."""
     fits: dict[str, Quality]
     separation: list[Row]
     scenarios: list[Scenario]
@@ -77,11 +80,16 @@ def _saes(facts: Facts) -> str:
         f"| {fit.ce_mean_ablated} | {fit.dead_share} |\n"
         for name, fit in facts.fits.items()
     )
+    seeds = "; ".join(
+        f"{name}: " + ", ".join(f"seed {seed} {score:.4f}" for seed, score in scores.items())
+        for name, scores in facts.seeds.items()
+    )
     return f"""## SAEs
 
 Matryoshka BatchTopK with AuxK on the residual stream after a layer, special tokens left out, exported as JumpReLU.
 {facts.sae_tokens:,} tokens were harvested for them. Measured on text that trained neither model nor SAE; dead is the
-share of features that never fired there.
+share of features that never fired there. Of each, the seed was kept whose best features mark the corpus' concepts best,
+by mean F1 on the documents that features are chosen on: {seeds}.
 
 {head}|---|---|---|---|---|---|---|---|---|---|---|
 {rows}"""

@@ -4,7 +4,7 @@ import msgspec
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.discover import Candidate, Labelled, search
+from saeguard_sae.discover import Candidate, Labelled, best_detectors, search
 from saeguard_server.demo.harvest import Harvest
 
 CONCEPTS = ("french", "code", "golden_gate", "sycophantic")
@@ -28,6 +28,13 @@ class Row(msgspec.Struct, frozen=True):
     feature: Best
     mlp_neuron: Best
     residual_dimension: Best
+
+
+def agreement(dictionary: Dictionary, activations: Tensor, data: Harvest) -> float:
+    """activations [tokens, d_model] of ``data`` -> F1 of the feature that marks a concept best, mean over concepts."""
+    values = dictionary.encode(activations)
+    scores = [float(best_detectors(values, data.labels(concept)).f1.max()) for concept in CONCEPTS]
+    return sum(scores) / len(scores)
 
 
 def separation(saes: dict[str, tuple[int, Dictionary]], train: Harvest, heldout: Harvest) -> list[Row]:
