@@ -180,14 +180,14 @@ def _servicers(
     audit: Audit,
 ) -> edge.Servicers:
     limits = settings.limits
-    policies, administration = (None, None) if enforced is None else (enforced.policies, enforced.administration)
+    policies = None if enforced is None else enforced.policies
     generate = Generate(engine, engine.tokenizer, limits, gate, policies, keeping)
     read = ReadActivations(engine, engine.tokenizer, limits, gate)
     return edge.Servicers(
         generation=GenerationServicer(generate, Compare(engine, generate, gate), admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
-        policy=PolicyServicer(administration, audit, limits),
+        policy=PolicyServicer(enforced, audit, limits),
         server_info=ServerInfoServicer(describe(engine, settings)),
         health=health,
     )

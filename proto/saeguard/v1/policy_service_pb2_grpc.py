@@ -124,7 +124,8 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ActivateRevision(self, request, context):
-        """Puts a revision in force, a newer or an older one.
+        """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
+        follow on their own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

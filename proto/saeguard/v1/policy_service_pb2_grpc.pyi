@@ -46,7 +46,9 @@ class PolicyServiceStub:
     ApplyPolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPoliciesRequest, _policy_service_pb2.ApplyPoliciesResponse]
     """A new revision made of YAML documents: what `saeguard policy apply` sends."""
     ActivateRevision: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ActivateRevisionRequest, _policy_service_pb2.ActivateRevisionResponse]
-    """Puts a revision in force, a newer or an older one."""
+    """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
+    follow on their own.
+    """
     ListHistory: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListHistoryRequest, _policy_service_pb2.ListHistoryResponse]
     """Revisions and activations, the latest first."""
 
@@ -68,7 +70,9 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     ApplyPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPoliciesRequest, _policy_service_pb2.ApplyPoliciesResponse]  # type: ignore[assignment]
     """A new revision made of YAML documents: what `saeguard policy apply` sends."""
     ActivateRevision: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ActivateRevisionRequest, _policy_service_pb2.ActivateRevisionResponse]  # type: ignore[assignment]
-    """Puts a revision in force, a newer or an older one."""
+    """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
+    follow on their own.
+    """
     ListHistory: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListHistoryRequest, _policy_service_pb2.ListHistoryResponse]  # type: ignore[assignment]
     """Revisions and activations, the latest first."""
 
@@ -129,7 +133,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.ActivateRevisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.ActivateRevisionResponse, _abc.Awaitable[_policy_service_pb2.ActivateRevisionResponse]]:
-        """Puts a revision in force, a newer or an older one."""
+        """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
+        follow on their own.
+        """
 
     @_abc_1.abstractmethod
     def ListHistory(

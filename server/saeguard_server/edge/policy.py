@@ -10,6 +10,7 @@ from saeguard_server.edge import call
 from saeguard_server.edge.wire import policies as wire
 from saeguard_server.edge.wire import policy_messages as messages
 from saeguard_server.errors import InvalidRequest, NotConfigured, UnknownName
+from saeguard_server.flows.enforcing import Enforcement
 from saeguard_server.guard.audit.audit import Audit
 from saeguard_server.guard.policy import document
 from saeguard_server.guard.policy.administration import Administration, Written, etag_of
@@ -22,10 +23,10 @@ MAX_DOCUMENTS = 1024
 
 
 class PolicyServicer(PolicyServiceServicer):
-    """Acts in the name of whoever calls; ``administration`` is None where the server has no store of policies."""
+    """Acts in the name of whoever calls; ``enforcement`` is None where the server has no store of policies."""
 
-    def __init__(self, administration: Administration | None, audit: Audit, limits: LimitSettings) -> None:
-        self._given, self._audit, self._limits = administration, audit, limits
+    def __init__(self, enforcement: Enforcement | None, audit: Audit, limits: LimitSettings) -> None:
+        self._given, self._audit, self._limits = enforcement, audit, limits
 
     async def CreatePolicy(self, request: pb.CreatePolicyRequest, context: object) -> pb.CreatePolicyResponse:
         """A revision with one policy more."""
@@ -105,6 +106,8 @@ class PolicyServicer(PolicyServiceServicer):
             reason=request.reason,
             expected_activation=request.expected_activation,
         )
+        # So that whoever put it in force finds it so here; other servers follow on their own.
+        await self._enforcement.look_now()
         await self._record("activate", request.reason, activation=done.number, revision=done.revision)
         return pb.ActivateRevisionResponse(activation=messages.activation_message(done))
 
@@ -125,10 +128,14 @@ class PolicyServicer(PolicyServiceServicer):
         )
 
     @property
-    def _administration(self) -> Administration:
+    def _enforcement(self) -> Enforcement:
         if self._given is None:
             raise NotConfigured("this server has no policies; set [policies] store")
         return self._given
+
+    @property
+    def _administration(self) -> Administration:
+        return self._enforcement.administration
 
     def _read(self, message: pb.Policy) -> Policy:
         return wire.policy(message, self._limits.max_interventions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +28,8 @@ class Enforcement:
 
     policies: Policies
     administration: Administration
+    look_now: Callable[[], Awaitable[None]]
+    """Looks at the store at once: what was put in force before is then enforced here."""
 
 
 @asynccontextmanager
@@ -72,4 +74,5 @@ async def enforcing(
     policies = Policies(settings.stale_after_s)
     sync = PolicySync(store, policies, build, metrics, poll_s=settings.poll_s)
     async with sync.running():
-        yield Enforcement(policies, Administration(store, check, second_person=settings.second_person))
+        administration = Administration(store, check, second_person=settings.second_person)
+        yield Enforcement(policies, administration, sync.look_now)

@@ -27,6 +27,9 @@ from saeguard_server.observe.metrics import Metrics
 
 LOG = logging.getLogger("saeguard.policies")
 
+LAST_LOOK_S = 2.0
+"""How long the end waits for a look that has begun; a store that does not answer is left."""
+
 
 class PolicySync:
     """Follows a store for as long as ``running`` is entered."""
@@ -51,6 +54,7 @@ class PolicySync:
         self._applied: Active | None = None
         self._enforced: str | None = None
         self._said: str | None = None
+        self._looking = asyncio.Lock()
         self._synced_at = clock()
         metrics.policy_sync_age.set_function(lambda: clock() - self._synced_at)
 
@@ -62,6 +66,10 @@ class PolicySync:
         try:
             yield
         finally:
+            # Not in the middle of a look: a driver that is interrupted cleans up when nobody waits for it any more.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_LOOK_S):
+                    await self._looking.acquire()
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -85,8 +93,16 @@ class PolicySync:
             await self._store.wait(self._poll_s)
             await self._attempt()
 
+    async def look_now(self) -> None:
+        """What was in force before this call is enforced after it, if it can be; else the lease decides, as ever."""
+        await self._attempt()
+
     async def _attempt(self) -> None:
-        """A look whose failure is counted, said once, and left to the lease."""
+        """A look whose failure is counted, said once, and left to the lease. One at a time: looks must not overtake."""
+        async with self._looking:
+            await self._try()
+
+    async def _try(self) -> None:
         try:
             await self.sync()
         except StoreError as err:

@@ -183,17 +183,27 @@ def relation(enforced: Where, asked: Where) -> Relation:
 
 def are_apart(one: Scope, other: Scope) -> bool:
     """Whether no token of any prompt is in both."""
-    ends_before = (one.end is not None and one.end <= other.start) or (
-        other.end is not None and other.end <= one.start
-    )  # fmt: skip
-    return ends_before or {one.phase, other.phase} == {"prompt", "generated"}
+    return (
+        {one.phase, other.phase} == {"prompt", "generated"}
+        or _ends_before(one, max(_first(one), _first(other)))
+        or _ends_before(other, max(_first(one), _first(other)))
+    )
 
 
 def contains(outer: Scope, inner: Scope) -> bool:
     """Whether every token of ``inner`` is in ``outer``, whatever the prompt."""
     return (
         outer.phase in ("all", inner.phase)
-        and outer.start <= inner.start
+        and outer.start <= _first(inner)
         and (outer.end is None or (inner.end is not None and inner.end <= outer.end))
         and (outer.include_special_tokens or not inner.include_special_tokens)
     )
+
+
+def _first(scope: Scope) -> int:
+    """The first position that it can hold: a prompt has at least one token."""
+    return max(scope.start, 1) if scope.phase == "generated" else scope.start
+
+
+def _ends_before(scope: Scope, position: int) -> bool:
+    return scope.end is not None and scope.end <= position
