@@ -184,7 +184,7 @@ def _servicers(
     generate = Generate(engine, engine.tokenizer, limits, gate, policies, keeping)
     read = ReadActivations(engine, engine.tokenizer, limits, gate)
     return edge.Servicers(
-        generation=GenerationServicer(generate, Compare(engine, generate, gate), admission, limits),
+        generation=GenerationServicer(generate, Compare(engine, generate, gate, keeping), admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
         policy=PolicyServicer(enforced, audit, limits),

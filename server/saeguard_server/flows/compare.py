@@ -10,6 +10,7 @@ from itertools import zip_longest
 from saeguard_server.engine.protocol import Engine, Steering
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.flows.generate import Generate, with_facts
+from saeguard_server.flows.keeping import Keeping
 from saeguard_server.flows.measuring import MAX_NEW_TOKENS, divergence, ids, whole
 from saeguard_server.guard.gate import Gate
 from saeguard_server.reply import Chunk
@@ -31,8 +32,9 @@ class Comparison:
 class Compare:
     """Runs a request twice at once, and reads the steered answer once more, with and without."""
 
-    def __init__(self, engine: Engine, generate: Generate, gate: Gate) -> None:
+    def __init__(self, engine: Engine, generate: Generate, gate: Gate, keeping: Keeping | None = None) -> None:
         self._engine, self._generate, self._gate = engine, generate, gate
+        self._keeping = keeping or Keeping()
 
     async def run(self, request: GenerationRequest, call: Call) -> Comparison:
         """The comparison.
@@ -42,7 +44,8 @@ class Compare:
             SaeguardError: as for a generation.
         """
         self._check(request)
-        with self._gate.request(call.caller, request) as spending:
+        keeping = self._keeping.request(request, call, is_comparison=True)
+        with keeping as kept, self._gate.request(call.caller, request) as spending:
             ready = await self._generate.prepare(request, call)
             task = ready.task
             if task.max_new_tokens > MAX_NEW_TOKENS:
@@ -50,12 +53,15 @@ class Compare:
             # Two answers, and one of them read twice.
             most = 4 * (len(task.tokens) + task.max_new_tokens)
             spending.take(most)
+            await kept.admit(ready)
             async with self._gate.turn(call.caller, most):
                 plain = replace(task, steering=Steering())
                 steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
                 kl = await divergence(self._engine, task, ids(steered), Steering())
             spending.use(4 * len(task.tokens) + 3 * len(ids(steered)) + len(ids(unsteered)))
-        told = steered if ready.facts is None else tuple(with_facts(one, ready.facts) for one in steered)
+            told = steered if ready.facts is None else tuple(with_facts(one, ready.facts) for one in steered)
+            for chunk in told:
+                await kept.tell(chunk)
         return Comparison(told, unsteered, first_divergence(ids(steered), ids(unsteered)), kl)
 
     def _check(self, request: GenerationRequest) -> None:

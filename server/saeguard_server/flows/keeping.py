@@ -43,9 +43,9 @@ class Keeping:
         self._audit, self._rules, self._counterfactuals = audit or Audit(), rules, counterfactuals
 
     @contextmanager
-    def request(self, request: GenerationRequest, call: Call) -> Iterator[Kept]:
+    def request(self, request: GenerationRequest, call: Call, *, is_comparison: bool = False) -> Iterator[Kept]:
         """Around one generation; what is raised in it is its outcome."""
-        audit = self._audit.request(call, request)
+        audit = self._audit.request(call, request, is_comparison=is_comparison)
         try:
             yield Kept(self, audit)
         except SaeguardError as err:

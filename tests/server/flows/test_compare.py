@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from scipy.special import rel_entr
 
 from saeguard_sae.edits import Clamp, Scale
+from saeguard_server.audit_settings import AuditSettings
 from saeguard_server.caller import LOCAL
 from saeguard_server.engine.protocol import Origin
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
@@ -23,7 +24,10 @@ from saeguard_server.errors import InvalidRequest
 from saeguard_server.flows.compare import Compare, Comparison, first_divergence
 from saeguard_server.flows.counterfactual import Counterfactuals, without
 from saeguard_server.flows.generate import Generate
+from saeguard_server.flows.keeping import Keeping
 from saeguard_server.flows.measuring import divergence, ids, whole
+from saeguard_server.guard.audit.audit import Audit
+from saeguard_server.guard.audit.files import read
 from saeguard_server.interventions import Stop, Trigger
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.request import Call, GenerationRequest
@@ -113,6 +117,16 @@ async def test_an_answer_that_a_trigger_ended_is_compared_up_to_there(side: Side
     assert found.steered[-1].completion is not None
     assert found.steered[-1].completion.finish_reason == "feature"
     assert (ids(found.steered), found.kl_nats, found.first_divergence) == ((), (), 0)
+
+
+async def test_a_comparison_is_audited_as_one(side: Side, tmp_path: Path) -> None:
+    audit = Audit.of(AuditSettings(folder=str(tmp_path)), Metrics(CollectorRegistry()))
+    compare = Compare(side.engine, side.flow, open_gate(side.engine), Keeping(audit))
+    await compare.run(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
+    audit.close()
+    ((told, _),) = read(tmp_path, None)
+    assert (told["request_id"], told["is_comparison"], told["outcome"]) == ("test", True, "length")
+    assert (told["generated_tokens"], len(told["edits"])) == (NEW, 2)
 
 
 async def test_what_cannot_be_compared(side: Side) -> None:

@@ -49,9 +49,9 @@ class Audit:
             raise BadSettings(f"audit: {err}") from err
         return cls(AuditWriter(folder, metrics), text, required=settings.required)
 
-    def request(self, call: Call, request: GenerationRequest) -> RequestAudit:
+    def request(self, call: Call, request: GenerationRequest, *, is_comparison: bool = False) -> RequestAudit:
         """A request as it came; nothing is written yet."""
-        begun = {} if self._writer is None else record.asked_by(call, request)
+        begun = {} if self._writer is None else record.asked_by(call, request, is_comparison=is_comparison)
         return RequestAudit(self._writer, begun, self._text, required=self._required)
 
     @property

@@ -59,9 +59,10 @@ def again(told: dict[str, Any], prompt: ModelInput) -> GenerationRequest:
         raise ValueError(f"not a record of a request: {err}") from err
 
 
-def asked_by(call: Call, request: GenerationRequest) -> dict[str, Any]:
-    """Who asked for what."""
-    return {"request_id": call.request_id, "caller": call.caller.name, "asked": asked(request)}
+def asked_by(call: Call, request: GenerationRequest, *, is_comparison: bool) -> dict[str, Any]:
+    """Who asked for what; a comparison also shows what policies suppress."""
+    told = {"request_id": call.request_id, "caller": call.caller.name, "asked": asked(request)}
+    return {**told, "is_comparison": True} if is_comparison else told
 
 
 def admitted(told: dict[str, Any], facts: PolicyFacts | None, seed: int) -> dict[str, Any]:
