@@ -54,8 +54,11 @@ class PostgresServer:
         return self._run("psql", "-X", "-qAt", "-d", self.url(), "-c", statement)
 
     def _run(self, program: str, *arguments: str) -> str:
+        account = _account()
+        # By a program of its own: changing the account here makes Python fork, which gRPC's threads do not survive.
+        as_them = [] if account is None else ["runuser", "-u", account, "--"]
         done = subprocess.run(
-            [self.binaries / program, *arguments], user=_account(), cwd="/", check=False,
+            [*as_them, self.binaries / program, *arguments], cwd="/", check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, env=os.environ | {"LC_ALL": "C"},
         )  # fmt: skip
         if done.returncode:

@@ -69,8 +69,10 @@ def test_torchrun_ends_soon_with_a_message_and_a_checkpoint(tree: Tree, write: C
     said = process.communicate(timeout=DEADLINE_S)[1]
     assert time.monotonic() - killed < 20, said
     assert process.returncode == 1
-    lines = [line for line in said.splitlines() if line.startswith("saeguard train: process")]
-    assert lines == [f"saeguard train: process 1 of 2 {GONE}; {checkpoints.kept()}; {AGAIN}"], said
+    # torchrun ends the others too, and may be faster than the watch: then the process that missed an answer has told.
+    told = [line for line in said.splitlines() if line.startswith("saeguard train: ") and checkpoints.kept() in line]
+    whole = f"saeguard train: process 1 of 2 {GONE}; {checkpoints.kept()}; {AGAIN}"
+    assert told == [whole] or any("another process of this run no longer answers" in line for line in told), said
     begun = checkpoints.latest()
     assert begun is not None
     assert begun.step % 5 == 0
