@@ -11,12 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Pre, Rough
+from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs
 from saeguard_sae.train.parallel.mesh import Mesh
 from saeguard_sae.train.settings import SaeSettings
 
-_CHUNK = 512
-"""Tokens whose pre-activations are looked at while they are in the cache."""
 _MARGIN = 0.03
 """Below the last step's cut, as a share of it: what lies above that is proposed, and twice as much below as the cut
 moved last. More costs values, less a second product now and then."""
@@ -44,32 +42,28 @@ class Proposer:
         self._settings, self._kernels, self._rows, self._mesh = settings, kernels, rows, mesh
         self._aux_k = settings.aux_k or max(1, d_in // 2)
         self._spare = settings.k + settings.k // _SPARE + 1
-        # Memory that is asked for anew for every product costs as much as a tenth of the product.
-        is_small = rows.rough.scale is not None
-        device = rows.W_enc.device
-        self._room = torch.empty(_CHUNK, len(rows.W_enc), dtype=torch.int32, device=device) if is_small else None
         self.cut = torch.full((2,), -1.0, dtype=torch.float64)
         """The last two steps' cuts; below 0 while there is none. On the CPU: the kernels take them as numbers."""
 
     def choose(self, x: Tensor, dead: Tensor | None) -> Chosen:
         """x [B, d_in] as the encoder sees it; ``dead`` bool [d_sae] where dead features should learn."""
-        rough = self._rows.rough.like(x)
-        is_any = dead is not None and bool(dead.any())
-        index = dead[self._mesh.features(len(dead))].nonzero().flatten() if dead is not None and is_any else None
-        if self._settings.architecture == "topk":
-            pairs, aux = self._propose(rough, index, None)
-            pairs, values = self._rank(x, pairs)
-            smallest = self._mesh.least(torch.cat([values[values > 0], values.new_full((1,), inf)]).amin())
-            return Chosen(pairs, values, smallest if smallest < inf else torch.zeros_like(smallest), aux)
-        return self._choose_over_batch(x, rough, index)
+        aux = self._revive(x, dead) if dead is not None and bool(dead.any()) else None
+        if self._settings.architecture != "topk":
+            return self._choose_over_batch(x, aux)
+        pairs = self._largest(x, slice(None), self._spare)
+        values = self._read(x, pairs)
+        kept = self._strongest(pairs, values, self._settings.k, self._spare)
+        pairs, values = pairs.keep(kept), values[kept]
+        smallest = self._mesh.least(torch.cat([values[values > 0], values.new_full((1,), inf)]).amin())
+        return Chosen(pairs, values, smallest if smallest < inf else torch.zeros_like(smallest), aux)
 
-    def _choose_over_batch(self, x: Tensor, rough: Rough, index: Tensor | None) -> Chosen:
+    def _choose_over_batch(self, x: Tensor, aux: Pairs | None) -> Chosen:
         """The k * B largest of the batch, of those that are positive."""
         wanted = self._settings.k * len(x) * self._mesh.data
-        guess = self._guess(rough)
+        guess = self._guess(x)
         while True:
-            pairs, aux = self._propose(rough, index, guess)
-            values = self._kernels.read(x, self._rows.W_enc, self._rows.b_enc, pairs)
+            pairs = self._kernels.above(x, self._rows.rough, self._rows.b_enc, guess)
+            values = self._read(x, pairs)
             every = self._mesh.gather(values)
             if len(every) >= wanted or guess <= 0:
                 break
@@ -80,46 +74,33 @@ class Proposer:
         mask = values >= cut
         return Chosen(pairs.keep(mask), values[mask], cut, aux)
 
-    def _propose(self, rough: Rough, index: Tensor | None, guess: float | None) -> tuple[Pairs, Pairs | None]:
-        """Those above the guess, or each token's largest where there is none; and the dead ones."""
-        found, aux = [], []
-        count = len(rough.values)
-        first = max(1, round(self._settings.aux_share * count * self._mesh.data))
-        revived = 0 if index is None else self._mesh.count(first)
-        for start in range(0, count, _CHUNK):
-            pre = self._product(rough, start, start + _CHUNK)
-            found.append(self._strongest(pre, self._spare) if guess is None else self._kernels.above(pre, guess))
-            if index is not None and start < revived:
-                best = self._strongest(pre.part(revived - start, index), self._aux_k)
-                aux.append(Pairs(best.starts, index[best.feature].int()))
-        if index is None:
-            return Pairs.join(found), None
-        none = Pairs(torch.zeros(1, dtype=torch.int64, device=index.device), index[:0].int())
-        return Pairs.join(found), Pairs.join(aux or [none])
+    def _revive(self, x: Tensor, dead: Tensor) -> Pairs:
+        """The strongest of the dead features, on the batch's first tokens."""
+        first = max(1, round(self._settings.aux_share * len(x) * self._mesh.data))
+        here = x[: self._mesh.count(first)]
+        index = dead[self._mesh.features(len(dead))].nonzero().flatten()
+        if not len(here):
+            return Pairs(torch.zeros(1, dtype=torch.int64, device=x.device), index[:0].int())
+        best = self._largest(here, index, self._aux_k)
+        return Pairs(best.starts, index[best.feature].int())
 
-    def _strongest(self, pre: Pre, k: int) -> Pairs:
-        """Of pre [n, features here] those that are among a token's k largest, over all parts of the SAE."""
-        best = self._kernels.largest(pre, k)
-        if self._mesh.shards == 1:
-            return best
-        values = pre.wide()[best.rows(), best.feature.long()].float()
-        return best.keep(self._largest_of_all(best, values, k, k))
+    def _largest(self, x: Tensor, features: slice | Tensor, k: int) -> Pairs:
+        """Of these features each token's k largest, over all parts of the SAE."""
+        W = self._rows.rough if isinstance(features, slice) else self._rows.rough.at(features)
+        pairs, values = self._kernels.largest(x, W, self._rows.b_enc[features], k)
+        return pairs if self._mesh.shards == 1 else pairs.keep(self._strongest(pairs, values, k, k))
 
-    def _product(self, rough: Rough, start: int, end: int) -> Pre:
-        return self._rows.rough.product(rough, start, end, self._rows.b_enc, self._room)
+    def _read(self, x: Tensor, pairs: Pairs) -> Tensor:
+        return self._kernels.read(x, self._rows.W_enc, self._rows.b_enc, pairs)
 
-    def _rank(self, x: Tensor, pairs: Pairs) -> tuple[Pairs, Tensor]:
-        """Each token's k largest by their values."""
-        values = self._kernels.read(x, self._rows.W_enc, self._rows.b_enc, pairs)
-        kept = self._largest_of_all(pairs, values, self._settings.k, self._spare)
-        return pairs.keep(kept), values[kept]
-
-    def _largest_of_all(self, pairs: Pairs, values: Tensor, k: int, room: int) -> Tensor:
+    def _strongest(self, pairs: Pairs, values: Tensor, k: int, room: int) -> Tensor:
         """bool [n] whether a pair is among its token's k, over all parts of the SAE; of equal ones the lowest features.
 
         Args:
             room: pairs that a token has here, at most; the same in every process.
         """
+        if self._mesh.shards == 1:
+            return self._kernels.strongest(pairs, values, k)
         row = pairs.rows()
         column = torch.arange(len(values), device=values.device) - pairs.starts[row]
         table = values.new_full((len(pairs.starts) - 1, room), -1.0)
@@ -129,12 +110,13 @@ class Proposer:
         kept = torch.zeros_like(every, dtype=torch.bool).scatter_(1, best, True)
         return kept[row, self._mesh.shard * room + column]
 
-    def _guess(self, rough: Rough) -> float:
+    def _guess(self, x: Tensor) -> float:
         """A little below what the cut will be; at first by that of a few tokens."""
         before, last = self.cut.tolist()
         if last < 0:
-            sample = min(_SAMPLE, len(rough.values) * self._mesh.data)
-            here = self._product(rough, 0, self._mesh.count(sample)).wide().float().relu().flatten()
+            sample = min(max(_SAMPLE, self._mesh.data), len(x) * self._mesh.data)
+            products = self._rows.rough.products(x[: self._mesh.count(sample)], self._rows.b_enc)
+            here = next(products).wide().float().relu().flatten()
             most = here.topk(min(self._settings.k * sample, len(here)), sorted=False).values
             every = self._mesh.gather(most).topk(self._settings.k * sample, sorted=False).values
             return every.min().item() * (1 - 4 * _MARGIN)

@@ -46,9 +46,7 @@ NEUTRAL_SELECT, NEUTRAL_MEASURE = range(220_000, 220_040), range(230_000, 230_06
 SEED_SELECT, SEED_MEASURE = 31_000, 57_000
 SELECT_GENERATIONS, MEASURE_GENERATIONS = 48, 224
 NEUTRAL_KINDS = ("english", "french", "code", "golden_gate", "honest")
-_SAE = SaeSettings(
-    d_sae=768, k=8, widths=(16, 96, 768), steps=1600, batch=1024, learning_rate=2e-3, smooth_weight=0.5, aux_share=1.0
-)
+_SAE = SaeSettings(d_sae=768, k=8, widths=(16, 96, 768), steps=1600, batch=1024, smooth_weight=0.5, aux_share=1.0)
 SAES = {"resid2": (2, replace(_SAE, seed=102)), "resid4": (4, replace(_SAE, seed=104))}
 """Layer and training of each SAE by its name."""
 MORE_SEEDS = (0, 10, 20)

@@ -21,7 +21,8 @@ from saeguard_sae.train.settings import Kernels as Choice
 
 _log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "search.cpp"))
+_HEADERS = (Path(__file__).with_name("largest.h"),)
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"),
 )
@@ -57,7 +58,7 @@ def _compiled() -> CompiledKernels:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise CannotCompile(f"kernels: no C++ compiler among {', '.join(_COMPILERS)}; install one")
-    command = [compiler, *_FLAGS, str(_SOURCE), *map(str, _openmp())]
+    command = [compiler, *_FLAGS, *map(str, _SOURCES), *map(str, _openmp())]
     kept = _folder() / f"{_key(command)}.so"
     if not kept.exists():
         _compile(command, kept)
@@ -93,12 +94,12 @@ def _folder() -> Path:
 
 
 def _key(command: list[str]) -> str:
-    """By the source, the command, and the processor, whose instructions the result may use."""
+    """By the sources, the command, and the processor, whose instructions the result may use."""
     about = Path("/proc/cpuinfo")
     flags = (
         next((line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
         if (about.exists())
         else platform.processor()
     )
-    parts = (_SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), flags)
+    parts = (*(one.read_text(encoding="utf-8") for one in _SOURCES + _HEADERS), *command, platform.machine(), flags)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""The kernels in C++: ``kernels.cpp``, compiled for this machine on first use and kept in the user's cache."""
+"""The kernels in C++, beside this file: compiled for this machine on first use and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.train.kernels.pairs import Decoded, Pairs, starts
-from saeguard_sae.train.kernels.rough import Pre
+from saeguard_sae.train.kernels.rough import Pre, Rough
 from saeguard_sae.train.kernels.rows import FeatureRows, Rates
 
 
@@ -20,11 +20,54 @@ class CompiledKernels:
 
     def __init__(self, library: Path) -> None:
         self._c = ctypes.CDLL(str(library))
+        self._c.saeguard_search.restype = ctypes.c_void_p
+        self.can_search = bool(self._c.saeguard_can_search())
+        """Whether products of small integers are searched while they are made, on this processor."""
         self._room = 128
         """Pairs of one token that ``above`` expects at most; grows."""
 
-    def above(self, pre: Pre, cut: float) -> Pairs:
+    def above(self, x: Tensor, W: Rough, bias: Tensor, cut: float) -> Pairs:
         """See ``Kernels.above``."""
+        if self.can_search and W.scale is not None:
+            return self._search(x, W, bias, 0, cut)[0]
+        return Pairs.join([self._above(pre, cut) for pre in W.products(x, bias)])
+
+    def largest(self, x: Tensor, W: Rough, bias: Tensor, k: int) -> tuple[Pairs, Tensor]:
+        """See ``Kernels.largest``."""
+        if self.can_search and W.scale is not None:
+            return self._search(x, W, bias, min(k, len(bias)), 0.0)
+        found, values = [], []
+        for pre in W.products(x, bias):
+            found.append(self._largest(pre, k))
+            values.append(pre.of(found[-1]))
+        return Pairs.join(found), torch.cat(values)
+
+    def strongest(self, pairs: Pairs, values: Tensor, k: int) -> Tensor:
+        """See ``Kernels.strongest``."""
+        kept = torch.empty(len(values), dtype=torch.bool)
+        self._c.saeguard_strongest(
+            _n(len(pairs.starts) - 1), _at(pairs.starts, torch.int64), _at(values), _n(k), _at(kept, torch.bool)
+        )
+        return kept
+
+    def _search(self, x: Tensor, W: Rough, bias: Tensor, k: int, cut: float) -> tuple[Pairs, Tensor]:
+        """The k largest, or if k is 0 all above the cut; and how large they are."""
+        assert W.scale is not None, "weights in integers"
+        count, width = x.shape
+        small, scale = torch.empty(count, width, dtype=torch.int8), x.new_empty(count)
+        self._c.saeguard_shrink(_at(x), _n(count), _n(width), _at(small, torch.int8), _at(scale))
+        counts = torch.empty(count, dtype=torch.int64)
+        tokens, weights = (_at(small, torch.int8), _at(scale)), (_at(W.values, torch.int8), _at(W.scale))
+        sizes = _n(count), _n(width), _n(len(bias)), _n(k)
+        handle = self._c.saeguard_search(
+            *tokens, *weights, _at(bias), *sizes, ctypes.c_float(cut), _at(counts, torch.int64)
+        )
+        begins = starts(counts)
+        feature, values = torch.empty(int(begins[-1]), dtype=torch.int32), x.new_empty(int(begins[-1]))
+        self._c.saeguard_take(ctypes.c_void_p(handle), _at(begins, torch.int64), _at(feature, torch.int32), _at(values))
+        return Pairs(begins, feature), values
+
+    def _above(self, pre: Pre, cut: float) -> Pairs:
         count, width = pre.values.shape
         while True:
             room = min(self._room, width)
@@ -35,8 +78,7 @@ class CompiledKernels:
                 return Pairs(starts(counts), feature[torch.arange(room) < counts[:, None]])
             self._room = 2 * int(counts.max())
 
-    def largest(self, pre: Pre, k: int) -> Pairs:
-        """See ``Kernels.largest``."""
+    def _largest(self, pre: Pre, k: int) -> Pairs:
         count, width = pre.values.shape
         k = min(k, width)
         feature, counts = torch.empty(count, k, dtype=torch.int32), torch.empty(count, dtype=torch.int64)
@@ -70,14 +112,9 @@ class CompiledKernels:
         self, x: Tensor, decoded: Decoded, pairs: Pairs, values: Tensor, ends: Tensor, rows: FeatureRows
     ) -> None:
         """See ``Kernels.gradients``."""
-        count, n = len(rows.active), len(pairs.feature)
-        begins, row = torch.empty(count + 1, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
-        pair = torch.empty(n, dtype=torch.int64)
-        order = (_at(begins, torch.int64), _at(row, torch.int32), _at(pair, torch.int64))
-        self._c.saeguard_by_feature(_n(len(x)), _n(count), *_pairs(pairs), *order)
-        widths = (_n(x.shape[1]), _n(decoded.pulls.shape[-1]))
+        widths = (_n(x.shape[1]), _n(decoded.pulls.shape[-1]), _n(len(rows.active)))
         self._c.saeguard_gradients(
-            _at(x), _at(decoded.pulls), _n(len(x)), *widths, _n(count), *order, _at(values), _at(decoded.slopes),
+            _at(x), _at(decoded.pulls), _n(len(x)), *widths, *_pairs(pairs), _at(values), _at(decoded.slopes),
             _at(ends, torch.int32), _n(len(ends)),
             _at(rows.g_enc), _at(rows.g_bias), _at(rows.g_dec), _at(rows.active, torch.uint8),
         )  # fmt: skip

@@ -9,6 +9,10 @@
 #include <cstring>
 #include <vector>
 
+#include <omp.h>
+
+#include "largest.h"
+
 namespace {
 
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
@@ -183,6 +187,68 @@ inline float adam(float g, float& m, float& v, float rate, float beta1, float be
   return rate * m / (std::sqrt(v) * root + eps);
 }
 
+constexpr int64_t COLUMNS = 4 * LANES, TOKENS = 4096;
+
+// The pairs of some tokens that fire, in the order of their features; within one, in that of the tokens.
+struct ByFeature {
+  std::vector<int64_t> begins;
+  std::vector<int32_t> row;
+  std::vector<float> value, slope;
+
+  ByFeature(const int64_t* starts, int64_t tokens, const int32_t* feature, const float* values, const float* slopes, int64_t F)
+      : begins(F + 1) {
+    for (int64_t q = starts[0]; q < starts[tokens]; q++) begins[feature[q] + 1] += values[q] > 0;
+    for (int64_t f = 0; f < F; f++) begins[f + 1] += begins[f];
+    row.resize(begins[F]), value.resize(begins[F]), slope.resize(begins[F]);
+    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+    for (int64_t r = 0; r < tokens; r++)
+      for (int64_t q = starts[r]; q < starts[r + 1]; q++) {
+        if (!(values[q] > 0)) continue;
+        const int64_t at = next[feature[q]]++;
+        row[at] = static_cast<int32_t>(r);
+        value[at] = values[q];
+        slope[at] = slopes[q];
+      }
+  }
+};
+
+// What some columns of the features from ``begin`` to ``end`` get: rows of ``from``, times a number for each pair.
+struct Sum {
+  const float *from, *times;
+  float* to;
+  int64_t width, column, begin, end;
+  Sum part(int64_t number, int64_t parts) const {
+    Sum one = *this;
+    one.begin = begin + (end - begin) * number / parts;
+    one.end = begin + (end - begin) * (number + 1) / parts;
+    return one;
+  }
+};
+
+void add_columns(const Sum& sum, const ByFeature& pairs, int64_t tokens, const std::vector<uint8_t>& fresh, float* room) {
+  const int64_t width = std::min(COLUMNS, sum.width - sum.column);
+  for (int64_t r = 0; r < tokens; r++) {
+    std::memcpy(room + r * COLUMNS, sum.from + r * sum.width + sum.column, width * sizeof(float));
+    std::fill(room + r * COLUMNS + width, room + (r + 1) * COLUMNS, 0.0f);
+  }
+  for (int64_t f = sum.begin; f < sum.end; f++) {
+    const int64_t begin = pairs.begins[f], end = pairs.begins[f + 1];
+    if (begin == end) continue;
+    Lanes s0{}, s1{}, s2{}, s3{};
+    for (int64_t at = begin; at < end; at++) {
+      const float* from = room + pairs.row[at] * COLUMNS;
+      const float times = sum.times[at];
+      s0 += times * lanes(from);
+      s1 += times * lanes(from + LANES);
+      s2 += times * lanes(from + 2 * LANES);
+      s3 += times * lanes(from + 3 * LANES);
+    }
+    float all[COLUMNS], *to = sum.to + f * sum.width + sum.column;
+    lanes(all) = s0, lanes(all + LANES) = s1, lanes(all + 2 * LANES) = s2, lanes(all + 3 * LANES) = s3;
+    for (int64_t j = 0; j < width; j++) to[j] = fresh[f] ? all[j] : to[j] + all[j];
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -206,6 +272,15 @@ void saeguard_largest(const void* pre, int kind, const float* of_row, const floa
 void saeguard_shrink(const float* x, int64_t n, int64_t d, int8_t* small, float* scale) {
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < n; r++) scale[r] = shrink(x + r * d, d, small + r * d);
+}
+
+// Whether a pair's value is among the k largest of its row, of equal ones the first.
+void saeguard_strongest(int64_t B, const int64_t* starts, const float* values, int64_t k, bool* kept) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < B; r++) {
+    Largest largest(values + starts[r], starts[r + 1] - starts[r], k);
+    for (int64_t q = starts[r]; q < starts[r + 1]; q++) kept[q] = largest.has(values[q]);
+  }
 }
 
 void saeguard_read(const float* x, const float* W, const float* b, int64_t B, int64_t d, const int64_t* starts,
@@ -252,45 +327,40 @@ void saeguard_decode(const float* target, const float* W, int64_t B, int64_t d, 
   }
 }
 
-// Pairs in the order of their features; within one, in that of the rows.
-void saeguard_by_feature(int64_t B, int64_t F, const int64_t* starts, const int32_t* feature, int64_t* begins,
-                         int32_t* row, int64_t* pair) {
-  std::fill_n(begins, F + 1, 0);
-  for (int64_t q = 0; q < starts[B]; q++) begins[feature[q] + 1]++;
-  for (int64_t f = 0; f < F; f++) begins[f + 1] += begins[f];
-  std::vector<int64_t> next(begins, begins + F);
-  for (int64_t r = 0; r < B; r++)
-    for (int64_t q = starts[r]; q < starts[r + 1]; q++) {
-      const int64_t at = next[feature[q]]++;
-      row[at] = static_cast<int32_t>(r);
-      pair[at] = q;
-    }
-}
-
-void saeguard_gradients(const float* x, const float* pulls, int64_t B, int64_t d_in, int64_t d_out, int64_t F, const int64_t* begins,
-                        const int32_t* row, const int64_t* pair, const float* values, const float* slopes,
+// Adds the pairs' gradients to their features' rows. Columns by columns, so that those of all tokens stay in the second
+// cache while they are read in the features' order: whole rows would come from the third for every pair.
+void saeguard_gradients(const float* x, const float* pulls, int64_t B, int64_t d_in, int64_t d_out, int64_t F,
+                        const int64_t* starts, const int32_t* feature, const float* values, const float* slopes,
                         const int32_t* ends, int64_t L, float* g_enc, float* g_bias, float* g_dec, uint8_t* active) {
-#pragma omp parallel for schedule(dynamic, 32)
-  for (int64_t f = 0; f < F; f++) {
-    if (begins[f] == begins[f + 1]) continue;
-    float *enc = g_enc + f * d_in, *dec = g_dec + f * d_out;
-    if (!active[f]) {
-      std::fill_n(enc, d_in, 0.0f);
-      std::fill_n(dec, d_out, 0.0f);
-      g_bias[f] = 0;
+  for (int64_t first = 0; first < B; first += TOKENS) {
+    const int64_t tokens = std::min(B - first, TOKENS);
+    const ByFeature pairs(starts + first, tokens, feature, values, slopes, F);
+    std::vector<uint8_t> fresh(F);
+#pragma omp parallel for schedule(static)
+    for (int64_t f = 0; f < F; f++) {
+      const int64_t begin = pairs.begins[f], end = pairs.begins[f + 1];
+      if (begin == end) continue;
+      fresh[f] = !active[f];
+      float sum = fresh[f] ? 0 : g_bias[f];
+      for (int64_t at = begin; at < end; at++) sum += pairs.slope[at];
+      g_bias[f] = sum;
+      active[f] = 1;
     }
-    int64_t l = 0;
-    while (f >= ends[l]) l++;
-    bool any = false;
-    for (int64_t at = begins[f]; at < begins[f + 1]; at++) {
-      const int64_t q = pair[at];
-      if (!(values[q] > 0)) continue;
-      any = true;
-      add_scaled(values[q], pulls + (l * B + row[at]) * d_out, dec, d_out);
-      add_scaled(slopes[q], x + row[at] * d_in, enc, d_in);
-      g_bias[f] += slopes[q];
+    std::vector<Sum> sums;
+    for (int64_t column = 0; column < d_in; column += COLUMNS)
+      sums.push_back({x + first * d_in, pairs.slope.data(), g_enc, d_in, column, 0, F});
+    for (int64_t l = 0; l < L; l++)
+      for (int64_t column = 0; column < d_out; column += COLUMNS) {
+        const float* from = pulls + (l * B + first) * d_out;
+        sums.push_back({from, pairs.value.data(), g_dec, d_out, column, l ? ends[l - 1] : 0, ends[l]});
+      }
+    const int64_t parts = (omp_get_max_threads() + sums.size() - 1) / sums.size(), count = sums.size() * parts;
+#pragma omp parallel
+    {
+      std::vector<float> room(TOKENS * COLUMNS);
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < count; i++) add_columns(sums[i / parts].part(i % parts, parts), pairs, tokens, fresh, room.data());
     }
-    active[f] |= any;
   }
 }
 

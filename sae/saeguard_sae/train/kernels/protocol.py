@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from saeguard_sae.train.kernels.pairs import Decoded, Pairs
-from saeguard_sae.train.kernels.rough import Pre
+from saeguard_sae.train.kernels.rough import Rough
 from saeguard_sae.train.kernels.rows import FeatureRows, Rates
 
 
@@ -16,12 +16,17 @@ class Kernels(Protocol):
 
     name: str
 
-    def above(self, pre: Pre, cut: float) -> Pairs:
-        """pre [B, F] -> the pairs above ``cut``, which must not be negative."""
+    def above(self, x: Tensor, W: Rough, bias: Tensor, cut: float) -> Pairs:
+        """x [B, d], W [F, d], bias [F] -> pairs whose pre-activation is above ``cut``, which must not be negative."""
         ...
 
-    def largest(self, pre: Pre, k: int) -> Pairs:
-        """pre [B, F] -> each token's k largest that are positive; of equal ones those that come first."""
+    def largest(self, x: Tensor, W: Rough, bias: Tensor, k: int) -> tuple[Pairs, Tensor]:
+        """x [B, d], W [F, d], bias [F] -> each token's k largest pre-activations of those that are positive, of equal
+        ones those that come first; and these [n], as roughly as W is."""
+        ...
+
+    def strongest(self, pairs: Pairs, values: Tensor, k: int) -> Tensor:
+        """values [n] -> bool [n] whether a pair is among its token's k largest; of equal ones those that come first."""
         ...
 
     def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saeguard_sae.train.kernels.pairs import Pairs
 from saeguard_sae.train.settings import Precision
 
 _LARGEST = 127
+_TOKENS = 512
 
 
 class Pre(NamedTuple):
@@ -29,12 +32,13 @@ class Pre(NamedTuple):
             return self.values
         return self.values.float() * (self.of_row[:, None] * self.of_feature) + self.bias
 
-    def part(self, rows: int, features: Tensor) -> Pre:
-        """Of the first tokens, and of these features."""
-        values = self.values[:rows].index_select(1, features)
+    def of(self, pairs: Pairs) -> Tensor:
+        """[n] in float32: those of the pairs."""
+        row, feature = pairs.rows(), pairs.feature.long()
+        values = self.values[row, feature].float()
         if self.of_row is None or self.of_feature is None or self.bias is None:
-            return Pre(values)
-        return Pre(values, self.of_row[:rows], self.of_feature[features], self.bias[features])
+            return values
+        return values * (self.of_row[row] * self.of_feature[feature]) + self.bias[feature]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,9 +51,10 @@ class Rough:
     @classmethod
     def of(cls, rows: Tensor, precision: Precision) -> Rough:
         """float32 rows are taken as they are."""
-        if precision == "int8":
-            return cls(*shrink(rows))
-        return cls(rows if precision == "float32" else rows.bfloat16())
+        if precision == "bfloat16":
+            return cls(rows.bfloat16())
+        # torch's product of integers is wrong for a single column (2.13: it leaves its result as it finds it).
+        return cls(*shrink(rows)) if precision == "int8" and rows.shape[1] > 1 else cls(rows)
 
     def write(self, at: slice | Tensor, rows: Tensor) -> None:
         """Some rows anew."""
@@ -66,18 +71,29 @@ class Rough:
             return Rough(*shrink(x))
         return Rough(x.to(self.values.dtype))
 
-    def product(self, x: Rough, start: int, end: int, bias: Tensor, room: Tensor | None = None) -> Pre:
-        """Pre-activations of the tokens from ``start`` to ``end``.
+    def at(self, index: Tensor) -> Rough:
+        """Some rows, copied."""
+        values = self.values[index]
+        if self.scale is None:
+            return Rough(values)
+        scale = self.scale[index]
+        # On GPUs the product of integers is for multiples of eight rows only.
+        return Rough((values * scale[:, None]).bfloat16()) if values.is_cuda else Rough(values, scale)
 
-        Args:
-            bias: [F] in float32.
-            room: int32 [n or more, F] that integers may be put into, until the next product.
-        """
-        if x.scale is None or self.scale is None:
-            return Pre(F.linear(x.values[start:end], self.values, bias.to(self.values.dtype)))
-        part, weights = x.values[start:end], self.values.T
-        sums = torch._int_mm(part, weights) if room is None else torch._int_mm(part, weights, out=room[: len(part)])
-        return Pre(sums, x.scale[start:end], self.scale, bias)
+    def products(self, x: Tensor, bias: Tensor) -> Iterator[Pre]:
+        """Pre-activations of x [B, d] in float32, bias [n]: a few hundred tokens at a time, so that they are looked at
+        while they are in the cache. What was given is overwritten by the next."""
+        tokens = self.like(x)
+        if tokens.scale is None or self.scale is None:
+            bias = bias.to(self.values.dtype)
+            for part in torch.split(tokens.values, _TOKENS):
+                yield Pre(F.linear(part, self.values, bias))
+            return
+        # Memory that is asked for anew for every product costs as much as a tenth of the product.
+        room = self.scale.new_empty((min(len(x), _TOKENS), len(bias)), dtype=torch.int32)
+        for part, scale in zip(torch.split(tokens.values, _TOKENS), torch.split(tokens.scale, _TOKENS), strict=True):
+            sums = torch._int_mm(part, self.values.T, out=room[: len(part)])
+            yield Pre(sums, scale, self.scale, bias)
 
 
 def shrink(rows: Tensor) -> tuple[Tensor, Tensor]:

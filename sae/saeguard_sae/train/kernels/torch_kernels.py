@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.train.kernels.pairs import Decoded, Pairs, starts
-from saeguard_sae.train.kernels.rough import Pre
+from saeguard_sae.train.kernels.rough import Rough
 from saeguard_sae.train.kernels.rows import FeatureRows, Rates
 from saeguard_sae.train.parallel.mesh import ALONE, Mesh
 
@@ -25,16 +25,30 @@ class TorchKernels:
         """``mesh``: where the features of a reconstruction lie in several processes."""
         self._mesh = mesh
 
-    def above(self, pre: Pre, cut: float) -> Pairs:
+    def above(self, x: Tensor, W: Rough, bias: Tensor, cut: float) -> Pairs:
         """See ``Kernels.above``."""
-        mask = pre.wide() > cut
-        return Pairs(starts(mask.sum(1)), mask.nonzero()[:, 1].int())
+        return Pairs.join([_where(pre.wide() > cut) for pre in W.products(x, bias)])
 
-    def largest(self, pre: Pre, k: int) -> Pairs:
+    def largest(self, x: Tensor, W: Rough, bias: Tensor, k: int) -> tuple[Pairs, Tensor]:
         """See ``Kernels.largest``."""
-        values, index = pre.wide().sort(dim=1, descending=True, stable=True)
-        mask = torch.zeros_like(values, dtype=torch.bool).scatter_(1, index[:, :k], values[:, :k] > 0)
-        return Pairs(starts(mask.sum(1)), mask.nonzero()[:, 1].int())
+        found, values = [], []
+        for pre in W.products(x, bias):
+            wide = pre.wide()
+            best, index = wide.sort(dim=1, descending=True, stable=True)
+            mask = torch.zeros_like(wide, dtype=torch.bool).scatter_(1, index[:, :k], best[:, :k] > 0)
+            found.append(_where(mask))
+            values.append(wide[mask].float())
+        return Pairs.join(found), torch.cat(values)
+
+    def strongest(self, pairs: Pairs, values: Tensor, k: int) -> Tensor:
+        """See ``Kernels.strongest``."""
+        row = pairs.rows()
+        counts = pairs.starts.diff()
+        column = torch.arange(len(values), device=values.device) - pairs.starts[row]
+        table = values.new_full((len(counts), max(k, int(counts.max()))), -torch.inf)
+        table[row, column] = values
+        best = table.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return torch.zeros_like(table, dtype=torch.bool).scatter_(1, best, True)[row, column]
 
     def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:
         """See ``Kernels.read``."""
@@ -105,6 +119,11 @@ class TorchKernels:
         moved = move(rows.W_dec, g_dec, rows.m_dec, rows.v_dec)
         rows.W_dec[at] = moved / moved.norm(dim=1, keepdim=True)
         rows.rough.write(at, rows.W_enc[at])
+
+
+def _where(mask: Tensor) -> Pairs:
+    """Those where ``mask`` [B, F] is True."""
+    return Pairs(starts(mask.sum(1)), mask.nonzero()[:, 1].int())
 
 
 def _dots(x: Tensor, W: Tensor, rows: Tensor, feature: Tensor) -> Tensor:

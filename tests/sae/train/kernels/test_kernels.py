@@ -1,7 +1,8 @@
-"""Both kinds of kernels against dense float64 formulas, autograd's gradients and torch's own Adam."""
+"""All kinds of kernels against dense float64 formulas, autograd's gradients and torch's own Adam."""
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import fields
 
 import pytest
@@ -10,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Pre, Rates, Rough, choose
+from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Rates, Rough, choose
 from saeguard_sae.train.kernels.choosing import CannotCompile
+from saeguard_sae.train.settings import Precision
 
 CPU = torch.device("cpu")
-KINDS: tuple[Kernels, ...] = (choose("torch", CPU), choose("compiled", CPU))
-both = pytest.mark.parametrize("kernels", KINDS, ids=lambda one: one.name)
+COMPILED = choose("compiled", CPU)
+ELSEWHERE = copy(COMPILED)
+"""As on a processor that cannot search a product while it is made."""
+ELSEWHERE.can_search = False
+KINDS: dict[str, Kernels] = {"torch": choose("torch", CPU), "compiled": COMPILED, "elsewhere": ELSEWHERE}
+every = pytest.mark.parametrize("kernels", KINDS.values(), ids=KINDS)
 
 WIDTHS = (5, 12, 40)
 WEIGHTS = (0.7, 0.2, 0.05)
@@ -37,18 +43,18 @@ def dense(pairs: Pairs, values: Tensor, features: int) -> Tensor:
     return table
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [3, 64, 131, 1000])
 def test_above_finds_what_is_above(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     pre = draw(17, width, seed=1).to(dtype)
     for cut in (0.0, 0.5, float(pre.float().max())):
-        pairs = kernels.above(Pre(pre), cut)
+        pairs = kernels.above(pre.float(), Rough(torch.eye(width, dtype=dtype)), torch.zeros(width), cut)
         wanted = (pre > torch.tensor(cut).to(dtype)).nonzero()
         assert torch.equal(torch.stack([pairs.rows(), pairs.feature.long()], 1), wanted)
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(seed=st.integers(0, 10_000), width=st.integers(1, 200), k=st.integers(1, 40), ties=st.booleans())
 @settings(max_examples=60, deadline=None)
@@ -57,14 +63,15 @@ def test_largest_are_the_first_of_a_stable_sort(
 ) -> None:
     pre = draw(9, width, seed=seed)
     pre = (pre * 2).round().to(dtype) if ties else pre.to(dtype)
-    found = kernels.largest(Pre(pre), k)
+    found, values = kernels.largest(pre.float(), Rough(torch.eye(width, dtype=dtype)), torch.zeros(width), k)
+    assert torch.equal(values, pre.float()[found.rows(), found.feature.long()])
     for row in range(9):
         order = sorted(range(width), key=lambda j: (-float(pre[row, j]), j))[:k]
         wanted = sorted(j for j in order if pre[row, j] > 0)
         assert found.feature[found.starts[row] : found.starts[row + 1]].tolist() == wanted
 
 
-@both
+@every
 @pytest.mark.parametrize("d", [7, 16, 100])
 def test_read_decode_and_gradients_are_those_of_autograd(kernels: Kernels, d: int) -> None:
     """Everything from the encoder to the decoder, in float64 by autograd over dense tensors."""
@@ -97,7 +104,7 @@ def test_read_decode_and_gradients_are_those_of_autograd(kernels: Kernels, d: in
     torch.testing.assert_close(rows.g_enc[fires].double(), 2 * W_enc.grad[fires], rtol=1e-4, atol=1e-4)
 
 
-@both
+@every
 def test_lengths_leave_out_what_would_only_change_a_decoder_rows_length(kernels: Kernels) -> None:
     rows = _with_gradients(seed=20)
     dec = rows.g_dec - (rows.g_dec * rows.W_dec).sum(1, keepdim=True) * rows.W_dec
@@ -105,7 +112,7 @@ def test_lengths_leave_out_what_would_only_change_a_decoder_rows_length(kernels:
     torch.testing.assert_close(kernels.lengths(rows), wanted, rtol=1e-4, atol=1e-5)
 
 
-@both
+@every
 def test_adam_is_an_optimiser_for_each_feature_run_when_it_has_a_gradient(kernels: Kernels) -> None:
     """The reference keeps a ``torch.optim.Adam`` per feature, and projects and normalises by hand."""
     rows = _with_gradients(seed=30)
@@ -134,20 +141,22 @@ def test_adam_is_an_optimiser_for_each_feature_run_when_it_has_a_gradient(kernel
     assert torch.equal(rows.rough.values, rows.W_enc.bfloat16())
 
 
-@both
+@every
 def test_integers_with_scales_are_read_as_what_they_stand_for(kernels: Kernels) -> None:
     """And the copy in integers follows the weights."""
     W_dec = draw(50, 24, seed=60)
     rows = FeatureRows.new(draw(50, 24, seed=61), W_dec / W_dec.norm(dim=1, keepdim=True), "int8")
     x, bias = draw(30, 24, seed=62), draw(50, seed=63)
     for _ in range(2):
-        pre = rows.rough.product(rows.rough.like(x), 0, 30, bias)
+        (pre,) = (one.wide() for one in rows.rough.products(x, bias))
         exact = x @ rows.W_enc.T + bias
-        assert (pre.wide() - exact).abs().max() < 0.03 * exact.abs().max()
-        pairs = kernels.above(pre, 0.7)
-        assert torch.equal(torch.stack([pairs.rows(), pairs.feature.long()], 1), (pre.wide() > 0.7).nonzero())
-        wide, small = kernels.largest(Pre(pre.wide()), 7), kernels.largest(pre, 7)
+        assert (pre - exact).abs().max() < 0.03 * exact.abs().max()
+        pairs = kernels.above(x, rows.rough, bias, 0.7)
+        assert torch.equal(torch.stack([pairs.rows(), pairs.feature.long()], 1), (pre > 0.7).nonzero())
+        wide, _ = kernels.largest(pre, Rough(torch.eye(50)), torch.zeros(50), 7)
+        small, values = kernels.largest(x, rows.rough, bias, 7)
         assert torch.equal(wide.feature, small.feature)
+        torch.testing.assert_close(values, pre[small.rows(), small.feature.long()])
         for tensor, number in ((rows.g_enc, 64), (rows.g_bias, 65), (rows.g_dec, 66)):
             tensor.copy_(draw(*tensor.shape, seed=number))
         rows.active.fill_(1)
@@ -159,8 +168,67 @@ def test_integers_with_scales_are_read_as_what_they_stand_for(kernels: Kernels) 
         assert (rows.rough.values.int() - again.values.int()).abs().max() <= 1
 
 
+SHAPES = st.tuples(st.integers(1, 330), st.integers(1, 40), st.integers(1, 300))
+"""Tokens, d_in and features: with and without a rest in every size that the kernels take at once."""
+
+
+@every
+@given(shape=SHAPES, k=st.integers(1, 60), seed=st.integers(0, 10_000), shift=st.integers(-4000, 1000))
+@settings(max_examples=60, deadline=None)
+def test_a_product_of_integers_is_searched_as_a_stable_sort_would(
+    kernels: Kernels, shape: tuple[int, int, int], k: int, seed: int, shift: int
+) -> None:
+    """Whole numbers whose scale is 1, so that everything is exact and many are equal; of uneven size and, by the shift,
+    of few that are above 0, so that a guess at what will be found is often wrong."""
+    tokens, d, features = shape
+    x, W, bias = whole(tokens, d, seed), whole(features, d, seed + 1), draw(features, seed=seed + 2).round() + shift
+    x[::7] = (x[::7] / 100).trunc()
+    x[:, 0] = 127
+    exact = x.double() @ W.double().T + bias.double()
+    found, values = kernels.largest(x, Rough.of(W, "int8"), bias, k)
+    order = exact.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    wanted = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, order, True) & (exact > 0)
+    assert torch.equal(torch.stack([found.rows(), found.feature.long()], 1), wanted.nonzero())
+    assert torch.equal(values.double(), exact[wanted])
+    cut = float(exact.quantile(0.8).clamp_min(0))
+    above = kernels.above(x, Rough.of(W, "int8"), bias, cut)
+    assert torch.equal(torch.stack([above.rows(), above.feature.long()], 1), (exact > cut).nonzero())
+
+
+def whole(rows: int, columns: int, seed: int) -> Tensor:
+    """Whole numbers [rows, columns] of -127 to 127, which is in every row."""
+    numbers = (draw(rows, columns, seed=seed) * 30).round().clamp(-127, 127)
+    numbers[:, 0] = 127
+    return numbers
+
+
+@every
+@pytest.mark.parametrize("precision", ["int8", "bfloat16", "float32"])
+def test_nothing_is_found_where_there_are_no_features(kernels: Kernels, precision: Precision) -> None:
+    """Which a process that shares in a training may be left with."""
+    x, W, bias = draw(9, 12, seed=70), Rough.of(draw(0, 12, seed=71), precision), draw(0, seed=72)
+    largest, values = kernels.largest(x, W, bias, 4)
+    for pairs in (largest, kernels.above(x, W, bias, 0.0)):
+        assert pairs.starts.tolist() == [0] * 10
+        assert len(pairs.feature) == 0
+    assert len(values) == len(kernels.strongest(largest, values, 2)) == 0
+
+
+@every
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 50), ties=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_strongest_are_a_tokens_k_largest(kernels: Kernels, seed: int, k: int, ties: bool) -> None:
+    pairs = some_pairs(23, 90, seed)
+    values = draw(len(pairs.feature), seed=seed + 1).abs()
+    values = (values * 3).round() if ties else values
+    kept = kernels.strongest(pairs, values, k)
+    for begin, end in zip(pairs.starts[:-1].tolist(), pairs.starts[1:].tolist(), strict=True):
+        order = sorted(range(begin, end), key=lambda at: (-float(values[at]), at))[:k]
+        assert kept[begin:end].nonzero().flatten().add(begin).tolist() == sorted(order)
+
+
 def test_a_step_gives_the_same_numbers_whatever_the_number_of_threads() -> None:
-    compiled = KINDS[1]
+    compiled = COMPILED
     kept = torch.get_num_threads()
     found = []
     try:
@@ -177,11 +245,11 @@ def test_a_step_gives_the_same_numbers_whatever_the_number_of_threads() -> None:
 
 
 def test_compiled_kernels_refuse_what_they_would_misread() -> None:
-    compiled = KINDS[1]
+    compiled = COMPILED
     with pytest.raises(ValueError, match="contiguous"):
-        compiled.above(Pre(draw(8, 8, seed=50).T), 0.0)
+        compiled.strongest(some_pairs(8, 8, seed=50), draw(8, 8, seed=51).T, 2)
     with pytest.raises(ValueError, match="float32, bfloat16 or int32"):
-        compiled.above(Pre(draw(8, 8, seed=50).double()), 0.0)
+        compiled.above(draw(8, 8, seed=50).double(), Rough(torch.eye(8).double()), torch.zeros(8), 0.0)
 
 
 def test_without_a_compiler_auto_falls_back_and_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
