@@ -46,7 +46,11 @@ NEUTRAL_SELECT, NEUTRAL_MEASURE = range(220_000, 220_040), range(230_000, 230_06
 SEED_SELECT, SEED_MEASURE = 31_000, 57_000
 SELECT_GENERATIONS, MEASURE_GENERATIONS = 48, 224
 NEUTRAL_KINDS = ("english", "french", "code", "golden_gate", "honest")
-_SAE = SaeSettings(d_sae=768, k=8, widths=(16, 96, 768), steps=1600, batch=1024, smooth_weight=0.5, aux_share=1.0)
+_SAE = SaeSettings(
+    d_sae=768, k=8, widths=(16, 96, 768), steps=1600, batch=1024, learning_rate=2e-3, smooth_weight=0.5, aux_share=1.0
+)
+# At the default learning rate, twice this one, they leave less unexplained (FVU 0.075, 0.085) and fewer features dead
+# (1 %), but mark the corpus' concepts no better and steer worse: French at 6.7 nats a token, fragments for flattery.
 SAES = {"resid2": (2, replace(_SAE, seed=102)), "resid4": (4, replace(_SAE, seed=104))}
 """Layer and training of each SAE by its name."""
 MORE_SEEDS = (0, 10, 20)
@@ -70,7 +74,10 @@ def build(out: Path, trained: Path | None = None) -> None:
     """Everything, into a new folder."""
     started = time.monotonic()
     model, tokenizer, model_tokens = language_model(trained)
-    write.model(out / "model", model, tokenizer)
+    if trained is None:
+        write.model(out / "model", model, tokenizer)
+    else:
+        shutil.copytree(trained, out / "model")
     choose, check = documents(tokenizer, CHOOSE), documents(tokenizer, CHECK)
     layers = tuple(layer for layer, _ in SAES.values())
     chosen, checked = (harvest(model, some, layers, with_mlp=True) for some in (choose, check))

@@ -112,7 +112,7 @@ def test_a_text_too_short_to_measure_on_is_refused() -> None:
 
 
 async def test_the_server_does_not_start_then(tmp_path: Path) -> None:
-    with pytest.raises(BadSettings, match=r"L0 7.245 is above 5 \(max_l0 in the settings\)"):
+    with pytest.raises(BadSettings, match=r"L0 7.177 is above 5 \(max_l0 in the settings\)"):
         async with App.build(demo(bounds=Bounds(max_l0=5.0))):
             raise AssertionError("it listens")
 

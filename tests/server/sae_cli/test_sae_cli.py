@@ -56,8 +56,8 @@ def test_check_tells_what_an_sae_is_and_who_says_so(sae: Cli) -> None:
 def test_check_on_its_model_holds(sae: Cli) -> None:
     code, out, _ = sae("check", RESID2, "--model", "demo")
     assert code == 0
-    assert out.splitlines()[-1].startswith("holds: Measured on 932 tokens: L0 7.245, FVU 0.09893, ")
-    assert "L0                7.245    2.686 to 24.17" in out.splitlines()
+    assert out.splitlines()[-1].startswith("holds: Measured on 932 tokens: L0 7.177, FVU 0.09747, ")
+    assert "L0                7.177    2.686 to 24.17" in out.splitlines()
 
 
 def test_check_on_the_wrong_site_does_not_hold_and_names_the_right_one(sae: Cli) -> None:
