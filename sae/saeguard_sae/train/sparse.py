@@ -27,6 +27,8 @@ from saeguard_sae.train.smoothness import Smoothness
 from saeguard_sae.train.tracking import Progress, Tracking
 
 _TINY = 1e-12
+_CUTS = 20
+"""One in so many of a run's steps counts for the threshold, at most: the last ones."""
 
 
 class SparseLearner:
@@ -116,8 +118,9 @@ class SparseLearner:
         return own | self.tracking.state()
 
     def _remember(self, cut: Tensor) -> None:
-        """Running mean of the cut, the first steps weighing alike so that a short run is not biased to 0."""
-        memory = min(self.settings.threshold_memory, self.steps / (self.steps + 1))
+        """Running mean of the cut, which moves while it learns: of few steps at first, and of few in a short run."""
+        settings = self.settings
+        memory = min(settings.threshold_memory, self.steps / (self.steps + 1), max(0.0, 1 - _CUTS / settings.steps))
         self.threshold.mul_(memory).add_((1 - memory) * cut)
 
     def _is_restart_due(self) -> bool:

@@ -15,8 +15,6 @@ from bench.train.roster import FLOOR, OURS, Sides
 from bench.train.side import middle
 
 BATCH, K = 4096, 32
-LEARNING_RATE = 3e-4
-"""Of everyone's Adam, without a schedule, so that equal steps are equal chances; sparsify takes its own optimiser."""
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 """Precisions of everybody."""
 BEST = f"{OURS}, topk int8"
@@ -52,17 +50,17 @@ class Case:
         for precision, short in SHORT.items():
             plans[f"{OURS}, topk {short}"] = self._plan("topk", precision)
             for library in self.libraries:
-                rate = 0.0 if library == "sparsify" else LEARNING_RATE
-                plans[f"{library}, topk {short}"] = self._plan("topk", precision, rate)
+                plans[f"{library}, topk {short}"] = self._plan("topk", precision)
         own = {BEST: "topk", **MORE}
         return plans | {name: self._plan(architecture, "int8") for name, architecture in own.items()}
 
-    def _plan(self, architecture: str, precision: str, rate: float = LEARNING_RATE) -> dict[str, Any]:
+    def _plan(self, architecture: str, precision: str) -> dict[str, Any]:
+        """With everyone's own optimiser and learning rate, but without a schedule: equal steps are equal chances."""
         widths = [self.size.d_sae // part for part in WIDTHS] if architecture == "matryoshka" else []
         return {
             "pool": self.pool, "d_sae": self.size.d_sae, "k": K, "architecture": architecture, "widths": widths,
             "precision": precision, "threads": self.threads, "batch": BATCH, "steps": self.size.steps,
-            "learning_rate": rate, "seed": 11,
+            "learning_rate": 0.0, "seed": 11,
         }  # fmt: skip
 
 
