@@ -78,6 +78,11 @@ def both(model_type: str, *, processed: bool = False) -> tuple[Any, HookedTransf
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
+    return model, as_hooked(model_type, model, processed=processed)
+
+
+def as_hooked(model_type: str, model: Any, *, processed: bool = False) -> HookedTransformer:
+    """The model as TransformerLens runs it."""
     cfg = hooked_config(model_type, model.config)
     hooked = HookedTransformer(cfg)
     state = {name: tensor.clone() for name, tensor in CONVERT[model_type](model, cfg).items()}
@@ -90,7 +95,7 @@ def both(model_type: str, *, processed: bool = False) -> tuple[Any, HookedTransf
         fold_value_biases=processed,
     )
     hooked.set_use_hook_mlp_in(True)
-    return model, hooked.eval()
+    return hooked.eval()
 
 
 def look_at(model: Any, site: Site, tokens: torch.Tensor) -> torch.Tensor:
