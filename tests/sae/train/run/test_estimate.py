@@ -55,12 +55,15 @@ def test_a_checkpoint_is_as_large_as_was_said(kind: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["matryoshka", "float32"])
 def test_training_counts_weights_gradients_moments_and_the_copy(kind: str) -> None:
+    """Besides these, two copies of 512 tokens' pre-activations, which only a step has."""
     one = SIZES[kind]
+    # What is garbage by now would make room for the learner, and be taken for what was there before it.
+    gc.collect()
     before, x = storages(), torch.randn(64, one.d_in)
     learner = make_learner(one.settings, x)
     held = sum(size for at, size in storages().items() if at not in before)
     del learner
-    assert held < one.training_bytes() < 3 * held
+    assert held < one.training_bytes() - 2 * 512 * one.settings.d_sae * 4 < 1.1 * held
 
 
 def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
