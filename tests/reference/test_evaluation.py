@@ -35,7 +35,7 @@ def both(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     begin = torch.arange(ROWS)[:, None]
     tokens = model.generate(begin, max_new_tokens=CONTEXT - 1, do_sample=True, temperature=0.5, pad_token_id=0)
     np.save(folder / "tokens.npy", tokens[1:].numpy())
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'sae'}:{ROOT / 'tests'}:{ROOT / 'tests/reference'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'sae'}:{ROOT / 'tests'}"}
     command = [reference_python, Path(__file__).with_name("evaluate_with_saelens.py"), folder]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

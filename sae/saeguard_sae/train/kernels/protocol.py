@@ -26,7 +26,8 @@ class Kernels(Protocol):
         ...
 
     def strongest(self, pairs: Pairs, values: Tensor, k: int) -> Tensor:
-        """values [n] -> bool [n] whether a pair is among its token's k largest; of equal ones those that come first."""
+        """values [n], none below 0 -> bool [n] whether a pair is among its token's k largest; of equal ones those that
+        come first."""
         ...
 
     def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:

@@ -43,12 +43,10 @@ class TorchKernels:
     def strongest(self, pairs: Pairs, values: Tensor, k: int) -> Tensor:
         """See ``Kernels.strongest``."""
         row = pairs.rows()
-        counts = pairs.starts.diff()
-        column = torch.arange(len(values), device=values.device) - pairs.starts[row]
-        table = values.new_full((len(counts), max(k, int(counts.max()))), -torch.inf)
-        table[row, column] = values
-        best = table.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        return torch.zeros_like(table, dtype=torch.bool).scatter_(1, best, True)[row, column]
+        by_value = values.argsort(descending=True, stable=True)
+        order = by_value[row[by_value].argsort(stable=True)]
+        rank = torch.arange(len(values), device=values.device) - pairs.starts[row]
+        return torch.empty_like(row, dtype=torch.bool).scatter_(0, order, rank < k)
 
     def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:
         """See ``Kernels.read``."""
