@@ -13,8 +13,9 @@ from torch import Tensor
 from saeguard_sae import catalogue
 from saeguard_sae.catalogue import Catalogue, Quality
 from saeguard_sae.coder import SparseCoder
-from saeguard_sae.formats import FORMATS, Choices, Convention, Format, Found, Origin, Source
+from saeguard_sae.formats import FORMATS, Format
 from saeguard_sae.formats.files import checkpoint
+from saeguard_sae.formats.found import Choices, Convention, Found, Origin, Source
 from saeguard_sae.site import Site
 
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")

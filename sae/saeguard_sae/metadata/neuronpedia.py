@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from msgspec import field
 
 from saeguard_sae.catalogue import BadCatalogue, Example, PromotedToken
 from saeguard_sae.metadata.entries import Entry, Label, finite, index_of, share
@@ -47,7 +46,7 @@ _PATH = re.compile(r" - at `\$\.?(.*)`$")
 
 class _Score(msgspec.Struct):
     value: float
-    metric: str | None = field(name="explanationScoreTypeName", default=None)
+    metric: str | None = msgspec.field(name="explanationScoreTypeName", default=None)
 
 
 class _Explanation(msgspec.Struct):
@@ -58,8 +57,8 @@ class _Explanation(msgspec.Struct):
 class _Activation(msgspec.Struct):
     tokens: list[str]
     values: list[float] | None = None
-    maximum: float | None = field(name="maxValue", default=None)
-    position: int | None = field(name="maxValueTokenIndex", default=None)
+    maximum: float | None = msgspec.field(name="maxValue", default=None)
+    position: int | None = msgspec.field(name="maxValueTokenIndex", default=None)
 
 
 class _Record(msgspec.Struct):
@@ -67,17 +66,17 @@ class _Record(msgspec.Struct):
 
     index: int | str
     layer: str
-    model: str | None = field(name="modelId", default=None)
+    model: str | None = msgspec.field(name="modelId", default=None)
     description: str | None = None
     scores: list[_Score] | None = None
-    maximum: float | None = field(name="maxActApprox", default=None)
-    density: float | None = field(name="frac_nonzero", default=None)
+    maximum: float | None = msgspec.field(name="maxActApprox", default=None)
+    density: float | None = msgspec.field(name="frac_nonzero", default=None)
     pos_str: list[str] | None = None
     pos_values: list[float] | None = None
     tokens: list[str] | None = None
     values: list[float] | None = None
-    max_value: float | None = field(name="maxValue", default=None)
-    position: int | None = field(name="maxValueTokenIndex", default=None)
+    max_value: float | None = msgspec.field(name="maxValue", default=None)
+    position: int | None = msgspec.field(name="maxValueTokenIndex", default=None)
     explanations: list[_Explanation] | None = None
     activations: list[_Activation] | None = None
 
