@@ -13,10 +13,9 @@ from saeguard_sae.formats.saelens_arrival import arrival
 from saeguard_sae.formats.saelens_coder import Parts, build
 from saeguard_sae.formats.saelens_legacy import modernised
 from saeguard_sae.formats.saelens_place import belongs
-from saeguard_sae.formats.saelens_save import save
 from saeguard_sae.formats.saelens_settings import CONFIG, WEIGHTS, Settings, current, is_current
 
-__all__ = ["CONFIG", "NAME", "WEIGHTS", "load", "recognises", "save"]
+__all__ = ["CONFIG", "NAME", "WEIGHTS", "load", "recognises"]
 
 NAME = "saelens"
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.coder import SparseCoder
-from saeguard_sae.formats import Found, Source, saelens
+from saeguard_sae.formats import Found, Source, saelens_save
 from saeguard_sae.formats.found import Place
+from saeguard_sae.formats.saelens_settings import CONFIG
 from saeguard_sae.loading import read
 from saeguard_sae.metadata import write as write_features
 from saeguard_sae.site import Site
@@ -42,11 +43,11 @@ def act(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "--normalize-activations and --apply-b-dec-to-input are for serving; conversion keeps the files'"
         )
-    if (arguments.out / saelens.CONFIG).exists():
+    if (arguments.out / CONFIG).exists():
         raise ValueError(f"{arguments.out} holds an SAE already")
     opened = open_source(settings).sae
     found = opened.found
-    saelens.save(
+    saelens_save.save(
         found.dictionary,
         arguments.out,
         site=_site(settings.site, found.reads, "site"),

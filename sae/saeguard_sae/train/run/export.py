@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats import saelens
+from saeguard_sae.formats import saelens_save
 from saeguard_sae.train.run.card import card
 from saeguard_sae.train.run.config import RunConfig
 from saeguard_sae.train.run.errors import RunFailed
@@ -28,7 +28,7 @@ def export(dictionary: Dictionary, plan: Plan, config: RunConfig, folder: RunFol
     """
     path = folder.sae(plan.name)
     try:
-        saelens.save(
+        saelens_save.save(
             dictionary,
             path,
             site=plan.reads,

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from saeguard_sae.formats import saelens
+from saeguard_sae.formats import saelens_save
 from saeguard_sae.site import Site
 from saeguard_sae.train.learner import make_learner
 from saeguard_sae.train.parallel.mesh import ALONE, Mesh
@@ -74,6 +74,6 @@ def rehearse_export(plan: Plan, sample: Mapping[Site, Tensor], model_name: str) 
         try:
             dictionary = make_learner(small, sample[plan.reads], wanted).export()
             writes = () if plan.writes is None else (plan.writes,)
-            saelens.save(dictionary, Path(folder), site=plan.reads, model_name=model_name, writes=writes)
+            saelens_save.save(dictionary, Path(folder), site=plan.reads, model_name=model_name, writes=writes)
         except ValueError as err:
             raise BadConfig(f"saes.{plan.name}: its SAE could not be written: {err}") from err
