@@ -15,7 +15,7 @@ T = TypeVar("T")
 FEATURES = "features.jsonl"
 
 
-class PromotedToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CatalogueToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A token that the feature's decoder row makes likelier. ``logit`` is its direct effect per unit of activation."""
 
     token: str
@@ -30,7 +30,7 @@ class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value: float
 
 
-class Feature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CatalogueFeature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One line of ``features.jsonl``; null means unknown."""
 
     index: int
@@ -45,7 +45,7 @@ class Feature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of the positive activations, by probability such as "0.99"."""
     density: float | None = None
     """Share of tokens on which the feature fires."""
-    top_tokens: tuple[PromotedToken, ...] = ()
+    top_tokens: tuple[CatalogueToken, ...] = ()
     examples: tuple[Example, ...] = ()
 
 
@@ -65,19 +65,19 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     """Features by index; a feature without a line is known by its index alone."""
 
-    features: dict[int, Feature] = {}
+    features: dict[int, CatalogueFeature] = {}
     quality: Quality | None = None
 
-    def feature(self, index: int) -> Feature:
+    def feature(self, index: int) -> CatalogueFeature:
         """What is known of a feature; an empty entry when nothing is."""
-        return self.features.get(index) or Feature(index=index)
+        return self.features.get(index) or CatalogueFeature(index=index)
 
 
 class BadCatalogue(ValueError):
     """A catalogue file that cannot be used; the message names the file and line."""
 
 
-def read(directory: Path, d_sae: int) -> Catalogue:
+def read_catalogue(directory: Path, d_sae: int) -> Catalogue:
     """The catalogue beside an SAE's weights, empty where there is none.
 
     Raises:
@@ -90,16 +90,16 @@ def read(directory: Path, d_sae: int) -> Catalogue:
     return Catalogue(features=features, quality=found)
 
 
-def read_features(file: Path, d_sae: int | None = None) -> dict[int, Feature]:
+def read_features(file: Path, d_sae: int | None = None) -> dict[int, CatalogueFeature]:
     """The features of a ``features.jsonl``, by index; without ``d_sae`` any index is allowed.
 
     Raises:
         BadCatalogue: malformed, an index outside the SAE, or one given twice.
     """
-    features: dict[int, Feature] = {}
+    features: dict[int, CatalogueFeature] = {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            one = _decode(line, Feature, f"{file}:{number}")
+            one = _decode(line, CatalogueFeature, f"{file}:{number}")
             if one.index < 0 or one.index in features or (d_sae is not None and one.index >= d_sae):
                 allowed = "0 and above" if d_sae is None else f"0..{d_sae - 1}"
                 raise BadCatalogue(f"{file}:{number}: index {one.index} is repeated or outside {allowed}")

@@ -2,15 +2,337 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, Columns
-from saeguard_sae.normalisation import NORMALISATIONS, Normalisation, normalise, restore
-from saeguard_sae.selections import is_selection
+# What turns one feature's pre-activation into its value, and what is common to every such function.
+#
+# Those that compare a feature with its rivals (TopK and its kin) are in ``selections``.
+
+
+class ActivationFunction(Protocol):
+    """Pre-activations ``p = x @ W_enc + b_enc`` to feature values."""
+
+    name: ClassVar[str]
+    local: ClassVar[bool]
+    """True when a feature's value depends on its own pre-activation alone, so that it can be computed alone."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        """pre [..., d_sae] -> features [..., d_sae]."""
+        ...
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        """The scalars by which one feature is computed from ``q = x . w_j``; only when ``local``."""
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Tensors of length d_sae by the name they have on disk."""
+        ...
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        """The same activation with these in place of its ``parameters``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Per feature [d_sae]: ``f = relu(gain * q + bias) if q + gate > threshold else 0``, with ``q = x . w_j``.
+
+    ``squashed``: ``tanh`` of that.
+    """
+
+    gain: Tensor
+    bias: Tensor
+    gate: Tensor
+    threshold: Tensor
+    squashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReLU:
+    """``max(p, 0)``: the classic SAE."""
+
+    name: ClassVar[str] = "relu"
+    local: ClassVar[bool] = True
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return pre.relu()
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        never = torch.full_like(b_enc, -torch.inf)
+        return Columns(torch.ones_like(b_enc), b_enc, b_enc, never)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {}
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class TanhReLU:
+    """``tanh(max(p, 0))``: what SAELens before 6.0 calls ``tanh-relu``; its later versions load it as ReLU."""
+
+    name: ClassVar[str] = "tanh_relu"
+    local: ClassVar[bool] = True
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return pre.relu().tanh()
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        never = torch.full_like(b_enc, -torch.inf)
+        return Columns(torch.ones_like(b_enc), b_enc, b_enc, never, squashed=True)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {}
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class JumpReLU:
+    """``max(p, 0) where p > threshold`` (Rajamanoharan et al. 2024); also BatchTopK with its stored threshold."""
+
+    threshold: Tensor
+    name: ClassVar[str] = "jumprelu"
+    local: ClassVar[bool] = True
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return pre.relu() * (pre > self.threshold)
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        return Columns(torch.ones_like(b_enc), b_enc, b_enc, self.threshold)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"threshold": self.threshold}
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        return JumpReLU(**tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """``relu(q * exp(r_mag) + b_mag) where q + b_gate > 0`` (Rajamanoharan et al. 2024); there is no ``b_enc``."""
+
+    b_gate: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
+    name: ClassVar[str] = "gated"
+    local: ClassVar[bool] = True
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return (pre * self.r_mag.exp() + self.b_mag).relu() * (pre + self.b_gate > 0)
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        """``b_enc`` holds only what centring moved into it: see ``Dictionary.centred_bias``."""
+        gain = self.r_mag.exp()
+        return Columns(gain, self.b_mag + gain * b_enc, self.b_gate + b_enc, torch.zeros_like(b_enc))
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"b_gate": self.b_gate, "b_mag": self.b_mag, "r_mag": self.r_mag}
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        return Gated(**tensors)
+
+
+# Activations that let a feature through only if it beats its rivals: TopK, AbsTopK, GroupMax.
+#
+# A feature's value needs its rank, not its rivals' values. So one feature is computed from its own pre-activation and
+# a count of how many rivals score higher, which can stop early (``ranking``).
+
+
+class Selection(ActivationFunction, Protocol):
+    """An activation under which a feature is ``value(p)`` if fewer than ``limit`` rivals score above it, else 0."""
+
+    @property
+    def limit(self) -> int: ...
+
+    @property
+    def groups(self) -> int:
+        """Into how many contiguous blocks of features the rivals are split."""
+        ...
+
+    def score(self, pre: Tensor) -> Tensor:
+        """What is compared."""
+        ...
+
+    def value(self, pre: Tensor) -> Tensor:
+        """What a feature is worth when it is let through, before its ``gain``."""
+        ...
+
+
+def is_selection(activation: ActivationFunction) -> TypeGuard[Selection]:
+    """Whether its features compete."""
+    return isinstance(activation, TopK | AbsTopK | GroupMax)
+
+
+class _Competing:
+    """What the three share: no columns of their own, an optional gain per feature."""
+
+    gain: Tensor | None
+    local: ClassVar[bool] = False
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        """The pre-activation alone: never let through until its rank is known."""
+        ones = torch.ones_like(b_enc)
+        return Columns(ones, b_enc, b_enc, torch.full_like(b_enc, torch.inf))
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {} if self.gain is None else {"gain": self.gain}
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return features if self.gain is None else features * self.gain
+
+
+@dataclass(frozen=True, slots=True)
+class TopK(_Competing):
+    """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024).
+
+    Args:
+        keeps_negative: negative ones stay as they are, as in circuit-tracer.
+        gain: [d_sae] multiplies what was let through, where features are ranked in other units than their own.
+    """
+
+    k: int
+    keeps_negative: bool = False
+    gain: Tensor | None = field(default=None, kw_only=True)
+    name: ClassVar[str] = "topk"
+    groups: ClassVar[int] = 1
+
+    @property
+    def limit(self) -> int:
+        return self.k
+
+    def score(self, pre: Tensor) -> Tensor:
+        return pre
+
+    def value(self, pre: Tensor) -> Tensor:
+        return pre if self.keeps_negative else pre.relu()
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        values, index = pre.topk(self.k, dim=-1)
+        return self._scaled(torch.zeros_like(pre).scatter_(-1, index, self.value(values)))
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        return TopK(self.k, self.keeps_negative, gain=tensors.get("gain"))
+
+
+@dataclass(frozen=True, slots=True)
+class AbsTopK(_Competing):
+    """The k pre-activations of largest magnitude of each token, with their sign."""
+
+    k: int
+    gain: Tensor | None = field(default=None, kw_only=True)
+    name: ClassVar[str] = "abstopk"
+    groups: ClassVar[int] = 1
+
+    @property
+    def limit(self) -> int:
+        return self.k
+
+    def score(self, pre: Tensor) -> Tensor:
+        return pre.abs()
+
+    def value(self, pre: Tensor) -> Tensor:
+        return pre
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        index = pre.abs().topk(self.k, dim=-1).indices
+        return self._scaled(torch.zeros_like(pre).scatter_(-1, index, pre.gather(-1, index)))
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        return AbsTopK(self.k, gain=tensors.get("gain"))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMax(_Competing):
+    """The largest of each of k contiguous blocks of d_sae / k features, negative ones as 0 (EleutherAI sparsify)."""
+
+    k: int
+    gain: Tensor | None = field(default=None, kw_only=True)
+    name: ClassVar[str] = "groupmax"
+    limit: ClassVar[int] = 1
+
+    @property
+    def groups(self) -> int:
+        return self.k
+
+    def score(self, pre: Tensor) -> Tensor:
+        return pre
+
+    def value(self, pre: Tensor) -> Tensor:
+        return pre.relu()
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        blocks = pre.view(*pre.shape[:-1], self.k, -1)
+        values, index = blocks.relu().max(dim=-1, keepdim=True)
+        return self._scaled(torch.zeros_like(blocks).scatter_(-1, index, values).flatten(-2))
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
+        return GroupMax(self.k, gain=tensors.get("gain"))
+
+
+# What a token goes through before it is encoded, and how a decoded vector comes back: per-token shift and scales.
+#
+# The names are SAELens' own, besides ``centred``: what TransformerLens' ``center_writing_weights`` does to the
+# stream.
+
+
+Normalisation: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale", "centred"]
+NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
+
+_EPS = 1e-5
+_TINY = 1e-30
+
+
+class InputFrame(NamedTuple):
+    """Per token [..., 1]: it is encoded as ``(x - shift) / divisor``; a decoded r means ``r * scale + shift``."""
+
+    shift: Tensor
+    divisor: Tensor
+    scale: Tensor
+
+
+def frame(kind: Normalisation, x: Tensor) -> InputFrame:
+    """x [..., d_in] -> its frame.
+
+    ``layer_norm`` takes the standard deviation with Bessel's correction and adds 1e-5 on the way in alone, as SAELens,
+    OpenAI and Bussmann do. A token of zeros has no direction: under ``constant_norm_rescale`` it stays zeros, where
+    SAELens gives NaN.
+    """
+    zeros, ones = torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
+    match kind:
+        case "none":
+            return InputFrame(zeros, ones, ones)
+        case "layer_norm":
+            shift = x.mean(dim=-1, keepdim=True)
+            deviation = (x - shift).std(dim=-1, keepdim=True)
+            return InputFrame(shift, deviation + _EPS, deviation)
+        case "constant_norm_rescale":
+            norm = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+            return InputFrame(zeros, norm.clamp_min(_TINY), norm)
+        case "centred":
+            return InputFrame(x.mean(dim=-1, keepdim=True), ones, ones)
+
+
+def normalise(kind: Normalisation, x: Tensor) -> Tensor:
+    """x [..., d_in] as it is encoded."""
+    if kind == "none":
+        return x
+    found = frame(kind, x)
+    return (x - found.shift) / found.divisor
+
+
+def restore(kind: Normalisation, decoded: Tensor, x: Tensor) -> Tensor:
+    """What was decoded for token ``x``, in the model's units."""
+    if kind == "none":
+        return decoded
+    found = frame(kind, x)
+    return decoded * found.scale + found.shift
 
 
 class BadDictionary(ValueError):
@@ -38,7 +360,7 @@ class Dictionary:
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
-    activation: Activation
+    activation: ActivationFunction
     centre: bool = True
     normalisation: Normalisation = "none"
     is_transcoder: bool = False

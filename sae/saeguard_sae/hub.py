@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
@@ -23,9 +24,94 @@ from huggingface_hub.errors import (
 )
 
 from saeguard_sae import releases
-from saeguard_sae.formats.found import Origin
-from saeguard_sae.hub_files import needed
+from saeguard_sae.formats.parsed import SaeOrigin
 from saeguard_sae.releases import PublishedSae
+
+# Which files of a repository make up one SAE, so that nothing else is downloaded.
+
+
+_WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
+_SETTINGS = (".json", ".yaml", ".yml")
+# Weights by the names that say a folder is one SAE, whatever else lies in it.
+_ONE_SAE = (
+    "sae_weights.safetensors", "sae.safetensors", "params.safetensors", "params.npz", "ae.pt", "sae.pt",
+    "latest_ckpt.safetensors", "checkpoints/final.safetensors",
+)  # fmt: skip
+# Tensors about an SAE that are none of its weights; the first changes what the weights mean.
+_WHITENING, _SPARSITY = "activation_whitening.safetensors", "sparsity.safetensors"
+
+
+def needed(names: Set[str], inside: str) -> set[str]:
+    """Of a repository's files, those that make up the SAE at ``inside``: its weights, and what a format wants beside.
+
+    Raises:
+        ValueError: there is none at that place, or several.
+    """
+    if inside in names:
+        return _with_its_own(names, inside)
+    folder = f"{inside}/" if inside else ""
+    if not any(name.startswith(folder) for name in names):
+        raise ValueError(f"there is no such file or folder in the repository{_close_to(inside, names)}")
+    weights = [name for name in _weights(names) if name.startswith(folder)]
+    found = _one_sae(folder, weights)
+    if found is None:
+        raise ValueError(f"holds {_counted(folder, weights)}")
+    return _with_its_own(names, found) | _settings(names, inside)
+
+
+def _weights(names: Set[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(_WEIGHTS) and not name.endswith((_WHITENING, _SPARSITY)))
+
+
+def _one_sae(folder: str, weights: list[str]) -> str | None:
+    """The weights of the folder's SAE, if it is the folder of one."""
+    for name in _ONE_SAE:
+        if f"{folder}{name}" in weights:
+            return f"{folder}{name}"
+    direct = [name for name in weights if "/" not in name.removeprefix(folder)]
+    halves = {_twin(name) for name in direct if _is_half(name, "W_enc_")}
+    alone = [name for name in direct if name not in halves]
+    return alone[0] if len(alone) == 1 else None
+
+
+def _with_its_own(names: Set[str], file: str) -> set[str]:
+    """A file of weights, the settings beside it, and the other half where there is one."""
+    return {file} | _settings(names, file.rpartition("/")[0]) | ({_twin(file)} & names)
+
+
+def _settings(names: Set[str], folder: str) -> set[str]:
+    """What a format may want in that folder besides the weights."""
+    here = {name for name in names if name.rpartition("/")[0] == folder}
+    return {name for name in here if name.endswith((*_SETTINGS, _WHITENING))}
+
+
+def _twin(file: str) -> str:
+    """The decoder's file of an encoder's, and the other way round, in a cross-layer transcoder; any other, itself."""
+    folder, slash, name = file.rpartition("/")
+    if _is_half(file, "W_enc_"):
+        return f"{folder}{slash}W_dec_{name.removeprefix('W_enc_')}"
+    return f"{folder}{slash}W_enc_{name.removeprefix('W_dec_')}" if _is_half(file, "W_dec_") else file
+
+
+def _is_half(file: str, prefix: str) -> bool:
+    return file.rpartition("/")[2].startswith(prefix)
+
+
+def _counted(folder: str, weights: list[str]) -> str:
+    if not weights:
+        return "no weights of an SAE"
+    direct = [name for name in weights if "/" not in name.removeprefix(folder)]
+    places = direct or sorted({name.rpartition("/")[0].removesuffix("/checkpoints") for name in weights})
+    kind = "files" if direct else "folders"
+    return f"several SAEs: name one of its {len(places)} {kind}, such as {', '.join(places[:3])}"
+
+
+def _close_to(inside: str, names: Set[str]) -> str:
+    weights = _weights(names)
+    folders = {name.rpartition("/")[0] for name in weights} - {""}
+    close = get_close_matches(inside, sorted(folders) + weights, n=3)
+    return f"; close are {', '.join(close)}" if close else ""
+
 
 SCHEME = "hf://"
 
@@ -41,11 +127,11 @@ class HubError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
+class HubSae:
     """An SAE on this machine, and where it came from."""
 
     path: Path
-    origin: Origin | None = None
+    origin: SaeOrigin | None = None
     revision: str | None = None
     """The commit of the repository that the files are of."""
     is_pinned: bool = True
@@ -67,14 +153,14 @@ class _Address:
         return f"{SCHEME}{self.repo}" + (f"/{self.inside}" if self.inside else "")
 
 
-def resolve(
+def resolve_hub_sae(
     path: str,
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     endpoint: str | None = None,
-) -> Resolved:
+) -> HubSae:
     """The file or folder that ``path`` names, downloaded if it must be; a progress bar shows on a terminal alone.
 
     Args:
@@ -107,17 +193,17 @@ def resolve(
     return _resolved(address, home, commit)
 
 
-def _local(path: str, revision: str | None) -> Resolved:
+def _local(path: str, revision: str | None) -> HubSae:
     if revision is not None:
         raise HubError(f"{path} is on this machine, so it has no revision {revision}")
     # Not resolved: in the hub's cache, files are links into another folder.
     parts = Path(path).absolute().parts
     for index, part in enumerate(parts[:-2]):
         if part.startswith("models--") and parts[index + 1] == "snapshots":
-            origin = Origin(part.removeprefix("models--").replace("--", "/"), "/".join(parts[index + 3 :]))
+            origin = SaeOrigin(part.removeprefix("models--").replace("--", "/"), "/".join(parts[index + 3 :]))
             published = releases.at(origin.repo, origin.path)
-            return Resolved(path=Path(path), origin=origin, revision=parts[index + 2], published=published)
-    return Resolved(path=Path(path))
+            return HubSae(path=Path(path), origin=origin, revision=parts[index + 2], published=published)
+    return HubSae(path=Path(path))
 
 
 def _address(path: str, revision: str | None) -> _Address:
@@ -138,7 +224,7 @@ def _address(path: str, revision: str | None) -> _Address:
 def _listed(path: str, revision: str | None) -> _Address:
     release, _, sae_id = path.strip("/").partition("/")
     try:
-        found = releases.find(release, sae_id)
+        found = releases.find_release(release, sae_id)
     except ValueError as err:
         raise HubError(
             f"{path or 'an empty path'}: no such file or folder here, and {err}; "
@@ -177,7 +263,7 @@ def _listing(address: _Address, endpoint: str | None) -> tuple[str, Set[str]]:
     return info.sha, {sibling.rfilename for sibling in info.siblings or ()}
 
 
-def _from_cache(address: _Address, home: Path, why: str) -> Resolved:
+def _from_cache(address: _Address, home: Path, why: str) -> HubSae:
     revision, looked = address.revision or "main", f"only the cache {home.parent} was looked at: {why}"
     ref = home / "refs" / revision
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
@@ -199,10 +285,10 @@ def _needed(names: Set[str], address: _Address) -> Set[str]:
         raise HubError(f"{address}: {err}") from err
 
 
-def _resolved(address: _Address, home: Path, commit: str, offline: str | None = None) -> Resolved:
-    return Resolved(
+def _resolved(address: _Address, home: Path, commit: str, offline: str | None = None) -> HubSae:
+    return HubSae(
         path=home / "snapshots" / commit / address.inside,
-        origin=Origin(address.repo, address.inside),
+        origin=SaeOrigin(address.repo, address.inside),
         revision=commit,
         is_pinned=address.revision == commit,
         published=address.published or releases.at(address.repo, address.inside),

@@ -7,16 +7,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from saeguard_sae import catalogue
 from saeguard_sae.catalogue import Catalogue, Quality
-from saeguard_sae.coder import SparseCoder
+from saeguard_sae.coders import SparseCoder, Temporal
+from saeguard_sae.dictionary import Dictionary, Normalisation
 from saeguard_sae.formats import FORMATS, Format
-from saeguard_sae.formats.files import checkpoint
-from saeguard_sae.formats.found import Choices, Convention, Found, Origin, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import (
+    Choices,
+    Convention,
+    ModulePlace,
+    ParsedSae,
+    Place,
+    Processing,
+    SaeOrigin,
+    Source,
+    checkpoint,
+)
+from saeguard_sae.models import ModelConfig, Site, depth, layout, norm_gain, site_of, sites
 
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 
@@ -31,7 +42,7 @@ class OpenedSae:
 
     name: str
     format: str
-    found: Found
+    found: ParsedSae
     digest: str
     catalogue: Catalogue
 
@@ -75,7 +86,12 @@ class LoadedSae:
 
 
 def open_sae(
-    name: str, path: Path, *, origin: Origin | None = None, choices: Choices | None = None, facts: Choices | None = None
+    name: str,
+    path: Path,
+    *,
+    origin: SaeOrigin | None = None,
+    choices: Choices | None = None,
+    facts: Choices | None = None,
 ) -> OpenedSae:
     """The SAE in ``path``, in float32, before it is tied to a model.
 
@@ -90,15 +106,15 @@ def open_sae(
         LoadError: unknown format, a convention not supported, or bad weights.
     """
     try:
-        kind, found = read(Source(path, origin, choices or Choices()), facts)
-        entries = catalogue.read(path if path.is_dir() else path.parent, found.dictionary.d_sae)
+        kind, found = read_sae(Source(path, origin, choices or Choices()), facts)
+        entries = catalogue.read_catalogue(path if path.is_dir() else path.parent, found.dictionary.d_sae)
         decided = {one: value for one, value in _merged(choices, facts).given().items() if one in found.used}
-        return OpenedSae(name, kind, found, with_settings(digest(found.files), decided), entries)
+        return OpenedSae(name, kind, found, with_settings(weights_digest(found.files), decided), entries)
     except (ValueError, OSError) as err:
         raise LoadError(f"SAE {name!r} in {path}: {err}") from err
 
 
-def load(name: str, path: Path, site: Site | None = None) -> LoadedSae:
+def load_sae(name: str, path: Path, site: Site | None = None) -> LoadedSae:
     """The SAE in ``path`` as its files describe it, with no model to check it against.
 
     Args:
@@ -128,7 +144,7 @@ def load(name: str, path: Path, site: Site | None = None) -> LoadedSae:
     )
 
 
-def digest(files: tuple[Path, ...]) -> str:
+def weights_digest(files: tuple[Path, ...]) -> str:
     """SHA-256 over the files' names and bytes in the order of their names, hex."""
     total = hashlib.sha256()
     for file in sorted(files, key=lambda one: one.name):
@@ -145,7 +161,7 @@ def with_settings(files: str, settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps([files, sorted(settings.items())], default=str).encode()).hexdigest()
 
 
-def read(source: Source, facts: Choices | None = None) -> tuple[str, Found]:
+def read_sae(source: Source, facts: Choices | None = None) -> tuple[str, ParsedSae]:
     """The name of the format and what it holds.
 
     Args:
@@ -169,7 +185,7 @@ def _merged(choices: Choices | None, facts: Choices | None) -> Choices:
     return replace(said, scale=facts.scale, scale_said_by=facts.scale_said_by)
 
 
-def recognised(path: Path) -> str | None:
+def detect_format(path: Path) -> str | None:
     """The name of the format of a folder or file; None for what is no SAE."""
     return next((known.NAME for known in FORMATS if known.recognises(path)), None)
 
@@ -190,3 +206,248 @@ def _find(path: Path) -> tuple[Path, Format]:
         raise ValueError("a pickle, which could run any code, is not read; save its state dict alone with torch.save")
     names = f"; name one of its files: {', '.join(one.name for one in inside[:8])}" if inside else ""
     raise ValueError(f"not a known SAE format{names}; known are {', '.join(one.NAME for one in FORMATS)}")
+
+
+# SAEs of models that TransformerLens had changed, on the model as Hugging Face runs it.
+#
+# TransformerLens folds norms into the weights after them, centres what writes to the residual stream, and moves value
+# biases; the model computes the same, but the activations that an SAE saw differ. Each difference is exact and has an
+# exact counterpart on our side.
+
+
+_CENTRED = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_read", "mlp_out", "resid_post")
+"""Points whose activations lose their mean under ``center_writing_weights``."""
+
+
+def as_unprocessed(
+    dictionary: Dictionary, site: Site, processing: Processing, model: nn.Module, config: ModelConfig
+) -> tuple[Dictionary, Site]:
+    """The same SAE on the unprocessed model: its weights and the site where it reads.
+
+    Models with RMS norms have no mean to take out. On models with layer norms a difference in the stream's mean changes
+    nothing downstream, so the edits need no counterpart.
+
+    Raises:
+        ValueError: a combination that has no exact counterpart.
+    """
+    if processing == "none":
+        return dictionary, site
+    if layout(config.model_type).norm.kind == "layer" and site.point in _CENTRED:
+        dictionary = _centred(dictionary)
+    if processing == "centred":
+        return dictionary, site
+    if site.point == "mlp_in":
+        return dictionary, Site(site.layer, "mlp_normalized")  # with the gain folded into the MLP
+    if site.point == "attn_z":
+        return _shifted(dictionary, value_bias(model, config, site.layer)), site
+    return dictionary, site
+
+
+def matters(dictionary: Dictionary, site: Site, config: ModelConfig) -> bool:
+    """Whether an SAE at this site would compute something else if its model had been processed."""
+    if site.point in ("mlp_in", "attn_z"):
+        return True
+    is_centred = layout(config.model_type).norm.kind == "layer" and site.point in _CENTRED
+    return is_centred and dictionary.normalisation != "layer_norm"
+
+
+def _centred(dictionary: Dictionary) -> Dictionary:
+    if dictionary.normalisation == "layer_norm":
+        return dictionary  # takes the mean out itself
+    if dictionary.normalisation != "none":
+        raise ValueError(f"centred activations under {dictionary.normalisation} are not supported")
+    return replace(dictionary, normalisation="centred")
+
+
+def _shifted(dictionary: Dictionary, shift: Tensor | None) -> Dictionary:
+    """The SAE of ``x - shift`` as an SAE of x."""
+    if shift is None:
+        return dictionary
+    if dictionary.normalisation != "none" or dictionary.is_transcoder:
+        raise ValueError("a value bias under a normalisation is not supported")
+    shift = shift.to(dictionary.W_enc)
+    b_dec = dictionary.b_dec + shift
+    if dictionary.centre:
+        return replace(dictionary, b_dec=b_dec)
+    return replace(dictionary, b_enc=dictionary.b_enc - shift @ dictionary.W_enc, b_dec=b_dec)
+
+
+def value_bias(model: nn.Module, config: ModelConfig, layer: int) -> Tensor | None:
+    """[heads * d_head] what every head puts out for its value bias, the folded norm's bias included; None for none.
+
+    Attention weights sum to 1, so the bias goes through attention as it is.
+
+    Raises:
+        ValueError: an architecture whose value weights are not known here.
+    """
+    block: Any = model.get_submodule(f"{layout(config.model_type).blocks}.{layer}")
+    match config.model_type:
+        case "gpt2":
+            width = block.ln_1.bias.shape[0]
+            weight, bias = block.attn.c_attn.weight[:, 2 * width :], block.attn.c_attn.bias[2 * width :]
+            shift: Tensor = block.ln_1.bias.float() @ weight.float() + bias.float()
+            return shift.detach()
+        case "gpt_neox":
+            return _neox_value_bias(block)
+        case "llama" | "mistral" | "qwen2" | "qwen3" | "gemma2" | "gemma3_text":
+            attention = block.self_attn
+            if attention.v_proj.bias is None:
+                return None
+            heads: Tensor = attention.v_proj.bias.float().detach().unflatten(0, (-1, attention.head_dim))
+            return heads.repeat_interleave(attention.num_key_value_groups, dim=0).flatten()
+    raise ValueError(f"the value bias of {config.model_type} models is not known")
+
+
+def _neox_value_bias(block: Any) -> Tensor:
+    """Query, key and value of one head lie side by side, head after head."""
+    both = block.attention.query_key_value
+    heads = block.attention.config.num_attention_heads
+    weight = both.weight.float().unflatten(0, (heads, 3, -1))[:, 2]
+    folded: Tensor = weight @ block.input_layernorm.bias.float()
+    if both.bias is not None:
+        folded = folded + both.bias.float().unflatten(0, (heads, 3, -1))[:, 2]
+    return folded.flatten().detach()
+
+
+# Ties an SAE to the model it is served with: its sites found, the model's own conventions applied, widths compared.
+
+
+USER = "the settings"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """What the user says about an SAE against, or beyond, what its files say; None is what the files say."""
+
+    site: Site | None = None
+    write_site: Site | None = None
+    apply_b_dec_to_input: bool | None = None
+    normalize_activations: Normalisation | None = None
+    processing: Processing | None = None
+
+
+def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Overrides | None = None) -> LoadedSae:
+    """The SAE at its sites in this model, in float32 on the CPU.
+
+    Raises:
+        LoadError: no site is known, the model lacks it, it writes before it reads, or an override cannot apply.
+    """
+    said = overrides or Overrides()
+    try:
+        dictionary, notes = _overridden(opened.found.dictionary, said)
+        site = _place(said.site or opened.found.reads, config, "site")
+        writes = _writes(opened.found, said, config)
+        processing = _processing(opened.found, said, dictionary, site, config)
+        if isinstance(dictionary, Dictionary):
+            dictionary, site = as_unprocessed(dictionary, site, processing, model, config)
+        elif processing != "none":
+            raise ValueError(f"processing: {dictionary.architecture} SAEs of processed models are not supported")
+        writes, gain = _past_the_norm(site, writes, model, config)
+        _check_sites(site, writes, dictionary, config)
+    except ValueError as err:
+        raise LoadError(f"SAE {opened.name!r}: {err}") from err
+    notes += _site_notes(said, opened.found, site, writes, processing)
+    return LoadedSae(
+        name=opened.name,
+        site=site,
+        dictionary=dictionary,
+        digest=with_settings(opened.digest, _meaning(said)),
+        catalogue=opened.catalogue,
+        writes=writes,
+        write_gain=gain,
+        format=opened.format,
+        conventions=(*opened.found.conventions, *notes),
+        stated_l0=opened.found.stated_l0,
+    )
+
+
+def _meaning(said: Overrides) -> dict[str, object]:
+    """What the user says about the weights; its sites are part of every receipt anyway."""
+    names = ("apply_b_dec_to_input", "normalize_activations", "processing")
+    return {name: value for name in names if (value := getattr(said, name)) is not None}
+
+
+def _overridden(coder: SparseCoder, said: Overrides) -> tuple[SparseCoder, list[Convention]]:
+    notes = []
+    for name, field in (("apply_b_dec_to_input", "centre"), ("normalize_activations", "normalisation")):
+        value = getattr(said, name)
+        if value is None:
+            continue
+        if isinstance(coder, Temporal):
+            raise ValueError(f"{name}: a {coder.architecture} SAE leaves no such choice")
+        coder = replace(coder, **{field: value})
+        notes.append(Convention(name, {True: "yes", False: "no"}.get(value, str(value)), USER))
+    return coder, notes
+
+
+def _processing(found: ParsedSae, said: Overrides, coder: SparseCoder, site: Site, config: ModelConfig) -> Processing:
+    processing = said.processing or found.processing
+    if processing is not None:
+        return processing
+    if isinstance(coder, Dictionary) and matters(coder, site, config):
+        raise ValueError(
+            f"its files do not say whether TransformerLens had changed the model it was trained on, which matters at "
+            f"{site}; give the processing: transformer_lens (its defaults), centred, or none"
+        )
+    return "none"
+
+
+def _place(place: Place | None, config: ModelConfig, setting: str) -> Site:
+    if place is None:
+        raise ValueError(f"its files do not say where in the model it belongs; give the {setting}")
+    if isinstance(place, ModulePlace):
+        return site_of(config.model_type, place.layer, place.module, place.side)
+    return place
+
+
+def _writes(found: ParsedSae, said: Overrides, config: ModelConfig) -> tuple[Site, ...]:
+    """Where it writes; empty for the place it reads."""
+    if said.write_site is not None:
+        if len(found.writes) > 1:
+            raise ValueError(f"write_site: it writes at {len(found.writes)} sites, which its files name")
+        return (said.write_site,)
+    writes = tuple(_place(one, config, "write_site") for one in found.writes)
+    if not writes and isinstance(found.dictionary, Dictionary) and found.dictionary.is_transcoder:
+        raise ValueError("its files do not say where it writes; give the write_site")
+    return writes
+
+
+def _past_the_norm(
+    site: Site, writes: tuple[Site, ...], model: nn.Module, config: ModelConfig
+) -> tuple[tuple[Site, ...], Tensor | None]:
+    """What the norm makes before its gain is no module's output: it is edited behind the gain, times the gain."""
+    written = writes or (site,)
+    if all(one.point != "mlp_normalized" for one in written):
+        return writes, None
+    if len(written) > 1:
+        raise ValueError("writing before a norm's gain at one of several sites is not supported")
+    layer = written[0].layer
+    return (Site(layer, "mlp_in"),), norm_gain(model, config, layer)
+
+
+def _check_sites(site: Site, writes: tuple[Site, ...], coder: SparseCoder, config: ModelConfig) -> None:
+    known = sites(config)
+    for one in (site, *writes):
+        if one not in known:
+            raise ValueError(f"{one} is not a site of this {config.model_type} model")
+        if depth(one) < depth(site):
+            raise ValueError(f"it reads at {site} and cannot write at {one}, which comes before")
+    if coder.d_out % max(len(writes), 1):
+        raise ValueError(f"its decoder rows are {coder.d_out} wide, which {len(writes)} sites cannot share equally")
+
+
+def _site_notes(
+    said: Overrides, found: ParsedSae, site: Site, writes: tuple[Site, ...], processing: Processing
+) -> list[Convention]:
+    """What is not among the files' own conventions: the user's word, and what became of a place in this model."""
+    notes = []
+    if said.site is not None or site != found.reads:
+        notes.append(Convention("site", str(site), USER if said.site else f"this model: {found.reads}"))
+    if writes and (said.write_site is not None or writes != found.writes):
+        written = ", ".join(map(str, found.writes)) or str(found.reads)
+        notes.append(
+            Convention("writes", ", ".join(map(str, writes)), USER if said.write_site else f"this model: {written}")
+        )
+    if said.processing is not None:
+        notes.append(Convention("processing", processing, USER))
+    return notes

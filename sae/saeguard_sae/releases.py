@@ -67,7 +67,7 @@ def all_releases() -> Mapping[str, Release]:
     return {name: _release(name, listed) for name, listed in _list()["releases"].items()}
 
 
-def find(release: str, sae_id: str) -> PublishedSae:
+def find_release(release: str, sae_id: str) -> PublishedSae:
     """The SAE of that id.
 
     Raises:

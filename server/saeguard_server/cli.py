@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.settings import BadSettings, Settings, load
 
 if TYPE_CHECKING:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saeguard_sae import hub, releases
-from saeguard_sae.binding import Overrides
 from saeguard_sae.formats import Choices, Convention
-from saeguard_sae.formats.places import place
-from saeguard_sae.hub import Resolved
-from saeguard_sae.loading import LoadError, OpenedSae, open_sae
+from saeguard_sae.formats.parsed import place
+from saeguard_sae.hub import HubSae
+from saeguard_sae.loading import LoadError, OpenedSae, Overrides, open_sae
+from saeguard_sae.models import Site
 from saeguard_sae.releases import PublishedSae
-from saeguard_sae.site import Site
 from saeguard_server.settings import SaeSettings
 
 _log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def open_source(settings: SaeSettings) -> OpenedSource:
         LoadError: it is nowhere, cannot be downloaded, or cannot be read as the settings ask.
     """
     try:
-        found = hub.resolve(settings.path)
+        found = hub.resolve_hub_sae(settings.path)
         overrides = Overrides(
             site=_site("site", settings.site),
             write_site=_site("write_site", settings.write_site),
@@ -64,7 +63,7 @@ def _site(setting: str, text: str | None) -> Site | None:
         raise ValueError(f"{setting}: {err}") from err
 
 
-def _tell(settings: SaeSettings, found: Resolved) -> None:
+def _tell(settings: SaeSettings, found: HubSae) -> None:
     """What an operator should know of a download."""
     if found.offline is not None:
         _log.warning("served from the hub's cache", extra={"fields": {"sae": settings.name, "why": found.offline}})
@@ -73,7 +72,7 @@ def _tell(settings: SaeSettings, found: Resolved) -> None:
         _log.warning("the path names no commit, so that it may be another one tomorrow", extra={"fields": fields})
 
 
-def _with_facts(opened: OpenedSae, known: PublishedSae | None, found: Resolved) -> OpenedSae:
+def _with_facts(opened: OpenedSae, known: PublishedSae | None, found: HubSae) -> OpenedSae:
     """What the list of releases says in place of, or beyond, what the files say."""
     notes, inside = list(opened.found.conventions), opened.found
     if found.origin is not None:

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from bench.report import figure
-from saeguard_sae.activations import Activation, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.pick import Picker
-from saeguard_sae.selections import TopK
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.encoding import FeatureSelector
 
 K = 16
 ON = 100
@@ -47,11 +45,11 @@ def compare(d_in: int, d_sae: int, tokens: int, rounds: int) -> None:
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(7)), dim=1)
     x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(8))
     on = (x[:8] @ W_dec.T).topk(ON, dim=-1).values[:, -1].mean()
-    kinds: dict[str, Activation] = {"relu": ReLU(), "jumprelu": JumpReLU(on.expand(d_sae)), "topk": TopK(ON)}
+    kinds: dict[str, ActivationFunction] = {"relu": ReLU(), "jumprelu": JumpReLU(on.expand(d_sae)), "topk": TopK(ON)}
     saes = {name: Dictionary(W_dec.T, torch.zeros(d_sae), W_dec, torch.zeros(d_in), one) for name, one in kinds.items()}
     product = bare(x, W_dec)
     for name, sae in saes.items():
-        fast, whole = Picker(sae), Picker(sae, fast=False)
+        fast, whole = FeatureSelector(sae), FeatureSelector(sae, fast=False)
         fast.prepare()
         sides = [product, lambda fast=fast: fast.top(x, K), lambda whole=whole: whole.top(x, K)]
         times = measure(sides, rounds)

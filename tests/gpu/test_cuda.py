@@ -9,8 +9,8 @@ import msgspec
 import pytest
 import torch
 
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
 from saeguard_sae.edits import Clamp, Scale, Zero
-from saeguard_sae.table import FOREVER, Column, EditTable
 from support.engines import Answer, World, edit, greedy, make_world, prompt, running
 from support.tables import edited
 
@@ -36,12 +36,12 @@ async def test_the_same_tokens_as_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_idle_rows_are_bit_identical(tmp_path: Path) -> None:
-    from saeguard_sae.loading import load
+    from saeguard_sae.loading import load_sae
 
     make_world("llama", tmp_path)
-    dictionary = load("one", tmp_path / "resid_post").dictionary.to("cuda:0")
+    dictionary = load_sae("one", tmp_path / "resid_post").dictionary.to("cuda:0")
     table = EditTable(4, dictionary.d_in, "cuda:0")
-    table.write(2, [Column(dictionary, 3, Clamp(5.0).affine(1.0), 0, FOREVER)])
+    table.write(2, [EditColumn(dictionary, 3, Clamp(5.0).affine(1.0), 0, FOREVER)])
     x = torch.randn(4, 3, dictionary.d_in, device="cuda:0")
     out = edited(table, x)
     others = [0, 1, 3]

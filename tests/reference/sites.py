@@ -17,12 +17,10 @@ from transformer_lens import HookedTransformer
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.architectures import Located, locate, norm_gain, sites
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.places import hook_name
-from saeguard_sae.processing import as_unprocessed
-from saeguard_sae.site import Site
+from saeguard_sae.dictionary import Dictionary, ReLU
+from saeguard_sae.formats.parsed import hook_name
+from saeguard_sae.loading import as_unprocessed
+from saeguard_sae.models import Located, Site, locate, norm_gain, sites
 from support.models import CONFIGS, VOCAB
 
 COMMON: dict[str, Any] = {"n_ctx": 256, "d_vocab": VOCAB, "device": "cpu", "default_prepend_bos": False}

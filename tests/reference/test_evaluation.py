@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard_sae.loading import load
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, Material, Row, evaluate
+from saeguard_sae.loading import load_sae
+from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
 from support.models import save_model
 from support.saes import plain_sae, save_sae
 
@@ -39,9 +39,9 @@ def both(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     command = [reference_python, Path(__file__).with_name("evaluate_with_saelens.py"), folder]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [Row(ids, torch.ones(CONTEXT, dtype=torch.bool)) for ids in tokens]
+    rows = [EvaluationRow(ids, torch.ones(CONTEXT, dtype=torch.bool)) for ids in tokens]
     material = Material(model=model, name="tiny", rows=rows, source="a test", decode=str)
-    return evaluate(load("one", folder / "sae"), material, SETTINGS), json.loads(done.stdout.splitlines()[-1])
+    return evaluate_saes(load_sae("one", folder / "sae"), material, SETTINGS), json.loads(done.stdout.splitlines()[-1])
 
 
 def test_sparsity_and_reconstruction(both: tuple[Evaluation, dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.formats import Choices, Source
-from saeguard_sae.loading import read
+from saeguard_sae.loading import read_sae
 
 GENERATE = Path(__file__).with_name("generate.py")
 LIMIT_S = 300
@@ -48,7 +48,7 @@ def far(ours: Tensor, theirs: np.ndarray[Any, Any]) -> bool:
 def differences(path: Path, choices: dict[str, Any]) -> list[str]:
     """What of a case comes out otherwise; the refusal when it is refused."""
     try:
-        coder = read(Source(path, choices=Choices(**choices)))[1].dictionary
+        coder = read_sae(Source(path, choices=Choices(**choices)))[1].dictionary
     except (ValueError, OSError) as err:
         return [str(err)]
     reference = np.load(path / "ref.npz")

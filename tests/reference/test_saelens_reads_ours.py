@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.coder import SparseCoder
+from saeguard_sae.coders import SparseCoder
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import Source, saelens, saelens_save
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_sae.train.learner import make_learner
 from saeguard_sae.train.settings import SELECTING, Architecture, JumpLoss, SaeSettings
 from support.coders import D_IN, D_OUT, D_SAE, SAVEABLE
@@ -82,7 +82,7 @@ def learnt(own: dict[str, Any]) -> Dictionary:
 def write(coder: SparseCoder, path: Path, how: dict[str, Any]) -> None:
     is_transcoder = isinstance(coder, Dictionary) and coder.is_transcoder
     own = {"site": Site(2, "mlp_in"), "writes": (Site(2, "mlp_out"),) if is_transcoder else ()}
-    saelens_save.save(coder, path, model_name="tiny", **own | how)
+    saelens_save.save_saelens(coder, path, model_name="tiny", **own | how)
 
 
 def compare(coder: SparseCoder, folder: Path) -> None:

@@ -11,18 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.architectures import LAYOUTS, depth, locate, norm_gain, site_of, sites
-from saeguard_sae.binding import Overrides, bind
 from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.coder import SparseCoder
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats import Found
-from saeguard_sae.formats.found import ModulePlace
-from saeguard_sae.formats.places import hook_name, hook_site, module_place
-from saeguard_sae.loading import LoadError, OpenedSae
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.site import POINTS, Site
+from saeguard_sae.coders import MatchingPursuit, SparseCoder
+from saeguard_sae.dictionary import Dictionary, ReLU
+from saeguard_sae.formats import ParsedSae
+from saeguard_sae.formats.parsed import ModulePlace, hook_name, hook_site, module_place
+from saeguard_sae.loading import LoadError, OpenedSae, Overrides, bind
+from saeguard_sae.models import LAYOUTS, POINTS, Site, depth, locate, norm_gain, site_of, sites
 from support.models import CONFIGS, WIDTH, save_model
 
 F = 8
@@ -41,7 +36,7 @@ def coder(d_out: int = WIDTH, **more: Any) -> Dictionary:
 
 
 def opened(dictionary: SparseCoder, reads: Any, **more: Any) -> OpenedSae:
-    found = Found(dictionary=dictionary, files=(Path("x"),), reads=reads, **more)
+    found = ParsedSae(dictionary=dictionary, files=(Path("x"),), reads=reads, **more)
     return OpenedSae("mine", "some_format", found, "digest", Catalogue())
 
 

@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU, TanhReLU
-from saeguard_sae.ceiling import Ceiling, has_bfloat16, number
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.selections import TopK
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU, TanhReLU, TopK
+from saeguard_sae.ranks import UpperBound, checked_number, has_bfloat16
 
 D, F = 21, 500  # neither a multiple of anything
 
@@ -22,14 +20,14 @@ def normals(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dictionary(seed: int, activation: Activation, spread: float = 1.0, bias: float = 1.0) -> Dictionary:
+def dictionary(seed: int, activation: ActivationFunction, spread: float = 1.0, bias: float = 1.0) -> Dictionary:
     """Encoder rows of very different sizes, where ``spread`` says so."""
     W_enc = normals(seed, D, F) * torch.exp(spread * normals(seed + 1, F))
     return Dictionary(W_enc, bias * normals(seed + 2, F), normals(seed + 3, F, D), torch.zeros(D), activation)
 
 
-def ceiling(sae: Dictionary) -> Ceiling:
-    found = Ceiling.of(sae)
+def ceiling(sae: Dictionary) -> UpperBound:
+    found = UpperBound.of(sae)
     assert found is not None
     return found
 
@@ -37,7 +35,7 @@ def ceiling(sae: Dictionary) -> Ceiling:
 def limits(sae: Dictionary, z: Tensor, above: float = 0.0) -> Tensor:
     """[N, F] in float64, 0 for what is certainly off."""
     one = ceiling(sae)
-    return number(one.without_those_off(one(z), above).pattern)[:, :F].double()
+    return checked_number(one.without_those_off(one(z), above).pattern)[:, :F].double()
 
 
 def exactly(sae: Dictionary, z: Tensor) -> Tensor:
@@ -61,7 +59,7 @@ def test_no_pre_activation_is_above_its_bound(
     z[:, 3] += outlier * 10**size
     bounds = ceiling(sae)(z)
     assert bounds.holds.all()
-    limit = number(bounds.pattern)[:, :F].double()
+    limit = checked_number(bounds.pattern)[:, :F].double()
     pre = exactly(sae, z)
     assert (limit >= pre.relu()).all()
     # Each rounding to bfloat16 loses at most 2**-8, and there are three: token, row, and the bound itself.
@@ -76,7 +74,7 @@ def test_it_holds_where_squares_underflow() -> None:
     W_enc[20] = 1.875
     sae = Dictionary(W_enc, torch.zeros(F), W_enc.T, torch.zeros(D), ReLU())
     z = torch.full((1, D), 2.0**-70 * (1 + 0.99 * 2**-8))
-    assert (number(ceiling(sae)(z).pattern)[:, :F].double() >= exactly(sae, z)).all()
+    assert (checked_number(ceiling(sae)(z).pattern)[:, :F].double() >= exactly(sae, z)).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -125,7 +123,7 @@ def test_past_the_last_feature_all_is_0() -> None:
 
 def test_weights_that_it_cannot_bound_have_none() -> None:
     sae = dictionary(21, ReLU())
-    assert Ceiling.of(sae.to("cpu", torch.bfloat16)) is None
+    assert UpperBound.of(sae.to("cpu", torch.bfloat16)) is None
     huge = Dictionary(sae.W_enc * 1e30, sae.b_enc, sae.W_dec, sae.b_dec, ReLU())
-    assert Ceiling.of(huge) is None
+    assert UpperBound.of(huge) is None
     assert not has_bfloat16(torch.device("meta"))

@@ -11,15 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae import ranking
-from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU, TanhReLU
-from saeguard_sae.coder import SparseCoder
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae import ranks as ranking
+from saeguard_sae.coders import MatchingPursuit, SparseCoder
+from saeguard_sae.dictionary import (
+    NORMALISATIONS,
+    AbsTopK,
+    ActivationFunction,
+    Dictionary,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TanhReLU,
+    TopK,
+)
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
 from saeguard_sae.edits import Add, Affine, Cap, Clamp, Floor, Scale, Zero
-from saeguard_sae.normalisation import NORMALISATIONS
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.selections import AbsTopK, GroupMax, TopK
-from saeguard_sae.table import FOREVER, Column, EditTable
 from support.near import close
 from support.tables import edited, rows
 
@@ -32,9 +39,9 @@ def normal(seed: int, *shape: int, by: float = 1.0) -> Tensor:
     return by * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def activation(name: str, seed: int) -> Activation:
+def activation(name: str, seed: int) -> ActivationFunction:
     each = normal(seed + 5, F, by=0.3)
-    made: dict[str, Activation] = {
+    made: dict[str, ActivationFunction] = {
         "relu": ReLU(),
         "tanh_relu": TanhReLU(),
         "jumprelu": JumpReLU(each),
@@ -116,8 +123,8 @@ def some_edits(seed: int, count: int) -> list[tuple[int, Affine]]:
     ]
 
 
-def columns(d: SparseCoder, edits: list[tuple[int, Affine]], **more: Any) -> list[Column]:
-    return [Column(d, j, affine, 0, FOREVER, **more) for j, affine in edits]
+def columns(d: SparseCoder, edits: list[tuple[int, Affine]], **more: Any) -> list[EditColumn]:
+    return [EditColumn(d, j, affine, 0, FOREVER, **more) for j, affine in edits]
 
 
 def tokens(seed: int, rows: int = 3, length: int = 6) -> Tensor:
@@ -213,7 +220,9 @@ def test_matching_pursuit_is_edited_from_its_whole_encoding(normalisation: Any) 
     table, x = EditTable(3, D), tokens(10)
     f = d.encode(x[1]).double()
     fired = int((f > 0).sum(0).argmax())
-    table.write(1, [Column(d, fired, Zero().affine(1.0), 0, FOREVER), Column(d, 3, Add(2.0).affine(1.0), 0, FOREVER)])
+    table.write(
+        1, [EditColumn(d, fired, Zero().affine(1.0), 0, FOREVER), EditColumn(d, 3, Add(2.0).affine(1.0), 0, FOREVER)]
+    )
     out = apply(table, x)
     wide = x[1].double()
     scale = {
@@ -244,7 +253,7 @@ def test_ranks_found_in_blocks_equal_the_whole(seed: int, k: int, count: int, bl
     whole = ranking.BLOCK
     ranking.BLOCK = block
     try:
-        table.write(1, [Column(d, j) for j in chosen])
+        table.write(1, [EditColumn(d, j) for j in chosen])
         apply(table, x)
     finally:
         ranking.BLOCK = whole
@@ -257,19 +266,19 @@ def test_topk_encodes_only_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None
     d = replace(coder("topk", 350), b_enc=torch.linspace(30, -30, F), activation=TopK(3))
     monkeypatch.setattr(ranking, "BLOCK", 10)
     looked: list[slice] = []
-    plain = ranking.Rivals._blocks
+    plain = ranking.Competitors._blocks
 
-    def noted(self: ranking.Rivals) -> Any:
+    def noted(self: ranking.Competitors) -> Any:
         for part in plain(self):
             looked.append(part)
             yield part
 
-    monkeypatch.setattr(ranking.Rivals, "_blocks", noted)
+    monkeypatch.setattr(ranking.Competitors, "_blocks", noted)
     x = normal(11, 1, 4, D)
     for feature, blocks in ((55, 0), (25, 1), (1, 6)):
         looked.clear()
         table = EditTable(1, D)
-        table.write(0, [Column(d, feature)])
+        table.write(0, [EditColumn(d, feature)])
         apply(table, x)
         assert len(looked) == blocks, feature
 
@@ -285,13 +294,13 @@ def test_a_dictionary_held_in_half_precision_is_edited_in_float32(name: str) -> 
 @pytest.mark.parametrize(
     "act", [JumpReLU(torch.full((D,), 2.0)), Gated(torch.full((D,), -2.0), torch.ones(D), torch.zeros(D))]
 )
-def test_a_feature_that_just_reaches_its_threshold_is_off(act: Activation) -> None:
+def test_a_feature_that_just_reaches_its_threshold_is_off(act: ActivationFunction) -> None:
     one = torch.eye(D)
     d = Dictionary(one, torch.zeros(D), one, torch.zeros(D), act)
     x = torch.zeros(1, 2, D)
     x[0, 0, 3], x[0, 1, 3] = 2.0, 2.5
     table = EditTable(1, D)
-    table.write(0, [Column(d, 3)])
+    table.write(0, [EditColumn(d, 3)])
     apply(table, x)
     read = table.values(0, 0)
     assert torch.equal(read, d.encode(x[0])[:, 3])

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, JumpReLU
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditCounts, EditTable
 from saeguard_sae.edits import Add, Affine, Clamp, Zero
-from saeguard_sae.table import FOREVER, Column, Counts, EditTable
 from support.saes import PlainSae, plain_sae
 from support.tables import rows
 
@@ -20,8 +19,8 @@ W = PLAIN.weights
 DICTIONARY = Dictionary(W["W_enc"], W["b_enc"], W["W_dec"], W["b_dec"], JumpReLU(W["threshold"]))
 
 
-def column(feature: int, affine: Affine, **more: object) -> Column:
-    return replace(Column(DICTIONARY, feature, affine, 0, FOREVER), **more)  # type: ignore[arg-type]
+def column(feature: int, affine: Affine, **more: object) -> EditColumn:
+    return replace(EditColumn(DICTIONARY, feature, affine, 0, FOREVER), **more)  # type: ignore[arg-type]
 
 
 def tokens(seed: int, count: int, length: int) -> Tensor:
@@ -83,7 +82,7 @@ def test_a_shadow_edit_counts_as_made_and_changes_nothing() -> None:
         assert both.counts(slot)[2].edited == 20
 
 
-def near(found: list[Counts], wanted: list[Counts]) -> None:
+def near(found: list[EditCounts], wanted: list[EditCounts]) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert (one.eligible, one.edited, one.capped) == (other.eligible, other.edited, other.capped)
         torch.testing.assert_close(

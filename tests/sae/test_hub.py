@@ -10,8 +10,8 @@ import huggingface_hub.constants
 import pytest
 
 from saeguard_sae import hub, releases
-from saeguard_sae.formats.found import Origin
-from saeguard_sae.hub import HubError, Resolved
+from saeguard_sae.formats.parsed import SaeOrigin
+from saeguard_sae.hub import HubError, HubSae
 from support.hub import FakeHub, serving
 
 REPO = "org/saes"
@@ -39,11 +39,11 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def resolve(up: FakeHub, cache: Path, path: str, **more: Any) -> Resolved:
-    return hub.resolve(path, cache_dir=cache, endpoint=up.endpoint, **more)
+def resolve(up: FakeHub, cache: Path, path: str, **more: Any) -> HubSae:
+    return hub.resolve_hub_sae(path, cache_dir=cache, endpoint=up.endpoint, **more)
 
 
-def held(resolved: Resolved) -> set[str]:
+def held(resolved: HubSae) -> set[str]:
     return {one.relative_to(resolved.path).as_posix() for one in resolved.path.rglob("*") if one.is_file()}
 
 
@@ -53,7 +53,7 @@ def test_a_folder_is_downloaded_and_nothing_else_of_the_repository(up: FakeHub, 
     assert held(found) == {"cfg.json", "sae_weights.safetensors", "activation_whitening.safetensors"}
     assert (found.path / "sae_weights.safetensors").read_bytes() == b"three" * 1000
     assert found.path == cache / "models--org--saes" / "snapshots" / commit / "layer_3"
-    assert (found.origin, found.revision, found.offline) == (Origin(REPO, "layer_3"), commit, None)
+    assert (found.origin, found.revision, found.offline) == (SaeOrigin(REPO, "layer_3"), commit, None)
     assert {name.partition("/")[0] for name in up.downloads()} == {"layer_3"}
 
 
@@ -73,7 +73,7 @@ def test_other_branches_and_tags(up: FakeHub, cache: Path) -> None:
     up.publish(REPO, FILES)
     commit = up.publish(REPO, {"sae.safetensors": b"pr", "cfg.json": b"{}"}, branch="refs/pr/1")
     found = resolve(up, cache, "hf://org/saes@refs/pr/1")
-    assert (found.revision, found.origin) == (commit, Origin(REPO, ""))
+    assert (found.revision, found.origin) == (commit, SaeOrigin(REPO, ""))
     assert held(found) == {"sae.safetensors", "cfg.json"}
 
 
@@ -141,7 +141,7 @@ def test_what_belongs_to_one_sae(files: set[str], inside: str, needed: set[str],
     found = resolve(up, cache, f"hf://org/saes/{inside}")
     assert set(up.downloads()) == needed
     assert found.path.exists()
-    assert found.origin == Origin(REPO, inside)
+    assert found.origin == SaeOrigin(REPO, inside)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_hub_that_is_down_leaves_what_is_in_the_cache(up: FakeHub, cache: Path
 
 def test_no_network_at_all(cache: Path) -> None:
     with pytest.raises(HubError, match=r"nothing of main is there; only the cache .* was looked at: ConnectError"):
-        hub.resolve("hf://org/saes/layer_3", cache_dir=cache, endpoint="http://127.0.0.1:9")
+        hub.resolve_hub_sae("hf://org/saes/layer_3", cache_dir=cache, endpoint="http://127.0.0.1:9")
 
 
 def test_a_download_that_was_given_up_is_not_taken_for_whole(up: FakeHub, cache: Path) -> None:
@@ -245,38 +245,42 @@ def test_a_cache_that_cannot_be_written_still_serves(up: FakeHub, cache: Path) -
 def test_a_path_on_this_machine_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2-small-res-jb" / "blocks.0.hook_resid_pre").mkdir(parents=True)
-    found = hub.resolve("gpt2-small-res-jb/blocks.0.hook_resid_pre")
-    assert found == Resolved(path=Path("gpt2-small-res-jb/blocks.0.hook_resid_pre"))
+    found = hub.resolve_hub_sae("gpt2-small-res-jb/blocks.0.hook_resid_pre")
+    assert found == HubSae(path=Path("gpt2-small-res-jb/blocks.0.hook_resid_pre"))
     with pytest.raises(HubError, match="is on this machine, so it has no revision main"):
-        hub.resolve("gpt2-small-res-jb", revision="main")
+        hub.resolve_hub_sae("gpt2-small-res-jb", revision="main")
 
 
 @pytest.mark.parametrize(("inside", "repo"), [("layer_3", "org/na-me"), ("", "org/na-me"), ("a/b.pt", "gpt2")])
 def test_a_path_inside_the_hubs_cache_says_where_it_came_from(inside: str, repo: str, tmp_path: Path) -> None:
     path = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / ("0123456789" * 4) / inside
     path.mkdir(parents=True)
-    found = hub.resolve(str(path))
-    assert found == Resolved(path=path, origin=Origin(repo, inside), revision="0123456789" * 4)
+    found = hub.resolve_hub_sae(str(path))
+    assert found == HubSae(path=path, origin=SaeOrigin(repo, inside), revision="0123456789" * 4)
 
 
 def test_a_file_that_is_a_link_in_the_hubs_cache_says_so_too(up: FakeHub, cache: Path) -> None:
     commit = up.publish(REPO, FILES)
     file = resolve(up, cache, "hf://org/saes/layer_4").path / "sae_weights.safetensors"
     assert file.is_symlink()
-    again = hub.resolve(str(file))
-    assert (again.path, again.origin, again.revision) == (file, Origin(REPO, "layer_4/sae_weights.safetensors"), commit)
+    again = hub.resolve_hub_sae(str(file))
+    assert (again.path, again.origin, again.revision) == (
+        file,
+        SaeOrigin(REPO, "layer_4/sae_weights.safetensors"),
+        commit,
+    )
 
 
 def test_an_sae_of_a_release(up: FakeHub, cache: Path) -> None:
     repo, folder = "tommmcgrath/gpt2-small-mlp-out-saes", "sae_group_gpt2_blocks.0.hook_mlp_out_24576:v1"
     commit = up.publish(repo, {f"{folder}/cfg.json": b"{}", f"{folder}/sae_weights.safetensors": b"w"})
     found = resolve(up, cache, "gpt2-small-mlp-tm/blocks.0.hook_mlp_out")
-    assert found.published == releases.find("gpt2-small-mlp-tm", "blocks.0.hook_mlp_out")
-    assert (found.origin, found.revision) == (Origin(repo, folder), commit)
+    assert found.published == releases.find_release("gpt2-small-mlp-tm", "blocks.0.hook_mlp_out")
+    assert (found.origin, found.revision) == (SaeOrigin(repo, folder), commit)
     assert held(found) == {"cfg.json", "sae_weights.safetensors"}
     by_place = resolve(up, cache, f"hf://{repo}/{folder}")
     assert by_place == found
-    assert hub.resolve(str(found.path)).published == found.published
+    assert hub.resolve_hub_sae(str(found.path)).published == found.published
     pinned = resolve(up, cache, f"gpt2-small-mlp-tm/blocks.0.hook_mlp_out@{commit}")
     assert (pinned.is_pinned, pinned.path) == (True, found.path)
 
@@ -295,4 +299,4 @@ def test_an_sae_of_a_release(up: FakeHub, cache: Path) -> None:
 )
 def test_names_that_lead_nowhere(path: str, says: str) -> None:
     with pytest.raises(HubError, match=says):
-        hub.resolve(path)
+        hub.resolve_hub_sae(path)

@@ -11,13 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae import pick
-from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU, TanhReLU
-from saeguard_sae.ceiling import has_bfloat16
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.largest import largest
-from saeguard_sae.pick import Picked, Picker, above_of, named_of, top_of
-from saeguard_sae.selections import AbsTopK, GroupMax, TopK
+from saeguard_sae import encoding as pick
+from saeguard_sae.dictionary import (
+    AbsTopK,
+    ActivationFunction,
+    Dictionary,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TanhReLU,
+    TopK,
+)
+from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, largest_per_row, named_of, top_of
+from saeguard_sae.ranks import has_bfloat16
 from support.coders import SAVEABLE
 
 D, F = 24, 8200
@@ -28,7 +35,7 @@ def normals(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-ACTIVATIONS: dict[str, Callable[[int], Activation]] = {
+ACTIVATIONS: dict[str, Callable[[int], ActivationFunction]] = {
     "relu": lambda seed: ReLU(),
     "tanh_relu": lambda seed: TanhReLU(),
     "jumprelu": lambda seed: JumpReLU(normals(seed, F) * 0.5 + 1.5),
@@ -81,7 +88,7 @@ def _selected(activation: TopK | AbsTopK, p: Tensor) -> Tensor:
     return torch.where(score >= worst, kept * gain, 0.0)
 
 
-def check_top(found: Picked, wanted: Tensor, k: int) -> None:
+def check_top(found: SelectedFeatures, wanted: Tensor, k: int) -> None:
     """As many as asked for, largest first; each its own value, and in each place as large as the reference's."""
     assert found.values.dtype == torch.float32
     assert found.features.shape == found.values.shape == found.keep.shape
@@ -96,7 +103,7 @@ def check_top(found: Picked, wanted: Tensor, k: int) -> None:
         torch.testing.assert_close(found.values[row][keep].double(), wanted[row, index], rtol=2e-5, atol=2e-5)
 
 
-def check_above(found: Picked, wanted: Tensor, threshold: float) -> None:
+def check_above(found: SelectedFeatures, wanted: Tensor, threshold: float) -> None:
     """All that are clearly above, none that is clearly not, largest first."""
     near = 2e-5 * (1 + abs(threshold))
     for row, keep in enumerate(found.keep):
@@ -113,7 +120,7 @@ def check_above(found: Picked, wanted: Tensor, threshold: float) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_kind_of_pick_of_every_kind_of_sae(name: str, fast: bool) -> None:
     one, x = sae(name, 100), normals(101, 19, D)
-    picker, wanted = Picker(one, fast=fast), formula(one, x)
+    picker, wanted = FeatureSelector(one, fast=fast), formula(one, x)
     assert picker.prepare() == (fast and name in FAST and HAS_BFLOAT16)
     for k in (1, 16, 60):
         check_top(picker.top(x, k), wanted, k)
@@ -143,10 +150,10 @@ def test_the_largest_in_any_company(
     x[:3, 2] += outlier * size
     x[3] = x[4]
     x = x.bfloat16() if halves else x
-    check_scaled(Picker(one).top(x, k), formula(one, x), k)
+    check_scaled(FeatureSelector(one).top(x, k), formula(one, x), k)
 
 
-def check_scaled(found: Picked, wanted: Tensor, k: int) -> None:
+def check_scaled(found: SelectedFeatures, wanted: Tensor, k: int) -> None:
     """As ``check_top``, in units of each token's largest."""
     unit = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1)
     check_top(found._replace(values=found.values / unit.float()), wanted / unit, k)
@@ -159,7 +166,7 @@ def test_features_that_bfloat16_cannot_tell_apart() -> None:
     W_enc[:, :6000] = W_enc[:, :1] * (1 + 1e-3 * normals(31, 6000))
     copies = Dictionary(W_enc, torch.zeros(F), one.W_dec, torch.zeros(D), ReLU())
     x = normals(32, 6, D) + 4 * one.W_enc[:, 0]
-    check_top(Picker(copies).top(x, 16), formula(copies, x), 16)
+    check_top(FeatureSelector(copies).top(x, 16), formula(copies, x), 16)
 
 
 def test_a_few_more_than_the_spare_candidates_are_looked_at_before_everything_is(
@@ -172,8 +179,8 @@ def test_a_few_more_than_the_spare_candidates_are_looked_at_before_everything_is
     copies = Dictionary(W_enc, torch.zeros(F), one.W_dec, torch.zeros(D), ReLU())
     x = normals(35, 6, D) * 0.1 + 4 * one.W_enc[:, 0]
     wanted, asked = formula(copies, x), []
-    monkeypatch.setattr(pick, "largest", lambda values, n: asked.append((len(values), n)) or largest(values, n))
-    check_top(Picker(copies).top(x, 16), wanted, 16)
+    monkeypatch.setattr(pick, "largest_per_row", lambda values, n: asked.append((len(values), n)) or largest_per_row(values, n))
+    check_top(FeatureSelector(copies).top(x, 16), wanted, 16)
     if HAS_BFLOAT16:
         assert (6, 33) in asked
         assert (6, 129) in asked
@@ -184,10 +191,10 @@ def test_a_few_more_than_the_spare_candidates_are_looked_at_before_everything_is
 def test_tokens_that_are_not_finite_are_as_if_all_were_encoded(name: str) -> None:
     one, x = sae(name, 40), normals(41, 5, D)
     x[1, 3], x[3, 0] = float("nan"), float("inf")
-    found, wanted = Picker(one).top(x, 11), Picker(one, fast=False).top(x, 11)
+    found, wanted = FeatureSelector(one).top(x, 11), FeatureSelector(one, fast=False).top(x, 11)
     assert found.keep.equal(wanted.keep)
     torch.testing.assert_close(found.values, wanted.values, equal_nan=True, rtol=2e-5, atol=2e-5)
-    above, wanted = Picker(one).above(x, 1.0), Picker(one, fast=False).above(x, 1.0)
+    above, wanted = FeatureSelector(one).above(x, 1.0), FeatureSelector(one, fast=False).above(x, 1.0)
     assert above.keep.sum(dim=-1).equal(wanted.keep.sum(dim=-1))
 
 
@@ -197,8 +204,8 @@ def test_a_sparse_token_is_settled_among_the_features_that_may_be_on(monkeypatch
     threshold = torch.where(torch.arange(F) % 100 == 0, 0.0, 50.0)
     one = Dictionary(base.W_enc, base.b_enc, base.W_dec, base.b_dec, JumpReLU(threshold))
     wanted, asked = formula(one, x), []
-    monkeypatch.setattr(pick, "largest", lambda values, n: asked.append((len(values), n)) or largest(values, n))
-    check_top(Picker(one).top(x, 16), wanted, 16)
+    monkeypatch.setattr(pick, "largest_per_row", lambda values, n: asked.append((len(values), n)) or largest_per_row(values, n))
+    check_top(FeatureSelector(one).top(x, 16), wanted, 16)
     if HAS_BFLOAT16:
         assert asked == [(6, 33), (6, 33)]
 
@@ -208,13 +215,13 @@ def test_parts_of_a_batch_are_put_together(monkeypatch: pytest.MonkeyPatch) -> N
     wanted = formula(one, x)
     monkeypatch.setattr(pick, "CELLS", 4 * F)
     for fast in (True, False):
-        check_top(Picker(one, fast=fast).top(x, 16), wanted, 16)
-        check_above(Picker(one, fast=fast).above(x, 1.5), wanted, 1.5)
+        check_top(FeatureSelector(one, fast=fast).top(x, 16), wanted, 16)
+        check_above(FeatureSelector(one, fast=fast).above(x, 1.5), wanted, 1.5)
 
 
 def test_many_above_the_threshold() -> None:
     one, x = sae("relu", 52), normals(53, 4, D)
-    check_above(Picker(one).above(x, 0.0), formula(one, x), 0.0)
+    check_above(FeatureSelector(one).above(x, 0.0), formula(one, x), 0.0)
 
 
 @pytest.mark.parametrize("ties", ["first", "last"])
@@ -226,13 +233,13 @@ def test_where_fewer_are_on_than_were_asked_for(ties: str, monkeypatch: pytest.M
     one = Dictionary(one.W_enc, b_enc, one.W_dec, one.b_dec, ReLU())
     x = normals(63, 5, D)
     if ties == "last":
-        monkeypatch.setattr(pick, "largest", last_of_ties)
-    for found in (Picker(one).top(x, 16), Picker(one).above(x, 1.0)):
+        monkeypatch.setattr(pick, "largest_per_row", last_of_ties)
+    for found in (FeatureSelector(one).top(x, 16), FeatureSelector(one).above(x, 1.0)):
         assert found.keep.sum(dim=-1).tolist() == [1] * 5
         assert (found.features[:, 0] == F - 1).all()
     for k in (16, 40, 80):
-        check_top(Picker(one).top(x, k), formula(one, x), k)
-    assert Picker(one).above(x, -1.0).keep.sum(dim=-1).tolist() == [F] * 5
+        check_top(FeatureSelector(one).top(x, k), formula(one, x), k)
+    assert FeatureSelector(one).above(x, -1.0).keep.sum(dim=-1).tolist() == [F] * 5
 
 
 def last_of_ties(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -242,11 +249,11 @@ def last_of_ties(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def test_a_view_of_a_wider_tensor_and_no_tokens_at_all() -> None:
     one, wide = sae("relu", 54, centre=False), normals(55, 7, 2 * D)
-    check_top(Picker(one).top(wide[:, ::2], 16), formula(one, wide[:, ::2]), 16)
+    check_top(FeatureSelector(one).top(wide[:, ::2], 16), formula(one, wide[:, ::2]), 16)
     with torch.inference_mode():
-        check_top(Picker(one).top(wide[:, :D], 16), formula(one, wide[:, :D]), 16)
+        check_top(FeatureSelector(one).top(wide[:, :D], 16), formula(one, wide[:, :D]), 16)
     for fast in (True, False):
-        picker = Picker(one, fast=fast)
+        picker = FeatureSelector(one, fast=fast)
         assert picker.top(wide[:0, :D], 16).values.shape == (0, 16)
         assert picker.above(wide[:0, :D], 1.0).values.shape[0] == 0
         assert picker.named(wide[:0, :D], (1, 2)).values.shape == (0, 2)
@@ -254,7 +261,7 @@ def test_a_view_of_a_wider_tensor_and_no_tokens_at_all() -> None:
 
 def test_in_half_precision_everything_is_encoded() -> None:
     one, x = sae("relu", 56).to("cpu", torch.bfloat16), normals(57, 5, D)
-    picker = Picker(one)
+    picker = FeatureSelector(one)
     assert not picker.prepare()
     wanted = one.encode(x).float()
     assert picker.top(x, 16).values.equal(wanted.sort(dim=-1, descending=True).values[:, :16])
@@ -262,14 +269,14 @@ def test_in_half_precision_everything_is_encoded() -> None:
 
 
 def test_more_than_there_are() -> None:
-    assert Picker(sae("relu", 58)).top(normals(59, 2, D), F + 7).values.shape == (2, F)
+    assert FeatureSelector(sae("relu", 58)).top(normals(59, 2, D), F + 7).values.shape == (2, F)
 
 
 @pytest.mark.parametrize("name", [name for name in SAVEABLE if "temporal" not in name])
 def test_small_saes_of_every_kind_equal_their_own_encoding(name: str) -> None:
     one = SAVEABLE[name](60)
     x = normals(61, 9, one.d_in)
-    features, picker = one.encode(x).float(), Picker(one)
+    features, picker = one.encode(x).float(), FeatureSelector(one)
     signed = name == "abstopk"
     for found, wanted in (
         (picker.top(x, 5), top_of(features, 5, signed=signed)),
@@ -283,9 +290,9 @@ def test_small_saes_of_every_kind_equal_their_own_encoding(name: str) -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        Picker(SAVEABLE["relu"](60)).top(normals(61, 2, 20), 0)
+        FeatureSelector(SAVEABLE["relu"](60)).top(normals(61, 2, 20), 0)
     with pytest.raises(ValueError, match="whole prefixes"):
-        Picker(SAVEABLE["temporal"](60))
+        FeatureSelector(SAVEABLE["temporal"](60))
 
 
 @pytest.mark.gpu
@@ -294,7 +301,7 @@ def test_on_a_gpu() -> None:
     x = normals(71, 19, D)
     for name in ACTIVATIONS:
         one = sae(name, 70)
-        picker, wanted = Picker(one.to("cuda")), formula(one, x)
+        picker, wanted = FeatureSelector(one.to("cuda")), formula(one, x)
         assert picker.prepare() == (name in FAST)
-        check_top(Picked(*(part.cpu() for part in picker.top(x.cuda(), 16))), wanted, 16)
-        check_above(Picked(*(part.cpu() for part in picker.above(x.cuda(), 1.0))), wanted, 1.0)
+        check_top(SelectedFeatures(*(part.cpu() for part in picker.top(x.cuda(), 16))), wanted, 16)
+        check_above(SelectedFeatures(*(part.cpu() for part in picker.above(x.cuda(), 1.0))), wanted, 1.0)

@@ -24,7 +24,7 @@ def test_the_list_is_whole() -> None:
 
 
 def test_a_canonical_name_leads_to_the_folder_that_it_stands_for() -> None:
-    found = releases.find("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical")
+    found = releases.find_release("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical")
     assert found == releases.PublishedSae(
         release="gemma-scope-2b-pt-res-canonical",
         id="layer_20/width_16k/canonical",
@@ -56,13 +56,13 @@ def test_a_canonical_name_leads_to_the_folder_that_it_stands_for() -> None:
     ],
 )
 def test_facts_that_the_files_leave_out(release: str, sae_id: str, facts: dict[str, object]) -> None:
-    found = releases.find(release, sae_id)
+    found = releases.find_release(release, sae_id)
     assert {name: getattr(found, name) for name in facts} == facts
 
 
 def test_a_place_on_the_hub_leads_back_to_its_facts() -> None:
     found = releases.at("tommmcgrath/gpt2-small-mlp-out-saes", "sae_group_gpt2_blocks.0.hook_mlp_out_24576:v1/")
-    assert found == releases.find("gpt2-small-mlp-tm", "blocks.0.hook_mlp_out")
+    assert found == releases.find_release("gpt2-small-mlp-tm", "blocks.0.hook_mlp_out")
     assert releases.at("nobody/nothing", "") is None
 
 
@@ -78,16 +78,16 @@ def test_an_unknown_release_suggests_close_names() -> None:
     with pytest.raises(
         ValueError, match=r"no release is called 'gemma-scope-2b-res'; close are .*gemma-scope-2b-pt-res"
     ):
-        releases.find("gemma-scope-2b-res", "layer_20/width_16k/canonical")
+        releases.find_release("gemma-scope-2b-res", "layer_20/width_16k/canonical")
     with pytest.raises(ValueError, match=r"no release is called 'zzzzzzzz'$"):
-        releases.find("zzzzzzzz", "")
+        releases.find_release("zzzzzzzz", "")
 
 
 def test_an_unknown_id_lists_close_ones() -> None:
     with pytest.raises(ValueError, match=r"has no SAE 'layer_20/width_16k/canon', but 58 others, such as .*layer_20/"):
-        releases.find("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canon")
+        releases.find_release("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canon")
     with pytest.raises(ValueError, match=r"has no SAE '', but 13 others, such as blocks.0.hook_resid_pre"):
-        releases.find("gpt2-small-res-jb", "")
+        releases.find_release("gpt2-small-res-jb", "")
 
 
 @pytest.mark.skipif(not (REFERENCE / ".ready").exists(), reason="SAELens is not installed beside this checkout")

@@ -6,18 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.rows import Group, Rows, Span
+from saeguard_sae.edit_table import Group, Rows, RowSpan
 
 
 @st.composite
-def passes(draw: st.DrawFn) -> tuple[list[Span], int]:
+def passes(draw: st.DrawFn) -> tuple[list[RowSpan], int]:
     """Spans in any order, with gaps between them, and the number of tokens."""
     lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=8))
     slots = draw(st.permutations(range(12)))
     spans, at = [], 0
     for slot, length in zip(slots, lengths, strict=False):
         at += draw(st.integers(0, 2))
-        spans.append(Span(slot, at, length))
+        spans.append(RowSpan(slot, at, length))
         at += length
     return draw(st.permutations(spans)), at + draw(st.integers(0, 2))
 
@@ -30,7 +30,7 @@ def flat(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @given(passes())
 @settings(max_examples=150, deadline=None)
-def test_every_token_of_a_span_is_in_one_cell_of_its_slot(one: tuple[list[Span], int]) -> None:
+def test_every_token_of_a_span_is_in_one_cell_of_its_slot(one: tuple[list[RowSpan], int]) -> None:
     spans, tokens = one
     x, positions, special = flat(tokens)
     seen = {}
@@ -50,7 +50,7 @@ def test_every_token_of_a_span_is_in_one_cell_of_its_slot(one: tuple[list[Span],
 
 @given(passes())
 @settings(max_examples=150, deadline=None)
-def test_what_is_put_back_is_in_its_place_and_nothing_else_changes(one: tuple[list[Span], int]) -> None:
+def test_what_is_put_back_is_in_its_place_and_nothing_else_changes(one: tuple[list[RowSpan], int]) -> None:
     spans, tokens = one
     x, positions, special = flat(tokens)
     out = torch.full_like(x, -7.0)
@@ -67,7 +67,7 @@ def test_what_is_put_back_is_in_its_place_and_nothing_else_changes(one: tuple[li
 
 @given(passes())
 @settings(max_examples=60, deadline=None)
-def test_less_than_half_of_the_cells_are_padded(one: tuple[list[Span], int]) -> None:
+def test_less_than_half_of_the_cells_are_padded(one: tuple[list[RowSpan], int]) -> None:
     spans, tokens = one
     for group in Rows.of(spans, *flat(tokens)[1:]).groups:
         cells = group.positions.numel()
@@ -77,15 +77,18 @@ def test_less_than_half_of_the_cells_are_padded(one: tuple[list[Span], int]) -> 
 
 def test_single_tokens_that_lie_together_are_a_view() -> None:
     x, positions, special = flat(6)
-    for group in (Group.singles((4, 2, 9), positions, special), _only([Span(4, 1, 1), Span(2, 2, 1), Span(9, 3, 1)])):
+    for group in (
+        Group.singles((4, 2, 9), positions, special),
+        _only([RowSpan(4, 1, 1), RowSpan(2, 2, 1), RowSpan(9, 3, 1)]),
+    ):
         assert isinstance(group.tokens, slice)
         assert group.take(x).data_ptr() == x[group.tokens].data_ptr()
         assert group.slots == (4, 2, 9)
         assert group.positions.flatten().tolist() == positions[group.tokens].tolist()
-    assert not isinstance(_only([Span(4, 1, 1), Span(2, 3, 1)]).tokens, slice)
+    assert not isinstance(_only([RowSpan(4, 1, 1), RowSpan(2, 3, 1)]).tokens, slice)
 
 
-def _only(spans: list[Span]) -> Group:
+def _only(spans: list[RowSpan]) -> Group:
     (group,) = Rows.of(spans, *flat(6)[1:]).groups
     return group
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.site import POINTS, Site
+from saeguard_sae.models import POINTS, Site
 
 sites = st.builds(
     lambda point, layer: Site(0 if point == "embed" else layer, point), st.sampled_from(POINTS), st.integers(0, 500)

@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, JumpReLU
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable, Rows, RowSpan
 from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_sae.loading import load
-from saeguard_sae.rows import Rows, Span
-from saeguard_sae.table import FOREVER, Column, EditTable
+from saeguard_sae.loading import load_sae
 from support.saes import ARCHITECTURES, PlainSae, plain_sae, save_sae
 from support.tables import edited, rows
 
@@ -27,7 +25,7 @@ EDITS: list[Edit] = [Zero(), Clamp(3.0), Scale(-2.0), Add(1.5), Cap(0.3), Floor(
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PlainSae, Dictionary]:
     plain = plain_sae(request.param, D, F, seed=77)
     path = save_sae(plain, tmp_path_factory.mktemp("sae"), "blocks.0.hook_resid_post")
-    return plain, load("one", path).dictionary
+    return plain, load_sae("one", path).dictionary
 
 
 def formula(plain: PlainSae, x: Tensor, edits: list[tuple[int, Affine]]) -> Tensor:
@@ -39,8 +37,8 @@ def formula(plain: PlainSae, x: Tensor, edits: list[tuple[int, Affine]]) -> Tens
     return plain.decode(wanted) + (x - plain.decode(f))
 
 
-def columns(dictionary: Dictionary, edits: list[tuple[int, Affine]]) -> list[Column]:
-    return [Column(dictionary, feature, affine, 0, FOREVER) for feature, affine in edits]
+def columns(dictionary: Dictionary, edits: list[tuple[int, Affine]]) -> list[EditColumn]:
+    return [EditColumn(dictionary, feature, affine, 0, FOREVER) for feature, affine in edits]
 
 
 def some_edits(seed: int, count: int) -> list[tuple[int, Affine]]:
@@ -130,14 +128,14 @@ def test_requests_lie_in_any_order_and_length(lengths: dict[int, int], steered: 
     spans, start = [], 0
     for slot in slots:
         start += order.randrange(3)  # tokens that are nobody's
-        spans.append(Span(slot, start, lengths[slot]))
+        spans.append(RowSpan(slot, start, lengths[slot]))
         start += lengths[slot]
     x = tokens(91, 1, start + 1)[0]
     positions = torch.randint(0, 9, (start + 1,), generator=torch.Generator().manual_seed(8))
     special = torch.rand(start + 1, generator=torch.Generator().manual_seed(9)) < 0.2
     together = EditTable(8, D)
     for slot in steered:
-        together.write(slot, [Column(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
+        together.write(slot, [EditColumn(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
     rows = Rows.of(spans, positions, special)
     out = together.apply(x, rows)
     owned = torch.zeros(start + 1, dtype=torch.bool)
@@ -146,8 +144,8 @@ def test_requests_lie_in_any_order_and_length(lengths: dict[int, int], steered: 
         owned[here] = True
         alone = EditTable(8, D)
         if slot in steered:
-            alone.write(slot, [Column(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
-        wanted = alone.apply(x[here], Rows.of([Span(slot, 0, length)], positions[here], special[here]))
+            alone.write(slot, [EditColumn(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
+        wanted = alone.apply(x[here], Rows.of([RowSpan(slot, 0, length)], positions[here], special[here]))
         torch.testing.assert_close(out[here], wanted, rtol=0, atol=1e-6)
         assert [one.eligible for one in together.counts(slot)] == [one.eligible for one in alone.counts(slot)]
         if slot in steered:
@@ -176,7 +174,7 @@ def test_scope_and_special_tokens(pair: tuple[PlainSae, Dictionary]) -> None:
     plain, dictionary = pair
     table, x = EditTable(1, D), tokens(5, 1, 6)
     clamp = Clamp(4.0).affine(1.0)
-    table.write(0, [Column(dictionary, 3, clamp, 2, 5), Column(dictionary, 8, clamp, 0, FOREVER, special=True)])
+    table.write(0, [EditColumn(dictionary, 3, clamp, 2, 5), EditColumn(dictionary, 8, clamp, 0, FOREVER, special=True)])
     special = torch.tensor([[True, False, False, True, False, False]])
     out = edited(table, x, special=special)
     for at in range(6):
@@ -188,7 +186,7 @@ def test_scope_and_special_tokens(pair: tuple[PlainSae, Dictionary]) -> None:
 def test_the_counts_are_the_receipt(pair: tuple[PlainSae, Dictionary]) -> None:
     plain, dictionary = pair
     table, x = EditTable(2, D), tokens(6, 2, 40)
-    table.write(1, [Column(dictionary, j, Zero().affine(1.0), 0, FOREVER) for j in (1, 2)])
+    table.write(1, [EditColumn(dictionary, j, Zero().affine(1.0), 0, FOREVER) for j in (1, 2)])
     apply(table, x[:, :25])
     edited(table, x[:, 25:], positions=torch.arange(25, 40).expand(2, -1))
     f = plain.encode(x[1])
@@ -222,7 +220,7 @@ def test_the_limit_shortens_the_whole_edit_and_is_counted(pair: tuple[PlainSae, 
 def test_a_watched_feature_is_read_and_changes_nothing(pair: tuple[PlainSae, Dictionary]) -> None:
     plain, dictionary = pair
     table, x = EditTable(2, D), tokens(8, 2, 3)
-    table.write(0, [Column(dictionary, j) for j in (5, 9)])
+    table.write(0, [EditColumn(dictionary, j) for j in (5, 9)])
     assert torch.equal(apply(table, x), x)
     read = torch.stack([table.values(0, index) for index in range(2)], dim=-1)
     torch.testing.assert_close(read, plain.encode(x[0])[:, [5, 9]], rtol=1e-5, atol=1e-5)

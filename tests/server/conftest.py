@@ -11,12 +11,11 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.catalogue import Catalogue, Example, Feature, PromotedToken, Quality
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.catalogue import Catalogue, CatalogueFeature, CatalogueToken, Example, Quality
+from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo, ResolvedEdit
 from saeguard_server.observe.metrics import Metrics
 from saeguard_server.reply import (
@@ -34,7 +33,7 @@ from saeguard_server.reply import (
 D_MODEL, D_SAE, VOCABULARY = 4, 8, 128
 
 
-def make_sae(name: str, site: Site, features: Mapping[int, Feature]) -> LoadedSae:
+def make_sae(name: str, site: Site, features: Mapping[int, CatalogueFeature]) -> LoadedSae:
     dictionary = Dictionary(
         torch.zeros(D_MODEL, D_SAE), torch.zeros(D_SAE), torch.ones(D_SAE, D_MODEL), torch.zeros(D_MODEL), ReLU()
     )
@@ -45,15 +44,15 @@ def make_sae(name: str, site: Site, features: Mapping[int, Feature]) -> LoadedSa
 @pytest.fixture
 def saes() -> dict[str, LoadedSae]:
     known = {
-        1: Feature(index=1, density=0.5),
-        2: Feature(
+        1: CatalogueFeature(index=1, density=0.5),
+        2: CatalogueFeature(
             index=2, label="French text", label_metric="auroc", label_score=0.99, maximum=7.5, density=0.1,
-            quantiles={"0.99": 6.0, "0.5": 2.0}, top_tokens=(PromotedToken("le", 1.5),),
+            quantiles={"0.99": 6.0, "0.5": 2.0}, top_tokens=(CatalogueToken("le", 1.5),),
             examples=(Example("où est le chat", 2, 5.0),),
         ),
-        5: Feature(index=5, label="Bridges", density=0.2, maximum=3.0),
+        5: CatalogueFeature(index=5, label="Bridges", density=0.2, maximum=3.0),
     }  # fmt: skip
-    other = {0: Feature(index=0, label="Numbers in FRENCH", density=0.9)}
+    other = {0: CatalogueFeature(index=0, label="Numbers in FRENCH", density=0.9)}
     return {
         "mid": make_sae("mid", Site(1, "resid_post"), known),
         "late": make_sae("late", Site(2, "mlp_out"), other),

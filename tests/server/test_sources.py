@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from saeguard_sae.loading import LoadError
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.settings import SaeSettings
 from saeguard_server.sources import open_source
 from support.published import builders
@@ -111,11 +111,11 @@ def test_a_path_without_a_commit_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from saeguard_sae import hub
-    from saeguard_sae.hub import Resolved
+    from saeguard_sae.hub import HubSae
 
     path = save_sae(plain_sae("standard", 4, 8, seed=3), tmp_path / "sae", "blocks.0.hook_mlp_out")
-    found = Resolved(path=path, revision=COMMIT, is_pinned=False, offline="the hub did not answer")
-    monkeypatch.setattr(hub, "resolve", lambda _: found)
+    found = HubSae(path=path, revision=COMMIT, is_pinned=False, offline="the hub did not answer")
+    monkeypatch.setattr(hub, "resolve_hub_sae", lambda _: found)
     with caplog.at_level(logging.WARNING):
         open_source(SaeSettings(name="one", path="hf://some/repo"))
     assert [one.message for one in caplog.records] == [

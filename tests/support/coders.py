@@ -9,12 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU
-from saeguard_sae.coder import SparseCoder
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.selections import AbsTopK, TopK
-from saeguard_sae.temporal import Temporal
+from saeguard_sae.coders import MatchingPursuit, SparseCoder, Temporal
+from saeguard_sae.dictionary import AbsTopK, ActivationFunction, Dictionary, Gated, JumpReLU, ReLU, TopK
 
 D_IN, D_OUT, D_SAE = 20, 24, 48
 
@@ -31,7 +27,7 @@ def _normals(seed: int) -> Callable[..., Tensor]:
     return normal
 
 
-_ACTIVATIONS: dict[str, Callable[[Callable[..., Tensor]], Activation]] = {
+_ACTIVATIONS: dict[str, Callable[[Callable[..., Tensor]], ActivationFunction]] = {
     "relu": lambda normal: ReLU(),
     "jumprelu": lambda normal: JumpReLU(normal(D_SAE).abs()),
     "gated": lambda normal: Gated(normal(D_SAE), normal(D_SAE), normal(D_SAE)),

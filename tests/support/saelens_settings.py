@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from saeguard_sae.formats import Choices, Found, Origin, Source
-from saeguard_sae.loading import read
+from saeguard_sae.formats import Choices, ParsedSae, SaeOrigin, Source
+from saeguard_sae.loading import read_sae
 from support.published import Published, builders
 
 BUILDERS = {name: build for name, build in builders().items() if name.startswith("saelens")}
@@ -26,11 +26,11 @@ def built(name: str, path: Path, **change: Any) -> Published:
     return one
 
 
-def load(one: Published, origin: Origin | None = None, **choices: Any) -> Found:
+def load(one: Published, origin: SaeOrigin | None = None, **choices: Any) -> ParsedSae:
     """What is read from it."""
-    return read(Source(one.path, origin, Choices(**choices)))[1]
+    return read_sae(Source(one.path, origin, Choices(**choices)))[1]
 
 
-def said(found: Found) -> dict[str, tuple[str, str]]:
+def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
     """Value and source of every convention."""
     return {one.name: (one.value, one.source) for one in found.conventions}

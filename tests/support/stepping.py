@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.architectures import sites
 from saeguard_sae.edits import KINDS
+from saeguard_sae.models import sites
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, Pick
 from saeguard_server.engine.text import Assembler
 from saeguard_server.engine.transformers import load_engine

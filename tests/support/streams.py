@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_sae.train.lm import LanguageModel, ModelSettings, open_model
 from support.models import SITES, save_model
 

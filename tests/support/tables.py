@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeguard_sae.rows import Rows, Span
-from saeguard_sae.table import EditTable
+from saeguard_sae.edit_table import EditTable, Rows, RowSpan
 
 
 def edited(
@@ -35,5 +34,5 @@ def rows(x: Tensor, positions: Tensor | None = None, special: Tensor | None = No
         positions = torch.arange(length, device=x.device).expand(count, -1)
     if special is None:
         special = torch.zeros(count, length, dtype=torch.bool, device=x.device)
-    spans = [Span(slot, slot * length, length) for slot in range(count)]
+    spans = [RowSpan(slot, slot * length, length) for slot in range(count)]
     return Rows.of(spans, positions.flatten(), special.flatten())

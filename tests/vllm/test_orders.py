@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
-from saeguard_sae.table import FOREVER
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
 from saeguard_server.engine.vllm import orders
 from saeguard_server.errors import InternalFailure

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.engine.vllm import places
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
-from saeguard_sae.loading import LoadedSae, load
-from saeguard_sae.table import FOREVER
+from saeguard_sae.loading import LoadedSae, load_sae
 from saeguard_server.engine.protocol import GenerateTask, ResolvedEdit, Steering
 from saeguard_server.engine.vllm import orders
 from saeguard_server.engine.vllm.batch import Part
@@ -67,7 +67,7 @@ class Runner:
 def made(tmp_path: Path) -> Callable[[int], Runner]:
     plain = plain_sae("jumprelu", WIDTH, 32, seed=4242)
     save_sae(plain, tmp_path, "blocks.1.hook_resid_post")
-    return lambda slots: Runner(plain, load("here", tmp_path), slots)
+    return lambda slots: Runner(plain, load_sae("here", tmp_path), slots)
 
 
 def test_each_request_is_edited_by_its_own_order(made: Callable[[int], Runner]) -> None:

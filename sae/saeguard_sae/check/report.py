@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 from torch import Tensor, nn
 
-from saeguard_sae.architectures import ModelConfig
-from saeguard_sae.check.bounds import Bounds, violations
-from saeguard_sae.check.measure import Measured, measure
-from saeguard_sae.check.suspects import Suspect, doubts, suspects
+from saeguard_sae.check.check import CheckBounds, Hypothesis, hypotheses, unstated_warnings, violations
+from saeguard_sae.check.measure import SaeMeasurements, measure_sae
 from saeguard_sae.loading import LoadedSae
+from saeguard_sae.models import ModelConfig
 
 _NONE_FITS = (
     "No other site of its width, bias convention, normalisation, scale or use of the decoder norms that was tried, "
@@ -25,14 +25,14 @@ _ONLY_LOSS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CheckReport:
     """What the check found; it is passed when there are no violations."""
 
-    measured: Measured
-    bounds: Bounds
+    measured: SaeMeasurements
+    bounds: CheckBounds
     violations: tuple[str, ...] = ()
-    suspects: tuple[Suspect, ...] = ()
-    doubts: tuple[Suspect, ...] = ()
+    suspects: tuple[Hypothesis, ...] = ()
+    doubts: tuple[Hypothesis, ...] = ()
     """Of one that passed: what would fit it clearly better."""
 
     def explain(self) -> str:
@@ -63,29 +63,29 @@ class Report:
             yield f"{lead}: {one.what}. {_numbers(one)} {_remedy(one)}"
 
 
-def _doubt(one: Suspect) -> str:
+def _doubt(one: Hypothesis) -> str:
     return f"Another reading fits it better: {one.what}. {_numbers(one)} {_remedy(one)}"
 
 
-def _numbers(one: Suspect) -> str:
+def _numbers(one: Hypothesis) -> str:
     fvu = "" if one.fvu is None else f" and FVU {one.fvu:.4g}"
     return f"So it has L0 {one.l0:.4g}{fvu} on a sample of the text."
 
 
-def _remedy(one: Suspect) -> str:
+def _remedy(one: Hypothesis) -> str:
     if one.setting is None:
         return "No setting makes it so: its files must be converted."
     return "In its settings: " + one.setting.replace("\n", "; ")
 
 
-def check(
+def check_sae(
     model: nn.Module,
     config: ModelConfig,
     sae: LoadedSae,
     tokens: Sequence[Tensor],
     special_ids: frozenset[int],
-    bounds: Bounds,
-) -> Report:
+    bounds: CheckBounds,
+) -> CheckReport:
     """Measures an SAE on the model it is served with; where it lies outside the bounds, looks for the reason.
 
     One that passes is compared with its nearest alternatives: a layer off by one can lie within any bounds.
@@ -97,8 +97,16 @@ def check(
     Raises:
         ValueError: fewer than two ordinary tokens.
     """
-    measured = measure(model, config, sae, tokens, special_ids)
+    measured = measure_sae(model, config, sae, tokens, special_ids)
     broken = violations(measured, bounds)
-    look = suspects if broken else doubts
+    look = hypotheses if broken else unstated_warnings
     found = tuple(look(model, config, sae, tokens, special_ids, bounds))
-    return Report(measured, bounds, tuple(broken), *((found, ()) if broken else ((), found)))
+    return CheckReport(measured, bounds, tuple(broken), *((found, ()) if broken else ((), found)))
+
+
+# The text on which SAEs are checked where the settings name none.
+
+
+def calibration_text() -> str:
+    """General English: stories, dialogue, letters, numbers, a little code. Passages are parted by empty lines."""
+    return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")

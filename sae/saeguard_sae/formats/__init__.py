@@ -25,7 +25,7 @@ from saeguard_sae.formats import (
     sparsify,
     temporal_repo,
 )
-from saeguard_sae.formats.found import Choices, Convention, Found, Origin, Source
+from saeguard_sae.formats.parsed import Choices, Convention, ParsedSae, SaeOrigin, Source
 
 
 class Format(Protocol):
@@ -37,7 +37,7 @@ class Format(Protocol):
         """Whether the folder or file holds this format; looks at names of files, keys and shapes, never at folders'."""
         ...
 
-    def load(self, source: Source) -> Found:
+    def load(self, source: Source) -> ParsedSae:
         """The SAE.
 
         Raises:
@@ -65,4 +65,4 @@ FORMATS: tuple[Format, ...] = (
     connor_rob,
 )
 
-__all__ = ["FORMATS", "Choices", "Convention", "Format", "Found", "Origin", "Source"]
+__all__ = ["FORMATS", "Choices", "Convention", "Format", "ParsedSae", "SaeOrigin", "Source"]

@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 
-from saeguard_sae.activations import Activation, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary, check_finite
-from saeguard_sae.formats.files import Tensors, check_keys, check_size, choice, flag, json_object, state_dict, whole
-from saeguard_sae.formats.found import Conventions, Found, Source
-from saeguard_sae.formats.places import hook_site
-from saeguard_sae.selections import TopK
-from saeguard_sae.site import Site
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK, check_finite
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Source,
+    Tensors,
+    check_keys,
+    check_size,
+    choice,
+    flag,
+    hook_site,
+    json_object,
+    state_dict,
+    whole,
+)
+from saeguard_sae.models import Site
 
 NAME = "bussmann"
 CONFIG = "config.json"
@@ -67,7 +76,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE in the folder.
 
     Raises:
@@ -77,7 +86,7 @@ def load(source: Source) -> Found:
     check_keys(config, _KNOWN | _TRAINING, CONFIG)
     kind = _KINDS[choice(config, "sae_type", _KINDS, CONFIG)]
     model = config.get("model_name")
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(kind, config, state_dict(source.path / WEIGHTS), notes),
         files=(source.path / CONFIG, source.path / WEIGHTS),
         reads=_reads(config, notes),
@@ -106,10 +115,12 @@ def _dictionary(kind: str, config: dict[str, Any], tensors: Tensors, notes: Conv
     )
 
 
-def _activation(kind: str, config: dict[str, Any], tensors: Tensors, d_sae: int, notes: Conventions) -> Activation:
+def _activation(
+    kind: str, config: dict[str, Any], tensors: Tensors, d_sae: int, notes: Conventions
+) -> ActivationFunction:
     match kind:
         case "vanilla":
-            activation: Activation = ReLU()
+            activation: ActivationFunction = ReLU()
         case "jumprelu":
             check_finite("jumprelu.log_threshold", log_threshold := tensors.take("jumprelu.log_threshold"))
             activation = JumpReLU(log_threshold.exp())
@@ -121,7 +132,7 @@ def _activation(kind: str, config: dict[str, Any], tensors: Tensors, d_sae: int,
     return activation
 
 
-def _above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> Activation:
+def _above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> ActivationFunction:
     """BatchTopK as it encodes outside training."""
     if "threshold" not in tensors:
         raise ValueError(

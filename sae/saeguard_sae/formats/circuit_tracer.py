@@ -8,12 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import Tensors, check_keys, check_shapes, choice, safetensors, text, whole, yaml_object
-from saeguard_sae.formats.found import Choices, Conventions, Found, Place, Source
-from saeguard_sae.formats.places import in_and_out
-from saeguard_sae.selections import TopK
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.formats.parsed import (
+    Choices,
+    Conventions,
+    ParsedSae,
+    Place,
+    Source,
+    Tensors,
+    check_keys,
+    check_shapes,
+    choice,
+    in_and_out,
+    safetensors,
+    text,
+    whole,
+    yaml_object,
+)
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
@@ -31,7 +42,7 @@ def recognises(path: Path) -> bool:
     return _file(path) is not None
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The transcoder.
 
     Raises:
@@ -45,7 +56,7 @@ def load(source: Source) -> Found:
     reads, writes = _places(int(file.stem.removeprefix("layer_")), config, notes)
     weights = safetensors(file)
     activation, used = _activation(weights, config, source.choices, notes)
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(weights, activation, notes),
         files=(file,) if config is None else (file, beside),
         reads=reads,
@@ -88,7 +99,7 @@ def _places(layer: int, config: dict[str, Any] | None, notes: Conventions) -> tu
 
 def _activation(
     weights: Tensors, config: dict[str, Any] | None, choices: Choices, notes: Conventions
-) -> tuple[Activation, frozenset[str]]:
+) -> tuple[ActivationFunction, frozenset[str]]:
     """What decides which features fire, and which of the user's choices it took."""
     stated = (config or {}).get("activation")
     where = f"{CONFIG}: activation" if stated else "the format"
@@ -131,7 +142,7 @@ def _threshold(weights: Tensors) -> Tensor:
     return threshold
 
 
-def _dictionary(weights: Tensors, activation: Activation, notes: Conventions) -> Dictionary:
+def _dictionary(weights: Tensors, activation: ActivationFunction, notes: Conventions) -> Dictionary:
     W_enc, b_enc, W_dec, b_dec = (weights.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     skip = weights.take_if("W_skip")
     weights.close()

@@ -8,11 +8,21 @@ from typing import Any
 
 from torch.nn.functional import pad
 
-from saeguard_sae.activations import Activation, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import Tensors, check_keys, check_shapes, choice, safetensors, text, yaml_object
-from saeguard_sae.formats.found import Conventions, Found, Place, Source
-from saeguard_sae.formats.places import place
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Place,
+    Source,
+    Tensors,
+    check_keys,
+    check_shapes,
+    choice,
+    place,
+    safetensors,
+    text,
+    yaml_object,
+)
 
 NAME = "circuit_tracer_clt"
 CONFIG = "config.yaml"
@@ -28,7 +38,7 @@ def recognises(path: Path) -> bool:
     return _layer(path) is not None
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """One layer: what it reads there, and what it writes there and at every later layer.
 
     Raises:
@@ -43,7 +53,7 @@ def load(source: Source) -> Found:
         raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {_names(files)}")
     config, notes = _config(files[2]), Conventions()
     dictionary, n_writes = _dictionary(safetensors(files[0]), safetensors(files[1]), layer, notes)
-    return Found(
+    return ParsedSae(
         dictionary=dictionary,
         files=files,
         reads=_reads(config, layer, notes),
@@ -121,7 +131,7 @@ def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventio
     return dictionary, n_writes
 
 
-def _activation(encoder: Tensors, layer: int, notes: Conventions) -> Activation:
+def _activation(encoder: Tensors, layer: int, notes: Conventions) -> ActivationFunction:
     threshold, name = encoder.take_if(f"threshold_{layer}"), f"threshold_{layer}"
     if threshold is None:
         notes.note("activation", "relu", f"no {name}")

@@ -8,21 +8,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import (
+from saeguard_sae.dictionary import Dictionary, ReLU
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Source,
     Tensors,
     check_keys,
     check_shapes,
     check_size,
     flag,
+    hook_site,
     json_object,
     shapes,
     state_dict,
 )
-from saeguard_sae.formats.found import Conventions, Found, Source
-from saeguard_sae.formats.places import hook_site
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 
 NAME = "connor_rob"
 
@@ -74,7 +75,7 @@ def recognises(path: Path) -> bool:
     return _config_file(path).is_file() and shapes(path).keys() >= {"W_enc", "b_enc"}
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE in the file.
 
     Raises:
@@ -91,7 +92,7 @@ def load(source: Source) -> Found:
     # Its training script most likely used TransformerLens' defaults; libraries serve it on the model as it is.
     notes.note("processing", "not stated", "the format")
     model = config.get("model_name")
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(state_dict(source.path), config, file.name),
         files=(source.path, file),
         reads=_reads(config, file.name, notes),

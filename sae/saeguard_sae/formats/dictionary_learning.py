@@ -16,12 +16,22 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import Tensors, check_shapes, check_size, choice, json_object, state_dict, whole
-from saeguard_sae.formats.found import Conventions, Found, ModulePlace, Place, Source
-from saeguard_sae.selections import TopK
-from saeguard_sae.site import Site
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU, TopK
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ModulePlace,
+    ParsedSae,
+    Place,
+    Source,
+    Tensors,
+    check_shapes,
+    check_size,
+    choice,
+    json_object,
+    state_dict,
+    whole,
+)
+from saeguard_sae.models import Site
 
 NAME = "dictionary_learning"
 CONFIG = "config.json"
@@ -55,7 +65,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE or transcoder in the folder.
 
     Raises:
@@ -74,7 +84,7 @@ def load(source: Source) -> Found:
     io = _io(buffer, notes)
     reads, writes = _places(_submodule(trainer, notes), io)
     model = trainer.get("lm_name")
-    return Found(
+    return ParsedSae(
         dictionary=replace(dictionary, is_transcoder=io == "in_and_out"),
         files=(source.path / CONFIG, source.path / WEIGHTS),
         reads=reads,
@@ -175,7 +185,7 @@ def _matryoshka(trained: _Trained) -> Dictionary:
     return Dictionary(*parts, _above_threshold(trained, parts[1]))
 
 
-def _above_threshold(trained: _Trained, b_enc: Tensor) -> Activation:
+def _above_threshold(trained: _Trained, b_enc: Tensor) -> ActivationFunction:
     """BatchTopK as it encodes outside training: what is above the threshold that training settled on."""
     _k(trained)
     if "threshold" not in trained.weights:

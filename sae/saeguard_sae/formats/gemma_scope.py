@@ -9,11 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary, feature_major
-from saeguard_sae.formats.files import Tensors, check_shapes, npz
-from saeguard_sae.formats.found import Conventions, Found, Origin, Source
-from saeguard_sae.site import Point, Site
+from saeguard_sae.dictionary import Dictionary, JumpReLU, feature_major
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, SaeOrigin, Source, Tensors, check_shapes, npz
+from saeguard_sae.models import Point, Site
 
 NAME = "gemma_scope"
 WEIGHTS = "params.npz"
@@ -46,7 +44,7 @@ def recognises(path: Path) -> bool:
     return path.suffix == ".npz" and path.is_file() and _holds_keys(path)
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE or transcoder.
 
     Raises:
@@ -55,7 +53,7 @@ def load(source: Source) -> Found:
     file, notes = _file(source.path), Conventions()
     published = _published(source.origin) if source.origin else None
     _note_kind(published, notes)
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(npz(file), published, notes),
         files=(file,),
         reads=published.reads if published else None,
@@ -76,7 +74,7 @@ def _holds_keys(path: Path) -> bool:
         return False
 
 
-def _published(origin: Origin) -> _Published | None:
+def _published(origin: SaeOrigin) -> _Published | None:
     repo = _REPO.fullmatch(origin.repo)
     if repo is None:
         return None

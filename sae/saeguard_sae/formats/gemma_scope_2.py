@@ -16,21 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary, check_finite, feature_major
-from saeguard_sae.formats.files import (
+from saeguard_sae.dictionary import Dictionary, JumpReLU, check_finite, feature_major
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Place,
+    SaeOrigin,
+    Source,
     Tensors,
     check_keys,
     check_shapes,
     check_size,
     choice,
     flag,
+    in_and_out,
     json_object,
+    module_place,
     safetensors,
     text,
 )
-from saeguard_sae.formats.found import Conventions, Found, Origin, Place, Source
-from saeguard_sae.formats.places import in_and_out, module_place
 
 NAME = "gemma_scope_2"
 CONFIG = "config.json"
@@ -80,7 +84,7 @@ def recognises(path: Path) -> bool:
     return path.suffix == ".safetensors" and path.is_file() and _holds_tensors(path)
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE, the transcoder, or one layer of a cross-layer transcoder.
 
     Raises:
@@ -96,7 +100,7 @@ def load(source: Source) -> Found:
         places, kept = _layers(stated, layer, w_dec, notes), _targets(w_dec, layer, file.name)
     else:
         places, kept = _places(stated, kind, notes), w_dec
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(weights, kept, kind, stated, notes),
         files=(file,) if stated.file is None else (file, stated.file),
         reads=places[0],
@@ -118,7 +122,7 @@ def _holds_tensors(path: Path) -> bool:
         return False
 
 
-def _stated(file: Path, origin: Origin | None) -> _Stated:
+def _stated(file: Path, origin: SaeOrigin | None) -> _Stated:
     beside = file.with_name(CONFIG)
     if not beside.is_file():
         return _Stated(_published(origin) if origin else {}, "the repository")
@@ -128,7 +132,7 @@ def _stated(file: Path, origin: Origin | None) -> _Stated:
     return _Stated(config, CONFIG, beside)
 
 
-def _published(origin: Origin) -> dict[str, Any]:
+def _published(origin: SaeOrigin) -> dict[str, Any]:
     """What Google's repository and the folder in it say, as its config.json would."""
     repo, folder = _REPO.fullmatch(origin.repo), _FOLDER.fullmatch(origin.path)
     if repo is None or folder is None:
@@ -197,7 +201,7 @@ def _places(stated: _Stated, kind: Kind, notes: Conventions) -> Places:
     return reads, writes
 
 
-def _layer(file: Path, stated: _Stated, origin: Origin | None, notes: Conventions) -> int:
+def _layer(file: Path, stated: _Stated, origin: SaeOrigin | None, notes: Conventions) -> int:
     """Which layer of the cross-layer transcoder the file holds."""
     last = origin.path.rpartition("/")[2] if origin else ""
     hook = _HOOK_LAYER.search(str(stated.config.get(HOOK_IN)))

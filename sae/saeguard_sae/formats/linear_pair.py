@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import Tensors, check_shapes, shapes, state_dict
-from saeguard_sae.formats.found import Conventions, Found, Source
-from saeguard_sae.site import Site
+from saeguard_sae.dictionary import Dictionary, ReLU
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors, check_shapes, shapes, state_dict
+from saeguard_sae.models import Site
 
 NAME = "linear_pair"
 
@@ -24,7 +22,7 @@ def recognises(path: Path) -> bool:
     return f"{_GOODFIRE[0]}.weight" in held or held >= set(_names(*_QRESEARCH))
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE in the file.
 
     Raises:
@@ -34,7 +32,7 @@ def load(source: Source) -> Found:
     notes.note("activation", "relu", "the format")
     notes.note("centring", False, "the format")
     notes.note("feature units", "decoder rows as stored", "the format")
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(tensors),
         files=(source.path,),
         reads=_reads(source, notes),

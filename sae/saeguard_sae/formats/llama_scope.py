@@ -12,24 +12,27 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import (
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.formats.parsed import (
+    Choices,
+    Conventions,
+    NormScales,
+    ParsedSae,
+    Place,
+    Source,
     Tensors,
     check_keys,
     check_shapes,
     check_size,
     choice,
     flag,
+    in_and_out,
     json_object,
     number,
     safetensors,
+    scaled,
     whole,
 )
-from saeguard_sae.formats.found import Choices, Conventions, Found, Place, Source
-from saeguard_sae.formats.places import in_and_out
-from saeguard_sae.formats.scales import Scales, scaled
-from saeguard_sae.selections import TopK
 
 NAME = "llama_scope"
 CONFIG = "hyperparams.json"
@@ -59,7 +62,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and _weights_file(path) is not None
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE or transcoder in the folder.
 
     Raises:
@@ -72,7 +75,7 @@ def load(source: Source) -> Found:
     reads, writes = _places(config)
     rule = _rule(config, source.choices, bool(writes), notes)
     used = {"gating": _jumps(config), "scale": config.get("norm_activation") == "dataset-wise"}
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(config, safetensors(file), rule, source.choices, notes),
         files=(source.path / CONFIG, file),
         reads=reads,
@@ -189,19 +192,19 @@ def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, 
 
 def _scales(
     config: dict[str, Any], d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
-) -> Scales:
+) -> NormScales:
     kind = choice(config, "norm_activation", ("dataset-wise", "token-wise", "inference", "none"), CONFIG)
     if kind == "dataset-wise":
         inward, outward = _dataset_wise(config, d_model, choices, is_transcoder, notes)
-        return Scales(inward, inward if rule == "saelens" else outward)
+        return NormScales(inward, inward if rule == "saelens" else outward)
     notes.note("activation scale", {"token-wise": "of each token"}.get(kind, "none"), f"{CONFIG}: norm_activation")
     if kind == "token-wise":
         if is_transcoder:
             raise ValueError(
                 f"{CONFIG}: norm_activation token-wise: what a transcoder writes would have no known scale"
             )
-        return Scales(1.0, 1.0, "constant_norm_rescale")
-    return Scales(1.0, 1.0)
+        return NormScales(1.0, 1.0, "constant_norm_rescale")
+    return NormScales(1.0, 1.0)
 
 
 def _dataset_wise(
@@ -232,7 +235,7 @@ def _factor(norms: dict[str, Any], side: str, d_model: int) -> float:
     return sqrt(d_model) / norm
 
 
-def _gain(config: dict[str, Any], W_dec: Tensor, scales: Scales, rule: Rule, notes: Conventions) -> Tensor:
+def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule, notes: Conventions) -> Tensor:
     """[d_sae] What the rule multiplies ``inward * x . w_j + b_j`` by before it is compared, and gives as the value.
 
     SAELens leaves it as it is. OpenMOSS takes it back to the activations' own scale and, where the norm counts, on to a
@@ -250,7 +253,9 @@ def _gain(config: dict[str, Any], W_dec: Tensor, scales: Scales, rule: Rule, not
     return norms / scales.outward
 
 
-def _activation(config: dict[str, Any], scales: Scales, rule: Rule, b_enc: Tensor, notes: Conventions) -> Activation:
+def _activation(
+    config: dict[str, Any], scales: NormScales, rule: Rule, b_enc: Tensor, notes: Conventions
+) -> ActivationFunction:
     if _jumps(config):
         threshold = number(config, "jump_relu_threshold", CONFIG)
         if threshold < 0:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from saeguard_sae.activations import Activation, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import Tensors, check_shapes, checkpoint, choice, shapes, whole
-from saeguard_sae.formats.found import Conventions, Found, Source
-from saeguard_sae.selections import TopK
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Source,
+    Tensors,
+    check_shapes,
+    checkpoint,
+    choice,
+    shapes,
+    whole,
+)
 
 NAME = "openai"
 
@@ -31,7 +38,7 @@ def recognises(path: Path) -> bool:
     return {"pre_bias", "latent_bias"} <= shapes(path).keys()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE in the file, which does not say where in the model it belongs.
 
     Raises:
@@ -46,10 +53,10 @@ def load(source: Source) -> Found:
     notes.note("normalisation", "layer_norm" if normed else "none", "the format: TopK alone has it")
     notes.note("centring", True, "the format")
     dictionary = _dictionary(tensors, activation, normed)
-    return Found(dictionary=dictionary, files=(source.path,), reads=None, conventions=notes.all())
+    return ParsedSae(dictionary=dictionary, files=(source.path,), reads=None, conventions=notes.all())
 
 
-def _dictionary(tensors: Tensors, activation: Activation, normed: bool) -> Dictionary:
+def _dictionary(tensors: Tensors, activation: ActivationFunction, normed: bool) -> Dictionary:
     names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
     rows, b_enc, columns, b_dec = (tensors.take(name) for name in names)
     tensors.close()
@@ -59,7 +66,7 @@ def _dictionary(tensors: Tensors, activation: Activation, normed: bool) -> Dicti
     return Dictionary(rows.T, b_enc, columns.T, b_dec, activation, normalisation="layer_norm" if normed else "none")
 
 
-def _activation(held: dict[str, Any], file: str, notes: Conventions) -> Activation:
+def _activation(held: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
     name = choice({"activation": "ReLU"} | held, "activation", ("ReLU", "TopK"), file)
     notes.note("activation", name, f"{file}: activation" if "activation" in held else "the library's default")
     if name == "ReLU":

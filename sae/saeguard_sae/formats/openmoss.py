@@ -13,24 +13,27 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import (
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.formats.parsed import (
+    Choices,
+    Conventions,
+    NormScales,
+    ParsedSae,
+    Place,
+    Source,
     Tensors,
     check_keys,
     check_shapes,
     check_size,
     choice,
     flag,
+    in_and_out,
     json_object,
     number,
     safetensors,
+    scaled,
     whole,
 )
-from saeguard_sae.formats.found import Choices, Conventions, Found, Place, Source
-from saeguard_sae.formats.places import in_and_out
-from saeguard_sae.formats.scales import Scales, scaled
-from saeguard_sae.selections import TopK
 
 NAME = "openmoss"
 CONFIG = "config.json"
@@ -70,7 +73,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file() and not (path / "cfg.json").is_file()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE or transcoder in the folder.
 
     Raises:
@@ -81,7 +84,7 @@ def load(source: Source) -> Found:
     reads, writes = _places(config)
     used = {"gating": _has_two_rules(config, tensors), "scale": config.get("norm_activation") == "dataset-wise"}
     rule = _rule(config, source.choices, bool(writes), notes) if used["gating"] else "openmoss"
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(config, tensors, rule, source.choices, notes),
         files=(source.path / CONFIG, source.path / WEIGHTS),
         reads=reads,
@@ -199,7 +202,7 @@ def _counts_norm(config: dict[str, Any], rule: Rule, notes: Conventions) -> bool
     return counts
 
 
-def _activation(config: dict[str, Any], tensors: Tensors, norms: Tensor | None, b_enc: Tensor) -> Activation:
+def _activation(config: dict[str, Any], tensors: Tensors, norms: Tensor | None, b_enc: Tensor) -> ActivationFunction:
     if config["act_fn"] == "relu":
         return ReLU()
     if config["act_fn"] == "topk":
@@ -210,7 +213,7 @@ def _activation(config: dict[str, Any], tensors: Tensors, norms: Tensor | None, 
     return JumpReLU(threshold if norms is None else threshold / norms)
 
 
-def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> Scales:
+def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> NormScales:
     kind = choice(config, "norm_activation", ("dataset-wise", "token-wise", "inference", "none"), CONFIG)
     is_transcoder = bool(_places(config)[1])
     if kind == "dataset-wise":
@@ -219,12 +222,12 @@ def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Cho
     notes.note("activation scale", {"token-wise": "of each token"}.get(kind, "none"), f"{CONFIG}: norm_activation")
     if kind == "token-wise" and is_transcoder:
         raise ValueError(f"{CONFIG}: norm_activation token-wise: what a transcoder writes would have no known scale")
-    return Scales(1.0, 1.0, "constant_norm_rescale" if kind == "token-wise" else "none")
+    return NormScales(1.0, 1.0, "constant_norm_rescale" if kind == "token-wise" else "none")
 
 
 def _dataset_wise(
     config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions
-) -> Scales:
+) -> NormScales:
     is_transcoder, inward = bool(_places(config)[1]), f"{NORMS}.{config.get('hook_point_in')}"
     if inward not in tensors and not is_transcoder:
         return _scale_given(inward, choices, notes)
@@ -232,19 +235,19 @@ def _dataset_wise(
     if choices.scale is not None and abs(choices.scale / scale - 1) > 0.01:
         raise ValueError(f"scale is {choices.scale:g}, but {WEIGHTS}: {inward} says {scale:g}")
     if not is_transcoder:
-        return Scales(scale, scale)
+        return NormScales(scale, scale)
     outward = f"{NORMS}.{config.get('hook_point_out')}"
-    return Scales(scale, _factor(tensors, outward, d_model, notes, "activation scale of what it writes"))
+    return NormScales(scale, _factor(tensors, outward, d_model, notes, "activation scale of what it writes"))
 
 
-def _scale_given(missing: str, choices: Choices, notes: Conventions) -> Scales:
+def _scale_given(missing: str, choices: Choices, notes: Conventions) -> NormScales:
     if not choices.scale:
         raise ValueError(
             f"{CONFIG}: norm_activation is dataset-wise, but {WEIGHTS} has no {missing}; "
             "give scale = sqrt(d_model) / mean |x|"
         )
     notes.note("activation scale", choices.scale, choices.scale_said_by)
-    return Scales(choices.scale, choices.scale)
+    return NormScales(choices.scale, choices.scale)
 
 
 def _factor(tensors: Tensors, name: str, d_model: int, notes: Conventions, said: str) -> float:

@@ -9,8 +9,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import (
+from saeguard_sae.dictionary import Dictionary, TopK
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Source,
     Tensors,
     check_keys,
     check_shapes,
@@ -21,9 +24,7 @@ from saeguard_sae.formats.files import (
     state_dict,
     whole,
 )
-from saeguard_sae.formats.found import Conventions, Found, Source
-from saeguard_sae.selections import TopK
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 
 NAME = "qwen_scope"
 CONFIG = "config.json"
@@ -50,7 +51,7 @@ def recognises(path: Path) -> bool:
     return held["b_enc"] != held["b_dec"] or not (path.parent / f"{path.stem}_cfg.json").is_file()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE in the file.
 
     Raises:
@@ -62,7 +63,7 @@ def load(source: Source) -> Found:
     k = _k(known, source, notes)
     notes.note("activation", "topk", "the format")
     notes.note("centring", False, "the format")
-    return Found(
+    return ParsedSae(
         dictionary=_dictionary(state_dict(source.path), config, k),
         files=(source.path, *((source.path.parent / CONFIG,) if config else ())),
         reads=_reads(source, config, notes),

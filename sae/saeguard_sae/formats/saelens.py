@@ -5,17 +5,563 @@ Also its training checkpoints. Modules named ``saelens_...`` each know one part 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
-from saeguard_sae.formats import files
-from saeguard_sae.formats.found import Conventions, Found, Source
-from saeguard_sae.formats.saelens_arrival import arrival
-from saeguard_sae.formats.saelens_coder import Parts, build
-from saeguard_sae.formats.saelens_legacy import modernised
-from saeguard_sae.formats.saelens_place import belongs
-from saeguard_sae.formats.saelens_settings import CONFIG, WEIGHTS, Settings, current, is_current
+import torch
+from torch import Tensor
 
-__all__ = ["CONFIG", "NAME", "WEIGHTS", "load", "recognises"]
+from saeguard_sae import releases
+from saeguard_sae.coders import ATTENTION, MatchingPursuit, SparseCoder, Temporal
+from saeguard_sae.dictionary import (
+    AbsTopK,
+    ActivationFunction,
+    Dictionary,
+    Gated,
+    JumpReLU,
+    Normalisation,
+    ReLU,
+    TanhReLU,
+    TopK,
+    check_finite,
+    feature_major,
+)
+from saeguard_sae.formats import parsed as files
+from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.saelens_config import (
+    ARCHITECTURES,
+    BASE_KEYS,
+    CONFIG,
+    WEIGHTS,
+    SaelensConfig,
+    current,
+    hook_point,
+    is_current,
+    words,
+)
+
+# What SAELens does to an activation before it is encoded: its ``normalize_activations`` and the files behind it.
+
+
+SCALER = "activation_scaler.json"
+WHITENING = "activation_whitening.safetensors"
+
+_KEY = "normalize_activations"
+_SCALED, _WHITENED, _FACTOR = "expected_average_only_in", "covariance_whitening", "constant_scalar_rescale"
+_PER_TOKEN = ("none", "layer_norm", "constant_norm_rescale")
+
+
+@dataclass(frozen=True, slots=True)
+class Whitening:
+    """``z = (x - mean) @ matrix`` and back, in float64: ``mean`` [d_in], both matrices [d_in, d_in]."""
+
+    mean: Tensor
+    matrix: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputNormalization:
+    """How an activation reaches the encoder; ``scale`` and ``whitening`` are to be folded into the weights."""
+
+    normalisation: Normalisation = "none"
+    scale: float = 1.0
+    whitening: Whitening | None = None
+    files: tuple[Path, ...] = ()
+    """Those that it was read from."""
+    used: frozenset[str] = field(default_factory=frozenset)
+    """Names of the choices that it was taken from."""
+
+
+def input_normalization(source: Source, settings: SaelensConfig, said: Conventions) -> InputNormalization:
+    """What the config, the checkpoint's other files and the user say together.
+
+    Raises:
+        ValueError: a normalisation that is not supported, or one whose numbers are not known.
+    """
+    mode, who = _mode(source, settings)
+    said.note("normalisation", mode, who)
+    scaler = _Scaler(source.path)
+    if mode == _SCALED:
+        return _scaled(source, scaler, said)
+    if mode == _WHITENED:
+        return _whitened(scaler, said)
+    scaler.must_be_idle(mode)
+    if mode == _FACTOR:
+        table = {"activation_normalization_factor": 1.0} | dict(settings.table)
+        factor = files.number(table, "activation_normalization_factor", CONFIG)
+        said.note("activation scale", factor, settings.source("activation_normalization_factor"))
+        return InputNormalization(
+            scale=_positive(factor, f"{CONFIG}: activation_normalization_factor"), files=scaler.files
+        )
+    return InputNormalization(normalisation=cast(Normalisation, mode), files=scaler.files)
+
+
+def _mode(source: Source, settings: SaelensConfig) -> tuple[str, str]:
+    """Its name, and who says so."""
+    published = releases.at(source.origin.repo, source.origin.path) if source.origin else None
+    if published is not None and published.normalisation is not None:
+        return published.normalisation, releases.source()
+    table = {_KEY: "none" if (value := settings.table.get(_KEY)) is None else value}
+    allowed: tuple[str, ...] = (*_PER_TOKEN, _SCALED, _WHITENED)
+    if settings.architecture == "temporal":
+        allowed = ("none", _FACTOR)
+    elif settings.architecture == "matching_pursuit":
+        # Its encoder is its decoder, and cannot take a whitening into itself alone.
+        allowed = (*_PER_TOKEN, _SCALED)
+    elif settings.is_transcoder:
+        # One factor could not say how both of the places that it connects are scaled.
+        allowed = _PER_TOKEN
+    return files.choice(table, _KEY, allowed, f"{CONFIG} ({settings.architecture})"), settings.source(_KEY)
+
+
+class _Scaler:
+    """``activation_scaler.json``, which SAELens writes beside its training checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.whitening = folder / SCALER, folder / WHITENING
+        self._table: dict[str, Any] = {}
+        if self.path.is_file():
+            self._table = files.json_object(self.path)
+            files.check_keys(self._table, ("scaling_factor", "has_whitening"), SCALER)
+        self.factor = self._table.get("scaling_factor")
+        self.files = (self.path,) if self._table else ()
+
+    @property
+    def has_whitening(self) -> bool:
+        return files.flag(self._table, "has_whitening", False, SCALER)
+
+    def must_be_idle(self, mode: str) -> None:
+        """The checkpoint's scaler and its config must tell the same story."""
+        if self.factor is not None or self.has_whitening:
+            key = "scaling_factor" if self.factor is not None else "has_whitening"
+            raise ValueError(f"{SCALER}: {key} is {self._table[key]!r}, but {CONFIG} says {_KEY} {mode!r}")
+
+
+def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> InputNormalization:
+    if scaler.factor is not None:
+        factor, who = files.number({"scaling_factor": scaler.factor}, "scaling_factor", SCALER), SCALER
+    elif source.choices.scale is not None:
+        factor, who = source.choices.scale, source.choices.scale_said_by
+    else:
+        raise ValueError(
+            f"{CONFIG}: {_KEY} is {_SCALED}, but the factor is not in the files; give scale = sqrt(d_in) / mean |x|"
+        )
+    said.note("activation scale", factor, who)
+    used = frozenset({"scale"}) if who == source.choices.scale_said_by else frozenset()
+    return InputNormalization(scale=_positive(factor, "scale"), files=scaler.files, used=used)
+
+
+def _whitened(scaler: _Scaler, said: Conventions) -> InputNormalization:
+    if not scaler.whitening.is_file():
+        raise ValueError(
+            f"{CONFIG}: {_KEY} is {_WHITENED}, but {WHITENING} is not in the folder; SAELens writes it beside a "
+            "checkpoint and folds it into the SAE when training ends"
+        )
+    tensors = files.safetensors(scaler.whitening)
+    parts = [tensors.take(name, keep_dtype=True).to(torch.float64) for name in ("mean", "matrix", "inverse_matrix")]
+    tensors.close()
+    _check_square(parts)
+    said.note("input whitening", "folded into the weights", WHITENING)
+    return InputNormalization(whitening=Whitening(*parts), files=(*scaler.files, scaler.whitening))
+
+
+def _check_square(parts: list[Tensor]) -> None:
+    width = parts[0].numel()
+    for name, part, wanted in zip(
+        ("mean", "matrix", "inverse_matrix"), parts, ((width,), (width, width), (width, width)), strict=True
+    ):
+        if tuple(part.shape) != wanted:
+            raise ValueError(f"{WHITENING}: {name} has shape {tuple(part.shape)}, expected {wanted}")
+
+
+def _positive(factor: float, name: str) -> float:
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"{name} must be above 0, got {factor}")
+    return factor
+
+
+# Folds of SAELens that leave what is computed as it is and rid the weights of one convention each.
+
+
+def finetuned(dictionary: Dictionary, factors: Tensor) -> Dictionary:
+    """``(f * factors) @ W_dec``, as SAELens decoded before 6.0 after its fine-tuning against shrinkage."""
+    return replace(dictionary, W_dec=dictionary.W_dec * factors[:, None])
+
+
+def scaled(dictionary: Dictionary, scale: float, *, rescales: bool) -> Dictionary:
+    """For inputs that are not multiplied by ``scale``, and outputs not divided by it.
+
+    Features keep their values, unless they are rescaled by the decoder's norm (``rescales``), which this divides: then
+    a threshold, which is in their units, goes along.
+    """
+    activation = dictionary.activation
+    if rescales and isinstance(activation, JumpReLU):
+        activation = JumpReLU(activation.threshold / scale)
+    return replace(
+        dictionary,
+        W_enc=dictionary.W_enc * scale,
+        W_dec=dictionary.W_dec / scale,
+        b_dec=dictionary.b_dec / scale,
+        activation=activation,
+    )
+
+
+def rescaled(dictionary: Dictionary) -> Dictionary:
+    """Pre-activations times the norm of the feature's decoder row, and rows of norm 1."""
+    norms = dictionary.W_dec.norm(dim=1)
+    # A row of zeros stays one: its feature is never seen, whatever it is divided by.
+    by = torch.where(norms > 0, norms, torch.ones_like(norms))
+    return replace(
+        dictionary,
+        W_enc=dictionary.W_enc * norms,
+        b_enc=dictionary.b_enc * norms,
+        W_dec=dictionary.W_dec / by[:, None],
+    )
+
+
+def unwhitened(dictionary: Dictionary, whitening: Whitening) -> Dictionary:
+    """For inputs that are not whitened, and outputs not taken back.
+
+    Raises:
+        ValueError: it is of another width.
+    """
+    if whitening.mean.shape != dictionary.b_dec.shape:
+        raise ValueError(f"{WHITENING}: mean has {whitening.mean.numel()} values, but the SAE reads {dictionary.d_in}")
+    # Transposed, the product comes out feature by feature as Dictionary keeps it.
+    W_enc = (dictionary.W_enc.T.double() @ whitening.matrix.T).T
+    W_dec = (dictionary.W_dec.double() @ whitening.inverse).float()
+    b_dec = (dictionary.b_dec.double() @ whitening.inverse + whitening.mean).float()
+    moved = replace(dictionary, W_enc=W_enc.float(), W_dec=W_dec, b_dec=b_dec)
+    # Where b_dec is taken off the input, the mean in it already is.
+    return moved if dictionary.centre else _shifted(moved, (whitening.mean @ W_enc).float())
+
+
+def _shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
+    """Pre-activations less ``shift`` [d_sae]."""
+    activation = dictionary.activation
+    if isinstance(activation, Gated):
+        b_mag = activation.b_mag - shift * activation.r_mag.exp()
+        return replace(dictionary, activation=Gated(activation.b_gate - shift, b_mag, activation.r_mag))
+    return replace(dictionary, b_enc=dictionary.b_enc - shift)
+
+
+# The SAE that SAELens' weights describe.
+
+
+_BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
+_RESCALING_SINCE = (6, 14)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an SAE is built from, and where its conventions are noted."""
+
+    settings: SaelensConfig
+    weights: Tensors
+    arrives: InputNormalization
+    choices: Choices
+    said: Conventions
+
+    @property
+    def table(self) -> Mapping[str, Any]:
+        """The settings that decide the arithmetic."""
+        return self.settings.table
+
+    def note(self, name: str, value: object, key: str) -> None:
+        """A convention that ``key`` of the config, or its default, decides."""
+        self.said.note(name, value, self.settings.source(key))
+
+
+def build_coder(parts: Parts) -> SparseCoder:
+    """The SAE, with everything folded that SAELens computes apart from the weights.
+
+    Raises:
+        ValueError: weights or settings that are missing, surplus or disagree.
+    """
+    parts.note("architecture", parts.settings.architecture, "architecture")
+    built = _built(parts)
+    parts.weights.close()
+    for key, size in (("d_in", built.d_in), ("d_sae", built.d_sae), ("d_out", built.d_out)):
+        files.check_size(parts.table, key, size, CONFIG)
+    return built
+
+
+def _built(parts: Parts) -> SparseCoder:
+    match parts.settings.architecture:
+        case "matching_pursuit":
+            return _pursuit(parts)
+        case "temporal":
+            return _temporal(parts)
+        case _:
+            return _linear(parts)
+
+
+def _centre(parts: Parts) -> bool:
+    key = "apply_b_dec_to_input"
+    centre = files.flag(parts.table, key, True, CONFIG)
+    if centre and parts.settings.is_transcoder:
+        raise ValueError(f"{CONFIG}: {key} must be false for a transcoder, as SAELens has it")
+    parts.note("centring", centre, key)
+    return centre
+
+
+def _linear(parts: Parts) -> Dictionary:
+    """In SAELens' order: its own folds come before rescaling, which they change, and whitening after it."""
+    dictionary, arrives, rescales = _unfolded(parts), parts.arrives, _rescales(parts)
+    if (factors := _finetuning(parts, dictionary.d_sae)) is not None:
+        dictionary = finetuned(dictionary, factors)
+    if arrives.scale != 1:
+        dictionary = scaled(dictionary, arrives.scale, rescales=rescales)
+    if rescales:
+        dictionary = rescaled(dictionary)
+    if arrives.whitening is not None:
+        dictionary = unwhitened(dictionary, arrives.whitening)
+    return dictionary
+
+
+def _unfolded(parts: Parts) -> Dictionary:
+    """The weights as they are."""
+    settings, weights = parts.settings, parts.weights
+    activation = _coder_activation(parts)
+    return Dictionary(
+        feature_major(weights.take("W_enc")),
+        torch.zeros_like(activation.b_gate) if isinstance(activation, Gated) else weights.take("b_enc"),
+        weights.take("W_dec"),
+        weights.take("b_dec"),
+        activation,
+        centre=_centre(parts),
+        normalisation=parts.arrives.normalisation,
+        is_transcoder=settings.is_transcoder,
+        W_skip=weights.take("W_skip") if "skip" in settings.architecture else None,
+    )
+
+
+def _coder_activation(parts: Parts) -> ActivationFunction:
+    settings, weights = parts.settings, parts.weights
+    match settings.architecture:
+        case "standard" | "transcoder" | "skip_transcoder":
+            return TanhReLU() if settings.is_tanh else ReLU()
+        case "gated":
+            return Gated(*(weights.take(name) for name in ("b_gate", "b_mag", "r_mag")))
+        case "topk":
+            return TopK(_k(parts))
+        case "abstopk":
+            return AbsTopK(_k(parts))
+        case "batchtopk" | "matryoshka_batchtopk":
+            return JumpReLU(_batch_threshold(parts))
+        case _:
+            return JumpReLU(_threshold(weights))
+
+
+def _threshold(weights: Tensors) -> Tensor:
+    # Older training checkpoints hold its logarithm.
+    if "log_threshold" in weights and "threshold" not in weights:
+        logarithm = weights.take("log_threshold")
+        check_finite("log_threshold", logarithm)
+        return logarithm.exp()
+    return weights.take("threshold")
+
+
+def _batch_threshold(parts: Parts) -> Tensor:
+    """[d_sae] what stands in for the choice among a whole training batch when SAELens exports the SAE."""
+    threshold = parts.weights.scalar("topk_threshold")
+    parts.said.note("selection", f"above {threshold:g}, not among a batch", f"{WEIGHTS}: topk_threshold")
+    return torch.full_like(parts.weights.take("b_enc"), threshold)
+
+
+def _k(parts: Parts) -> int:
+    table, choice = parts.table, parts.choices.k
+    if table.get("k") is not None:
+        k = files.whole(table, "k", CONFIG)
+        parts.note("k", k, "k")
+        return k
+    if choice is None:
+        raise ValueError(f"{CONFIG}: no k, the number of features kept per token; give k")
+    parts.said.note("k", choice, "the user")
+    return choice
+
+
+def _rescales(parts: Parts) -> bool:
+    """Whether pre-activations are multiplied by the decoder's norms; only the top-k family knows that."""
+    key, settings = "rescale_acts_by_decoder_norm", parts.settings
+    if settings.architecture not in ("topk", "abstopk", *_BATCH_TOPK):
+        return False
+    # Checkpoints of batch top-k from before SAELens 6.14 do not say it, because nothing did it then.
+    older = settings.trained_by is not None and settings.trained_by < _RESCALING_SINCE
+    rescales = files.flag(parts.table, key, settings.architecture in _BATCH_TOPK and not older, CONFIG)
+    parts.note("feature units", "times the decoder row's norm" if rescales else "as stored", key)
+    return rescales
+
+
+def _finetuning(parts: Parts, d_sae: int) -> Tensor | None:
+    """[d_sae] factors of SAELens before 6.0, unless they are all 1, as it long wrote them for every SAE."""
+    weights = parts.weights
+    name = "finetuning_scaling_factor" if "finetuning_scaling_factor" in weights else "scaling_factor"
+    if (factors := weights.take_if(name)) is None:
+        return None
+    if tuple(factors.shape) != (d_sae,):
+        raise ValueError(f"{WEIGHTS}: {name} has shape {tuple(factors.shape)}, expected {(d_sae,)}")
+    if torch.allclose(factors, torch.ones_like(factors)):
+        return None
+    if parts.settings.is_finetuned is False:
+        raise ValueError(f"{WEIGHTS}: {name} is not 1, but {CONFIG} does not say finetuning_scaling_factor")
+    parts.said.note("decoder scaled per feature", True, f"{WEIGHTS}: {name}")
+    return factors
+
+
+def _pursuit(parts: Parts) -> MatchingPursuit:
+    W_dec, b_dec = parts.weights.take("W_dec"), parts.weights.take("b_dec")
+    table, scale = {"residual_threshold": 1e-2} | dict(parts.table), parts.arrives.scale
+    most = table.get("max_iterations")
+    return MatchingPursuit(
+        W_dec,
+        # Scaling the input scales residuals, features and threshold alike: what is unscaled finds the same features.
+        b_dec / scale,
+        max_iterations=b_dec.numel() if most is None else files.whole(table, "max_iterations", CONFIG),
+        residual_threshold=files.number(table, "residual_threshold", CONFIG) / scale,
+        stop_on_duplicate_support=files.flag(table, "stop_on_duplicate_support", True, CONFIG),
+        centre=_centre(parts),
+        normalisation=parts.arrives.normalisation,
+    )
+
+
+def _temporal(parts: Parts) -> Temporal:
+    table, weights = parts.table, parts.weights
+    tied = files.flag(table, "tied_weights", True, CONFIG)
+    W_dec = weights.take("W_dec")
+    return Temporal(
+        W_dec.transpose(0, -1) if tied else weights.take("W_enc"),
+        W_dec,
+        weights.take("b_dec"),
+        tuple(_attention(weights, index) for index in range(files.whole(table, "n_attn_layers", CONFIG))),
+        n_heads=files.whole(table, "n_heads", CONFIG),
+        k=_temporal_k(table),
+        scale=parts.arrives.scale,
+        centre=_centre(parts),
+        tied=tied,
+    )
+
+
+def _attention(weights: Tensors, index: int) -> dict[str, Tensor]:
+    names = [f"{name}.{part}" for name in ATTENTION for part in ("weight", "bias")]
+    return {name: weights.take(f"attn_layers.{index}.{name}") for name in names}
+
+
+def _temporal_k(table: Mapping[str, Any]) -> int | None:
+    kind = files.choice({"sae_diff_type": "topk"} | dict(table), "sae_diff_type", ("relu", "topk"), CONFIG)
+    if kind == "relu" or table.get("kval_topk") is None:
+        return None
+    return files.whole(table, "kval_topk", CONFIG)
+
+
+# Flat ``cfg.json`` of SAELens before 6.0, which held the settings of the whole training run beside the SAE's own.
+
+
+_NOW_CALLED = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+_METADATA = words(
+    """model_name hook_name hook_head_index model_class_name model_from_pretrained_kwargs prepend_bos neuronpedia_id
+    exclude_special_tokens context_size seqpos_slice dataset_path sae_lens_version sae_lens_training_version
+    hook_name_out hook_head_index_out hf_hook_name hf_hook_name_out"""
+)
+_OWN = frozenset({"activation_fn", "activation_fn_kwargs", "finetuning_scaling_factor"})
+# Settings of the training run that every version up to 5.10 could write; none changes what the weights compute.
+_RUN = words(
+    """act_store_device adam_beta1 adam_beta2 autocast autocast_dtype autocast_lm b_dec_init_method begin_batch_token
+    begin_sequence_token cached_activations_path checkpoint_path coefficient_warm_up_steps compile_llm compile_sae
+    dataset_trust_remote_code dead_feature_estimation_method dead_feature_threshold dead_feature_window
+    decoder_heuristic_init decoder_heuristic_init_norm decoder_orthogonal_init disable_concat_sequences end_pos_offset
+    eval_batch_size_prompts eval_every_n_wandb_logs exclude_bos_between_sequences expansion_factor feature_reinit_scale
+    feature_sampling_method feature_sampling_window finetuning_method finetuning_tokens from_pretrained_path hook_eval
+    hook_layer hook_point_eval hook_point_layer init_encoder_as_decoder_transpose is_dataset_tokenized
+    jumprelu_bandwidth jumprelu_init_threshold l0_lambda l0_warm_up_steps l1_coefficient l1_normalization_fn
+    l1_warm_up_steps l1_warmup_steps llm_compilation_mode log_activations_store_to_wandb log_optimizer_state_to_wandb
+    log_to_wandb logger lp_norm lr lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps model_kwargs
+    mse_loss_normalization n_batches_in_buffer n_checkpoints n_eval_batches n_eval_seqs n_restart_cycles noise_scale
+    normalize_sae_decoder resample_batches resume run_name sae_compilation_mode scale_sparsity_penalty_by_decoder_norm
+    seed sequence_separator_token sparsity_coefficient start_pos_offset store_batch_size store_batch_size_prompts
+    streaming tokens_per_buffer total_training_tokens train_batch_size train_batch_size_tokens training_tokens
+    use_cached_activations use_ghost_grads verbose wandb_entity wandb_id wandb_log_frequency wandb_project"""
+)
+
+
+def modernised(config: Mapping[str, Any]) -> SaelensConfig:
+    """The settings as SAELens 6 would write them.
+
+    Raises:
+        ValueError: a key or a value that is not known.
+    """
+    flat, spelled = _renamed(config)
+    stated = frozenset(flat)
+    flat.setdefault("architecture", "standard")
+    files.choice(flat, "architecture", ARCHITECTURES, CONFIG)
+    files.check_keys(flat, BASE_KEYS | ARCHITECTURES[flat["architecture"]] | _METADATA | _OWN | _RUN, CONFIG)
+    activation = _activation(flat)
+    if activation == "topk":
+        stated |= _take_k(flat, spelled)
+    flat["normalize_activations"] = _normalisation(flat.get("normalize_activations"))
+    own = BASE_KEYS | ARCHITECTURES[flat["architecture"]]
+    return SaelensConfig(
+        table={key: value for key, value in flat.items() if key in own},
+        metadata={key: value for key, value in flat.items() if key in _METADATA},
+        stated=stated,
+        where=f"{CONFIG}: ",
+        spelled=spelled,
+        is_tanh=activation == "tanh-relu",
+        is_finetuned=_finetuned(flat),
+    )
+
+
+def _renamed(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The table with today's names, and what the file called them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        now = _NOW_CALLED.get(key, key)
+        if now in flat and flat[now] != value:
+            raise ValueError(f"{CONFIG}: {key} is {value!r}, but the same is {flat[now]!r} under another name")
+        flat[now] = value
+    return flat, {now: old for old, now in _NOW_CALLED.items() if old in config}
+
+
+def _activation(flat: dict[str, Any]) -> str:
+    """What the features go through; only plain SAEs could have anything but ReLU."""
+    name = files.choice({"activation_fn": "relu"} | flat, "activation_fn", ("relu", "tanh-relu", "topk"), CONFIG)
+    allowed = {"topk": ("standard", "topk"), "tanh-relu": ("standard",)}
+    if name in allowed and flat["architecture"] not in allowed[name]:
+        raise ValueError(f"{CONFIG}: activation_fn {name!r} is not supported for architecture {flat['architecture']!r}")
+    return name
+
+
+def _take_k(flat: dict[str, Any], spelled: dict[str, str]) -> set[str]:
+    """Makes a plain SAE with that activation what SAELens 6 calls it; the keys that this states."""
+    flat["architecture"], spelled["architecture"] = "topk", spelled.get("activation_fn", "activation_fn")
+    given = flat.get("activation_fn_kwargs") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{CONFIG}: activation_fn_kwargs must be a table, got {given!r}")
+    files.check_keys(given, {"k"}, f"{CONFIG}: activation_fn_kwargs")
+    if "k" in given:
+        flat["k"], spelled["k"] = given["k"], "activation_fn_kwargs.k"
+    return {"architecture", "k"}
+
+
+def _normalisation(said: object) -> object:
+    # Until May 2024 it was a question with one possible answer.
+    if isinstance(said, bool):
+        return "expected_average_only_in" if said else "none"
+    return "none" if said is None else said
+
+
+def _finetuned(flat: dict[str, Any]) -> bool | None:
+    if "finetuning_scaling_factor" not in flat:
+        return None
+    return files.flag(flat, "finetuning_scaling_factor", None, CONFIG)
+
 
 NAME = "saelens"
 
@@ -25,7 +571,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE in the folder, in float32.
 
     Raises:
@@ -33,11 +579,11 @@ def load(source: Source) -> Found:
     """
     path, said = source.path, Conventions()
     settings = _settings(path)
-    place = belongs(settings, source.origin, said)
-    arrives = arrival(source, settings, said)
-    coder = build(Parts(settings, files.safetensors(path / WEIGHTS), arrives, source.choices, said))
+    place = hook_point(settings, source.origin, said)
+    arrives = input_normalization(source, settings, said)
+    coder = build_coder(Parts(settings, files.safetensors(path / WEIGHTS), arrives, source.choices, said))
     chose_k = {one.name for one in said.all() if one.source == "the user"} & {"k"}
-    return Found(
+    return ParsedSae(
         dictionary=coder,
         files=(path / CONFIG, path / WEIGHTS, *arrives.files),
         reads=place.reads,
@@ -50,6 +596,6 @@ def load(source: Source) -> Found:
     )
 
 
-def _settings(path: Path) -> Settings:
+def _settings(path: Path) -> SaelensConfig:
     config = files.json_object(path / CONFIG)
     return current(config) if is_current(config) else modernised(config)

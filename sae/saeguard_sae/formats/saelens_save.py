@@ -12,24 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saeguard_sae.activations import Gated
-from saeguard_sae.coder import SparseCoder
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats import places
-from saeguard_sae.formats.found import Processing
-from saeguard_sae.formats.saelens_place import PROCESSED
-from saeguard_sae.formats.saelens_settings import CONFIG, WEIGHTS
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.selections import AbsTopK, TopK, is_selection
-from saeguard_sae.site import Site
-from saeguard_sae.temporal import ATTENTION, Temporal
+from saeguard_sae.coders import ATTENTION, MatchingPursuit, SparseCoder, Temporal
+from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, TopK, is_selection
+from saeguard_sae.formats import parsed as places
+from saeguard_sae.formats.parsed import Processing
+from saeguard_sae.formats.saelens_config import CONFIG, PROCESSED, WEIGHTS
+from saeguard_sae.models import Site
 
 _VERSION = "6.54.12"
 _SAES = {"relu": "standard", "jumprelu": "jumprelu", "gated": "gated", "topk": "topk", "abstopk": "abstopk"}
 _TRANSCODERS = {"relu": "", "jumprelu": "jumprelu_"}
 
 
-def save(
+def save_saelens(
     dictionary: SparseCoder,
     path: Path,
     *,

@@ -9,9 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from saeguard_sae.activations import Activation
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.files import (
+from saeguard_sae.dictionary import AbsTopK, ActivationFunction, Dictionary, GroupMax, TopK
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Place,
+    Source,
     Tensors,
     check_keys,
     check_shapes,
@@ -19,12 +22,10 @@ from saeguard_sae.formats.files import (
     choice,
     flag,
     json_object,
+    module_place,
     safetensors,
     whole,
 )
-from saeguard_sae.formats.found import Conventions, Found, Place, Source
-from saeguard_sae.formats.places import module_place
-from saeguard_sae.selections import AbsTopK, GroupMax, TopK
 
 NAME = "sparsify"
 CONFIG = "cfg.json"
@@ -51,7 +52,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE or transcoder in the folder.
 
     Raises:
@@ -61,7 +62,7 @@ def load(source: Source) -> Found:
     check_keys(config, _KNOWN, CONFIG)
     dictionary = _dictionary(config, safetensors(source.path / WEIGHTS), notes)
     reads, writes = _places(_hookpoint(source), dictionary.is_transcoder, notes)
-    return Found(
+    return ParsedSae(
         dictionary=dictionary,
         files=(source.path / CONFIG, source.path / WEIGHTS),
         reads=reads,
@@ -99,7 +100,7 @@ def _kind(config: dict[str, Any], notes: Conventions) -> tuple[bool, bool]:
     return skips, True
 
 
-def _activation(config: dict[str, Any], notes: Conventions) -> Activation:
+def _activation(config: dict[str, Any], notes: Conventions) -> ActivationFunction:
     name = choice({"activation": "topk"} | config, "activation", ("topk", "groupmax"), CONFIG)
     k, signed = whole(config, "k", CONFIG), flag(config, "signed", False, CONFIG)
     if signed and name == "groupmax":

@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from saeguard_sae.formats.files import (
+from saeguard_sae.coders import ATTENTION, Temporal
+from saeguard_sae.formats.parsed import (
+    Conventions,
+    ParsedSae,
+    Source,
     Tensors,
     check_keys,
     check_shapes,
@@ -19,9 +23,7 @@ from saeguard_sae.formats.files import (
     whole,
     yaml_object,
 )
-from saeguard_sae.formats.found import Conventions, Found, Source
-from saeguard_sae.site import Site
-from saeguard_sae.temporal import ATTENTION, Temporal
+from saeguard_sae.models import Site
 
 NAME = "temporal_repo"
 CONFIG = "conf.yaml"
@@ -49,7 +51,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> Found:
+def load(source: Source) -> ParsedSae:
     """The SAE in the folder.
 
     Raises:
@@ -58,7 +60,7 @@ def load(source: Source) -> Found:
     llm, sae = _tables(source.path / CONFIG)
     notes = Conventions()
     model = llm.get("model_hf_name")
-    return Found(
+    return ParsedSae(
         dictionary=_temporal(llm, sae, safetensors(source.path / WEIGHTS), notes),
         files=(source.path / CONFIG, source.path / WEIGHTS),
         reads=_reads(source, notes),

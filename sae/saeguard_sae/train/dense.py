@@ -10,13 +10,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import Activation, Gated, JumpReLU, ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.train.parallel.autograd import joined, spread
-from saeguard_sae.train.parallel.mesh import Mesh
-from saeguard_sae.train.scaling import Scaling, unit_rows
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU
+from saeguard_sae.train.parallel import Mesh
 from saeguard_sae.train.settings import SaeSettings
-from saeguard_sae.train.tracking import Progress, Tracking
+from saeguard_sae.train.tracking import Progress, Scaling, Tracking, unit_rows
+
+# A layer whose features lie in several processes, for autograd; as Megatron-LM does it (Shoeybi et al. 2019).
+
+
+def spread(x: Tensor, mesh: Mesh) -> Tensor:
+    """x as every part of the features reads it; its gradient is the sum of what they say."""
+    return x if mesh.shards == 1 else _Spread.apply(x, mesh)  # type: ignore[no-untyped-call]
+
+
+def joined(part: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of what every part of the features writes; its gradient is each part's."""
+    return part if mesh.shards == 1 else _Joined.apply(part, mesh)  # type: ignore[no-untyped-call]
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, mesh: Mesh) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, given: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return ctx.mesh.sum_features(given.clone()), None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, mesh: Mesh) -> Tensor:  # type: ignore[no-untyped-def]
+        return mesh.sum_features(part.clone())
+
+    @staticmethod
+    def backward(ctx, given: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return given, None
+
 
 _DECODER_NORM = 0.1
 """Of ReLU's first decoder rows, whose length is free (Conerly et al. 2024)."""
@@ -28,7 +59,7 @@ thresholds hardly move in less than billions of tokens."""
 _TINY = 1e-12
 
 
-class Read(NamedTuple):
+class DenseRead(NamedTuple):
     """What an architecture makes of a batch: the features here [B, F], their price [B], what it adds to the loss."""
 
     features: Tensor
@@ -58,7 +89,7 @@ class DenseLearner:
             tensor.requires_grad_()
         self._optimiser = torch.optim.Adam(self.weights.values(), fused=True)
         self.tracking = Tracking(settings, device)
-        self._read: Callable[[Tensor, Tensor], Read] = getattr(self, f"_{settings.architecture}")
+        self._read: Callable[[Tensor, Tensor], DenseRead] = getattr(self, f"_{settings.architecture}")
 
     def step(self, x: Tensor, target: Tensor | None = None, before: Tensor | None = None) -> None:
         """See ``Learner.step``."""
@@ -144,12 +175,12 @@ class DenseLearner:
     def _pre(self, seen: Tensor) -> Tensor:
         return seen @ self.weights["W_enc"].T + self.weights["b_enc"]
 
-    def _relu(self, seen: Tensor, wanted: Tensor) -> Read:
+    def _relu(self, seen: Tensor, wanted: Tensor) -> DenseRead:
         features = self._pre(seen).relu()
         none = features.new_zeros(())
-        return Read(features, features @ self.weights["W_dec"].norm(dim=1), none, none)
+        return DenseRead(features, features @ self.weights["W_dec"].norm(dim=1), none, none)
 
-    def _gated(self, seen: Tensor, wanted: Tensor) -> Read:
+    def _gated(self, seen: Tensor, wanted: Tensor) -> DenseRead:
         # b_enc is the gate's bias here.
         own = seen @ self.weights["W_enc"].T
         gate = own + self.weights["b_enc"]
@@ -158,18 +189,18 @@ class DenseLearner:
         rebuilt = joined(fires @ self.weights["W_dec"].detach(), self._mesh)
         alone = rebuilt + self.weights["b_dec"].detach() - wanted
         price = fires @ self.weights["W_dec"].norm(dim=1)
-        return Read(size * (gate > 0), price, price.new_zeros(()), alone.square().sum(1).mean())
+        return DenseRead(size * (gate > 0), price, price.new_zeros(()), alone.square().sum(1).mean())
 
-    def _jumprelu(self, seen: Tensor, wanted: Tensor) -> Read:
+    def _jumprelu(self, seen: Tensor, wanted: Tensor) -> DenseRead:
         pre, threshold = self._pre(seen), self.weights["log_threshold"].exp()
         none = pre.new_zeros(())
         features: Tensor = _Jump.apply(pre, threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
         if self.settings.jump_loss == "l0":
             fires: Tensor = _Step.apply(pre.detach(), threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
-            return Read(features, fires.sum(1), none, none)
+            return DenseRead(features, fires.sum(1), none, none)
         size = self.weights["W_dec"].norm(dim=1)
         silent = _SILENT_PRICE * ((threshold - pre).relu() * size).sum(1).mean()
-        return Read(features, (_TANH_SLOPE * features * size).tanh().sum(1), silent, none)
+        return DenseRead(features, (_TANH_SLOPE * features * size).tanh().sum(1), silent, none)
 
     def _update(self) -> None:
         weights, mesh = self.weights, self._mesh
@@ -201,7 +232,7 @@ class DenseLearner:
         fvu = error.square().sum(1).mean() / self.scaling.variance
         self.tracking.note(fired, *(mesh.sum_rows(one) / mesh.data for one in (loss, l0, fvu)))
 
-    def _activation(self, weights: dict[str, Tensor], size: Tensor) -> Activation:
+    def _activation(self, weights: dict[str, Tensor], size: Tensor) -> ActivationFunction:
         match self.settings.architecture:
             case "gated":
                 return Gated(weights["b_enc"] * size, weights["b_mag"] * size, weights["r_mag"].clone())

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from saeguard_sae.architectures import layout
-from saeguard_sae.train.errors import TrainError, check_choice, one_line
+from saeguard_sae.models import layout
+from saeguard_sae.train.settings import TrainError, check_choice, one_line
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 

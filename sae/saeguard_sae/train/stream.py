@@ -2,24 +2,196 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from saeguard_sae.site import Site
-from saeguard_sae.train.activation_source import ActivationSource, ModelActivations
-from saeguard_sae.train.buffer import Buffer, buffer_bytes
-from saeguard_sae.train.cached import CachedActivations
-from saeguard_sae.train.errors import TrainError
-from saeguard_sae.train.harvest import Harvester
+from saeguard_sae.models import Site
+from saeguard_sae.train.activations import (
+    ActivationSource,
+    CachedActivations,
+    Harvester,
+    Index,
+    ModelActivations,
+    Shard,
+)
+from saeguard_sae.train.data import INDEX, kind
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.parallel.mesh import ALONE, Mesh
-from saeguard_sae.train.parallel.sharing import SharedActivations
-from saeguard_sae.train.sources import kind
-from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
+from saeguard_sae.train.parallel import ALONE, Mesh
+from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, check_at_least, one_line
+
+# Activations of many tokens at several sites, drawn in random order, the same tokens at every site.
+
+
+class Buffer:
+    """Holds up to ``capacity`` tokens. Each token that is added is drawn once, and none is lost.
+
+    A draw takes tokens from an order that was shuffled over all that were held at the time. It is shuffled again, new
+    tokens included, when half of the capacity has been drawn from it: each draw is from at least that many, or from all
+    there are. Cost: a draw's own rows, and a random order of ``capacity`` numbers once in half a capacity.
+    """
+
+    def __init__(
+        self, widths: Mapping[Site, int], capacity: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        self.capacity = capacity
+        self._storage = {
+            site: torch.empty(capacity, width, dtype=dtype, device=device) for site, width in widths.items()
+        }
+        self._device = device
+        self._random = torch.Generator().manual_seed(seed)
+        self._free = torch.arange(capacity, device=device)
+        self._ready = self._free[:0]
+        self._fresh: list[Tensor] = []
+        self._n_fresh = 0
+
+    @property
+    def free(self) -> int:
+        """How many tokens can be added."""
+        return len(self._free)
+
+    @property
+    def held(self) -> int:
+        """How many tokens can be drawn."""
+        return self.capacity - len(self._free)
+
+    def add(self, tokens: Mapping[Site, Tensor]) -> None:
+        """Takes tokens in: at each site [n, width], ``n`` at most ``free``."""
+        n = len(next(iter(tokens.values())))
+        assert n <= self.free, "whoever adds asks how much fits"
+        slots, self._free = self._free[:n], self._free[n:]
+        for site, storage in self._storage.items():
+            storage.index_copy_(0, slots, tokens[site].to(storage))
+        self._fresh.append(slots)
+        self._n_fresh += n
+
+    def draw(self, n: int) -> dict[Site, Tensor]:
+        """Takes ``n`` tokens out, at most ``held``: at each site float32 [n, width]."""
+        assert n <= self.held, "whoever draws fills first"
+        if len(self._ready) < max(n, self.capacity // 2) and self._n_fresh:
+            self._mix()
+        left = len(self._ready) - n
+        slots, self._ready = self._ready[left:], self._ready[:left]
+        self._free = torch.cat([self._free, slots])
+        return {site: storage[slots].float() for site, storage in self._storage.items()}
+
+    def state(self) -> dict[str, Any]:
+        """All that is held, in its order: tensors and plain values."""
+        slots = self._held_slots()
+        return {
+            "tokens": {str(site): storage[slots] for site, storage in self._storage.items()},
+            "ready": len(self._ready),
+            "random": self._random.get_state(),
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Holds what a buffer of the same shape held when ``state`` was taken, and draws as it would have drawn."""
+        n = 0
+        for site, storage in self._storage.items():
+            rows = state["tokens"][str(site)]
+            n = len(rows)
+            storage[:n] = rows.to(storage)
+        order, ready = torch.arange(self.capacity, device=self._device), state["ready"]
+        self._ready, self._free = order[:ready], order[n:]
+        self._fresh, self._n_fresh = [order[ready:n]], n - ready
+        self._random.set_state(state["random"].cpu())
+
+    def _mix(self) -> None:
+        slots = self._held_slots()
+        self._ready = slots[torch.randperm(len(slots), generator=self._random).to(self._device)]
+        self._fresh, self._n_fresh = [], 0
+
+    def _held_slots(self) -> Tensor:
+        return torch.cat([self._ready, *self._fresh])
+
+
+def buffer_bytes(widths: Mapping[Site, int], capacity: int, dtype: torch.dtype) -> int:
+    """Memory of a buffer, its bookkeeping included (three lists of int64)."""
+    return capacity * (sum(widths.values()) * dtype.itemsize + 24)
+
+
+# A model's activations, its forward passes dealt out to several processes: each gets all, as if it had made them.
+
+
+class SharedActivations:
+    """An ``ActivationSource``: of as many chunks as there are processes each makes the one of its number.
+
+    The chunks, their order and the state are those of one process.
+    """
+
+    def __init__(self, own: ModelActivations, mesh: Mesh) -> None:
+        self._own, self._mesh = own, mesh
+        self.widths, self.dtype, self.device = own.widths, own.dtype, own.device
+        self.model_name, self.chunk = own.model_name, own.chunk
+        self._ahead: deque[tuple[dict[Site, Tensor], int, Callable[[], dict[str, Any]]]] = deque()
+        self._epoch, self._state = own.epoch, own.mark()
+
+    @property
+    def epoch(self) -> int:
+        """See ``ActivationSource``."""
+        return self._epoch
+
+    def read(self) -> dict[Site, Tensor]:
+        """See ``ActivationSource``.
+
+        Raises:
+            TrainError: as one process, in all of them.
+        """
+        if not self._ahead:
+            self._read_on()
+        chunk, self._epoch, self._state = self._ahead.popleft()
+        return chunk
+
+    def again(self) -> ActivationSource:
+        """See ``ActivationSource``."""
+        return SharedActivations(self._own.again(), self._mesh)
+
+    def state(self) -> dict[str, Any]:
+        """See ``ActivationSource``."""
+        return self._state()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """See ``ActivationSource``."""
+        self._own.resume(state)
+        self._ahead.clear()
+        self._epoch, self._state = self._own.epoch, self._own.mark()
+
+    def _read_on(self) -> None:
+        marks, mine, problem = [], {}, ""
+        for turn in range(self._mesh.size):
+            if turn == self._mesh.rank:
+                try:
+                    mine = self._own.read()
+                except TrainError as err:
+                    problem = str(err)
+            else:
+                self._own.pass_over()
+            marks.append((self._own.epoch, self._own.mark()))
+        told = self._mesh.told(([(x.shape, x.dtype) for x in mine.values()], problem))
+        if problem := next((one for _, one in told if one), ""):
+            raise TrainError(problem)
+        for turn, ((kinds, _), (epoch, mark)) in enumerate(zip(told, marks, strict=True)):
+            self._ahead.append((self._of(turn, kinds, mine), epoch, mark))
+
+    def _of(
+        self, turn: int, kinds: Sequence[tuple[torch.Size, torch.dtype]], mine: Mapping[Site, Tensor]
+    ) -> dict[Site, Tensor]:
+        """The chunk that process ``turn`` made."""
+        if turn == self._mesh.rank:
+            return {site: self._mesh.from_one(x.contiguous(), turn) for site, x in mine.items()}
+        rooms = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in kinds]
+        return {site: self._mesh.from_one(room, turn) for site, room in zip(self.widths, rooms, strict=True)}
+
 
 _MEASURED = 4096
 """Tokens whose norms tell what is an outlier."""
@@ -212,3 +384,59 @@ def _opened(
 
 def _count(tokens: Mapping[Site, Tensor]) -> int:
     return len(next(iter(tokens.values())))
+
+
+# Writes activations to a folder that a later stream reads: whole, or not at all.
+
+
+_SHARD_BYTES = 256 * 1024 * 1024
+
+
+def cache_activations(stream: ActivationStream, folder: Path, tokens: int) -> None:
+    """Takes at least ``tokens`` tokens from the stream, in whole batches, and writes them in its dtype.
+
+    They are written as they are drawn: mixed, and without what the stream leaves out.
+
+    Raises:
+        TrainError: ``folder`` is there already, or cannot be written (a full disk); what was begun is removed.
+    """
+    check_at_least("tokens", tokens, 1)
+    if folder.exists():
+        raise TrainError(f"folder: {str(folder)!r} exists already")
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        index = _write(stream, part, tokens)
+        (part / INDEX).write_text(json.dumps(msgspec.to_builtins(index), indent=2) + "\n", encoding="utf-8")
+        part.rename(folder)
+    except (OSError, SafetensorError) as err:
+        raise TrainError(f"folder: {str(folder)!r} cannot be written: {one_line(err)}") from err
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(stream: ActivationStream, folder: Path, tokens: int) -> Index:
+    per_token = sum(stream.widths.values()) * stream.dtype.itemsize
+    per_shard = max(1, _SHARD_BYTES // (per_token * stream.settings.batch))
+    shards: list[Shard] = []
+    left = -(-tokens // stream.settings.batch)
+    while left > 0:
+        batches = [stream.batch() for _ in range(min(left, per_shard))]
+        left -= len(batches)
+        shards.append(_write_shard(stream, folder / f"{len(shards):05}.safetensors", batches))
+    return Index(
+        model=stream.model_name,
+        dtype="bfloat16" if stream.dtype == torch.bfloat16 else "float32",
+        tokens=sum(shard.tokens for shard in shards),
+        sites={str(site): width for site, width in stream.widths.items()},
+        shards=tuple(shards),
+    )
+
+
+def _write_shard(stream: ActivationStream, path: Path, batches: list[dict[Site, Tensor]]) -> Shard:
+    joined = {str(site): torch.cat([one[site] for one in batches]).to("cpu", stream.dtype) for site in stream.sites}
+    save_file(joined, path)
+    # safetensors lets nobody but the owner read what it writes.
+    path.chmod(0o644)
+    return Shard(file=path.name, tokens=len(next(iter(joined.values()))))

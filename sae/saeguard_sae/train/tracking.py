@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU
 from saeguard_sae.train.settings import SaeSettings
 
 
@@ -64,3 +66,96 @@ class Tracking:
     def state(self) -> dict[str, Tensor]:
         """See ``Learner.state``."""
         return {"silent": self.silent, "sums": self._sums}
+
+
+# The scale in which an SAE learns: a mean squared norm of the width, folded into the weights when it is done.
+
+
+_AT_ONCE = 4096
+"""Rows drawn at once: a multiple of 16, so that torch's generator gives the numbers that it gives for all together."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaling:
+    """What x and what is reconstructed are divided by, and the latter's variance and mean after that."""
+
+    read: float
+    written: float
+    variance: float
+    mean: Tensor
+    """[d_out]"""
+
+    def state(self) -> dict[str, Tensor]:
+        """By which the same is made again."""
+        return {
+            "scaling": torch.tensor([self.read, self.written, self.variance], dtype=torch.float64),
+            "mean": self.mean,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], device: torch.device) -> Scaling:
+        """What ``state`` gave."""
+        read, written, variance = state["scaling"].tolist()
+        return cls(read, written, variance, state["mean"].to(device))
+
+    @classmethod
+    def of(cls, sample: Tensor, target: Tensor | None) -> Scaling:
+        """From activations [tokens, d].
+
+        Raises:
+            ValueError: they are all equal, so that nothing can be learnt.
+        """
+        written = sample if target is None else target
+        size = _size(written)
+        scaled = written / size
+        variance = float((scaled - scaled.mean(0)).double().square().sum(1).mean())
+        if not variance > 0:
+            raise ValueError("the activations are all equal; nothing can be learnt from them")
+        return cls(size if target is None else _size(sample), size, variance, scaled.mean(0))
+
+    def fold(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        activation: ActivationFunction,
+        *,
+        centre: bool,
+    ) -> Dictionary:
+        """W_enc [d_sae, d_in] and the rest, as learnt -> the same on activations as the model makes them."""
+        return Dictionary(
+            W_enc=(W_enc * (self.written / self.read)).T,
+            b_enc=b_enc * self.written,
+            W_dec=W_dec.clone(),
+            b_dec=b_dec * self.written,
+            activation=self._folded(activation),
+            centre=centre,
+            is_transcoder=not centre,
+        )
+
+    def _folded(self, activation: ActivationFunction) -> ActivationFunction:
+        if isinstance(activation, JumpReLU):
+            return JumpReLU(activation.threshold * self.written)
+        if isinstance(activation, Gated):
+            return Gated(activation.b_gate * self.written, activation.b_mag * self.written, activation.r_mag.clone())
+        return activation
+
+
+def _size(x: Tensor) -> float:
+    size = float((x.double().square().sum(1).mean() / x.shape[1]).sqrt())
+    if not size > 0:
+        raise ValueError("the activations are all zero; nothing can be learnt from them")
+    return size
+
+
+def unit_rows(count: int, width: int, seed: int, device: torch.device, part: slice = slice(None)) -> Tensor:
+    """Random rows [count, width] of length 1, the same on every device; of these ``part``, without room for all."""
+    generator = torch.Generator().manual_seed(seed)
+    kept, (begin, end, _) = [], part.indices(count)
+    for start in range(0, count, _AT_ONCE):
+        rows = torch.randn(min(_AT_ONCE, count - start), width, generator=generator)
+        kept.append(rows[max(begin - start, 0) : max(end - start, 0)].clone())
+    rows = torch.cat(kept)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return unit.to(device)

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import Source, saelens, saelens_save
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_sae.train import SaeSettings, train
 from saeguard_server.demo import card, corpus, lm, quality, tokens, write
 from saeguard_server.demo.bundle import Bundle, Sae
@@ -159,7 +159,7 @@ def dictionary(
 ) -> Quality:
     """Writes and reads back one SAE, describes its features, and puts it into the bundle."""
     site = Site(layer, "resid_post")
-    saelens_save.save(
+    saelens_save.save_saelens(
         learnt,
         out,
         site=site,

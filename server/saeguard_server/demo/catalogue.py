@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from saeguard_sae.catalogue import Example, Feature, PromotedToken
+from saeguard_sae.catalogue import CatalogueFeature, CatalogueToken, Example
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.discover import auroc, f1_of, pool
 from saeguard_server.demo.harvest import Harvest
@@ -49,7 +49,7 @@ def features(
     choose: Harvest,
     check: Harvest,
     documents: list[Tokens],
-) -> list[Feature]:
+) -> list[CatalogueFeature]:
     """Every feature's line. Labels are chosen on ``choose`` and scored on ``check``; ``documents`` made ``check``."""
     values = dictionary.encode(check.resid[layer])
     labels = label_features(dictionary.encode(choose.resid[layer]), values, choose, check, tokenizer)
@@ -61,7 +61,7 @@ def features(
         label = labels[index]
         is_alive = bool((column > 0).any())
         lines.append(
-            Feature(
+            CatalogueFeature(
                 index=index,
                 label=label.text if label else None,
                 label_metric=label.metric if label else None,
@@ -76,14 +76,14 @@ def features(
     return lines
 
 
-def encode_lines(lines: list[Feature]) -> bytes:
+def encode_lines(lines: list[CatalogueFeature]) -> bytes:
     """``features.jsonl``."""
     return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
 
 
 def promoted_tokens(
     dictionary: Dictionary, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, top: int = 8
-) -> list[tuple[PromotedToken, ...]]:
+) -> list[tuple[CatalogueToken, ...]]:
     """Per feature the tokens that ``W_dec * norm gain @ unembedding`` raises most: the direct effect, before 1/rms."""
     with torch.no_grad():
         logits = (dictionary.W_dec * model.model.norm.weight) @ model.lm_head.weight.T
@@ -91,7 +91,7 @@ def promoted_tokens(
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [
         tuple(
-            PromotedToken(decode(tokenizer, [token]), _short(value)) for token, value in zip(ids, values, strict=True)
+            CatalogueToken(decode(tokenizer, [token]), _short(value)) for token, value in zip(ids, values, strict=True)
         )
         for ids, values in rows
     ]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edits import Affine
 from saeguard_server.demo.harvest import N_SPECIAL
 from saeguard_server.demo.lm import padded

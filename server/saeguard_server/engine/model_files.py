@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from saeguard_sae.architectures import layout
-from saeguard_sae.loading import digest
+from saeguard_sae.loading import weights_digest
+from saeguard_sae.models import layout
 from saeguard_server.engine.protocol import ModelInfo
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.settings import ModelSettings
@@ -45,7 +45,7 @@ def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
     """
     try:
         path = _resolve(settings)
-        found = digest(tuple(sorted(file for pattern in _PATTERNS for file in path.glob(pattern))))
+        found = weights_digest(tuple(sorted(file for pattern in _PATTERNS for file in path.glob(pattern))))
         if settings.digest is not None and settings.digest != found:
             raise ValueError(f"model.digest: its files have {found}, the settings ask for {settings.digest}")
         config: Any = AutoConfig.from_pretrained(path)

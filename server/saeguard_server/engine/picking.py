@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from saeguard_sae.pick import Picked, Picker, above_of, named_of, top_of
+from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
 
 
 class Wanted(Protocol):
@@ -22,7 +22,7 @@ class Wanted(Protocol):
     def features(self) -> tuple[int, ...] | None: ...
 
 
-def of_activations(picker: Picker, x: Tensor, wanted: Wanted) -> Picked:
+def of_activations(picker: FeatureSelector, x: Tensor, wanted: Wanted) -> SelectedFeatures:
     """x [N, d_in] -> what is wanted of its features."""
     if wanted.features is not None:
         return picker.named(x, wanted.features)
@@ -32,7 +32,7 @@ def of_activations(picker: Picker, x: Tensor, wanted: Wanted) -> Picked:
     return picker.above(x, wanted.threshold)
 
 
-def of_features(features: Tensor, wanted: Wanted, *, signed: bool) -> Picked:
+def of_features(features: Tensor, wanted: Wanted, *, signed: bool) -> SelectedFeatures:
     """features [N, d_sae] -> what is wanted of them; by magnitude where they can be negative (``signed``)."""
     if wanted.features is not None:
         return named_of(features, wanted.features)

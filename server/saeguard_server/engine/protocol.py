@@ -11,7 +11,7 @@ from typing import Protocol
 
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.engine.divergence import Divergence, Side
 from saeguard_server.interventions import OWN, Comparison, Origin, Window
 from saeguard_server.reply import ActivationPart, Chunk

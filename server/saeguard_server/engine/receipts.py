@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from saeguard_sae.guards import Seen
+from saeguard_sae.conditions import ConditionCounts
+from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.table import Counts
 from saeguard_server.engine.protocol import ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
 from saeguard_server.reply import InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
@@ -15,14 +15,14 @@ from saeguard_server.reply import InterventionReceipt, Receipt, StoppedBy, Trigg
 
 def receipt(
     steering: Steering,
-    counts: Sequence[Counts],
+    counts: Sequence[EditCounts],
     *,
     read: Sequence[int],
     forward_passes: int,
     saes: Mapping[str, LoadedSae],
     special_ids: frozenset[int],
     model_digest: str,
-    seen: Sequence[Seen] = (),
+    seen: Sequence[ConditionCounts] = (),
 ) -> Receipt | None:
     """The receipt of a request that had edits or triggers; None for others.
 
@@ -50,7 +50,7 @@ def receipt(
     )
 
 
-def stopped_by(steering: Steering, seen: Sequence[Seen]) -> StoppedBy:
+def stopped_by(steering: Steering, seen: Sequence[ConditionCounts]) -> StoppedBy:
     """The trigger that ended a generation: the first to be on, and of those the first of the request."""
     fired = [
         (one.first, guard.origin)
@@ -62,7 +62,11 @@ def stopped_by(steering: Steering, seen: Sequence[Seen]) -> StoppedBy:
 
 
 def _check(
-    steering: Steering, counts: Sequence[Counts], seen: Sequence[Seen], read: Sequence[int], special_ids: frozenset[int]
+    steering: Steering,
+    counts: Sequence[EditCounts],
+    seen: Sequence[ConditionCounts],
+    read: Sequence[int],
+    special_ids: frozenset[int],
 ) -> None:
     special_at = [position for position, token in enumerate(read) if token in special_ids]
     for edit, count in zip(steering.edits, counts, strict=True):
@@ -85,7 +89,7 @@ def _in_scope(one: ResolvedEdit | ResolvedGuard, length: int, special_at: list[i
     return last - first - skipped
 
 
-def _trigger(guard: ResolvedGuard, seen: Seen) -> TriggerReceipt:
+def _trigger(guard: ResolvedGuard, seen: ConditionCounts) -> TriggerReceipt:
     return TriggerReceipt(
         policy=guard.origin.policy,
         name=guard.origin.rule,
@@ -97,7 +101,7 @@ def _trigger(guard: ResolvedGuard, seen: Seen) -> TriggerReceipt:
     )
 
 
-def _one(edit: ResolvedEdit, count: Counts, sae: LoadedSae) -> InterventionReceipt:
+def _one(edit: ResolvedEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
     return InterventionReceipt(
         sae=edit.sae,
         feature=edit.feature,

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saeguard_sae.architectures import depth
-from saeguard_sae.guards import Guard, Guards, Memory, Seen, Summand
+from saeguard_sae.conditions import CompiledCondition, ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
+from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Rows, Tally
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.rows import Rows
-from saeguard_sae.site import Site
-from saeguard_sae.table import Column, Counts, EditTable, Tally
+from saeguard_sae.models import Site, depth
 from saeguard_server.engine.protocol import ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
 
@@ -31,7 +29,7 @@ class Tallies:
     """What a request's edits and guards counted and remember so far, on the device."""
 
     edits: dict[Site, dict[Hashable, Tally]] = field(default_factory=dict)
-    guards: Memory = field(default_factory=dict)
+    guards: ConditionMemory = field(default_factory=dict)
 
 
 class SteeringTables:
@@ -48,8 +46,8 @@ class SteeringTables:
         self._saes = saes
         widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
         self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
-        self._guards = Guards(slots, device)
-        self._made: dict[int, tuple[ResolvedGuard, Guard]] = {}
+        self._guards = ConditionTable(slots, device)
+        self._made: dict[int, tuple[ResolvedGuard, CompiledCondition]] = {}
         self._read_by = _readers(saes)
         self._sources: dict[Site, Tensor] = {}
         self.sites = frozenset({sae.site for sae in saes.values()} | self._tables.keys())
@@ -59,12 +57,12 @@ class SteeringTables:
     def write(self, slot: int, steering: Steering, watch: Iterable[tuple[str, int]] = ()) -> None:
         """Gives a free slot its request's guards, edits and watched features."""
         guards = self._guards.write(slot, [self._guard(one) for one in steering.guards])
-        columns: dict[Site, list[Column]] = defaultdict(list)
+        columns: dict[Site, list[EditColumn]] = defaultdict(list)
         for one in steering.edits:
             sae = self._saes[one.sae]
             for block, site in enumerate(sae.write_sites):
                 columns[site].append(
-                    Column(
+                    EditColumn(
                         sae.dictionary, one.feature, one.affine, one.first, one.last, one.special,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
                         guard=None if one.gate is None else guards[one.gate],
@@ -73,7 +71,7 @@ class SteeringTables:
                 )  # fmt: skip
         for name, feature in watch:
             sae, site = self._saes[name], self._saes[name].write_sites[0]
-            columns[site].append(Column(sae.dictionary, feature, source=_source(sae, site)))
+            columns[site].append(EditColumn(sae.dictionary, feature, source=_source(sae, site)))
         for site, found in columns.items():
             self._tables[site].write(slot, found, steering.max_relative_edit)
 
@@ -121,13 +119,13 @@ class SteeringTables:
             if self._tables[site].holds(slot) or self._guards.reads_at(site, slot):
                 raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
 
-    def counts(self, slot: int, steering: Steering) -> list[Counts]:
+    def counts(self, slot: int, steering: Steering) -> list[EditCounts]:
         """What each edit did so far, in the order of the request; at its first site where it writes at several."""
         found = {site: iter(table.counts(slot)) for site, table in self._tables.items()}
         every = [[next(found[site]) for site in self._saes[one.sae].write_sites] for one in steering.edits]
         return [first for first, *_ in every]
 
-    def seen(self, slot: int) -> list[Seen]:
+    def seen(self, slot: int) -> list[ConditionCounts]:
         """What each guard saw so far, in the order of the request."""
         return self._guards.seen(slot)
 
@@ -162,7 +160,7 @@ class SteeringTables:
         """Whether what the model goes on with after a site is read at a later one."""
         return self._tables[target].reads(site, self.rows) or self._guards.reads(target, site, self.rows)
 
-    def _guard(self, one: ResolvedGuard) -> Guard:
+    def _guard(self, one: ResolvedGuard) -> CompiledCondition:
         """A guard as the table takes it; a policy's come with every request."""
         if id(one) not in self._made or self._made[id(one)][0] is not one:
             if len(self._made) >= _REMEMBERED:
@@ -170,12 +168,12 @@ class SteeringTables:
             self._made[id(one)] = one, self._make(one)
         return self._made[id(one)][1]
 
-    def _make(self, one: ResolvedGuard) -> Guard:
+    def _make(self, one: ResolvedGuard) -> CompiledCondition:
         terms: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for name, feature, weight in one.probe.terms:
             terms[name].append((feature, weight))
         saes = sorted((self._saes[name] for name in terms), key=lambda sae: depth(sae.write_sites[0]))
-        return Guard(
+        return CompiledCondition(
             summands=tuple(_summand(sae, terms[sae.name]) for sae in saes),
             bias=one.probe.bias,
             comparison=one.comparison,
@@ -192,11 +190,11 @@ class SteeringTables:
         )
 
 
-def _summand(sae: LoadedSae, terms: list[tuple[int, float]]) -> Summand:
+def _summand(sae: LoadedSae, terms: list[tuple[int, float]]) -> WeightedFeature:
     """A probe's part in one SAE, read where its first write is."""
     site = sae.write_sites[0]
     features, weights = zip(*terms, strict=True)
-    return Summand(site, _source(sae, site), sae.dictionary, features, weights)
+    return WeightedFeature(site, _source(sae, site), sae.dictionary, features, weights)
 
 
 def _source(sae: LoadedSae, site: Site) -> Site | None:

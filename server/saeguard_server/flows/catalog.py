@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from saeguard_sae.catalogue import Feature
+from saeguard_sae.catalogue import CatalogueFeature
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.errors import InvalidRequest, UnknownName
 
@@ -24,7 +24,7 @@ class Listed:
     """A feature and the SAE it belongs to."""
 
     sae: str
-    entry: Feature
+    entry: CatalogueFeature
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def _rank(one: Listed) -> tuple[bool, float, str, int]:
     return (not one.entry.label, -(one.entry.density or 0.0), one.sae, one.entry.index)
 
 
-def _text(entry: Feature) -> str:
+def _text(entry: CatalogueFeature) -> str:
     """Everything a search looks at."""
     tokens = [one.token for one in entry.top_tokens]
     return "\n".join([entry.label or "", *tokens, *(one.text for one in entry.examples)])

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
-from saeguard_sae.architectures import depth
+from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import FLOAT32_MAX
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
-from saeguard_sae.table import FOREVER
+from saeguard_sae.models import Site, depth
 from saeguard_server.engine.protocol import Engine, Probe, ResolvedGuard
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.flows.reach import Reach

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saeguard_sae.table import FOREVER
+from saeguard_sae.edit_table import FOREVER
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.interventions import Scope
 

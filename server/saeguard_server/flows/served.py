@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saeguard_sae.coder import why_not_editable
+from saeguard_sae.coders import why_not_editable
 from saeguard_sae.edits import Unit
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import Engine

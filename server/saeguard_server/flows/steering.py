@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
-from saeguard_sae.architectures import depth
+from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import FLOAT32_MAX, Affine, Unit
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.table import FOREVER
+from saeguard_sae.models import depth
 from saeguard_server.engine.protocol import Engine, ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.flows.conditions import PreparedGuard, digest, prepare_guard

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeguard_client.cli.columns import table
-from saeguard_sae.check import Report
+from saeguard_sae.check import CheckReport
 from saeguard_sae.formats import Convention
 from saeguard_sae.loading import OpenedSae
 from saeguard_server import bundled
@@ -86,7 +86,7 @@ def _conventions(conventions: tuple[Convention, ...]) -> Iterator[str]:
     yield from table([("CONVENTION", "VALUE", "SAID BY"), *((one.name, one.value, one.source) for one in conventions)])
 
 
-def _measured(report: Report, model: LoadedModel) -> Iterator[str]:
+def _measured(report: CheckReport, model: LoadedModel) -> Iterator[str]:
     found = report.measured
     rise = None if found.ce_spliced is None or found.ce_base is None else found.ce_spliced - found.ce_base
     limits = {one.name: getattr(report.bounds, one.name) for one in fields(report.bounds)}

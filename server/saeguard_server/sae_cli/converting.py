@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeguard_sae.coder import SparseCoder
-from saeguard_sae.formats import Found, Source, saelens_save
-from saeguard_sae.formats.found import Place
-from saeguard_sae.formats.saelens_settings import CONFIG
-from saeguard_sae.loading import read
-from saeguard_sae.metadata import write as write_features
-from saeguard_sae.site import Site
+from saeguard_sae.coders import SparseCoder
+from saeguard_sae.formats import ParsedSae, Source, saelens_save
+from saeguard_sae.formats.parsed import Place
+from saeguard_sae.formats.saelens_config import CONFIG
+from saeguard_sae.loading import read_sae
+from saeguard_sae.metadata import write_catalogue as write_features
+from saeguard_sae.models import Site
 from saeguard_server.sae_cli import flags
 from saeguard_server.sources import open_source
 
@@ -47,7 +47,7 @@ def act(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.out} holds an SAE already")
     opened = open_source(settings).sae
     found = opened.found
-    saelens_save.save(
+    saelens_save.save_saelens(
         found.dictionary,
         arguments.out,
         site=_site(settings.site, found.reads, "site"),
@@ -58,14 +58,14 @@ def act(arguments: argparse.Namespace) -> int:
     )
     if opened.catalogue.features:
         write_features(arguments.out, opened.catalogue.features)
-    difference = _difference(found.dictionary, read(Source(arguments.out))[1].dictionary)
+    difference = _difference(found.dictionary, read_sae(Source(arguments.out))[1].dictionary)
     sys.stdout.write(
         f"{opened.format} -> saelens: {arguments.out}\nread back, features differ by at most {difference:.3g}\n"
     )
     return 0
 
 
-def _writes(given: str | None, found: Found) -> tuple[Site, ...]:
+def _writes(given: str | None, found: ParsedSae) -> tuple[Site, ...]:
     if given is not None:
         return (Site.parse(given),)
     return tuple(_site(None, one, "write-site") for one in found.writes)

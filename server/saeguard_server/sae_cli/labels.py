@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from saeguard_sae.metadata import Dropped, import_features, merge, write
+from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
 from saeguard_server.sae_cli import flags
 from saeguard_server.sources import open_source
 
@@ -43,7 +43,7 @@ def act(arguments: argparse.Namespace) -> int:
         arguments.files, coder.d_sae, decoder_norms=norms, units=arguments.units, source=arguments.source
     )
     folder = arguments.out or (path if path.is_dir() else path.parent)
-    write(folder, merge(opened.catalogue.features, imported.features))
+    write_catalogue(folder, merge_entries(opened.catalogue.features, imported.features))
     sys.stdout.write(
         f"{imported.read} records, {len(imported.features)} features of {coder.d_sae}: {folder / 'features.jsonl'}\n"
         f"left out: {_counted(imported.dropped)}\n"

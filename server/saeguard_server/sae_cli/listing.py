@@ -9,7 +9,7 @@ from pathlib import Path
 
 from saeguard_client.cli.columns import table
 from saeguard_sae import releases
-from saeguard_sae.loading import recognised
+from saeguard_sae.loading import detect_format
 
 
 def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,8 +38,8 @@ def _folder(folder: Path) -> Iterator[tuple[str, ...]]:
     yield ("PATH", "FORMAT")
     for here in [folder, *sorted(one for one in folder.rglob("*") if one.is_dir())]:
         # A folder that is one SAE, or else the files in it that are one each.
-        for path in [here] if recognised(here) else sorted(one for one in here.iterdir() if one.is_file()):
-            if kind := recognised(path):
+        for path in [here] if detect_format(here) else sorted(one for one in here.iterdir() if one.is_file()):
+            if kind := detect_format(path):
                 yield (str(path.relative_to(folder)), kind)
 
 

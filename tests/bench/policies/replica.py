@@ -17,12 +17,11 @@ from typing import Any, cast
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.activations import ReLU
 from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.engine.protocol import Capabilities, ModelInfo
 from saeguard_server.errors import PoliciesUnavailable
 from saeguard_server.flows.serving import ServedModel

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from bench.report import say
-from saeguard_sae.activations import ReLU
-from saeguard_sae.catalogue import Catalogue, Feature
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.catalogue import Catalogue, CatalogueFeature
+from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.edits import KINDS, Cap, Scale
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import Capabilities
 from saeguard_server.flows.reach import Reach
@@ -53,7 +52,7 @@ def engine() -> Any:
     for site in SITES:
         shape = torch.randn(8, 64)
         dictionary = Dictionary(shape, torch.zeros(64), shape.T.contiguous(), torch.zeros(8), ReLU())
-        known = {index: Feature(index=index, label="x", maximum=4.0) for index in range(64)}
+        known = {index: CatalogueFeature(index=index, label="x", maximum=4.0) for index in range(64)}
         saes[f"sae-{site.layer}"] = LoadedSae(f"sae-{site.layer}", site, dictionary, "d", Catalogue(features=known))
     model = SimpleNamespace(name="model", digest="digest")
     capabilities = Capabilities("bench", frozenset(SITES), frozenset(KINDS), conditions=True)

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU
 from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.coders import Temporal
+from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
-from saeguard_sae.temporal import Temporal
+from saeguard_sae.models import Site
 from support.models import BOS, EOS, PAD, SITES, save_model
 
 SPECIAL = frozenset({BOS, EOS, PAD})

@@ -13,17 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import Gated, JumpReLU, ReLU
-from saeguard_sae.binding import bind
 from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.check import Measured, measure, tally
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.found import Found
-from saeguard_sae.loading import LoadedSae, OpenedSae
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.selections import AbsTopK, TopK
-from saeguard_sae.site import Site
-from saeguard_sae.temporal import Temporal
+from saeguard_sae.check import SaeMeasurements, measure_sae
+from saeguard_sae.check import measure as tally
+from saeguard_sae.coders import MatchingPursuit, Temporal
+from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, JumpReLU, ReLU, TopK
+from saeguard_sae.formats.parsed import ParsedSae
+from saeguard_sae.loading import LoadedSae, OpenedSae, bind
+from saeguard_sae.models import Site
 
 MID = 1
 Worlds = Callable[[str], Any]
@@ -84,7 +81,7 @@ def expected_statistics(features: Tensor, made: Tensor, wanted: Tensor) -> dict[
     }
 
 
-def close(found: Measured, wanted: dict[str, float]) -> None:
+def close(found: SaeMeasurements, wanted: dict[str, float]) -> None:
     for name, value in wanted.items():
         assert getattr(found, name) == pytest.approx(value, rel=2e-4, abs=1e-5), name
 
@@ -105,8 +102,8 @@ def spliced_loss(world: Any, site: Site, change: Callable[[Tensor], Tensor]) -> 
     return loss
 
 
-def measured(world: Any, sae: LoadedSae) -> Measured:
-    return measure(world.model, world.config, sae, world.texts, world.special)
+def measured(world: Any, sae: LoadedSae) -> SaeMeasurements:
+    return measure_sae(world.model, world.config, sae, world.texts, world.special)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -202,7 +199,7 @@ def test_a_site_is_read_before_another_of_the_same_module_is_written(worlds: Wor
 
 
 def opened(dictionary: Dictionary, site: Site, *writes: Site) -> OpenedSae:
-    found = Found(dictionary=dictionary, files=(), reads=site, writes=writes)
+    found = ParsedSae(dictionary=dictionary, files=(), reads=site, writes=writes)
     return OpenedSae("one", "a format", found, "0" * 64, Catalogue())
 
 

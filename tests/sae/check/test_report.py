@@ -13,28 +13,28 @@ import pytest
 import saeguard_sae.check as package
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check import (
-    Bounds,
-    Measured,
-    Report,
-    Suspect,
+    CheckBounds,
+    CheckReport,
+    Hypothesis,
+    SaeMeasurements,
     bounds_from,
     calibration_text,
-    check,
-    measure,
+    check_sae,
+    measure_sae,
     violations,
 )
-from saeguard_sae.check.suspects import merit
+from saeguard_sae.check.check import merit
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 
-FOUND = Measured(tokens=1000, l0=412.0, fvu=1.3, ce_base=3.214, ce_spliced=7.9, dead_share=0.021)
-EXPECTED = bounds_from(Quality(l0=20.4, fvu=0.14), None, Bounds())
-SITE = Suspect("it reads resid_post.3, not resid_post.4", 'site = "resid_post.3"', 21.0, 0.12)
-SCALE = Suspect("its activations are scaled by 0.37", None, 60.0, 0.25)
+FOUND = SaeMeasurements(tokens=1000, l0=412.0, fvu=1.3, ce_base=3.214, ce_spliced=7.9, dead_share=0.021)
+EXPECTED = bounds_from(Quality(l0=20.4, fvu=0.14), None, CheckBounds())
+SITE = Hypothesis("it reads resid_post.3, not resid_post.4", 'site = "resid_post.3"', 21.0, 0.12)
+SCALE = Hypothesis("its activations are scaled by 0.37", None, 60.0, 0.25)
 
 
-def report(*suspects: Suspect, found: Measured = FOUND, bounds: Bounds = EXPECTED) -> Report:
-    return Report(found, bounds, tuple(violations(found, bounds)), suspects)
+def report(*suspects: Hypothesis, found: SaeMeasurements = FOUND, bounds: CheckBounds = EXPECTED) -> CheckReport:
+    return CheckReport(found, bounds, tuple(violations(found, bounds)), suspects)
 
 
 def test_the_most_likely_mistake_with_its_numbers_and_its_setting() -> None:
@@ -67,7 +67,7 @@ def test_nothing_fits() -> None:
 
 def test_only_the_model_suffers() -> None:
     costly = replace(FOUND, l0=20.0, fvu=0.1)
-    text = report(found=costly, bounds=Bounds(max_l0=30.0, max_ce_increase=1.0)).explain()
+    text = report(found=costly, bounds=CheckBounds(max_l0=30.0, max_ce_increase=1.0)).explain()
     assert "its conventions are likely right" in text
 
 
@@ -80,7 +80,7 @@ def test_what_was_not_measured_is_not_said() -> None:
 
 
 def test_what_passes() -> None:
-    passed = report(bounds=Bounds())
+    passed = report(bounds=CheckBounds())
     assert passed.explain().startswith("Measured on 1000 tokens: L0 412")
 
 
@@ -89,7 +89,7 @@ def test_more_features_are_no_merit_of_their_own() -> None:
     assert merit(20.4, 0.26, EXPECTED) < merit(60.0, 0.17, EXPECTED)
     assert merit(20.4, 0.26, EXPECTED) < merit(7.0, 0.17, EXPECTED)
     assert merit(20.4, 0.17, EXPECTED) < merit(20.4, 0.26, EXPECTED)
-    assert merit(60.0, 0.17, Bounds()) < merit(20.4, 0.26, Bounds())
+    assert merit(60.0, 0.17, CheckBounds()) < merit(20.4, 0.26, CheckBounds())
     assert merit(0.0, 0.17, EXPECTED) == float("inf")
     assert merit(21.0, None, EXPECTED) < merit(40.0, None, EXPECTED)
 
@@ -100,13 +100,13 @@ def test_the_check_looks_for_reasons_only_where_it_fails(
     world, site = worlds("llama"), Site(1, "resid_post")
     sae = loaded(site, fitted(world.rows(site)))
     arguments = (world.model, world.config, sae, world.texts, world.special)
-    own = measure(*arguments)
-    bounds = Bounds(max_l0=own.l0, max_fvu=own.fvu)
-    failed = check(*arguments, Bounds(max_l0=own.l0 / 2))
+    own = measure_sae(*arguments)
+    bounds = CheckBounds(max_l0=own.l0, max_fvu=own.fvu)
+    failed = check_sae(*arguments, CheckBounds(max_l0=own.l0 / 2))
     assert failed.measured == own
     assert failed.violations
-    monkeypatch.setitem(check.__globals__, "suspects", None)
-    assert check(*arguments, bounds) == Report(own, bounds)
+    monkeypatch.setitem(check_sae.__globals__, "suspects", None)
+    assert check_sae(*arguments, bounds) == CheckReport(own, bounds)
 
 
 def test_the_text() -> None:

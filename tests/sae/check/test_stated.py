@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from saeguard_sae import releases
-from saeguard_sae.check import stated
-from saeguard_sae.formats.found import Choices, Convention
-from saeguard_sae.site import Site
+from saeguard_sae.check import check as stated
+from saeguard_sae.formats.parsed import Choices, Convention
+from saeguard_sae.models import Site
 
 
 @pytest.fixture

@@ -12,24 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU, ReLU
-from saeguard_sae.binding import Overrides, bind
 from saeguard_sae.catalogue import Catalogue, Quality
-from saeguard_sae.check import Bounds, Report, bounds_from, captured, check, measure, suspects
-from saeguard_sae.check.changes import Setup
-from saeguard_sae.check.conventions import conventions
-from saeguard_sae.check.measure import reader, target
-from saeguard_sae.check.relocations import relocations
-from saeguard_sae.check.suspects import _pairs
-from saeguard_sae.check.variant import Variant
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats.found import Convention, Found
-from saeguard_sae.loading import LoadedSae, OpenedSae
-from saeguard_sae.normalisation import normalise
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.selections import TopK
-from saeguard_sae.site import Site
-from saeguard_sae.temporal import Temporal
+from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, check_sae, hypotheses, measure_sae
+from saeguard_sae.check import measure as captured
+from saeguard_sae.check.check import Setup, _pairs, conventions, relocations
+from saeguard_sae.check.measure import Variant, reader, target
+from saeguard_sae.coders import MatchingPursuit, Temporal
+from saeguard_sae.dictionary import Dictionary, JumpReLU, ReLU, TopK, normalise
+from saeguard_sae.formats.parsed import Convention, ParsedSae
+from saeguard_sae.loading import LoadedSae, OpenedSae, Overrides, bind
+from saeguard_sae.models import Site
 
 MID = 1
 HERE = Site(MID, "resid_post")
@@ -37,24 +29,24 @@ Worlds = Callable[[str], Any]
 Fitted = Callable[..., Dictionary]
 
 
-def stated(world: Any, right: LoadedSae) -> Bounds:
+def stated(world: Any, right: LoadedSae) -> CheckBounds:
     """The bounds that follow where the files state what the right SAE does."""
-    found = measure(world.model, world.config, right, world.texts, world.special)
+    found = measure_sae(world.model, world.config, right, world.texts, world.special)
     quality = Quality(l0=found.l0, fvu=found.fvu, ce_base=found.ce_base, ce_spliced=found.ce_spliced)
-    return bounds_from(quality, None, Bounds())
+    return bounds_from(quality, None, CheckBounds())
 
 
-def checked(world: Any, right: LoadedSae, wrong: LoadedSae) -> Report:
+def checked(world: Any, right: LoadedSae, wrong: LoadedSae) -> CheckReport:
     """The check of the wrong one against what the right one does, which itself passes."""
     bounds = stated(world, right)
     arguments = (world.texts, world.special, bounds)
-    assert check(world.model, world.config, right, *arguments).violations == ()
-    report = check(world.model, world.config, wrong, *arguments)
+    assert check_sae(world.model, world.config, right, *arguments).violations == ()
+    report = check_sae(world.model, world.config, wrong, *arguments)
     assert report.violations, "the mistake must show for this to mean anything"
     return report
 
 
-def named(report: Report, what: str, setting: str | None) -> None:
+def named(report: CheckReport, what: str, setting: str | None) -> None:
     """The first suspect is this one, and it lies inside the bounds."""
     assert report.suspects, report.explain()
     first = report.suspects[0]
@@ -162,8 +154,8 @@ def test_settings_that_cannot_be_made_are_not_proposed(worlds: Worlds, fitted: F
     """RMS norms keep the mean: there is nothing that centring would change."""
     world = worlds("llama")
     dictionary = replace(fitted(world.rows(HERE)), normalisation="layer_norm")
-    wide = Bounds(max_fvu=1e-9)
-    found = suspects(world.model, world.config, loaded(HERE, dictionary), world.texts, world.special, wide)
+    wide = CheckBounds(max_fvu=1e-9)
+    found = hypotheses(world.model, world.config, loaded(HERE, dictionary), world.texts, world.special, wide)
     assert not any("mean" in one.what for one in found)
 
 
@@ -206,7 +198,7 @@ def test_the_gain_that_transformer_lens_folds(worlds: Worlds, fitted: Fitted) ->
 
 
 def _opened(dictionary: Dictionary, site: Site, *writes: Site) -> OpenedSae:
-    found = Found(dictionary=dictionary, files=(), reads=site, writes=writes)
+    found = ParsedSae(dictionary=dictionary, files=(), reads=site, writes=writes)
     return OpenedSae("one", "a format", found, "0" * 64, Catalogue())
 
 
@@ -388,7 +380,7 @@ def test_every_setting_does_what_was_tried(worlds: Worlds, case: Case) -> None:
     """Loaded again with it, the SAE reads the same site by the same weights; and none is refused."""
     model_type, reads, writes, processing, given = case
     world = worlds(model_type)
-    found = Found(
+    found = ParsedSae(
         dictionary=_random(is_transcoder=bool(writes)),
         files=(),
         reads=Site.parse(reads),
@@ -459,15 +451,17 @@ def test_two_mistakes(worlds: Worlds, uneven: Any, fitted: Fitted, loaded: Any) 
 def test_nothing_fits_an_sae_of_another_model(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
     other = fitted(worlds("gpt2").rows(HERE))
     world = worlds("llama")
-    report = check(world.model, world.config, loaded(HERE, other), world.texts, world.special, Bounds(max_fvu=0.1))
+    report = check_sae(
+        world.model, world.config, loaded(HERE, other), world.texts, world.special, CheckBounds(max_fvu=0.1)
+    )
     assert not any(report.bounds.admits(one.l0, one.fvu) for one in report.suspects), report.explain()
 
 
 def test_no_reason_is_sought_for_what_is_as_expected(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
     """The model's loss says nothing about conventions that L0 and FVU do not."""
     world = worlds("llama")
-    report = check(world.model, world.config, loaded(HERE, fitted(world.rows(HERE))), world.texts, world.special,
-                   Bounds(max_l0=90.0, max_fvu=1e6, max_ce_increase=-9.0))  # fmt: skip
+    report = check_sae(world.model, world.config, loaded(HERE, fitted(world.rows(HERE))), world.texts, world.special,
+                   CheckBounds(max_l0=90.0, max_fvu=1e6, max_ce_increase=-9.0))  # fmt: skip
     assert report.violations
     assert report.suspects == ()
 
@@ -479,12 +473,12 @@ def test_the_right_l0_alone_is_no_fit(worlds: Worlds, loaded: Any) -> None:
     dictionary = Dictionary(random, torch.zeros(90), random.T.contiguous(), torch.ones(48), ReLU())
     sae = loaded(HERE, dictionary)
     arguments = (world.model, world.config, sae, world.texts, world.special)
-    l0 = measure(*arguments).l0
-    at_bias = measure(*arguments[:2], loaded(HERE, replace(dictionary, centre=False)), *arguments[3:]).l0
-    bounds = Bounds(max_l0=(l0 + at_bias) / 2) if at_bias < l0 else Bounds(min_l0=(l0 + at_bias) / 2)
+    l0 = measure_sae(*arguments).l0
+    at_bias = measure_sae(*arguments[:2], loaded(HERE, replace(dictionary, centre=False)), *arguments[3:]).l0
+    bounds = CheckBounds(max_l0=(l0 + at_bias) / 2) if at_bias < l0 else CheckBounds(min_l0=(l0 + at_bias) / 2)
     assert bounds.admits(at_bias, None)
     assert not bounds.admits(l0, None)
-    assert suspects(*arguments, bounds) == []
+    assert hypotheses(*arguments, bounds) == []
 
 
 def test_a_second_change_must_be_worth_it(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
@@ -492,7 +486,7 @@ def test_a_second_change_must_be_worth_it(worlds: Worlds, fitted: Fitted, loaded
     world = worlds("llama")
     dictionary = fitted(world.rows(HERE), offset=0.001)
     sae = loaded(Site(MID, "attn_out"), dictionary)
-    found = suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
+    found = hypotheses(world.model, world.config, sae, world.texts, world.special, CheckBounds(max_fvu=1e-9))
     assert found[0].setting == f'site = "{HERE}"'
     assert not any(", and " in one.what for one in found)
 
@@ -528,7 +522,7 @@ def test_a_temporal_sae_can_only_be_at_another_site(worlds: Worlds, loaded: Any,
     x = world.rows(HERE)
     assert conventions(sae, world.model, world.config, x, x) == []
     assert {one.kind for one in relocations(sae, world.config)} == {"site"}
-    found = suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
+    found = hypotheses(world.model, world.config, sae, world.texts, world.special, CheckBounds(max_fvu=1e-9))
     assert all(one.fvu is not None and one.fvu < 0.9 for one in found)
 
 
@@ -544,7 +538,7 @@ def test_the_model_runs_once_however_much_is_tried(
 
     handle = world.model.register_forward_pre_hook(note, with_kwargs=True)
     monkeypatch.setattr(captured, "SAMPLE", 100)
-    suspects(world.model, world.config, sae, world.texts, world.special, Bounds(max_fvu=1e-9))
+    hypotheses(world.model, world.config, sae, world.texts, world.special, CheckBounds(max_fvu=1e-9))
     handle.remove()
     # The first text holds 70 ordinary tokens after BOS, the second 30 of the rest in its first 32.
     assert read == [71, 32]

@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.formats import bussmann
-from saeguard_sae.formats.found import Found, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ParsedSae, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.bussmann import BUILDERS, K, build, settings
 
 
-def load(path: Path) -> Found:
+def load(path: Path) -> ParsedSae:
     return bussmann.load(Source(path))
 
 
-def said(found: Found, name: str) -> str:
+def said(found: ParsedSae, name: str) -> str:
     return next(one.value for one in found.conventions if one.name == name)
 
 

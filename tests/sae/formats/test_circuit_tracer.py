@@ -12,11 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, TopK
 from saeguard_sae.formats import circuit_tracer
-from saeguard_sae.formats.found import Choices, Found, ModulePlace, Source
-from saeguard_sae.selections import TopK
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import Choices, ModulePlace, ParsedSae, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.circuit_tracer import BUILDERS, K
 
@@ -27,12 +26,12 @@ CASES: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
 }
 
 
-def dictionary(found: Found) -> Dictionary:
+def dictionary(found: ParsedSae) -> Dictionary:
     assert isinstance(found.dictionary, Dictionary)
     return found.dictionary
 
 
-def said(found: Found) -> dict[str, tuple[str, str]]:
+def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
     return {one.name: (one.value, one.source) for one in found.conventions}
 
 

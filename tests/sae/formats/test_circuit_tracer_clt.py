@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import circuit_tracer_clt
-from saeguard_sae.formats.found import Found, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ParsedSae, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.circuit_tracer_clt import BUILDERS, LAYER, N_LAYERS
 
 CASE = "circuit_tracer_clt_layer1"
 
 
-def dictionary(found: Found) -> Dictionary:
+def dictionary(found: ParsedSae) -> Dictionary:
     assert isinstance(found.dictionary, Dictionary)
     return found.dictionary
 
 
-def said(found: Found) -> dict[str, tuple[str, str]]:
+def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
     return {one.name: (one.value, one.source) for one in found.conventions}
 
 

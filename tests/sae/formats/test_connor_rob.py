@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from saeguard_sae.formats import connor_rob
-from saeguard_sae.formats.found import Found, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ParsedSae, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.connor_rob import SETTINGS, hook_z
 
 
-def load(file: Path) -> Found:
+def load(file: Path) -> ParsedSae:
     return connor_rob.load(Source(file))
 
 

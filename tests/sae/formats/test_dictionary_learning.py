@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.formats import dictionary_learning
-from saeguard_sae.formats.found import Found, ModulePlace, Place, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ModulePlace, ParsedSae, Place, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.dictionary_learning import BUILDERS, F, K, build
 
@@ -29,11 +28,11 @@ CLASSES = (
 )
 
 
-def load(path: Path) -> Found:
+def load(path: Path) -> ParsedSae:
     return dictionary_learning.load(Source(path))
 
 
-def said(found: Found, name: str) -> str:
+def said(found: ParsedSae, name: str) -> str:
     return next(one.value for one in found.conventions if one.name == name)
 
 

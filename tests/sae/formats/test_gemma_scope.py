@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.formats import gemma_scope
-from saeguard_sae.formats.found import Found, Origin, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ParsedSae, SaeOrigin, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.gemma_scope import BUILDERS, EMBEDDING, LAYER, REPO
 
@@ -27,19 +26,19 @@ CASES: dict[str, tuple[str, str, Site, tuple[Site, ...]]] = {
 }
 
 
-def dictionary(found: Found) -> Dictionary:
+def dictionary(found: ParsedSae) -> Dictionary:
     assert isinstance(found.dictionary, Dictionary)
     return found.dictionary
 
 
-def said(found: Found) -> dict[str, tuple[str, str]]:
+def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
     return {one.name: (one.value, one.source) for one in found.conventions}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case: str, reference_saes: Path) -> None:
     kind, path, reads, writes = CASES[case]
-    found = gemma_scope.load(Source(reference_saes / case / path, Origin(REPO + kind, path)))
+    found = gemma_scope.load(Source(reference_saes / case / path, SaeOrigin(REPO + kind, path)))
     reference = np.load(reference_saes / case / "ref.npz")
     x = torch.from_numpy(reference["x"]).reshape(18, 64)
     close(dictionary(found).encode(x), reference["feature_acts"])
@@ -77,7 +76,7 @@ def test_without_an_origin_neither_site_nor_kind_is_known(tmp_path: Path) -> Non
 @pytest.mark.parametrize("repo", ["someone/gemma-scope-2b-pt-res", "google/gemma-scope-2-1b-pt", "a/layer_3"])
 def test_other_repositories_say_nothing(repo: str, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 3)
-    found = gemma_scope.load(Source(published.path, Origin(repo, LAYER)))
+    found = gemma_scope.load(Source(published.path, SaeOrigin(repo, LAYER)))
     assert (found.reads, found.model) == (None, None)
 
 
@@ -85,12 +84,12 @@ def test_other_repositories_say_nothing(repo: str, tmp_path: Path) -> None:
 def test_a_path_that_names_no_sae_of_the_repository_is_refused(kind: str, path: str, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 4)
     with pytest.raises(ValueError, match=f"google/gemma-scope-2b-pt-{kind}: the path '{path}' names no SAE"):
-        gemma_scope.load(Source(published.path, Origin(REPO + kind, path)))
+        gemma_scope.load(Source(published.path, SaeOrigin(REPO + kind, path)))
 
 
 def test_models_are_named_as_they_were_tuned(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 5)
-    found = gemma_scope.load(Source(published.path, Origin("google/gemma-scope-9b-it-res", LAYER)))
+    found = gemma_scope.load(Source(published.path, SaeOrigin("google/gemma-scope-9b-it-res", LAYER)))
     assert found.model == "google/gemma-2-9b-it"
 
 

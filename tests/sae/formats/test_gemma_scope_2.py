@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import gemma_scope_2
-from saeguard_sae.formats.found import Found, ModulePlace, Origin, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ModulePlace, ParsedSae, SaeOrigin, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.gemma_scope_2 import BUILDERS, LAYER, N_LAYERS, NORM_IN, NORM_OUT, REPO
 
@@ -34,19 +34,19 @@ CASES: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
 CLT = "clt/layer_3_width_16k_l0_big.safetensors"
 
 
-def dictionary(found: Found) -> Dictionary:
+def dictionary(found: ParsedSae) -> Dictionary:
     assert isinstance(found.dictionary, Dictionary)
     return found.dictionary
 
 
-def said(found: Found) -> dict[str, tuple[str, str]]:
+def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
     return {one.name: (one.value, one.source) for one in found.conventions}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case: str, reference_saes: Path) -> None:
     path, reads, writes = CASES[case]
-    found = gemma_scope_2.load(Source(reference_saes / case / path, Origin(REPO, path)))
+    found = gemma_scope_2.load(Source(reference_saes / case / path, SaeOrigin(REPO, path)))
     reference = np.load(reference_saes / case / "ref.npz")
     x = torch.from_numpy(reference["x"])
     close(dictionary(found).encode(x), reference["feature_acts"])
@@ -117,13 +117,15 @@ def test_the_settings_of_all_layers_give_each_its_place(tmp_path: Path) -> None:
 )
 def test_the_repository_says_what_config_json_would(path: str, reads: Any, kind: str, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_attention_without_config"](tmp_path, 2)
-    found = gemma_scope_2.load(Source(published.path, Origin("google/gemma-scope-2-270m-pt", path)))
+    found = gemma_scope_2.load(Source(published.path, SaeOrigin("google/gemma-scope-2-270m-pt", path)))
     assert (found.reads, found.model) == (reads, "google/gemma-3-270m")
     assert said(found)["kind"] == (kind, "the repository")
 
 
-@pytest.mark.parametrize("origin", [None, Origin("someone/else", "attn_out/layer_5_width_16k_l0_big"), Origin(REPO)])
-def test_without_config_and_origin_the_site_is_unknown(origin: Origin | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "origin", [None, SaeOrigin("someone/else", "attn_out/layer_5_width_16k_l0_big"), SaeOrigin(REPO)]
+)
+def test_without_config_and_origin_the_site_is_unknown(origin: SaeOrigin | None, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_attention_without_config"](tmp_path, 3)
     found = gemma_scope_2.load(Source(published.path, origin))
     assert (found.reads, found.writes, found.model) == (None, (), None)
@@ -136,16 +138,16 @@ def test_the_repository_can_name_the_layer(tmp_path: Path) -> None:
     assert gemma_scope_2.recognises(file)
     with pytest.raises(ValueError, match=r"which layer is it\? nothing says; call the file params_layer_N"):
         gemma_scope_2.load(Source(file))
-    found = gemma_scope_2.load(Source(file, Origin(REPO, "clt/width_262k_l0_big/params_layer_2.safetensors")))
+    found = gemma_scope_2.load(Source(file, SaeOrigin(REPO, "clt/width_262k_l0_big/params_layer_2.safetensors")))
     assert found.reads == ModulePlace(2, "pre_feedforward_layernorm", "out")
     with pytest.raises(ValueError, match="before 3"):
-        gemma_scope_2.load(Source(file, Origin(REPO, "clt/layer_3_width_16k_l0_big")))
+        gemma_scope_2.load(Source(file, SaeOrigin(REPO, "clt/layer_3_width_16k_l0_big")))
 
 
 def test_contradicting_layers_are_refused(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_clt"](tmp_path, 5)
     with pytest.raises(ValueError, match=r"params_layer_2\.safetensors says 2; the repository's path says 1"):
-        gemma_scope_2.load(Source(published.path, Origin(REPO, "clt/width_16k/params_layer_1.safetensors")))
+        gemma_scope_2.load(Source(published.path, SaeOrigin(REPO, "clt/width_16k/params_layer_1.safetensors")))
     change(published.config, {"hf_hook_point_in": f"model.layers.4.{NORM_IN}"})
     with pytest.raises(ValueError, match=r"says 2; config\.json: hf_hook_point_in says 4"):
         gemma_scope_2.load(Source(published.path))
@@ -254,7 +256,7 @@ def test_a_part_of_a_crosscoder_is_not_taken_for_an_sae(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="parts of crosscoders are not supported"):
         gemma_scope_2.load(Source(part))
     with pytest.raises(ValueError, match="the repository: type 'crosscoder' is not supported"):
-        gemma_scope_2.load(Source(part, Origin(REPO, "crosscoder/layer_5_9_12_15_width_1m_l0_big")))
+        gemma_scope_2.load(Source(part, SaeOrigin(REPO, "crosscoder/layer_5_9_12_15_width_1m_l0_big")))
 
 
 def test_recognises_names_and_the_tensors_of_a_file_of_another_name(tmp_path: Path) -> None:

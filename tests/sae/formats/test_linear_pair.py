@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from saeguard_sae.formats import linear_pair
-from saeguard_sae.formats.found import Found, Origin, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ParsedSae, SaeOrigin, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.linear_pair import BUILDERS, goodfire, qresearch
 
 GOODFIRE = "Goodfire/Llama-3.1-8B-Instruct-SAE-l19"
 
 
-def load(file: Path, repo: str | None = None) -> Found:
-    return linear_pair.load(Source(file, Origin(repo) if repo else None))
+def load(file: Path, repo: str | None = None) -> ParsedSae:
+    return linear_pair.load(Source(file, SaeOrigin(repo) if repo else None))
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeguard_sae.formats import llama_scope
-from saeguard_sae.formats.found import Choices, Found, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import Choices, ParsedSae, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.llama_scope import BUILDERS, openmoss, saelens, topk, transcoder
 
 
-def load(path: Path, **choices: Any) -> Found:
+def load(path: Path, **choices: Any) -> ParsedSae:
     return llama_scope.load(Source(path, None, Choices(**choices)))
 
 
-def said(found: Found, name: str) -> tuple[str, str]:
+def said(found: ParsedSae, name: str) -> tuple[str, str]:
     return next((one.value, one.source) for one in found.conventions if one.name == name)
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from saeguard_sae.formats import openai
-from saeguard_sae.formats.found import Found, Source
+from saeguard_sae.formats.parsed import ParsedSae, Source
 from support.near import close
 from support.published.openai import BUILDERS, build, held
 
 
-def load(file: Path) -> Found:
+def load(file: Path) -> ParsedSae:
     return openai.load(Source(file))
 
 

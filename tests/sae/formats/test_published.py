@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeguard_sae.formats import Choices, Found, Origin, Source
-from saeguard_sae.loading import LoadError, open_sae, read
+from saeguard_sae.formats import Choices, ParsedSae, SaeOrigin, Source
+from saeguard_sae.loading import LoadError, open_sae, read_sae
 from support.near import close
 from support.published import Builder, Published, builders
 
@@ -49,12 +49,12 @@ def published(builder: Builder, tmp_path: Path) -> Published:
 
 
 def source(one: Published) -> Source:
-    origin = Origin(one.repo, one.repo_path) if one.repo else None
+    origin = SaeOrigin(one.repo, one.repo_path) if one.repo else None
     return Source(one.path, origin, Choices(**one.choices))
 
 
-def load(one: Published) -> Found:
-    return read(source(one))[1]
+def load(one: Published) -> ParsedSae:
+    return read_sae(source(one))[1]
 
 
 def tokens(d_in: int, seed: int) -> Tensor:
@@ -78,11 +78,11 @@ def test_equals_its_librarys_formulas(builder: Builder, tmp_path: Path, seed: in
 
 
 def test_says_its_conventions_and_files(published: Published) -> None:
-    kind, found = read(source(published))
+    kind, found = read_sae(source(published))
     assert published.weights in found.files
     assert found.conventions
     assert all(one.name and one.value and one.source for one in found.conventions)
-    again, _ = read(source(published))
+    again, _ = read_sae(source(published))
     assert again == kind
 
 

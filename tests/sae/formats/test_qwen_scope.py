@@ -11,23 +11,23 @@ import pytest
 import torch
 
 from saeguard_sae.formats import qwen_scope
-from saeguard_sae.formats.found import Choices, Found, Origin, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import Choices, ParsedSae, SaeOrigin, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.qwen_scope import BUILDERS, REPO, SETTINGS, alone, build, with_settings
 
 
-def load(file: Path, origin: Origin | None = None, k: int | None = None) -> Found:
+def load(file: Path, origin: SaeOrigin | None = None, k: int | None = None) -> ParsedSae:
     return qwen_scope.load(Source(file, origin, Choices(k=k)))
 
 
-def who(found: Found) -> tuple[str, str]:
+def who(found: ParsedSae) -> tuple[str, str]:
     return next((one.value, one.source) for one in found.conventions if one.name == "k")
 
 
 def test_equals_saelens(reference_saes: Path) -> None:
     folder = reference_saes / "qwen_scope_pt"
-    origin = Origin("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "layer3.sae.pt")
+    origin = SaeOrigin("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "layer3.sae.pt")
     found, reference = load(folder / "layer3.sae.pt", origin), np.load(folder / "ref.npz")
     features = found.dictionary.encode(torch.from_numpy(reference["x"]))
     close(features, reference["feature_acts"])
@@ -38,7 +38,7 @@ def test_equals_saelens(reference_saes: Path) -> None:
 @pytest.mark.parametrize("name", BUILDERS)
 def test_equals_the_plain_formulas(name: str, tmp_path: Path) -> None:
     published = BUILDERS[name](tmp_path, 111)
-    origin = Origin(published.repo, published.repo_path) if published.repo else None
+    origin = SaeOrigin(published.repo, published.repo_path) if published.repo else None
     dictionary = load(published.path, origin, published.choices.get("k")).dictionary
     x = torch.randn(60, published.d_in, dtype=torch.float64)
     torch.testing.assert_close(dictionary.encode(x.float()).double(), published.encode(x), rtol=2e-5, atol=2e-5)
@@ -46,8 +46,8 @@ def test_equals_the_plain_formulas(name: str, tmp_path: Path) -> None:
 
 def test_k_is_the_repositorys_or_the_users(tmp_path: Path) -> None:
     file = alone(tmp_path, 112).path
-    assert who(load(file, Origin(REPO, "layer3.sae.pt"), k=9)) == ("6", "the repository's name")
-    assert load(file, Origin(REPO)).used == frozenset()
+    assert who(load(file, SaeOrigin(REPO, "layer3.sae.pt"), k=9)) == ("6", "the repository's name")
+    assert load(file, SaeOrigin(REPO)).used == frozenset()
     assert (who(load(file, k=9)), load(file, k=9).used) == (("9", "the user"), {"k"})
     with_settings(tmp_path, 112)
     found = load(file)
@@ -69,10 +69,10 @@ def test_asks_for_k_where_nobody_says_it(tmp_path: Path) -> None:
     [
         ("layer12.sae.pt", None, Site(12, "resid_post")),
         ("renamed.pt", None, None),
-        ("renamed.pt", Origin(REPO, "layer7.sae.pt"), Site(7, "resid_post")),
+        ("renamed.pt", SaeOrigin(REPO, "layer7.sae.pt"), Site(7, "resid_post")),
     ],
 )
-def test_the_layer_is_in_the_files_name(name: str, origin: Origin | None, site: Site | None, tmp_path: Path) -> None:
+def test_the_layer_is_in_the_files_name(name: str, origin: SaeOrigin | None, site: Site | None, tmp_path: Path) -> None:
     file = alone(tmp_path, 114).path.rename(tmp_path / name)
     assert load(file, origin, k=6).reads == site
 
@@ -105,4 +105,4 @@ def test_refuses_settings_that_contradict(change: dict[str, Any], says: str, tmp
     file = build(tmp_path, 116).path
     (tmp_path / "config.json").write_text(json.dumps(SETTINGS | change))
     with pytest.raises(ValueError, match=says):
-        load(file, Origin(REPO, "layer3.sae.pt"))
+        load(file, SaeOrigin(REPO, "layer3.sae.pt"))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard_sae.formats import Choices, Origin, Source
-from saeguard_sae.loading import read, recognised
+from saeguard_sae.formats import Choices, SaeOrigin, Source
+from saeguard_sae.loading import detect_format, read_sae
 from support.near import close
 
 # Where the files of a case leave something open: what its note says.
@@ -22,8 +22,8 @@ CHOICES: dict[str, Choices] = {
     "qwen_scope_pt": Choices(k=50),
 }
 ORIGINS = {
-    "gemmascope1_embedding": Origin("google/gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6"),
-    "gemmascope1_transcoder": Origin("google/gemma-scope-2b-pt-transcoders", "layer_5/width_16k/average_l0_71"),
+    "gemmascope1_embedding": SaeOrigin("google/gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6"),
+    "gemmascope1_transcoder": SaeOrigin("google/gemma-scope-2b-pt-transcoders", "layer_5/width_16k/average_l0_71"),
 }
 # Training checkpoints' own outputs depend on the batch; served by their threshold, they equal their exported sibling.
 SIBLINGS = {
@@ -52,7 +52,7 @@ def path_of(folder: Path) -> Path:
     if (clt := folder / "W_enc_1.safetensors").exists():
         return clt
     every = [folder, *sorted(folder.rglob("*"))]
-    return next(one for one in every if recognised(one))
+    return next(one for one in every if detect_format(one))
 
 
 def test_every_case(reference_saes: Path) -> None:
@@ -74,9 +74,9 @@ def compare(root: Path, name: str) -> None:
     source = Source(path_of(root / name), ORIGINS.get(name), CHOICES.get(name, Choices()))
     if name in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[name]):
-            read(source)
+            read_sae(source)
         return
-    coder = read(source)[1].dictionary
+    coder = read_sae(source)[1].dictionary
     reference = np.load(root / SIBLINGS.get(name, name) / "ref.npz")
     x = torch.from_numpy(reference["x"])
     x = x.flatten(2) if x.ndim == 4 else x
@@ -102,7 +102,7 @@ def test_a_dashboards_values_are_raw_values_times_the_decoder_rows_norm(referenc
         reference = np.load(reference_saes / name / "ref.npz")
         if "feature_acts_folded" not in reference or name in ELSEWHERE:
             continue
-        coder = read(Source(path_of(reference_saes / name), choices=CHOICES.get(name, Choices())))[1].dictionary
+        coder = read_sae(Source(path_of(reference_saes / name), choices=CHOICES.get(name, Choices())))[1].dictionary
         x = torch.from_numpy(reference["x"])
         features = coder.encode(x.flatten(2) if x.ndim == 4 else x)
         close(features * coder.W_dec.norm(dim=1), reference["feature_acts_folded"])

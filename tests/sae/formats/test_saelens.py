@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.formats import Choices, Source, saelens
-from saeguard_sae.loading import load
-from saeguard_sae.site import Site
+from saeguard_sae.loading import load_sae
+from saeguard_sae.models import Site
 from support.near import close
 from support.saes import ARCHITECTURES, plain_sae, save_sae
 
@@ -105,7 +105,7 @@ def test_equals_the_plain_formulas(architecture: str, centre: bool, tmp_path: Pa
 
 def test_is_found_by_its_files(tmp_path: Path) -> None:
     save_sae(plain_sae("standard", 4, 8, seed=32), tmp_path / "anything", "blocks.2.hook_mlp_out")
-    loaded = load("mine", tmp_path / "anything")
+    loaded = load_sae("mine", tmp_path / "anything")
     assert (loaded.format, loaded.site, loaded.write_sites) == ("saelens", Site(2, "mlp_out"), (Site(2, "mlp_out"),))
     (tmp_path / "anything" / "sae_weights.safetensors").unlink()
     assert not saelens.recognises(tmp_path / "anything")

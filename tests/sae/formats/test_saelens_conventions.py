@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats import Found, Origin
-from saeguard_sae.formats.found import ModulePlace
-from saeguard_sae.pursuit import MatchingPursuit
-from saeguard_sae.selections import TopK
-from saeguard_sae.site import Site
+from saeguard_sae.coders import MatchingPursuit
+from saeguard_sae.dictionary import Dictionary, TopK
+from saeguard_sae.formats import ParsedSae, SaeOrigin
+from saeguard_sae.formats.parsed import ModulePlace
+from saeguard_sae.models import Site
 from support.saelens_settings import BUILDERS, built, load, said
 
 PLAIN = [name.removeprefix("saelens_") for name in BUILDERS if not name.startswith("saelens_legacy")]
 
 
-def reads(path: Path, **metadata: Any) -> Found:
+def reads(path: Path, **metadata: Any) -> ParsedSae:
     return load(built("standard", path, metadata=metadata))
 
 
@@ -93,7 +92,7 @@ def test_heads_side_by_side_are_noted(tmp_path: Path) -> None:
 # The model's weights
 
 
-def kwargs(path: Path, **given: bool) -> Found:
+def kwargs(path: Path, **given: bool) -> ParsedSae:
     return reads(path, model_from_pretrained_kwargs=given)
 
 
@@ -116,14 +115,14 @@ def test_refuses_other_ways_to_process_it(given: dict[str, bool], tmp_path: Path
 def test_some_repositories_centred_the_model_without_saying_so(tmp_path: Path) -> None:
     one = built("legacy_finetuned", tmp_path)
     assert load(one).processing == "none"
-    found = load(one, Origin("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.3.hook_resid_pre"))
+    found = load(one, SaeOrigin("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.3.hook_resid_pre"))
     assert found.processing == "centred"
     assert said(found)["processing"][1] == "SAELens 6.54.12"
 
 
 def test_one_repository_normalises_otherwise_than_its_files_say(tmp_path: Path) -> None:
     one = built("legacy_finetuned", tmp_path)
-    found = load(one, Origin("JoshEngels/Mistral-7B-Residual-Stream-SAEs", "mistral_7b_layer_8"))
+    found = load(one, SaeOrigin("JoshEngels/Mistral-7B-Residual-Stream-SAEs", "mistral_7b_layer_8"))
     assert isinstance(found.dictionary, Dictionary)
     assert found.dictionary.normalisation == "constant_norm_rescale"
 

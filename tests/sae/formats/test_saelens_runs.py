@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from support.saelens_settings import built, load, said
 
 # Training checkpoints

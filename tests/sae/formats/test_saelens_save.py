@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard_sae.activations import TanhReLU
-from saeguard_sae.coder import SparseCoder
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.formats import Found, Source, saelens, saelens_save
-from saeguard_sae.selections import AbsTopK, GroupMax, TopK
-from saeguard_sae.site import POINTS, Point, Site
+from saeguard_sae.coders import SparseCoder
+from saeguard_sae.dictionary import AbsTopK, Dictionary, GroupMax, TanhReLU, TopK
+from saeguard_sae.formats import ParsedSae, Source, saelens, saelens_save
+from saeguard_sae.models import POINTS, Point, Site
 from support.coders import D_IN, D_SAE, SAVEABLE, dictionary
 
 READS, WRITES = Site(4, "mlp_in"), Site(4, "mlp_out")
@@ -27,8 +25,8 @@ def places(coder: SparseCoder) -> dict[str, Any]:
     return {"site": READS, "writes": (WRITES,) if is_transcoder else ()}
 
 
-def written(coder: SparseCoder, path: Path, **own: Any) -> Found:
-    saelens_save.save(coder, path, model_name="tiny", **places(coder) | own)
+def written(coder: SparseCoder, path: Path, **own: Any) -> ParsedSae:
+    saelens_save.save_saelens(coder, path, model_name="tiny", **places(coder) | own)
     return saelens.load(Source(path))
 
 
@@ -71,7 +69,7 @@ def test_a_write_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("saeguard_sae.formats.saelens_save.save_file", fails)
     with pytest.raises(OSError, match="no space"):
-        saelens_save.save(SAVEABLE["relu"](35), tmp_path, site=READS, model_name="tiny")
+        saelens_save.save_saelens(SAVEABLE["relu"](35), tmp_path, site=READS, model_name="tiny")
     assert torch.equal(saelens.load(Source(tmp_path)).dictionary.tensors()["W_dec"], first.tensors()["W_dec"])
 
 

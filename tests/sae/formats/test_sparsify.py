@@ -12,19 +12,19 @@ import torch
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import sparsify
-from saeguard_sae.formats.found import Found, ModulePlace, Origin, Place, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ModulePlace, ParsedSae, Place, SaeOrigin, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.sparsify import BUILDERS, NOW, build, old_skip_transcoder, topk
 
 CASES = ("topk", "topk_no_normalize_decoder", "groupmax", "transcoder", "skip_transcoder")
 
 
-def load(path: Path, origin: Origin | None = None) -> Found:
+def load(path: Path, origin: SaeOrigin | None = None) -> ParsedSae:
     return sparsify.load(Source(path, origin))
 
 
-def said(found: Found, name: str) -> str:
+def said(found: ParsedSae, name: str) -> str:
     return next(one.value for one in found.conventions if one.name == name)
 
 
@@ -77,7 +77,7 @@ def test_the_folders_name_is_the_hookpoint(
 
 def test_the_folder_as_it_was_published_counts(tmp_path: Path) -> None:
     published = build(tmp_path, 73, NOW, "renamed")
-    assert load(published.path, Origin("EleutherAI/sae-llama-3-8b-32x", "layers.10")).reads == Site(10, "resid_post")
+    assert load(published.path, SaeOrigin("EleutherAI/sae-llama-3-8b-32x", "layers.10")).reads == Site(10, "resid_post")
 
 
 def test_an_old_transcoder_is_known_by_its_skip_connection(tmp_path: Path) -> None:

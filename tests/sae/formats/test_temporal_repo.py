@@ -12,16 +12,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from saeguard_sae.formats import temporal_repo
-from saeguard_sae.formats.found import Found, Origin, Source
-from saeguard_sae.site import Site
+from saeguard_sae.formats.parsed import ParsedSae, SaeOrigin, Source
+from saeguard_sae.models import Site
 from support.near import close
 from support.published.temporal_repo import BUILDERS, build, settings
 
 REPO = "canrager/temporalSAEs"
 
 
-def load(path: Path, place: str = "gemma-2-2B/layer_12/temporal") -> Found:
-    return temporal_repo.load(Source(path, Origin(REPO, place)))
+def load(path: Path, place: str = "gemma-2-2B/layer_12/temporal") -> ParsedSae:
+    return temporal_repo.load(Source(path, SaeOrigin(REPO, place)))
 
 
 def test_equals_saelens(reference_saes: Path) -> None:

@@ -12,11 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.guards import NEVER, Guard, Guards, Summand
-from saeguard_sae.guards.rule import Comparison, WindowKind
-from saeguard_sae.rows import Rows, Span
+from saeguard_sae.conditions import NEVER, Comparison, CompiledCondition, ConditionTable, WeightedFeature, WindowKind
+from saeguard_sae.dictionary import Dictionary, ReLU
+from saeguard_sae.edit_table import Rows, RowSpan
 from support.guarding import PlainGuard
 
 D = 6
@@ -33,7 +31,7 @@ def identity() -> Dictionary:
 CODERS = {"early": identity(), "late": identity()}
 
 
-def some_guard(draw: random.Random) -> Guard:
+def some_guard(draw: random.Random) -> CompiledCondition:
     """Sums, thresholds and weights are multiples of an eighth, so that ties happen and every sum is exact."""
     comparison, window = draw.choice(COMPARISONS), draw.choice(WINDOWS)
     threshold, slack = draw.randint(-2, 12) / 4, draw.choice((0, 0, 0.25, 1.0))
@@ -41,7 +39,7 @@ def some_guard(draw: random.Random) -> Guard:
         slack = 0
     tokens = draw.choice((1, 2, 3, 4, 7))
     first = draw.choice((0, 0, 3))
-    return Guard(
+    return CompiledCondition(
         summands=tuple(some_sum(draw, place) for place in draw.choice((PLACES, PLACES[:1], PLACES[1:]))),
         bias=draw.choice((0.0, -0.5, 0.25)),
         comparison=comparison,
@@ -58,10 +56,12 @@ def some_guard(draw: random.Random) -> Guard:
     )
 
 
-def some_sum(draw: random.Random, place: str) -> Summand:
+def some_sum(draw: random.Random, place: str) -> WeightedFeature:
     features = tuple(draw.sample(range(D), draw.randint(1, 3)))
     source = "aside" if place == "late" and draw.random() < 0.5 else None
-    return Summand(place, source, CODERS[place], features, tuple(draw.choice((1.0, 0.5, -1.0)) for _ in features))
+    return WeightedFeature(
+        place, source, CODERS[place], features, tuple(draw.choice((1.0, 0.5, -1.0)) for _ in features)
+    )
 
 
 class Trace:
@@ -80,7 +80,7 @@ class Trace:
         self.special = torch.tensor([draw.random() < 0.2 for _ in range(length)])
         self.lists = {where: values.tolist() for where, values in self.read.items()}
 
-    def value(self, guard: Guard, at: int) -> float:
+    def value(self, guard: CompiledCondition, at: int) -> float:
         parts = (
             weight * max(0.0, self.lists[one.place, one.source][at][feature])
             for one in guard.summands
@@ -93,12 +93,12 @@ class Live:
     """Guards with the traces of some slots, read part by part."""
 
     def __init__(self, slots: int) -> None:
-        self.guards = Guards(slots)
+        self.guards = ConditionTable(slots)
         self.traces: dict[int, Trace] = {}
         self.columns: dict[int, list[int]] = {}
         self.read: dict[int, int] = {}
 
-    def join(self, slot: int, trace: Trace, guards: list[Guard], read: int = 0) -> None:
+    def join(self, slot: int, trace: Trace, guards: list[CompiledCondition], read: int = 0) -> None:
         self.traces[slot], self.read[slot] = trace, read
         self.columns[slot] = self.guards.write(slot, guards)
 
@@ -106,7 +106,7 @@ class Live:
         """Reads so many tokens of each slot -> by slot bool [tokens, guards], whether each is on for edits."""
         spans, start = [], 0
         for slot, count in parts.items():
-            spans.append(Span(slot, start, count))
+            spans.append(RowSpan(slot, start, count))
             start += count
         now = {slot: slice(self.read[slot], self.read[slot] + count) for slot, count in parts.items()}
 
@@ -128,7 +128,7 @@ class Live:
         return found
 
 
-def plainly(trace: Trace, guards: list[Guard], until: int) -> tuple[list[PlainGuard], list[list[bool]]]:
+def plainly(trace: Trace, guards: list[CompiledCondition], until: int) -> tuple[list[PlainGuard], list[list[bool]]]:
     plain = [PlainGuard(one) for one in guards]
     return plain, [
         [one.read(trace.value(one.rule, at), at, bool(trace.special[at])) for one in plain] for at in range(until)
@@ -212,8 +212,8 @@ def test_a_slot_that_was_left_remembers_nothing() -> None:
 def test_long_means_do_not_drift() -> None:
     """A running sum would carry the error of one huge value along; each window is added up on its own."""
     live, draw = Live(1), random.Random(3)
-    value = Summand("early", None, CODERS["early"], (0,), (1.0,))
-    guard = Guard(
+    value = WeightedFeature("early", None, CODERS["early"], (0,), (1.0,))
+    guard = CompiledCondition(
         summands=(value,), comparison="at_least", threshold=0.25, release=0.25, window="rolling_mean", tokens=3
     )
     trace = Trace(draw, 40)
@@ -248,16 +248,18 @@ def test_a_neighbours_feature_that_overflows_changes_nothing() -> None:
         trace.lists[where] = one.mul_(64).tolist()
     live = Live(2)
     live.join(0, trace, guards)
-    live.join(1, Trace(draw, 9), [Guard(summands=(Summand("early", None, wild, (0, 1), (1.0, -1.0)),))])
+    live.join(
+        1, Trace(draw, 9), [CompiledCondition(summands=(WeightedFeature("early", None, wild, (0, 1), (1.0, -1.0)),))]
+    )
     held = live.step({0: 9, 1: 9})[0].tolist()
     assert held == plainly(trace, guards, 9)[1]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_it_reads_only_what_it_must(place: str) -> None:
-    guards = Guards(2)
-    guards.write(0, [Guard(summands=(Summand(place, None, CODERS[place], (1,), (1.0,)),))])
-    rows = Rows.of([Span(0, 0, 1)], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
+    guards = ConditionTable(2)
+    guards.write(0, [CompiledCondition(summands=(WeightedFeature(place, None, CODERS[place], (1,), (1.0,)),))])
+    rows = Rows.of([RowSpan(0, 0, 1)], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
     assert [guards.reads_at(one, 0) for one in PLACES] == [one == place for one in PLACES]
     assert guards.reads(place, None, rows)
     assert not guards.reads(place, "aside", rows)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.catalogue import BadCatalogue, Example, Feature, PromotedToken
-from saeguard_sae.metadata import Imported, import_features
+from saeguard_sae.catalogue import BadCatalogue, CatalogueFeature, CatalogueToken, Example
+from saeguard_sae.metadata import ImportReport, import_features
 
 MODEL, SOURCE = "gemma-2-2b", "20-gemmascope-res-16k"
 
@@ -40,13 +40,16 @@ def jsonl(path: Path, *records: Any) -> Path:
     return path
 
 
-def imported(*files: Path, d_sae: int = 8, **given: Any) -> Imported:
+def imported(*files: Path, d_sae: int = 8, **given: Any) -> ImportReport:
     return import_features(files, d_sae, units="raw", **given)
 
 
 def test_explanations_become_labels(tmp_path: Path) -> None:
     found = imported(jsonl(tmp_path / "batch-0.jsonl", explanation("3", " bridges "), explanation(5, "dates")))
-    assert found.features == {3: Feature(index=3, label="bridges"), 5: Feature(index=5, label="dates")}
+    assert found.features == {
+        3: CatalogueFeature(index=3, label="bridges"),
+        5: CatalogueFeature(index=5, label="dates"),
+    }
     assert found.read == 2
 
 
@@ -60,14 +63,18 @@ def test_statistics_and_promoted_tokens(tmp_path: Path) -> None:
     }
     found = imported(jsonl(tmp_path / "batch-0.jsonl", row("2", **said))).features[2]
     assert (found.maximum, found.density, found.label) == (12.5, 0.003, None)
-    assert found.top_tokens == (PromotedToken(" bridge", 1.5), PromotedToken(" span", 1.25), PromotedToken("'s", 1.0))
+    assert found.top_tokens == (
+        CatalogueToken(" bridge", 1.5),
+        CatalogueToken(" span", 1.25),
+        CatalogueToken("'s", 1.0),
+    )
 
 
 def test_zeros_are_the_defaults_of_a_table_and_say_nothing(tmp_path: Path) -> None:
     found = imported(
         jsonl(tmp_path / "batch-0.jsonl", row("2", maxActApprox=0, frac_nonzero=0, pos_str=[], pos_values=[]))
     )
-    assert found.features == {2: Feature(index=2)}
+    assert found.features == {2: CatalogueFeature(index=2)}
 
 
 def test_activations_become_examples_and_a_maximum(tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_the_best_scored_label_stays_else_the_first(tmp_path: Path) -> None:
     ]
     found = imported(jsonl(tmp_path / "a.jsonl", *records))
     assert found.features[0].label == "first"
-    assert found.features[1] == Feature(index=1, label="strong", label_score=0.9, label_metric="eleuther_fuzz")
+    assert found.features[1] == CatalogueFeature(index=1, label="strong", label_score=0.9, label_metric="eleuther_fuzz")
     assert found.features[2].label is None
     assert found.dropped.labels == 5
 
@@ -129,7 +136,7 @@ def test_files_of_one_sae_add_up(tmp_path: Path) -> None:
     statistics = jsonl(tmp_path / "features.jsonl", row("1", maxActApprox=9.0, frac_nonzero=0.5))
     examples = jsonl(tmp_path / "activations.jsonl", activation("1", ["gate"], 0, 9.5))
     found = imported(examples, statistics, labels, statistics)
-    assert found.features[1] == Feature(
+    assert found.features[1] == CatalogueFeature(
         index=1, label="gates", maximum=9.5, density=0.5, examples=(Example("gate", 0, 9.5),)
     )
     assert (found.read, found.dropped.statistics) == (4, 1)

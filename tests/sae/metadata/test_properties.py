@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saeguard_sae import catalogue
+from saeguard_sae import metadata as files
 from saeguard_sae.catalogue import BadCatalogue
-from saeguard_sae.metadata import files, import_features, write
+from saeguard_sae.metadata import import_features, write_catalogue
 
 D_SAE = 6
 NORMS = torch.linspace(0.0, 2.0, D_SAE)
@@ -94,8 +95,8 @@ def test_a_valid_catalogue_or_a_named_error(
         names_the_place = str(folder / name) in str(err) or "no record of source" in str(err)
         assert names_the_place
         return
-    write(folder, found.features)
-    again = catalogue.read(folder, D_SAE).features
+    write_catalogue(folder, found.features)
+    again = catalogue.read_catalogue(folder, D_SAE).features
     assert again == found.features
     for feature in again.values():
         numbers = [feature.maximum, feature.label_score, *(one.value for one in feature.examples)]

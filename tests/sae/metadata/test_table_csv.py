@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.catalogue import BadCatalogue, Feature
-from saeguard_sae.metadata import Imported, import_features
+from saeguard_sae.catalogue import BadCatalogue, CatalogueFeature
+from saeguard_sae.metadata import ImportReport, import_features
 
 
 def table(path: Path, text: str) -> Path:
@@ -17,7 +17,7 @@ def table(path: Path, text: str) -> Path:
     return path
 
 
-def imported(*files: Path, **given: Any) -> Imported:
+def imported(*files: Path, **given: Any) -> ImportReport:
     return import_features(files, 8, units="raw", **given)
 
 
@@ -26,8 +26,14 @@ def test_columns_in_any_order_and_empty_cells(tmp_path: Path) -> None:
         'label,index,density,label_metric,label_score,maximum\n"a, ""b""\nc",3,0.25,f1,.9,1e2\n,4,,,,2\n\n é ,5,,,,\n'
     )
     found = imported(table(tmp_path / "labels.csv", text))
-    first = Feature(index=3, label='a, "b"\nc', density=0.25, label_metric="f1", label_score=0.9, maximum=100.0)
-    assert found.features == {3: first, 4: Feature(index=4, maximum=2.0), 5: Feature(index=5, label="é")}
+    first = CatalogueFeature(
+        index=3, label='a, "b"\nc', density=0.25, label_metric="f1", label_score=0.9, maximum=100.0
+    )
+    assert found.features == {
+        3: first,
+        4: CatalogueFeature(index=4, maximum=2.0),
+        5: CatalogueFeature(index=5, label="é"),
+    }
     assert found.read == 3
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from saeguard_sae import catalogue
-from saeguard_sae.activations import ReLU
-from saeguard_sae.catalogue import BadCatalogue, Example, Feature, PromotedToken
-from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.metadata import import_features, merge, write
+from saeguard_sae.catalogue import BadCatalogue, CatalogueFeature, CatalogueToken, Example
+from saeguard_sae.dictionary import Dictionary, ReLU
+from saeguard_sae.metadata import import_features, merge_entries, write_catalogue
 
 
 def record(index: int, **said: object) -> str:
@@ -65,37 +64,45 @@ def test_norms_that_are_needed_must_be_there(tmp_path: Path) -> None:
         import_features([tmp_path / "a.csv"], 2, decoder_norms=tiny, units="unit_decoder")
 
 
-OLD = Feature(
+OLD = CatalogueFeature(
     index=1, label="old", label_metric="auroc", label_score=0.99, maximum=4.0, quantiles={"0.5": 1.0}, density=0.25,
-    top_tokens=(PromotedToken("a", 1.0),), examples=(Example("t", 0, 3.0),),
+    top_tokens=(CatalogueToken("a", 1.0),), examples=(Example("t", 0, 3.0),),
 )  # fmt: skip
 
 
 def test_what_is_imported_wins_and_the_rest_stays() -> None:
-    merged = merge({1: OLD, 0: Feature(index=0, label="zero")}, {2: Feature(index=2), 1: Feature(index=1, maximum=5.0)})
+    merged = merge_entries(
+        {1: OLD, 0: CatalogueFeature(index=0, label="zero")},
+        {2: CatalogueFeature(index=2), 1: CatalogueFeature(index=1, maximum=5.0)},
+    )
     assert list(merged) == [0, 1, 2]
     assert merged[1].maximum == 5.0
     assert (merged[1].label, merged[1].density, merged[1].quantiles) == ("old", 0.25, {"0.5": 1.0})
     assert (merged[1].top_tokens, merged[1].examples) == (OLD.top_tokens, OLD.examples)
-    assert merge({1: OLD}, {1: Feature(index=1, examples=(Example("u", 1, 2.0),))})[1].examples[0].text == "u"
+    assert (
+        merge_entries({1: OLD}, {1: CatalogueFeature(index=1, examples=(Example("u", 1, 2.0),))})[1].examples[0].text
+        == "u"
+    )
 
 
 def test_a_new_label_does_not_inherit_the_old_ones_score() -> None:
-    merged = merge({1: OLD}, {1: Feature(index=1, label="new")})[1]
+    merged = merge_entries({1: OLD}, {1: CatalogueFeature(index=1, label="new")})[1]
     assert (merged.label, merged.label_metric, merged.label_score) == ("new", None, None)
 
 
 def test_written_catalogues_read_back(tmp_path: Path) -> None:
-    write(tmp_path, {1: OLD})
-    write(tmp_path, {3: Feature(index=3, label="é \u2028 \n"), 1: Feature(index=1, density=0.5)})
-    read = catalogue.read(tmp_path, 4).features
+    write_catalogue(tmp_path, {1: OLD})
+    write_catalogue(
+        tmp_path, {3: CatalogueFeature(index=3, label="é \u2028 \n"), 1: CatalogueFeature(index=1, density=0.5)}
+    )
+    read = catalogue.read_catalogue(tmp_path, 4).features
     assert list(read) == [1, 3]
     assert (read[1].label, read[1].density, read[3].label) == ("old", 0.5, "é \u2028 \n")
     assert [one.name for one in tmp_path.iterdir()] == ["features.jsonl"]
 
 
 def test_a_catalogue_that_cannot_be_written_or_read_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, {1: OLD})
+    write_catalogue(tmp_path, {1: OLD})
     before = (tmp_path / "features.jsonl").read_bytes()
 
     def full(_: int) -> None:
@@ -104,10 +111,10 @@ def test_a_catalogue_that_cannot_be_written_or_read_stays(tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="disk full"):
-            write(tmp_path, {2: Feature(index=2)})
+            write_catalogue(tmp_path, {2: CatalogueFeature(index=2)})
     assert (tmp_path / "features.jsonl").read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == ["features.jsonl"]
     (tmp_path / "features.jsonl").write_bytes(before + b"{")
     with pytest.raises(BadCatalogue, match=r"features\.jsonl:2"):
-        write(tmp_path, {2: Feature(index=2)})
+        write_catalogue(tmp_path, {2: CatalogueFeature(index=2)})
     assert (tmp_path / "features.jsonl").read_bytes() == before + b"{"

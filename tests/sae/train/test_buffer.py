@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.site import Site
-from saeguard_sae.train.buffer import Buffer, buffer_bytes
+from saeguard_sae.models import Site
+from saeguard_sae.train.stream import Buffer, buffer_bytes
 
 A, B = Site(0, "resid_post"), Site(1, "mlp_act")
 WIDTHS = {A: 2, B: 3}

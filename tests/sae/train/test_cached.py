@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeguard_sae.site import Site
-from saeguard_sae.train import caching
-from saeguard_sae.train.caching import cache
-from saeguard_sae.train.errors import TrainError
+from saeguard_sae.models import Site
+from saeguard_sae.train import stream as caching
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.stream import ActivationStream
-from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
+from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
+from saeguard_sae.train.stream import ActivationStream, cache_activations
 from support.streams import blank_line_file, small_model, texts
 
 POST, MLP = Site(0, "resid_post"), Site(1, "mlp_out")
@@ -49,7 +47,7 @@ def folder(model: LanguageModel, text: DataSettings, tmp_path_factory: pytest.Te
     path = tmp_path_factory.mktemp("cache") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caching, "_SHARD_BYTES", 150 * 2 * 48 * 4)
-        cache(streaming(model, text), path, 390)
+        cache_activations(streaming(model, text), path, 390)
     return path
 
 
@@ -91,7 +89,7 @@ def test_the_index_says_what_there_is(folder: Path) -> None:
 
 
 def test_bfloat16(model: LanguageModel, text: DataSettings, tmp_path: Path) -> None:
-    cache(streaming(model, text, store="bfloat16"), tmp_path / "set", 100)
+    cache_activations(streaming(model, text, store="bfloat16"), tmp_path / "set", 100)
     assert load_file(tmp_path / "set" / "00000.safetensors")["mlp_out.1"].dtype == torch.bfloat16
     stream = streaming(model, text, store="bfloat16")
     wanted = torch.cat([stream.batch()[MLP] for _ in range(2)])
@@ -128,15 +126,15 @@ def test_written_whole_or_not_at_all(
 
     monkeypatch.setattr(caching, "save_file", second_fails)
     with pytest.raises(TrainError, match=r"cannot be written: .*No space left"):
-        cache(streaming(model, text), tmp_path / "set", 200)
+        cache_activations(streaming(model, text), tmp_path / "set", 200)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_written_over(model: LanguageModel, text: DataSettings, folder: Path) -> None:
     with pytest.raises(TrainError, match="exists already"):
-        cache(streaming(model, text), folder, 100)
+        cache_activations(streaming(model, text), folder, 100)
     with pytest.raises(TrainError, match="tokens: must be at least 1"):
-        cache(streaming(model, text), folder.parent / "none", 0)
+        cache_activations(streaming(model, text), folder.parent / "none", 0)
 
 
 def test_a_site_that_was_not_kept(folder: Path) -> None:

@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.site import Site
-from saeguard_sae.train.errors import TrainError
-from saeguard_sae.train.harvest import Harvester
+from saeguard_sae.models import Site
+from saeguard_sae.train.activations import Harvester
+from saeguard_sae.train.data import TokenRows
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.tokens import Rows
+from saeguard_sae.train.settings import TrainError
 from support.models import CONFIGS, SITES, WIDTH
 from support.streams import plain_activations, small_model
 
 
-def some_rows(seed: int, rows: int = 3, context: int = 11) -> Rows:
+def some_rows(seed: int, rows: int = 3, context: int = 11) -> TokenRows:
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 256, (rows, context), generator=random)
     kept = torch.rand(rows, context, generator=random) > 0.3
-    return Rows(ids, kept, tuple(range(5, 5 + rows)), first=41)
+    return TokenRows(ids, kept, tuple(range(5, 5 + rows)), first=41)
 
 
 @pytest.fixture(scope="module")

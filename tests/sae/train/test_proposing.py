@@ -7,8 +7,8 @@ from torch import Tensor
 
 from saeguard_sae.train import SaeSettings
 from saeguard_sae.train.kernels import FeatureRows, choose
-from saeguard_sae.train.parallel.mesh import Mesh
-from saeguard_sae.train.proposing import Proposer
+from saeguard_sae.train.learner import Proposer
+from saeguard_sae.train.parallel import Mesh
 
 D_IN, FEATURES, TOKENS = 8, 24, 6
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU
+from saeguard_sae.dictionary import JumpReLU
 from saeguard_sae.train import SaeSettings, evaluate, make_learner, shuffled, train
-from saeguard_sae.train.smoothness import change
-from saeguard_sae.train.sparse import SparseLearner
+from saeguard_sae.train.learner import SparseLearner, change
 from support.dictionaries import ACTIVE, D_IN, TRUE_FEATURES, observations, recovery, truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")

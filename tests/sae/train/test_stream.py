@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.site import Site
-from saeguard_sae.train.errors import TrainError
+from saeguard_sae.models import Site
+from saeguard_sae.train.data import contexts
 from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from saeguard_sae.train.stream import ActivationStream, estimate
-from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
-from saeguard_sae.train.tokens import contexts
 from support.models import WIDTH
 from support.streams import blank_line_file, plain_activations, small_model, texts
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.train import records
-from saeguard_sae.train.errors import TrainError
-from saeguard_sae.train.text import DataSettings, Documents, documents
+from saeguard_sae.train import data as records
+from saeguard_sae.train.data import DataSettings, Documents, documents
+from saeguard_sae.train.settings import TrainError
 from support.streams import texts
 
 TEXTS = texts(45, seed=811)

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeguard_sae import loading
-from saeguard_sae.activations import JumpReLU
+from saeguard_sae.dictionary import JumpReLU
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.demo import build, corpus, scenarios
 from saeguard_server.demo.bundle import Bundle, Sae
 from saeguard_server.demo.card import digests
@@ -27,7 +27,7 @@ MEBIBYTE = 2**20
 
 @cache
 def loaded(name: str) -> LoadedSae:
-    return loading.load(name, ASSETS / "saes" / name)
+    return loading.load_sae(name, ASSETS / "saes" / name)
 
 
 @cache

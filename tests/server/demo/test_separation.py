@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import ReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_server.demo.harvest import Harvest
 from saeguard_server.demo.separation import CONCEPTS, agreement
 

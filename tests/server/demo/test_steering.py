@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from saeguard_sae.activations import JumpReLU
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edits import Affine, Clamp, Zero
 from saeguard_server.demo import lm
 from saeguard_server.demo.bundle import affine

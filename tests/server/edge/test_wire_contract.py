@@ -99,7 +99,7 @@ def test_messages_and_dataclasses_have_the_same_fields(message: Any, noun: Any) 
 
 
 def test_what_the_catalogue_knows_is_on_the_wire() -> None:
-    assert names(catalog_pb.Feature.DESCRIPTOR) - {"sae"} == set(catalogue.Feature.__struct_fields__)
+    assert names(catalog_pb.Feature.DESCRIPTOR) - {"sae"} == set(catalogue.CatalogueFeature.__struct_fields__)
     assert names(catalog_pb.SaeQuality.DESCRIPTOR) == set(catalogue.Quality.__struct_fields__)
     assert names(catalog_pb.GetModelResponse.DESCRIPTOR) - {"sites"} == {one.name for one in fields(ModelInfo)}
 

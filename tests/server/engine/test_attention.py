@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.rows import Group, Rows, Span
+from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_server.engine.transformers.attention import (
     Kernel,
     KvShape,
@@ -106,7 +106,7 @@ def one_pass(
         q, k, v = [*q, one.q[mine]], [*k, one.k[mine]], [*v, one.v[mine]]
         write.append(one.places[mine])
         positions += range(mine.start, mine.stop)
-        spans.append(Span(slot, at, count))
+        spans.append(RowSpan(slot, at, count))
         at += count
         one.computed += count
     where_of = torch.tensor(positions)

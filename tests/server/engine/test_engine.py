@@ -10,7 +10,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.bank import Bank
+from saeguard_sae.edit_table import EditColumns
 from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.text import Assembler
@@ -219,7 +219,7 @@ async def _poison(one: Running, request: GenerationRequest, way: str) -> None:
 
 
 async def test_a_receipt_that_does_not_add_up_fails_the_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bank, "count", lambda *_: None)
+    monkeypatch.setattr(EditColumns, "count", lambda *_: None)
     with running(world.settings()) as one:
         with pytest.raises(InternalFailure, match="applied to 0 tokens instead of 8"):
             await one.ask(greedy(prompt(1, 5), 5, interventions=(edit("resid_post", 4, Clamp(1.0)),)))

@@ -16,10 +16,10 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from saeguard_sae.catalogue import Catalogue, Feature
-from saeguard_sae.coder import is_signed, why_not_editable
+from saeguard_sae.catalogue import Catalogue, CatalogueFeature
+from saeguard_sae.coders import is_signed, why_not_editable
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server import errors
 from saeguard_server.engine.process import engine as module
 from saeguard_server.engine.process import wire
@@ -92,7 +92,7 @@ def test_events_arrive_as_they_are() -> None:
 @pytest.mark.parametrize("make", SAVEABLE.values(), ids=SAVEABLE.keys())
 def test_an_sae_without_weights_is_still_that_sae(make: Maker) -> None:
     coder = make(611)
-    known = Catalogue(features={2: Feature(index=2, label="bridges")})
+    known = Catalogue(features={2: CatalogueFeature(index=2, label="bridges")})
     gain = torch.ones(coder.d_out)
     sae = LoadedSae("one", Site(1, "mlp_in"), coder, "digest", known, (Site(1, "mlp_out"),), gain, "saelens")
     sent = wire.dumps(describe(sae))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.catalogue import Feature
+from saeguard_sae.catalogue import CatalogueFeature
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.flows import catalog as flow
 from saeguard_server.flows.catalog import Catalog, Page
@@ -85,4 +85,4 @@ def test_names_and_numbers_that_are_not_served(catalog: Catalog) -> None:
         catalog.feature("mid", 8)
     with pytest.raises(InvalidRequest, match="page_size"):
         catalog.features("", "", 1001, "")
-    assert catalog.feature("mid", 7).entry == Feature(index=7)
+    assert catalog.feature("mid", 7).entry == CatalogueFeature(index=7)

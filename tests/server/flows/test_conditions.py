@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.catalogue import Feature
+from saeguard_sae.catalogue import CatalogueFeature
+from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine, Cap, Clamp, Zero
-from saeguard_sae.metadata import write
-from saeguard_sae.table import FOREVER
+from saeguard_sae.metadata import write_catalogue
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest, UnknownName
@@ -44,7 +44,7 @@ REACH = Reach((256, 1, 2, 3), 8, frozenset({256}))
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
     world = make_world("gpt2", tmp_path_factory.mktemp("gpt2"))
-    write(Path(world.path / "resid_post"), {4: Feature(index=4, maximum=8.0)})
+    write_catalogue(Path(world.path / "resid_post"), {4: CatalogueFeature(index=4, maximum=8.0)})
     return load_engine(world.settings(), Metrics(CollectorRegistry()))
 
 

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.catalogue import Feature
+from saeguard_sae.catalogue import CatalogueFeature
 from saeguard_sae.edits import Add, Cap, Clamp, Edit, Floor
-from saeguard_sae.metadata import write
+from saeguard_sae.metadata import write_catalogue
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.flows.reach import Reach
@@ -24,7 +24,7 @@ TOKENS = (256, 1, 2, 3)
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
     world = make_world("gpt2", tmp_path_factory.mktemp("gpt2"))
-    write(Path(world.path / "resid_post"), {4: Feature(index=4, maximum=8.0)})
+    write_catalogue(Path(world.path / "resid_post"), {4: CatalogueFeature(index=4, maximum=8.0)})
     settings = msgspec.structs.replace(world.settings())
     return load_engine(settings, Metrics(CollectorRegistry()))
 

@@ -185,7 +185,7 @@ def test_features_from_neuronpedia_are_in_raw_units(sae: Cli, tmp_path: Path) ->
     assert (code, err) == (0, "")
     assert out.startswith("2 records, 2 features of 8")
     assert out.endswith("left out: nothing\n")
-    found = catalogue.read(path, 8)
+    found = catalogue.read_catalogue(path, 8)
     assert [found.feature(index).label for index in (3, 5)] == ["rivers", "bread"]
     assert found.feature(3).maximum == pytest.approx(6.0 / float(plain.weights["W_dec"][3].norm()))
 

@@ -3,11 +3,7 @@
 A step's cost beyond the one dense product that proposes features is that of the pairs (token, feature) which fire.
 """
 
-from saeguard_sae.train.kernels.choosing import choose
-from saeguard_sae.train.kernels.pairs import Decoded, Pairs
-from saeguard_sae.train.kernels.protocol import Kernels
-from saeguard_sae.train.kernels.rough import Rough
-from saeguard_sae.train.kernels.rows import FeatureRows, Rates
-from saeguard_sae.train.kernels.torch_kernels import TorchKernels
+from saeguard_sae.train.kernels.compiled import Decoded, FeatureRows, Kernels, Pairs, Rates, Rough
+from saeguard_sae.train.kernels.torch_kernels import TorchKernels, choose
 
 __all__ = ["Decoded", "FeatureRows", "Kernels", "Pairs", "Rates", "Rough", "TorchKernels", "choose"]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saeguard_sae.site import Site
-    from saeguard_sae.train.quality.evaluate import Progress
-    from saeguard_sae.train.quality.evaluation import Evaluation
+    from saeguard_sae.models import Site
+    from saeguard_sae.train.quality.evaluate import Evaluation, Progress
 
 _TEXT = "text that did not train the SAE: a file, a folder, or a data set of the Hugging Face hub"
 
@@ -29,13 +28,13 @@ def add_evaluate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--out", type=Path, help="folder for the report; default: evaluation, in the SAE's folder")
     _add_reading(parser)
     _add_measuring(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_evaluate)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_evaluate(arguments: argparse.Namespace) -> int:
     """0 when it went well, 1 for a mistake of the user's or a file that cannot be used."""
     # Here, because the command line asks every command to register before it knows which one runs.
-    from saeguard_sae.train.errors import TrainError
+    from saeguard_sae.train.settings import TrainError
 
     try:
         return _evaluate(arguments)
@@ -72,9 +71,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from saeguard_sae.train.lm import ModelSettings, open_model
-    from saeguard_sae.train.quality.folder import evaluate_folder
-    from saeguard_sae.train.quality.settings import EvaluateSettings
-    from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
+    from saeguard_sae.train.quality.metrics import EvaluateSettings
+    from saeguard_sae.train.quality.report import evaluate_folder
+    from saeguard_sae.train.settings import DataSettings, StreamSettings
 
     data = DataSettings(
         path=arguments.data,
@@ -109,7 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _at_least_one(threads: int) -> int:
-    from saeguard_sae.train.errors import check_at_least
+    from saeguard_sae.train.settings import check_at_least
 
     check_at_least("threads", threads, 1)
     return threads
@@ -120,8 +119,8 @@ def _beside(sae: Path) -> Path:
 
 
 def _site(text: str | None) -> Site | None:
-    from saeguard_sae.site import Site
-    from saeguard_sae.train.errors import TrainError
+    from saeguard_sae.models import Site
+    from saeguard_sae.train.settings import TrainError
 
     try:
         return None if text is None else Site.parse(text)
@@ -143,7 +142,7 @@ def _progress(wanted: int) -> Progress:
 
 
 def _told(found: Evaluation, out: Path) -> str:
-    from saeguard_sae.train.quality.rows import lines, summary
+    from saeguard_sae.train.quality.report import lines, summary
 
     width = max(len(line.name) for line in lines(found))
     rows = [f"{line.name:<{width}}  {line.sae:>14}  {line.frozen:>14}" for line in lines(found)]

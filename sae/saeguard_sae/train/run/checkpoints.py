@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, cast
 
+import msgspec
 import torch
 from torch import Tensor
 
-from saeguard_sae.train.run.errors import RunFailed
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.formats import saelens_save
+from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, differences, plain
+from saeguard_sae.train.run.jobs import SaePlan, Source
+from saeguard_sae.train.run.metrics import last_figures
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{12})\.pt")
@@ -175,3 +182,208 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# The folder of a run: what lies where, and whose it is.
+
+
+_MARK = "run.json"
+
+
+class RunFolder:
+    """``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``saes/`` and, with TensorBoard, ``tensorboard/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+
+    def sae(self, name: str) -> Path:
+        """Of one SAE."""
+        return self.path / "saes" / name
+
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """Looks whether this run may have the folder; writes nothing.
+
+        Raises:
+            BadConfig: it holds something else, another run, or this one without ``resume``.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise BadConfig(f"run.out: {self.path} is not a folder")
+        before = self._before()
+        if before is None:
+            if any(one.name != f"{_MARK}.part" for one in self.path.iterdir()):
+                raise BadConfig(
+                    f"run.out: {self.path} holds something that is no run; name an empty folder or a new one"
+                )
+        elif not resume:
+            raise BadConfig(
+                f"run.out: {self.path} already holds a run; --resume goes on with it, or name another folder"
+            )
+        elif changed := differences(before, plain(config)):
+            raise BadConfig(f"run.out: {self.path} holds a run of another configuration: {'; '.join(changed)}")
+
+    def claim(self, config: RunConfig) -> None:
+        """Makes it and marks it as this run's.
+
+        Raises:
+            BadConfig: it cannot be written.
+        """
+        part = self.path / f"{_MARK}.part"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps({"config": plain(config)}, indent=2) + "\n", encoding="utf-8")
+            os.replace(part, self.path / _MARK)
+        except OSError as err:
+            raise BadConfig(f"run.out: {self.path} cannot be written: {err.strerror}") from err
+
+    def _before(self) -> dict[str, Any] | None:
+        """The configuration of the run that it holds; None where there is none."""
+        mark = self.path / _MARK
+        if not mark.is_file():
+            return None
+        try:
+            config: dict[str, Any] = dict(json.loads(mark.read_text(encoding="utf-8"))["config"])
+        except (ValueError, KeyError, TypeError, OSError) as err:
+            raise BadConfig(f"run.out: {mark} cannot be read; name another folder") from err
+        return config
+
+
+# The card of a trained SAE: what it is, what it learnt from, how it did, how to use it.
+
+
+def write_card(plan: SaePlan, config: RunConfig, model_name: str, epoch: int, figures: Mapping[str, Any]) -> str:
+    """Markdown, with the header that the Hugging Face hub reads.
+
+    Args:
+        epoch: how often the data was started again.
+        figures: the last line of metrics.
+    """
+    parts = [
+        _head(plan, model_name),
+        _use(plan, config),
+        _data(config, epoch),
+        _figures(figures, config),
+        _settings(plan),
+    ]
+    return "\n".join(parts)
+
+
+def _head(plan: SaePlan, model_name: str) -> str:
+    kind = "sparse autoencoder" if plan.writes is None else "transcoder"
+    place = f"the activations at `{plan.reads}`"
+    if plan.writes is not None:
+        place += f", of which it makes those at `{plan.writes}`"
+    size = plan.size
+    return f"""---
+library_name: saelens
+tags:
+- sparse-autoencoder
+- saeguard
+---
+
+# {plan.name}
+
+A {kind} on {place} of {model_name}: {size.settings.architecture}, {size.settings.d_sae:,} features of
+{size.d_in:,} dimensions. Trained by Saeguard {version("saeguard")}.
+"""
+
+
+def _use(plan: SaePlan, config: RunConfig) -> str:
+    model = "MODEL" if config.model is None else config.model.path
+    return f"""## Use
+
+```
+saeguard serve --model {model} --sae {plan.name}=THIS_FOLDER
+```
+
+SAELens loads the same folder with `SAE.load_from_disk`.
+"""
+
+
+def _data(config: RunConfig, epoch: int) -> str:
+    tokens, stream = config.steps * config.stream.batch, config.stream
+    again = f" The data was read {epoch + 1} times." if epoch else ""
+    left_out = [name for name, holds in (("each row's first token", stream.mask_first),
+                ("special tokens", stream.mask_special)) if holds]  # fmt: skip
+    if stream.outlier_norm:
+        left_out.append(f"tokens with a norm above {stream.outlier_norm:g} times the median")
+    apart = (
+        f" Its first {config.run.heldout:,} documents were held out, and evaluated on." if config.run.evaluate else ""
+    )
+    return f"""## Data
+
+{tokens:,} tokens of `{config.data.path}`, in batches of {stream.batch:,} from a buffer of {stream.buffer:,}.{again}
+Left out: {", ".join(left_out) or "nothing"}.{apart}
+"""
+
+
+def _figures(figures: Mapping[str, Any], config: RunConfig) -> str:
+    more = "\n`evaluation/report.html` has what was measured on the held-out text.\n" if config.run.evaluate else ""
+    return f"""## Figures
+
+Means over the last steps of training, on the batches it was trained on.
+
+| loss | L0 | FVU | dead features |
+|---|---|---|---|
+| {_shown(figures["loss"])} | {_shown(figures["l0"])} | {_shown(figures["fvu"])} | {_shown(figures["dead_share"])} |
+{more}"""
+
+
+def _settings(plan: SaePlan) -> str:
+    return "\n".join(["## Settings", "", "| | |", "|---|---|", *_rows(plan), ""])
+
+
+def _rows(plan: SaePlan) -> Iterator[str]:
+    for one in fields(plan.settings):
+        yield f"| {one.name} | {msgspec.to_builtins(getattr(plan.settings, one.name))} |"
+
+
+def _shown(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4g}"
+
+
+# Trained SAEs as files: SAELens' format, which our server and SAELens load, and a card.
+
+
+CARD = "README.md"
+
+
+def export(dictionary: Dictionary, plan: SaePlan, config: RunConfig, folder: RunFolder, source: Source) -> Path:
+    """Writes one trained SAE with its card; its folder.
+
+    Raises:
+        RunFailed: it could not be written, or holds values that are not finite.
+    """
+    path = folder.sae(plan.name)
+    try:
+        saelens_save.save_saelens(
+            dictionary,
+            path,
+            site=plan.reads,
+            model_name=source.model_name,
+            metadata=_metadata(config, source),
+            writes=() if plan.writes is None else (plan.writes,),
+        )
+        figures = last_figures(folder.metrics)[plan.name]
+        part = path / f"{CARD}.part"
+        part.write_text(write_card(plan, config, source.model_name, source.epoch, figures), encoding="utf-8")
+        os.replace(part, path / CARD)
+    except (OSError, ValueError, RuntimeError) as err:
+        raise RunFailed(f"saes.{plan.name}: could not be written to {path}: {err}") from err
+    return path
+
+
+def _metadata(config: RunConfig, source: Source) -> dict[str, Any]:
+    """What SAELens' files have a place for, and what made them."""
+    known: dict[str, Any] = {
+        "training_tokens": config.steps * config.stream.batch,
+        "dataset_path": config.data.path,
+        "saeguard_version": version("saeguard"),
+    }
+    if source.context is not None:
+        known |= {"context_size": source.context, "prepend_bos": source.has_bos}
+    return known

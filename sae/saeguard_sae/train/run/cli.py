@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saeguard_sae.train.parallel.voice import Voice
+    from saeguard_sae.train.parallel import RankZeroConsole
 
 FLAGS: Mapping[str, tuple[str, type, str]] = {
     "--out": ("run.out", str, "folder of the run"),
@@ -40,17 +40,17 @@ def add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     for flag, (key, kind, text) in FLAGS.items():
         parser.add_argument(flag, type=kind, dest=key, metavar=kind.__name__.upper(), help=text)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_train)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_train(arguments: argparse.Namespace) -> int:
     """Trains; every way out has a line on standard error."""
     # Here, because the command line asks every command to register before it knows which one runs.
-    from saeguard_sae.train.errors import TrainError
-    from saeguard_sae.train.parallel.voice import Voice, is_launched
-    from saeguard_sae.train.run.errors import RunFailed, RunLost, RunStopped
+    from saeguard_sae.train.parallel import RankZeroConsole, is_launched
+    from saeguard_sae.train.run.config import RunFailed, RunLost, RunStopped
+    from saeguard_sae.train.settings import TrainError
 
-    voice = Voice()
+    voice = RankZeroConsole()
     try:
         return _train(arguments)
     except TrainError as err:
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _say(voice, f"failed unexpectedly, {type(err).__name__}: {err}", 1)
 
 
-def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+def train_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as a tree in the shape of the file."""
     tree: dict[str, Any] = {}
     for key, _, _ in FLAGS.values():
@@ -81,10 +81,10 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from saeguard_sae.train.run.config import load
+    from saeguard_sae.train.run.config import load_run_config
     from saeguard_sae.train.run.run import train_from_config
 
-    paths = train_from_config(load(arguments.config, overrides(arguments)), resume=arguments.resume)
+    paths = train_from_config(load_run_config(arguments.config, train_overrides(arguments)), resume=arguments.resume)
     sys.stdout.write("".join(f"{path}\n" for path in paths))
     return 0
 
@@ -96,7 +96,7 @@ def _again(arguments: argparse.Namespace) -> str:
     return shlex.join(["saeguard", "train", str(arguments.config), "--resume", *flags])
 
 
-def _say(voice: Voice, text: str, code: int) -> int:
+def _say(voice: RankZeroConsole, text: str, code: int) -> int:
     if voice.may_say(text):
         sys.stderr.write(f"saeguard train: {text}\n")
         sys.stderr.flush()

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from saeguard_sae.train.run.errors import RunFailed
+from saeguard_sae.train.data import kind
+from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, SaeEntry
+from saeguard_sae.train.settings import TrainError
 
 _WRITERS = ("torch.utils.tensorboard", "tensorboardX")
 
 
-class Figures(Protocol):
+class RunMetrics(Protocol):
     """What a learner says of its last steps."""
 
     @property
@@ -33,7 +38,7 @@ class Figures(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
+class StepMetrics:
     """Where a run is, and how every SAE is doing."""
 
     step: int
@@ -46,7 +51,7 @@ class Moment:
     """Since the run began, pauses left out."""
     left_s: float
     """Until it ends, as it looks."""
-    saes: Mapping[str, Figures]
+    saes: Mapping[str, RunMetrics]
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """A table of plain values for each SAE. What is not finite is None: JSON has no word for it."""
@@ -81,7 +86,7 @@ class MetricsFile:
         except OSError as err:
             raise self._failed(err) from err
 
-    def add(self, moment: Moment) -> None:
+    def add(self, moment: StepMetrics) -> None:
         """Appends.
 
         Raises:
@@ -123,7 +128,7 @@ class TensorBoard:
         """``step``: what was written of later steps is left out of the charts."""
         self._writer = _writer(folder, step)
 
-    def add(self, moment: Moment) -> None:
+    def add(self, moment: StepMetrics) -> None:
         """Writes."""
         if self._writer is None:
             return
@@ -154,3 +159,188 @@ def last_figures(path: Path) -> dict[str, dict[str, Any]]:
     """The last line of every SAE, by its name."""
     lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return {line["sae"]: line for line in lines}
+
+
+# What a person sees of a run: a line now and then, and on a terminal one that keeps moving.
+
+
+_REDRAW_S = 0.25
+
+
+class Console:
+    """Writes to a text stream, as a rule standard error."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._is_terminal = stream.isatty()
+        self._drawn = ""
+        self._next = 0.0
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self.clear()
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def report(self, moment: StepMetrics) -> None:
+        """Figures of every SAE: on the same line where there is one, else below."""
+        ends = f"took {duration(moment.elapsed_s)}" if moment.step == moment.steps else f"ETA {duration(moment.left_s)}"
+        head = f"step {moment.step:,}/{moment.steps:,}  {rate(moment.tokens_per_s)}  {ends}"
+        if len(moment.saes) == 1:
+            (only,) = moment.saes.values()
+            self.note(f"{head}  {format_metrics(only)}")
+            return
+        width = max(map(len, moment.saes))
+        self.note(
+            "\n".join([head, *(f"  {name:<{width}}  {format_metrics(one)}" for name, one in moment.saes.items())])
+        )
+
+    def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
+        """Redraws the moving line, a few times a second at most; nothing where there is no terminal."""
+        if not self._is_terminal or self._clock() < self._next:
+            return
+        self._next = self._clock() + _REDRAW_S
+        done = round(24 * step / steps)
+        bar = "#" * done + "." * (24 - done)
+        self._draw(f"[{bar}] {step:,}/{steps:,}  {rate(tokens_per_s)}  ETA {duration(left_s)}")
+
+    def _draw(self, text: str) -> None:
+        self._stream.write("\r" + text.ljust(len(self._drawn)))
+        self._stream.flush()
+        self._drawn = text
+
+    def clear(self) -> None:
+        """Takes the moving line away."""
+        if self._drawn:
+            self._stream.write("\r" + " " * len(self._drawn) + "\r")
+            self._drawn = ""
+
+
+def format_metrics(one: RunMetrics) -> str:
+    """One SAE's, for a line."""
+    return f"loss {one.loss:.4f}  L0 {one.l0:6.1f}  FVU {one.fvu:.4f}  dead {one.dead_share:6.1%}"
+
+
+def rate(tokens_per_s: float) -> str:
+    """Three digits of it."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if tokens_per_s >= size:
+            return f"{tokens_per_s / size:.3g}{unit} tokens/s"
+    return f"{tokens_per_s:.3g} tokens/s"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+# Evaluation at the end of a run, on the documents that were held out. What it needs is looked at before the run.
+
+
+FOLDER = "evaluation"
+"""In the SAE's."""
+_FEWEST_ROWS = 2
+
+
+def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
+    """Whether the SAEs can be evaluated when they are trained, where that is asked for.
+
+    Raises:
+        BadConfig: packages or held-out text are missing.
+    """
+    if not config.run.evaluate:
+        return
+    off = 'run.evaluate = false leaves it to "saeguard evaluate"'
+    if model is None or kind(config.data) == "activations":
+        raise BadConfig(f"run.evaluate: cached activations hold no text to evaluate on; {off}")
+    try:
+        from saeguard_sae.train.quality.evaluate import text_rows
+        from saeguard_sae.train.quality.report import evaluate_folder  # noqa: F401
+    except ImportError as err:
+        raise BadConfig(f"run.evaluate: needs packages that are not installed ({err}); {off}") from err
+    try:
+        rows = len(list(islice(text_rows(model, config.heldout_data, config.stream), _FEWEST_ROWS)))
+    except TrainError as err:
+        raise BadConfig(f"run.heldout: {err}; {off}") from err
+    if rows < _FEWEST_ROWS:
+        raise BadConfig(f"run.heldout: {config.run.heldout} documents are too little text to evaluate on; {off}")
+
+
+def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Path], console: Console) -> None:
+    """Evaluates every SAE of a run, those that differ by their seed alone against each other.
+
+    Raises:
+        RunFailed: some could not be; all others were.
+    """
+    from saeguard_sae.train.quality.report import evaluate_folder, summary
+
+    failed = []
+    for entry in config.saes:
+        out = paths[entry.name] / FOLDER
+        other = _other_seed(entry, config)
+        console.note(f"saeguard train: evaluating {entry.name} on the held-out text")
+        try:
+            found = evaluate_folder(
+                paths[entry.name],
+                model,
+                config.heldout_data,
+                config.stream,
+                out,
+                other=None if other is None else paths[other],
+            )
+        except TrainError as err:
+            failed.append(f"{entry.name}: {err}")
+            continue
+        console.note(f"  {summary(found)} Report: {out / 'report.html'}")
+    if failed:
+        raise RunFailed(f"the SAEs are trained and written, but not all could be evaluated: {'; '.join(failed)}")
+
+
+def _other_seed(entry: SaeEntry, config: RunConfig) -> str | None:
+    """The first SAE that is like this one but for its seed."""
+    return next(
+        (one.name for one in config.saes if one.name != entry.name and _but_seed(one) == _but_seed(entry)), None
+    )
+
+
+def _but_seed(entry: SaeEntry) -> tuple[object, ...]:
+    settings = {name: value for name, value in entry.settings.items() if name != "seed"}
+    return entry.site, entry.write_site, entry.expansion, settings
+
+
+# How fast a run goes. Times are the host's: nothing here waits for a device.
+
+
+class Pace:
+    """Seconds and tokens of this process, on top of those before it was resumed."""
+
+    def __init__(self, before_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._before_s = before_s
+        self._begun = self._mark = clock()
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """More were learnt from."""
+        self._tokens += tokens
+
+    def elapsed_s(self) -> float:
+        """Of the whole run."""
+        return self._before_s + self._clock() - self._begun
+
+    def left_s(self, step: int, steps: int) -> float:
+        """Until the last of ``steps``, at the mean pace of the run."""
+        return self.elapsed_s() / step * (steps - step)
+
+    def tokens_per_s(self) -> float:
+        """Since the last lap."""
+        return self._tokens / max(self._clock() - self._mark, 1e-9)
+
+    def lap(self) -> float:
+        """The same, and begins the next."""
+        pace = self.tokens_per_s()
+        self._mark, self._tokens = self._clock(), 0
+        return pace

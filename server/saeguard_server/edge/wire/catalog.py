@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saeguard.v1 import catalog_service_pb2 as pb
-from saeguard_sae.catalogue import Feature, Quality
+from saeguard_sae.catalogue import CatalogueFeature, Quality
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import Capabilities, ModelInfo
 from saeguard_server.flows.catalog import Listed, Page
@@ -70,7 +70,7 @@ def feature(listed: Listed) -> pb.Feature:
     )
 
 
-def _quantiles(known: Feature) -> list[pb.Quantile]:
+def _quantiles(known: CatalogueFeature) -> list[pb.Quantile]:
     pairs = sorted((float(q), value) for q, value in known.quantiles.items())
     return [pb.Quantile(q=q, value=value) for q, value in pairs]
 

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saeguard_sae.architectures import ModelConfig, locate
-from saeguard_sae.binding import bind
-from saeguard_sae.loading import LoadedSae, LoadError, with_settings
-from saeguard_sae.site import Site
+from saeguard_sae.loading import LoadedSae, LoadError, bind, with_settings
+from saeguard_sae.models import ModelConfig, Site, locate
 from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.settings import SaeSettings
 from saeguard_server.sources import open_source

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.catalogue import Quality
-from saeguard_sae.check import Bounds, Report, bounds_from, calibration_text, check
+from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, calibration_text, check_sae
 from saeguard_sae.loading import LoadedSae, LoadError
 from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.observe.metrics import Metrics
@@ -58,15 +58,15 @@ def calibration(settings: CheckSettings, model: LoadedModel) -> list[Tensor]:
     return passages
 
 
-def measure(sae: LoadedSae, bounds: Bounds, model: LoadedModel, tokens: list[Tensor]) -> Report:
+def measure(sae: LoadedSae, bounds: CheckBounds, model: LoadedModel, tokens: list[Tensor]) -> CheckReport:
     """What the check finds of one SAE."""
     network = model.network
-    return check(network, network.config, sae, tokens, model.tokenizer.special_ids, bounds)
+    return check_sae(network, network.config, sae, tokens, model.tokenizer.special_ids, bounds)
 
 
-def bounds_of(sae: LoadedSae, given: SaeSettings) -> Bounds:
+def bounds_of(sae: LoadedSae, given: SaeSettings) -> CheckBounds:
     """What the check must find: what the settings say, else what the SAE's files state."""
-    said = Bounds(**{name: getattr(given.bounds, name) for name in given.bounds.__struct_fields__})
+    said = CheckBounds(**{name: getattr(given.bounds, name) for name in given.bounds.__struct_fields__})
     return bounds_from(sae.catalogue.quality, sae.stated_l0, said)
 
 
@@ -100,7 +100,7 @@ def _checked(sae: LoadedSae, given: SaeSettings, model: LoadedModel, tokens: lis
     return replace(sae, measured=quality_of(report))
 
 
-def quality_of(report: Report) -> Quality:
+def quality_of(report: CheckReport) -> Quality:
     """What was measured, as the catalogue holds it."""
     found = report.measured
     return Quality(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saeguard_sae.rows import Group, Rows, Span
+from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_server.engine.transformers.attention import Reading
 from saeguard_server.engine.transformers.blocks import BLOCK, blocks_for
 from saeguard_server.engine.transformers.scheduler import PromptPart
@@ -28,7 +28,7 @@ class Pass:
     """int64 [1, N], each in its request."""
     write: Tensor
     """int64 [N], the place in KV memory that keeps each."""
-    spans: tuple[Span, ...]
+    spans: tuple[RowSpan, ...]
     """Of the parts, in their order."""
     rows: Rows
     readings: tuple[Reading, ...]
@@ -80,7 +80,7 @@ class Seats:
         order = np.array(running, np.int64)
         spans, start = [], len(running)
         for part in parts:
-            spans.append(Span(part.sequence.slot, start, part.end - part.start))
+            spans.append(RowSpan(part.sequence.slot, start, part.end - part.start))
             start += part.end - part.start
         owner = np.concatenate([order, *(np.full(one.length, one.slot) for one in spans)])
         ids = np.concatenate([self._last[order], *(one.sequence.tokens[one.start : one.end] for one in parts)])
@@ -92,7 +92,7 @@ class Seats:
             self._computed[part.sequence.slot] = part.end
         return self._on_device(running, spans, (ids, at, write, keep))
 
-    def _on_device(self, running: tuple[int, ...], spans: list[Span], host: tuple[Numbers, ...]) -> Pass:
+    def _on_device(self, running: tuple[int, ...], spans: list[RowSpan], host: tuple[Numbers, ...]) -> Pass:
         ids, at, write, keep = (torch.from_numpy(one.astype(np.int64)).to(self._device) for one in host)
         special = self._is_special[ids]
         groups = Rows.of(spans, at, special).groups
@@ -110,7 +110,7 @@ class Seats:
 
 
 def _kept(
-    running: int, pairs: list[tuple[PromptPart, Span]], ending: Many[PromptPart], scored: Many[PromptPart]
+    running: int, pairs: list[tuple[PromptPart, RowSpan]], ending: Many[PromptPart], scored: Many[PromptPart]
 ) -> Numbers:
     ends = [span.start + span.length - 1 for part, span in pairs if part in ending]
     every = [np.arange(span.start, span.start + span.length) for part, span in pairs if part in scored]

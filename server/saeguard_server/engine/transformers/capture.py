@@ -12,12 +12,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from saeguard_sae.coder import is_signed
+from saeguard_sae.coders import Temporal, is_signed
+from saeguard_sae.edit_table import RowSpan
+from saeguard_sae.encoding import FeatureSelector, SelectedFeatures
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.pick import Picked, Picker
-from saeguard_sae.rows import Span
-from saeguard_sae.site import Site
-from saeguard_sae.temporal import Temporal
+from saeguard_sae.models import Site
 from saeguard_server.engine.picking import of_activations, of_features
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.transformers.scheduler import PromptPart
@@ -57,10 +56,10 @@ class Capture:
         self._tokens = torch.zeros(0, dtype=torch.int64)
         self._asked: list[_Asked] = []
         self._seen: dict[Site, Tensor] = {}
-        self._pickers: dict[str, Picker] = {}
+        self._pickers: dict[str, FeatureSelector] = {}
         self._sites: set[Site] = set()
 
-    def begin(self, parts: Many[PromptPart], spans: Many[Span]) -> Callable[[Site, Tensor], None] | None:
+    def begin(self, parts: Many[PromptPart], spans: Many[RowSpan]) -> Callable[[Site, Tensor], None] | None:
         """Before a pass that reads these parts: what to call with each site's activations; None where none asks."""
         self._asked, self._seen = [], {}
         kept: list[Tensor] = []
@@ -107,9 +106,9 @@ class Capture:
             found = of_activations(self._picker(sae), torch.cat(parts), pick)
         return _split(_pack(found), [len(x) for x in parts])
 
-    def _picker(self, sae: LoadedSae) -> Picker:
+    def _picker(self, sae: LoadedSae) -> FeatureSelector:
         if sae.name not in self._pickers:
-            self._pickers[sae.name] = Picker(sae.dictionary)
+            self._pickers[sae.name] = FeatureSelector(sae.dictionary)
         return self._pickers[sae.name]
 
 
@@ -132,7 +131,7 @@ def _split(whole: Sparse, lengths: list[int]) -> list[Sparse]:
     return found
 
 
-def _pack(picked: Picked) -> Sparse:
+def _pack(picked: SelectedFeatures) -> Sparse:
     """Candidates and which to keep -> rows of a sparse matrix."""
     ends = picked.keep.sum(dim=-1).cumsum(dim=0).tolist()
     return Sparse(

@@ -15,9 +15,9 @@ from typing import TypeAlias
 
 import torch
 
-from saeguard_sae.architectures import sites
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
+from saeguard_sae.models import sites
 from saeguard_server.engine.backoff import Backoff
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
 from saeguard_server.engine.text import Assembler

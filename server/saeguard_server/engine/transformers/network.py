@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
-from saeguard_sae.architectures import Located, depth, locate
-from saeguard_sae.site import Site
+from saeguard_sae.models import Located, Site, depth, locate
 from saeguard_server.engine.stock.model import LoadedModel
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers import ops, packing

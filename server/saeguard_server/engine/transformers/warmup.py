@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from saeguard_sae.rows import Group, Rows, Span
+from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_server.engine.transformers.attention import Reading
 from saeguard_server.engine.transformers.batch import Pass
 from saeguard_server.engine.transformers.blocks import BLOCK
@@ -40,7 +40,7 @@ def _idle(device: torch.device, running: int, prompt: int, blocks: int) -> Pass:
     count = running + prompt
     at = torch.arange(count, device=device) % BLOCK
     special = torch.zeros(count, dtype=torch.bool, device=device)
-    spans = (Span(running, running, prompt),) if prompt else ()
+    spans = (RowSpan(running, running, prompt),) if prompt else ()
     groups = Rows.of(spans, at, special).groups
     if running:
         groups = (Group.singles(tuple(range(running)), at, special), *groups)

@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.table import Counts
 from saeguard_server.engine.model_files import ModelFiles
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.receipts import receipt
@@ -150,10 +150,12 @@ class Answer:
         self._last = now
 
 
-def counts_of(report: Report) -> list[Counts]:
+def counts_of(report: Report) -> list[EditCounts]:
     """What each edit did, in the order of the request."""
     return [
-        Counts(one.eligible, one.edited, one.capped, one.mean_activation, one.max_activation, one.mean_relative_edit)
+        EditCounts(
+            one.eligible, one.edited, one.capped, one.mean_activation, one.max_activation, one.mean_relative_edit
+        )
         for one in report.counts
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.engine.backoff import Backoff
 from saeguard_server.engine.model_files import ModelFiles
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saeguard_sae.coder import is_signed
+from saeguard_sae.coders import Temporal, is_signed
+from saeguard_sae.encoding import FeatureSelector, SelectedFeatures
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.pick import Picked, Picker
-from saeguard_sae.temporal import Temporal
 from saeguard_server.engine.picking import of_activations, of_features
 from saeguard_server.engine.vllm.orders import Activations, OrderedPick
 
@@ -32,7 +31,7 @@ class Pickers:
 
     def __init__(self, saes: Mapping[int, LoadedSae]) -> None:
         self._saes = saes
-        self._pickers: dict[int, Picker] = {}
+        self._pickers: dict[int, FeatureSelector] = {}
 
     def see(self, inspection: Inspection, pick: OrderedPick, start: int, x: Tensor) -> None:
         """x [T, width] at the pick's site, of the tokens from position ``start`` on."""
@@ -46,13 +45,13 @@ class Pickers:
             picked = of_activations(self._picker(pick.sae), x, pick)
         inspection.found.append(_pack(picked, pick.sae, start))
 
-    def _picker(self, sae: int) -> Picker:
+    def _picker(self, sae: int) -> FeatureSelector:
         if sae not in self._pickers:
-            self._pickers[sae] = Picker(self._saes[sae].dictionary)
+            self._pickers[sae] = FeatureSelector(self._saes[sae].dictionary)
         return self._pickers[sae]
 
 
-def _pack(picked: Picked, sae: int, start: int) -> Activations:
+def _pack(picked: SelectedFeatures, sae: int, start: int) -> Activations:
     ends = picked.keep.sum(dim=-1).cumsum(dim=0).tolist()
     return Activations(
         sae,

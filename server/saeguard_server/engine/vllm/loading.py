@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from saeguard_sae.loading import LoadedSae, LoadError
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.engine.model_files import ModelFiles, ModelLoadError, open_files
 from saeguard_server.engine.process.facts import describe
 from saeguard_server.engine.stock import startup

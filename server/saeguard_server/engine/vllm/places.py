@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saeguard_sae.architectures import ModelConfig, depth, layout, locate, sites
-from saeguard_sae.site import Point, Site
+from saeguard_sae.models import ModelConfig, Point, Site, depth, layout, locate, sites
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.vllm import ops
 

@@ -9,9 +9,8 @@ from typing import Any
 import msgspec
 import torch
 
-from saeguard_sae.architectures import ModelConfig
-from saeguard_sae.binding import bind
-from saeguard_sae.loading import LoadedSae, LoadError, with_settings
+from saeguard_sae.loading import LoadedSae, LoadError, bind, with_settings
+from saeguard_sae.models import ModelConfig
 from saeguard_server.engine.vllm import batch, places
 from saeguard_server.engine.vllm.orders import KEY
 from saeguard_server.engine.vllm.plan import Plan

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeguard_sae.edit_table import Rows, RowSpan
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.rows import Rows, Span
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.vllm.batch import Part
@@ -119,7 +119,7 @@ class Steered:
         self._now = [(part, live) for part in parts if (live := self._live[part.request]) is not None]
         for part, live in self._now:
             self._resume(live, part)
-        spans = [Span(live.slot, part.first, part.length) for part, live in self._now]
+        spans = [RowSpan(live.slot, part.first, part.length) for part, live in self._now]
         special = torch.isin(ids, self._special) if spans else torch.zeros(0, dtype=torch.bool)
         self.tables.begin(Rows.of(spans, positions, special))
         self.tables.watch = self._see if any(live.inspection.picks for _, live in self._now) else None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Rates, Rough, choose
-from saeguard_sae.train.kernels.choosing import CannotCompile
+from saeguard_sae.train.kernels.torch_kernels import CannotCompile
 from saeguard_sae.train.settings import Precision
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def test_compiled_kernels_refuse_what_they_would_misread() -> None:
 
 
 def test_without_a_compiler_auto_falls_back_and_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saeguard_sae.train.kernels import choosing as module
+    from saeguard_sae.train.kernels import torch_kernels as module
 
     module._compiled.cache_clear()
     monkeypatch.setattr(module, "_COMPILERS", ("no-such-compiler",))

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.train import SaeSettings, make_learner
-from saeguard_sae.train.parallel.joining import mesh_of, together
-from saeguard_sae.train.parallel.mesh import ALONE, Mesh
-from saeguard_sae.train.sparse import SparseLearner
+from saeguard_sae.train.learner import SparseLearner
+from saeguard_sae.train.parallel import ALONE, Mesh, mesh_of, together
 from support.processes import World
 
 STEPS, BATCH, D_IN, D_SAE = 6, 96, 24, 64

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saeguard_sae.train.parallel import watch
-from saeguard_sae.train.parallel.joining import together
+from saeguard_sae.train import parallel as watch
+from saeguard_sae.train.parallel import together
 from saeguard_sae.train.run.checkpoints import Checkpoints
 from support.processes import DEADLINE_S, World
 

@@ -13,16 +13,13 @@ import pytest
 import torch
 
 from saeguard_sae.train import SaeSettings, make_learner
-from saeguard_sae.train.errors import TrainError
-from saeguard_sae.train.parallel.joining import own_device
-from saeguard_sae.train.parallel.mesh import Mesh
-from saeguard_sae.train.parallel.parts import check_parts, check_processes
-from saeguard_sae.train.run import estimate
+from saeguard_sae.train.parallel import Mesh, check_parts, check_processes, own_device
+from saeguard_sae.train.run import jobs as estimate
 from saeguard_sae.train.run.cli import add_train
-from saeguard_sae.train.run.config import parse
-from saeguard_sae.train.run.errors import BadConfig
-from saeguard_sae.train.run.estimate import Size, check_memory
+from saeguard_sae.train.run.config import BadConfig, parse_run_config
+from saeguard_sae.train.run.jobs import Size, check_memory
 from saeguard_sae.train.run.run import train_from_config
+from saeguard_sae.train.settings import TrainError
 from support.processes import World
 
 Tree = dict[str, Any]
@@ -54,9 +51,9 @@ def test_processes_that_are_too_few_or_odd() -> None:
 
 def test_parts_in_one_process(tree: Tree) -> None:
     with pytest.raises(TrainError, match=r"^parallel\.shards: 2 parts need as many processes: torchrun --nproc-per-n"):
-        train_from_config(parse({**tree, "parallel": {"shards": 2}}))
+        train_from_config(parse_run_config({**tree, "parallel": {"shards": 2}}))
     with pytest.raises(BadConfig, match=r"^parallel\.shard: no such key \(did you mean shards\?\)"):
-        parse({**tree, "parallel": {"shard": 2}})
+        parse_run_config({**tree, "parallel": {"shard": 2}})
     assert not Path(tree["run"]["out"]).exists()
 
 

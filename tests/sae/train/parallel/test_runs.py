@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeguard_sae.train.harvest import Harvester
-from saeguard_sae.train.run.config import parse
-from saeguard_sae.train.run.console import Console
+from saeguard_sae.train.activations import Harvester
+from saeguard_sae.train.run.config import parse_run_config
+from saeguard_sae.train.run.metrics import Console
 from saeguard_sae.train.run.run import train_from_config
 from support.processes import World
 
@@ -30,7 +30,7 @@ def train(tree: Tree, passes: str) -> None:
         return read(self, rows)
 
     Harvester.read = counted  # type: ignore[method-assign]
-    train_from_config(parse(tree), resume=True, console=Console(io.StringIO()))
+    train_from_config(parse_run_config(tree), resume=True, console=Console(io.StringIO()))
     with open(passes, "a", encoding="utf-8") as file:
         file.write(f"{count[0]}\n")
 

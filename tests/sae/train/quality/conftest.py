@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.activations import JumpReLU
 from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, Material, Row, evaluate
+from saeguard_sae.models import Site
+from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
 from support.models import BOS, EOS, PAD, SITES, save_model
 
 SPECIAL = torch.tensor([BOS, EOS, PAD])
@@ -34,7 +33,7 @@ class World:
     model_type: str
     model: Any
     folder: Path
-    rows: list[Row]
+    rows: list[EvaluationRow]
 
     def hook(self, site: Site, visit: Callable[[Tensor], Tensor | None]) -> Any:
         """A plain hook by the tests' own table of modules: visit(x [rows, T, width]) -> what takes its place."""
@@ -52,7 +51,7 @@ class World:
             return module.register_forward_pre_hook(lambda _, args: visited(args))
         return module.register_forward_hook(lambda _, __, out: visited(out))
 
-    def activations(self, site: Site, rows: list[Row]) -> Tensor:
+    def activations(self, site: Site, rows: list[EvaluationRow]) -> Tensor:
         """[n, width] of the ordinary tokens of each row, float64."""
         found: list[Tensor] = []
         handle = self.hook(site, lambda x: found.append(x[0].clone()))
@@ -62,12 +61,12 @@ class World:
         handle.remove()
         return torch.cat([x[row.ordinary] for x, row in zip(found, rows, strict=True)]).double()
 
-    def scores(self, rows: list[Row]) -> list[Tensor]:
+    def scores(self, rows: list[EvaluationRow]) -> list[Tensor]:
         """Log-probabilities [T, vocabulary] of each row in float64, with whatever hooks there are."""
         with torch.no_grad():
             return [self.model(input_ids=row.ids[None]).logits[0].double().log_softmax(-1) for row in rows]
 
-    def spliced(self, site: Site, change: Callable[[Tensor], Tensor], rows: list[Row]) -> list[Tensor]:
+    def spliced(self, site: Site, change: Callable[[Tensor], Tensor], rows: list[EvaluationRow]) -> list[Tensor]:
         """The same with ``change(x [n, width])`` in place of the activations of ordinary tokens."""
         at = iter(rows)
 
@@ -83,7 +82,7 @@ class World:
         return found
 
 
-def make_rows(model: Any, lengths: tuple[int, ...], seed: int) -> list[Row]:
+def make_rows(model: Any, lengths: tuple[int, ...], seed: int) -> list[EvaluationRow]:
     """BOS and bytes that the model finds likely, so that ablation costs it something; an EOS stands in the second."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -95,7 +94,7 @@ def make_rows(model: Any, lengths: tuple[int, ...], seed: int) -> list[Row]:
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)])
         if at == 1:
             ids[6] = EOS
-        found.append(Row(ids, ~torch.isin(ids, SPECIAL)))
+        found.append(EvaluationRow(ids, ~torch.isin(ids, SPECIAL)))
     return found
 
 
@@ -179,7 +178,9 @@ def evaluation(
         rows=world.rows,
         source="a test",
         decode=lambda ids: " ".join(map(str, ids)),
-        labelled=[(Row(ids, torch.arange(8) > 0), ("low", "high")[at % 2]) for at, ids in enumerate(texts)],
+        labelled=[(EvaluationRow(ids, torch.arange(8) > 0), ("low", "high")[at % 2]) for at, ids in enumerate(texts)],
     )
     settings = EvaluateSettings(examples=3, contexts=2)
-    return evaluate(loaded(site, random_sae(48)), material, settings, other=loaded(site, random_sae(48, 70, seed=12)))
+    return evaluate_saes(
+        loaded(site, random_sae(48)), material, settings, other=loaded(site, random_sae(48, 70, seed=12))
+    )

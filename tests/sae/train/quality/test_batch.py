@@ -6,18 +6,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.train.quality.batch import Row, batches, padded
+from saeguard_sae.train.quality.metrics import EvaluationRow, evaluation_batches, padded
 
 
-def row(length: int, start: int) -> Row:
+def row(length: int, start: int) -> EvaluationRow:
     ids = torch.arange(start, start + length)
-    return Row(ids, ids % 3 != 0)
+    return EvaluationRow(ids, ids % 3 != 0)
 
 
 @given(st.lists(st.integers(1, 12), max_size=20), st.integers(1, 40))
 def test_every_token_comes_once_in_order(lengths: list[int], tokens: int) -> None:
     rows = [row(length, 100 * at) for at, length in enumerate(lengths)]
-    found = list(batches(rows, tokens))
+    found = list(evaluation_batches(rows, tokens))
     assert [one for batch in found for one in batch.ids[batch.real].tolist()] == [
         one for each in rows for one in each.ids.tolist()
     ]

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from saeguard_sae.formats import saelens_save
-from saeguard_sae.site import Site
+from saeguard_sae.models import Site
 from saeguard_sae.train.quality.cli import add_evaluate
-from saeguard_sae.train.quality.evaluation import read
+from saeguard_sae.train.quality.evaluate import read_evaluation
 
 
 @pytest.fixture
 def files(tmp_path: Path, worlds: Any, random_sae: Any) -> dict[str, str]:
     """What a run needs, as flags."""
     sae = tmp_path / "run" / "sae"
-    saelens_save.save(random_sae(48), sae, site=Site(1, "resid_post"), model_name="tiny")
+    saelens_save.save_saelens(random_sae(48), sae, site=Site(1, "resid_post"), model_name="tiny")
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{at} is a number, and so is {at + 1}."}) + "\n" for at in range(40)))
     probe = tmp_path / "probe.jsonl"
@@ -41,7 +41,7 @@ def call(given: dict[str, str]) -> int:
 def test_it_writes_beside_the_sae(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(files) == 0
     folder = Path(files["sae"]) / "evaluation"
-    found = read(folder / "evaluation.json")
+    found = read_evaluation(folder / "evaluation.json")
     assert found.subjects.sae == "run/sae"
     assert found.subjects.reads == "resid_post.1"
     assert len(found.subjects.digest) == 64
@@ -54,7 +54,7 @@ def test_it_writes_beside_the_sae(files: dict[str, str], capsys: pytest.CaptureF
 
 def test_another_sae_and_another_folder(files: dict[str, str], tmp_path: Path) -> None:
     assert call(files | {"--other": files["sae"], "--out": str(tmp_path / "out"), "--seed": "3"}) == 0
-    found = read(tmp_path / "out" / "evaluation.json")
+    found = read_evaluation(tmp_path / "out" / "evaluation.json")
     assert found.agreement is not None
     assert found.agreement.mcc == pytest.approx(1, abs=1e-5)
     assert found.agreement_with == "run/sae"

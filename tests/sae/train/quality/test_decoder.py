@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saeguard_sae.train.quality import decoder as module
-from saeguard_sae.train.quality.decoder import agreement, max_cosines
+from saeguard_sae.train.quality import metrics as module
+from saeguard_sae.train.quality.metrics import agreement, max_cosines
 
 
 def rows(n: int, width: int, seed: int) -> Tensor:

@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from saeguard_sae.train.quality import Evaluation
-from saeguard_sae.train.quality.evaluation import read, write, write_whole
+from saeguard_sae.train.quality.evaluate import read_evaluation, write_evaluation, write_whole
 
 
 def test_round_trip(tmp_path: Path, evaluation: Evaluation) -> None:
-    file = write(evaluation, tmp_path)
+    file = write_evaluation(evaluation, tmp_path)
     assert file == tmp_path / "evaluation.json"
-    assert read(file) == evaluation
+    assert read_evaluation(file) == evaluation
     assert json.loads(file.read_text())["version"] == 1
 
 
 def test_other_files_are_refused(tmp_path: Path, evaluation: Evaluation) -> None:
-    file = write(evaluation, tmp_path)
+    file = write_evaluation(evaluation, tmp_path)
     known = json.loads(file.read_text())
     for change, message in (({"version": 2}, "version 2 is not supported"), ({"more": 1}, "unknown field `more`")):
         file.write_text(json.dumps(known | change))
         with pytest.raises(ValueError, match=rf"evaluation\.json: .*{message}"):
-            read(file)
+            read_evaluation(file)
     file.write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json: "):
-        read(file)
+        read_evaluation(file)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

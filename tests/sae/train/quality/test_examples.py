@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeguard_sae.train.quality.batch import Row, padded
-from saeguard_sae.train.quality.examples import Examples, spread
+from saeguard_sae.train.quality.metrics import EvaluationRow, Examples, padded, spread
 
 
 def decode(ids: list[int]) -> str:
@@ -19,7 +18,7 @@ def test_the_strongest_of_all(size: int) -> None:
     texts = []
     for at in range(9):
         ids = torch.arange(100 * at, 100 * at + 10 + 7 * (at % 3))
-        texts.append(Row(ids, torch.arange(len(ids)) > 0))
+        texts.append(EvaluationRow(ids, torch.arange(len(ids)) > 0))
     values = [torch.rand(int(row.ordinary.sum()), 6, generator=generator) for row in texts]
     values[4][:, 2] += 3.0  # all of the strongest in one row
     values[5][:, 5] = 0

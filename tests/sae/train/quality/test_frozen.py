@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.train.quality import frozen as module
-from saeguard_sae.train.quality.frozen import frozen_baseline
+from saeguard_sae.train.quality import evaluate as module
+from saeguard_sae.train.quality.evaluate import frozen_baseline
 
 
 def observations(n: int, width: int, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.train.quality.histogram import of_values, of_whole_numbers
+from saeguard_sae.train.quality.metrics import of_values, of_whole_numbers
 
 
 def test_values_are_counted_as_numpy_counts_them() -> None:

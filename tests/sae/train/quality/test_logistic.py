@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from saeguard_sae.train.quality.logistic import fit
+from saeguard_sae.train.quality.probes import fit
 
 
 @pytest.mark.parametrize("distance", [0.0, 1.0, 30.0])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeguard_sae.train.quality import loss as module
-from saeguard_sae.train.quality.batch import Row, padded
-from saeguard_sae.train.quality.loss import Loss
+from saeguard_sae.train.quality import metrics as module
+from saeguard_sae.train.quality.metrics import EvaluationRow, Loss, padded
 
 
 @pytest.mark.parametrize("positions", [3, 128])
@@ -15,7 +14,7 @@ def test_equals_the_formulas(positions: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_POSITIONS", positions)
     generator = torch.Generator().manual_seed(4)
     ids = [torch.randint(0, 17, (length,), generator=generator) for length in (9, 5, 1)]
-    batch = padded([Row(one, torch.ones(len(one), dtype=torch.bool)) for one in ids])
+    batch = padded([EvaluationRow(one, torch.ones(len(one), dtype=torch.bool)) for one in ids])
     logits, base = (torch.randn(3, 9, 17, generator=generator) * 2 for _ in range(2))
     nats, divergences = [], []
     for at, one in enumerate(ids):

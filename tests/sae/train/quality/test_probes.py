@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.train.errors import TrainError
 from saeguard_sae.train.quality.probes import (
     Split,
     _chosen,
@@ -19,6 +18,7 @@ from saeguard_sae.train.quality.probes import (
     score_sparse,
     split,
 )
+from saeguard_sae.train.settings import TrainError
 
 LABELS = ["cat", "dog", "bird"] * 20
 

@@ -13,11 +13,8 @@ import msgspec
 import pytest
 
 from saeguard_sae.train.quality import Evaluation
-from saeguard_sae.train.quality.decoder import Agreement
-from saeguard_sae.train.quality.examples import Context, FeatureExamples
-from saeguard_sae.train.quality.plots import plots
-from saeguard_sae.train.quality.report import html, write
-from saeguard_sae.train.quality.rows import lines, summary
+from saeguard_sae.train.quality.metrics import Agreement, Context, FeatureExamples
+from saeguard_sae.train.quality.report import html, lines, plots, summary, write_report
 
 VOID = {"meta", "img", "source", "br"}
 Shown = Callable[[Evaluation], tuple["Page", str]]
@@ -157,7 +154,7 @@ def test_a_sample_says_that_it_is_one(evaluation: Evaluation, shown: Shown) -> N
 
 
 def test_files(tmp_path: Path, evaluation: Evaluation) -> None:
-    written = write(evaluation, tmp_path / "new" / "folder")
+    written = write_report(evaluation, tmp_path / "new" / "folder")
     names = ["cosine.png", "density.png", "evaluation.json", "l0.png", "loss.png", "probes.png", "report.html"]
     assert sorted(one.name for one in written) == names
     assert sorted(one.name for one in (tmp_path / "new" / "folder").iterdir()) == names

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.site import Site
-from saeguard_sae.train.errors import TrainError
-from saeguard_sae.train.quality.batch import padded
-from saeguard_sae.train.quality.subject import Subject
+from saeguard_sae.models import Site
+from saeguard_sae.train.quality.metrics import padded
+from saeguard_sae.train.quality.probes import Subject
+from saeguard_sae.train.settings import TrainError
 from support.models import SITES
 
 Worlds = Callable[[str], Any]

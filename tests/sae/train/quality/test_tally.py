@@ -10,8 +10,8 @@ import torch
 
 from saeguard_sae.check.measure import reader
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.train.quality import tally as module
-from saeguard_sae.train.quality.tally import Tally, read
+from saeguard_sae.train.quality import metrics as module
+from saeguard_sae.train.quality.metrics import Tally, read_tally
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_equals_the_formulas(
     features, made = formula(dictionary, x.double())
     found, seen = Tally(90, CPU), []
     for part in (x[:61], x[61:]):
-        read(reader(dictionary), part, part, found, lambda f, start: seen.append((start, len(f))))
+        read_tally(reader(dictionary), part, part, found, lambda f, start: seen.append((start, len(f))))
     assert max(size for _, size in seen) <= max(1, values // 90)
     wanted = x.double()
     is_on = features != 0

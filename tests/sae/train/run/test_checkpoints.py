@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints
-from saeguard_sae.train.run.errors import RunFailed
+from saeguard_sae.train.run.config import RunFailed
 
 
 def state(step: int, size: int = 8) -> Checkpoint:

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from saeguard_sae.train.run import run as running
-from saeguard_sae.train.run.cli import FLAGS, add_train, overrides
-from saeguard_sae.train.run.config import RunConfig, load
-from saeguard_sae.train.run.errors import RunFailed, RunStopped
+from saeguard_sae.train.run.cli import FLAGS, add_train, train_overrides
+from saeguard_sae.train.run.config import RunConfig, RunFailed, RunStopped, load_run_config
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -44,11 +43,11 @@ def test_every_flag_is_a_key(tree: Tree, write: Write) -> None:
     values = {"--out": "there", "--tokens": "99", "--batch": "32", "--seed": "4", "--threads": "2", "--device": "cpu"}
     assert values.keys() == FLAGS.keys()
     arguments = parsed("c.toml", *(word for pair in values.items() for word in pair))
-    config = load(write(tree), overrides(arguments))
+    config = load_run_config(write(tree), train_overrides(arguments))
     assert config.model is not None
     assert (config.run.out, config.run.tokens, config.stream.batch) == ("there", 99, 32)
     assert (config.run.seed, config.stream.seed, config.run.threads, config.model.device) == (4, 4, 2, "cpu")
-    assert overrides(parsed("c.toml")) == {}
+    assert train_overrides(parsed("c.toml")) == {}
 
 
 @pytest.mark.parametrize(

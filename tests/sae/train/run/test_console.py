@@ -6,8 +6,7 @@ import io
 
 import pytest
 
-from saeguard_sae.train.run.console import Console, duration, rate
-from saeguard_sae.train.run.metrics import Moment
+from saeguard_sae.train.run.metrics import Console, StepMetrics, duration, rate
 from saeguard_sae.train.tracking import Progress
 
 
@@ -24,9 +23,9 @@ class Clock:
         return self.now
 
 
-def moment(*names: str, step: int = 250) -> Moment:
+def moment(*names: str, step: int = 250) -> StepMetrics:
     saes = {name: Progress(step, 0, 0.123456, 31.96, 0.0812, 0.0123, 1e-3) for name in names}
-    return Moment(step=step, steps=1_000, tokens=0, tokens_per_s=12_345.0, elapsed_s=50.0, left_s=150.0, saes=saes)
+    return StepMetrics(step=step, steps=1_000, tokens=0, tokens_per_s=12_345.0, elapsed_s=50.0, left_s=150.0, saes=saes)
 
 
 def test_one_line_for_one_sae() -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.site import Site
-from saeguard_sae.train.run.entries import entries
-from saeguard_sae.train.run.errors import BadConfig
+from saeguard_sae.models import Site
+from saeguard_sae.train.run.config import BadConfig, entries
 
 MID = {"name": "mid", "site": "resid_post.1", "d_sae": 64, "k": 4}
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from saeguard_sae.train.learner import make_learner
-from saeguard_sae.train.run import estimate
+from saeguard_sae.train.run import jobs as estimate
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints
-from saeguard_sae.train.run.errors import BadConfig
-from saeguard_sae.train.run.estimate import Size, check_disk, check_memory
+from saeguard_sae.train.run.config import BadConfig
+from saeguard_sae.train.run.jobs import Size, check_disk, check_memory
 from saeguard_sae.train.settings import SaeSettings
 
 CPU = torch.device("cpu")

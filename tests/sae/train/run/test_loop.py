@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.site import Site
-from saeguard_sae.train.errors import TrainError
+from saeguard_sae.models import Site
 from saeguard_sae.train.learner import Learner
 from saeguard_sae.train.run.checkpoints import Checkpoint
-from saeguard_sae.train.run.config import RunConfig, parse
-from saeguard_sae.train.run.errors import RunFailed, RunStopped
-from saeguard_sae.train.run.loop import Loop, Trainee
-from saeguard_sae.train.run.metrics import Moment
-from saeguard_sae.train.run.plans import Plan, plans
-from saeguard_sae.train.run.stopping import StopSignals
+from saeguard_sae.train.run.config import RunConfig, RunFailed, RunStopped, parse_run_config
+from saeguard_sae.train.run.jobs import SaePlan, plans
+from saeguard_sae.train.run.metrics import StepMetrics
+from saeguard_sae.train.run.run import SaeTrainer, StopSignals, TrainLoop
+from saeguard_sae.train.settings import TrainError
 from saeguard_sae.train.tracking import Progress
 
 READS, WRITES = Site(1, "resid_post"), Site(2, "mlp_out")
@@ -67,14 +65,14 @@ class Remembering:
     """Keeps what it is told, in order."""
 
     def __init__(self) -> None:
-        self.reports: list[Moment] = []
+        self.reports: list[StepMetrics] = []
         self.saved: list[Checkpoint] = []
         self.events: list[str] = []
 
     def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
         self.events.append(f"live {step}")
 
-    def report(self, moment: Moment) -> None:
+    def report(self, moment: StepMetrics) -> None:
         self.reports.append(moment)
         self.events.append(f"report {moment.step}")
 
@@ -98,21 +96,21 @@ class Stage:
     """A loop with all that it talks to."""
 
     config: RunConfig
-    plans: tuple[Plan, ...]
+    plans: tuple[SaePlan, ...]
     recorder: Remembering = field(default_factory=Remembering)
     stream: Numbers = field(default_factory=Numbers)
 
-    def loop(self, *learners: Counting, begun: Checkpoint | None = None) -> Loop:
+    def loop(self, *learners: Counting, begun: Checkpoint | None = None) -> TrainLoop:
         pairs = zip(self.plans, learners, strict=True)
-        trainees = [Trainee(plan, cast(Learner, one)) for plan, one in pairs]
-        return Loop(self.config, self.stream, trainees, self.recorder, begun)
+        trainees = [SaeTrainer(plan, cast(Learner, one)) for plan, one in pairs]
+        return TrainLoop(self.config, self.stream, trainees, self.recorder, begun)
 
 
 @pytest.fixture
 def stage(tree: dict[str, Any]) -> Stage:
     tree["run"] |= {"tokens": 64 * 7, "log_every": 2, "checkpoint_every": 3}
     tree["saes"].append({**tree["saes"][0], "name": "over", "write_site": str(WRITES)})
-    config = parse(tree)
+    config = parse_run_config(tree)
     return Stage(config, plans(config, {READS: 3, WRITES: 3}))
 
 

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from saeguard_sae.train.run.errors import RunFailed
-from saeguard_sae.train.run.metrics import MetricsFile, Moment, TensorBoard, last_figures
+from saeguard_sae.train.run.config import RunFailed
+from saeguard_sae.train.run.metrics import MetricsFile, StepMetrics, TensorBoard, last_figures
 from saeguard_sae.train.tracking import Progress
 
 
-def moment(step: int, loss: float = 0.5) -> Moment:
+def moment(step: int, loss: float = 0.5) -> StepMetrics:
     one = Progress(step, step * 4, loss, 3.0, 0.25, 0.125, 1e-3)
-    return Moment(
+    return StepMetrics(
         step=step, steps=9, tokens=step * 4, tokens_per_s=2.0, elapsed_s=3.0, left_s=4.0, saes={"a": one, "b": one}
     )
 

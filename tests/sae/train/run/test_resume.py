@@ -19,9 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard_sae.train.run.config import RunConfig, parse
-from saeguard_sae.train.run.console import Console
-from saeguard_sae.train.run.errors import RunStopped
+from saeguard_sae.train.run.config import RunConfig, RunStopped, parse_run_config
+from saeguard_sae.train.run.metrics import Console
 from saeguard_sae.train.run.run import train_from_config
 
 KILLS = 10
@@ -96,12 +95,12 @@ def config(tree: dict[str, Any]) -> dict[str, Any]:
 def test_killed_ten_times_it_ends_with_the_same_bytes(config: dict[str, Any], tmp_path: Path) -> None:
     alone, killed, errors = tmp_path / "alone", tmp_path / "killed", tmp_path / "errors"
     config["run"]["out"] = str(alone)
-    undisturbed = _started(parse(config), errors)
+    undisturbed = _started(parse_run_config(config), errors)
     config["run"]["out"] = str(killed)
     chance = random.Random(time.time_ns())
     reached = []
     for number in range(KILLS):
-        process = _started(parse(config), errors)
+        process = _started(parse_run_config(config), errors)
         # Some while it starts, the others while it goes, further on each time.
         if chance.random() < 0.3:
             time.sleep(chance.random() * 0.5)
@@ -113,7 +112,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(config: dict[str, Any], tm
         process.join()
         reached.append(_written(killed))
         assert process.exitcode == -signal.SIGKILL, f"it must not be done yet: {reached}\n{errors.read_text()}"
-    last = _started(parse(config), errors)
+    last = _started(parse_run_config(config), errors)
     for process in (undisturbed, last):
         process.join(DEADLINE_S)
         assert process.exitcode == 0, errors.read_text(encoding="utf-8")
@@ -131,7 +130,7 @@ def test_a_signal_saves_and_nothing_is_lost(
     out, errors = Path(config["run"]["out"]), tmp_path / "errors"
     # No checkpoint is due before the end: the one that is found is the signal's.
     config["run"] |= {"checkpoint_every": 10**6, "log_every": 1}
-    process = _started(parse(config), errors)
+    process = _started(parse_run_config(config), errors)
     _wait_for(process, out, 5)
     assert process.pid is not None
     os.kill(process.pid, number)
@@ -139,11 +138,11 @@ def test_a_signal_saves_and_nothing_is_lost(
     assert process.exitcode == 128 + number, errors.read_text(encoding="utf-8")
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{_written(out):012}.pt"
-    again = _started(parse(config), errors)
+    again = _started(parse_run_config(config), errors)
     again.join(DEADLINE_S)
     assert again.exitcode == 0, errors.read_text(encoding="utf-8")
     config["run"]["out"] = str(tmp_path / "alone")
-    train_from_config(parse(config), console=console)
+    train_from_config(parse_run_config(config), console=console)
     assert _outcome(out)[0] == _outcome(tmp_path / "alone")[0]
 
 
@@ -151,7 +150,7 @@ def test_a_checkpoint_without_its_stream_would_be_seen(
     config: dict[str, Any], tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That the comparison above can fail: one that goes on with the data's start ends elsewhere."""
-    from saeguard_sae.train.run.source import Source
+    from saeguard_sae.train.run.jobs import Source
 
     config["saes"] = config["saes"][:1]
     outcomes = []
@@ -160,10 +159,10 @@ def test_a_checkpoint_without_its_stream_would_be_seen(
         with monkeypatch.context() as patch:
             patch.setattr(Source, "batch", _stopping_after(30, Source.batch))
             with pytest.raises(KeyboardInterrupt):
-                train_from_config(parse(config), console=console)
+                train_from_config(parse_run_config(config), console=console)
         if name == "forgetful":
             monkeypatch.setattr(Source, "resume", lambda self, state: None)
-        train_from_config(parse(config), resume=True, console=console)
+        train_from_config(parse_run_config(config), resume=True, console=console)
         outcomes.append(_outcome(tmp_path / name)[0])
     assert outcomes[0] != outcomes[1]
 

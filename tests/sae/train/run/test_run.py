@@ -15,17 +15,14 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import open_sae
-from saeguard_sae.site import Site
-from saeguard_sae.train.caching import cache
-from saeguard_sae.train.errors import TrainError
+from saeguard_sae.models import Site
 from saeguard_sae.train.lm import ModelSettings, open_model
 from saeguard_sae.train.run import run as running
-from saeguard_sae.train.run.config import parse
-from saeguard_sae.train.run.console import Console
-from saeguard_sae.train.run.errors import BadConfig, RunFailed
+from saeguard_sae.train.run.config import BadConfig, RunFailed, parse_run_config
+from saeguard_sae.train.run.metrics import Console
 from saeguard_sae.train.run.run import train_from_config
-from saeguard_sae.train.stream import ActivationStream
-from saeguard_sae.train.stream_settings import DataSettings, StreamSettings
+from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
+from saeguard_sae.train.stream import ActivationStream, cache_activations
 
 Tree = dict[str, Any]
 
@@ -40,7 +37,7 @@ def test_from_a_configuration_to_an_sae_that_loads(tree: Tree, console: Console,
         {"name": "over", "site": "mlp_in.1", "write_site": "mlp_out.1", "d_sae": 64, "k": 4, "kernels": "torch"},
         {"name": "classic", "site": "resid_post.0", "expansion": 2, "architecture": "relu", "sparsity": 0.1},
     ]
-    paths = train_from_config(parse(tree), console=console)
+    paths = train_from_config(parse_run_config(tree), console=console)
     assert [path.name for path in paths] == ["mid-k2", "mid-k8", "over", "classic"]
     found = {path.name: open_sae(path.name, path).found for path in paths}
     assert {name: one.dictionary.architecture for name, one in found.items()} == {
@@ -63,7 +60,7 @@ def test_from_a_configuration_to_an_sae_that_loads(tree: Tree, console: Console,
 
 def test_it_learns(tree: Tree, console: Console) -> None:
     tree["run"]["tokens"] = 64 * 300
-    (path,) = train_from_config(parse(tree), console=console)
+    (path,) = train_from_config(parse_run_config(tree), console=console)
     dictionary = open_sae("mid", path).found.dictionary
     assert isinstance(dictionary, Dictionary)
     model = open_model(ModelSettings(path=tree["model"]["path"]))
@@ -76,7 +73,7 @@ def test_it_learns(tree: Tree, console: Console) -> None:
 
 
 def test_metrics_are_of_every_tenth_step(tree: Tree, console: Console) -> None:
-    train_from_config(parse(tree), console=console)
+    train_from_config(parse_run_config(tree), console=console)
     lines = (Path(tree["run"]["out"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40]
 
@@ -85,16 +82,16 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tree: Tree, tmp
     found = []
     for number, seed in enumerate((11, 11, 12)):
         tree["run"] |= {"out": str(tmp_path / f"out{number}"), "seed": seed}
-        (path,) = train_from_config(parse(tree), console=console)
+        (path,) = train_from_config(parse_run_config(tree), console=console)
         found.append((path / "sae_weights.safetensors").read_bytes())
     assert found[0] == found[1] != found[2]
 
 
 def test_a_finished_run_is_written_again(tree: Tree, console: Console, screen: io.StringIO) -> None:
-    (path,) = train_from_config(parse(tree), console=console)
+    (path,) = train_from_config(parse_run_config(tree), console=console)
     before = (path / "sae_weights.safetensors").read_bytes()
     (path / "sae_weights.safetensors").unlink()
-    train_from_config(parse(tree), resume=True, console=console)
+    train_from_config(parse_run_config(tree), resume=True, console=console)
     assert (path / "sae_weights.safetensors").read_bytes() == before
     assert "going on after step 40" in screen.getvalue()
 
@@ -103,22 +100,22 @@ def test_cached_activations_need_no_model(tree: Tree, tmp_path: Path, console: C
     model = open_model(ModelSettings(path=tree["model"]["path"]))
     settings = StreamSettings(context=32, batch=64, buffer=1024)
     stream = ActivationStream(model, [Site(1, "resid_post")], DataSettings(path=tree["data"]["path"]), settings)
-    cache(stream, tmp_path / "cached", 3_000)
+    cache_activations(stream, tmp_path / "cached", 3_000)
     del tree["model"]
     tree["data"] = {"path": str(tmp_path / "cached")}
-    (path,) = train_from_config(parse(tree), console=console)
+    (path,) = train_from_config(parse_run_config(tree), console=console)
     config = json.loads((path / "cfg.json").read_text(encoding="utf-8"))
     assert config["metadata"]["model_name"] == "model"
     assert "context_size" not in config["metadata"]
     tree["run"] |= {"evaluate": True, "out": str(tmp_path / "other")}
     with pytest.raises(BadConfig, match=r"^run\.evaluate: cached activations hold no text"):
-        train_from_config(parse(tree), console=console)
+        train_from_config(parse_run_config(tree), console=console)
 
 
 def test_evaluation_at_the_end(tree: Tree, console: Console, screen: io.StringIO) -> None:
     tree["run"] |= {"evaluate": True, "heldout": 20}
     tree["saes"][0]["seed"] = [0, 1]
-    paths = train_from_config(parse(tree), console=console)
+    paths = train_from_config(parse_run_config(tree), console=console)
     for path in paths:
         found = json.loads((path / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
         assert found["subjects"]["reads"] == "resid_post.1"
@@ -145,7 +142,7 @@ def test_what_cannot_be_used_is_named_before_anything_is_written(
     for table, values in changes.items():
         tree[table] |= values
     with pytest.raises(TrainError) as caught:
-        train_from_config(parse(tree), console=console)
+        train_from_config(parse_run_config(tree), console=console)
     assert str(caught.value).startswith(said)
     assert not Path(tree["run"]["out"]).exists()
 
@@ -162,7 +159,7 @@ def test_what_cannot_be_used_is_named_before_anything_is_written(
 def test_saes_that_cannot_be_are_refused(tree: Tree, console: Console, changes: Mapping[str, Any], said: str) -> None:
     tree["saes"][0] |= changes
     with pytest.raises(TrainError) as caught:
-        train_from_config(parse(tree), console=console)
+        train_from_config(parse_run_config(tree), console=console)
     assert said in str(caught.value)
     assert not Path(tree["run"]["out"]).exists()
 
@@ -181,7 +178,7 @@ def test_activations_that_are_not_finite_stop_it_with_the_checkpoint_named(
 
     monkeypatch.setattr(running.Source, "batch", broken)
     with pytest.raises(RunFailed) as caught:
-        train_from_config(parse(tree), console=console)
+        train_from_config(parse_run_config(tree), console=console)
     assert str(caught.value) == (
         "after step 25: activations at resid_post.1 are not finite; the checkpoint of step 20 is kept"
     )
@@ -190,12 +187,12 @@ def test_activations_that_are_not_finite_stop_it_with_the_checkpoint_named(
 def test_a_learning_rate_that_breaks_an_sae_stops_the_run_by_name(tree: Tree, console: Console) -> None:
     tree["saes"].append({**tree["saes"][0], "name": "wild", "learning_rate": 1e30, "clip": 1e30})
     with pytest.raises(RunFailed, match=r"^saes\.wild: its loss stopped being a number between steps"):
-        train_from_config(parse(tree), console=console)
+        train_from_config(parse_run_config(tree), console=console)
 
 
 def test_threads_are_given_back(tree: Tree, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(running, "_train", lambda *args, **kwargs: seen.append(torch.get_num_threads()) or {})
     tree["run"]["threads"] = 2
-    train_from_config(parse(tree), console=console)
+    train_from_config(parse_run_config(tree), console=console)
     assert (seen, torch.get_num_threads()) == ([2], 1)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from saeguard_sae.train.run.stopping import StopSignals
+from saeguard_sae.train.run.run import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

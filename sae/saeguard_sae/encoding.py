@@ -1,0 +1,433 @@
+"""How single features are read from a tensor: the weights that takes, and the arithmetic, for tables of any shape.
+
+Features that one row does not tell (TopK and its kin, matching pursuit) also need their coder as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from saeguard_sae.coders import MatchingPursuit, SparseCoder, Temporal, is_signed
+from saeguard_sae.dictionary import (
+    NORMALISATIONS,
+    ActivationFunction,
+    Dictionary,
+    GroupMax,
+    TanhReLU,
+    TopK,
+    frame,
+    normalise,
+)
+from saeguard_sae.ranks import Competitors, FeatureBounds, UpperBound, checked_number, rank_upper_bounds
+
+Cells: TypeAlias = dict[str, Tensor]
+"""What the columns of a table hold, by name."""
+
+READ = (
+    *("W_enc", "total", "normalisation", "restores", "gain", "bias", "gate", "threshold", "squashed"),
+    *("whole", "feature"),
+)
+"""The columns by which features are read."""
+
+
+class Coders:
+    """The coders of which more than one row is needed, by a number from 1, and what their features compete with."""
+
+    def __init__(self) -> None:
+        self._whole: list[SparseCoder] = []
+        self._rivals: dict[int, Competitors] = {}
+
+    def number(self, coder: SparseCoder) -> int:
+        """Its number; 0 for one whose features are told by their own rows."""
+        if is_local(coder):
+            return 0
+        for number, known in enumerate(self._whole, start=1):
+            if known is coder:
+                return number
+        self._whole.append(coder)
+        return len(self._whole)
+
+    def note(self, features: Iterable[tuple[int, Iterable[int]]]) -> None:
+        """After features came or went: which of each numbered coder are in use."""
+        chosen: dict[int, set[int]] = {}
+        for number, found in features:
+            chosen.setdefault(number, set()).update(found)
+        self._rivals = {
+            number: self._rivals[number] if number in self._rivals and not grouped else Competitors.of(coder, found)
+            for number, found in chosen.items()
+            if isinstance(coder := self._whole[number - 1], Dictionary)
+            for grouped in [isinstance(coder.activation, GroupMax)]
+        }
+
+    def read(self, number: int, x: Tensor, index: Tensor, pre: Tensor) -> Tensor:
+        """x [B, T, d] -> the features ``index`` [B, T, E] (-1 for none) of a coder, given their pre-activations."""
+        if number not in self._rivals:
+            return self._whole[number - 1].encode(x).float().gather(-1, index.clamp_min(0))
+        flat = self._rivals[number].read(x.flatten(0, 1), index.flatten(0, 1), pre.flatten(0, 1))
+        return flat.view_as(index)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What reading some features takes beside their rows."""
+
+    kinds: frozenset[str] = frozenset({"none"})
+    """Normalisations of their coders."""
+    whole: frozenset[int] = frozenset()
+    """Numbers of the coders of which more than one row is needed."""
+    is_squashed: bool = False
+    """Whether any feature goes through tanh."""
+
+    @classmethod
+    def of(cls, coders: Iterable[SparseCoder], numbers: Coders) -> Needs:
+        """Those of features of these coders."""
+        found = list(coders)
+        kinds = {one.normalisation for one in found if not isinstance(one, Temporal)}
+        squashed = any(isinstance(one, Dictionary) and isinstance(one.activation, TanhReLU) for one in found)
+        return cls(frozenset(kinds), frozenset(map(numbers.number, found)) - {0}, squashed)
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(self.kinds | other.kinds, self.whole | other.whole, self.is_squashed or other.is_squashed)
+
+
+def is_local(coder: SparseCoder) -> bool:
+    """Whether each of its features is told by its own row."""
+    return isinstance(coder, Dictionary) and coder.activation.local
+
+
+def rows(coder: SparseCoder, features: Sequence[int], coders: Coders) -> Cells:
+    """The columns ``READ`` of n features, [n] and [n, d_in], those that are not idle."""
+    chosen = torch.tensor(features, device=coder.W_dec.device)
+    found: Cells = {"feature": chosen, "whole": torch.full_like(chosen, coders.number(coder))}
+    if isinstance(coder, Dictionary):
+        found |= _encoder(coder, chosen)
+    elif isinstance(coder, MatchingPursuit):
+        found["restores"] = torch.full_like(chosen, NORMALISATIONS.index(coder.normalisation))
+    return found
+
+
+def _encoder(dictionary: Dictionary, features: Tensor) -> Cells:
+    rows = dictionary.encoder_rows(features)
+    kind = torch.full_like(features, NORMALISATIONS.index(dictionary.normalisation))
+    return {
+        "W_enc": rows.weights,
+        "total": rows.weights.sum(dim=1),
+        "normalisation": kind,
+        "restores": torch.zeros_like(kind) if dictionary.is_transcoder else kind,
+        "gain": rows.scalars.gain,
+        "bias": rows.scalars.bias,
+        "gate": rows.scalars.gate,
+        "threshold": rows.scalars.threshold,
+        "squashed": torch.full_like(features, rows.scalars.squashed, dtype=torch.bool),
+    }
+
+
+def frames(x: Tensor, kinds: frozenset[str]) -> Tensor | None:
+    """[3, B, T, kinds] each token's shift, divisor and scale under every normalisation; None where none has any."""
+    if not kinds - {"none"}:
+        return None
+    each = [frame(kind if kind in kinds else "none", x) for kind in NORMALISATIONS]
+    return torch.stack([torch.cat(parts, dim=-1) for parts in zip(*each, strict=True)])
+
+
+def topk_features(by_kind: Tensor, kind: Tensor) -> Tensor:
+    """by_kind [B, T, kinds], kind int64 [B or 1, E] -> [B, T, E]."""
+    return by_kind.gather(-1, kind[:, None].expand(*by_kind.shape[:2], -1))
+
+
+def values(x: Tensor, q: Tensor, cells: Cells, framed: Tensor | None, needs: Needs, coders: Coders) -> Tensor:
+    """The features [B, T, E] of x [B, T, d].
+
+    Args:
+        q: [B, T, E] the products of x with the features' rows.
+        cells: the columns ``READ``, [B, E] or the same [1, E] for all.
+        framed: ``frames`` of x under what ``needs`` names.
+    """
+    if framed is not None:
+        kind = cells["normalisation"]
+        q = (q - topk_features(framed[0], kind) * cells["total"][:, None]) / topk_features(framed[1], kind)
+    pre = q * cells["gain"][:, None] + cells["bias"][:, None]
+    f = pre.relu() * (q + cells["gate"][:, None] > cells["threshold"][:, None])
+    if needs.is_squashed:
+        f = torch.where(cells["squashed"][:, None], f.tanh(), f)
+    for number in sorted(needs.whole):
+        mine = (cells["whole"] == number)[:, None].expand_as(f)
+        index = torch.where(mine, cells["feature"][:, None], -1)
+        f = torch.where(mine, coders.read(number, x, index, torch.where(mine, pre, 0.0)), f)
+    return f
+
+
+# The n largest of each row, several times faster on a CPU than ``topk`` over a wide row.
+#
+# The columns are dealt into piles. The n piles with the largest tops hold the n largest, and only they are looked
+# into.
+
+
+def largest_per_row(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """values [N, size] -> values and columns as ``topk(n)`` gives them, but for which of equal ones it takes."""
+    size = values.shape[1]
+    height = _height(size, n)
+    if height == 1:
+        found = values.topk(n, dim=-1)
+        return found.values, found.indices
+    # Cards lie so that every pile's column is read in one sweep: card j of pile i is column j * piles + i.
+    cards = values.view(len(values), height, size // height)
+    piles = largest_per_row(cards.amax(dim=1), n)[1]
+    held = cards.gather(2, piles[:, None].expand(-1, height, -1)).flatten(1)
+    found = held.topk(n, dim=-1)
+    pile = piles.gather(1, found.indices % n)
+    return found.values, found.indices.div(n, rounding_mode="floor") * (size // height) + pile
+
+
+def _height(size: int, n: int) -> int:
+    """The power of two that divides size and leaves about as much to look at among the tops as in the piles."""
+    height = 1
+    while n and size % (2 * height) == 0 and n * (2 * height) ** 2 <= size:
+        height *= 2
+    return height
+
+
+# Picks features of many tokens: the largest, those above a threshold, named ones. The values are float32's own.
+#
+# Only candidates are computed exactly. They come from upper bounds (``ceiling``): a feature that is not among them is
+# proven to lose, because the worst that was picked is at least the bound of the best that was not. For a token of
+# which that proves nothing more are computed, and in the end all.
+
+
+SPARE = 16
+"""Candidates beyond those asked for; half as many again where more than twice this are asked for."""
+SPARSE = 64
+"""At most one feature in so many is computed as a candidate: past that the whole product is as fast."""
+CELLS = 2**23
+"""Bounds held at a time, in tokens times features."""
+
+
+class SelectedFeatures(NamedTuple):
+    """[N, n] each: values in float32, whose they are (int64), and which are picked; rows are as long as the longest."""
+
+    values: Tensor
+    features: Tensor
+    keep: Tensor
+
+
+class FeatureSelector:
+    """Picks features of one coder, token by token, on the device where its weights are.
+
+    Args:
+        fast: keep a bfloat16 copy of the encoder, made at the first use or by ``prepare``, where the coder and the
+            hardware allow it. Without it every token is encoded whole.
+
+    Raises:
+        ValueError: a temporal SAE, which reads a token together with all before it.
+    """
+
+    def __init__(self, coder: SparseCoder, *, fast: bool = True) -> None:
+        if isinstance(coder, Temporal):
+            raise ValueError("a temporal SAE reads whole prefixes: encode them, then use top_of, above_of and named_of")
+        self._coder, self._signed = coder, is_signed(coder)
+        self._ceiling: UpperBound | None = None
+        self._waits = fast and _is_bounded(coder)
+
+    def prepare(self) -> bool:
+        """Makes the copy now, if there is to be one; whether there is."""
+        if self._waits:
+            assert isinstance(self._coder, Dictionary)
+            with torch.no_grad():
+                self._ceiling, self._waits = UpperBound.of(self._coder), False
+        return self._ceiling is not None
+
+    @torch.no_grad()
+    def top(self, x: Tensor, k: int) -> SelectedFeatures:
+        """x [N, d_in] -> the k features of largest size, largest first; those that are 0 are not kept.
+
+        Fewer columns where fewer can be on. A GPU is waited for once per ``CELLS``, and again where tokens are left.
+
+        Raises:
+            ValueError: k is below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        return _stacked([self._top(part, min(k, self._coder.d_sae)) for part in self._parts(x)])
+
+    @torch.no_grad()
+    def above(self, x: Tensor, threshold: float) -> SelectedFeatures:
+        """x [N, d_in] -> the features of size above the threshold, largest first."""
+        return _stacked([self._above(part, threshold) for part in self._parts(x)])
+
+    @torch.no_grad()
+    def named(self, x: Tensor, features: Sequence[int]) -> SelectedFeatures:
+        """x [N, d_in] -> these features, in this order; all are kept."""
+        return _stacked([self._named(part, features) for part in self._parts(x)])
+
+    def _parts(self, x: Tensor) -> Sequence[Tensor]:
+        return torch.split(x, max(1, CELLS // self._coder.d_sae))
+
+    def _top(self, x: Tensor, k: int) -> SelectedFeatures:
+        coder = self._coder
+        assert isinstance(coder, Dictionary | MatchingPursuit)
+        n = k
+        if isinstance(coder, Dictionary) and isinstance(coder.activation, TopK):
+            n = min(k, coder.activation.k) if coder.activation.gain is None else coder.activation.k
+        tries = self._tries(n)
+        if not tries:
+            return top_of(coder.encode(x).float(), k, signed=self._signed)
+        assert isinstance(coder, Dictionary)
+        assert self._ceiling is not None
+        z = _centred(coder, x)
+        values, index = self._best(z, self._ceiling(z), n, tries)
+        return _finished(coder.activation, values, index, k)
+
+    def _above(self, x: Tensor, threshold: float) -> SelectedFeatures:
+        coder = self._coder
+        assert isinstance(coder, Dictionary | MatchingPursuit)
+        if threshold < 0 or not self._pays(1):
+            return above_of(coder.encode(x).float(), threshold, signed=self._signed)
+        assert isinstance(coder, Dictionary)
+        if isinstance(coder.activation, TopK):
+            found = self._top(x, coder.activation.k)
+            return found._replace(keep=found.values > threshold)
+        assert self._ceiling is not None
+        z = _centred(coder, x)
+        bounds = self._ceiling.without_those_off(self._ceiling(z), threshold)
+        most = int(_positive(bounds.pattern).max()) if len(x) else 0
+        if not (bounds.holds.all() and self._pays(most)):
+            return above_of(coder.encode(x).float(), threshold, signed=self._signed)
+        limits, index = largest_per_row(bounds.pattern, most)
+        values, order = _exact(coder, z, limits, index).sort(dim=-1, descending=True)
+        found = _finished(coder.activation, values, index.gather(1, order), most)
+        return found._replace(keep=found.values > threshold)
+
+    def _named(self, x: Tensor, features: Sequence[int]) -> SelectedFeatures:
+        coder = self._coder
+        assert isinstance(coder, Dictionary | MatchingPursuit)
+        if not isinstance(coder, Dictionary) or not coder.activation.local:
+            return named_of(coder.encode(x).float(), features)
+        index = torch.tensor(features, device=x.device, dtype=torch.int64)
+        pre = _centred(coder, x) @ coder.W_enc[:, index] + coder.b_enc[index]
+        own = {name: one[index] for name, one in coder.activation.parameters().items()}
+        values = coder.activation.with_parameters(own)(pre).float()
+        index = index.expand_as(values)
+        return SelectedFeatures(values, index, torch.ones_like(index, dtype=torch.bool))
+
+    def _best(self, z: Tensor, bounds: FeatureBounds, n: int, tries: list[int]) -> tuple[Tensor, Tensor]:
+        """The n largest of tokens z [N, d_in], in the units in which they are ranked, and their features, [N, n].
+
+        From the first number of candidates; for tokens of which that proves nothing, from those that may be on alone
+        and the next number; past the last, from all.
+        """
+        coder, ceiling = self._coder, self._ceiling
+        assert isinstance(coder, Dictionary)
+        assert ceiling is not None
+        if not tries:
+            return largest_per_row(rank_upper_bounds(coder.activation)(z @ coder.W_enc + coder.b_enc), n)
+        limits, index = largest_per_row(bounds.pattern, tries[0] + 1)
+        values, order = _exact(coder, z, limits[:, :-1], index[:, :-1]).topk(n, dim=-1)
+        index = index.gather(1, order)
+        proven = bounds.holds & (values[:, -1] >= checked_number(limits[:, -1]))
+        rows = proven.logical_not().nonzero()[:, 0]
+        if len(rows):
+            left = ceiling.without_those_off(FeatureBounds(bounds.pattern[rows], bounds.holds[rows]))
+            values[rows], index[rows] = self._best(z[rows], left, n, tries[1:])
+        return values, index
+
+    def _tries(self, n: int) -> list[int]:
+        """How many candidates to look at for the n largest, one number after another."""
+        first = n + _spare(n)
+        growing = [first * 4**more for more in range(8) if self._pays(first * 4**more)]
+        has_floor = self._ceiling is not None and self._ceiling.floor is not None
+        # The second time only among features that may be on.
+        return [first, *growing] if has_floor and growing else growing
+
+    def _pays(self, candidates: int) -> bool:
+        """Whether computing so many features alone is less work than all of them at once."""
+        return self.prepare() and candidates * SPARSE <= self._coder.d_sae
+
+
+def top_of(features: Tensor, k: int, *, signed: bool = False) -> SelectedFeatures:
+    """features [N, d_sae] -> as ``Picker.top``. Features that can be negative (``signed``) are sized by magnitude."""
+    index = largest_per_row(features.abs() if signed else features, min(k, features.shape[1]))[1]
+    values = features.gather(1, index)
+    return SelectedFeatures(values, index, values != 0)
+
+
+def above_of(features: Tensor, threshold: float, *, signed: bool = False) -> SelectedFeatures:
+    """features [N, d_sae] -> as ``Picker.above``."""
+    size = features.abs() if signed else features
+    most = int((size > threshold).sum(dim=-1).max()) if len(features) else 0
+    sizes, index = largest_per_row(size, most)
+    return SelectedFeatures(features.gather(1, index), index, sizes > threshold)
+
+
+def named_of(features: Tensor, names: Sequence[int]) -> SelectedFeatures:
+    """features [N, d_sae] -> as ``Picker.named``."""
+    index = torch.tensor(names, device=features.device, dtype=torch.int64).expand(len(features), -1)
+    return SelectedFeatures(features.gather(1, index), index, torch.ones_like(index, dtype=torch.bool))
+
+
+def _is_bounded(coder: SparseCoder) -> bool:
+    """Whether a larger pre-activation is never worth less, as long as the feature is on."""
+    if not isinstance(coder, Dictionary):
+        return False
+    return coder.activation.local or (isinstance(coder.activation, TopK) and not coder.activation.keeps_negative)
+
+
+def _centred(dictionary: Dictionary, x: Tensor) -> Tensor:
+    """x [N, d_in] as it meets the encoder."""
+    n = normalise(dictionary.normalisation, x.to(dictionary.W_enc.dtype))
+    return n - dictionary.b_dec if dictionary.centre else n
+
+
+def _exact(dictionary: Dictionary, z: Tensor, limits: Tensor, index: Tensor) -> Tensor:
+    """The values of features ``index`` [N, n], in the units in which they are ranked; 0 where the bound says so."""
+    # Past the last feature there are rows whose bound is 0.
+    index = index.clamp_max(dictionary.d_sae - 1)
+    pre = _dots(z, dictionary.W_enc.T, index) + dictionary.b_enc[index]
+    activation = rank_upper_bounds(dictionary.activation)
+    own = {name: one[index] for name, one in activation.parameters().items()}
+    return torch.where(limits > 0, activation.with_parameters(own)(pre), 0.0)
+
+
+def _dots(z: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """z [N, d], rows [m, d], index [N, n] -> ``z_i . rows[index_ij]`` [N, n], without gathering the rows."""
+    count, width = index.shape
+    starts = torch.arange(0, count * width, width, device=z.device) if width else index.new_zeros(count)
+    token = torch.arange(count, device=z.device).repeat_interleave(width)
+    flat = index.flatten()
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(z, rows, flat, starts, token, 0)
+    return dots.view(count, width)
+
+
+def _finished(activation: ActivationFunction, values: Tensor, index: Tensor, k: int) -> SelectedFeatures:
+    """Ranked candidates [N, n], largest first -> the k largest by what they are worth; 0 is not kept."""
+    if isinstance(activation, TanhReLU):
+        values = values.tanh()
+    if isinstance(activation, TopK) and activation.gain is not None:
+        values = values * activation.gain[index.clamp_max(len(activation.gain) - 1)]
+        values, order = values.topk(min(k, values.shape[1]), dim=-1)
+        index = index.gather(1, order)
+    # Not a number is kept, as it is where everything is encoded.
+    return SelectedFeatures(values, index, (values <= 0).logical_not())
+
+
+def _positive(pattern: Tensor) -> Tensor:
+    """[N] how many bounds are above 0."""
+    return pattern.clamp(0, 1).sum(dim=-1, dtype=torch.int32)
+
+
+def _spare(n: int) -> int:
+    return max(SPARE, n // 2)
+
+
+def _stacked(parts: list[SelectedFeatures]) -> SelectedFeatures:
+    """Parts of a batch below each other, the narrower ones padded with what is not kept."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.values.shape[1] for part in parts)
+    columns = zip(*parts, strict=True)
+    pad = torch.nn.functional.pad
+    return SelectedFeatures(*(torch.cat([pad(one, (0, width - one.shape[1])) for one in column]) for column in columns))

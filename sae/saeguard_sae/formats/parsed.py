@@ -1,0 +1,507 @@
+"""Reads the files that formats are made of; nothing here ever runs code from a file.
+
+Every error names the file and is a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from saeguard_sae.coders import SparseCoder
+from saeguard_sae.dictionary import Normalisation
+from saeguard_sae.models import Point, Site
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What numpy and zipfile raise over a damaged archive; a damaged header can also ask for more memory than there is.
+_BAD_ARCHIVE = (
+    ValueError, OSError, EOFError, TypeError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
+    struct.error,
+)  # fmt: skip
+
+
+class Tensors:
+    """The tensors of one file, by name, taken out one by one; ``close`` refuses what nobody took.
+
+    Values are float32; those already stored so are views of the mapped file where the file can be mapped.
+    """
+
+    def __init__(self, file: Path, names: Iterable[str], get: Any) -> None:
+        self.file, self._left, self._get = file, set(names), get
+        self.names = frozenset(self._left)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def take(self, name: str, *, keep_dtype: bool = False) -> Tensor:
+        """The tensor, in float32 unless ``keep_dtype``.
+
+        Raises:
+            ValueError: it is not there, or not floating point.
+        """
+        if name not in self.names:
+            there = ", ".join(sorted(self.names)) or "nothing"
+            raise ValueError(f"{self.file.name}: no {name}; it holds {there}")
+        self._left.discard(name)
+        found = self._get(name)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{self.file.name}: {name} is not a tensor")
+        found = found.detach()
+        if keep_dtype:
+            return found
+        if found.dtype not in _FLOATS:
+            raise ValueError(f"{self.file.name}: {name} is {found.dtype}, not a float")
+        if found.ndim < 2 and not torch.isfinite(found).all():
+            # Matrices are looked at once they are a dictionary; what a loader takes the exponential of is seen here.
+            raise ValueError(f"{self.file.name}: {name} holds values that are not finite")
+        return found.float()
+
+    def take_if(self, name: str) -> Tensor | None:
+        """The tensor, or None where the file has none of that name."""
+        return self.take(name) if name in self.names else None
+
+    def scalar(self, name: str) -> float:
+        """A tensor of one element.
+
+        Raises:
+            ValueError: it is not there or has more.
+        """
+        found = self.take(name, keep_dtype=True)
+        if found.numel() != 1:
+            raise ValueError(f"{self.file.name}: {name} must hold one number, has shape {tuple(found.shape)}")
+        return float(found)
+
+    def ignore(self, *names: str) -> None:
+        """Names that are known to make no difference."""
+        self._left -= set(names)
+
+    def close(self) -> None:
+        """Says that everything was taken.
+
+        Raises:
+            ValueError: a tensor is left whose meaning is not known.
+        """
+        if self._left:
+            raise ValueError(f"{self.file.name}: unexpected {sorted(self._left)[0]!r}: what it changes is not known")
+
+
+def safetensors(file: Path) -> Tensors:
+    """A safetensors file. Each tensor is mapped by itself, so that one that was copied does not stay in memory."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+    except (SafetensorError, OSError) as err:
+        raise ValueError(f"{file.name}: {err}") from err
+
+    def get(name: str) -> Tensor:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found: Tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError) as err:
+            raise ValueError(f"{file.name}: {err}") from err
+        return found
+
+    return Tensors(file, names, get)
+
+
+def npz(file: Path) -> Tensors:
+    """A numpy archive, without pickles. Each array is read by itself, so that one that was copied does not stay."""
+
+    def read(name: str | None) -> Any:
+        try:
+            # Opened here: numpy leaves a file open that turns out to be damaged.
+            with file.open("rb") as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as archive:
+                return list(archive.files) if name is None else torch.from_numpy(archive[name])
+        except _BAD_ARCHIVE as err:
+            raise ValueError(f"{file.name}: {err}") from err
+
+    return Tensors(file, read(None), read)
+
+
+def checkpoint(file: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, as long as that is tensors and plain values.
+
+    Raises:
+        ValueError: it needs more than that (such a file could run any code), or is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a plain pickle's version before it refuses the pickle
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as err:
+        raise ValueError(
+            f"{file.name}: holds Python objects besides tensors, which could run any code, and is not read. Where you "
+            "trust it, load it with torch.load(weights_only=False) and save its state dict alone with torch.save"
+        ) from err
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
+        raise ValueError(f"{file.name}: not a readable torch file: {err}") from err
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name}: holds a {type(found).__name__}, not a state dict")
+    return found
+
+
+def state_dict(file: Path) -> Tensors:
+    """A state dict that ``torch.save`` wrote."""
+    found = checkpoint(file)
+    return Tensors(file, (str(name) for name in found), found.__getitem__)
+
+
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """What a torch file holds, by name: a tensor's shape, () for anything else; empty where it cannot be read.
+
+    For telling formats apart that have nothing else to go by; loading the file says what is wrong with it.
+    """
+    if file.suffix not in (".pt", ".pth") or not file.is_file():
+        return {}
+    try:
+        found = checkpoint(file)
+    except ValueError:
+        return {}
+    return {str(name): tuple(one.shape) if isinstance(one, Tensor) else () for name, one in found.items()}
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, OSError, RecursionError) as err:
+        raise ValueError(f"{file.name}: not JSON: {err}") from err
+    return _table(found, file)
+
+
+def yaml_object(file: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping; tags that build Python objects are refused."""
+    try:
+        found = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as err:
+        raise ValueError(f"{file.name}: not YAML: {err}") from err
+    return _table(found, file)
+
+
+def check_keys(config: Mapping[str, Any], known: Iterable[str], file: str) -> None:
+    """Refuses keys that nobody here knows: they may change what the weights mean.
+
+    Raises:
+        ValueError: names the first.
+    """
+    unknown = sorted(str(key) for key in config.keys() - set(known))
+    if unknown:
+        raise ValueError(f"{file}: unknown key {unknown[0]!r}: what it changes is not known")
+
+
+def check_size(config: Mapping[str, Any], key: str, size: int, file: str) -> None:
+    """Compares a size that a file states with the weights' own.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if key in config and config[key] is not None and config[key] != size:
+        raise ValueError(f"{file}: {key} is {config[key]}, but the weights have {size}")
+
+
+def check_shapes(shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]], file: str) -> None:
+    """Compares tensors, by their names in the file, with the shapes that they must have.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def number(config: Mapping[str, Any], key: str, file: str) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: it is missing or something else.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+        raise ValueError(f"{file}: {key} must be a number, got {value!r}")
+    return float(value)
+
+
+def whole(config: Mapping[str, Any], key: str, file: str) -> int:
+    """A whole number above zero.
+
+    Raises:
+        ValueError: it is missing or something else.
+    """
+    value = number(config, key, file)
+    if value < 1 or value != int(value):
+        raise ValueError(f"{file}: {key} must be a whole number above 0, got {config[key]!r}")
+    return int(value)
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool | None, file: str) -> bool:
+    """True or false; None as ``default`` means that it must be there.
+
+    Raises:
+        ValueError: it is missing or something else.
+    """
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{file}: {key} must be true or false, got {value!r}")
+    return value
+
+
+def choice(config: Mapping[str, Any], key: str, allowed: Iterable[str], file: str) -> str:
+    """One of these words.
+
+    Raises:
+        ValueError: it is missing or something else.
+    """
+    value, words = config.get(key), list(allowed)
+    if value not in words:
+        raise ValueError(f"{file}: {key} {value!r} is not supported; supported are {', '.join(words)}")
+    return str(value)
+
+
+def text(config: Mapping[str, Any], key: str, file: str) -> str:
+    """A piece of text that is not empty.
+
+    Raises:
+        ValueError: it is missing or something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{file}: {key} must be text, got {value!r}")
+    return value
+
+
+def _table(found: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name}: must hold a table of keys, holds a {type(found).__name__}")
+    return found
+
+
+# What a format's loader is given and what it returns.
+
+
+Processing: TypeAlias = Literal["none", "centred", "transformer_lens"]
+"""How TransformerLens changed the model that the SAE was trained on: not at all; ``center_writing_weights`` alone; all
+of its defaults (folded norms, centred weights, folded value biases)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaeOrigin:
+    """Where the files were published: a hub repository, and the path of the SAE in it ("" for the whole)."""
+
+    repo: str
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What the user says where files are silent or ambiguous. A format that cannot use a choice refuses it."""
+
+    scale: float | None = None
+    """The factor that takes activations to the scale the SAE was trained on (SAELens' norm_scaling_factor)."""
+    gating: Literal["openmoss", "saelens"] | None = None
+    """Whose rule decides whether a Llama Scope feature fires: with the decoder's norm (openmoss) or without."""
+    k: int | None = None
+    """Features kept per token, where the files do not say."""
+    scale_said_by: str = "the user"
+
+    def given(self) -> dict[str, Any]:
+        """Every choice by its name."""
+        return {"scale": self.scale, "gating": self.gating, "k": self.k}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One SAE on disk: ``path`` is its folder or its file."""
+
+    path: Path
+    origin: SaeOrigin | None = None
+    choices: Choices = Choices()
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlace:
+    """A place as Hugging Face's module tree names it: the input or output of ``module``, relative to the layers' list.
+
+    Which ``Site`` that is depends on the model's architecture (``architectures.site_of``).
+    """
+
+    layer: int
+    module: str
+    side: Literal["in", "out"]
+
+    def __str__(self) -> str:
+        inner = f".{self.module}" if self.module else ""
+        return f"{self.side}put of layer {self.layer}{inner}"
+
+
+Place: TypeAlias = Site | ModulePlace
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """One thing that decides what the weights mean, and who says so: a file's key, the format, or the user."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ParsedSae:
+    """An SAE read from disk."""
+
+    dictionary: SparseCoder
+    files: tuple[Path, ...]
+    """What its digest covers."""
+    reads: Place | None
+    """Where it reads, if its files say so."""
+    writes: tuple[Place, ...] = ()
+    """Where it writes; empty where that is the place it reads. Several for one layer of a cross-layer transcoder, whose
+    ``W_dec`` then holds the vectors for each place side by side."""
+    processing: Processing | None = "none"
+    """None where files leave it open and it matters: the user must say."""
+    model: str | None = None
+    """The model it was trained on, as the files call it."""
+    stated_l0: float | None = None
+    """Mean number of features that fire on a token, as the files state it."""
+    conventions: tuple[Convention, ...] = ()
+    used: frozenset[str] = field(default_factory=frozenset)
+    """Names of the choices that made a difference."""
+
+
+class Conventions:
+    """Collects conventions while a loader decides."""
+
+    def __init__(self) -> None:
+        self._found: list[Convention] = []
+
+    def note(self, name: str, value: object, source: str) -> None:
+        """``value`` as people read it."""
+        self._found.append(Convention(name, _said(value), source))
+
+    def all(self) -> tuple[Convention, ...]:
+        """In the order in which they were decided."""
+        return tuple(self._found)
+
+
+def _said(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# Places in a model as other libraries spell them: TransformerLens' hooks and Hugging Face's module paths.
+
+
+_POINTS: dict[str, Point] = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "attn.hook_z": "attn_z",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_in": "mlp_read",
+    "ln2.hook_normalized": "mlp_normalized",
+    "mlp.hook_in": "mlp_in",
+    "mlp.hook_post": "mlp_act",
+    "hook_mlp_out": "mlp_out",
+}
+_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
+# The list of blocks as it is called in causal language models, in their bases, and inside multimodal models.
+_BLOCKS = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.|transformer\.|gpt_neox\.)?"
+    r"(?:layers|h)\.(\d+)(?:\.(.+))?"
+)
+_EMBEDDINGS = ("model.embed_tokens", "embed_tokens", "transformer.wte", "wte", "gpt_neox.embed_in", "embed_in")
+
+
+def hook_site(name: str) -> Site | None:
+    """The site of a TransformerLens hook such as ``blocks.5.hook_resid_post``; None for one that is no site of ours."""
+    if name == "hook_embed":
+        return Site(0, "embed")
+    match = _HOOK.fullmatch(name)
+    point = _POINTS.get(match[2]) if match else None
+    return Site(int(match[1]), point) if match and point else None
+
+
+def module_place(path: str) -> Place | None:
+    """The place of a Hugging Face module path such as ``model.layers.3.mlp``: its output, unless ``.input`` follows."""
+    side = "in" if path.endswith(".input") else "out"
+    path = path.removesuffix(".input").removesuffix(".output")
+    if path in _EMBEDDINGS and side == "out":
+        return Site(0, "embed")
+    match = _BLOCKS.fullmatch(path)
+    if match is None:
+        return None
+    layer, module = int(match[1]), match[2] or ""
+    if not module:
+        return Site(layer, "resid_pre" if side == "in" else "resid_post")
+    return ModulePlace(layer, module, "in" if side == "in" else "out")
+
+
+def place(name: str) -> Place | None:
+    """Either spelling."""
+    match = _HOOK.fullmatch(name)
+    if match and match[2] == "mlp.hook_out":
+        # The MLP module's own output: what hook_mlp_out is, except where a norm follows it (Gemma).
+        return ModulePlace(int(match[1]), "mlp", "out")
+    return hook_site(name) or module_place(name)
+
+
+def in_and_out(inward: object, outward: object, key: str) -> tuple[Place | None, tuple[Place, ...]]:
+    """Where it reads, and where it writes if that is elsewhere; ``key`` names what says ``outward``.
+
+    Raises:
+        ValueError: it writes at a place that nobody here knows.
+    """
+    reads = place(inward) if isinstance(inward, str) else None
+    if outward is None or outward == inward:
+        return reads, ()
+    writes = place(outward) if isinstance(outward, str) else None
+    if writes is None:
+        raise ValueError(f"{key} {outward!r} is not a place that is known")
+    return reads, (writes,)
+
+
+def hook_name(site: Site) -> str:
+    """A site as TransformerLens spells it.
+
+    Raises:
+        ValueError: it has no hook there.
+    """
+    if site.point == "embed":
+        return "hook_embed"
+    hooks = [hook for hook, point in _POINTS.items() if point == site.point]
+    if not hooks:
+        raise ValueError(f"TransformerLens has no hook at {site}")
+    return f"blocks.{site.layer}.{hooks[0]}"
+
+
+# What OpenMOSS' formats share: the factors of training, and folding them into rows of weights.
+
+
+class NormScales(NamedTuple):
+    """What takes activations to the scale of training, where it reads and where it writes; or how each token is."""
+
+    inward: float
+    outward: float
+    normalisation: Normalisation = "none"
+
+
+def scaled(rows: Tensor, by: Tensor) -> Tensor:
+    """rows [d_sae, d] times by [d_sae], each row contiguous: copied once, whatever their layout in the file."""
+    return torch.mul(rows, by[:, None], out=torch.empty(rows.shape))

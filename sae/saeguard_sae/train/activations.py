@@ -1,0 +1,359 @@
+"""Where a stream's activations come from: a model that reads text, or a folder of activations made before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from saeguard_sae.models import Located, Site, depth, locate, sites
+from saeguard_sae.train.data import INDEX, Contexts, TokenRows, context_length
+from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
+
+# Activations at sites from a forward pass that ends at the last of them.
+
+
+class Harvester:
+    """Reads a model's activations at some sites.
+
+    Raises:
+        TrainError: no sites, or one that the model lacks.
+    """
+
+    def __init__(self, model: LanguageModel, wanted: Sequence[Site]) -> None:
+        if not wanted:
+            raise TrainError("sites: at least one is needed")
+        self.sites = tuple(sorted(set(wanted), key=depth))
+        self._model = model
+        self._places: dict[Site, Located] = {}
+        there = sites(model.config)
+        for site in self.sites:
+            if site not in there:
+                points = ", ".join(sorted({one.point for one in there}))
+                raise TrainError(
+                    f"sites: {model.name} has no {site}; its layers are 0 to {model.config.num_hidden_layers - 1}, "
+                    f"its points {points}"
+                )
+            self._places[site] = locate(model.network, model.config, site)
+
+    def widths(self) -> dict[Site, int]:
+        """Of the activations at each site."""
+        rows = TokenRows(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool), (1,))
+        return {site: x.shape[-1] for site, x in self._read(rows).items()}
+
+    def read(self, rows: TokenRows) -> dict[Site, Tensor]:
+        """What is at each site on the tokens that are kept, [tokens, width], row after row, in the model's dtype.
+
+        Raises:
+            TrainError: activations that are not finite; names site, row and document.
+        """
+        found = self._read(rows)
+        # One wait for the device, not one per site.
+        is_fine = torch.stack([torch.isfinite(x).all() for x in found.values()])
+        if not bool(is_fine.all()):
+            site = tuple(found)[int(is_fine.int().argmin())]
+            raise TrainError(_not_finite(site, found[site], rows))
+        return found
+
+    @torch.inference_mode()
+    def _read(self, rows: TokenRows) -> dict[Site, Tensor]:
+        device = self._model.device
+        kept = rows.kept.flatten().nonzero().squeeze(1).to(device)
+        found: dict[Site, Tensor] = {}
+        with self._keeping(found, kept), suppress(_Complete):
+            self._model.network(input_ids=rows.ids.to(device), use_cache=False)
+        return {site: found[site] for site in self.sites}
+
+    @contextmanager
+    def _keeping(self, found: dict[Site, Tensor], kept: Tensor) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        try:
+            for site in self.sites:
+                handles.append(self._attach(site, found, kept))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attach(self, site: Site, found: dict[Site, Tensor], kept: Tensor) -> RemovableHandle:
+        place = self._places[site]
+
+        def keep(value: Any) -> None:
+            x = value if isinstance(value, Tensor) else value[0]
+            # A copy of the rows, now: a later module may change the tensor itself.
+            picked = x.flatten(0, 1)[kept]
+            found[site] = picked if place.see is None else place.see(picked)
+            if len(found) == len(self.sites):
+                raise _Complete
+
+        if place.side == "in":
+            return place.module.register_forward_pre_hook(lambda _, args: keep(args))
+        return place.module.register_forward_hook(lambda _, __, out: keep(out))
+
+
+class _Complete(Exception):
+    """Every site was seen: the rest of the forward pass would be for nothing."""
+
+
+def _not_finite(site: Site, x: Tensor, rows: TokenRows) -> str:
+    """Of the first token that is not finite."""
+    index = int((~torch.isfinite(x).all(dim=1)).int().argmax())
+    row, position = rows.kept.nonzero()[index].tolist()
+    return (
+        f"activations at {site} are not finite (NaN or infinite) on token {position} of row {rows.first + row}, which "
+        f"begins in document {rows.documents[row]}; try model.dtype = 'float32', or leave the document out"
+    )
+
+
+_TOKENS, _TOKENS_GPU = 4096, 16_384
+"""Of one forward pass."""
+
+
+class ActivationSource(Protocol):
+    """Activations without end, chunk after chunk, in the order of the data."""
+
+    widths: Mapping[Site, int]
+    dtype: torch.dtype
+    device: torch.device
+    model_name: str
+    chunk: int
+    """Tokens of a chunk, at most."""
+
+    @property
+    def epoch(self) -> int:
+        """How often the data set was started again."""
+        ...
+
+    def read(self) -> dict[Site, Tensor]:
+        """The next chunk: at each site [n, width], rows are the same tokens everywhere."""
+        ...
+
+    def again(self) -> ActivationSource:
+        """Another one, at the start of the data."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where it is: tensors and plain values."""
+        ...
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state`` was taken."""
+        ...
+
+
+class ModelActivations:
+    """What a model makes of text.
+
+    Raises:
+        TrainError: a site that the model lacks, wrong data, a buffer too small for one forward pass.
+    """
+
+    def __init__(
+        self, model: LanguageModel, wanted: Sequence[Site], data: DataSettings, settings: StreamSettings
+    ) -> None:
+        self._given = model, wanted, data, settings
+        self._harvester = Harvester(model, wanted)
+        self._contexts = Contexts(model, data, settings)
+        self._rows = rows_per_pass(model, settings)
+        self.chunk = self._rows * self._contexts.context
+        self.widths: Mapping[Site, int] = self._harvester.widths()
+        self.dtype, self.device, self.model_name = model.dtype, model.device, model.name
+
+    @property
+    def epoch(self) -> int:
+        """See ``ActivationSource``."""
+        return self._contexts.epoch
+
+    def read(self) -> dict[Site, Tensor]:
+        """See ``ActivationSource``.
+
+        Raises:
+            TrainError: activations that are not finite, wrong data.
+        """
+        return self._harvester.read(self._contexts.rows(self._rows))
+
+    def pass_over(self) -> None:
+        """Leaves the next chunk to another process."""
+        self._contexts.rows(self._rows)
+
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        """See ``Contexts.mark``."""
+        return self._contexts.mark()
+
+    def again(self) -> ModelActivations:
+        """See ``ActivationSource``."""
+        return ModelActivations(*self._given)
+
+    def state(self) -> dict[str, Any]:
+        """See ``ActivationSource``."""
+        return self._contexts.state()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """See ``ActivationSource``."""
+        self._contexts.resume(state)
+
+
+def rows_per_pass(model: LanguageModel, settings: StreamSettings) -> int:
+    """Rows of one forward pass, which fit into half of the buffer.
+
+    Raises:
+        TrainError: they do not.
+    """
+    context = context_length(model, settings)
+    most = settings.buffer // 2 // context
+    if settings.rows > most or not most:
+        raise TrainError(
+            f"stream.buffer: must hold twice the tokens of one forward pass, {max(1, settings.rows)} rows of {context} "
+            f"tokens, got {settings.buffer}"
+        )
+    tokens = _TOKENS if model.device.type == "cpu" else _TOKENS_GPU
+    return settings.rows or max(1, min(most, tokens // context))
+
+
+# Activations on disk: written once from a stream, read as often as wanted without the model.
+#
+# A folder of safetensors files with a tensor [tokens, width] for each site, and ``activations.json``, which lists
+# them.
+
+
+_CHUNK = 4096
+"""Tokens read at once."""
+
+
+class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file."""
+
+    file: str
+    tokens: int
+
+
+class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a folder of activations holds."""
+
+    version: Literal[1] = 1
+    model: str
+    dtype: Literal["float32", "bfloat16"]
+    tokens: int
+    sites: dict[str, int]
+    """Width at each site."""
+    shards: tuple[Shard, ...]
+
+
+class CachedActivations:
+    """Reads a folder of activations; an ``ActivationSource``. Files are mapped into memory, not read whole.
+
+    Raises:
+        TrainError: not such a folder, a site that it lacks, files that are missing or are not what the index says.
+    """
+
+    def __init__(self, data: DataSettings, wanted: Sequence[Site], settings: StreamSettings) -> None:
+        self._given = data, wanted, settings
+        self._folder = Path(data.path).expanduser()
+        self._index = _read_index(self._folder)
+        self.widths: Mapping[Site, int] = {site: self._width(site) for site in dict.fromkeys(wanted)}
+        self.dtype: torch.dtype = getattr(torch, self._index.dtype)
+        self.device = torch.device("cpu")
+        self.model_name = self._index.model
+        self.chunk = max(1, min(_CHUNK, settings.buffer // 2))
+        self._epoch = self._shard = self._row = 0
+        self._opened: tuple[int, Any] | None = None
+        for shard in range(len(self._index.shards)):
+            self._open(shard)
+
+    @property
+    def epoch(self) -> int:
+        """See ``ActivationSource``."""
+        return self._epoch
+
+    def read(self) -> dict[Site, Tensor]:
+        """See ``ActivationSource``.
+
+        Raises:
+            TrainError: activations that are not finite.
+        """
+        shard, start, stop = self._next()
+        file = self._open(shard)
+        tokens: dict[Site, Tensor] = {site: file.get_slice(str(site))[start:stop] for site in self.widths}
+        for site, x in tokens.items():
+            if not bool(torch.isfinite(x).all()):
+                row = start + int((~torch.isfinite(x).all(dim=1)).int().argmax())
+                name = self._index.shards[shard].file
+                raise TrainError(f"activations at {site} are not finite (NaN or infinite) in row {row} of {name}")
+        return tokens
+
+    def again(self) -> CachedActivations:
+        """See ``ActivationSource``."""
+        return CachedActivations(*self._given)
+
+    def state(self) -> dict[str, Any]:
+        """See ``ActivationSource``."""
+        return {
+            "epoch": self._epoch,
+            "shard": self._shard,
+            "row": self._row,
+            "shards": [shard.tokens for shard in self._index.shards],
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """See ``ActivationSource``.
+
+        Raises:
+            TrainError: the folder holds something else now.
+        """
+        if state["shards"] != [shard.tokens for shard in self._index.shards]:
+            raise TrainError("data.path: its files have other sizes than when the checkpoint was written")
+        self._epoch, self._shard, self._row = state["epoch"], state["shard"], state["row"]
+
+    def _next(self) -> tuple[int, int, int]:
+        """Shard, first row and row past the last of the next chunk; moves on."""
+        shards = self._index.shards
+        while self._row >= shards[self._shard].tokens:
+            self._row = 0
+            self._shard += 1
+            if self._shard == len(shards):
+                self._shard, self._epoch = 0, self._epoch + 1
+        start = self._row
+        self._row = min(start + self.chunk, shards[self._shard].tokens)
+        return self._shard, start, self._row
+
+    def _width(self, site: Site) -> int:
+        if str(site) not in self._index.sites:
+            there = ", ".join(self._index.sites)
+            raise TrainError(f"sites: {site} is not in the activations at {str(self._folder)!r}, which have {there}")
+        return self._index.sites[str(site)]
+
+    def _open(self, shard: int) -> Any:
+        if self._opened is not None and self._opened[0] == shard:
+            return self._opened[1]
+        said = self._index.shards[shard]
+        path = self._folder / said.file
+        try:
+            file: Any = safe_open(path, framework="pt")
+            for site, width in self.widths.items():
+                found = file.get_slice(str(site)).get_shape()
+                if found != [said.tokens, width]:
+                    raise ValueError(f"{site} has the shape {found}, {INDEX} says {[said.tokens, width]}")
+        except (OSError, ValueError, SafetensorError) as err:
+            raise TrainError(f"data.path: {path} cannot be used: {one_line(err)}") from err
+        self._opened = shard, file
+        return file
+
+
+def _read_index(folder: Path) -> Index:
+    path = folder / INDEX
+    try:
+        index = msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Index)
+    except (OSError, ValueError, msgspec.ValidationError) as err:
+        raise TrainError(f"data.path: {path} cannot be used: {one_line(err)}") from err
+    if not index.shards or not all(shard.tokens > 0 for shard in index.shards):
+        raise TrainError(f"data.path: {path} lists no activations, or a file without any")
+    return index
