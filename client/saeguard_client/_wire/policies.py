@@ -84,6 +84,16 @@ def activated(revision: int, reason: str, expected_activation: int, options: Per
     )
 
 
+def rolled_back(revision: int | None, reason: str, expected_activation: int, options: PerCall) -> UnaryCall[Activation]:
+    """Rollback."""
+    request = pb.RollbackRequest(
+        revision=None if revision is None else _checks.whole("revision", revision, _checks.MAX_UINT64),
+        reason=_checks.text("reason", reason),
+        expected_activation=_checks.whole("expected_activation", expected_activation, _checks.MAX_UINT64),
+    )
+    return _call("Rollback", request, pb.RollbackResponse, lambda reply: _activation(reply.activation), options)
+
+
 def history(limit: int | None, options: PerCall) -> UnaryCall[PolicyHistory]:
     """ListHistory."""
     asked = pb.ListHistoryRequest(limit=None if limit is None else _checks.whole("limit", limit))

@@ -70,6 +70,11 @@ class PolicyServiceStub(object):
                 request_serializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionRequest.SerializeToString,
                 response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionResponse.FromString,
                 _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/saeguard.v1.PolicyService/Rollback',
+                request_serializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackResponse.FromString,
+                _registered_method=True)
         self.ListHistory = channel.unary_unary(
                 '/saeguard.v1.PolicyService/ListHistory',
                 request_serializer=saeguard_dot_v1_dot_policy__service__pb2.ListHistoryRequest.SerializeToString,
@@ -131,6 +136,14 @@ class PolicyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rollback(self, request, context):
+        """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+        rolled back is put in force again with ActivateRevision.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListHistory(self, request, context):
         """Revisions and activations, the latest first.
         """
@@ -175,6 +188,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.ActivateRevision,
                     request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionRequest.FromString,
                     response_serializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackRequest.FromString,
+                    response_serializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackResponse.SerializeToString,
             ),
             'ListHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.ListHistory,
@@ -372,6 +390,33 @@ class PolicyService(object):
             '/saeguard.v1.PolicyService/ActivateRevision',
             saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionRequest.SerializeToString,
             saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeguard.v1.PolicyService/Rollback',
+            saeguard_dot_v1_dot_policy__service__pb2.RollbackRequest.SerializeToString,
+            saeguard_dot_v1_dot_policy__service__pb2.RollbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

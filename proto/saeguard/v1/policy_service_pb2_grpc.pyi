@@ -49,6 +49,10 @@ class PolicyServiceStub:
     """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
     follow on their own.
     """
+    Rollback: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackRequest, _policy_service_pb2.RollbackResponse]
+    """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+    rolled back is put in force again with ActivateRevision.
+    """
     ListHistory: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListHistoryRequest, _policy_service_pb2.ListHistoryResponse]
     """Revisions and activations, the latest first."""
 
@@ -72,6 +76,10 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     ActivateRevision: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ActivateRevisionRequest, _policy_service_pb2.ActivateRevisionResponse]  # type: ignore[assignment]
     """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
     follow on their own.
+    """
+    Rollback: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackRequest, _policy_service_pb2.RollbackResponse]  # type: ignore[assignment]
+    """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+    rolled back is put in force again with ActivateRevision.
     """
     ListHistory: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListHistoryRequest, _policy_service_pb2.ListHistoryResponse]  # type: ignore[assignment]
     """Revisions and activations, the latest first."""
@@ -135,6 +143,16 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_policy_service_pb2.ActivateRevisionResponse, _abc.Awaitable[_policy_service_pb2.ActivateRevisionResponse]]:
         """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
         follow on their own.
+        """
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _policy_service_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.RollbackResponse, _abc.Awaitable[_policy_service_pb2.RollbackResponse]]:
+        """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+        rolled back is put in force again with ActivateRevision.
         """
 
     @_abc_1.abstractmethod

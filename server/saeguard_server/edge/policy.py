@@ -14,7 +14,7 @@ from saeguard_server.flows.enforcing import Enforcement
 from saeguard_server.guard.audit.audit import Audit
 from saeguard_server.guard.policy import document
 from saeguard_server.guard.policy.administration import Administration, Written, etag_of
-from saeguard_server.guard.policy.model import Policy
+from saeguard_server.guard.policy.model import Activation, Policy
 from saeguard_server.settings import LimitSettings
 
 DEFAULT_HISTORY = 50
@@ -100,16 +100,23 @@ class PolicyServicer(PolicyServiceServicer):
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
         """A revision comes into force."""
-        done = await self._administration.activate(
+        activation = await self._administration.activate(
             request.revision,
             caller=call.current().caller,
             reason=request.reason,
             expected_activation=request.expected_activation,
         )
-        # So that whoever put it in force finds it so here; other servers follow on their own.
-        await self._enforcement.look_now()
-        await self._record("activate", request.reason, activation=done.number, revision=done.revision)
-        return pb.ActivateRevisionResponse(activation=messages.activation_message(done))
+        return pb.ActivateRevisionResponse(activation=await self._activated("activate", activation))
+
+    async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
+        """An older revision comes into force again."""
+        activation = await self._administration.rollback(
+            caller=call.current().caller,
+            reason=request.reason,
+            number=request.revision if request.HasField("revision") else None,
+            expected_activation=request.expected_activation,
+        )
+        return pb.RollbackResponse(activation=await self._activated("rollback", activation))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
         """What happened."""
@@ -152,6 +159,12 @@ class PolicyServicer(PolicyServiceServicer):
             changed = [one.name for one in written.changes]
             await self._record("write", reason, policies=changed, revision=_number(written))
         return written
+
+    async def _activated(self, act: str, activation: Activation) -> pb.Activation:
+        # So that whoever put it in force finds it so here; other servers follow on their own.
+        await self._enforcement.look_now()
+        await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
+        return messages.activation_message(activation)
 
     async def _record(self, act: str, reason: str, **facts: object) -> None:
         # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.

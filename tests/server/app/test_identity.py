@@ -40,7 +40,7 @@ OPENED_BY = {
     "PolicyService": {
         **dict.fromkeys(["GetPolicy", "ListPolicies", "ListHistory"], "policy-read"),
         **dict.fromkeys(["CreatePolicy", "UpdatePolicy", "DeletePolicy", "ApplyPolicies"], "policy-write"),
-        "ActivateRevision": "policy-write",
+        **dict.fromkeys(["ActivateRevision", "Rollback"], "policy-write"),
     },
 }
 

@@ -49,6 +49,7 @@ _NEEDS: Mapping[str, Mapping[str, Need]] = {
         "DeletePolicy": Role.POLICY_WRITE,
         "ApplyPolicies": Role.POLICY_WRITE,
         "ActivateRevision": Role.POLICY_WRITE,
+        "Rollback": Role.POLICY_WRITE,
     },
     "saeguard.v1.ServerInfoService": {
         "GetServerInfo": Anybody.WHO_IS_KNOWN,
@@ -61,6 +62,7 @@ _NEEDS: Mapping[str, Mapping[str, Need]] = {
 
 _SECOND_PERSON: Table = {
     "/saeguard.v1.PolicyService/ActivateRevision": Role.POLICY_APPROVE,
+    "/saeguard.v1.PolicyService/Rollback": Role.POLICY_APPROVE,
     "/saeguard.v1.GenerationService/Compare": Role.POLICY_APPROVE,
 }
 
