@@ -34,15 +34,15 @@ def activation(number: int, of: int) -> pb.Activation:
 
 LISTED = pb.ListPoliciesResponse(
     policies=[
-        pb.Policy(
+        pb.PolicySummary(
             name="calm",
             mode=pb.POLICY_MODE_SHADOW,
             owner="safety",
-            rollout=pb.PolicyRollout(share=0.5),
-            rules=[pb.PolicyRule(name="flattery")],
+            share=0.5,
+            rules=["flattery"],
             expires=stamp(),
         ),
-        pb.Policy(name="loud", mode=pb.POLICY_MODE_ENFORCE),
+        pb.PolicySummary(name="loud", mode=pb.POLICY_MODE_ENFORCE, share=1.0),
     ],
     etag="7",
     revision=revision(7),

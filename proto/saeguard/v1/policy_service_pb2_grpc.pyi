@@ -33,14 +33,8 @@ class PolicyServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PolicyServiceAsyncStub: ...
-    CreatePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.CreatePolicyRequest, _policy_service_pb2.CreatePolicyResponse]
-    """A new revision with this policy added."""
-    GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
-    """One policy of a revision."""
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]
     """Every policy of a revision."""
-    UpdatePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.UpdatePolicyRequest, _policy_service_pb2.UpdatePolicyResponse]
-    """A new revision with this policy in place of the one of its name."""
     DeletePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]
     """A new revision without this policy."""
     ApplyPolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPoliciesRequest, _policy_service_pb2.ApplyPoliciesResponse]
@@ -61,14 +55,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """What the server enforces on everybody's generations. Policies change in revisions, which take effect when activated."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    CreatePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.CreatePolicyRequest, _policy_service_pb2.CreatePolicyResponse]  # type: ignore[assignment]
-    """A new revision with this policy added."""
-    GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
-    """One policy of a revision."""
     ListPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]  # type: ignore[assignment]
     """Every policy of a revision."""
-    UpdatePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.UpdatePolicyRequest, _policy_service_pb2.UpdatePolicyResponse]  # type: ignore[assignment]
-    """A new revision with this policy in place of the one of its name."""
     DeletePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]  # type: ignore[assignment]
     """A new revision without this policy."""
     ApplyPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPoliciesRequest, _policy_service_pb2.ApplyPoliciesResponse]  # type: ignore[assignment]
@@ -88,36 +76,12 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the server enforces on everybody's generations. Policies change in revisions, which take effect when activated."""
 
     @_abc_1.abstractmethod
-    def CreatePolicy(
-        self,
-        request: _policy_service_pb2.CreatePolicyRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_policy_service_pb2.CreatePolicyResponse, _abc.Awaitable[_policy_service_pb2.CreatePolicyResponse]]:
-        """A new revision with this policy added."""
-
-    @_abc_1.abstractmethod
-    def GetPolicy(
-        self,
-        request: _policy_service_pb2.GetPolicyRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_policy_service_pb2.GetPolicyResponse, _abc.Awaitable[_policy_service_pb2.GetPolicyResponse]]:
-        """One policy of a revision."""
-
-    @_abc_1.abstractmethod
     def ListPolicies(
         self,
         request: _policy_service_pb2.ListPoliciesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.ListPoliciesResponse, _abc.Awaitable[_policy_service_pb2.ListPoliciesResponse]]:
         """Every policy of a revision."""
-
-    @_abc_1.abstractmethod
-    def UpdatePolicy(
-        self,
-        request: _policy_service_pb2.UpdatePolicyRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_policy_service_pb2.UpdatePolicyResponse, _abc.Awaitable[_policy_service_pb2.UpdatePolicyResponse]]:
-        """A new revision with this policy in place of the one of its name."""
 
     @_abc_1.abstractmethod
     def DeletePolicy(

@@ -38,9 +38,8 @@ OPENED_BY = {
     "CatalogService": dict.fromkeys(["GetModel", "ListSaes", "GetFeature", "ListFeatures"], "observe"),
     "ServerInfoService": {"GetServerInfo": None},
     "PolicyService": {
-        **dict.fromkeys(["GetPolicy", "ListPolicies", "ListHistory"], "policy-read"),
-        **dict.fromkeys(["CreatePolicy", "UpdatePolicy", "DeletePolicy", "ApplyPolicies"], "policy-write"),
-        **dict.fromkeys(["ActivateRevision", "Rollback"], "policy-write"),
+        **dict.fromkeys(["ListPolicies", "ListHistory"], "policy-read"),
+        **dict.fromkeys(["DeletePolicy", "ApplyPolicies", "ActivateRevision", "Rollback"], "policy-write"),
     },
 }
 

@@ -13,6 +13,7 @@ from saeguard.v1 import catalog_service_pb2 as catalog_pb
 from saeguard.v1 import condition_pb2, input_pb2, receipt_pb2, server_info_service_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
+from saeguard.v1.policy_service_pb2 import PolicyMode
 from saeguard_sae import catalogue
 from saeguard_sae.edits import KINDS, UNITS
 from saeguard_server import interventions as domain
@@ -21,6 +22,7 @@ from saeguard_server.edge.server import SERVICES
 from saeguard_server.edge.wire import generation, interventions
 from saeguard_server.engine.protocol import ModelInfo
 from saeguard_server.flows import info
+from saeguard_server.guard.policy.model import MODES
 
 
 def names(message: Descriptor) -> set[str]:
@@ -58,6 +60,7 @@ def test_every_enum_value_has_a_meaning_and_every_meaning_a_value() -> None:
     assert set(interventions.COMPARISONS.values()) == set(domain.COMPARISONS)
     assert interventions.WINDOWS.keys() == set(edit_pb.WindowKind.values())
     assert set(interventions.WINDOWS.values()) == set(domain.WINDOWS)
+    assert {name.removeprefix("POLICY_MODE_").lower() for name, _ in PolicyMode.items()} == {"unspecified", *MODES}
     assert set(generation.FINISH_REASONS) == set(get_args(reply.FinishReason))
     assert set(generation.FINISH_REASONS.values()) == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
 

@@ -17,17 +17,13 @@ from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import condition_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
-from saeguard.v1 import policy_service_pb2 as policy_pb
 from saeguard_server import interventions as rules
 from saeguard_server import request as domain
 from saeguard_server.edge.wire import interventions as wire
 from saeguard_server.edge.wire.activations import activation_request
 from saeguard_server.edge.wire.generation import generation_request
-from saeguard_server.edge.wire.policies import policy
-from saeguard_server.edge.wire.policy_messages import policy_message
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.guard.policy.model import Policy
-from support.strategies import LIMITS, generations, policies, readings
+from support.strategies import LIMITS, generations, readings
 
 
 def to_input(message: Any, one: domain.ModelInput) -> None:
@@ -135,12 +131,6 @@ def test_a_generation_means_the_same_after_the_wire(asked: domain.GenerationRequ
 def test_a_reading_means_the_same_after_the_wire(asked: domain.ActivationRequest) -> None:
     message = activation_pb.GetActivationsRequest.FromString(to_reading(asked).SerializeToString())
     assert activation_request(message, LIMITS) == asked
-
-
-@given(policies)
-def test_a_policy_means_the_same_after_the_wire_and_back(written: Policy) -> None:
-    message = policy_pb.Policy.FromString(policy_message(written).SerializeToString())
-    assert policy(message, LIMITS.max_interventions) == written
 
 
 @given(generations, st.data())

@@ -41,11 +41,8 @@ _NEEDS: Mapping[str, Mapping[str, Need]] = {
         "ListFeatures": Role.OBSERVE,
     },
     "saeguard.v1.PolicyService": {
-        "GetPolicy": Role.POLICY_READ,
         "ListPolicies": Role.POLICY_READ,
         "ListHistory": Role.POLICY_READ,
-        "CreatePolicy": Role.POLICY_WRITE,
-        "UpdatePolicy": Role.POLICY_WRITE,
         "DeletePolicy": Role.POLICY_WRITE,
         "ApplyPolicies": Role.POLICY_WRITE,
         "ActivateRevision": Role.POLICY_WRITE,
