@@ -29,21 +29,6 @@ def names(message: Descriptor) -> set[str]:
     return {field.name for field in message.fields}
 
 
-def test_both_generate_requests_are_the_same_message() -> None:
-    def shape(message: Descriptor) -> list[tuple[Any, ...]]:
-        return [
-            (
-                one.name, one.number, one.type, one.is_repeated, one.has_presence,
-                one.message_type.full_name if one.message_type else "",
-                one.containing_oneof.name if one.containing_oneof else "",
-            )
-            for one in message.fields
-        ]  # fmt: skip
-
-    assert shape(pb.GenerateRequest.DESCRIPTOR)
-    assert shape(pb.GenerateRequest.DESCRIPTOR) == shape(pb.GenerateStreamRequest.DESCRIPTOR)
-
-
 def test_every_wire_kind_has_an_edit_with_the_same_fields() -> None:
     wire = {one.name: one.message_type for one in edit_pb.Intervention.DESCRIPTOR.oneofs_by_name["kind"].fields}
     assert wire.keys() == KINDS.keys()
@@ -72,7 +57,7 @@ def test_every_action_of_a_trigger_is_known() -> None:
 
 def test_every_input_is_the_same_oneof() -> None:
     wanted = {"text", "chat", "tokens"}
-    for message in (pb.GenerateRequest, pb.GenerateStreamRequest, activation_pb.ActivationInput):
+    for message in (pb.GenerateRequest, activation_pb.ActivationInput):
         assert {one.name for one in message.DESCRIPTOR.oneofs_by_name["input"].fields} == wanted
 
 
