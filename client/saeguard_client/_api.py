@@ -258,6 +258,24 @@ def activate_revision(
     return policies_wire.activated(revision, reason, expected_activation, options)
 
 
+def rollback_policies(
+    revision: int | None = None,
+    *,
+    expected_activation: int,
+    reason: str = "",
+    deadline_s: float | None = None,
+    request_id: str | None = None,
+) -> UnaryCall[Activation]:
+    """Puts an older revision in force; called again, it goes further back. Raises NotFound where there is none.
+
+    Args:
+        revision: None is, of those older than the present one, the one that was in force last.
+        expected_activation: as for ``activate_revision``: whoever rolls back at the same time does not go two steps.
+    """
+    options = PerCall(deadline_s=deadline_s, request_id=request_id)
+    return policies_wire.rolled_back(revision, reason, expected_activation, options)
+
+
 def policy_history(
     limit: int | None = None, *, deadline_s: float | None = None, request_id: str | None = None
 ) -> UnaryCall[PolicyHistory]:

@@ -136,6 +136,7 @@ class AsyncClient:
     apply_policies = method("apply_policies", _api.apply_policies, _unary)
     delete_policy = method("delete_policy", _api.delete_policy, _unary)
     activate_revision = method("activate_revision", _api.activate_revision, _unary)
+    rollback_policies = method("rollback_policies", _api.rollback_policies, _unary)
     policy_history = method("policy_history", _api.policy_history, _unary)
     info = method("info", _api.info, _unary)
     healthy = method("healthy", _api.healthy, _probe)

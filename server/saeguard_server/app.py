@@ -187,7 +187,7 @@ def _servicers(
         generation=GenerationServicer(generate, Compare(engine, generate, gate, keeping), admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
-        policy=PolicyServicer(enforced, audit, limits),
+        policy=PolicyServicer(enforced, audit),
         server_info=ServerInfoServicer(describe(engine, settings)),
         health=health,
     )

@@ -246,7 +246,7 @@ def stream_replies(completion: gen.Completion) -> list[Message]:
     """Three messages that together say "Once upon a"."""
     tokens = [gen.Token(id=i, logprob=-0.5, top_logprobs=[gen.TokenLogprob(id=9, logprob=-1.5)]) for i in range(3)]
     readings = [gen.FeatureReading(position=i, values=[0.5, i]) for i in range(3)]
-    reply = gen.GenerateStreamResponse
+    reply = gen.GenerateResponse
     return [
         reply(text="Once", tokens=tokens[:1], readings=readings[:1], prompt_logprobs=[-0.25, -0.75]),
         reply(text="", tokens=tokens[1:2], readings=readings[1:2]),

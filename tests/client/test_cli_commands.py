@@ -84,7 +84,7 @@ def test_generate_reads_standard_input_as_chat(
 
 
 def test_a_model_cannot_drive_the_terminal(server: Any, saeguard: Any, completion: Any) -> None:
-    server.on("GenerateStream", [gen.GenerateStreamResponse(text="\x1b[2J\x07hi\r", completion=completion)])
+    server.on("GenerateStream", [gen.GenerateResponse(text="\x1b[2J\x07hi\r", completion=completion)])
     assert saeguard("generate", "x")[1] == "\\x1b[2J\\x07hi\\r\n"
 
 
@@ -287,7 +287,7 @@ def test_an_interrupt_is_130_and_cancels_the_call(server: Any, stream_replies: A
 
 
 def test_a_closed_pipe_is_quiet(server: Any, stream_replies: Any) -> None:
-    many = [gen.GenerateStreamResponse(text="x" * 1000)] * 200
+    many = [gen.GenerateResponse(text="x" * 1000)] * 200
     server.on("GenerateStream", [*many, stream_replies[-1]])
     command = [*RUN, "generate", "x", "--target", server.target]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -300,7 +300,7 @@ def test_a_closed_pipe_is_quiet(server: Any, stream_replies: Any) -> None:
 
 
 def test_what_an_old_terminal_cannot_show_is_replaced(server: Any, completion: Any) -> None:
-    server.on("GenerateStream", [gen.GenerateStreamResponse(text="caf\u00e9", completion=completion)])
+    server.on("GenerateStream", [gen.GenerateResponse(text="caf\u00e9", completion=completion)])
     command = [*RUN, "generate", "x", "--target", server.target]
     ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(command, capture_output=True, env=ascii_only, check=True)

@@ -141,10 +141,7 @@ def test_the_request_holds_every_argument(server: Any, shell: Any, whole_reply: 
     server.on("GenerateStream", stream_replies)
     shell.call("generate", "Once", **ARGUMENTS)
     list(shell.stream("generate_stream", "Once", **ARGUMENTS))
-    assert [call.request for call in server.seen] == [
-        gen.GenerateRequest(**EXPECTED),
-        gen.GenerateStreamRequest(**EXPECTED),
-    ]
+    assert [call.request for call in server.seen] == [gen.GenerateRequest(**EXPECTED)] * 2
 
 
 def test_what_is_not_said_is_not_sent(server: Any, shell: Any, whole_reply: Any) -> None:
@@ -287,7 +284,7 @@ def test_a_comparison_is_both_answers_and_their_distance(server: Any, shell: Any
     found = shell.call(
         "compare", "Once", steer=[Clamp("resid4", 17, 2.0)], seed=3, policies="calm", check_receipt=False
     )
-    asked = server.seen[0].request.request
+    asked = server.seen[0].request
     assert (asked.text, asked.sampling.seed, list(asked.policies)) == ("Once", 3, ["calm"])
     assert (found.steered.text, found.unsteered.text) == ("Once upon a", "Once upon a")
     assert (found.first_divergence, found.kl_nats) == (0, (0.5, 0.25, 0.0))

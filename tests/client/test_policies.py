@@ -34,15 +34,15 @@ def activation(number: int, of: int) -> pb.Activation:
 
 LISTED = pb.ListPoliciesResponse(
     policies=[
-        pb.Policy(
+        pb.PolicySummary(
             name="calm",
             mode=pb.POLICY_MODE_SHADOW,
             owner="safety",
-            rollout=pb.PolicyRollout(share=0.5),
-            rules=[pb.PolicyRule(name="flattery")],
+            share=0.5,
+            rules=["flattery"],
             expires=stamp(),
         ),
-        pb.Policy(name="loud", mode=pb.POLICY_MODE_ENFORCE),
+        pb.PolicySummary(name="loud", mode=pb.POLICY_MODE_ENFORCE, share=1.0),
     ],
     etag="7",
     revision=revision(7),
@@ -95,9 +95,12 @@ def test_revisions_are_put_in_force(server: Any, shell: Any) -> None:
     assert shell.call("activate_revision", 7, expected_activation=4, reason="go").number == 5
     wanted = pb.ActivateRevisionRequest(revision=7, expected_activation=4, reason="go")
     assert server.seen[0].request == wanted
+    server.on("Rollback", pb.RollbackResponse(activation=activation(6, 6)))
+    assert shell.call("rollback_policies", expected_activation=5, reason="back").revision == 6
+    assert server.seen[1].request == pb.RollbackRequest(expected_activation=5, reason="back")
     server.on("ListHistory", HISTORY)
     found = shell.call("policy_history", 3)
-    assert server.seen[1].request == pb.ListHistoryRequest(limit=3)
+    assert server.seen[2].request == pb.ListHistoryRequest(limit=3)
     assert [one.number for one in found.revisions] == [7, 6]
     assert [one.revision for one in found.activations] == [6, 6, 5]
 
@@ -108,6 +111,7 @@ def test_revisions_are_put_in_force(server: Any, shell: Any) -> None:
         ("policies", {"revision": -1}, "revision: must be 0 to"),
         ("apply_policies", {"documents": {"a": 1}}, r"documents\['a'\]: must be a string"),
         ("activate_revision", {"revision": 1, "expected_activation": "x"}, "expected_activation: must be an integer"),
+        ("rollback_policies", {"revision": -1, "expected_activation": 1}, "revision: must be 0 to"),
         ("policy_history", {"limit": 1.5}, "limit: must be an integer"),
     ],
 )
@@ -172,10 +176,12 @@ def test_diff_and_lint_store_nothing(server: Any, saeguard: Any, tmp_path: Path)
 
 
 def test_rollback_goes_to_what_was_in_force_before(server: Any, saeguard: Any) -> None:
-    server.on("ActivateRevision", pb.ActivateRevisionResponse(activation=activation(5, 5)))
+    server.on("Rollback", pb.RollbackResponse(activation=activation(5, 5)))
     code, out, _ = saeguard("rollback", "--reason", "too much")
     assert (code, out) == (0, "revision 5 is in force, in place of revision 6 (activation 5)\n")
-    assert server.seen[-1].request.revision == 5
+    assert server.seen[-1].request == pb.RollbackRequest(reason="too much", expected_activation=4)
+    assert saeguard("rollback", "--to", "3", "--reason", "far too much")[0] == 0
+    assert server.seen[-1].request.revision == 3
 
 
 def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path) -> None:

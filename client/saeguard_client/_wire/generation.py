@@ -1,10 +1,9 @@
-"""Generate and GenerateStream: the same request, one reply or many."""
+"""Generate, GenerateStream and Compare: the same request; one completion, its chunks, or two completions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
 
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard_client import _checks, _receipts
@@ -54,57 +53,51 @@ class Generation:
         return done
 
 
-def call(asked: Generation, options: PerCall) -> EitherCall[Completion, StreamChunk]:
+def call(generation: Generation, options: PerCall) -> EitherCall[Completion, StreamChunk]:
     """Raises ValueError naming the argument that the wire cannot hold."""
-    shared = _shared_fields(asked)
-    unary, stream = pb.GenerateRequest(**shared), pb.GenerateStreamRequest(**shared)
+    message = _request(generation)
+
+    def read(data: bytes) -> Completion:
+        return generation.checked(_whole(decode(pb.GenerateResponse, data)))
+
     return EitherCall(
-        UnaryCall(
-            f"/{_SERVICE}/Generate", unary.SerializeToString(), lambda data: asked.checked(_completion(data)), options
-        ),
-        StreamCall(
-            f"/{_SERVICE}/GenerateStream", stream.SerializeToString(), lambda: ChunkReader(asked.checked), options
-        ),
+        UnaryCall(f"/{_SERVICE}/Generate", message, read, options),
+        StreamCall(f"/{_SERVICE}/GenerateStream", message, lambda: ChunkReader(generation.checked), options),
     )
 
 
-def compare(asked: Generation, options: PerCall) -> UnaryCall[Comparison]:
+def compare(generation: Generation, options: PerCall) -> UnaryCall[Comparison]:
     """Compare; raises ValueError naming the argument that the wire cannot hold."""
-    message = pb.CompareRequest(request=pb.GenerateRequest(**_shared_fields(asked)))
 
     def read(data: bytes) -> Comparison:
         reply = decode(pb.CompareResponse, data)
         return Comparison(
-            steered=asked.checked(_whole(reply.steered)),
+            steered=generation.checked(_whole(reply.steered)),
             unsteered=_whole(reply.unsteered),
             first_divergence=reply.first_divergence if reply.HasField("first_divergence") else None,
             kl_nats=tuple(reply.kl_nats),
         )
 
-    return UnaryCall(f"/{_SERVICE}/Compare", message.SerializeToString(), read, options)
+    return UnaryCall(f"/{_SERVICE}/Compare", _request(generation), read, options)
 
 
-def _shared_fields(asked: Generation) -> dict[str, Any]:
-    limit = asked.max_relative_edit
-    return {
-        **request.prompt("input", asked.input),
-        "sampling": pb.Sampling(**{field.name: getattr(asked.sampling, field.name) for field in fields(Sampling)}),
-        "interventions": request.interventions("steer", asked.steer),
-        "max_relative_edit": None if limit is None else _checks.number("max_relative_edit", limit),
-        "watch": request.features("watch", asked.watch),
-        "triggers": request.triggers("triggers", asked.triggers),
-        "policies": [_checks.text(f"policies[{i}]", name) for i, name in enumerate(asked.policies)],
-        "conversation": None if asked.conversation is None else _checks.text("conversation", asked.conversation),
-        "min_policy_activation": (
-            None
-            if asked.min_policy_activation is None
-            else _checks.whole("min_policy_activation", asked.min_policy_activation, _checks.MAX_UINT64)
+def _request(generation: Generation) -> bytes:
+    limit, oldest = generation.max_relative_edit, generation.min_policy_activation
+    conversation = generation.conversation
+    message = pb.GenerateRequest(
+        **request.prompt("input", generation.input),
+        sampling=pb.Sampling(**{field.name: getattr(generation.sampling, field.name) for field in fields(Sampling)}),
+        interventions=request.interventions("steer", generation.steer),
+        max_relative_edit=None if limit is None else _checks.number("max_relative_edit", limit),
+        watch=request.features("watch", generation.watch),
+        triggers=request.triggers("triggers", generation.triggers),
+        policies=[_checks.text(f"policies[{i}]", name) for i, name in enumerate(generation.policies)],
+        conversation="" if conversation is None else _checks.text("conversation", conversation),
+        min_policy_activation=(
+            None if oldest is None else _checks.whole("min_policy_activation", oldest, _checks.MAX_UINT64)
         ),
-    }
-
-
-def _completion(data: bytes) -> Completion:
-    return _whole(decode(pb.GenerateResponse, data))
+    )
+    return message.SerializeToString()
 
 
 def _whole(message: pb.GenerateResponse) -> Completion:
@@ -129,7 +122,7 @@ class ChunkReader:
         """One chunk; the last has the completion."""
         if self._is_finished:
             raise malformed("a message came after the completion")
-        reply = decode(pb.GenerateStreamResponse, message)
+        reply = decode(pb.GenerateResponse, message)
         tokens, readings = _tokens(reply), _readings(reply)
         self._text.append(reply.text)
         self._tokens.extend(tokens)
@@ -160,9 +153,9 @@ def _finished(
     )
 
 
-def _tokens(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> tuple[Token, ...]:
+def _tokens(message: pb.GenerateResponse) -> tuple[Token, ...]:
     return tuple(read(Token, token) for token in message.tokens)
 
 
-def _readings(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> tuple[FeatureReading, ...]:
+def _readings(message: pb.GenerateResponse) -> tuple[FeatureReading, ...]:
     return tuple(read(FeatureReading, reading) for reading in message.readings)

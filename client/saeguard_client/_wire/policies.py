@@ -84,6 +84,16 @@ def activated(revision: int, reason: str, expected_activation: int, options: Per
     )
 
 
+def rolled_back(revision: int | None, reason: str, expected_activation: int, options: PerCall) -> UnaryCall[Activation]:
+    """Rollback."""
+    request = pb.RollbackRequest(
+        revision=None if revision is None else _checks.whole("revision", revision, _checks.MAX_UINT64),
+        reason=_checks.text("reason", reason),
+        expected_activation=_checks.whole("expected_activation", expected_activation, _checks.MAX_UINT64),
+    )
+    return _call("Rollback", request, pb.RollbackResponse, lambda reply: _activation(reply.activation), options)
+
+
 def history(limit: int | None, options: PerCall) -> UnaryCall[PolicyHistory]:
     """ListHistory."""
     asked = pb.ListHistoryRequest(limit=None if limit is None else _checks.whole("limit", limit))
@@ -106,7 +116,7 @@ def _call(method: str, asked: Message, reply: type[R], read: Callable[[R], T], o
 
 def _set(reply: pb.ListPoliciesResponse) -> PolicySet:
     return PolicySet(
-        policies=tuple(_summary(one) for one in reply.policies),
+        policies=tuple(_summary(policy) for policy in reply.policies),
         yaml=reply.yaml,
         etag=reply.etag,
         revision=_revision(reply.revision) if reply.HasField("revision") else None,
@@ -114,14 +124,14 @@ def _set(reply: pb.ListPoliciesResponse) -> PolicySet:
     )
 
 
-def _summary(policy: pb.Policy) -> PolicySummary:
+def _summary(policy: pb.PolicySummary) -> PolicySummary:
     return PolicySummary(
         name=policy.name,
         mode=pb.PolicyMode.Name(policy.mode).removeprefix("POLICY_MODE_").lower(),
         owner=policy.owner,
-        share=policy.rollout.share if policy.rollout.HasField("share") else 1.0,
-        rules=tuple(rule.name for rule in policy.rules),
-        triggers=tuple(trigger.name for trigger in policy.triggers),
+        share=policy.share,
+        rules=tuple(policy.rules),
+        triggers=tuple(policy.triggers),
         expires=_time(policy.expires) if policy.HasField("expires") else None,
     )
 

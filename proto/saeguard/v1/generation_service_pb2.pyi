@@ -49,28 +49,6 @@ FINISH_REASON_FEATURE: FinishReason.ValueType  # 3
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
-class CompareRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def request(self) -> Global___GenerateRequest:
-        """max_new_tokens at most 512, and no prompt_logprobs."""
-
-    def __init__(
-        self,
-        *,
-        request: Global___GenerateRequest | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CompareRequest: _TypeAlias = CompareRequest  # noqa: Y015
-
-@_typing.final
 class CompareResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -189,87 +167,9 @@ class GenerateRequest(_message.Message):
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
-class GenerateStreamRequest(_message.Message):
-    """Field for field the same as GenerateRequest; a test holds them together."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    CHAT_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    SAMPLING_FIELD_NUMBER: _builtins.int
-    INTERVENTIONS_FIELD_NUMBER: _builtins.int
-    MAX_RELATIVE_EDIT_FIELD_NUMBER: _builtins.int
-    WATCH_FIELD_NUMBER: _builtins.int
-    TRIGGERS_FIELD_NUMBER: _builtins.int
-    POLICIES_FIELD_NUMBER: _builtins.int
-    CONVERSATION_FIELD_NUMBER: _builtins.int
-    MIN_POLICY_ACTIVATION_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    max_relative_edit: _builtins.float
-    """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
-    conversation: _builtins.str
-    """What a rollout by conversation hashes; at most 256 characters."""
-    min_policy_activation: _builtins.int
-    """The oldest activation of policies that may decide about this request; waited for until the deadline."""
-    @_builtins.property
-    def chat(self) -> _input_pb2.ChatInput: ...
-    @_builtins.property
-    def tokens(self) -> _input_pb2.TokenInput: ...
-    @_builtins.property
-    def sampling(self) -> Global___Sampling: ...
-    @_builtins.property
-    def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Intervention]:
-        """Edits of this request; its neighbours in the batch keep their own."""
-
-    @_builtins.property
-    def watch(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureRef]:
-        """Features to read on every token, without editing them."""
-
-    @_builtins.property
-    def triggers(self) -> _containers.RepeatedCompositeFieldContainer[_condition_pb2.Trigger]:
-        """What to do when features fire."""
-
-    @_builtins.property
-    def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Policies that shall apply whether or not their target and rollout choose this request."""
-
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        chat: _input_pb2.ChatInput | None = ...,
-        tokens: _input_pb2.TokenInput | None = ...,
-        sampling: Global___Sampling | None = ...,
-        interventions: _abc.Iterable[_intervention_pb2.Intervention] | None = ...,
-        max_relative_edit: _builtins.float | None = ...,
-        watch: _abc.Iterable[Global___FeatureRef] | None = ...,
-        triggers: _abc.Iterable[_condition_pb2.Trigger] | None = ...,
-        policies: _abc.Iterable[_builtins.str] | None = ...,
-        conversation: _builtins.str = ...,
-        min_policy_activation: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "input", b"input", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "conversation", b"conversation", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "policies", b"policies", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "triggers", b"triggers", "watch", b"watch"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__max_relative_edit: _TypeAlias = _typing.Literal["max_relative_edit"]  # noqa: Y015
-    _WhichOneofArgType__max_relative_edit: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit"]  # noqa: Y015
-    _WhichOneofReturnType__min_policy_activation: _TypeAlias = _typing.Literal["min_policy_activation"]  # noqa: Y015
-    _WhichOneofArgType__min_policy_activation: _TypeAlias = _typing.Literal["_min_policy_activation", b"_min_policy_activation"]  # noqa: Y015
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "tokens"]  # noqa: Y015
-    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_relative_edit) -> _WhichOneofReturnType__max_relative_edit | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_policy_activation) -> _WhichOneofReturnType__min_policy_activation | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
-
-Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
-
-@_typing.final
 class GenerateResponse(_message.Message):
+    """A whole completion, or what one message of a stream adds to it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
@@ -278,16 +178,21 @@ class GenerateResponse(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     COMPLETION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """In a stream, what became certain with this message: empty while a character or stop string is incomplete."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]: ...
     @_builtins.property
     def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureReading]: ...
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One per prompt token after the first, when Sampling.prompt_logprobs is set."""
+        """One per prompt token after the first, when Sampling.prompt_logprobs is set. In a stream, in order, before the first
+        token.
+        """
 
     @_builtins.property
-    def completion(self) -> Global___Completion: ...
+    def completion(self) -> Global___Completion:
+        """In a stream, with the last message only."""
+
     def __init__(
         self,
         *,
@@ -304,46 +209,6 @@ class GenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
-
-@_typing.final
-class GenerateStreamResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    READINGS_FIELD_NUMBER: _builtins.int
-    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
-    COMPLETION_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """Text that became certain with this message; may be empty while a character or stop string is incomplete."""
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]: ...
-    @_builtins.property
-    def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureReading]: ...
-    @_builtins.property
-    def prompt_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """As in GenerateResponse, in order, in the messages before the first token."""
-
-    @_builtins.property
-    def completion(self) -> Global___Completion:
-        """With the last message only."""
-
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        tokens: _abc.Iterable[Global___Token] | None = ...,
-        readings: _abc.Iterable[Global___FeatureReading] | None = ...,
-        prompt_logprobs: _abc.Iterable[_builtins.float] | None = ...,
-        completion: Global___Completion | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion", "prompt_logprobs", b"prompt_logprobs", "readings", b"readings", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

@@ -42,12 +42,12 @@ class GenerationServiceStub(object):
                 _registered_method=True)
         self.GenerateStream = channel.unary_stream(
                 '/saeguard.v1.GenerationService/GenerateStream',
-                request_serializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.SerializeToString,
-                response_deserializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.FromString,
+                request_serializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.Compare = channel.unary_unary(
                 '/saeguard.v1.GenerationService/Compare',
-                request_serializer=saeguard_dot_v1_dot_generation__service__pb2.CompareRequest.SerializeToString,
+                request_serializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=saeguard_dot_v1_dot_generation__service__pb2.CompareResponse.FromString,
                 _registered_method=True)
 
@@ -72,7 +72,8 @@ class GenerationServiceServicer(object):
 
     def Compare(self, request, context):
         """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
-        and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+        and how far the two are apart. max_new_tokens is at most 512, and prompt_logprobs is not taken. Needs the role
+        policy-write: it shows what policies suppress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,12 +89,12 @@ def add_GenerationServiceServicer_to_server(servicer, server):
             ),
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
-                    request_deserializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.FromString,
-                    response_serializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.SerializeToString,
+                    request_deserializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateRequest.FromString,
+                    response_serializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateResponse.SerializeToString,
             ),
             'Compare': grpc.unary_unary_rpc_method_handler(
                     servicer.Compare,
-                    request_deserializer=saeguard_dot_v1_dot_generation__service__pb2.CompareRequest.FromString,
+                    request_deserializer=saeguard_dot_v1_dot_generation__service__pb2.GenerateRequest.FromString,
                     response_serializer=saeguard_dot_v1_dot_generation__service__pb2.CompareResponse.SerializeToString,
             ),
     }
@@ -150,8 +151,8 @@ class GenerationService(object):
             request,
             target,
             '/saeguard.v1.GenerationService/GenerateStream',
-            saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.SerializeToString,
-            saeguard_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.FromString,
+            saeguard_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
+            saeguard_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -177,7 +178,7 @@ class GenerationService(object):
             request,
             target,
             '/saeguard.v1.GenerationService/Compare',
-            saeguard_dot_v1_dot_generation__service__pb2.CompareRequest.SerializeToString,
+            saeguard_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
             saeguard_dot_v1_dot_generation__service__pb2.CompareResponse.FromString,
             options,
             channel_credentials,

@@ -35,11 +35,12 @@ class GenerationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]
     """The whole completion in one reply."""
-    GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_service_pb2.GenerateStreamRequest, _generation_service_pb2.GenerateStreamResponse]
+    GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]
     """The completion as it is made; the last message carries `completion`."""
-    Compare: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.CompareRequest, _generation_service_pb2.CompareResponse]
+    Compare: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.CompareResponse]
     """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
-    and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+    and how far the two are apart. max_new_tokens is at most 512, and prompt_logprobs is not taken. Needs the role
+    policy-write: it shows what policies suppress.
     """
 
 @_typing.type_check_only
@@ -49,11 +50,12 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """The whole completion in one reply."""
-    GenerateStream: _aio.UnaryStreamMultiCallable[_generation_service_pb2.GenerateStreamRequest, _generation_service_pb2.GenerateStreamResponse]  # type: ignore[assignment]
+    GenerateStream: _aio.UnaryStreamMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """The completion as it is made; the last message carries `completion`."""
-    Compare: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.CompareRequest, _generation_service_pb2.CompareResponse]  # type: ignore[assignment]
+    Compare: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.CompareResponse]  # type: ignore[assignment]
     """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
-    and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+    and how far the two are apart. max_new_tokens is at most 512, and prompt_logprobs is not taken. Needs the role
+    policy-write: it shows what policies suppress.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -70,19 +72,20 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def GenerateStream(
         self,
-        request: _generation_service_pb2.GenerateStreamRequest,
+        request: _generation_service_pb2.GenerateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_generation_service_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_service_pb2.GenerateStreamResponse]]:
+    ) -> _typing.Union[_abc.Iterator[_generation_service_pb2.GenerateResponse], _abc.AsyncIterator[_generation_service_pb2.GenerateResponse]]:
         """The completion as it is made; the last message carries `completion`."""
 
     @_abc_1.abstractmethod
     def Compare(
         self,
-        request: _generation_service_pb2.CompareRequest,
+        request: _generation_service_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_service_pb2.CompareResponse, _abc.Awaitable[_generation_service_pb2.CompareResponse]]:
         """The completion with everything that policies and the request do to it, and without any of that, in the same batch,
-        and how far the two are apart. Needs the role policy-write: it shows what policies suppress.
+        and how far the two are apart. max_new_tokens is at most 512, and prompt_logprobs is not taken. Needs the role
+        policy-write: it shows what policies suppress.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

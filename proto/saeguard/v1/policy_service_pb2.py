@@ -23,82 +23,51 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
-from saeguard.v1 import condition_pb2 as saeguard_dot_v1_dot_condition__pb2
-from saeguard.v1 import generation_service_pb2 as saeguard_dot_v1_dot_generation__service__pb2
-from saeguard.v1 import intervention_pb2 as saeguard_dot_v1_dot_intervention__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n saeguard/v1/policy_service.proto\x12\x0bsaeguard.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bsaeguard/v1/condition.proto\x1a$saeguard/v1/generation_service.proto\x1a\x1esaeguard/v1/intervention.proto\"\xbe\x03\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12%\n\x04mode\x18\x04 \x01(\x0e\x32\x17.saeguard.v1.PolicyMode\x12)\n\x06target\x18\x05 \x01(\x0b\x32\x19.saeguard.v1.PolicyTarget\x12+\n\x07rollout\x18\x06 \x01(\x0b\x32\x1a.saeguard.v1.PolicyRollout\x12&\n\x05rules\x18\x07 \x03(\x0b\x32\x17.saeguard.v1.PolicyRule\x12&\n\x08triggers\x18\x08 \x03(\x0b\x32\x14.saeguard.v1.Trigger\x12)\n\x06limits\x18\t \x01(\x0b\x32\x19.saeguard.v1.PolicyLimits\x12%\n\x04pins\x18\n \x01(\x0b\x32\x17.saeguard.v1.PolicyPins\x12+\n\x07\x65xpires\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x14\x63ounterfactual_share\x18\x0c \x01(\x01\x12\x16\n\x0erequires_audit\x18\r \x01(\x08\"=\n\x0cPolicyTarget\x12\x0f\n\x07\x63\x61llers\x18\x01 \x03(\t\x12\x0c\n\x04tags\x18\x02 \x03(\t\x12\x0e\n\x06models\x18\x03 \x03(\t\"Q\n\rPolicyRollout\x12\x12\n\x05share\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\"\n\x02\x62y\x18\x02 \x01(\x0e\x32\x16.saeguard.v1.RolloutByB\x08\n\x06_share\"K\n\nPolicyRule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0cintervention\x18\x02 \x01(\x0b\x32\x19.saeguard.v1.Intervention\"\xf3\x01\n\x0cPolicyLimits\x12\x1e\n\x11max_relative_edit\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12.\n\x0c\x61llowed_saes\x18\x02 \x01(\x0b\x32\x18.saeguard.v1.AllowedSaes\x12\x13\n\x0b\x64\x65nied_saes\x18\x03 \x03(\t\x12\x36\n\x10\x61llowed_features\x18\x04 \x01(\x0b\x32\x1c.saeguard.v1.AllowedFeatures\x12\x30\n\x0f\x64\x65nied_features\x18\x05 \x03(\x0b\x32\x17.saeguard.v1.FeatureRefB\x14\n\x12_max_relative_edit\"\x1b\n\x0b\x41llowedSaes\x12\x0c\n\x04saes\x18\x01 \x03(\t\"<\n\x0f\x41llowedFeatures\x12)\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x17.saeguard.v1.FeatureRef\"y\n\nPolicyPins\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x04saes\x18\x02 \x03(\x0b\x32!.saeguard.v1.PolicyPins.SaesEntry\x1a+\n\tSaesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"r\n\x08Revision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04\x64iff\x18\x05 \x01(\t\"w\n\nActivation\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x05 \x01(\t\"0\n\rPolicyFinding\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"X\n\x13\x43reatePolicyRequest\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.saeguard.v1.Policy\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"{\n\x14\x43reatePolicyResponse\x12\'\n\x08revision\x18\x01 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12,\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1a.saeguard.v1.PolicyFinding\"D\n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\x08revision\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_revision\"T\n\x11GetPolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.saeguard.v1.Policy\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0c\n\x04yaml\x18\x03 \x01(\t\"9\n\x13ListPoliciesRequest\x12\x15\n\x08revision\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_revision\"\xab\x01\n\x14ListPoliciesResponse\x12%\n\x08policies\x18\x01 \x03(\x0b\x32\x13.saeguard.v1.Policy\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\'\n\x08revision\x18\x03 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\'\n\x06\x61\x63tive\x18\x04 \x01(\x0b\x32\x17.saeguard.v1.Activation\x12\x0c\n\x04yaml\x18\x05 \x01(\t\"X\n\x13UpdatePolicyRequest\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.saeguard.v1.Policy\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"{\n\x14UpdatePolicyResponse\x12\'\n\x08revision\x18\x01 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12,\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1a.saeguard.v1.PolicyFinding\"A\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"M\n\x14\x44\x65letePolicyResponse\x12\'\n\x08revision\x18\x01 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x84\x01\n\x14\x41pplyPoliciesRequest\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.saeguard.v1.PolicyDocument\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05prune\x18\x04 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x05 \x01(\x08\"/\n\x0ePolicyDocument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"|\n\x15\x41pplyPoliciesResponse\x12\'\n\x08revision\x18\x01 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12,\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1a.saeguard.v1.PolicyFinding\"X\n\x17\x41\x63tivateRevisionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1b\n\x13\x65xpected_activation\x18\x03 \x01(\x04\"G\n\x18\x41\x63tivateRevisionResponse\x12+\n\nactivation\x18\x01 \x01(\x0b\x32\x17.saeguard.v1.Activation\"\x9a\x01\n\x12ListHistoryRequest\x12\x12\n\x05limit\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0f\x62\x65\x66ore_revision\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x1e\n\x11\x62\x65\x66ore_activation\x18\x03 \x01(\x04H\x02\x88\x01\x01\x42\x08\n\x06_limitB\x12\n\x10_before_revisionB\x14\n\x12_before_activation\"m\n\x13ListHistoryResponse\x12(\n\trevisions\x18\x01 \x03(\x0b\x32\x15.saeguard.v1.Revision\x12,\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x17.saeguard.v1.Activation*o\n\nPolicyMode\x12\x1b\n\x17POLICY_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPOLICY_MODE_OFF\x10\x01\x12\x16\n\x12POLICY_MODE_SHADOW\x10\x02\x12\x17\n\x13POLICY_MODE_ENFORCE\x10\x03*[\n\tRolloutBy\x12\x1a\n\x16ROLLOUT_BY_UNSPECIFIED\x10\x00\x12\x15\n\x11ROLLOUT_BY_CALLER\x10\x01\x12\x1b\n\x17ROLLOUT_BY_CONVERSATION\x10\x02\x32\xba\x05\n\rPolicyService\x12S\n\x0c\x43reatePolicy\x12 .saeguard.v1.CreatePolicyRequest\x1a!.saeguard.v1.CreatePolicyResponse\x12J\n\tGetPolicy\x12\x1d.saeguard.v1.GetPolicyRequest\x1a\x1e.saeguard.v1.GetPolicyResponse\x12S\n\x0cListPolicies\x12 .saeguard.v1.ListPoliciesRequest\x1a!.saeguard.v1.ListPoliciesResponse\x12S\n\x0cUpdatePolicy\x12 .saeguard.v1.UpdatePolicyRequest\x1a!.saeguard.v1.UpdatePolicyResponse\x12S\n\x0c\x44\x65letePolicy\x12 .saeguard.v1.DeletePolicyRequest\x1a!.saeguard.v1.DeletePolicyResponse\x12V\n\rApplyPolicies\x12!.saeguard.v1.ApplyPoliciesRequest\x1a\".saeguard.v1.ApplyPoliciesResponse\x12_\n\x10\x41\x63tivateRevision\x12$.saeguard.v1.ActivateRevisionRequest\x1a%.saeguard.v1.ActivateRevisionResponse\x12P\n\x0bListHistory\x12\x1f.saeguard.v1.ListHistoryRequest\x1a .saeguard.v1.ListHistoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n saeguard/v1/policy_service.proto\x12\x0bsaeguard.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x01\n\rPolicySummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04mode\x18\x02 \x01(\x0e\x32\x17.saeguard.v1.PolicyMode\x12\r\n\x05owner\x18\x03 \x01(\t\x12\r\n\x05share\x18\x04 \x01(\x01\x12\r\n\x05rules\x18\x05 \x03(\t\x12\x10\n\x08triggers\x18\x06 \x03(\t\x12+\n\x07\x65xpires\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"r\n\x08Revision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04\x64iff\x18\x05 \x01(\t\"w\n\nActivation\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x05 \x01(\t\"0\n\rPolicyFinding\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"9\n\x13ListPoliciesRequest\x12\x15\n\x08revision\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_revision\"\xb2\x01\n\x14ListPoliciesResponse\x12,\n\x08policies\x18\x01 \x03(\x0b\x32\x1a.saeguard.v1.PolicySummary\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\'\n\x08revision\x18\x03 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\'\n\x06\x61\x63tive\x18\x04 \x01(\x0b\x32\x17.saeguard.v1.Activation\x12\x0c\n\x04yaml\x18\x05 \x01(\t\"A\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"M\n\x14\x44\x65letePolicyResponse\x12\'\n\x08revision\x18\x01 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x84\x01\n\x14\x41pplyPoliciesRequest\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.saeguard.v1.PolicyDocument\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05prune\x18\x04 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x05 \x01(\x08\"/\n\x0ePolicyDocument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"|\n\x15\x41pplyPoliciesResponse\x12\'\n\x08revision\x18\x01 \x01(\x0b\x32\x15.saeguard.v1.Revision\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12,\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1a.saeguard.v1.PolicyFinding\"X\n\x17\x41\x63tivateRevisionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1b\n\x13\x65xpected_activation\x18\x03 \x01(\x04\"G\n\x18\x41\x63tivateRevisionResponse\x12+\n\nactivation\x18\x01 \x01(\x0b\x32\x17.saeguard.v1.Activation\"b\n\x0fRollbackRequest\x12\x15\n\x08revision\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1b\n\x13\x65xpected_activation\x18\x03 \x01(\x04\x42\x0b\n\t_revision\"?\n\x10RollbackResponse\x12+\n\nactivation\x18\x01 \x01(\x0b\x32\x17.saeguard.v1.Activation\"\x9a\x01\n\x12ListHistoryRequest\x12\x12\n\x05limit\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0f\x62\x65\x66ore_revision\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x1e\n\x11\x62\x65\x66ore_activation\x18\x03 \x01(\x04H\x02\x88\x01\x01\x42\x08\n\x06_limitB\x12\n\x10_before_revisionB\x14\n\x12_before_activation\"m\n\x13ListHistoryResponse\x12(\n\trevisions\x18\x01 \x03(\x0b\x32\x15.saeguard.v1.Revision\x12,\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x17.saeguard.v1.Activation*o\n\nPolicyMode\x12\x1b\n\x17POLICY_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPOLICY_MODE_OFF\x10\x01\x12\x16\n\x12POLICY_MODE_SHADOW\x10\x02\x12\x17\n\x13POLICY_MODE_ENFORCE\x10\x03\x32\x8d\x04\n\rPolicyService\x12S\n\x0cListPolicies\x12 .saeguard.v1.ListPoliciesRequest\x1a!.saeguard.v1.ListPoliciesResponse\x12S\n\x0c\x44\x65letePolicy\x12 .saeguard.v1.DeletePolicyRequest\x1a!.saeguard.v1.DeletePolicyResponse\x12V\n\rApplyPolicies\x12!.saeguard.v1.ApplyPoliciesRequest\x1a\".saeguard.v1.ApplyPoliciesResponse\x12_\n\x10\x41\x63tivateRevision\x12$.saeguard.v1.ActivateRevisionRequest\x1a%.saeguard.v1.ActivateRevisionResponse\x12G\n\x08Rollback\x12\x1c.saeguard.v1.RollbackRequest\x1a\x1d.saeguard.v1.RollbackResponse\x12P\n\x0bListHistory\x12\x1f.saeguard.v1.ListHistoryRequest\x1a .saeguard.v1.ListHistoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'saeguard.v1.policy_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICYPINS_SAESENTRY']._loaded_options = None
-  _globals['_POLICYPINS_SAESENTRY']._serialized_options = b'8\001'
-  _globals['_POLICYMODE']._serialized_start=3306
-  _globals['_POLICYMODE']._serialized_end=3417
-  _globals['_ROLLOUTBY']._serialized_start=3419
-  _globals['_ROLLOUTBY']._serialized_end=3510
-  _globals['_POLICY']._serialized_start=182
-  _globals['_POLICY']._serialized_end=628
-  _globals['_POLICYTARGET']._serialized_start=630
-  _globals['_POLICYTARGET']._serialized_end=691
-  _globals['_POLICYROLLOUT']._serialized_start=693
-  _globals['_POLICYROLLOUT']._serialized_end=774
-  _globals['_POLICYRULE']._serialized_start=776
-  _globals['_POLICYRULE']._serialized_end=851
-  _globals['_POLICYLIMITS']._serialized_start=854
-  _globals['_POLICYLIMITS']._serialized_end=1097
-  _globals['_ALLOWEDSAES']._serialized_start=1099
-  _globals['_ALLOWEDSAES']._serialized_end=1126
-  _globals['_ALLOWEDFEATURES']._serialized_start=1128
-  _globals['_ALLOWEDFEATURES']._serialized_end=1188
-  _globals['_POLICYPINS']._serialized_start=1190
-  _globals['_POLICYPINS']._serialized_end=1311
-  _globals['_POLICYPINS_SAESENTRY']._serialized_start=1268
-  _globals['_POLICYPINS_SAESENTRY']._serialized_end=1311
-  _globals['_REVISION']._serialized_start=1313
-  _globals['_REVISION']._serialized_end=1427
-  _globals['_ACTIVATION']._serialized_start=1429
-  _globals['_ACTIVATION']._serialized_end=1548
-  _globals['_POLICYFINDING']._serialized_start=1550
-  _globals['_POLICYFINDING']._serialized_end=1598
-  _globals['_CREATEPOLICYREQUEST']._serialized_start=1600
-  _globals['_CREATEPOLICYREQUEST']._serialized_end=1688
-  _globals['_CREATEPOLICYRESPONSE']._serialized_start=1690
-  _globals['_CREATEPOLICYRESPONSE']._serialized_end=1813
-  _globals['_GETPOLICYREQUEST']._serialized_start=1815
-  _globals['_GETPOLICYREQUEST']._serialized_end=1883
-  _globals['_GETPOLICYRESPONSE']._serialized_start=1885
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1969
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=1971
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=2028
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=2031
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=2202
-  _globals['_UPDATEPOLICYREQUEST']._serialized_start=2204
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=2292
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=2294
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=2417
-  _globals['_DELETEPOLICYREQUEST']._serialized_start=2419
-  _globals['_DELETEPOLICYREQUEST']._serialized_end=2484
-  _globals['_DELETEPOLICYRESPONSE']._serialized_start=2486
-  _globals['_DELETEPOLICYRESPONSE']._serialized_end=2563
-  _globals['_APPLYPOLICIESREQUEST']._serialized_start=2566
-  _globals['_APPLYPOLICIESREQUEST']._serialized_end=2698
-  _globals['_POLICYDOCUMENT']._serialized_start=2700
-  _globals['_POLICYDOCUMENT']._serialized_end=2747
-  _globals['_APPLYPOLICIESRESPONSE']._serialized_start=2749
-  _globals['_APPLYPOLICIESRESPONSE']._serialized_end=2873
-  _globals['_ACTIVATEREVISIONREQUEST']._serialized_start=2875
-  _globals['_ACTIVATEREVISIONREQUEST']._serialized_end=2963
-  _globals['_ACTIVATEREVISIONRESPONSE']._serialized_start=2965
-  _globals['_ACTIVATEREVISIONRESPONSE']._serialized_end=3036
-  _globals['_LISTHISTORYREQUEST']._serialized_start=3039
-  _globals['_LISTHISTORYREQUEST']._serialized_end=3193
-  _globals['_LISTHISTORYRESPONSE']._serialized_start=3195
-  _globals['_LISTHISTORYRESPONSE']._serialized_end=3304
-  _globals['_POLICYSERVICE']._serialized_start=3513
-  _globals['_POLICYSERVICE']._serialized_end=4211
+  _globals['_POLICYMODE']._serialized_start=1840
+  _globals['_POLICYMODE']._serialized_end=1951
+  _globals['_POLICYSUMMARY']._serialized_start=83
+  _globals['_POLICYSUMMARY']._serialized_end=259
+  _globals['_REVISION']._serialized_start=261
+  _globals['_REVISION']._serialized_end=375
+  _globals['_ACTIVATION']._serialized_start=377
+  _globals['_ACTIVATION']._serialized_end=496
+  _globals['_POLICYFINDING']._serialized_start=498
+  _globals['_POLICYFINDING']._serialized_end=546
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=548
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=605
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=608
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=786
+  _globals['_DELETEPOLICYREQUEST']._serialized_start=788
+  _globals['_DELETEPOLICYREQUEST']._serialized_end=853
+  _globals['_DELETEPOLICYRESPONSE']._serialized_start=855
+  _globals['_DELETEPOLICYRESPONSE']._serialized_end=932
+  _globals['_APPLYPOLICIESREQUEST']._serialized_start=935
+  _globals['_APPLYPOLICIESREQUEST']._serialized_end=1067
+  _globals['_POLICYDOCUMENT']._serialized_start=1069
+  _globals['_POLICYDOCUMENT']._serialized_end=1116
+  _globals['_APPLYPOLICIESRESPONSE']._serialized_start=1118
+  _globals['_APPLYPOLICIESRESPONSE']._serialized_end=1242
+  _globals['_ACTIVATEREVISIONREQUEST']._serialized_start=1244
+  _globals['_ACTIVATEREVISIONREQUEST']._serialized_end=1332
+  _globals['_ACTIVATEREVISIONRESPONSE']._serialized_start=1334
+  _globals['_ACTIVATEREVISIONRESPONSE']._serialized_end=1405
+  _globals['_ROLLBACKREQUEST']._serialized_start=1407
+  _globals['_ROLLBACKREQUEST']._serialized_end=1505
+  _globals['_ROLLBACKRESPONSE']._serialized_start=1507
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1570
+  _globals['_LISTHISTORYREQUEST']._serialized_start=1573
+  _globals['_LISTHISTORYREQUEST']._serialized_end=1727
+  _globals['_LISTHISTORYRESPONSE']._serialized_start=1729
+  _globals['_LISTHISTORYRESPONSE']._serialized_end=1838
+  _globals['_POLICYSERVICE']._serialized_start=1954
+  _globals['_POLICYSERVICE']._serialized_end=2479
 # @@protoc_insertion_point(module_scope)

@@ -9,9 +9,6 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
-from saeguard.v1 import condition_pb2 as _condition_pb2
-from saeguard.v1 import generation_service_pb2 as _generation_service_pb2
-from saeguard.v1 import intervention_pb2 as _intervention_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -30,7 +27,6 @@ class _PolicyMode:
 class _PolicyModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyMode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     POLICY_MODE_UNSPECIFIED: _PolicyMode.ValueType  # 0
-    """Refused: the mode must be said."""
     POLICY_MODE_OFF: _PolicyMode.ValueType  # 1
     """Does nothing."""
     POLICY_MODE_SHADOW: _PolicyMode.ValueType  # 2
@@ -40,7 +36,6 @@ class _PolicyModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyMode
 class PolicyMode(_PolicyMode, metaclass=_PolicyModeEnumTypeWrapper): ...
 
 POLICY_MODE_UNSPECIFIED: PolicyMode.ValueType  # 0
-"""Refused: the mode must be said."""
 POLICY_MODE_OFF: PolicyMode.ValueType  # 1
 """Does nothing."""
 POLICY_MODE_SHADOW: PolicyMode.ValueType  # 2
@@ -48,71 +43,30 @@ POLICY_MODE_SHADOW: PolicyMode.ValueType  # 2
 POLICY_MODE_ENFORCE: PolicyMode.ValueType  # 3
 Global___PolicyMode: _TypeAlias = PolicyMode  # noqa: Y015
 
-class _RolloutBy:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _RolloutByEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RolloutBy.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    ROLLOUT_BY_UNSPECIFIED: _RolloutBy.ValueType  # 0
-    """The same as ROLLOUT_BY_CALLER."""
-    ROLLOUT_BY_CALLER: _RolloutBy.ValueType  # 1
-    ROLLOUT_BY_CONVERSATION: _RolloutBy.ValueType  # 2
-    """Requests without a conversation are hashed by their caller."""
-
-class RolloutBy(_RolloutBy, metaclass=_RolloutByEnumTypeWrapper): ...
-
-ROLLOUT_BY_UNSPECIFIED: RolloutBy.ValueType  # 0
-"""The same as ROLLOUT_BY_CALLER."""
-ROLLOUT_BY_CALLER: RolloutBy.ValueType  # 1
-ROLLOUT_BY_CONVERSATION: RolloutBy.ValueType  # 2
-"""Requests without a conversation are hashed by their caller."""
-Global___RolloutBy: _TypeAlias = RolloutBy  # noqa: Y015
-
 @_typing.final
-class Policy(_message.Message):
+class PolicySummary(_message.Message):
+    """A policy at a glance; all of it is in the YAML document."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
-    DESCRIPTION_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
-    TARGET_FIELD_NUMBER: _builtins.int
-    ROLLOUT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     TRIGGERS_FIELD_NUMBER: _builtins.int
-    LIMITS_FIELD_NUMBER: _builtins.int
-    PINS_FIELD_NUMBER: _builtins.int
     EXPIRES_FIELD_NUMBER: _builtins.int
-    COUNTERFACTUAL_SHARE_FIELD_NUMBER: _builtins.int
-    REQUIRES_AUDIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """1 to 63 of a-z, 0-9 and, not at an end, ".", "_", "-"."""
-    description: _builtins.str
-    owner: _builtins.str
     mode: Global___PolicyMode.ValueType
-    counterfactual_share: _builtins.float
-    """Share, 0 to 1, of the requests it edits that are also run without it, to measure the difference."""
-    requires_audit: _builtins.bool
-    """Whether a request under it fails when its audit record cannot be written."""
+    owner: _builtins.str
+    share: _builtins.float
+    """Of the target's requests, 0 to 1."""
     @_builtins.property
-    def target(self) -> Global___PolicyTarget:
-        """Absent is everybody."""
+    def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names."""
 
     @_builtins.property
-    def rollout(self) -> Global___PolicyRollout:
-        """Absent is all of the target's requests."""
-
-    @_builtins.property
-    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyRule]:
-        """Edits that the policy makes."""
-
-    @_builtins.property
-    def triggers(self) -> _containers.RepeatedCompositeFieldContainer[_condition_pb2.Trigger]: ...
-    @_builtins.property
-    def limits(self) -> Global___PolicyLimits: ...
-    @_builtins.property
-    def pins(self) -> Global___PolicyPins: ...
+    def triggers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def expires(self) -> _timestamp_pb2.Timestamp:
         """Not in force from then on."""
@@ -121,239 +75,20 @@ class Policy(_message.Message):
         self,
         *,
         name: _builtins.str = ...,
-        description: _builtins.str = ...,
-        owner: _builtins.str = ...,
         mode: Global___PolicyMode.ValueType = ...,
-        target: Global___PolicyTarget | None = ...,
-        rollout: Global___PolicyRollout | None = ...,
-        rules: _abc.Iterable[Global___PolicyRule] | None = ...,
-        triggers: _abc.Iterable[_condition_pb2.Trigger] | None = ...,
-        limits: Global___PolicyLimits | None = ...,
-        pins: Global___PolicyPins | None = ...,
+        owner: _builtins.str = ...,
+        share: _builtins.float = ...,
+        rules: _abc.Iterable[_builtins.str] | None = ...,
+        triggers: _abc.Iterable[_builtins.str] | None = ...,
         expires: _timestamp_pb2.Timestamp | None = ...,
-        counterfactual_share: _builtins.float = ...,
-        requires_audit: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires", b"expires", "limits", b"limits", "pins", b"pins", "rollout", b"rollout", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires", b"expires"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counterfactual_share", b"counterfactual_share", "description", b"description", "expires", b"expires", "limits", b"limits", "mode", b"mode", "name", b"name", "owner", b"owner", "pins", b"pins", "requires_audit", b"requires_audit", "rollout", b"rollout", "rules", b"rules", "target", b"target", "triggers", b"triggers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires", b"expires", "mode", b"mode", "name", b"name", "owner", b"owner", "rules", b"rules", "share", b"share", "triggers", b"triggers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Policy: _TypeAlias = Policy  # noqa: Y015
-
-@_typing.final
-class PolicyTarget(_message.Message):
-    """Whose requests: each list that is not empty must hold the caller, one of its tags, or the model."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CALLERS_FIELD_NUMBER: _builtins.int
-    TAGS_FIELD_NUMBER: _builtins.int
-    MODELS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def callers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    @_builtins.property
-    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    @_builtins.property
-    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    def __init__(
-        self,
-        *,
-        callers: _abc.Iterable[_builtins.str] | None = ...,
-        tags: _abc.Iterable[_builtins.str] | None = ...,
-        models: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["callers", b"callers", "models", b"models", "tags", b"tags"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PolicyTarget: _TypeAlias = PolicyTarget  # noqa: Y015
-
-@_typing.final
-class PolicyRollout(_message.Message):
-    """The share of requests, chosen by a stable hash; a share that grows keeps everyone it had."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SHARE_FIELD_NUMBER: _builtins.int
-    BY_FIELD_NUMBER: _builtins.int
-    share: _builtins.float
-    """0 to 1. Default 1."""
-    by: Global___RolloutBy.ValueType
-    def __init__(
-        self,
-        *,
-        share: _builtins.float | None = ...,
-        by: Global___RolloutBy.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "share", b"share"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "by", b"by", "share", b"share"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__share: _TypeAlias = _typing.Literal["share"]  # noqa: Y015
-    _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__share) -> _WhichOneofReturnType__share | None: ...
-
-Global___PolicyRollout: _TypeAlias = PolicyRollout  # noqa: Y015
-
-@_typing.final
-class PolicyRule(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    INTERVENTION_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """As receipts, metrics and refusals call it; unique in the policy, triggers included."""
-    @_builtins.property
-    def intervention(self) -> _intervention_pb2.Intervention: ...
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        intervention: _intervention_pb2.Intervention | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["intervention", b"intervention"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["intervention", b"intervention", "name", b"name"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PolicyRule: _TypeAlias = PolicyRule  # noqa: Y015
-
-@_typing.final
-class PolicyLimits(_message.Message):
-    """What callers under the policy may do themselves."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MAX_RELATIVE_EDIT_FIELD_NUMBER: _builtins.int
-    ALLOWED_SAES_FIELD_NUMBER: _builtins.int
-    DENIED_SAES_FIELD_NUMBER: _builtins.int
-    ALLOWED_FEATURES_FIELD_NUMBER: _builtins.int
-    DENIED_FEATURES_FIELD_NUMBER: _builtins.int
-    max_relative_edit: _builtins.float
-    """Largest |edit| / |x| per site and token of the caller's own edits."""
-    @_builtins.property
-    def allowed_saes(self) -> Global___AllowedSaes:
-        """Absent allows all that is not denied; present and empty allows none."""
-
-    @_builtins.property
-    def denied_saes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    @_builtins.property
-    def allowed_features(self) -> Global___AllowedFeatures:
-        """Absent allows all that is not denied; present and empty allows none."""
-
-    @_builtins.property
-    def denied_features(self) -> _containers.RepeatedCompositeFieldContainer[_generation_service_pb2.FeatureRef]: ...
-    def __init__(
-        self,
-        *,
-        max_relative_edit: _builtins.float | None = ...,
-        allowed_saes: Global___AllowedSaes | None = ...,
-        denied_saes: _abc.Iterable[_builtins.str] | None = ...,
-        allowed_features: Global___AllowedFeatures | None = ...,
-        denied_features: _abc.Iterable[_generation_service_pb2.FeatureRef] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "allowed_features", b"allowed_features", "allowed_saes", b"allowed_saes", "max_relative_edit", b"max_relative_edit"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "allowed_features", b"allowed_features", "allowed_saes", b"allowed_saes", "denied_features", b"denied_features", "denied_saes", b"denied_saes", "max_relative_edit", b"max_relative_edit"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__max_relative_edit: _TypeAlias = _typing.Literal["max_relative_edit"]  # noqa: Y015
-    _WhichOneofArgType__max_relative_edit: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_relative_edit) -> _WhichOneofReturnType__max_relative_edit | None: ...
-
-Global___PolicyLimits: _TypeAlias = PolicyLimits  # noqa: Y015
-
-@_typing.final
-class AllowedSaes(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SAES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def saes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    def __init__(
-        self,
-        *,
-        saes: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["saes", b"saes"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AllowedSaes: _TypeAlias = AllowedSaes  # noqa: Y015
-
-@_typing.final
-class AllowedFeatures(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FEATURES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def features(self) -> _containers.RepeatedCompositeFieldContainer[_generation_service_pb2.FeatureRef]: ...
-    def __init__(
-        self,
-        *,
-        features: _abc.Iterable[_generation_service_pb2.FeatureRef] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AllowedFeatures: _TypeAlias = AllowedFeatures  # noqa: Y015
-
-@_typing.final
-class PolicyPins(_message.Message):
-    """Digests that what is served must have; the policy is refused where they differ."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    @_typing.final
-    class SaesEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.str
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.str = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    MODEL_FIELD_NUMBER: _builtins.int
-    SAES_FIELD_NUMBER: _builtins.int
-    model: _builtins.str
-    """SHA-256, hex; empty pins no model."""
-    @_builtins.property
-    def saes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """By the SAE's name."""
-
-    def __init__(
-        self,
-        *,
-        model: _builtins.str = ...,
-        saes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "saes", b"saes"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PolicyPins: _TypeAlias = PolicyPins  # noqa: Y015
+Global___PolicySummary: _TypeAlias = PolicySummary  # noqa: Y015
 
 @_typing.final
 class Revision(_message.Message):
@@ -449,112 +184,6 @@ class PolicyFinding(_message.Message):
 Global___PolicyFinding: _TypeAlias = PolicyFinding  # noqa: Y015
 
 @_typing.final
-class CreatePolicyRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POLICY_FIELD_NUMBER: _builtins.int
-    ETAG_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    etag: _builtins.str
-    """What the writer has read: as ListPolicies gives it. ABORTED when there is a newer revision; empty for the first."""
-    reason: _builtins.str
-    @_builtins.property
-    def policy(self) -> Global___Policy: ...
-    def __init__(
-        self,
-        *,
-        policy: Global___Policy | None = ...,
-        etag: _builtins.str = ...,
-        reason: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "policy", b"policy", "reason", b"reason"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CreatePolicyRequest: _TypeAlias = CreatePolicyRequest  # noqa: Y015
-
-@_typing.final
-class CreatePolicyResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REVISION_FIELD_NUMBER: _builtins.int
-    ETAG_FIELD_NUMBER: _builtins.int
-    FINDINGS_FIELD_NUMBER: _builtins.int
-    etag: _builtins.str
-    @_builtins.property
-    def revision(self) -> Global___Revision: ...
-    @_builtins.property
-    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyFinding]: ...
-    def __init__(
-        self,
-        *,
-        revision: Global___Revision | None = ...,
-        etag: _builtins.str = ...,
-        findings: _abc.Iterable[Global___PolicyFinding] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "findings", b"findings", "revision", b"revision"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CreatePolicyResponse: _TypeAlias = CreatePolicyResponse  # noqa: Y015
-
-@_typing.final
-class GetPolicyRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    revision: _builtins.int
-    """Default: the latest."""
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        revision: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_revision", b"_revision", "revision", b"revision"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_revision", b"_revision", "name", b"name", "revision", b"revision"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__revision: _TypeAlias = _typing.Literal["revision"]  # noqa: Y015
-    _WhichOneofArgType__revision: _TypeAlias = _typing.Literal["_revision", b"_revision"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__revision) -> _WhichOneofReturnType__revision | None: ...
-
-Global___GetPolicyRequest: _TypeAlias = GetPolicyRequest  # noqa: Y015
-
-@_typing.final
-class GetPolicyResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POLICY_FIELD_NUMBER: _builtins.int
-    ETAG_FIELD_NUMBER: _builtins.int
-    YAML_FIELD_NUMBER: _builtins.int
-    etag: _builtins.str
-    yaml: _builtins.str
-    """The policy as YAML."""
-    @_builtins.property
-    def policy(self) -> Global___Policy: ...
-    def __init__(
-        self,
-        *,
-        policy: Global___Policy | None = ...,
-        etag: _builtins.str = ...,
-        yaml: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "policy", b"policy", "yaml", b"yaml"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetPolicyResponse: _TypeAlias = GetPolicyResponse  # noqa: Y015
-
-@_typing.final
 class ListPoliciesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -590,7 +219,7 @@ class ListPoliciesResponse(_message.Message):
     yaml: _builtins.str
     """The listed policies as YAML documents, in one text."""
     @_builtins.property
-    def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Policy]: ...
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicySummary]: ...
     @_builtins.property
     def revision(self) -> Global___Revision:
         """Of the listed policies."""
@@ -602,7 +231,7 @@ class ListPoliciesResponse(_message.Message):
     def __init__(
         self,
         *,
-        policies: _abc.Iterable[Global___Policy] | None = ...,
+        policies: _abc.Iterable[Global___PolicySummary] | None = ...,
         etag: _builtins.str = ...,
         revision: Global___Revision | None = ...,
         active: Global___Activation | None = ...,
@@ -617,60 +246,6 @@ class ListPoliciesResponse(_message.Message):
 Global___ListPoliciesResponse: _TypeAlias = ListPoliciesResponse  # noqa: Y015
 
 @_typing.final
-class UpdatePolicyRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POLICY_FIELD_NUMBER: _builtins.int
-    ETAG_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    etag: _builtins.str
-    """As in CreatePolicyRequest; must not be empty."""
-    reason: _builtins.str
-    @_builtins.property
-    def policy(self) -> Global___Policy: ...
-    def __init__(
-        self,
-        *,
-        policy: Global___Policy | None = ...,
-        etag: _builtins.str = ...,
-        reason: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "policy", b"policy", "reason", b"reason"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UpdatePolicyRequest: _TypeAlias = UpdatePolicyRequest  # noqa: Y015
-
-@_typing.final
-class UpdatePolicyResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REVISION_FIELD_NUMBER: _builtins.int
-    ETAG_FIELD_NUMBER: _builtins.int
-    FINDINGS_FIELD_NUMBER: _builtins.int
-    etag: _builtins.str
-    @_builtins.property
-    def revision(self) -> Global___Revision: ...
-    @_builtins.property
-    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyFinding]: ...
-    def __init__(
-        self,
-        *,
-        revision: Global___Revision | None = ...,
-        etag: _builtins.str = ...,
-        findings: _abc.Iterable[Global___PolicyFinding] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "findings", b"findings", "revision", b"revision"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UpdatePolicyResponse: _TypeAlias = UpdatePolicyResponse  # noqa: Y015
-
-@_typing.final
 class DeletePolicyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -679,6 +254,7 @@ class DeletePolicyRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     etag: _builtins.str
+    """As in ApplyPoliciesRequest; must not be empty."""
     reason: _builtins.str
     def __init__(
         self,
@@ -728,7 +304,9 @@ class ApplyPoliciesRequest(_message.Message):
     PRUNE_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     etag: _builtins.str
-    """As in CreatePolicyRequest. With dry_run it may be empty."""
+    """What the writer has read: as ListPolicies gives it. ABORTED when there is a newer revision; empty for the first, and
+    it may be empty with dry_run.
+    """
     reason: _builtins.str
     prune: _builtins.bool
     """Whether policies that the documents do not hold are deleted."""
@@ -850,6 +428,55 @@ class ActivateRevisionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ActivateRevisionResponse: _TypeAlias = ActivateRevisionResponse  # noqa: Y015
+
+@_typing.final
+class RollbackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EXPECTED_ACTIVATION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Older than the one in force. Default: of those, the one that was in force last."""
+    reason: _builtins.str
+    expected_activation: _builtins.int
+    """As in ActivateRevisionRequest."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int | None = ...,
+        reason: _builtins.str = ...,
+        expected_activation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_revision", b"_revision", "revision", b"revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_revision", b"_revision", "expected_activation", b"expected_activation", "reason", b"reason", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__revision: _TypeAlias = _typing.Literal["revision"]  # noqa: Y015
+    _WhichOneofArgType__revision: _TypeAlias = _typing.Literal["_revision", b"_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__revision) -> _WhichOneofReturnType__revision | None: ...
+
+Global___RollbackRequest: _TypeAlias = RollbackRequest  # noqa: Y015
+
+@_typing.final
+class RollbackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def activation(self) -> Global___Activation: ...
+    def __init__(
+        self,
+        *,
+        activation: Global___Activation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackResponse: _TypeAlias = RollbackResponse  # noqa: Y015
 
 @_typing.final
 class ListHistoryRequest(_message.Message):

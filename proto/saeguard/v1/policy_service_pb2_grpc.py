@@ -35,25 +35,10 @@ class PolicyServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.CreatePolicy = channel.unary_unary(
-                '/saeguard.v1.PolicyService/CreatePolicy',
-                request_serializer=saeguard_dot_v1_dot_policy__service__pb2.CreatePolicyRequest.SerializeToString,
-                response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.CreatePolicyResponse.FromString,
-                _registered_method=True)
-        self.GetPolicy = channel.unary_unary(
-                '/saeguard.v1.PolicyService/GetPolicy',
-                request_serializer=saeguard_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
-                response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.GetPolicyResponse.FromString,
-                _registered_method=True)
         self.ListPolicies = channel.unary_unary(
                 '/saeguard.v1.PolicyService/ListPolicies',
                 request_serializer=saeguard_dot_v1_dot_policy__service__pb2.ListPoliciesRequest.SerializeToString,
                 response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.ListPoliciesResponse.FromString,
-                _registered_method=True)
-        self.UpdatePolicy = channel.unary_unary(
-                '/saeguard.v1.PolicyService/UpdatePolicy',
-                request_serializer=saeguard_dot_v1_dot_policy__service__pb2.UpdatePolicyRequest.SerializeToString,
-                response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.UpdatePolicyResponse.FromString,
                 _registered_method=True)
         self.DeletePolicy = channel.unary_unary(
                 '/saeguard.v1.PolicyService/DeletePolicy',
@@ -70,6 +55,11 @@ class PolicyServiceStub(object):
                 request_serializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionRequest.SerializeToString,
                 response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionResponse.FromString,
                 _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/saeguard.v1.PolicyService/Rollback',
+                request_serializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackResponse.FromString,
+                _registered_method=True)
         self.ListHistory = channel.unary_unary(
                 '/saeguard.v1.PolicyService/ListHistory',
                 request_serializer=saeguard_dot_v1_dot_policy__service__pb2.ListHistoryRequest.SerializeToString,
@@ -81,29 +71,8 @@ class PolicyServiceServicer(object):
     """What the server enforces on everybody's generations. Policies change in revisions, which take effect when activated.
     """
 
-    def CreatePolicy(self, request, context):
-        """A new revision with this policy added.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GetPolicy(self, request, context):
-        """One policy of a revision.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def ListPolicies(self, request, context):
         """Every policy of a revision.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def UpdatePolicy(self, request, context):
-        """A new revision with this policy in place of the one of its name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,6 +100,14 @@ class PolicyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rollback(self, request, context):
+        """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+        rolled back is put in force again with ActivateRevision.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListHistory(self, request, context):
         """Revisions and activations, the latest first.
         """
@@ -141,25 +118,10 @@ class PolicyServiceServicer(object):
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'CreatePolicy': grpc.unary_unary_rpc_method_handler(
-                    servicer.CreatePolicy,
-                    request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.CreatePolicyRequest.FromString,
-                    response_serializer=saeguard_dot_v1_dot_policy__service__pb2.CreatePolicyResponse.SerializeToString,
-            ),
-            'GetPolicy': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetPolicy,
-                    request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.GetPolicyRequest.FromString,
-                    response_serializer=saeguard_dot_v1_dot_policy__service__pb2.GetPolicyResponse.SerializeToString,
-            ),
             'ListPolicies': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPolicies,
                     request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.ListPoliciesRequest.FromString,
                     response_serializer=saeguard_dot_v1_dot_policy__service__pb2.ListPoliciesResponse.SerializeToString,
-            ),
-            'UpdatePolicy': grpc.unary_unary_rpc_method_handler(
-                    servicer.UpdatePolicy,
-                    request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.UpdatePolicyRequest.FromString,
-                    response_serializer=saeguard_dot_v1_dot_policy__service__pb2.UpdatePolicyResponse.SerializeToString,
             ),
             'DeletePolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.DeletePolicy,
@@ -175,6 +137,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.ActivateRevision,
                     request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionRequest.FromString,
                     response_serializer=saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackRequest.FromString,
+                    response_serializer=saeguard_dot_v1_dot_policy__service__pb2.RollbackResponse.SerializeToString,
             ),
             'ListHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.ListHistory,
@@ -194,60 +161,6 @@ class PolicyService(object):
     """
 
     @staticmethod
-    def CreatePolicy(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/saeguard.v1.PolicyService/CreatePolicy',
-            saeguard_dot_v1_dot_policy__service__pb2.CreatePolicyRequest.SerializeToString,
-            saeguard_dot_v1_dot_policy__service__pb2.CreatePolicyResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetPolicy(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/saeguard.v1.PolicyService/GetPolicy',
-            saeguard_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
-            saeguard_dot_v1_dot_policy__service__pb2.GetPolicyResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def ListPolicies(request,
             target,
             options=(),
@@ -264,33 +177,6 @@ class PolicyService(object):
             '/saeguard.v1.PolicyService/ListPolicies',
             saeguard_dot_v1_dot_policy__service__pb2.ListPoliciesRequest.SerializeToString,
             saeguard_dot_v1_dot_policy__service__pb2.ListPoliciesResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def UpdatePolicy(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/saeguard.v1.PolicyService/UpdatePolicy',
-            saeguard_dot_v1_dot_policy__service__pb2.UpdatePolicyRequest.SerializeToString,
-            saeguard_dot_v1_dot_policy__service__pb2.UpdatePolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -372,6 +258,33 @@ class PolicyService(object):
             '/saeguard.v1.PolicyService/ActivateRevision',
             saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionRequest.SerializeToString,
             saeguard_dot_v1_dot_policy__service__pb2.ActivateRevisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeguard.v1.PolicyService/Rollback',
+            saeguard_dot_v1_dot_policy__service__pb2.RollbackRequest.SerializeToString,
+            saeguard_dot_v1_dot_policy__service__pb2.RollbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

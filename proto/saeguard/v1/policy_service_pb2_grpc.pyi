@@ -33,14 +33,8 @@ class PolicyServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PolicyServiceAsyncStub: ...
-    CreatePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.CreatePolicyRequest, _policy_service_pb2.CreatePolicyResponse]
-    """A new revision with this policy added."""
-    GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
-    """One policy of a revision."""
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]
     """Every policy of a revision."""
-    UpdatePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.UpdatePolicyRequest, _policy_service_pb2.UpdatePolicyResponse]
-    """A new revision with this policy in place of the one of its name."""
     DeletePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]
     """A new revision without this policy."""
     ApplyPolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPoliciesRequest, _policy_service_pb2.ApplyPoliciesResponse]
@@ -48,6 +42,10 @@ class PolicyServiceStub:
     ActivateRevision: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ActivateRevisionRequest, _policy_service_pb2.ActivateRevisionResponse]
     """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
     follow on their own.
+    """
+    Rollback: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackRequest, _policy_service_pb2.RollbackResponse]
+    """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+    rolled back is put in force again with ActivateRevision.
     """
     ListHistory: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListHistoryRequest, _policy_service_pb2.ListHistoryResponse]
     """Revisions and activations, the latest first."""
@@ -57,14 +55,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """What the server enforces on everybody's generations. Policies change in revisions, which take effect when activated."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    CreatePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.CreatePolicyRequest, _policy_service_pb2.CreatePolicyResponse]  # type: ignore[assignment]
-    """A new revision with this policy added."""
-    GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
-    """One policy of a revision."""
     ListPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]  # type: ignore[assignment]
     """Every policy of a revision."""
-    UpdatePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.UpdatePolicyRequest, _policy_service_pb2.UpdatePolicyResponse]  # type: ignore[assignment]
-    """A new revision with this policy in place of the one of its name."""
     DeletePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]  # type: ignore[assignment]
     """A new revision without this policy."""
     ApplyPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPoliciesRequest, _policy_service_pb2.ApplyPoliciesResponse]  # type: ignore[assignment]
@@ -73,27 +65,15 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
     follow on their own.
     """
+    Rollback: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackRequest, _policy_service_pb2.RollbackResponse]  # type: ignore[assignment]
+    """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+    rolled back is put in force again with ActivateRevision.
+    """
     ListHistory: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListHistoryRequest, _policy_service_pb2.ListHistoryResponse]  # type: ignore[assignment]
     """Revisions and activations, the latest first."""
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the server enforces on everybody's generations. Policies change in revisions, which take effect when activated."""
-
-    @_abc_1.abstractmethod
-    def CreatePolicy(
-        self,
-        request: _policy_service_pb2.CreatePolicyRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_policy_service_pb2.CreatePolicyResponse, _abc.Awaitable[_policy_service_pb2.CreatePolicyResponse]]:
-        """A new revision with this policy added."""
-
-    @_abc_1.abstractmethod
-    def GetPolicy(
-        self,
-        request: _policy_service_pb2.GetPolicyRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_policy_service_pb2.GetPolicyResponse, _abc.Awaitable[_policy_service_pb2.GetPolicyResponse]]:
-        """One policy of a revision."""
 
     @_abc_1.abstractmethod
     def ListPolicies(
@@ -102,14 +82,6 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.ListPoliciesResponse, _abc.Awaitable[_policy_service_pb2.ListPoliciesResponse]]:
         """Every policy of a revision."""
-
-    @_abc_1.abstractmethod
-    def UpdatePolicy(
-        self,
-        request: _policy_service_pb2.UpdatePolicyRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_policy_service_pb2.UpdatePolicyResponse, _abc.Awaitable[_policy_service_pb2.UpdatePolicyResponse]]:
-        """A new revision with this policy in place of the one of its name."""
 
     @_abc_1.abstractmethod
     def DeletePolicy(
@@ -135,6 +107,16 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_policy_service_pb2.ActivateRevisionResponse, _abc.Awaitable[_policy_service_pb2.ActivateRevisionResponse]]:
         """Puts a revision in force, a newer or an older one. The answer comes once this server enforces it, if it can; others
         follow on their own.
+        """
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _policy_service_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.RollbackResponse, _abc.Awaitable[_policy_service_pb2.RollbackResponse]]:
+        """Puts in force the older revision that was so before the present one; called again, it goes further back. What was
+        rolled back is put in force again with ActivateRevision.
         """
 
     @_abc_1.abstractmethod

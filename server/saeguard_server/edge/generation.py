@@ -47,29 +47,27 @@ class GenerationServicer(GenerationServiceServicer):
         chunks = [chunk async for chunk in self._chunks(request)]
         return wire.whole_response(chunks, calls.current().request_id)
 
-    async def GenerateStream(
-        self, request: pb.GenerateStreamRequest, context: object
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+    async def GenerateStream(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
         """The completion as it is made."""
         request_id = calls.current().request_id
         is_complete = False
         async with closing(self._chunks(request)) as chunks:
             async for chunk in chunks:
                 is_complete = chunk.completion is not None
-                yield wire.stream_response(chunk, request_id)
+                yield wire.chunk_response(chunk, request_id)
         if not is_complete:
             raise InternalFailure("a generation ended without its completion")
 
-    async def Compare(self, request: pb.CompareRequest, context: object) -> pb.CompareResponse:
+    async def Compare(self, request: pb.GenerateRequest, context: object) -> pb.CompareResponse:
         """Both completions in one reply."""
-        asked = wire.generation_request(request.request, self._limits)
+        generation = wire.generation_request(request, self._limits)
         with self._admission.work(calls.current().caller):
-            found = await self._comparison.run(asked, calls.current())
-        return wire.comparison(found, calls.current().request_id)
+            comparison = await self._comparison.run(generation, calls.current())
+        return wire.compare_response(comparison, calls.current().request_id)
 
-    async def _chunks(self, message: wire.AnyRequest) -> AsyncIterator[Chunk]:
-        asked = wire.generation_request(message, self._limits)
+    async def _chunks(self, request: pb.GenerateRequest) -> AsyncIterator[Chunk]:
+        generation = wire.generation_request(request, self._limits)
         with self._admission.work(calls.current().caller):
-            async with closing(self._flow.stream(asked, calls.current())) as chunks:
+            async with closing(self._flow.stream(generation, calls.current())) as chunks:
                 async for chunk in chunks:
                     yield chunk

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard_server.edge import call
-from saeguard_server.edge.wire import policies as wire
 from saeguard_server.edge.wire import policy_messages as messages
-from saeguard_server.errors import InvalidRequest, NotConfigured, UnknownName
+from saeguard_server.errors import InvalidRequest, NotConfigured
 from saeguard_server.flows.enforcing import Enforcement
 from saeguard_server.guard.audit.audit import Audit
 from saeguard_server.guard.policy import document
 from saeguard_server.guard.policy.administration import Administration, Written, etag_of
-from saeguard_server.guard.policy.model import Policy
-from saeguard_server.settings import LimitSettings
+from saeguard_server.guard.policy.model import Activation, Policy
 
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
@@ -25,56 +23,21 @@ MAX_DOCUMENTS = 1024
 class PolicyServicer(PolicyServiceServicer):
     """Acts in the name of whoever calls; ``enforcement`` is None where the server has no store of policies."""
 
-    def __init__(self, enforcement: Enforcement | None, audit: Audit, limits: LimitSettings) -> None:
-        self._given, self._audit, self._limits = enforcement, audit, limits
-
-    async def CreatePolicy(self, request: pb.CreatePolicyRequest, context: object) -> pb.CreatePolicyResponse:
-        """A revision with one policy more."""
-        policy = self._read(request.policy)
-        newest = await self._administration.revision()
-        if newest is not None and any(one.name == policy.name for one in newest.policies):
-            raise InvalidRequest("policy.name", f"there is a policy {policy.name!r} already; UpdatePolicy changes it")
-        written = await self._apply((policy,), request.etag, request.reason)
-        return pb.CreatePolicyResponse(
-            revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
-        )
-
-    async def GetPolicy(self, request: pb.GetPolicyRequest, context: object) -> pb.GetPolicyResponse:
-        """One policy."""
-        newest = await self._administration.revision()
-        found = await self._administration.revision(request.revision) if request.HasField("revision") else newest
-        for policy in found.policies if found else ():
-            if policy.name == request.name:
-                return pb.GetPolicyResponse(
-                    policy=messages.policy_message(policy), etag=etag_of(newest), yaml=document.to_yaml(policy)
-                )
-        raise UnknownName("name", f"there is no policy {request.name!r}")
+    def __init__(self, enforcement: Enforcement | None, audit: Audit) -> None:
+        self._optional_enforcement, self._audit = enforcement, audit
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
         """Every policy of a revision."""
         newest = await self._administration.revision()
-        found = await self._administration.revision(request.revision) if request.HasField("revision") else newest
+        revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
-        policies = found.policies if found else ()
+        policies = revision.policies if revision else ()
         return pb.ListPoliciesResponse(
-            policies=[messages.policy_message(one) for one in policies],
+            policies=[messages.summary(policy) for policy in policies],
             etag=etag_of(newest),
-            revision=None if found is None else messages.revision(found),
+            revision=None if revision is None else messages.revision(revision),
             active=None if active is None else messages.activation_message(active.activation),
-            yaml="---\n".join(document.to_yaml(one) for one in policies),
-        )
-
-    async def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: object) -> pb.UpdatePolicyResponse:
-        """A revision with one policy changed."""
-        policy = self._read(request.policy)
-        if not request.etag:
-            raise InvalidRequest("etag", "must be the one that ListPolicies gave")
-        newest = await self._administration.revision()
-        if newest is None or all(one.name != policy.name for one in newest.policies):
-            raise UnknownName("policy.name", f"there is no policy {policy.name!r}; CreatePolicy makes it")
-        written = await self._apply((policy,), request.etag, request.reason)
-        return pb.UpdatePolicyResponse(
-            revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
+            yaml="---\n".join(document.to_yaml(policy) for policy in policies),
         )
 
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
@@ -89,9 +52,19 @@ class PolicyServicer(PolicyServiceServicer):
 
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         """A revision made of documents."""
-        written = await self._apply(
-            _parsed(request.documents), request.etag, request.reason, prune=request.prune, trial=request.dry_run
+        # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
+        etag = request.etag or (None if request.dry_run else etag_of(None))
+        written = await self._administration.apply(
+            _parsed(request.documents),
+            caller=call.current().caller,
+            reason=request.reason,
+            etag=etag,
+            is_whole_set=request.prune,
+            is_trial=request.dry_run,
         )
+        if not request.dry_run:
+            changed = [change.name for change in written.changes]
+            await self._record("write", request.reason, policies=changed, revision=_number(written))
         return pb.ApplyPoliciesResponse(
             revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
         )
@@ -100,16 +73,23 @@ class PolicyServicer(PolicyServiceServicer):
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
         """A revision comes into force."""
-        done = await self._administration.activate(
+        activation = await self._administration.activate(
             request.revision,
             caller=call.current().caller,
             reason=request.reason,
             expected_activation=request.expected_activation,
         )
-        # So that whoever put it in force finds it so here; other servers follow on their own.
-        await self._enforcement.look_now()
-        await self._record("activate", request.reason, activation=done.number, revision=done.revision)
-        return pb.ActivateRevisionResponse(activation=messages.activation_message(done))
+        return pb.ActivateRevisionResponse(activation=await self._activated("activate", activation))
+
+    async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
+        """An older revision comes into force again."""
+        activation = await self._administration.rollback(
+            caller=call.current().caller,
+            reason=request.reason,
+            number=request.revision if request.HasField("revision") else None,
+            expected_activation=request.expected_activation,
+        )
+        return pb.RollbackResponse(activation=await self._activated("rollback", activation))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
         """What happened."""
@@ -119,39 +99,29 @@ class PolicyServicer(PolicyServiceServicer):
         changes = await self._administration.changes(
             limit=limit, before=request.before_revision if request.HasField("before_revision") else None
         )
-        acts = await self._administration.activations(
+        activations = await self._administration.activations(
             limit=limit, before=request.before_activation if request.HasField("before_activation") else None
         )
         return pb.ListHistoryResponse(
-            revisions=[messages.change(one) for one in changes],
-            activations=[messages.activation_message(one) for one in acts],
+            revisions=[messages.change(change) for change in changes],
+            activations=[messages.activation_message(activation) for activation in activations],
         )
 
     @property
     def _enforcement(self) -> Enforcement:
-        if self._given is None:
+        if self._optional_enforcement is None:
             raise NotConfigured("this server has no policies; set [policies] store")
-        return self._given
+        return self._optional_enforcement
 
     @property
     def _administration(self) -> Administration:
         return self._enforcement.administration
 
-    def _read(self, message: pb.Policy) -> Policy:
-        return wire.policy(message, self._limits.max_interventions)
-
-    async def _apply(
-        self, policies: Sequence[Policy], etag: str, reason: str, *, prune: bool = False, trial: bool = False
-    ) -> Written:
-        # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
-        known = etag or (None if trial else etag_of(None))
-        written = await self._administration.apply(
-            policies, caller=call.current().caller, reason=reason, etag=known, is_whole_set=prune, is_trial=trial
-        )
-        if not trial:
-            changed = [one.name for one in written.changes]
-            await self._record("write", reason, policies=changed, revision=_number(written))
-        return written
+    async def _activated(self, act: str, activation: Activation) -> pb.Activation:
+        # So that whoever put it in force finds it so here; other servers follow on their own.
+        await self._enforcement.look_now()
+        await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
+        return messages.activation_message(activation)
 
     async def _record(self, act: str, reason: str, **facts: object) -> None:
         # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.
@@ -166,10 +136,10 @@ def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:
     if not 1 <= len(documents) <= MAX_DOCUMENTS:
         raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
     files: dict[str, str] = {}
-    for index, one in enumerate(documents):
-        if not one.name or one.name in files:
+    for index, file in enumerate(documents):
+        if not file.name or file.name in files:
             raise InvalidRequest(f"documents[{index}].name", "must be there, and differ from the others")
-        files[one.name] = one.content
+        files[file.name] = file.content
     try:
         return document.read_files(files)
     except document.BadDocument as err:

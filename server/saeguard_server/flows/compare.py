@@ -49,7 +49,7 @@ class Compare:
             ready = await self._generate.prepare(request, call)
             task = ready.task
             if task.max_new_tokens > MAX_NEW_TOKENS:
-                raise InvalidRequest("request.sampling.max_new_tokens", f"at most {MAX_NEW_TOKENS} here")
+                raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_NEW_TOKENS} here")
             # Two answers, and one of them read twice.
             most = 4 * (len(task.tokens) + task.max_new_tokens)
             spending.take(most)
@@ -68,7 +68,7 @@ class Compare:
         if not self._engine.capabilities.compares:
             raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
         if request.sampling.prompt_logprobs:
-            raise InvalidRequest("request.sampling.prompt_logprobs", "must not be set here")
+            raise InvalidRequest("sampling.prompt_logprobs", "must not be set here")
 
 
 def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:

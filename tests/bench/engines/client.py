@@ -23,7 +23,7 @@ async def streams(port: int, prompts: list[list[int]], new: int, edits: list[Any
         AssertionError: one ended early.
     """
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call: Any = channel.unary_stream(METHOD, request_serializer=pb.GenerateStreamRequest.SerializeToString)
+        call: Any = channel.unary_stream(METHOD, request_serializer=pb.GenerateRequest.SerializeToString)
         start = time.perf_counter()
         asked = [_request(one, new, steer) for one, steer in zip(prompts, edits, strict=True)]
         got = await asyncio.gather(*(_count(call(one)) for one in asked))
@@ -39,8 +39,8 @@ async def _count(messages: Any) -> int:
     return count
 
 
-def _request(prompt: list[int], new: int, edits: list[Any]) -> pb.GenerateStreamRequest:
-    asked = pb.GenerateStreamRequest(
+def _request(prompt: list[int], new: int, edits: list[Any]) -> pb.GenerateRequest:
+    asked = pb.GenerateRequest(
         tokens=TokenInput(ids=prompt), sampling=pb.Sampling(max_new_tokens=new, temperature=0.0, ignore_eos=True)
     )
     for kind, feature, value in edits:

@@ -32,8 +32,8 @@ class Caller:
         self.watch, self.left = (watch(health_pb2.HealthCheckRequest()) for _ in range(2))
 
     @staticmethod
-    def request(tokens: int) -> pb.GenerateStreamRequest:
-        return pb.GenerateStreamRequest(text="abc", sampling=pb.Sampling(max_new_tokens=tokens))
+    def request(tokens: int) -> pb.GenerateRequest:
+        return pb.GenerateRequest(text="abc", sampling=pb.Sampling(max_new_tokens=tokens))
 
     async def liveness(self) -> int:
         return (await self.check(health_pb2.HealthCheckRequest(service="liveness"))).status

@@ -38,9 +38,8 @@ OPENED_BY = {
     "CatalogService": dict.fromkeys(["GetModel", "ListSaes", "GetFeature", "ListFeatures"], "observe"),
     "ServerInfoService": {"GetServerInfo": None},
     "PolicyService": {
-        **dict.fromkeys(["GetPolicy", "ListPolicies", "ListHistory"], "policy-read"),
-        **dict.fromkeys(["CreatePolicy", "UpdatePolicy", "DeletePolicy", "ApplyPolicies"], "policy-write"),
-        "ActivateRevision": "policy-write",
+        **dict.fromkeys(["ListPolicies", "ListHistory"], "policy-read"),
+        **dict.fromkeys(["DeletePolicy", "ApplyPolicies", "ActivateRevision", "Rollback"], "policy-write"),
     },
 }
 
@@ -234,7 +233,7 @@ async def test_metadata_that_is_too_large_is_refused_and_others_go_on(app_with: 
 
 async def test_callers_who_do_not_read_hold_nobody_up(app_with: Any, engine: Any) -> None:
     engine.model = type(engine.model)("fake", "counter", "d", 3, 4, 128, 10_000, "float32", True)
-    request = pb.GenerateStreamRequest(text="abc", sampling=pb.Sampling(max_new_tokens=6000))
+    request = pb.GenerateRequest(text="abc", sampling=pb.Sampling(max_new_tokens=6000))
     async with serving(app_with, {}, engine={"max_slots": 2}) as (_, channel):
         stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
         slow = [stub.GenerateStream(request) for _ in range(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import generation_service_pb2_grpc, policy_service_pb2_grpc
 from saeguard.v1 import policy_service_pb2 as policy_pb
+from saeguard_client.cli import main
 from saeguard_server.guard.policy import document
 from saeguard_server.settings import BadSettings
 from support.policies import a_policy
@@ -31,6 +33,7 @@ class Served:
     """A server as its callers see it."""
 
     channel: grpc.aio.Channel
+    target: str
 
     async def health(self, expected: int) -> None:
         """Waits until it says so."""
@@ -62,9 +65,9 @@ def served_with(app_with: Any) -> Any:
     async def serve(store: str) -> AsyncIterator[Served]:
         async with (
             app_with(policies={"store": store}, server=QUIET) as app,
-            grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel,
+            grpc.aio.insecure_channel(target := f"127.0.0.1:{app.port}") as channel,
         ):
-            yield Served(channel)
+            yield Served(channel, target)
 
     return serve
 
@@ -108,6 +111,25 @@ async def test_a_new_store_serves_nothing_until_a_revision_is_in_force(
         await served.health(SERVING)
         assert (await served.generate()).policy.activation == 2
         assert caps(engine) == [2.0]
+
+
+async def test_two_rollbacks_of_the_command_line_go_back_twice(served_with: Any, tmp_path: Path) -> None:
+    async with served_with(f"sqlite:///{tmp_path}/policies.db") as served:
+
+        async def saeguard(*arguments: str) -> int:
+            return await asyncio.to_thread(main, ["--target", served.target, "policy", *arguments])
+
+        for number in (1, 2, 3):
+            await served.apply(float(number), etag=str(number - 1))
+            assert await saeguard("activate", str(number), "--reason", "now") == 0
+        for number in (2, 1):
+            assert await saeguard("rollback", "--reason", "too much") == 0
+            assert (await served.generate()).policy.revision == number
+        assert await saeguard("rollback", "--reason", "too much") != 0
+        assert (await served.generate()).policy.activation == 5
+        assert await saeguard("activate", "3", "--reason", "it was right") == 0
+        assert await saeguard("rollback", "--to", "1", "--reason", "it was not") == 0
+        assert (await served.generate()).policy.revision == 1
 
 
 async def test_a_directory_is_followed_and_not_written(served_with: Any, engine: Any, tmp_path: Path) -> None:

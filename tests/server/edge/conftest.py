@@ -128,7 +128,7 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         generation=GenerationServicer(generate, FakeCompare(), admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
-        policy=PolicyServicer(None, Audit(), limits),
+        policy=PolicyServicer(None, Audit()),
         server_info=ServerInfoServicer(describe(engine, settings)),
         health=health,
     )

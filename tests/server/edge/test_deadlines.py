@@ -26,7 +26,7 @@ def ask(running: Any, request: pytest.FixtureRequest) -> Any:
         if request.param == "unary":
             last = running.generation.Generate(pb.GenerateRequest(text="hi"), timeout=timeout)
         else:
-            last = running.generation.GenerateStream(pb.GenerateStreamRequest(text="hi"), timeout=timeout).read()
+            last = running.generation.GenerateStream(pb.GenerateRequest(text="hi"), timeout=timeout).read()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asyncio.wait_for(last, 2)
         return caught.value

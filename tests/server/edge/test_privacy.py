@@ -49,7 +49,7 @@ def calls(running: Any) -> Iterator[Any]:
     ref = pb.FeatureRef(sae=MARKER, feature=1)
     for fields in ({"text": MARKER}, {"chat": chat}, {"text": MARKER, "watch": [ref, ref]}):
         yield running.generation.Generate(pb.GenerateRequest(**fields), metadata=metadata)  # type: ignore[arg-type]
-        yield running.generation.GenerateStream(pb.GenerateStreamRequest(**fields), metadata=metadata)  # type: ignore[arg-type]
+        yield running.generation.GenerateStream(pb.GenerateRequest(**fields), metadata=metadata)  # type: ignore[arg-type]
     inputs = [activation_pb.ActivationInput(text=MARKER)]
     request = activation_pb.GetActivationsRequest(inputs=inputs, saes=[MARKER], top_k=1)
     yield running.activation.GetActivations(request, metadata=metadata)
@@ -77,7 +77,7 @@ async def test_nothing_of_a_caller_is_logged_or_counted(running: Any, lines: io.
 async def test_each_rpc_has_one_line_with_its_id(running: Any, lines: io.StringIO) -> None:
     sampling = pb.Sampling(top_p=7)
     for name, fields in (("good", {}), ("bad", {"sampling": sampling})):
-        request = pb.GenerateStreamRequest(text="hi", **fields)
+        request = pb.GenerateRequest(text="hi", **fields)
         await attempt(running.generation.GenerateStream(request, metadata=(("x-request-id", name),)))
     good, bad = (json.loads(line) for line in lines.getvalue().splitlines())
     assert (good["request_id"], good["code"], good["messages"]) == ("good", "OK", 3)

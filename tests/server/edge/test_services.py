@@ -13,7 +13,7 @@ from saeguard.v1 import server_info_service_pb2 as info_pb
 async def test_generate_gathers_what_the_stream_sends(running: Any) -> None:
     fields: dict[str, Any] = {"text": "hi", "watch": [pb.FeatureRef(sae="mid", feature=2)]}
     whole = await running.generation.Generate(pb.GenerateRequest(**fields))
-    parts = [part async for part in running.generation.GenerateStream(pb.GenerateStreamRequest(**fields))]
+    parts = [part async for part in running.generation.GenerateStream(pb.GenerateRequest(**fields))]
     assert whole.text == "w3 w4 w5 " == "".join(part.text for part in parts)
     assert [token.id for token in whole.tokens] == [3, 4, 5] == [token.id for part in parts for token in part.tokens]
     assert [reading.position for reading in whole.readings] == [2, 3, 4]
@@ -33,7 +33,7 @@ async def test_the_request_id_comes_back_and_is_in_the_completion(running: Any) 
 
 async def test_an_odd_request_id_is_replaced(running: Any) -> None:
     for odd in ("", "has a space", "x" * 65, '{"json": 1}'):
-        call = running.generation.GenerateStream(pb.GenerateStreamRequest(text="hi"), metadata=(("x-request-id", odd),))
+        call = running.generation.GenerateStream(pb.GenerateRequest(text="hi"), metadata=(("x-request-id", odd),))
         parts = [part async for part in call]
         made = dict(await call.initial_metadata())["x-request-id"]
         assert made != odd

@@ -13,6 +13,7 @@ from saeguard.v1 import catalog_service_pb2 as catalog_pb
 from saeguard.v1 import condition_pb2, input_pb2, receipt_pb2, server_info_service_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
+from saeguard.v1.policy_service_pb2 import PolicyMode
 from saeguard_sae import catalogue
 from saeguard_sae.edits import KINDS, UNITS
 from saeguard_server import interventions as domain
@@ -21,25 +22,11 @@ from saeguard_server.edge.server import SERVICES
 from saeguard_server.edge.wire import generation, interventions
 from saeguard_server.engine.protocol import ModelInfo
 from saeguard_server.flows import info
+from saeguard_server.guard.policy.model import MODES
 
 
 def names(message: Descriptor) -> set[str]:
     return {field.name for field in message.fields}
-
-
-def test_both_generate_requests_are_the_same_message() -> None:
-    def shape(message: Descriptor) -> list[tuple[Any, ...]]:
-        return [
-            (
-                one.name, one.number, one.type, one.is_repeated, one.has_presence,
-                one.message_type.full_name if one.message_type else "",
-                one.containing_oneof.name if one.containing_oneof else "",
-            )
-            for one in message.fields
-        ]  # fmt: skip
-
-    assert shape(pb.GenerateRequest.DESCRIPTOR)
-    assert shape(pb.GenerateRequest.DESCRIPTOR) == shape(pb.GenerateStreamRequest.DESCRIPTOR)
 
 
 def test_every_wire_kind_has_an_edit_with_the_same_fields() -> None:
@@ -58,6 +45,7 @@ def test_every_enum_value_has_a_meaning_and_every_meaning_a_value() -> None:
     assert set(interventions.COMPARISONS.values()) == set(domain.COMPARISONS)
     assert interventions.WINDOWS.keys() == set(edit_pb.WindowKind.values())
     assert set(interventions.WINDOWS.values()) == set(domain.WINDOWS)
+    assert {name.removeprefix("POLICY_MODE_").lower() for name, _ in PolicyMode.items()} == {"unspecified", *MODES}
     assert set(generation.FINISH_REASONS) == set(get_args(reply.FinishReason))
     assert set(generation.FINISH_REASONS.values()) == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
 
@@ -69,7 +57,7 @@ def test_every_action_of_a_trigger_is_known() -> None:
 
 def test_every_input_is_the_same_oneof() -> None:
     wanted = {"text", "chat", "tokens"}
-    for message in (pb.GenerateRequest, pb.GenerateStreamRequest, activation_pb.ActivationInput):
+    for message in (pb.GenerateRequest, activation_pb.ActivationInput):
         assert {one.name for one in message.DESCRIPTOR.oneofs_by_name["input"].fields} == wanted
 
 

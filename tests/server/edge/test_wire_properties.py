@@ -17,17 +17,13 @@ from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import condition_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
-from saeguard.v1 import policy_service_pb2 as policy_pb
 from saeguard_server import interventions as rules
 from saeguard_server import request as domain
 from saeguard_server.edge.wire import interventions as wire
 from saeguard_server.edge.wire.activations import activation_request
 from saeguard_server.edge.wire.generation import generation_request
-from saeguard_server.edge.wire.policies import policy
-from saeguard_server.edge.wire.policy_messages import policy_message
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.guard.policy.model import Policy
-from support.strategies import LIMITS, generations, policies, readings
+from support.strategies import LIMITS, generations, readings
 
 
 def to_input(message: Any, one: domain.ModelInput) -> None:
@@ -96,8 +92,8 @@ def to_refs(refs: tuple[rules.FeatureRef, ...]) -> list[pb.FeatureRef]:
     return [pb.FeatureRef(sae=ref.sae, feature=ref.feature) for ref in refs]
 
 
-def to_generation(kind: Any, one: domain.GenerationRequest) -> Any:
-    message = kind(max_relative_edit=one.max_relative_edit)
+def to_generation(one: domain.GenerationRequest) -> pb.GenerateRequest:
+    message = pb.GenerateRequest(max_relative_edit=one.max_relative_edit)
     to_input(message, one.prompt)
     to_edits(message, one.interventions)
     message.sampling.CopyFrom(to_sampling(one.sampling))
@@ -126,9 +122,8 @@ def to_reading(one: domain.ActivationRequest) -> activation_pb.GetActivationsReq
 
 @given(generations)
 def test_a_generation_means_the_same_after_the_wire(asked: domain.GenerationRequest) -> None:
-    for kind in (pb.GenerateRequest, pb.GenerateStreamRequest):
-        message = kind.FromString(to_generation(kind, asked).SerializeToString())
-        assert generation_request(message, LIMITS) == asked
+    message = pb.GenerateRequest.FromString(to_generation(asked).SerializeToString())
+    assert generation_request(message, LIMITS) == asked
 
 
 @given(readings)
@@ -137,15 +132,9 @@ def test_a_reading_means_the_same_after_the_wire(asked: domain.ActivationRequest
     assert activation_request(message, LIMITS) == asked
 
 
-@given(policies)
-def test_a_policy_means_the_same_after_the_wire_and_back(written: Policy) -> None:
-    message = policy_pb.Policy.FromString(policy_message(written).SerializeToString())
-    assert policy(message, LIMITS.max_interventions) == written
-
-
 @given(generations, st.data())
 def test_a_damaged_generation_is_read_or_refused(asked: domain.GenerationRequest, data: st.DataObject) -> None:
-    raw = bytearray(to_generation(pb.GenerateRequest, asked).SerializeToString())
+    raw = bytearray(to_generation(asked).SerializeToString())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:

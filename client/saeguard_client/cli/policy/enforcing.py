@@ -7,8 +7,7 @@ from typing import Any
 
 from saeguard_client.cli.connection import add_connection, connect
 from saeguard_client.cli.terminal import Terminal
-from saeguard_client.cli.usage import UsageError
-from saeguard_client.client import Client
+from saeguard_client.policies import Activation
 
 
 def add(actions: argparse._SubParsersAction[Any]) -> None:
@@ -26,26 +25,24 @@ def add(actions: argparse._SubParsersAction[Any]) -> None:
 def run_activate(args: argparse.Namespace) -> int:
     """Activates."""
     with connect(args) as client:
-        return _activate(client, args.revision, args.reason)
+        active = client.policies().active
+        activation = client.activate_revision(args.revision, expected_activation=_number(active), reason=args.reason)
+    return _print(activation, active)
 
 
 def run_rollback(args: argparse.Namespace) -> int:
-    """Activates what was in force before."""
+    """Activates an older revision."""
     with connect(args) as client:
-        return _activate(client, args.to or _before(client), args.reason)
+        active = client.policies().active
+        activation = client.rollback_policies(args.to, expected_activation=_number(active), reason=args.reason)
+    return _print(activation, active)
 
 
-def _activate(client: Client, revision: int, reason: str) -> int:
-    active = client.policies().active
-    done = client.activate_revision(revision, expected_activation=active.number if active else 0, reason=reason)
-    was = f", in place of revision {active.revision}" if active else ""
-    Terminal().line(f"revision {done.revision} is in force{was} (activation {done.number})")
+def _number(active: Activation | None) -> int:
+    return 0 if active is None else active.number
+
+
+def _print(activation: Activation, before: Activation | None) -> int:
+    was = f", in place of revision {before.revision}" if before else ""
+    Terminal().line(f"revision {activation.revision} is in force{was} (activation {activation.number})")
     return 0
-
-
-def _before(client: Client) -> int:
-    acts = client.policy_history().activations
-    older = [one.revision for one in acts if one.revision != acts[0].revision] if acts else []
-    if not older:
-        raise UsageError("no other revision was ever in force; name one with --to")
-    return older[0]

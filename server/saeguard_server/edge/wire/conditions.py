@@ -11,7 +11,7 @@ from saeguard_server.errors import InvalidRequest
 from saeguard_server.interventions import Action, Apply, Flag, Stop, Trigger
 
 
-def triggers(messages: Sequence[pb.Trigger], limit: int, edits: int, path: str = "triggers") -> tuple[Trigger, ...]:
+def triggers(messages: Sequence[pb.Trigger], limit: int, edits: int) -> tuple[Trigger, ...]:
     """The triggers of a request.
 
     Args:
@@ -20,8 +20,8 @@ def triggers(messages: Sequence[pb.Trigger], limit: int, edits: int, path: str =
     Raises:
         InvalidRequest: more than ``limit``, or one is malformed; ``triggers[i]...`` is named.
     """
-    at_most(limit, messages, path)
-    return tuple(_trigger(one, f"{path}[{index}]", edits) for index, one in enumerate(messages))
+    at_most(limit, messages, "triggers")
+    return tuple(_trigger(trigger, f"triggers[{index}]", edits) for index, trigger in enumerate(messages))
 
 
 def _trigger(message: pb.Trigger, path: str, edits: int) -> Trigger:

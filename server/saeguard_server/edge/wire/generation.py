@@ -1,10 +1,10 @@
-"""GenerateRequest and GenerateStreamRequest, which differ in name only, and their replies."""
+"""GenerationService's request and responses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Any
 
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard_server.edge.wire.conditions import triggers
@@ -18,8 +18,6 @@ from saeguard_server.reply import Chunk, Completion, FeatureReading, FinishReaso
 from saeguard_server.request import GenerationRequest, Sampling
 from saeguard_server.settings import LimitSettings
 
-AnyRequest: TypeAlias = pb.GenerateRequest | pb.GenerateStreamRequest
-
 FINISH_REASONS: Mapping[FinishReason, pb.FinishReason.ValueType] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -27,8 +25,8 @@ FINISH_REASONS: Mapping[FinishReason, pb.FinishReason.ValueType] = {
 }
 
 
-def generation_request(message: AnyRequest, limits: LimitSettings) -> GenerationRequest:
-    """What either RPC asks for.
+def generation_request(message: pb.GenerateRequest, limits: LimitSettings) -> GenerationRequest:
+    """What a generation asks for.
 
     Raises:
         InvalidRequest: names the field.
@@ -55,12 +53,12 @@ def generation_request(message: AnyRequest, limits: LimitSettings) -> Generation
         )
 
 
-def stream_response(chunk: Chunk, request_id: str) -> pb.GenerateStreamResponse:
+def chunk_response(chunk: Chunk, request_id: str) -> pb.GenerateResponse:
     """One message of the stream."""
-    return pb.GenerateStreamResponse(
+    return pb.GenerateResponse(
         text=chunk.text,
-        tokens=[_token(one) for one in chunk.tokens],
-        readings=[_reading(one) for one in chunk.readings],
+        tokens=[_token(token) for token in chunk.tokens],
+        readings=[_reading(reading) for reading in chunk.readings],
         prompt_logprobs=chunk.prompt_logprobs,
         completion=None if chunk.completion is None else _completion(chunk.completion, request_id),
     )
@@ -76,20 +74,20 @@ def whole_response(chunks: Sequence[Chunk], request_id: str) -> pb.GenerateRespo
         raise InternalFailure("a generation ended without its completion")
     return pb.GenerateResponse(
         text="".join(chunk.text for chunk in chunks),
-        tokens=[_token(one) for chunk in chunks for one in chunk.tokens],
-        readings=[_reading(one) for chunk in chunks for one in chunk.readings],
+        tokens=[_token(token) for chunk in chunks for token in chunk.tokens],
+        readings=[_reading(reading) for chunk in chunks for reading in chunk.readings],
         prompt_logprobs=[value for chunk in chunks for value in chunk.prompt_logprobs],
         completion=_completion(chunks[-1].completion, request_id),
     )
 
 
-def comparison(found: Comparison, request_id: str) -> pb.CompareResponse:
-    """Both answers."""
+def compare_response(comparison: Comparison, request_id: str) -> pb.CompareResponse:
+    """Both completions."""
     return pb.CompareResponse(
-        steered=whole_response(found.steered, request_id),
-        unsteered=whole_response(found.unsteered, request_id),
-        first_divergence=found.first_divergence,
-        kl_nats=found.kl_nats,
+        steered=whole_response(comparison.steered, request_id),
+        unsteered=whole_response(comparison.unsteered, request_id),
+        first_divergence=comparison.first_divergence,
+        kl_nats=comparison.kl_nats,
     )
 
 

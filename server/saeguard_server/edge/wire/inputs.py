@@ -11,9 +11,7 @@ from saeguard_server.edge.wire.fields import at, chosen
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.request import ChatInput, ChatMessage, ModelInput, TextInput, TokenInput
 
-HasInput: TypeAlias = (
-    generation_pb.GenerateRequest | generation_pb.GenerateStreamRequest | activation_pb.ActivationInput
-)
+HasInput: TypeAlias = generation_pb.GenerateRequest | activation_pb.ActivationInput
 """Messages with the same ``oneof input``; a test holds them together."""
 
 

@@ -41,14 +41,12 @@ _NEEDS: Mapping[str, Mapping[str, Need]] = {
         "ListFeatures": Role.OBSERVE,
     },
     "saeguard.v1.PolicyService": {
-        "GetPolicy": Role.POLICY_READ,
         "ListPolicies": Role.POLICY_READ,
         "ListHistory": Role.POLICY_READ,
-        "CreatePolicy": Role.POLICY_WRITE,
-        "UpdatePolicy": Role.POLICY_WRITE,
         "DeletePolicy": Role.POLICY_WRITE,
         "ApplyPolicies": Role.POLICY_WRITE,
         "ActivateRevision": Role.POLICY_WRITE,
+        "Rollback": Role.POLICY_WRITE,
     },
     "saeguard.v1.ServerInfoService": {
         "GetServerInfo": Anybody.WHO_IS_KNOWN,
@@ -61,6 +59,7 @@ _NEEDS: Mapping[str, Mapping[str, Need]] = {
 
 _SECOND_PERSON: Table = {
     "/saeguard.v1.PolicyService/ActivateRevision": Role.POLICY_APPROVE,
+    "/saeguard.v1.PolicyService/Rollback": Role.POLICY_APPROVE,
     "/saeguard.v1.GenerationService/Compare": Role.POLICY_APPROVE,
 }
 

@@ -112,7 +112,9 @@ class Administration:
                 number, actor=caller.name, reason=reason, expected_activation=expected_activation
             )
 
-    async def rollback(self, *, caller: Caller, reason: str, number: int | None = None) -> Activation:
+    async def rollback(
+        self, *, caller: Caller, reason: str, number: int | None = None, expected_activation: int | None = None
+    ) -> Activation:
         """Puts an older revision in force: by default the one that was so before the present one.
 
         Raises:
@@ -122,12 +124,14 @@ class Administration:
         """
         async with self._stored():
             active = await self._store.active()
-            present = 0 if active is None else active.revision.number
+            present, activation = (0, 0) if active is None else (active.revision.number, active.activation.number)
+            if expected_activation not in (None, activation):
+                raise Conflict(f"activation {activation} is in force, not {expected_activation}")
             if active is None or (number is None and (number := await self._previous(present)) is None):
                 raise UnknownName("revision", "nothing else was in force before")
             if number >= present:
                 raise InvalidRequest("revision", f"must be older than {present}, which is in force, got {number}")
-        return await self.activate(number, caller=caller, reason=reason, expected_activation=active.activation.number)
+        return await self.activate(number, caller=caller, reason=reason, expected_activation=activation)
 
     async def diff(self, before: int, after: int) -> tuple[PolicyChange, ...]:
         """What differs between two revisions; 0 is the empty set before the first.

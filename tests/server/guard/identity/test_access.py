@@ -40,7 +40,11 @@ def test_no_rpc_streams_its_request() -> None:
 def test_a_second_person_is_asked_for_where_the_server_wants_one() -> None:
     alone, together = access.table(False), access.table(True)
     differs = {method for method in alone if alone[method] != together[method]}
-    assert differs == {"/saeguard.v1.PolicyService/ActivateRevision", "/saeguard.v1.GenerationService/Compare"}
+    assert differs == {
+        "/saeguard.v1.PolicyService/ActivateRevision",
+        "/saeguard.v1.PolicyService/Rollback",
+        "/saeguard.v1.GenerationService/Compare",
+    }
     for method in differs:
         assert (alone[method], together[method]) == (Role.POLICY_WRITE, Role.POLICY_APPROVE)
 

@@ -152,6 +152,8 @@ async def test_rolling_back_puts_an_older_revision_in_force(alone: Administratio
         await alone.rollback(caller=ANN, reason="back")
     await alone.activate(3, caller=ANN, reason="now")
     assert (await alone.rollback(caller=ANN, reason="back", number=2)).number == 7
+    with pytest.raises(Conflict, match="activation 7 is in force, not 6"):
+        await alone.rollback(caller=ANN, reason="back", expected_activation=6)
     for number in (2, 3):
         with pytest.raises(InvalidRequest, match="must be older than 2, which is in force"):
             await alone.rollback(caller=ANN, reason="back", number=number)
