@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from saeguard.v1 import activation_service_pb2 as pb
+from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1.activation_service_pb2_grpc import ActivationServiceServicer
 from saeguard_server.edge import call as calls
 from saeguard_server.edge.closing import closing
-from saeguard_server.edge.wire import activations as wire
+from saeguard_server.edge.wire import activations as activation_wire
 from saeguard_server.guard.limits import Admission
 from saeguard_server.reply import ActivationPart
 from saeguard_server.request import ActivationRequest, Call
@@ -33,12 +33,12 @@ class ActivationServicer(ActivationServiceServicer):
         self._limits = limits
 
     async def GetActivations(
-        self, request: pb.GetActivationsRequest, context: object
-    ) -> AsyncIterator[pb.GetActivationsResponse]:
+        self, request: activation_pb.GetActivationsRequest, context: object
+    ) -> AsyncIterator[activation_pb.GetActivationsResponse]:
         """Reads the inputs once and streams what fired."""
-        asked = wire.activation_request(request, self._limits)
+        asked = activation_wire.activation_request(request, self._limits)
         with self._admission.work(calls.current().caller):
             async with closing(self._flow.stream(asked, calls.current())) as parts:
                 async for part in parts:
-                    for message in wire.responses(part):
+                    for message in activation_wire.responses(part):
                         yield message

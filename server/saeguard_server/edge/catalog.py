@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from saeguard.v1 import catalog_service_pb2 as pb
+from saeguard.v1 import catalog_service_pb2 as catalog_pb
 from saeguard.v1.catalog_service_pb2_grpc import CatalogServiceServicer
-from saeguard_server.edge.wire import catalog as wire
+from saeguard_server.edge.wire import catalog as catalog_wire
 from saeguard_server.engine.protocol import Capabilities, ModelInfo
 from saeguard_server.flows.catalog import Catalog
 
@@ -16,26 +16,28 @@ class CatalogServicer(CatalogServiceServicer):
 
     def __init__(self, catalog: Catalog, model: ModelInfo, capabilities: Capabilities) -> None:
         self._catalog = catalog
-        self._model = wire.model_response(model, capabilities)
-        self._saes = pb.ListSaesResponse(saes=[wire.sae(one) for one in catalog.saes()])
+        self._model = catalog_wire.model_response(model, capabilities)
+        self._saes = catalog_pb.ListSaesResponse(saes=[catalog_wire.sae(one) for one in catalog.saes()])
 
-    async def GetModel(self, request: pb.GetModelRequest, context: object) -> pb.GetModelResponse:
+    async def GetModel(self, request: catalog_pb.GetModelRequest, context: object) -> catalog_pb.GetModelResponse:
         """The served model."""
         return self._model
 
-    async def ListSaes(self, request: pb.ListSaesRequest, context: object) -> pb.ListSaesResponse:
+    async def ListSaes(self, request: catalog_pb.ListSaesRequest, context: object) -> catalog_pb.ListSaesResponse:
         """Every SAE."""
         return self._saes
 
-    async def GetFeature(self, request: pb.GetFeatureRequest, context: object) -> pb.GetFeatureResponse:
+    async def GetFeature(self, request: catalog_pb.GetFeatureRequest, context: object) -> catalog_pb.GetFeatureResponse:
         """One feature."""
         found = self._catalog.feature(request.sae, request.feature)
-        return pb.GetFeatureResponse(feature=wire.feature(found))
+        return catalog_pb.GetFeatureResponse(feature=catalog_wire.feature(found))
 
-    async def ListFeatures(self, request: pb.ListFeaturesRequest, context: object) -> pb.ListFeaturesResponse:
+    async def ListFeatures(
+        self, request: catalog_pb.ListFeaturesRequest, context: object
+    ) -> catalog_pb.ListFeaturesResponse:
         """A page of features."""
         # In a thread: words are looked for in every example of every feature.
         page = await asyncio.to_thread(
             self._catalog.features, request.sae, request.query, request.page_size, request.page_token
         )
-        return wire.page_response(page)
+        return catalog_wire.page_response(page)

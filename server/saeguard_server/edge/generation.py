@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from saeguard.v1 import generation_service_pb2 as pb
+from saeguard.v1 import generation_service_pb2 as generation_pb
 from saeguard.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from saeguard_server.edge import call as calls
 from saeguard_server.edge.closing import closing
-from saeguard_server.edge.wire import generation as wire
+from saeguard_server.edge.wire import generation as generation_wire
 from saeguard_server.errors import InternalFailure
 from saeguard_server.flows.compare import Comparison
 from saeguard_server.guard.limits import Admission
@@ -42,31 +42,33 @@ class GenerationServicer(GenerationServiceServicer):
         self._admission = admission
         self._limits = limits
 
-    async def Generate(self, request: pb.GenerateRequest, context: object) -> pb.GenerateResponse:
+    async def Generate(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.GenerateResponse:
         """The whole completion in one reply."""
         chunks = [chunk async for chunk in self._chunks(request)]
-        return wire.whole_response(chunks, calls.current().request_id)
+        return generation_wire.whole_response(chunks, calls.current().request_id)
 
-    async def GenerateStream(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
+    async def GenerateStream(
+        self, request: generation_pb.GenerateRequest, context: object
+    ) -> AsyncIterator[generation_pb.GenerateResponse]:
         """The completion as it is made."""
         request_id = calls.current().request_id
         is_complete = False
         async with closing(self._chunks(request)) as chunks:
             async for chunk in chunks:
                 is_complete = chunk.completion is not None
-                yield wire.chunk_response(chunk, request_id)
+                yield generation_wire.chunk_response(chunk, request_id)
         if not is_complete:
             raise InternalFailure("a generation ended without its completion")
 
-    async def Compare(self, request: pb.GenerateRequest, context: object) -> pb.CompareResponse:
+    async def Compare(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.CompareResponse:
         """Both completions in one reply."""
-        generation = wire.generation_request(request, self._limits)
+        generation = generation_wire.generation_request(request, self._limits)
         with self._admission.work(calls.current().caller):
             comparison = await self._comparison.run(generation, calls.current())
-        return wire.compare_response(comparison, calls.current().request_id)
+        return generation_wire.compare_response(comparison, calls.current().request_id)
 
-    async def _chunks(self, request: pb.GenerateRequest) -> AsyncIterator[Chunk]:
-        generation = wire.generation_request(request, self._limits)
+    async def _chunks(self, request: generation_pb.GenerateRequest) -> AsyncIterator[Chunk]:
+        generation = generation_wire.generation_request(request, self._limits)
         with self._admission.work(calls.current().caller):
             async with closing(self._flow.stream(generation, calls.current())) as chunks:
                 async for chunk in chunks:

@@ -6,9 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from saeguard_server.sae_cli import checking, converting, labels, listing
+from saeguard_server.sae_cli.checking import add as add_check
+from saeguard_server.sae_cli.converting import add as add_convert
+from saeguard_server.sae_cli.labels import add as add_labels
+from saeguard_server.sae_cli.listing import add as add_list
 
-ACTIONS = (checking, converting, listing, labels)
+ACTIONS = (add_check, add_convert, add_list, add_labels)
 
 
 def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,8 +20,8 @@ def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "sae", help="check, convert and list SAEs", description="SAEs on disk and on the hub."
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for action in ACTIONS:
-        action.add(actions)
+    for add in ACTIONS:
+        add(actions)
     parser.set_defaults(run=run)
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, abc
 from typing import Any
 
 BLOCK = 16
 """Tokens of one block."""
 
 
-def block_key(parent: bytes, tokens: Sequence[int], steering: bytes) -> bytes:
+def block_key(parent: bytes, tokens: abc.Sequence[int], steering: bytes) -> bytes:
     """Identity of one block's KV: what was read up to its end, and how the model was steered meanwhile.
 
     Args:
@@ -56,7 +55,7 @@ class Blocks:
         """So many blocks for one holder; there must be as many ``available``."""
         return [self._take() for _ in range(count)]
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: abc.Sequence[int]) -> None:
         """One holder less, the last of them first: a prefix is of no use without what precedes it."""
         for block in reversed(blocks):
             self._holders[block] -= 1
@@ -66,13 +65,13 @@ class Blocks:
                 else:
                     self._free.append(block)
 
-    def share(self, blocks: Sequence[int]) -> None:
+    def share(self, blocks: abc.Sequence[int]) -> None:
         """One holder more."""
         for block in blocks:
             self._holders[block] += 1
             self._idle.pop(block, None)
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
+    def find(self, keys: abc.Sequence[bytes]) -> list[int]:
         """The known blocks of the longest beginning of these keys."""
         found = []
         for key in keys:
@@ -81,7 +80,7 @@ class Blocks:
             found.append(self._by_key[key])
         return found
 
-    def idle_among(self, blocks: Sequence[int]) -> int:
+    def idle_among(self, blocks: abc.Sequence[int]) -> int:
         """How many of them nobody holds: sharing those makes as many fewer available."""
         return sum(self._holders[block] == 0 for block in blocks)
 
