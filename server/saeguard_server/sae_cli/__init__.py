@@ -11,7 +11,6 @@ from saeguard_server.sae_cli.converting import add as add_convert
 from saeguard_server.sae_cli.labels import add as add_labels
 from saeguard_server.sae_cli.listing import add as add_list
 
-ACTIONS = (add_check, add_convert, add_list, add_labels)
 
 
 def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,7 +19,7 @@ def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "sae", help="check, convert and list SAEs", description="SAEs on disk and on the hub."
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for add in ACTIONS:
+    for add in (add_check, add_convert, add_list, add_labels):
         add(actions)
     parser.set_defaults(run=run)
 

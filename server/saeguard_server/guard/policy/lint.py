@@ -16,19 +16,19 @@ from saeguard_server.interventions import FeatureRef, Intervention, Scope
 
 def warnings(policy: Policy, served: Served, now: datetime) -> Iterator[Finding]:
     """What a reviewer would ask about; ``now`` has a time zone."""
-    for field, message in _about_itself(policy, served, now):
-        yield Finding(policy.name, field, message)
+    for path, message in _about_itself(policy, served, now):
+        yield Finding(policy.name, path, message)
     if policy.target.models and served.model_name not in policy.target.models:
         return
-    for field, scope in _scopes(policy):
+    for path, scope in _scopes(policy):
         if scope.start >= served.max_context:
-            yield Finding(policy.name, f"{field}.start", f"is never reached: a request has {served.max_context} tokens")
-    for field, one in _edits(policy):
+            yield Finding(policy.name, f"{path}.start", f"is never reached: a request has {served.max_context} tokens")
+    for path, one in _edits(policy):
         if (one.edit == Scale(1.0)) or (isinstance(one.edit, Add) and one.edit.value == 0):
-            yield Finding(policy.name, f"{field}.{one.edit.kind}", "changes nothing")
+            yield Finding(policy.name, f"{path}.{one.edit.kind}", "changes nothing")
         if not _has_label(one.target, served):
             where = f"feature {one.target.feature} of {one.target.sae!r}"
-            yield Finding(policy.name, f"{field}.feature", f"{where} has no label in the catalogue")
+            yield Finding(policy.name, f"{path}.feature", f"{where} has no label in the catalogue")
 
 
 def _about_itself(policy: Policy, served: Served, now: datetime) -> Iterator[tuple[str, str]]:
@@ -60,10 +60,10 @@ def _edits(policy: Policy) -> Iterator[tuple[str, Intervention]]:
 
 
 def _scopes(policy: Policy) -> Iterator[tuple[str, Scope]]:
-    for field, one in _edits(policy):
-        yield f"{field}.scope", one.scope
+    for path, one in _edits(policy):
+        yield f"{path}.scope", one.scope
         if one.when is not None:
-            yield f"{field}.when.scope", one.when.scope
+            yield f"{path}.when.scope", one.when.scope
     for index, trigger in enumerate(policy.triggers):
         yield f"triggers[{index}].when.scope", trigger.when.scope
 
