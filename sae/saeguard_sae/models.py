@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # A place in the model, with one spelling: ``resid_post.12``.
 
@@ -270,6 +270,6 @@ def _normaliser(norm: Norm, config: ModelConfig) -> Callable[[Tensor], Tensor]:
         wide = x.float()
         if norm.kind == "layer":
             wide = wide - wide.mean(dim=-1, keepdim=True)
-        return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+        return wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
     return see

@@ -8,39 +8,58 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import grpc
+import msgspec
 from prometheus_client import CollectorRegistry
 
-from saeguard_server import bundled
-from saeguard_server.address import Address
-from saeguard_server.edge import server as edge
-from saeguard_server.edge.activation import ActivationServicer
-from saeguard_server.edge.catalog import CatalogServicer
-from saeguard_server.edge.doorman import Doorman
-from saeguard_server.edge.generation import GenerationServicer
-from saeguard_server.edge.health import Health
-from saeguard_server.edge.interceptor import Frame
-from saeguard_server.edge.policy import PolicyServicer
-from saeguard_server.edge.server_info import ServerInfoServicer
+from saeguard_server.activations import ReadActivations
+from saeguard_server.admission import Admission, RpcLimiter
+from saeguard_server.audit.log import Audit
+from saeguard_server.catalog import Catalog, describe_server
 from saeguard_server.engine.choice import LoadedEngine, load_engine
-from saeguard_server.flows.activations import ReadActivations
-from saeguard_server.flows.catalog import Catalog
-from saeguard_server.flows.compare import Compare
-from saeguard_server.flows.counterfactual import Counterfactuals
-from saeguard_server.flows.enforcing import Enforcement, enforcing, opened
-from saeguard_server.flows.generate import Generate
-from saeguard_server.flows.info import describe
-from saeguard_server.flows.keeping import Keeping
-from saeguard_server.guard.audit.audit import Audit
-from saeguard_server.guard.gate import Gate
-from saeguard_server.guard.identity import access
-from saeguard_server.guard.identity.identity import Identity
-from saeguard_server.guard.limits import Admission
-from saeguard_server.observe.exporter import Exporter
-from saeguard_server.observe.metrics import Metrics
-from saeguard_server.settings import ServerSettings, Settings
+from saeguard_server.generation import Compare, Counterfactuals, Generation, RequestRecorder
+from saeguard_server.identity import auth as access
+from saeguard_server.identity.auth import Identity
+from saeguard_server.observe import Exporter, Metrics
+from saeguard_server.policy.sync import Enforcement, enforcing, opened
+from saeguard_server.rpc import server as edge
+from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
+from saeguard_server.rpc.policy import PolicyServicer
+from saeguard_server.rpc.server import Health, ServerInfoServicer
+from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
+from saeguard_server.settings import DEMO, Address, BadSettings, ServedSaeSettings, ServerSettings, Settings
+
+# Where the demo model and its SAEs are: what ``saeguard serve`` serves when nothing else is named.
+
+
+ASSETS = Path(__file__).parent / "demo" / "assets"
+
+
+def resolve_bundled(settings: Settings, assets: Path = ASSETS) -> Settings:
+    """The settings with "demo" replaced by the bundled folders and text; all bundled SAEs where none is named.
+
+    Raises:
+        BadSettings: the assets are not installed.
+    """
+    if settings.model.path != DEMO:
+        return settings
+    folder = assets / "model"
+    if not folder.is_dir():
+        raise BadSettings("model.path: the demo model is not part of this installation; give --model")
+    model = msgspec.structs.replace(settings.model, path=str(folder), name=settings.model.name or DEMO)
+    text = assets / "calibration.txt"
+    check = msgspec.structs.replace(settings.check, text=settings.check.text or (str(text) if text.is_file() else None))
+    saes = settings.saes or _bundled_saes(assets / "saes")
+    return msgspec.structs.replace(settings, model=model, saes=saes, check=check)
+
+
+def _bundled_saes(folder: Path) -> tuple[ServedSaeSettings, ...]:
+    found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return tuple(ServedSaeSettings(name=path.name, path=str(path)) for path in found)
+
 
 LOG = logging.getLogger("saeguard.app")
 
@@ -64,8 +83,8 @@ class App:
     engine: LoadedEngine
     metrics: Metrics
     _server: grpc.aio.Server
-    _frame: Frame
-    _admission: Admission
+    _frame: RpcInterceptor
+    _admission: RpcLimiter
     _health: Health
     _settings: ServerSettings
 
@@ -77,7 +96,7 @@ class App:
         Raises:
             BadSettings: an address, a file, the policies' store, the model or an SAE is not usable.
         """
-        settings = bundled.resolve(settings)
+        settings = resolve_bundled(settings)
         # Before the engine: a file of keys that cannot be used need not wait for a model.
         identity = Identity.of(settings.identity)
         async with AsyncExitStack() as stack:
@@ -94,17 +113,17 @@ class App:
             )
             counterfactuals = Counterfactuals(engine, metrics)
             await stack.enter_async_context(counterfactuals.running())
-            keeping = Keeping(audit, metrics.policy_rules, counterfactuals)
-            gate = Gate(engine, metrics, settings.engine.max_slots)
-            admission = Admission(
+            keeping = RequestRecorder(audit, metrics.policy_rules, counterfactuals)
+            gate = Admission(engine, metrics, settings.engine.max_slots)
+            admission = RpcLimiter(
                 engine, gate.turns, metrics, max_queue=settings.limits.max_queue, max_slots=settings.engine.max_slots
             )
             health = Health(edge.SERVICES)
             servicers = _servicers(settings, engine, admission, gate, health, enforced, keeping, audit)
-            doorman = Doorman(identity, access.table(settings.policies.second_person), metrics)
-            frame = Frame(metrics, admission, doorman, settings.limits.max_deadline_s)
-            server = edge.build(servicers, frame, settings.server)
-            address = edge.listen(server, settings.server)
+            doorman = AuthInterceptor(identity, access.role_table(settings.policies.second_person), metrics)
+            frame = RpcInterceptor(metrics, admission, doorman, settings.limits.max_deadline_s)
+            server = edge.build_server(servicers, frame, settings.server)
+            address = edge.listen_on(server, settings.server)
             await server.start()
             stack.push_async_callback(_cut_off, server, frame)
             stack.enter_context(_following(health, lambda: _is_ready(engine, admission, enforced)))
@@ -156,7 +175,7 @@ class App:
             LOG.warning("cutting off what still runs")
 
 
-async def _cut_off(server: grpc.aio.Server, frame: Frame) -> None:
+async def _cut_off(server: grpc.aio.Server, frame: RpcInterceptor) -> None:
     """Ends whatever still runs, an open health Watch too."""
     await server.stop(None)
     # Handlers hear of it a little later; the engine must outlive them.
@@ -172,28 +191,28 @@ def _export(settings: ServerSettings, metrics: Metrics, stack: AsyncExitStack) -
 def _servicers(
     settings: Settings,
     engine: LoadedEngine,
-    admission: Admission,
-    gate: Gate,
+    admission: RpcLimiter,
+    gate: Admission,
     health: Health,
     enforced: Enforcement | None,
-    keeping: Keeping,
+    keeping: RequestRecorder,
     audit: Audit,
 ) -> edge.Servicers:
     limits = settings.limits
     policies = None if enforced is None else enforced.policies
-    generate = Generate(engine, engine.tokenizer, limits, gate, policies, keeping)
+    generate = Generation(engine, engine.tokenizer, limits, gate, policies, keeping)
     read = ReadActivations(engine, engine.tokenizer, limits, gate)
     return edge.Servicers(
         generation=GenerationServicer(generate, Compare(engine, generate, gate, keeping), admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
         policy=PolicyServicer(enforced, audit),
-        server_info=ServerInfoServicer(describe(engine, settings)),
+        server_info=ServerInfoServicer(describe_server(engine, settings)),
         health=health,
     )
 
 
-def _is_ready(engine: LoadedEngine, admission: Admission, enforced: Enforcement | None) -> bool:
+def _is_ready(engine: LoadedEngine, admission: RpcLimiter, enforced: Enforcement | None) -> bool:
     is_enforcing = enforced is None or enforced.policies.is_current()
     return engine.is_ready() and is_enforcing and not admission.is_leaving
 

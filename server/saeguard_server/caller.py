@@ -54,7 +54,7 @@ class Caller:
     quota: Quota = UNLIMITED
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        check_caller_name(self.name)
 
     @classmethod
     def local(cls, quota: Quota = UNLIMITED) -> Caller:
@@ -66,7 +66,7 @@ class Caller:
         return role in self.roles or Role.ADMIN in self.roles
 
 
-def check_name(name: str) -> None:
+def check_caller_name(name: str) -> None:
     """Names are logged and audited.
 
     Raises:

@@ -6,20 +6,243 @@ import tomllib
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
-from saeguard_server.address import Address
-from saeguard_server.audit_settings import AuditSettings
-from saeguard_server.identity_settings import IdentitySettings, check_reach
-from saeguard_server.policy_settings import PolicySettings
+from saeguard_server.caller import Quota, Role, check_caller_name
+
+# Where a socket listens, as settings write it.
+
+
+class Address(NamedTuple):
+    """Where a socket listens. ``port`` 0 is any free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """``host:port``; an IPv6 host stands in brackets.
+
+        Raises:
+            ValueError: anything else.
+        """
+        host, colon, port = text.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65_535
+        if not (colon and bare and is_port) or (":" in bare and bare == host):
+            raise ValueError(f"must be host:port, such as 127.0.0.1:50051 or [::1]:50051, got {text!r}")
+        return cls(bare, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+# Settings of who may call and how much: the ``identity`` table of the settings file.
+
+
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Algorithm: TypeAlias = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
+]  # fmt: skip
+"""Public-key signatures only: with a shared secret, whoever can check a token can also make one."""
+
+
+class CertificateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A caller that is known by its client certificate."""
+
+    id: Text
+    """Name in the certificate's subject alternative names: a SPIFFE id or another URI, or else a DNS name."""
+    name: Text
+    """What logs, quotas and policies call it."""
+    roles: tuple[Role, ...]
+    """What it may do."""
+    tags: tuple[Text, ...] = ()
+    """What policies can be aimed at."""
+
+    def __post_init__(self) -> None:
+        check_caller_name(self.name)
+
+
+class JwtSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Callers that bring a JSON Web Token of an OpenID Connect issuer."""
+
+    issuer: Text
+    """The claim ``iss``, exactly."""
+    audience: Text
+    """What the claim ``aud`` must be or hold."""
+    jwks: Text
+    """The issuer's keys: a file, read again when it changes, or an https URL."""
+    algorithms: tuple[Algorithm, ...] = ("RS256", "ES256")
+    """Signatures that are accepted."""
+    name_claim: Text = "sub"
+    """Where the caller's name is."""
+    name_prefix: str = "jwt:"
+    """Put before that name, so that no token can name a caller that is known by key or certificate."""
+    roles_claim: Text = "roles"
+    """Where its roles are, a list or a string with blanks; dots go into objects, as in "realm_access.roles"."""
+    roles_prefix: str = ""
+    """Roles begin with this in the claim; what does not, or is no role of ours, gives none."""
+    tags_claim: Text | None = None
+    """Where its tags are, in the same form; None is nowhere."""
+    leeway_s: Annotated[float, Meta(ge=0.0, le=300.0)] = 30.0
+    """How far the issuer's clock may be off."""
+    jwks_refresh_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0
+    """Keys from a URL are asked for again after this, so that those which were withdrawn are forgotten."""
+    jwks_max_age_s: Annotated[float, Meta(ge=1.0, le=604_800.0)] = 3600.0
+    """Keys from a URL that cannot be renewed are trusted no longer than this."""
+
+    def __post_init__(self) -> None:
+        if not self.algorithms:
+            raise ValueError("algorithms: must not be empty")
+        url = urlsplit(self.jwks)
+        if url.scheme == "http" and url.hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError("jwks: must be a file or an https URL: whoever can change keys on the way can be anybody")
+        if self.jwks_max_age_s < self.jwks_refresh_s:
+            raise ValueError(f"jwks_max_age_s: must be at least jwks_refresh_s, {self.jwks_refresh_s:g}")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the keys come from a URL."""
+        return urlsplit(self.jwks).scheme in ("http", "https")
+
+
+class IdentitySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How callers are known. With nothing set, everybody is one caller who may do all, and only loopback is served."""
+
+    api_keys: Text | None = None
+    """File of API keys, as ``saeguard key create`` writes it; read again when it changes."""
+    certificates: tuple[CertificateSettings, ...] = ()
+    """Callers known by their certificate; needs server.tls_client_ca."""
+    jwt: JwtSettings | None = None
+    """Callers known by a token."""
+    allow_anonymous: bool = False
+    """Serve beyond this machine without asking who calls, as where something in front of the server does. Everybody
+    is then the caller "anonymous"."""
+    anonymous_roles: tuple[Role, ...] = (Role.GENERATE, Role.OBSERVE, Role.STEER)
+    """What that caller may do."""
+    quota: Quota = Quota()
+    """For every caller that has none of its own."""
+    quotas: Mapping[str, Quota] = {}
+    """By the caller's name."""
+
+    def __post_init__(self) -> None:
+        if self.allow_anonymous and self.asks:
+            raise ValueError("allow_anonymous: contradicts api_keys, certificates and jwt, which ask who calls")
+        for what in ("id", "name"):
+            given = [getattr(one, what) for one in self.certificates]
+            for value in given:
+                if given.count(value) > 1:
+                    raise ValueError(f"certificates: the {what} {value!r} is given twice")
+
+    @property
+    def asks(self) -> bool:
+        """Whether callers must show who they are."""
+        return self.api_keys is not None or bool(self.certificates) or self.jwt is not None
+
+    def quota_of(self, name: str) -> Quota:
+        """The quota of the caller of that name."""
+        return self.quotas.get(name, self.quota)
+
+
+def check_reach(identity: IdentitySettings, listen: str, client_ca: str | None) -> None:
+    """Refuses to be reached by callers whom nobody asks who they are, and to ask for what they are not made to show.
+
+    Raises:
+        ValueError: the message says what to set.
+    """
+    if identity.certificates and client_ca is None:
+        raise ValueError("identity.certificates: needs server.tls_client_ca, which makes callers show a certificate")
+    if not (identity.asks or identity.allow_anonymous or Address.parse(listen).is_loopback):
+        raise ValueError(
+            f"server.listen: {listen} can be reached from elsewhere, and nobody would have to say who calls: set "
+            "identity.api_keys (--api-keys), identity.jwt or identity.certificates; or identity.allow_anonymous = true "
+            "(--allow-anonymous) where something else lets nobody in who may not"
+        )
+
+
+# Settings of policies: where they live, and how long a server may go without hearing of them.
+
+
+NO_STORE = "none"
+STORES = ("sqlite:///", "postgresql://", "directory:")
+_POLLS = 3
+"""Attempts that must fit before what is known counts as stale."""
+
+# The check stands above the class: its defaults are built, and checked, at import.
+
+
+def _check_policy_settings(settings: PolicySettings) -> None:
+    if settings.store != NO_STORE and not settings.store.startswith(STORES):
+        raise ValueError(f"store: must be {NO_STORE!r} or begin with one of {', '.join(STORES)}")
+    # Turned round, for NaN.
+    if not settings.stale_after_s >= _POLLS * settings.poll_s:
+        raise ValueError(f"stale_after_s: must be at least {_POLLS} times poll_s, which is {settings.poll_s:g}")
+
+
+class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is enforced on everybody's requests."""
+
+    store: Annotated[str, Meta(min_length=1)] = NO_STORE
+    """"none"; "sqlite:///PATH", a file for one server; "postgresql://USER@HOST/DATABASE", for several (extra
+    "postgres"; the password comes as libpq finds it, never from here); or "directory:PATH", YAML that is only read."""
+    poll_s: Annotated[float, Meta(ge=0.05, le=3600.0)] = 1.0
+    """Time between looks at the store; Postgres also calls when something changes."""
+    stale_after_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 30.0
+    """Without a successful look for so long, requests are refused."""
+    second_person: bool = False
+    """Whether a revision must be put in force by somebody else than its authors."""
+
+    def __post_init__(self) -> None:
+        _check_policy_settings(self)
+
+
+# Settings of the audit: where records go, and what they hold.
+
+
+# The check stands above the class: its defaults are built, and checked, at import.
+
+
+def _check_audit_settings(settings: AuditSettings) -> None:
+    if (settings.text == "encrypt") != (settings.text_key_file is not None):
+        raise ValueError('text_key_file: goes together with text = "encrypt"')
+    if settings.folder is None and (settings.required or settings.text != "none"):
+        raise ValueError("folder: must be set, or nothing is audited")
+
+
+class AuditSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One record for each request and each act on policies."""
+
+    folder: Annotated[str, Meta(min_length=1)] | None = None
+    """Where the files are; one server writes to a folder. Without one, nothing is audited."""
+    required: bool = False
+    """Whether every request fails that cannot be audited; otherwise those under policies that say so."""
+    text: Literal["none", "hash", "encrypt"] = "none"
+    """What records hold of prompts and answers: nothing; SHA-256 of their token ids; the ids under a key."""
+    text_key_file: str | None = None
+    """A Fernet key, as `saeguard audit key` makes it."""
+    chain_key_file: str | None = None
+    """A secret under which the chain is made; without it, who can write the files can also make up a whole chain."""
+    rotate_mb: Annotated[int, Meta(ge=1, le=1_048_576)] = 64
+    """Size of a file, in MiB, at which another is begun."""
+    sync: bool = True
+    """Whether a record is on the disk, not only with the operating system, before anybody is told that it is."""
+
+    def __post_init__(self) -> None:
+        _check_audit_settings(self)
+
 
 DEMO = "demo"
 """Model path that stands for the bundled demo model and its SAEs."""
 
-Text: TypeAlias = Annotated[str, Meta(min_length=1)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=86_400.0)]
 
@@ -57,7 +280,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A torch device such as cpu or cuda:0."""
 
 
-class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BoundsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the check at start must find of an SAE; where nothing is given, bounds follow from what its files state."""
 
     min_l0: Annotated[float, Meta(ge=0.0)] | None = None
@@ -88,7 +311,7 @@ class CheckSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Tokens of it that are read."""
 
 
-class SaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServedSaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One SAE to serve. What is left out is what its files say."""
 
     name: Text
@@ -115,7 +338,7 @@ class SaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Whether b_dec is subtracted before encoding, against what the files say."""
     normalize_activations: Literal["none", "layer_norm", "constant_norm_rescale"] | None = None
     """Normalisation of each token, against what the files say."""
-    bounds: Bounds = Bounds()
+    bounds: BoundsSettings = BoundsSettings()
     """What the check at start must find."""
 
     def __post_init__(self) -> None:
@@ -237,7 +460,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Everything that can be set."""
 
     model: ModelSettings = ModelSettings()
-    saes: tuple[SaeSettings, ...] = ()
+    saes: tuple[ServedSaeSettings, ...] = ()
     check: CheckSettings = CheckSettings()
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
@@ -260,7 +483,7 @@ class BadSettings(ValueError):
     """A settings file or flag that cannot be used; the message names the key."""
 
 
-def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Settings:
+def load_settings(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Settings:
     """The settings of a TOML file with ``overrides`` (a tree of the same shape) on top, defaults for the rest.
 
     Raises:

@@ -13,7 +13,7 @@ from saeguard_sae.hub import HubSae
 from saeguard_sae.loading import LoadError, OpenedSae, Overrides, open_sae
 from saeguard_sae.models import Site
 from saeguard_sae.releases import PublishedSae
-from saeguard_server.settings import SaeSettings
+from saeguard_server.settings import ServedSaeSettings
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class OpenedSource:
     overrides: Overrides
 
 
-def open_source(settings: SaeSettings) -> OpenedSource:
+def open_sae_source(settings: ServedSaeSettings) -> OpenedSource:
     """Finds and reads an SAE; what the settings say wins over the list of releases, which wins over the files.
 
     Raises:
@@ -63,7 +63,7 @@ def _site(setting: str, text: str | None) -> Site | None:
         raise ValueError(f"{setting}: {err}") from err
 
 
-def _tell(settings: SaeSettings, found: HubSae) -> None:
+def _tell(settings: ServedSaeSettings, found: HubSae) -> None:
     """What an operator should know of a download."""
     if found.offline is not None:
         _log.warning("served from the hub's cache", extra={"fields": {"sae": settings.name, "why": found.offline}})

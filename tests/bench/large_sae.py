@@ -28,12 +28,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.report import figure
 from saeguard_sae.edits import Clamp, Scale, Zero
+from saeguard_server.activations import ReadActivations
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.flows.activations import ReadActivations
 from saeguard_server.interventions import FeatureRef, Intervention
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.request import ActivationRequest, Call, GenerationRequest, Sampling, TokenInput, TopK
-from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
+from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
 from support.engines import Running, open_gate, prompt
 from support.models import VOCAB, tokenizer
 
@@ -180,7 +180,7 @@ def write_world(folder: Path, args: argparse.Namespace) -> Settings:
     del model
     write_sae(folder / "jumprelu", args.d_in, args.d_sae, "jumprelu", threshold=float(ranked[ACTIVE]))
     write_sae(folder / "topk", args.d_in, args.d_sae, "topk", bias=-float(ranked[int(POSITIVE * args.d_sae)]))
-    saes = tuple(SaeSettings(name=kind, path=str(folder / kind)) for kind in ("jumprelu", "topk"))
+    saes = tuple(ServedSaeSettings(name=kind, path=str(folder / kind)) for kind in ("jumprelu", "topk"))
     return Settings(
         model=ModelSettings(path=str(folder / "model")),
         saes=saes,

@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 from saeguard_server import cli
-from saeguard_server.observe.metrics import Metrics
-from saeguard_server.settings import Settings, load
+from saeguard_server.observe import Metrics
+from saeguard_server.settings import Settings, load_settings
 
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 TARGET_LABELS = {"instance", "job"}
@@ -72,7 +72,7 @@ def settings_of() -> Callable[[list[str]], Settings]:
         parser = argparse.ArgumentParser()
         cli.add_serve(parser.add_subparsers())
         arguments = parser.parse_args(command)
-        return load(arguments.config, cli.overrides(arguments))
+        return load_settings(arguments.config, cli.serve_overrides(arguments))
 
     return parse
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from saeguard_server.settings import Settings, load
+from saeguard_server.settings import Settings, load_settings
 
 SETTINGS = "/etc/saeguard.toml"
 CHANGED = {"image", "build", "command", "volumes", "mem_limit", "pids_limit", "shm_size", "deploy", "healthcheck"}
@@ -29,7 +29,7 @@ def settings(overlay: dict[str, Any], deploy: Path) -> Settings:
     """What it mounts where its command reads it."""
     assert overlay["command"] == ["serve", "--config", SETTINGS]
     (source,) = [one.split(":")[0] for one in overlay["volumes"] if one.endswith(f":{SETTINGS}:ro")]
-    return load(deploy / source)
+    return load_settings(deploy / source)
 
 
 def test_it_changes_the_server_and_leaves_it_confined(overlay: dict[str, Any], compose: dict[str, Any]) -> None:

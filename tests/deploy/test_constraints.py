@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from saeguard_server.engine.vllm import versions
+from saeguard_server.engine.vllm import engine as versions
 
 OWN = {"numpy", "transformers"}
 """Packages that vLLM holds below the versions of constraints.txt."""

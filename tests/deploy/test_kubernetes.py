@@ -11,9 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from saeguard_server.address import Address
-from saeguard_server.edge.health import LIVENESS, OVERALL
-from saeguard_server.settings import Settings, load
+from saeguard_server.rpc.server import LIVENESS, OVERALL
+from saeguard_server.settings import Address, Settings, load_settings
 
 NAMES = ("base", "overlays/gpu", "overlays/vllm", "overlays/ray")
 KUBERNETES = "1.32"
@@ -62,7 +61,7 @@ def made(
     (config,) = [one for one in objects if one["kind"] == "ConfigMap"]
     file = tmp_path_factory.mktemp("settings") / "saeguard.toml"
     file.write_text(config["data"]["saeguard.toml"])
-    return Made(request.param, objects, load(file))
+    return Made(request.param, objects, load_settings(file))
 
 
 def containers(template: Object) -> Iterator[Object]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import saeguard_server
-from saeguard_server.edge.record import CODE_NAMES
+from saeguard_server.rpc.interceptor import CODE_NAMES
 
 
 def series_in(expression: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from saeguard_server.settings import load
+from saeguard_server.settings import load_settings
 
 Parse = Callable[[list[str]], Any]
 
@@ -107,7 +107,7 @@ def test_ray_leaves_room_in_the_shared_memory(roles: Roles) -> None:
 
 
 def test_a_head_has_the_profile_of_its_machine(services: dict[str, Any], deploy: Path) -> None:
-    settings = load(deploy / "kubernetes" / "overlays" / "ray" / "saeguard.toml")
+    settings = load_settings(deploy / "kubernetes" / "overlays" / "ray" / "saeguard.toml")
     assert {name: body["profiles"] for name, body in services.items()} == {"head": ["head"], "worker": ["worker"]}
     for body in services.values():
         (devices,) = body["deploy"]["resources"]["reservations"]["devices"]
@@ -133,7 +133,7 @@ def test_both_services_are_confined(services: dict[str, Any], settings_of: Parse
 
 
 def test_a_drain_gets_its_time_on_both_machines(services: dict[str, Any], group: dict[str, Any], deploy: Path) -> None:
-    server = load(deploy / "kubernetes" / "overlays" / "ray" / "saeguard.toml").server
+    server = load_settings(deploy / "kubernetes" / "overlays" / "ray" / "saeguard.toml").server
     drain_s = server.drain_s + server.drain_delay_s
     assert all(float(body["stop_grace_period"].removesuffix("s")) >= drain_s + 10 for body in services.values())
     worker = group["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_server.settings import load
+from saeguard_server.settings import load_settings
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "deploy").rglob("*.toml"))
 
@@ -17,14 +17,14 @@ def test_there_is_one_for_each_deployment() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
 def test_the_server_takes_it(file: Path) -> None:
-    settings = load(file)
+    settings = load_settings(file)
     # Behind a load balancer: its pods are told apart only when clients look again.
     assert settings.server.max_connection_age_s is not None
     assert (settings.engine.kind == "vllm") == (file.parent.name in ("vllm", "ray"))
 
 
 def test_vllm_is_given_nothing_that_its_engine_refuses() -> None:
-    for settings in (load(file) for file in FILES):
+    for settings in (load_settings(file) for file in FILES):
         if settings.engine.kind == "vllm":
             assert settings.engine.compile in ("none", "all")
             assert settings.engine.threads is None

@@ -15,7 +15,7 @@ import torch
 
 from saeguard_client import Add, AsyncClient, Clamp, Scale, Zero
 from saeguard_server.app import App
-from saeguard_server.settings import CheckSettings, ModelSettings, SaeSettings, ServerSettings, Settings
+from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, ServerSettings, Settings
 from support.models import tokenizer
 
 
@@ -71,7 +71,7 @@ def world(request: pytest.FixtureRequest, reference_saes: Path, tmp_path_factory
     tags = TAGS[request.param]
     processing = "transformer_lens" if request.param == "hf_gpt2" else None
     saes = tuple(
-        SaeSettings(name=tag, path=str(reference_saes / "e2e_interventions" / tag), processing=processing)
+        ServedSaeSettings(name=tag, path=str(reference_saes / "e2e_interventions" / tag), processing=processing)
         for tag in tags
     )
     server = ServerSettings(listen="127.0.0.1:0", metrics_listen="", log_level="error")

@@ -11,8 +11,7 @@ import pytest
 from saeguard_client import AsyncClient, Clamp, Client, Overloaded, PermissionDenied, Unauthenticated, Zero
 from saeguard_client.cli import main
 from saeguard_server.caller import Quota
-from saeguard_server.identity_settings import IdentitySettings
-from saeguard_server.settings import CheckSettings, EngineSettings
+from saeguard_server.settings import CheckSettings, EngineSettings, IdentitySettings
 from support.served import serving_demo
 
 PROMPT = "In the morning, the old farmer"

@@ -17,7 +17,7 @@ from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo, ResolvedEdit
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.reply import (
     ActivationPart,
     Chunk,

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_server.address import Address
-from saeguard_server.settings import BadSettings, SaeSettings, Settings, load
+from saeguard_server.settings import Address, BadSettings, ServedSaeSettings, Settings, load_settings
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -21,7 +20,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_nothing_said_is_the_default(tmp_path: Path) -> None:
-    assert load(None) == Settings() == load(written(tmp_path, ""))
+    assert load_settings(None) == Settings() == load_settings(written(tmp_path, ""))
 
 
 def test_flags_win_over_the_file_key_by_key(tmp_path: Path) -> None:
@@ -36,12 +35,12 @@ def test_flags_win_over_the_file_key_by_key(tmp_path: Path) -> None:
         drain_s = 7
         """,
     )
-    found = load(path, {"model": {"path": "other"}, "engine": {"max_slots": 3}})
+    found = load_settings(path, {"model": {"path": "other"}, "engine": {"max_slots": 3}})
     assert (found.model.path, found.model.dtype, found.engine.max_slots, found.server.drain_s) == (
         "other", "bfloat16", 3, 7.0,
     )  # fmt: skip
-    assert found.saes[1] == SaeSettings(name="b", path="/b", site="resid_post.3")
-    assert [one.name for one in load(path, {"saes": [{"name": "c", "path": "/c"}]}).saes] == ["c"]
+    assert found.saes[1] == ServedSaeSettings(name="b", path="/b", site="resid_post.3")
+    assert [one.name for one in load_settings(path, {"saes": [{"name": "c", "path": "/c"}]}).saes] == ["c"]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_flags_win_over_the_file_key_by_key(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_is_refused_by_its_key(key: str, tree: dict[str, Any]) -> None:
     with pytest.raises(BadSettings) as caught:
-        load(None, tree)
+        load_settings(None, tree)
     assert key in str(caught.value)
 
 
@@ -79,15 +78,15 @@ def test_what_cannot_be_is_refused_by_its_key(key: str, tree: dict[str, Any]) ->
 def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(BadSettings, match=str(path)):
-        load(path)
+        load_settings(path)
 
 
 def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadSettings, match="No such file"):
-        load(tmp_path / "none.toml")
+        load_settings(tmp_path / "none.toml")
     (tmp_path / "raw.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(BadSettings, match=r"raw\.toml"):
-        load(tmp_path / "raw.toml")
+        load_settings(tmp_path / "raw.toml")
 
 
 trees = st.recursive(
@@ -102,10 +101,10 @@ inner_keys = st.sampled_from(["path", "name", "listen", "max_slots", "drain_s", 
 @given(st.dictionaries(keys, trees | st.dictionaries(inner_keys, trees, max_size=4), max_size=4))
 def test_any_tree_is_settings_or_refused(tree: dict[str, Any]) -> None:
     try:
-        found = load(None, tree)
+        found = load_settings(None, tree)
     except BadSettings:
         return
-    assert load(None, msgspec.to_builtins(found)) == found
+    assert load_settings(None, msgspec.to_builtins(found)) == found
 
 
 @given(st.text(max_size=30))

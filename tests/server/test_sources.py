@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from saeguard_sae.loading import LoadError
 from saeguard_sae.models import Site
-from saeguard_server.settings import SaeSettings
-from saeguard_server.sources import open_source
+from saeguard_server.settings import ServedSaeSettings
+from saeguard_server.sources import open_sae_source
 from support.published import builders
 from support.saes import plain_sae, save_sae
 
@@ -37,7 +37,7 @@ def test_a_repository_says_where_its_saes_belong(tmp_path: Path) -> None:
     path = cached(tmp_path, "google/gemma-scope-2b-pt-res", "layer_0/width_16k/average_l0_105")
     arrays = {"W_enc": np.ones((4, 6)), "W_dec": np.ones((6, 4)), "b_enc": np.ones(6), "b_dec": np.ones(4)}
     np.savez(path / "params.npz", **arrays, threshold=np.ones(6))
-    source = open_source(SaeSettings(name="one", path=str(path)))
+    source = open_sae_source(ServedSaeSettings(name="one", path=str(path)))
     assert source.sae.found.reads == Site(0, "resid_post")
     assert source.sae.found.stated_l0 == 105
     assert told(source)["L0"] == ("105", "SAELens 6.54.12: gemma-scope-2b-pt-res")
@@ -56,7 +56,7 @@ def mlp_tm(tmp_path: Path) -> Path:
 
 
 def test_a_list_of_releases_gives_what_files_lack(tmp_path: Path) -> None:
-    source = open_source(SaeSettings(name="one", path=str(mlp_tm(tmp_path))))
+    source = open_sae_source(ServedSaeSettings(name="one", path=str(mlp_tm(tmp_path))))
     plain, coder = plain_sae("standard", 4, 8, seed=3), source.sae.found.dictionary
     x, scale = torch.randn(5, 4), 1.049317316132615
     w = plain.weights
@@ -66,15 +66,15 @@ def test_a_list_of_releases_gives_what_files_lack(tmp_path: Path) -> None:
 
 
 def test_the_users_word_wins(tmp_path: Path) -> None:
-    settings = SaeSettings(
+    settings = ServedSaeSettings(
         name="one", path=str(mlp_tm(tmp_path)), scale=2.0, processing="none", site="mlp_out.3",
         write_site="resid_post.3",
     )  # fmt: skip
-    source = open_source(settings)
+    source = open_sae_source(settings)
     w, x = plain_sae("standard", 4, 8, seed=3).weights, torch.randn(5, 4)
     wanted = torch.relu((x * 2 - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
     torch.testing.assert_close(source.sae.found.dictionary.encode(x), wanted, rtol=1e-5, atol=1e-5)
-    assert source.sae.digest != open_source(SaeSettings(name="one", path=settings.path)).sae.digest
+    assert source.sae.digest != open_sae_source(ServedSaeSettings(name="one", path=settings.path)).sae.digest
     assert source.overrides.processing == "none"
     assert (source.overrides.site, source.overrides.write_site) == (Site(3, "mlp_out"), Site(3, "resid_post"))
 
@@ -95,14 +95,14 @@ def test_the_users_word_wins(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], says: str, tmp_path: Path) -> None:
     path = save_sae(plain_sae("standard", 4, 8, seed=3), tmp_path / "sae", "blocks.0.hook_mlp_out")
     with pytest.raises(LoadError, match=f"SAE 'one'.*{says}"):
-        open_source(SaeSettings(**({"name": "one", "path": str(path)} | change)))
+        open_sae_source(ServedSaeSettings(**({"name": "one", "path": str(path)} | change)))
 
 
 def test_a_choice_reaches_the_format(tmp_path: Path) -> None:
     made = builders()["qwen_scope"](tmp_path, 5)
     with pytest.raises(LoadError, match="k"):
-        open_source(SaeSettings(name="one", path=str(made.path)))
-    source = open_source(SaeSettings(name="one", path=str(made.path), k=3))
+        open_sae_source(ServedSaeSettings(name="one", path=str(made.path)))
+    source = open_sae_source(ServedSaeSettings(name="one", path=str(made.path), k=3))
     x = torch.randn(6, made.d_in)
     assert int((source.sae.found.dictionary.encode(x) != 0).sum(-1).max()) <= 3
 
@@ -117,7 +117,7 @@ def test_a_path_without_a_commit_is_told(
     found = HubSae(path=path, revision=COMMIT, is_pinned=False, offline="the hub did not answer")
     monkeypatch.setattr(hub, "resolve_hub_sae", lambda _: found)
     with caplog.at_level(logging.WARNING):
-        open_source(SaeSettings(name="one", path="hf://some/repo"))
+        open_sae_source(ServedSaeSettings(name="one", path="hf://some/repo"))
     assert [one.message for one in caplog.records] == [
         "served from the hub's cache",
         "the path names no commit, so that it may be another one tomorrow",
@@ -128,4 +128,4 @@ def test_a_path_without_a_commit_is_told(
 def test_tensors_of_a_local_folder_have_no_origin(tmp_path: Path) -> None:
     save_file({"W_enc": torch.ones(2, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(LoadError, match="not a known SAE format"):
-        open_source(SaeSettings(name="one", path=str(tmp_path)))
+        open_sae_source(ServedSaeSettings(name="one", path=str(tmp_path)))

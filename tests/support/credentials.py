@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from saeguard_server.caller import Role
-from saeguard_server.guard.identity.key_file import KeyFile, change_keys, make_key
+from saeguard_server.identity.api_keys import KeyFile, change_keys, make_key
 
 CHEAP = 2
 """Of scrypt, for tests."""

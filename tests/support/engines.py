@@ -12,14 +12,14 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from saeguard_sae.edits import Edit
+from saeguard_server.admission import Admission
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
-from saeguard_server.flows.generate import Generate
-from saeguard_server.guard.gate import Gate
+from saeguard_server.generation import Generation
 from saeguard_server.interventions import FeatureRef, Intervention, Scope
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.reply import Completion, FeatureReading, Token
 from saeguard_server.request import Call, GenerationRequest, Sampling, TokenInput
-from saeguard_server.settings import EngineSettings, LimitSettings, ModelSettings, SaeSettings, Settings
+from saeguard_server.settings import EngineSettings, LimitSettings, ModelSettings, ServedSaeSettings, Settings
 from support.models import SITES, save_model
 from support.saes import PlainSae, plain_sae, save_sae
 
@@ -50,7 +50,7 @@ class World:
 
     def settings(self, *, with_saes: bool = True, **engine: Any) -> Settings:
         """Settings that serve it; small chunks, so that prompts are longer than one."""
-        saes = tuple(SaeSettings(name=name, path=str(self.path / name)) for name in self.saes)
+        saes = tuple(ServedSaeSettings(name=name, path=str(self.path / name)) for name in self.saes)
         given = {"max_slots": 8, "prefill_tokens": 6, "max_context": 128} | engine
         return Settings(
             model=ModelSettings(path=str(self.path / "model")),
@@ -94,9 +94,9 @@ class Answer:
         return [token.id for token in self.tokens]
 
 
-def open_gate(engine: Any) -> Gate:
+def open_gate(engine: Any) -> Admission:
     """One that lets everybody in at once."""
-    return Gate(engine, Metrics(CollectorRegistry()), slots=2**31)
+    return Admission(engine, Metrics(CollectorRegistry()), slots=2**31)
 
 
 class Running:
@@ -104,7 +104,7 @@ class Running:
 
     def __init__(self, engine: TransformersEngine, limits: LimitSettings) -> None:
         self.engine = engine
-        self.flow = Generate(engine, engine.tokenizer, limits, open_gate(engine))
+        self.flow = Generation(engine, engine.tokenizer, limits, open_gate(engine))
 
     async def ask(self, request: GenerationRequest, deadline_s: float = 60.0, stop_after: int | None = None) -> Answer:
         """One generation; ``stop_after`` closes the stream after that many tokens."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saeguard_sae.edits import Cap
-from saeguard_server.guard.policy.model import Mode, Policy, Rule
 from saeguard_server.interventions import FeatureRef, Intervention
+from saeguard_server.policy.model import Mode, Policy, Rule
 
 
 def a_policy(name: str = "calm", value: float = 1.0, mode: Mode = "enforce") -> Policy:

@@ -9,7 +9,6 @@ from typing import Any
 from hypothesis import strategies as st
 
 from saeguard_sae.edits import UNITS, Add, Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_server.guard.policy.model import Limits, Pins, Policy, Rollout, Rule, Target
 from saeguard_server.interventions import (
     COMPARISONS,
     PHASES,
@@ -24,6 +23,7 @@ from saeguard_server.interventions import (
     Trigger,
     Window,
 )
+from saeguard_server.policy.model import Limits, Pins, Policy, Rollout, Rule, Target
 
 NOW = datetime(2026, 11, 27, tzinfo=UTC)
 

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 from saeguard_sae.edits import Affine, Edit
 from saeguard_server.caller import Caller, Role
-from saeguard_server.guard.policy.resolution import Resolution, resolve
-from saeguard_server.guard.policy.snapshot import Snapshot
 from saeguard_server.interventions import FeatureRef, Intervention
+from saeguard_server.policy.compile import Snapshot
+from saeguard_server.policy.resolve import Resolution, resolve_policies
 from saeguard_server.request import GenerationRequest, TextInput
 from support.policy_shapes import NOW
 
@@ -30,7 +30,7 @@ def asks(*edits: Intervention, caller: Caller = BOT, **more: Any) -> tuple[Gener
 
 def resolved(snapshot: Snapshot, *edits: Intervention, caller: Caller = BOT, **more: Any) -> Resolution:
     """What becomes of it."""
-    return resolve(*asks(*edits, caller=caller, **more), snapshot, NOW)
+    return resolve_policies(*asks(*edits, caller=caller, **more), snapshot, NOW)
 
 
 def made(found: Resolution) -> list[tuple[str, str, int, str, Affine]]:

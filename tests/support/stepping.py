@@ -14,13 +14,12 @@ from prometheus_client import CollectorRegistry
 from saeguard_sae.edits import KINDS
 from saeguard_sae.models import sites
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, Pick
-from saeguard_server.engine.text import Assembler
+from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.engine.transformers.blocks import BLOCK
 from saeguard_server.engine.transformers.core import Core
-from saeguard_server.engine.transformers.sequence import Event, Sequence
-from saeguard_server.flows.generate import Generate
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.engine.transformers.sequence import BLOCK, Event, Sequence
+from saeguard_server.generation import Generation
+from saeguard_server.observe import Metrics
 from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.request import Call, GenerationRequest
 from saeguard_server.settings import LimitSettings
@@ -95,7 +94,7 @@ class Stepped:
         self._world, self._asked = loaded.world, 0
         can = Capabilities("transformers", sites(loaded.model.network.config), frozenset(KINDS), conditions=True)
         self.engine = cast(Any, SimpleNamespace(model=info, saes=loaded.saes, capabilities=can))
-        self.flow = Generate(self.engine, loaded.model.tokenizer, LimitSettings(), open_gate(self.engine))
+        self.flow = Generation(self.engine, loaded.model.tokenizer, LimitSettings(), open_gate(self.engine))
 
     def ask(self, request: GenerationRequest, deadline_s: float = _LONG_S) -> Asked:
         """A generation joins the queue."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from saeguard_sae.edits import FLOAT32_MAX, KINDS, UNITS, Edit
 from saeguard_server import interventions as rules
 from saeguard_server import request as domain
-from saeguard_server.guard.policy import model as policy
+from saeguard_server.policy import model as policy
 from saeguard_server.settings import LimitSettings
 
 LIMITS = LimitSettings()

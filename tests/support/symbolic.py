@@ -16,10 +16,8 @@ from saeguard_server.engine.protocol import (
     ResolvedGuard,
     Steering,
 )
-from saeguard_server.engine.transformers.blocks import BLOCK, Blocks
-from saeguard_server.engine.transformers.prefixes import Hit, Prefixes
-from saeguard_server.engine.transformers.scheduler import PromptPart, Room, Scheduler
-from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler, StepBudget
+from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, PrefixCache, PrefixHit, Sequence
 from saeguard_server.interventions import Window
 from saeguard_server.request import Call, Sampling
 
@@ -102,8 +100,8 @@ class Symbolic:
     """
 
     def __init__(self, slots: int, blocks: int, choose: Callable[[list[int]], int], *, reuse: bool = True) -> None:
-        memory = Blocks(blocks)
-        self.scheduler = Scheduler(slots, memory, Prefixes(memory, self._tally) if reuse else None)
+        memory = KvBlocks(blocks)
+        self.scheduler = Scheduler(slots, memory, PrefixCache(memory, self._tally) if reuse else None)
         self._memory: dict[int, int] = {}
         self._counts: dict[int, list[int]] = {}
         self._choose = choose
@@ -111,7 +109,7 @@ class Symbolic:
         """In their order, whoever came back after it had given its memory up included."""
         self.finished: list[Sequence] = []
 
-    def step(self, budget: int) -> tuple[Room, list[PromptPart]]:
+    def step(self, budget: int) -> tuple[StepBudget, list[PromptPart]]:
         """One step, as the engine takes it."""
         room = self.scheduler.make_room()
         while found := self.scheduler.admit():
@@ -144,7 +142,7 @@ class Symbolic:
     def _tally(self, slot: int) -> Any:
         return list(self._counts[slot])
 
-    def _join(self, sequence: Sequence, hit: Hit) -> None:
+    def _join(self, sequence: Sequence, hit: PrefixHit) -> None:
         self.admitted.append(sequence)
         fresh = [0] * len(_scopes(sequence))
         self._counts[sequence.slot] = fresh if hit.tallies is None else list(hit.tallies)  # type: ignore[arg-type]

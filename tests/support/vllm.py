@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from saeguard_server.engine.vllm.loading import load_engine
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.engine.vllm.engine import load_engine
+from saeguard_server.observe import Metrics
 from saeguard_server.reply import Receipt
 from saeguard_server.settings import CheckSettings, Settings, VllmSettings
 from support import models, reference

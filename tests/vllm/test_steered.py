@@ -15,8 +15,7 @@ from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae, load_sae
 from saeguard_server.engine.protocol import GenerateTask, ResolvedEdit, Steering
 from saeguard_server.engine.vllm import orders
-from saeguard_server.engine.vllm.batch import Part
-from saeguard_server.engine.vllm.steered import MAX_PAST, Steered
+from saeguard_server.engine.vllm.steering import MAX_PAST, BatchPart, SteeredModel
 from saeguard_server.request import Call, Sampling
 from support.saes import PlainSae, plain_sae, save_sae
 
@@ -30,7 +29,7 @@ class Runner:
     def __init__(self, plain: PlainSae, sae: LoadedSae, slots: int) -> None:
         self.plain, self.sae = plain, sae
         self.wiped: list[Any] = []
-        self.steered = Steered(
+        self.steered = SteeredModel(
             ["there", "here"], {"here": sae}, slots, torch.tensor([SPECIAL]), torch.device("cpu"), self.wiped.append
         )
         self.orders: dict[str, bytes | None] = {}
@@ -45,13 +44,13 @@ class Runner:
             call=Call(name, 0.0), tokens=(1,) * prompt, sampling=Sampling(stop=("x",) if stop else ()),
             max_new_tokens=1, seed=0, steering=Steering(tuple(edits)), watch=(("here", 3),) if watch else (),
         )  # fmt: skip
-        self.orders[name] = orders.order(uid, task, ("there", "here"))
+        self.orders[name] = orders.worker_request(uid, task, ("there", "here"))
 
     def run(self, *reads: tuple[str, int, int], ids: int = 1, spoil: bool = False) -> tuple[Tensor, Tensor]:
         """One pass over (request, start, length) -> activations before and after."""
         parts, first = [], 0
         for name, start, length in reads:
-            parts.append(Part(name, start, first, length))
+            parts.append(BatchPart(name, start, first, length))
             first += length
         positions = torch.cat([torch.arange(start, start + length) for _, start, length in reads])
         self.steered.begin(
@@ -182,7 +181,7 @@ def test_a_preempted_request_goes_on_from_the_end_of_a_block(made: Callable[[int
 def test_a_site_that_was_not_passed_is_a_problem(made: Callable[[int], Runner]) -> None:
     one = made(1)
     one.ask("a", 1)
-    one.steered.begin([Part("a", 0, 0, 3)], lambda name: (one.orders[name], None), torch.ones(3), torch.arange(3))
+    one.steered.begin([BatchPart("a", 0, 0, 3)], lambda name: (one.orders[name], None), torch.ones(3), torch.arange(3))
     one.steered.end([torch.zeros(3, WIDTH)])
     assert "passed resid_post.1 0 times" in one.steered.report(1, 3).problem
 

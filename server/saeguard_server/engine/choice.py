@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from saeguard_sae.loading import LoadError
-from saeguard_server.engine.model_files import ModelLoadError
+from saeguard_server.engine.load import ModelLoadError
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.engine.tokenizer import Tokenizer
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, Settings
 
 
@@ -30,7 +30,7 @@ def load_engine(settings: Settings, metrics: Metrics) -> LoadedEngine:
         raise BadSettings("engine.process: the vllm engine runs in processes of its own already")
     try:
         if is_apart:
-            from saeguard_server.engine import process
+            from saeguard_server.engine import worker as process
             from saeguard_server.engine.transformers import load_engine as embedded
 
             return process.load_engine(settings, metrics, embedded)
@@ -46,7 +46,7 @@ def _transformers(settings: Settings, metrics: Metrics) -> LoadedEngine:
 
 
 def _vllm(settings: Settings, metrics: Metrics) -> LoadedEngine:
-    from saeguard_server.engine.vllm.loading import load_engine as load
+    from saeguard_server.engine.vllm.engine import load_engine as load
 
     return load(settings, metrics)
 

@@ -15,10 +15,10 @@ from bench.engines import first_token, profile
 from bench.engines.requests import generation, settings
 from bench.work import batch, tokens
 from bench.worker import serve
+from saeguard_server.admission import Admission
 from saeguard_server.engine.choice import load_engine
-from saeguard_server.flows.generate import Generate
-from saeguard_server.guard.gate import Gate
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.generation import Generation
+from saeguard_server.observe import Metrics
 from saeguard_server.request import Call, GenerationRequest
 
 DEADLINE_S = 300.0
@@ -34,7 +34,9 @@ class Own:
 
     def __init__(self, engine: Any, limits: Any) -> None:
         self.engine = engine
-        self._flow = Generate(engine, engine.tokenizer, limits, Gate(engine, Metrics(CollectorRegistry()), 2**31))
+        self._flow = Generation(
+            engine, engine.tokenizer, limits, Admission(engine, Metrics(CollectorRegistry()), 2**31)
+        )
 
     async def times(self, request: GenerationRequest, began: asyncio.Event | None = None) -> list[float]:
         """When each token came, in seconds of ``time.perf_counter``; ``began`` is set when the first has."""

@@ -10,13 +10,11 @@ from typing import Any
 
 from bench.stopwatch import Stopwatch
 from saeguard_server.engine.tables import SteeringTables
-from saeguard_server.engine.transformers.answers import Answers
 from saeguard_server.engine.transformers.attention import PagedAttention
-from saeguard_server.engine.transformers.batch import Pass, Seats
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.engine import TransformersEngine
-from saeguard_server.engine.transformers.network import Network
-from saeguard_server.engine.transformers.packing import PackedLinear
+from saeguard_server.engine.transformers.output import OutputProcessor
+from saeguard_server.engine.transformers.runner import ForwardPass, Network, PackedLinear, SlotState
 from saeguard_server.engine.transformers.sampler import Sampler
 from saeguard_server.engine.transformers.scheduler import Scheduler
 
@@ -31,8 +29,8 @@ _METHODS: tuple[tuple[type, tuple[str, ...], str], ...] = (
     (Network, ("forward",), REST),
     (Sampler, ("pick",), SAMPLING),
     (Scheduler, ("admit", "make_room", "next_parts"), SCHEDULING),
-    (Seats, ("build",), SCHEDULING),
-    (Answers, ("token",), ANSWERS),
+    (SlotState, ("build",), SCHEDULING),
+    (OutputProcessor, ("token",), ANSWERS),
     (TransformersEngine, ("_deliver",), ANSWERS),
     (Core, ("step",), ANSWERS),
 )
@@ -55,7 +53,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.passes: deque[Pass] = deque(maxlen=_KEPT)
+        self.passes: deque[ForwardPass] = deque(maxlen=_KEPT)
         """The latest."""
         self._watch = Stopwatch()
         for owner, methods, name in _METHODS:
@@ -76,7 +74,7 @@ class Recorder:
         inner(core)
         self.steps.append(Step(start, time.perf_counter(), running, reading, self._watch.lap()))
 
-    def _forward(self, inner: Callable[..., Any], network: Network, one: Pass) -> Any:
+    def _forward(self, inner: Callable[..., Any], network: Network, one: ForwardPass) -> Any:
         self.passes.append(one)
         return inner(network, one)
 

@@ -13,7 +13,7 @@ from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_sae.edits import Edit as Kind
 from saeguard_server.interventions import FeatureRef, Intervention
 from saeguard_server.request import GenerationRequest, Sampling, TokenInput
-from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
+from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
 
 CONTEXT = 2304
 KV_MB = 2048
@@ -26,7 +26,7 @@ def settings(folder: Path, dtype: str, compiled: str, slots: int, kind: str = "t
     engine |= {"vllm": {"eager": compiled == "none"}} if kind == "vllm" else {"compile": compiled}
     return Settings(
         model=msgspec.convert({"path": str(folder / MODEL), "dtype": dtype}, ModelSettings),
-        saes=(SaeSettings(name=SAE, path=str(folder / SAE)),),
+        saes=(ServedSaeSettings(name=SAE, path=str(folder / SAE)),),
         check=CheckSettings(enabled=False),
         engine=msgspec.convert(engine, EngineSettings),
     )

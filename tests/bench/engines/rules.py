@@ -29,8 +29,6 @@ from bench.world import WIDTH
 from saeguard_sae.edits import Cap, Clamp, Edit, Scale, Zero
 from saeguard_server.engine.choice import load_engine
 from saeguard_server.engine.protocol import GenerateTask
-from saeguard_server.flows.reach import Reach
-from saeguard_server.flows.steering import prepare_edit, prepare_trigger, steer
 from saeguard_server.interventions import (
     Condition,
     FeatureRef,
@@ -42,9 +40,10 @@ from saeguard_server.interventions import (
     WantedTrigger,
     Window,
 )
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.request import Call, Sampling
-from saeguard_server.settings import SaeSettings
+from saeguard_server.settings import ServedSaeSettings
+from saeguard_server.steering import TokenRange, prepare_edit, prepare_trigger, steer
 from support.saes import plain_sae, save_sae
 
 STREAMS, NEW = 64, 48
@@ -109,7 +108,7 @@ class Side:
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         made = settings(folder, args.dtype, args.compile, STREAMS)
-        saes = tuple(SaeSettings(name=name, path=str(folder / name)) for name in LAYERS)
+        saes = tuple(ServedSaeSettings(name=name, path=str(folder / name)) for name in LAYERS)
         self.engine: Any = load_engine(msgspec.structs.replace(made, saes=saes), Metrics(CollectorRegistry()))
         edits, triggers = rules()
         self.edits = [prepare_edit(self.engine, one) for one in edits]
@@ -124,7 +123,7 @@ class Side:
         return count / (time.perf_counter() - start), count / (time.process_time() - began)
 
     async def _one(self, prompt: list[int], *, ruled: bool) -> None:
-        reach = Reach(tuple(prompt), len(prompt) + NEW - 1, self.engine.tokenizer.special_ids)
+        reach = TokenRange(tuple(prompt), len(prompt) + NEW - 1, self.engine.tokenizer.special_ids)
         steering = steer(self.edits, self.triggers, None, reach) if ruled else steer([], [], None, reach)
         task = GenerateTask(
             call=Call("bench", time.monotonic() + 600),

@@ -15,7 +15,7 @@ from bench.engines.parts import Recorder, full, split
 from bench.engines.requests import settings
 from bench.worker import serve
 from saeguard_server.app import App
-from saeguard_server.engine.transformers.batch import Pass
+from saeguard_server.engine.transformers.runner import ForwardPass
 from saeguard_server.settings import ServerSettings
 
 SLOTS = 64
@@ -45,7 +45,7 @@ async def main() -> None:
 
 
 @torch.inference_mode()
-def alone(app: App, passes: Sequence[Pass]) -> float:
+def alone(app: App, passes: Sequence[ForwardPass]) -> float:
     """Seconds of the model's forward pass, the latest ones again with nothing beside them and nobody steered.
 
     The engine must be idle: it shares its memory.

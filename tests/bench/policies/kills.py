@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.report import say
-from saeguard_server.guard.policy.store.protocol import StoreError
+from saeguard_server.policy.store.protocol import StoreError
 from support.policy_writer import Acknowledged, survived, writers
 from support.postgres import folder_of_binaries, postgres_server
 

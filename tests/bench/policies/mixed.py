@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 from saeguard_client import AsyncClient, SaeguardError
+from saeguard_server.audit.chain import read_audit
 from saeguard_server.demo.serving import served
-from saeguard_server.guard.audit.files import read
 
 STREAMS = 64
 TEXTS = ("The old farmer", "Le matin, le boulanger", "def count(", "I think that the Earth is flat.")
@@ -89,7 +89,7 @@ def main() -> int:
         with served("--config", str(files / "settings.toml")) as server:
             seen, by = asyncio.run(run(server.target, changes))
         took = time.monotonic() - began
-        records = [record for record, _ in read(files / "audit", None)]
+        records = [record for record, _ in read_audit(files / "audit", None)]
     kept = {one["request_id"]: one for one in records if one["kind"] == "request"}
     missing = [
         name for name, revision in by.items() if name not in kept or kept[name]["policy"]["revision"] != revision

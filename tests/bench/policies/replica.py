@@ -24,13 +24,13 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.engine.protocol import Capabilities, ModelInfo
 from saeguard_server.errors import PoliciesUnavailable
-from saeguard_server.flows.serving import ServedModel
-from saeguard_server.guard.policy import snapshot
-from saeguard_server.guard.policy.snapshot import Policies, Snapshot
-from saeguard_server.guard.policy.store.opening import open_store
-from saeguard_server.guard.policy.store.protocol import Active
-from saeguard_server.guard.policy.sync import PolicySync
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
+from saeguard_server.policy import compile as snapshot
+from saeguard_server.policy.compile import Policies, Snapshot
+from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store.protocol import Active
+from saeguard_server.policy.sync import PolicySync
+from saeguard_server.steering import ServedModel
 
 LAYERS = (1, 2)
 D_MODEL, D_SAE = 16, 64
@@ -64,7 +64,7 @@ async def follow(url: str, poll_s: float, stale_after_s: float) -> None:
     policies = Policies(stale_after_s)
 
     def build(active: Active) -> Snapshot:
-        return snapshot.build(active.activation, active.revision, served, datetime.now(UTC))
+        return snapshot.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
 
     store = await open_store(url)
     async with PolicySync(store, policies, build, Metrics(CollectorRegistry()), poll_s=poll_s).running():

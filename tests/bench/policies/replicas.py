@@ -27,10 +27,10 @@ from typing import Any
 from bench.policies.replica import LAYERS
 from bench.report import met, say
 from saeguard_sae.edits import Cap
-from saeguard_server.guard.policy.model import Policy, Rule
-from saeguard_server.guard.policy.store.opening import open_store
-from saeguard_server.guard.policy.store.protocol import PolicyStore
 from saeguard_server.interventions import FeatureRef, Intervention
+from saeguard_server.policy.model import Policy, Rule
+from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store.protocol import PolicyStore
 from support.postgres import PostgresServer, folder_of_binaries, postgres_server
 
 TESTS = Path(__file__).parents[2]

@@ -26,14 +26,12 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import Capabilities
-from saeguard_server.flows.reach import Reach
-from saeguard_server.flows.serving import ServedModel, prepared
-from saeguard_server.flows.steering import steer
-from saeguard_server.guard.policy.model import Activation, Policy, Revision, Rollout, Rule, Target
-from saeguard_server.guard.policy.resolution import resolve
-from saeguard_server.guard.policy.snapshot import Snapshot, build
 from saeguard_server.interventions import FeatureRef, Intervention
+from saeguard_server.policy.compile import Snapshot, build_snapshot
+from saeguard_server.policy.model import Activation, Policy, Revision, Rollout, Rule, Target
+from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.request import GenerationRequest, TextInput
+from saeguard_server.steering import ServedModel, TokenRange, prepared_parts, steer
 
 NOW = datetime.now(UTC)
 SITES = (Site(3, "resid_post"), Site(8, "resid_post"))
@@ -81,7 +79,7 @@ def snapshot(rollout: Rollout = EVERYBODY) -> Snapshot:
     """All of them in force."""
     revision = Revision(number=1, policies=policies(rollout), author="bench", time=NOW, reason="bench")
     activation = Activation(number=1, revision=1, actor="bench", time=NOW, reason="bench")
-    return build(activation, revision, ServedModel(engine()), NOW)
+    return build_snapshot(activation, revision, ServedModel(engine()), NOW)
 
 
 def own(count: int) -> tuple[Intervention, ...]:
@@ -107,13 +105,13 @@ def microseconds(work: Callable[[], object], rounds: int = ROUNDS) -> dict[str, 
 
 def measure(name: str, found: Snapshot, request: GenerationRequest) -> bool:
     """Prints one line; whether it is what was aimed at."""
-    reach = Reach((1,) * 64, 192, frozenset())
+    reach = TokenRange((1,) * 64, 192, frozenset())
 
     def whole() -> None:
-        one = resolve(request, CALLER, found, NOW)
-        steer(*prepared(one.edits, one.triggers), one.max_relative_edit, reach)
+        one = resolve_policies(request, CALLER, found, NOW)
+        steer(*prepared_parts(one.edits, one.triggers), one.max_relative_edit, reach)
 
-    alone = microseconds(lambda: resolve(request, CALLER, found, NOW))
+    alone = microseconds(lambda: resolve_policies(request, CALLER, found, NOW))
     is_met = alone["median_us"] < TARGET_US
     line = {"figure": name, "resolve": alone, "with_steer": microseconds(whole), "target_us": TARGET_US, "met": is_met}
     say(line)
@@ -133,7 +131,7 @@ def main() -> None:
     began = time.perf_counter()
     fresh = snapshot()
     built = time.perf_counter()
-    resolve(plain, CALLER, fresh, NOW)
+    resolve_policies(plain, CALLER, fresh, NOW)
     times = {
         "build_ms": round((built - began) * 1e3, 2),
         "first_request_ms": round((time.perf_counter() - built) * 1e3, 2),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from saeguard_server.app import App
-from saeguard_server.engine.tokenizer import Encoded
+from saeguard_server.engine.tokenizer import EncodedText
 from saeguard_server.request import ModelInput, TextInput, TokenInput
-from saeguard_server.settings import Settings, load
+from saeguard_server.settings import Settings, load_settings
 
 
 class FakeTokenizer:
@@ -21,18 +21,18 @@ class FakeTokenizer:
     special_ids = frozenset({0})
     has_chat_template = True
 
-    def encode(self, prompt: ModelInput) -> Encoded:
+    def encode(self, prompt: ModelInput) -> EncodedText:
         if isinstance(prompt, TokenInput):
-            return Encoded(prompt.ids, (None,) * len(prompt.ids))
+            return EncodedText(prompt.ids, (None,) * len(prompt.ids))
         text = prompt.text if isinstance(prompt, TextInput) else "".join(one.content for one in prompt.messages)
-        return Encoded((0, *(ord(one) % 128 for one in text)), (None, *range(len(text))))
+        return EncodedText((0, *(ord(one) % 128 for one in text)), (None, *range(len(text))))
 
 
 @pytest.fixture
 def settings_of() -> Callable[..., Settings]:
     def make(**tables: dict[str, Any]) -> Settings:
         server = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "drain_s": 5.0}
-        return load(None, {"model": {"path": "fake"}} | tables | {"server": server | tables.get("server", {})})
+        return load_settings(None, {"model": {"path": "fake"}} | tables | {"server": server | tables.get("server", {})})
 
     return make
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saeguard_server import cli
-from saeguard_server.settings import BadSettings, SaeSettings, Settings, load
+from saeguard_server.settings import BadSettings, ServedSaeSettings, Settings, load_settings
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def settings(*arguments: str) -> Settings:
-    return load(None, cli.overrides(parse(*arguments)))
+    return load_settings(None, cli.serve_overrides(parse(*arguments)))
 
 
 def test_no_flag_changes_nothing() -> None:
@@ -44,18 +44,20 @@ def test_every_flag_reaches_its_setting() -> None:
 def test_saes_with_and_without_a_site() -> None:
     found = settings("--sae", "a=/x/y", "--sae", "b=org/repo@v2=@resid_post.3")
     assert found.saes == (
-        SaeSettings(name="a", path="/x/y"), SaeSettings(name="b", path="org/repo@v2=", site="resid_post.3"),
+        ServedSaeSettings(name="a", path="/x/y"), ServedSaeSettings(name="b", path="org/repo@v2=", site="resid_post.3"),
     )  # fmt: skip
 
 
 def test_a_revision_is_part_of_the_path(tmp_path: Path) -> None:
     found = settings("--sae", "a=hf://org/repo/x@main", "--sae", "b=hf://org/repo/x@main@mlp_out.2")
     assert found.saes == (
-        SaeSettings(name="a", path="hf://org/repo/x@main"),
-        SaeSettings(name="b", path="hf://org/repo/x@main", site="mlp_out.2"),
+        ServedSaeSettings(name="a", path="hf://org/repo/x@main"),
+        ServedSaeSettings(name="b", path="hf://org/repo/x@main", site="mlp_out.2"),
     )
     misspelt = settings("--sae", f"c={tmp_path}@layers.3")
-    assert misspelt.saes == (SaeSettings(name="c", path=str(tmp_path), site="layers.3"),), "refused when it is loaded"
+    assert misspelt.saes == (ServedSaeSettings(name="c", path=str(tmp_path), site="layers.3"),), (
+        "refused when it is loaded"
+    )
 
 
 @pytest.mark.parametrize("text", ["a", "=x", "a=", "a=@resid_post.1", "a=x@"])
@@ -78,7 +80,7 @@ def test_an_sae_that_is_not_name_and_path_is_refused(text: str) -> None:
 )
 def test_bad_settings_are_exit_2_and_one_line(arguments: list[str], said: str, capsys: Any) -> None:
     arguments = parse(*arguments)  # type: ignore[assignment]
-    assert cli.run(arguments) == 2  # type: ignore[arg-type]
+    assert cli.run_serve(arguments) == 2  # type: ignore[arg-type]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("saeguard serve: ")
     assert not line.endswith(": ")
@@ -89,7 +91,7 @@ def test_a_file_and_a_flag(tmp_path: Path) -> None:
     path = tmp_path / "saeguard.toml"
     path.write_text('[model]\npath = "org/model"\n[engine]\nmax_slots = 4\n')
     arguments = parse("--config", str(path), "--max-slots", "8")
-    found = load(arguments.config, cli.overrides(arguments))
+    found = load_settings(arguments.config, cli.serve_overrides(arguments))
     assert (found.model.path, found.engine.max_slots) == ("org/model", 8)
 
 

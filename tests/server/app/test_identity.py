@@ -22,10 +22,10 @@ from prometheus_client import generate_latest
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import generation_service_pb2_grpc
 from saeguard.v1 import intervention_pb2 as edit_pb
+from saeguard_server import observe as logs
 from saeguard_server.caller import Role
-from saeguard_server.edge import server as edge
-from saeguard_server.guard.identity.key_file import KEY, change_keys, revoke
-from saeguard_server.observe import logs
+from saeguard_server.identity.api_keys import KEY, change_keys, revoke_key
+from saeguard_server.rpc import server as edge
 from support.credentials import AUDIENCE, ISSUER, bearer, forged, jwk, rsa_key, token, write_keys
 
 INFO = "/saeguard.v1.ServerInfoService/GetServerInfo"
@@ -54,7 +54,7 @@ def lines() -> Iterator[io.StringIO]:
     """The log, in its most talkative form."""
     stream = io.StringIO()
     level = logging.getLogger().level
-    handler = logs.configure("debug", stream)
+    handler = logs.configure_logs("debug", stream)
     yield stream
     logging.getLogger().removeHandler(handler)
     logging.getLogger().setLevel(level)
@@ -144,7 +144,7 @@ async def test_every_wrong_credential_is_unauthenticated_and_quiet(
     made = write_keys(keys, good=[Role.ADMIN], ended=[Role.ADMIN])
     ended = KEY.fullmatch(made["ended"])
     assert ended is not None
-    change_keys(keys, lambda old: revoke(old, ended[1]))
+    change_keys(keys, lambda old: revoke_key(old, ended[1]))
     jwks = tmp_path / "jwks.json"
     jwks.write_text(json.dumps({"keys": [jwk(rsa_key(), "one")]}))
     now = int(time.time())
@@ -196,7 +196,7 @@ async def test_a_revoked_key_is_closed_at_the_next_call(app_with: Any, keys: Pat
     made = write_keys(keys, a=[Role.ADMIN])
     async with serving(app_with, {"api_keys": str(keys)}) as (_, channel):
         assert await ask(channel, INFO, made["a"]) is None
-        change_keys(keys, lambda old: revoke(old, old.keys[0].id))
+        change_keys(keys, lambda old: revoke_key(old, old.keys[0].id))
         assert "revoked" in (await ask(channel, INFO, made["a"])).details()
 
 

@@ -18,7 +18,7 @@ from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import generation_service_pb2_grpc, policy_service_pb2_grpc
 from saeguard.v1 import policy_service_pb2 as policy_pb
 from saeguard_client.cli import main
-from saeguard_server.guard.policy import document
+from saeguard_server.policy import document
 from saeguard_server.settings import BadSettings
 from support.policies import a_policy
 
@@ -50,7 +50,7 @@ class Served:
 
     async def apply(self, value: float, etag: str = "0") -> None:
         stub = policy_service_pb2_grpc.PolicyServiceStub(self.channel)
-        one = policy_pb.PolicyDocument(name="calm.yaml", content=document.to_yaml(a_policy(value=value)))
+        one = policy_pb.PolicyDocument(name="calm.yaml", content=document.policy_to_yaml(a_policy(value=value)))
         await stub.ApplyPolicies(policy_pb.ApplyPoliciesRequest(documents=[one], etag=etag, reason="because"))
 
     async def activate(self, revision: int, expected: int) -> int:
@@ -133,7 +133,7 @@ async def test_two_rollbacks_of_the_command_line_go_back_twice(served_with: Any,
 
 
 async def test_a_directory_is_followed_and_not_written(served_with: Any, engine: Any, tmp_path: Path) -> None:
-    (tmp_path / "calm.yaml").write_text(document.to_yaml(a_policy(value=3.0)))
+    (tmp_path / "calm.yaml").write_text(document.policy_to_yaml(a_policy(value=3.0)))
     async with served_with(f"directory:{tmp_path}") as served:
         await served.health(SERVING)
         await served.generate()
@@ -146,7 +146,7 @@ async def test_a_directory_is_followed_and_not_written(served_with: Any, engine:
 async def test_what_this_model_does_not_have_is_not_stored(served_with: Any, tmp_path: Path) -> None:
     async with served_with(f"sqlite:///{tmp_path}/policies.db") as served:
         stub = policy_service_pb2_grpc.PolicyServiceStub(served.channel)
-        text = document.to_yaml(a_policy()).replace("feature: 2", "feature: 99")
+        text = document.policy_to_yaml(a_policy()).replace("feature: 2", "feature: 99")
         one = policy_pb.PolicyDocument(name="calm.yaml", content=text)
         with pytest.raises(grpc.aio.AioRpcError, match="must be 0 to 7, got 99") as caught:
             await stub.ApplyPolicies(policy_pb.ApplyPoliciesRequest(documents=[one], etag="0", reason="because"))

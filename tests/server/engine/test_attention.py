@@ -23,7 +23,7 @@ from saeguard_server.engine.transformers.attention import (
     attend_many,
     attend_one,
 )
-from saeguard_server.engine.transformers.blocks import BLOCK, blocks_for
+from saeguard_server.engine.transformers.sequence import BLOCK, blocks_for
 
 SIZE = 8
 CPU = torch.device("cpu")

@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_server.engine.transformers.batch import Pass, Seats
-from saeguard_server.engine.transformers.blocks import BLOCK, blocks_for
+from saeguard_server.engine.transformers.runner import ForwardPass, SlotState
 from saeguard_server.engine.transformers.scheduler import PromptPart
-from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for
 from support.symbolic import generation
 
 SLOTS, CONTEXT = 6, 80
@@ -20,7 +19,7 @@ class Plain:
     """Requests in slots, each with blocks of its own."""
 
     def __init__(self, lengths: list[int], computed: list[int]) -> None:
-        self.seats = Seats(SLOTS, CONTEXT, IS_SPECIAL)
+        self.seats = SlotState(SLOTS, CONTEXT, IS_SPECIAL)
         self.sequences: list[Sequence] = []
         for slot, (length, known) in enumerate(zip(lengths, computed, strict=True)):
             one = generation(slot, [(slot * 31 + at * 7) % 300 for at in range(length)])
@@ -74,7 +73,7 @@ def test_a_pass_reads_each_request_where_it_stands(
 
 
 def _keeps(
-    one: Pass,
+    one: ForwardPass,
     running: tuple[int, ...],
     parts: list[PromptPart],
     ending: list[PromptPart],
@@ -88,7 +87,7 @@ def _keeps(
     assert one.keep.tolist() == [*range(len(running)), *ends, *every]
 
 
-def _sees(plain: Plain, one: Pass, read: list[tuple[int, int, int]]) -> None:
+def _sees(plain: Plain, one: ForwardPass, read: list[tuple[int, int, int]]) -> None:
     """Each token is in one group, with the places of all that its request has read."""
     seen = []
     assert one.rows.groups == tuple(reading.group for reading in one.readings)

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from saeguard_server.engine.transformers.blocks import BLOCK, Blocks, block_key, blocks_for
+from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, block_key, blocks_for
 
 COUNT = 12
 KEYS = [bytes([one]) for one in range(8)]
@@ -17,7 +17,7 @@ class Holding(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = Blocks(COUNT)
+        self.blocks = KvBlocks(COUNT)
         self.holders: list[list[int]] = []
         self.known: dict[bytes, int] = {}
         self.notes: dict[int, str] = {}
@@ -95,7 +95,7 @@ TestHolding.settings = settings(max_examples=80, stateful_step_count=30, deadlin
 
 
 def test_what_follows_is_forgotten_before_what_precedes_it() -> None:
-    blocks = Blocks(3)
+    blocks = KvBlocks(3)
     held = blocks.take(3)
     for block, key in zip(held, KEYS, strict=False):
         blocks.know(block, key)

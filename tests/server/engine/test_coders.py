@@ -20,7 +20,7 @@ from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.interventions import FeatureRef
 from saeguard_server.request import Call
-from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, SaeSettings, Settings
+from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
 from support.engines import Running, edit, greedy, prompt, running
 from support.models import BOS, LAYERS, WIDTH, save_model
 
@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return path, save_model("llama", path / "model")
 
 
-def settings(path: Path, *saes: SaeSettings) -> Settings:
+def settings(path: Path, *saes: ServedSaeSettings) -> Settings:
     return Settings(
         model=ModelSettings(path=str(path / "model")),
         saes=saes,
@@ -87,7 +87,7 @@ async def test_one_layer_of_a_cross_layer_transcoder_steers_every_later_mlp(worl
         "feature_output_hook": "hook_mlp_out",
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    sae = SaeSettings(name="clt", path=str(folder / "W_enc_1.safetensors"))
+    sae = ServedSaeSettings(name="clt", path=str(folder / "W_enc_1.safetensors"))
     seen: list[Tensor] = []
 
     def change(layer: int) -> Callable[[Tensor], Tensor]:
@@ -132,7 +132,7 @@ async def test_what_a_norm_makes_before_its_gain_is_edited_behind_the_gain(world
 
     norm = "model.layers.1.post_attention_layernorm"
     hooks = [(norm, "in", lambda x: (seen.append(x), x)[1]), (norm, "out", write)]
-    with running(settings(path, SaeSettings(name="one", path=str(folder)))) as one:
+    with running(settings(path, ServedSaeSettings(name="one", path=str(folder)))) as one:
         answer = await one.ask(greedy(PROMPT, 8, interventions=(edit("one", 4, Clamp(5.0)),)))
     assert PROMPT + answer.ids == generate(model, PROMPT, 8, hooks)
     assert PROMPT + answer.ids != generate(model, PROMPT, 8, [])
@@ -192,7 +192,7 @@ async def inspect(one: Running, sae: str) -> Tensor:
 async def test_a_temporal_sae_is_read_over_the_whole_prefix_and_never_edited(world: tuple[Path, Any]) -> None:
     path, model = world
     write_temporal(path / "temporal")
-    with running(settings(path, SaeSettings(name="t", path=str(path / "temporal")))) as one:
+    with running(settings(path, ServedSaeSettings(name="t", path=str(path / "temporal")))) as one:
         found = await inspect(one, "t")
         with pytest.raises(InvalidRequest, match=r"interventions\[0\].sae: 't' is a temporal SAE: .*whole prefix"):
             await one.ask(greedy(PROMPT, 2, interventions=(edit("t", 1, Add(1.0)),)))
@@ -206,7 +206,7 @@ async def test_a_temporal_sae_is_read_over_the_whole_prefix_and_never_edited(wor
 async def test_an_sae_held_in_half_precision_is_served(world: tuple[Path, Any]) -> None:
     path, model = world
     write_saelens(path / "half", "blocks.1.hook_resid_post", seed=30)
-    with running(settings(path, SaeSettings(name="h", path=str(path / "half"), dtype="bfloat16"))) as one:
+    with running(settings(path, ServedSaeSettings(name="h", path=str(path / "half"), dtype="bfloat16"))) as one:
         found = await inspect(one, "h")
         stream = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[2][0]
         answer = await one.ask(greedy(PROMPT, 6, interventions=(edit("h", 4, Clamp(5.0)),)))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 
-from saeguard_server.engine.divergence import Divergence, Side
+from saeguard_server.engine.protocol import Divergence, Side
 from saeguard_server.errors import NonFiniteOutput
 
 TOKENS, VOCABULARY, FIRST = 12, 40, 5

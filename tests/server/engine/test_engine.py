@@ -13,12 +13,12 @@ from prometheus_client import CollectorRegistry
 from saeguard_sae.edit_table import EditColumns
 from saeguard_sae.edits import Add, Clamp, Scale, Zero
 from saeguard_server.engine.protocol import InspectTask, Pick
-from saeguard_server.engine.text import Assembler
+from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import DeadlineExceeded, InternalFailure, InvalidRequest, NonFiniteOutput
 from saeguard_server.interventions import Scope
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput, TokenInput
 from saeguard_server.settings import LimitSettings
 from support import reference

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeguard_sae.loading import LoadError
-from saeguard_server.engine.model_files import ModelLoadError
+from saeguard_server.engine.load import ModelLoadError
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.observe.metrics import Metrics
-from saeguard_server.settings import SaeSettings, Settings
+from saeguard_server.observe import Metrics
+from saeguard_server.settings import ServedSaeSettings, Settings
 from support.engines import World, make_world
 from support.saes import plain_sae, save_sae
 
@@ -37,7 +37,7 @@ def with_model(world: World, path: Path) -> Settings:
     return msgspec.structs.replace(settings, model=msgspec.structs.replace(settings.model, path=str(path)))
 
 
-def with_saes(world: World, *saes: SaeSettings) -> Settings:
+def with_saes(world: World, *saes: ServedSaeSettings) -> Settings:
     return msgspec.structs.replace(world.settings(with_saes=False), saes=saes)
 
 
@@ -103,22 +103,22 @@ def test_an_unknown_dtype_is_refused(world: World) -> None:
 
 def test_an_sae_of_another_width_is_refused(world: World, tmp_path: Path) -> None:
     save_sae(plain_sae("standard", 32, 64, seed=1), tmp_path, "blocks.1.hook_resid_post")
-    sae = SaeSettings(name="narrow", path=str(tmp_path))
+    sae = ServedSaeSettings(name="narrow", path=str(tmp_path))
     refused(with_saes(world, sae), LoadError, "'narrow' has d_in 32, but resid_post.1 of this model is 48 wide")
 
 
 def test_an_sae_of_a_layer_that_the_model_lacks_is_refused(world: World) -> None:
-    sae = SaeSettings(name="deep", path=str(world.path / "resid_post"), site="resid_post.9")
+    sae = ServedSaeSettings(name="deep", path=str(world.path / "resid_post"), site="resid_post.9")
     refused(with_saes(world, sae), LoadError, "'deep': resid_post.9 is not a site of this llama model")
 
 
 def test_a_site_in_foreign_spelling_is_refused(world: World) -> None:
-    sae = SaeSettings(name="one", path=str(world.path / "resid_post"), site="layers.1")
+    sae = ServedSaeSettings(name="one", path=str(world.path / "resid_post"), site="layers.1")
     refused(with_saes(world, sae), LoadError, "write it like 'resid_post.12'")
 
 
 def test_two_saes_at_one_site_are_served(world: World) -> None:
     path = str(world.path / "resid_post")
-    settings = with_saes(world, SaeSettings(name="a", path=path), SaeSettings(name="b", path=path))
+    settings = with_saes(world, ServedSaeSettings(name="a", path=path), ServedSaeSettings(name="b", path=path))
     engine = load_engine(settings, Metrics(CollectorRegistry()))
     assert str(engine.saes["a"].site) == str(engine.saes["b"].site) == "resid_post.1"

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.edits import Clamp
-from saeguard_server.engine.model_files import ModelLoadError
+from saeguard_server.engine.load import LoadedModel, ModelLoadError
 from saeguard_server.engine.protocol import Pick
-from saeguard_server.engine.stock.model import LoadedModel
-from saeguard_server.engine.transformers import loading, memory
-from saeguard_server.engine.transformers.batch import Pass
-from saeguard_server.engine.transformers.blocks import BLOCK
-from saeguard_server.engine.transformers.memory import free_bytes, is_out_of_memory, kv_blocks
+from saeguard_server.engine.transformers import engine as loading
+from saeguard_server.engine.transformers import runner as memory
+from saeguard_server.engine.transformers.runner import ForwardPass, free_bytes, is_out_of_memory, kv_blocks
+from saeguard_server.engine.transformers.sequence import BLOCK
 from saeguard_server.errors import InvalidRequest, Overloaded
 from saeguard_server.request import GenerationRequest
 from support.alone import Alone
@@ -130,7 +129,7 @@ def run_out(one: Stepped, step: int, error: Exception) -> list[int]:
     inside: list[int] = []
     forward = network.forward
 
-    def wrapped(of: Pass) -> Tensor:
+    def wrapped(of: ForwardPass) -> Tensor:
         logits = forward(of)  # what was written and counted before it failed must do no harm
         if next(passes) < step:
             return logits

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from saeguard_sae.edits import Add, Cap, Clamp, Scale, Zero
 from saeguard_server.engine.protocol import Pick
-from saeguard_server.engine.transformers import loading
-from saeguard_server.engine.transformers.blocks import BLOCK
+from saeguard_server.engine.transformers import engine as loading
+from saeguard_server.engine.transformers.sequence import BLOCK
 from saeguard_server.interventions import FeatureRef, Intervention, Scope
 from saeguard_server.request import GenerationRequest, Sampling, TokenInput
 from support.alone import Alone

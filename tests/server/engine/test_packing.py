@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from saeguard_server.engine.transformers.packing import PackedLinear, can_pack, pack, padded_rows
+from saeguard_server.engine.transformers.runner import PackedLinear, can_pack_weights, pack, padded_rows
 from support.models import CONFIGS
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this torch packs nothing")
+pytestmark = pytest.mark.skipif(not can_pack_weights(CPU, torch.float32), reason="this torch packs nothing")
 
 NEAR: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -92,10 +92,10 @@ def test_a_layer_with_a_hook_is_not_packed() -> None:
 
 
 def test_what_can_be_packed() -> None:
-    assert can_pack(CPU, torch.bfloat16)
-    assert not can_pack(CPU, torch.float16)
-    assert not can_pack(CPU, torch.float64)
-    assert not can_pack(torch.device("meta"), torch.float32)
+    assert can_pack_weights(CPU, torch.bfloat16)
+    assert not can_pack_weights(CPU, torch.float16)
+    assert not can_pack_weights(CPU, torch.float64)
+    assert not can_pack_weights(torch.device("meta"), torch.float32)
 
 
 def test_rows_come_in_few_sizes_and_little_is_padded() -> None:

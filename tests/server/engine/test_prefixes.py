@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from saeguard_sae.edits import Add, Cap, Clamp, Scale
 from saeguard_server.engine.protocol import Steering
-from saeguard_server.engine.transformers.prefixes import can_reuse, is_steered
+from saeguard_server.engine.transformers.sequence import can_reuse, is_steered
 from saeguard_server.errors import NonFiniteOutput
 from saeguard_server.interventions import Intervention, Scope
 from saeguard_server.request import GenerationRequest, Sampling

@@ -25,11 +25,12 @@ from prometheus_client import CollectorRegistry
 from saeguard_sae.edits import Clamp, Scale
 from saeguard_sae.loading import LoadError
 from saeguard_server.engine import transformers
-from saeguard_server.engine.process import child, engine, load_engine
 from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.worker import engine, load_engine
+from saeguard_server.engine.worker import engine as child
 from saeguard_server.errors import DeadlineExceeded, NonFiniteOutput, Unavailable
 from saeguard_server.interventions import FeatureRef
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.reply import ActivationPart
 from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput
 from saeguard_server.settings import Settings
@@ -276,10 +277,10 @@ def load(settings, metrics):
 """
 PARENT = """
 import slow
-from saeguard_server.engine.process.child import Child
-from saeguard_server.engine.process.messages import Start
+from saeguard_server.engine.worker.engine import WorkerProcess
+from saeguard_server.engine.worker.messages import Start
 from saeguard_server.settings import Settings
-Child().load(Start(Settings(), slow.load))
+WorkerProcess().load(Start(Settings(), slow.load))
 """
 
 

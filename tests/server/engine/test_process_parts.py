@@ -21,14 +21,22 @@ from saeguard_sae.coders import is_signed, why_not_editable
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server import errors
-from saeguard_server.engine.process import engine as module
-from saeguard_server.engine.process import wire
-from saeguard_server.engine.process.counts import AddedUp, count
-from saeguard_server.engine.process.facts import describe
-from saeguard_server.engine.process.messages import Cancel, Failure, Ready, Report, Start, Submit
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, ModelInfo
+from saeguard_server.engine.worker import engine as module
+from saeguard_server.engine.worker import messages as wire
+from saeguard_server.engine.worker.messages import (
+    Cancel,
+    Start,
+    StepOutput,
+    Submit,
+    SummedMetrics,
+    WorkerFailure,
+    WorkerReady,
+    count_metrics,
+    remote_sae,
+)
 from saeguard_server.errors import SaeguardError, Unavailable
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.reply import (
     ActivationPart,
     Chunk,
@@ -70,7 +78,7 @@ def make(kind: type[SaeguardError]) -> SaeguardError:
 @pytest.mark.parametrize("kind", sorted(set(subclasses(SaeguardError)), key=lambda kind: kind.__name__))
 def test_every_error_arrives_with_all_it_says(kind: type[SaeguardError]) -> None:
     sent = make(kind)
-    got = pickle.loads(wire.dumps(Failure.of(sent))).error()
+    got = pickle.loads(wire.dump_message(WorkerFailure.of(sent))).error()
     assert type(got) is kind
     assert str(got) == str(sent)
     assert vars(got) == vars(sent) != {}
@@ -86,7 +94,7 @@ def test_events_arrive_as_they_are() -> None:
     for event in (chunk, part):
         for field in fields(event):
             assert getattr(event, field.name), f"{field.name} is not tested"
-        assert pickle.loads(wire.dumps(event)) == event
+        assert pickle.loads(wire.dump_message(event)) == event
 
 
 @pytest.mark.parametrize("make", SAVEABLE.values(), ids=SAVEABLE.keys())
@@ -95,7 +103,7 @@ def test_an_sae_without_weights_is_still_that_sae(make: Maker) -> None:
     known = Catalogue(features={2: CatalogueFeature(index=2, label="bridges")})
     gain = torch.ones(coder.d_out)
     sae = LoadedSae("one", Site(1, "mlp_in"), coder, "digest", known, (Site(1, "mlp_out"),), gain, "saelens")
-    sent = wire.dumps(describe(sae))
+    sent = wire.dump_message(remote_sae(sae))
     assert len(sent) < 10_000, "weights are in it"
     got = pickle.loads(sent)
     assert isinstance(got, LoadedSae)
@@ -132,7 +140,7 @@ def shown(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], flo
 
 def test_counts_of_all_processes_are_added_up() -> None:
     ours, plain = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
-    total = AddedUp(ours)
+    total = SummedMetrics(ours)
     for metrics in (ours, plain):
         metrics.refusals.labels("queue_full").inc(3)
         metrics.engine_restarts.inc()
@@ -140,7 +148,7 @@ def test_counts_of_all_processes_are_added_up() -> None:
         child = Metrics(CollectorRegistry())
         use(plain, steps)
         use(child, steps)
-        total.update(count(child.registry))
+        total.update(count_metrics(child.registry))
         assert shown(ours) == shown(plain)
         if index < 2:
             total.ended()
@@ -154,27 +162,27 @@ def test_counts_of_all_processes_are_added_up() -> None:
 
 
 INFO = ModelInfo("m", "llama", "digest", 3, 8, 100, 64, "float32", False)
-READY = Ready(0.0, INFO, Capabilities("fake", frozenset(), frozenset()), {}, None)  # type: ignore[arg-type]
+READY = WorkerReady(0.0, INFO, Capabilities("fake", frozenset(), frozenset()), {}, None)  # type: ignore[arg-type]
 
 
 class FakeChild:
     """A child whose loading and words a test writes; it lives until it is told to die."""
 
-    script: list[Callable[[], Ready]]
+    script: list[Callable[[], WorkerReady]]
     born: list[FakeChild]
 
     def __init__(self) -> None:
         self.pid, self.sent, self.dies = len(self.born) + 1, [], threading.Event()
-        self.said: list[Report] = []
+        self.said: list[StepOutput] = []
         self.born.append(self)
 
-    def load(self, start: Start) -> Ready:
+    def load(self, start: Start) -> WorkerReady:
         return self.script.pop(0)()
 
     def send(self, command: Any) -> None:
         self.sent.append(command)
 
-    def reports(self) -> Iterator[Report]:
+    def reports(self) -> Iterator[StepOutput]:
         while not self.dies.wait(0.005) or self.said:
             if self.said:
                 yield self.said.pop(0)
@@ -191,12 +199,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeChild]:
     class Fake(FakeChild):
         script, born = [lambda: READY], []
 
-    monkeypatch.setattr(module, "Child", Fake)
-    monkeypatch.setattr("saeguard_server.engine.backoff.FIRST_S", 0.02)
+    monkeypatch.setattr(module, "WorkerProcess", Fake)
+    monkeypatch.setattr("saeguard_server.engine.load.FIRST_S", 0.02)
     return Fake
 
 
-def fake_engine() -> module.ProcessEngine:
+def fake_engine() -> module.WorkerEngine:
     return module.load_engine(Settings(), Metrics(CollectorRegistry()), None)  # type: ignore[arg-type]
 
 
@@ -209,7 +217,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 async def test_starts_are_repeated_until_one_serves_what_was_served(
     fake: type[FakeChild], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse() -> Ready:
+    def refuse() -> WorkerReady:
         raise BadSettings("no such folder")
 
     one = fake_engine()
@@ -230,7 +238,7 @@ async def test_starts_are_repeated_until_one_serves_what_was_served(
 async def test_a_stop_ends_the_starts(fake: type[FakeChild]) -> None:
     one, is_loading, may_end = fake_engine(), threading.Event(), threading.Event()
 
-    def slow() -> Ready:
+    def slow() -> WorkerReady:
         is_loading.set()
         assert fake.born[-1].dies.wait(5), "the child that loads is not told to end"
         may_end.set()
@@ -247,7 +255,7 @@ async def test_a_stop_ends_the_starts(fake: type[FakeChild]) -> None:
 
 
 async def test_a_child_that_cannot_load_is_not_left_behind(fake: type[FakeChild]) -> None:
-    def interrupt() -> Ready:
+    def interrupt() -> WorkerReady:
         raise KeyboardInterrupt
 
     fake.script[:] = [interrupt]
@@ -264,14 +272,14 @@ async def test_tasks_are_queued_until_a_report_says_otherwise(fake: type[FakeChi
     await until(lambda: len(fake.born[0].sent) == 3)
     assert one.queued() == 3
     uids = [command.uid for command in fake.born[0].sent if isinstance(command, Submit)]
-    end = Failure.of(errors.InternalFailure("broken"))
-    fake.born[0].said.append(Report([(uids[0], end), (99, None)], True, 3, 1, None))
+    end = WorkerFailure.of(errors.InternalFailure("broken"))
+    fake.born[0].said.append(StepOutput([(uids[0], end), (99, None)], True, 3, 1, None))
     with pytest.raises(errors.InternalFailure, match="broken"):
         await asked[0]
     assert one.queued() == 1
     asked[1].cancel()
     await until(lambda: Cancel(uids[1]) in fake.born[0].sent)
-    fake.born[0].said.append(Report([], False, 3, 0, None))
+    fake.born[0].said.append(StepOutput([], False, 3, 0, None))
     await until(lambda: not one.is_ready())
     one.stop()
     with pytest.raises(Unavailable, match="the server stopped"):

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
-from saeguard_server.engine.transformers.blocks import BLOCK, Blocks, blocks_for
 from saeguard_server.engine.transformers.scheduler import Scheduler
-from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, Sequence, blocks_for
 from support.symbolic import Symbolic, change, generation, inspection
 
 SLOTS, BLOCKS = 4, 9
@@ -183,7 +182,7 @@ TestBatchingWithoutReuse.settings = settings(max_examples=15, stateful_step_coun
 
 def reading(*lengths: int, slots: int = 8) -> Scheduler:
     """A scheduler that has admitted prompts of these lengths."""
-    scheduler = Scheduler(slots, Blocks(sum(map(blocks_for, lengths))))
+    scheduler = Scheduler(slots, KvBlocks(sum(map(blocks_for, lengths))))
     for uid, length in enumerate(lengths):
         scheduler.add(generation(uid, story(0, length)))
         assert scheduler.admit()

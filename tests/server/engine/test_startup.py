@@ -12,13 +12,20 @@ from prometheus_client import CollectorRegistry
 
 from saeguard_client import AsyncClient
 from saeguard_sae.loading import LoadError
-from saeguard_server import bundled
+from saeguard_server import app as bundled
 from saeguard_server.app import App
-from saeguard_server.engine.stock.startup import PASSAGE_TOKENS, calibration
+from saeguard_server.engine.load import PASSAGE_TOKENS, calibration_tokens
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.observe.metrics import Metrics
-from saeguard_server.settings import BadSettings, Bounds, CheckSettings, SaeSettings, ServerSettings, Settings
-from saeguard_server.settings import load as load_settings
+from saeguard_server.observe import Metrics
+from saeguard_server.settings import (
+    BadSettings,
+    BoundsSettings,
+    CheckSettings,
+    ServedSaeSettings,
+    ServerSettings,
+    Settings,
+    load_settings,
+)
 from support.models import WIDTH, save_model
 from support.saes import plain_sae, save_sae
 
@@ -27,8 +34,10 @@ RESID2 = bundled.ASSETS / "saes" / "resid2"
 
 def demo(**change: Any) -> Settings:
     """The demo model with one of its SAEs, changed."""
-    sae = SaeSettings(**({"name": "mine", "path": str(RESID2)} | change))
-    return bundled.resolve(Settings(saes=(sae,), server=ServerSettings(listen="127.0.0.1:0", metrics_listen="")))
+    sae = ServedSaeSettings(**({"name": "mine", "path": str(RESID2)} | change))
+    return bundled.resolve_bundled(
+        Settings(saes=(sae,), server=ServerSettings(listen="127.0.0.1:0", metrics_listen=""))
+    )
 
 
 def load(settings: Settings) -> tuple[Any, Metrics]:
@@ -113,14 +122,14 @@ def test_a_text_too_short_to_measure_on_is_refused() -> None:
 
 async def test_the_server_does_not_start_then(tmp_path: Path) -> None:
     with pytest.raises(BadSettings, match=r"L0 7.177 is above 5 \(max_l0 in the settings\)"):
-        async with App.build(demo(bounds=Bounds(max_l0=5.0))):
+        async with App.build(demo(bounds=BoundsSettings(max_l0=5.0))):
             raise AssertionError("it listens")
 
 
 def test_bounds_in_the_settings_win_over_what_files_state() -> None:
     with pytest.raises(LoadError, match=r"resid_post\.2"):
         load(demo(site="resid_post.5"))
-    wide = Bounds(min_l0=0.0, max_l0=768.0, max_fvu=1e6, max_ce_increase=1e6)
+    wide = BoundsSettings(min_l0=0.0, max_l0=768.0, max_fvu=1e6, max_ce_increase=1e6)
     assert load(demo(site="resid_post.5", bounds=wide))[0].saes["mine"].measured is not None
 
 
@@ -135,7 +144,7 @@ def test_an_sae_that_states_nothing_is_measured_and_served(tmp_path: Path) -> No
     save_sae(plain_sae("standard", WIDTH, 64, seed=5), tmp_path / "sae", "blocks.1.hook_resid_post")
     settings = Settings(
         model=msgspec.convert({"path": str(tmp_path / "model")}, type(Settings().model)),
-        saes=(SaeSettings(name="one", path=str(tmp_path / "sae")),),
+        saes=(ServedSaeSettings(name="one", path=str(tmp_path / "sae")),),
         check=CheckSettings(max_tokens=200),
     )
     measured = load(settings)[0].saes["one"].measured
@@ -160,7 +169,7 @@ def test_passages_are_read_apart_and_within_the_budget(tmp_path: Path) -> None:
     engine, _ = load(demo())
     model = engine._core.model
     (tmp_path / "text").write_text("She walks to the river.\n\n" + "The king buys bread. " * 200, encoding="utf-8")
-    found = calibration(CheckSettings(text=str(tmp_path / "text"), max_tokens=400), model)
+    found = calibration_tokens(CheckSettings(text=str(tmp_path / "text"), max_tokens=400), model)
     assert sum(map(len, found)) <= 400
     assert len(found[1]) == PASSAGE_TOKENS
     assert found[0][0] == found[1][0] == model.tokenizer.encode(_text("x")).ids[0]

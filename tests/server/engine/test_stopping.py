@@ -11,8 +11,6 @@ import pytest
 
 from saeguard_sae.edits import Clamp
 from saeguard_server.engine.protocol import GenerateTask
-from saeguard_server.flows.reach import Reach
-from saeguard_server.flows.steering import prepare_edit, prepare_trigger, steer, wanted_edits
 from saeguard_server.interventions import (
     Apply,
     Condition,
@@ -28,6 +26,7 @@ from saeguard_server.interventions import (
 )
 from saeguard_server.reply import Chunk, StoppedBy
 from saeguard_server.request import Call, GenerationRequest, Sampling
+from saeguard_server.steering import TokenRange, own_edits, prepare_edit, prepare_trigger, steer
 from support.engines import Answer, World, edit, greedy, make_world, prompt
 from support.models import EOS
 from support.stepping import Asked, Loaded, Stepped
@@ -179,9 +178,9 @@ def test_eos_needs_no_reading(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -
 def policy_task(core: Stepped, request: GenerationRequest, wants: list[Wanted], triggers: list[WantedTrigger]) -> Asked:
     """A request on which policies act."""
     prompt_ids, new = request.prompt.ids, request.sampling.max_new_tokens or 0  # type: ignore[union-attr]
-    edits = [prepare_edit(core.engine, one) for one in [*wants, *wanted_edits(request.interventions)]]
+    edits = [prepare_edit(core.engine, one) for one in [*wants, *own_edits(request.interventions)]]
     made = [prepare_trigger(core.engine, one) for one in triggers]
-    reach = Reach(prompt_ids, len(prompt_ids) + new, core.core.model.tokenizer.special_ids)
+    reach = TokenRange(prompt_ids, len(prompt_ids) + new, core.core.model.tokenizer.special_ids)
     task = GenerateTask(
         call=Call("test", time.monotonic() + 60),
         tokens=prompt_ids,

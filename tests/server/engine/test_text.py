@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_server.engine.text import Assembler
-from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.engine.tokenizer import Assembler, Tokenizer
 from support.models import VOCAB, tokenizer
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_server.observe.logs import REQUEST_ID, JsonFormatter
+from saeguard_server.observe import REQUEST_ID, JsonFormatter
 
 
 def record(message: str, error: BaseException | None = None, **extra: object) -> logging.LogRecord:

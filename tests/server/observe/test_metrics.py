@@ -8,10 +8,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from saeguard_server.address import Address
-from saeguard_server.observe.exporter import Exporter
-from saeguard_server.observe.metrics import Metrics
-from saeguard_server.settings import BadSettings
+from saeguard_server.observe import Exporter, Metrics
+from saeguard_server.settings import Address, BadSettings
 
 FOR_THE_ENGINE = {
     "queue_length", "running_requests", "slots_in_use", "kv_blocks_in_use", "preemptions", "reused_tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
-from saeguard_server.observe.policy_metrics import PolicyMetrics
+from saeguard_server.observe import PolicyMetrics
 from saeguard_server.reply import Completion, InterventionReceipt, Receipt, StoppedBy, Timings, TriggerReceipt
 
 
@@ -58,7 +58,7 @@ def test_series_of_rules_that_are_gone_go_too(registry: CollectorRegistry) -> No
 
 
 def test_further_rules_are_counted_together(registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saeguard_server.observe.policy_metrics.MAX_RULES", 2)
+    monkeypatch.setattr("saeguard_server.observe.MAX_RULES", 2)
     metrics = PolicyMetrics(registry)
     metrics.observe(done([edit("p", f"r{index}") for index in range(5)], []))
     assert value(registry, "edited_tokens_total", "p", "r1") == 2

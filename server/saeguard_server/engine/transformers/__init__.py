@@ -6,7 +6,6 @@ the edit tables in the model, ``engine`` carries requests in and events out.
 
 from __future__ import annotations
 
-from saeguard_server.engine.transformers.engine import TransformersEngine
-from saeguard_server.engine.transformers.loading import load_engine
+from saeguard_server.engine.transformers.engine import TransformersEngine, load_engine
 
 __all__ = ["TransformersEngine", "load_engine"]

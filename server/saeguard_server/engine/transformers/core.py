@@ -10,20 +10,14 @@ from functools import partial
 from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
-from saeguard_server.engine.stock.model import LoadedModel
-from saeguard_server.engine.transformers.answers import Answers
-from saeguard_server.engine.transformers.blocks import Blocks
-from saeguard_server.engine.transformers.capture import Capture, Found
-from saeguard_server.engine.transformers.memory import is_out_of_memory
-from saeguard_server.engine.transformers.network import Network
-from saeguard_server.engine.transformers.outcome import HostPicked
-from saeguard_server.engine.transformers.prefixes import Hit, Prefixes
-from saeguard_server.engine.transformers.runner import Runner
+from saeguard_server.engine.transformers.output import HostTokens, OutputProcessor
+from saeguard_server.engine.transformers.runner import Capture, Found, Network, Runner, is_out_of_memory
 from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler
-from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.engine.transformers.sequence import KvBlocks, PrefixCache, PrefixHit, Sequence
 from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, SaeguardError
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
@@ -53,11 +47,11 @@ class Core:
         self.model, self.saes, self.metrics = model, saes, metrics
         self.prefill_tokens = prefill_tokens
         self.runner = Runner(model, network, saes, slots, blocks)
-        memory = Blocks(blocks)
-        self.prefixes = Prefixes(memory, self.runner.tables.tally) if reuse else None
+        memory = KvBlocks(blocks)
+        self.prefixes = PrefixCache(memory, self.runner.tables.tally) if reuse else None
         self.scheduler = Scheduler(slots, memory, self.prefixes)
         self.capture = Capture(saes)
-        self.answers = Answers(model, saes, metrics, self.runner.tables)
+        self.answers = OutputProcessor(model, saes, metrics, self.runner.tables)
 
     def step(self) -> None:
         """One turn for everyone."""
@@ -102,7 +96,7 @@ class Core:
             sequence, hit = admitted
             self._guarded(sequence, partial(self._join, sequence, hit))
 
-    def _join(self, sequence: Sequence, hit: Hit) -> None:
+    def _join(self, sequence: Sequence, hit: PrefixHit) -> None:
         if not sequence.started:
             sequence.started = time.monotonic()
         self.metrics.reused_tokens.inc(sequence.reused)
@@ -165,13 +159,13 @@ class Core:
 
     def _choose(
         self, choosing: list[Sequence], rows: list[int], everyone: tuple[Sequence, ...], logits: Tensor
-    ) -> HostPicked:
+    ) -> HostTokens:
         """The next token of those whose tokens are all read; whoever a trigger stops is told so."""
         watched = [one for one in everyone if one.stops and not one.is_done]
         stopped = self.runner.tables.stopped(tuple(one.slot for one in watched)) if watched else None
         slots = tuple(one.slot for one in choosing)
         wanted = logits[: len(rows)] if rows == list(range(len(rows))) else logits[rows]
-        picked = HostPicked.fetch(self.runner.pick(wanted, slots) if slots else None, stopped)
+        picked = HostTokens.fetch(self.runner.pick(wanted, slots) if slots else None, stopped)
         self.runner.seats.choose(slots, [max(token, 0) for token in picked.tokens])
         for sequence, is_stopped in zip(watched, picked.stopped, strict=True):
             if is_stopped:
@@ -183,7 +177,7 @@ class Core:
         self._leave(sequence)
         sequence.send(chunk)
 
-    def _take(self, sequence: Sequence, picked: HostPicked, row: int, is_read: bool) -> None:
+    def _take(self, sequence: Sequence, picked: HostTokens, row: int, is_read: bool) -> None:
         chunk = self.answers.token(sequence, picked, row, is_read=is_read)
         if chunk is not None:
             if chunk.completion is not None:

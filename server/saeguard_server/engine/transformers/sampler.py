@@ -19,7 +19,7 @@ _REMEMBERED = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Picked:
+class SampledTokens:
     """One step's choice for B requests. ``token`` is -1 where the logits were not finite."""
 
     token: Tensor  # int64 [B]
@@ -113,7 +113,7 @@ class Sampler:
         self._asked[slot] = None
         self._views.clear()
 
-    def pick(self, logits: Tensor, slots: tuple[int, ...]) -> Picked:
+    def pick(self, logits: Tensor, slots: tuple[int, ...]) -> SampledTokens:
         """logits [B, vocabulary] float32 of B slots -> one token each."""
         view = self._view(slots)
         steps = self._steps[view.at]
@@ -130,7 +130,7 @@ class Sampler:
             self._seen[view.at, token] = True
         self._steps[view.at] = steps + 1
         logprob, top = _logprobs(logits, token, view.logprobs)
-        return Picked(torch.where(largest.isfinite(), token, -1), logprob, top)
+        return SampledTokens(torch.where(largest.isfinite(), token, -1), logprob, top)
 
     def _view(self, slots: tuple[int, ...]) -> _View:
         """Looked up again only when somebody came or went."""

@@ -11,9 +11,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from saeguard_server.engine.protocol import GenerateTask
-from saeguard_server.engine.transformers.blocks import BLOCK, Blocks, blocks_for
-from saeguard_server.engine.transformers.prefixes import Hit, Prefixes, can_reuse, is_steered
-from saeguard_server.engine.transformers.sequence import Sequence
+from saeguard_server.engine.transformers.sequence import (
+    BLOCK,
+    KvBlocks,
+    PrefixCache,
+    PrefixHit,
+    Sequence,
+    blocks_for,
+    can_reuse,
+    is_steered,
+)
 
 _WORTH_KEEPING = 4 * BLOCK
 """A steered prompt's part at least this long is cut at the end of a block, where its counts can be kept."""
@@ -34,7 +41,7 @@ class PromptPart:
 
 
 @dataclass(slots=True)
-class Room:
+class StepBudget:
     """What became of the memory before a step: who got a block, and who gave all up, with the slot it had."""
 
     grown: list[Sequence] = field(default_factory=list)
@@ -48,7 +55,7 @@ class Scheduler:
         prefixes: where to look for what was read before; None never reuses.
     """
 
-    def __init__(self, slots: int, blocks: Blocks, prefixes: Prefixes | None = None) -> None:
+    def __init__(self, slots: int, blocks: KvBlocks, prefixes: PrefixCache | None = None) -> None:
         self.blocks, self.prefixes = blocks, prefixes
         self.waiting: deque[Sequence] = deque()
         self.reading: list[Sequence] = []
@@ -73,12 +80,12 @@ class Scheduler:
         """Puts a request at the end of the queue."""
         self.waiting.append(sequence)
 
-    def admit(self) -> tuple[Sequence, Hit] | None:
+    def admit(self) -> tuple[Sequence, PrefixHit] | None:
         """Gives the next waiting request a slot and memory, if both are there."""
         if not self.waiting or not self._slots:
             return None
         sequence = self.waiting[0]
-        hit = self.prefixes.find(sequence) if self.prefixes else Hit()
+        hit = self.prefixes.find(sequence) if self.prefixes else PrefixHit()
         fresh = blocks_for(len(sequence.tokens)) - len(hit.blocks)
         # Each running request soon wants one more; without room for that the newcomer would be thrown out again.
         spare = len(self.running)
@@ -93,9 +100,9 @@ class Scheduler:
         self.reading.append(sequence)
         return sequence, hit
 
-    def make_room(self) -> Room:
+    def make_room(self) -> StepBudget:
         """Memory for the next token of everyone who generates."""
-        room = Room()
+        room = StepBudget()
         for sequence in list(self.running):
             while self._wants_block(sequence) and not self.blocks.available:
                 youngest = self._youngest()

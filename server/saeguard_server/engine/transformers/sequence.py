@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from array import array
+from collections import OrderedDict, abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedGuard
-from saeguard_server.engine.text import Assembler
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, ResolvedGuard, Steering
+from saeguard_server.engine.tables import Tallies
+from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.errors import SaeguardError
 from saeguard_server.reply import ActivationPart, Chunk, Timings, Token
 
@@ -79,3 +83,215 @@ class Sequence:
             time_to_first_token_s=self.first_token - self.submitted if self.first_token else 0.0,
             total_s=time.monotonic() - self.submitted,
         )
+
+
+# Which blocks of KV memory belong to whom, and which hold a prefix that somebody may need again. No tensors.
+#
+# A full block is known by what was read and how the model was steered meanwhile; blocks that nobody holds stay known
+# until their memory is needed, the longest unused first.
+
+
+BLOCK = 16
+"""Tokens of one block."""
+
+
+def block_key(parent: bytes, tokens: abc.Sequence[int], steering: bytes) -> bytes:
+    """Identity of one block's KV: what was read up to its end, and how the model was steered meanwhile.
+
+    Args:
+        steering: what is applied to this block's tokens; empty where nothing is, so that everybody may share it.
+    """
+    return hashlib.blake2b(parent + steering + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // BLOCK)
+
+
+class KvBlocks:
+    """``count`` blocks, numbered from 1: block 0 is nobody's, and what padded places read."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count, 0, -1))
+        self._holders = [0] * (count + 1)
+        self._key: dict[int, bytes] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._notes: dict[int, Any] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be taken: free ones, and known ones that nobody holds."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def held(self) -> int:
+        """Blocks that a request holds."""
+        return self.count - self.available
+
+    def take(self, count: int) -> list[int]:
+        """So many blocks for one holder; there must be as many ``available``."""
+        return [self._take() for _ in range(count)]
+
+    def release(self, blocks: abc.Sequence[int]) -> None:
+        """One holder less, the last of them first: a prefix is of no use without what precedes it."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                if block in self._key:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def share(self, blocks: abc.Sequence[int]) -> None:
+        """One holder more."""
+        for block in blocks:
+            self._holders[block] += 1
+            self._idle.pop(block, None)
+
+    def find(self, keys: abc.Sequence[bytes]) -> list[int]:
+        """The known blocks of the longest beginning of these keys."""
+        found = []
+        for key in keys:
+            if key not in self._by_key:
+                break
+            found.append(self._by_key[key])
+        return found
+
+    def idle_among(self, blocks: abc.Sequence[int]) -> int:
+        """How many of them nobody holds: sharing those makes as many fewer available."""
+        return sum(self._holders[block] == 0 for block in blocks)
+
+    def know(self, block: int, key: bytes) -> None:
+        """From now on this held block is found by its key; the first one with a key keeps it."""
+        if key not in self._by_key and block not in self._key:
+            self._key[block], self._by_key[key] = key, block
+
+    def note(self, block: int, about: Any) -> None:
+        """Keeps something beside a known block for as long as it is known."""
+        if block in self._key:
+            self._notes[block] = about
+
+    def note_of(self, block: int) -> Any:
+        """What is kept beside it; None where nothing is."""
+        return self._notes.get(block)
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            del self._by_key[self._key.pop(block)]
+            self._notes.pop(block, None)
+        self._holders[block] = 1
+        return block
+
+
+# Reuse of what was read before: blocks of KV by what was read and how the model was steered meanwhile.
+#
+# A reused token passes no edit again, so the counts of the edits are kept beside the blocks at which a pass ended,
+# and a steered request goes on from such a block only.
+
+
+@dataclass(frozen=True, slots=True)
+class CountedPrefix:
+    """What a steering counted up to the end of a block."""
+
+    steering: Steering
+    tallies: Tallies
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """Blocks that a request need not read again, and what its edits counted on them."""
+
+    blocks: tuple[int, ...] = ()
+    tallies: Tallies | None = None
+
+
+class PrefixCache:
+    """Finds and learns prefixes among ``blocks``.
+
+    Args:
+        tally: what the edits in a slot counted so far.
+    """
+
+    def __init__(self, blocks: KvBlocks, tally: Callable[[int], Tallies]) -> None:
+        self._blocks, self._tally = blocks, tally
+
+    def find(self, sequence: Sequence) -> PrefixHit:
+        """What a waiting request can reuse; at least its last token is left to read."""
+        if not can_reuse(sequence):
+            return PrefixHit()
+        most = (len(sequence.tokens) - 1) // BLOCK
+        self._extend(sequence, most)
+        found = self._blocks.find(sequence.keys[:most])
+        while found:
+            if not is_steered(sequence, len(found) * BLOCK):
+                return PrefixHit(tuple(found))
+            counted = self._blocks.note_of(found[-1])
+            if counted is not None and counted.steering == sequence.task.steering:
+                return PrefixHit(tuple(found), counted.tallies)
+            found.pop()
+        return PrefixHit()
+
+    def learn(self, sequence: Sequence) -> None:
+        """After a pass: the blocks that it filled can be found."""
+        if not isinstance(sequence.task, GenerateTask):
+            return
+        full = sequence.computed // BLOCK
+        if full > sequence.learned:
+            self._extend(sequence, full)
+            for index in range(sequence.learned, full):
+                self._blocks.know(sequence.blocks[index], sequence.keys[index])
+            sequence.learned = full
+            self._count(sequence)
+
+    def _count(self, sequence: Sequence) -> None:
+        """Keeps the counts, if this is where a pass ended and they are those of the edits alone."""
+        if sequence.computed % BLOCK or not can_reuse(sequence) or not is_steered(sequence, sequence.computed):
+            return
+        counted = CountedPrefix(sequence.task.steering, self._tally(sequence.slot))
+        self._blocks.note(sequence.blocks[sequence.learned - 1], counted)
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        keys, steering = sequence.keys, sequence.task.steering
+        for index in range(len(keys), count):
+            start = index * BLOCK
+            parent = keys[-1] if keys else b""
+            keys.append(block_key(parent, sequence.tokens[start : start + BLOCK], _active(steering, start)))
+
+
+def can_reuse(sequence: Sequence) -> bool:
+    """Whether a request wants nothing of its prompt's tokens but their KV."""
+    task = sequence.task
+    return isinstance(task, GenerateTask) and not task.watch and not task.sampling.prompt_logprobs
+
+
+def is_steered(sequence: Sequence, end: int) -> bool:
+    """Whether an edit's or guard's scope holds any of the tokens before position ``end``."""
+    steering = sequence.task.steering
+    scopes: tuple[ResolvedEdit | ResolvedGuard, ...] = (*steering.edits, *steering.guards)
+    return any(one.first < min(end, one.last) for one in scopes)
+
+
+def _active(steering: Steering, start: int) -> bytes:
+    """What is applied to the tokens of the block that begins at ``start``; empty where nothing is."""
+    end = start + BLOCK
+    here = [edit for edit in steering.edits if edit.first < end and edit.last > start]
+    guards = [(one.first, min(one.last, end)) for one in steering.guards]
+    if any(first < end and last > start for first, last in guards) or any(edit.gate is not None for edit in here):
+        # What a guard holds in this block follows from all that it has seen since it began.
+        what: object = steering.digest, guards, [(edit.first, min(edit.last, end)) for edit in here]
+    elif here:
+        what = [_part(edit, start) for edit in here], steering.max_relative_edit
+    else:
+        return b""
+    return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
+
+
+def _part(edit: ResolvedEdit, start: int) -> tuple[object, ...]:
+    first, last = max(edit.first - start, 0), min(edit.last - start, BLOCK)
+    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited

@@ -7,20 +7,20 @@ from typing import Any
 
 import msgspec
 
-from saeguard_server.engine.vllm.answering import merge
-from saeguard_server.engine.vllm.orders import Report
+from saeguard_server.engine.vllm.orders import WorkerOutput
+from saeguard_server.engine.vllm.output import merge_outputs
 from saeguard_server.errors import InternalFailure
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 
 STOP_S = 2.0
 _EXTENSION = "saeguard_server.engine.vllm.plugin.Extension"
 
 
-class Died(Exception):
+class EngineDied(Exception):
     """vLLM's own process ended or failed."""
 
 
-class Client:
+class VllmClient:
     """One vLLM engine. Launching it waits until the model is loaded.
 
     Args:
@@ -78,11 +78,11 @@ class Client:
             async for output in outputs:
                 yield output
         except (EngineDeadError, EngineGenerateError) as err:
-            raise Died from err
+            raise EngineDied from err
         finally:
             await outputs.aclose()
 
-    async def report(self, uid: int, tokens: int) -> Report:
+    async def report(self, uid: int, tokens: int) -> WorkerOutput:
         """What the workers did for a request while they read its first ``tokens`` tokens.
 
         Raises:
@@ -90,7 +90,7 @@ class Client:
             Died: vLLM did, meanwhile.
         """
         found = await self._call("saeguard_report", uid, tokens)
-        return merge(msgspec.msgpack.decode(one, type=Report) for one in found)
+        return merge_outputs(msgspec.msgpack.decode(one, type=WorkerOutput) for one in found)
 
     def shut_down(self) -> None:
         """Ends its processes, by force after ``STOP_S``. What still waits for them waits for ever."""
@@ -107,7 +107,7 @@ class Client:
             found: list[bytes] = await self._llm.collective_rpc(method, args=arguments)
         except Exception as err:
             if self.is_dead:
-                raise Died from err
+                raise EngineDied from err
             raise InternalFailure("vLLM's workers failed on this request") from err
         return found
 

@@ -8,23 +8,31 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import msgspec
+import torch
+
 from saeguard_sae.edits import KINDS
-from saeguard_sae.loading import LoadedSae
+from saeguard_sae.loading import LoadedSae, LoadError
 from saeguard_sae.models import Site
-from saeguard_server.engine.backoff import Backoff
-from saeguard_server.engine.model_files import ModelFiles
+from saeguard_server.engine import load as startup
+from saeguard_server.engine.load import Backoff, ModelFiles, ModelLoadError, load_model, load_saes, open_files
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
-from saeguard_server.engine.receipts import receipt
-from saeguard_server.engine.text import Assembler
-from saeguard_server.engine.tokenizer import Tokenizer
-from saeguard_server.engine.vllm import asking, orders
-from saeguard_server.engine.vllm.answering import Answer, activations, counts_of
-from saeguard_server.engine.vllm.client import Client, Died
+from saeguard_server.engine.tables import build_receipt
+from saeguard_server.engine.tokenizer import Assembler, Tokenizer
+from saeguard_server.engine.vllm import orders
+from saeguard_server.engine.vllm import output as asking
+from saeguard_server.engine.vllm import steering as places
+from saeguard_server.engine.vllm.client import EngineDied, VllmClient
+from saeguard_server.engine.vllm.orders import KEY, WorkerPlan
+from saeguard_server.engine.vllm.output import RequestAnswer, activation_parts, counts_of
+from saeguard_server.engine.worker.messages import remote_sae
 from saeguard_server.errors import DeadlineExceeded, Unavailable
-from saeguard_server.observe.metrics import Metrics
+from saeguard_server.observe import Metrics
 from saeguard_server.reply import ActivationPart, Chunk
+from saeguard_server.settings import BadSettings, EngineSettings, ModelSettings, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -47,14 +55,14 @@ class VllmEngine:
         self,
         model: ModelFiles,
         saes: Mapping[str, LoadedSae],
-        client: Client,
-        launch: Callable[[], Client],
+        client: VllmClient,
+        launch: Callable[[], VllmClient],
         sites: frozenset[Site],
         metrics: Metrics,
         slots: int,
     ) -> None:
         self._model, self._saes, self._names = model, saes, tuple(saes)
-        self._client: Client | None = client
+        self._client: VllmClient | None = client
         self._launch, self._metrics, self._slots = launch, metrics, slots
         self._backoff = Backoff()
         self._uids = itertools.count()
@@ -121,9 +129,9 @@ class VllmEngine:
             InvalidRequest: a sampling option that vLLM does not have.
         """
         uid = next(self._uids)
-        order = orders.order(uid, task, self._names)
-        sampling = asking.sampling(task, order, self._model.eos_ids)
-        answer = Answer(task, Assembler(self.tokenizer.stream(), task.sampling.stop), self._model, self._metrics)
+        order = orders.worker_request(uid, task, self._names)
+        sampling = asking.sampling_arguments(task, order, self._model.eos_ids)
+        answer = RequestAnswer(task, Assembler(self.tokenizer.stream(), task.sampling.stop), self._model, self._metrics)
         async with aclosing(self._outputs(task, uid, sampling)) as outputs:
             async for output in outputs:
                 chunk = answer.chunk(output)
@@ -136,17 +144,17 @@ class VllmEngine:
     async def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
         """Activations once the input is read; closing the iterator cancels the task."""
         uid = next(self._uids)
-        order = orders.order(uid, task, self._names)
-        async with aclosing(self._outputs(task, uid, asking.reading(task, order))) as outputs:
+        order = orders.worker_request(uid, task, self._names)
+        async with aclosing(self._outputs(task, uid, asking.inspection_arguments(task, order))) as outputs:
             async for _ in outputs:
                 pass
         report = await self._report(task, uid, len(task.tokens))
         special, info = self.tokenizer.special_ids, self.model
-        receipt(
+        build_receipt(
             task.steering, counts_of(report), read=task.tokens, forward_passes=report.forward_passes,
             saes=self._saes, special_ids=special, model_digest=info.digest,
         )  # fmt: skip
-        for part in activations(task, report, self._names, self._model):
+        for part in activation_parts(task, report, self._names, self._model):
             yield part
 
     async def _warm_up(self) -> None:
@@ -156,7 +164,7 @@ class VllmEngine:
             async with aclosing(self._up().generate({"prompt_token_ids": [0]}, sampling, "warm-up")) as outputs:
                 async for _ in outputs:
                     pass
-        except Died:
+        except EngineDied:
             self._lost()
         self._is_warm = True
 
@@ -166,7 +174,7 @@ class VllmEngine:
         client = self._up()
         self._count(1)
         try:
-            async with aclosing(client.generate(asking.prompt(task), sampling, str(uid))) as outputs:
+            async with aclosing(client.generate(asking.prompt_arguments(task), sampling, str(uid))) as outputs:
                 while True:
                     yield await self._in_time(task, anext(outputs))
         except StopAsyncIteration:
@@ -174,8 +182,8 @@ class VllmEngine:
         finally:
             self._count(-1)
 
-    async def _report(self, task: GenerateTask | InspectTask, uid: int, tokens: int) -> orders.Report:
-        report: orders.Report = await self._in_time(task, self._up().report(uid, tokens))
+    async def _report(self, task: GenerateTask | InspectTask, uid: int, tokens: int) -> orders.WorkerOutput:
+        report: orders.WorkerOutput = await self._in_time(task, self._up().report(uid, tokens))
         return report
 
     async def _in_time(self, task: GenerateTask | InspectTask, work: Any) -> Any:
@@ -189,12 +197,12 @@ class VllmEngine:
             if not self._is_started:
                 raise Unavailable("the server stopped") from err
             raise DeadlineExceeded("the deadline passed before the answer was complete") from err
-        except Died as err:
+        except EngineDied as err:
             raise self._lost() from err
         finally:
             self._limits.discard(limit)
 
-    def _up(self) -> Client:
+    def _up(self) -> VllmClient:
         if not self._is_started:
             raise Unavailable("the engine is not running", _RETRY_S)
         if self._client is None or self._client.is_dead:
@@ -229,3 +237,207 @@ class VllmEngine:
         self._metrics.queue_length.set(self.queued())
         self._metrics.running_requests.set(in_slots)
         self._metrics.slots_in_use.set(in_slots)
+
+
+# Our settings as arguments of vLLM's engine.
+
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_BLOCK = 16
+_CPU_BLOCK = 32
+"""Tokens in a block of KV memory; vLLM's attention on a CPU wants multiples of 32."""
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuses what vLLM has no use for.
+
+    Raises:
+        BadSettings: names the setting, and what is there instead.
+    """
+    engine, own = settings.engine, settings.engine.vllm
+    on_cpu = _is_cpu(settings)
+    refused = {
+        "engine.threads": (engine.threads is not None, "vLLM reads VLLM_CPU_OMP_THREADS_BIND instead"),
+        "engine.pack_weights": (not engine.pack_weights, "vLLM lays weights out as it does; leave it out"),
+        "engine.compile": (engine.compile != "none", "vLLM compiles all or, with engine.vllm.eager, nothing"),
+        "engine.vllm.memory_share": (on_cpu and own.memory_share != 0.9, "on a CPU, give engine.kv_cache_mb"),
+        "engine.vllm.eager": (
+            on_cpu and own.eager and own.pipeline_parallel > 1,
+            "on a CPU, vLLM's pipeline stages work only when it compiles",
+        ),
+    }
+    for name, (is_given, instead) in refused.items():
+        if is_given:
+            raise BadSettings(f"{name}: {instead}")
+    from vllm.platforms import current_platform
+
+    wanted = torch.device(settings.model.device).type
+    if current_platform.device_type != wanted:
+        raise BadSettings(f"model.device: the installed vLLM runs on {current_platform.device_type}, not on {wanted}")
+
+
+def engine_arguments(settings: Settings, model: ModelFiles, saes: Mapping[str, LoadedSae]) -> dict[str, Any]:
+    """What vLLM's ``EngineArgs`` take.
+
+    Args:
+        saes: as they were checked; the workers must load the same.
+    """
+    engine, own = settings.engine, settings.engine.vllm
+    plan = WorkerPlan(
+        saes=settings.saes,
+        digests={name: sae.digest for name, sae in saes.items()},
+        slots=engine.max_slots,
+        special_ids=tuple(sorted(model.tokenizer.special_ids)),
+    )
+    on_cpu = _is_cpu(settings)
+    given: dict[str, Any] = {
+        "model": str(model.path),
+        "served_model_name": model.info.name,
+        "dtype": settings.model.dtype,
+        "max_model_len": model.info.max_context,
+        "max_num_seqs": engine.max_slots,
+        # The running requests' tokens count too, so that a prompt's part is as long as the settings say.
+        "max_num_batched_tokens": engine.prefill_tokens + engine.max_slots,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": engine.prefix_cache,
+        "enforce_eager": own.eager,
+        "block_size": _CPU_BLOCK if on_cpu else _BLOCK,
+        "tensor_parallel_size": own.tensor_parallel,
+        "pipeline_parallel_size": own.pipeline_parallel,
+        "additional_config": {KEY: msgspec.to_builtins(plan)},
+    }
+    if own.executor != "auto":
+        given["distributed_executor_backend"] = own.executor
+    if on_cpu or engine.kv_cache_mb is not None:
+        given["kv_cache_memory_bytes"] = _kv_bytes(engine, model)
+    if not on_cpu:
+        given["gpu_memory_utilization"] = own.memory_share
+        # A recorded graph replays the edits of the pass in which it was recorded.
+        given["compilation_config"] = {"cudagraph_mode": "NONE"}
+    return given
+
+
+def _is_cpu(settings: Settings) -> bool:
+    return torch.device(settings.model.device).type == "cpu"
+
+
+def _kv_bytes(engine: EngineSettings, model: ModelFiles) -> int:
+    """KV memory of each worker: what the settings say, else what every slot needs when it is full."""
+    if engine.kv_cache_mb is not None:
+        return engine.kv_cache_mb * 2**20
+    config, own = model.config, engine.vllm
+    heads = -(-_kv_heads(config) // own.tensor_parallel)
+    layers = -(-config.num_hidden_layers // own.pipeline_parallel)
+    block: int = 2 * heads * _head_size(config) * layers * _BYTES[model.info.dtype] * _CPU_BLOCK
+    per_request = -(-model.info.max_context // _CPU_BLOCK)
+    # One block is vLLM's own.
+    return block * (per_request * engine.max_slots + 1)
+
+
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", config.num_attention_heads))
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+# Which vLLM the plugin was tested with: it reads the model runner's batch, which other versions may keep elsewhere.
+
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+OLDEST, BELOW = (0, 32), (0, 33)
+
+
+def check_version() -> str:
+    """The installed version.
+
+    Raises:
+        BadSettings: there is none, or one that was not tested.
+    """
+    found = installed_version()
+    if found is None:
+        raise BadSettings('engine.kind: vLLM is not installed; pip install "saeguard[vllm]", or set "transformers"')
+    if not OLDEST <= _minor(found) < BELOW:
+        tested = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, BELOW))}"
+        raise BadSettings(f"engine.kind: vLLM {found} is installed; Saeguard was tested with {tested}")
+    return found
+
+
+def installed_version() -> str | None:
+    """The installed version; None where there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _minor(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
+
+
+# Builds the engine from settings: the check of the SAEs on the stock model, then vLLM with its workers' SAEs.
+
+
+def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
+    """The engine with vLLM running, not yet taking requests.
+
+    The stock model is loaded on the CPU first, to tie the SAEs to it and to check them, and is gone before vLLM starts;
+    vLLM's workers load the SAEs again, and refuse to start with others.
+
+    Raises:
+        BadSettings: a setting that vLLM has no use for, or it is not installed, not tested, or could not start.
+        ModelLoadError: the model cannot be served.
+        LoadError: an SAE cannot be loaded, does not fit the model, or sits where vLLM cannot be edited.
+    """
+    check_version()
+    check_settings(settings)
+    model = open_files(settings.model, settings.engine.max_context)
+    _check_architecture(settings, model)
+    sites = places.offered_sites(model.config, settings.engine.vllm.tensor_parallel)
+    saes = _checked(settings, metrics)
+    _check_sites(saes, sites, settings.engine.vllm.tensor_parallel)
+    given = engine_arguments(settings, model, saes)
+
+    def launch() -> VllmClient:
+        return VllmClient(given, metrics)
+
+    try:
+        client = launch()
+    except (RuntimeError, ValueError) as err:
+        raise BadSettings(f"engine: vLLM could not start, for reasons that its log above gives ({err})") from err
+    return VllmEngine(model, saes, client, launch, sites, metrics, settings.engine.max_slots)
+
+
+def _check_architecture(settings: Settings, model: ModelFiles) -> None:
+    kind = model.info.architecture
+    if kind not in places.MODELS:
+        known = ", ".join(sorted(places.MODELS))
+        raise ModelLoadError(
+            f"model {settings.model.path!r}: the vllm engine knows no sites in {kind} models; it does in {known}"
+        )
+
+
+def _checked(settings: Settings, metrics: Metrics) -> dict[str, LoadedSae]:
+    """The SAEs as they were measured on the stock model, in the order of the settings, without their weights."""
+    if not settings.saes:
+        return {}
+    given = settings.model
+    on_cpu = ModelSettings(
+        path=given.path, revision=given.revision, name=given.name, dtype=given.dtype, digest=given.digest
+    )
+    stock = load_model(on_cpu, settings.engine.max_context)
+    saes = startup.check_saes(load_saes(settings.saes, stock), settings.saes, stock, settings.check)
+    startup.record_checks(saes, metrics)
+    return {one.name: remote_sae(saes[one.name]) for one in settings.saes}
+
+
+def _check_sites(saes: Mapping[str, LoadedSae], sites: frozenset[Site], tensor_parallel: int) -> None:
+    for sae in saes.values():
+        for site in (sae.site, *sae.write_sites):
+            if site not in sites:
+                why = " with tensor parallelism" if tensor_parallel > 1 else ""
+                raise LoadError(f"SAE {sae.name!r}: the vllm engine cannot reach {site}{why}")

@@ -9,13 +9,14 @@ import msgspec
 from saeguard_sae.edits import Affine
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
+from saeguard_server.settings import ServedSaeSettings
 
 KEY = "saeguard"
 """Of our entry in ``SamplingParams.extra_args`` and in vLLM's ``additional_config``."""
 VERSION = 2
 
 
-class OrderedEdit(msgspec.Struct, frozen=True, array_like=True):
+class WorkerEdit(msgspec.Struct, frozen=True, array_like=True):
     """One edit; ``sae`` is its number in the order of the settings."""
 
     sae: int
@@ -29,7 +30,7 @@ class OrderedEdit(msgspec.Struct, frozen=True, array_like=True):
     is_limited: bool
 
 
-class OrderedPick(msgspec.Struct, frozen=True, array_like=True):
+class WorkerSelection(msgspec.Struct, frozen=True, array_like=True):
     """What to keep of one SAE's activations, as ``protocol.Pick``."""
 
     sae: int
@@ -38,15 +39,15 @@ class OrderedPick(msgspec.Struct, frozen=True, array_like=True):
     features: tuple[int, ...] | None
 
 
-class Order(msgspec.Struct, frozen=True, array_like=True):
+class WorkerRequest(msgspec.Struct, frozen=True, array_like=True):
     """What the workers must do for one request, by the number ``uid`` under which they are asked for its report."""
 
     version: int
     uid: int
-    edits: tuple[OrderedEdit, ...] = ()
+    edits: tuple[WorkerEdit, ...] = ()
     max_relative_edit: float = float("inf")
     watch: tuple[tuple[int, int], ...] = ()
-    picks: tuple[OrderedPick, ...] = ()
+    picks: tuple[WorkerSelection, ...] = ()
     may_overrun: bool = False
     """Whether it may end before vLLM knows, at a stop string: then its counts are kept as of every pass."""
     untouched: int = 0
@@ -83,7 +84,7 @@ class Activations(msgspec.Struct, frozen=True, array_like=True):
     values: bytes
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True):
+class WorkerOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one worker did for a request; ``problem`` says what went wrong, if anything did."""
 
     counts: tuple[EditCounts, ...] = ()
@@ -93,7 +94,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     problem: str = ""
 
 
-def order(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> bytes | None:
+def worker_request(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> bytes | None:
     """The order of a task, as it travels; None where the workers have nothing to do for it.
 
     Args:
@@ -106,7 +107,7 @@ def order(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> by
         watch = task.watch
     else:
         picks = task.picks
-    made = Order(
+    made = WorkerRequest(
         VERSION,
         uid,
         tuple(_edit(one, number[one.sae]) for one in task.steering.edits),
@@ -114,7 +115,7 @@ def order(uid: int, task: GenerateTask | InspectTask, saes: Sequence[str]) -> by
         tuple((number[name], feature) for name, feature in watch),
         tuple(_pick(one, number[one.sae]) for one in picks),
         isinstance(task, GenerateTask) and bool(task.sampling.stop),
-        min((one.first for one in scopes(task.steering)), default=0) if may_reuse(task) else 0,
+        min((one.first for one in steering_scopes(task.steering)), default=0) if may_reuse(task) else 0,
     )
     if not (made.edits or made.watch or made.picks):
         return None
@@ -129,15 +130,15 @@ def may_reuse(task: GenerateTask | InspectTask) -> bool:
     """
     if not isinstance(task, GenerateTask) or task.watch or task.sampling.prompt_logprobs:
         return False
-    return all(one.first >= len(task.tokens) - 1 for one in scopes(task.steering))
+    return all(one.first >= len(task.tokens) - 1 for one in steering_scopes(task.steering))
 
 
-def scopes(steering: Steering) -> tuple[ResolvedEdit | ResolvedGuard, ...]:
+def steering_scopes(steering: Steering) -> tuple[ResolvedEdit | ResolvedGuard, ...]:
     """All that holds some positions and not others."""
     return *steering.edits, *steering.guards
 
 
-def read(order: bytes) -> Order:
+def read_worker_request(order: bytes) -> WorkerRequest:
     """The order that a worker got.
 
     Raises:
@@ -146,27 +147,42 @@ def read(order: bytes) -> Order:
     version = msgspec.msgpack.decode(order)[0]
     if version != VERSION:
         raise InternalFailure(f"a request's order has version {version}, the workers know {VERSION}")
-    return msgspec.msgpack.decode(order, type=Order)
+    return msgspec.msgpack.decode(order, type=WorkerRequest)
 
 
-def steering(order: Order, saes: Sequence[str]) -> Steering:
+def steering_of_request(order: WorkerRequest, saes: Sequence[str]) -> Steering:
     """An order's edits as edit tables take them."""
     return Steering(tuple(_edit_of(one, saes) for one in order.edits), order.max_relative_edit)
 
 
-def _edit_of(one: OrderedEdit, saes: Sequence[str]) -> ResolvedEdit:
+def _edit_of(one: WorkerEdit, saes: Sequence[str]) -> ResolvedEdit:
     return ResolvedEdit(
         saes[one.sae], one.feature, one.kind, one.affine, one.first, one.last, one.special,
         is_shadow=one.is_shadow, is_limited=one.is_limited,
     )  # fmt: skip
 
 
-def _edit(one: ResolvedEdit, sae: int) -> OrderedEdit:
+def _edit(one: ResolvedEdit, sae: int) -> WorkerEdit:
     assert one.gate is None, "a condition is refused at admission"
-    return OrderedEdit(
+    return WorkerEdit(
         sae, one.feature, one.kind, one.affine, one.first, one.last, one.special, one.is_shadow, one.is_limited
     )
 
 
-def _pick(one: Pick, sae: int) -> OrderedPick:
-    return OrderedPick(sae, one.top_k, one.threshold, one.features)
+def _pick(one: Pick, sae: int) -> WorkerSelection:
+    return WorkerSelection(sae, one.top_k, one.threshold, one.features)
+
+
+# What vLLM's workers serve; in its ``additional_config``, which is a part of its compiled graphs' key.
+
+
+class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The SAEs in the order in which orders number them."""
+
+    saes: tuple[ServedSaeSettings, ...]
+    digests: dict[str, str]
+    """Of the SAEs by name, as the server has them; workers refuse others."""
+    slots: int
+    """Requests in one pass at most."""
+    special_ids: tuple[int, ...]
+    """Tokens that are edited only when asked."""

@@ -11,12 +11,12 @@ import torch
 
 from saeguard_sae.loading import LoadedSae, LoadError, bind, with_settings
 from saeguard_sae.models import ModelConfig
-from saeguard_server.engine.vllm import batch, places
-from saeguard_server.engine.vllm.orders import KEY
-from saeguard_server.engine.vllm.plan import Plan
-from saeguard_server.engine.vllm.steered import Steered
-from saeguard_server.settings import SaeSettings
-from saeguard_server.sources import open_source
+from saeguard_server.engine.vllm import steering as batch
+from saeguard_server.engine.vllm import steering as places
+from saeguard_server.engine.vllm.orders import KEY, WorkerPlan
+from saeguard_server.engine.vllm.steering import SteeredModel
+from saeguard_server.settings import ServedSaeSettings
+from saeguard_server.sources import open_sae_source
 
 _OURS = "is_saeguards"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,7 +28,7 @@ class Extension:
     @torch.inference_mode()
     def saeguard_report(self: Any, uid: int, tokens: int) -> bytes:
         """``Steered.report``, packed."""
-        steered: Steered = self.saeguard
+        steered: SteeredModel = self.saeguard
         return msgspec.msgpack.encode(steered.report(uid, tokens))
 
 
@@ -45,7 +45,7 @@ def register() -> None:
         load_model(worker, **options)
         given = worker.vllm_config.additional_config
         if isinstance(given, dict) and KEY in given:
-            worker.saeguard = attach(worker, msgspec.convert(given[KEY], Plan))
+            worker.saeguard = attach(worker, msgspec.convert(given[KEY], WorkerPlan))
 
     setattr(load_and_attach, _OURS, True)
     # The model is there and not yet compiled: what is put into it now is a part of the graph.
@@ -53,7 +53,7 @@ def register() -> None:
 
 
 @torch.inference_mode()
-def attach(worker: Any, plan: Plan) -> Steered:
+def attach(worker: Any, plan: WorkerPlan) -> SteeredModel:
     """Loads the SAEs beside a worker's model and puts the ops into it.
 
     Raises:
@@ -69,14 +69,14 @@ def attach(worker: Any, plan: Plan) -> Steered:
     saes = {sae.name: sae for sae in loaded if sae is not None}
     _check_digests(saes, plan.digests)
     special = torch.tensor(plan.special_ids, dtype=torch.int64, device=device)
-    wipe = functools.partial(batch.wipe, runner) if device.type == "cpu" else _leave
-    steered = Steered([one.name for one in plan.saes], saes, plan.slots, special, device, wipe)
-    places.attach(model, config, steered.tables)
+    wipe = functools.partial(batch.clear_request, runner) if device.type == "cpu" else _leave
+    steered = SteeredModel([one.name for one in plan.saes], saes, plan.slots, special, device, wipe)
+    places.attach_edits(model, config, steered.tables)
     _follow(runner, model, steered)
     return steered
 
 
-def _follow(runner: Any, model: torch.nn.Module, steered: Steered) -> None:
+def _follow(runner: Any, model: torch.nn.Module, steered: SteeredModel) -> None:
     """Tells ``steered`` of every pass; outside of what vLLM compiles."""
 
     on_cpu = torch.device(runner.device).type == "cpu"
@@ -86,7 +86,7 @@ def _follow(runner: Any, model: torch.nn.Module, steered: Steered) -> None:
             batch.keep_generators(runner)
         steered.forget(runner.requests.__contains__)
         steered.begin(
-            batch.parts(runner),
+            batch.batch_parts(runner),
             lambda request: (batch.order_of(runner, request, KEY), batch.state_of(runner, request)),
             given["input_ids"],
             given["positions"],
@@ -105,12 +105,14 @@ def _tensors(made: Any) -> list[torch.Tensor]:
     return [made] if isinstance(made, torch.Tensor) else list(made.tensors.values())
 
 
-def _load(settings: SaeSettings, model: torch.nn.Module, config: ModelConfig, device: torch.device) -> LoadedSae | None:
+def _load(
+    settings: ServedSaeSettings, model: torch.nn.Module, config: ModelConfig, device: torch.device
+) -> LoadedSae | None:
     """The SAE on the device; None where its layers are in another pipeline stage."""
-    source = open_source(settings)
+    source = open_sae_source(settings)
     sae = bind(source.sae, model, config, source.overrides)
     wanted = frozenset({sae.site, *sae.write_sites})
-    here = places.held(model, config, wanted)
+    here = places.hooked_sites(model, config, wanted)
     if not here:
         return None
     if here != wanted:

@@ -1,0 +1,366 @@
+"""The chain of records: each line holds the digest of the one before it, so that a changed or missing one shows.
+
+A line is one JSON object with sorted keys: ``seq`` counts from 1 without gaps over all files, ``prev`` is the digest of
+the line before (zeros for the first), ``hash`` the digest of this one without ``hash``. The digest is SHA-256, or HMAC
+with SHA-256 under a key: without a key, whoever may write the files can also write a new chain from any line on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import hmac
+import logging
+import os
+import queue
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from saeguard_server.observe import Metrics
+
+START = "0" * 64
+"""``prev`` of the first line."""
+
+
+class BrokenChain(ValueError):
+    """A line that does not follow the one before it; the message says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How far a chain goes: the number and digest of its last line."""
+
+    seq: int = 0
+    hash: str = START
+
+
+def append_link(head: Head, record: Mapping[str, Any], key: bytes | None) -> tuple[bytes, Head]:
+    """The line that comes after ``head``, newline included, and the head that it makes."""
+    body = {**record, "seq": head.seq + 1, "prev": head.hash}
+    after = Head(head.seq + 1, _digest(body, key))
+    return msgspec.json.encode({**body, "hash": after.hash}, order="sorted") + b"\n", after
+
+
+def verify_link(head: Head, line: bytes, key: bytes | None) -> tuple[dict[str, Any], Head]:
+    """The record of the line that comes after ``head``, and the head that it makes.
+
+    Raises:
+        BrokenChain: it does not follow, or is not as it was written.
+    """
+    try:
+        record = msgspec.json.decode(line, type=dict[str, Any])
+    except msgspec.MsgspecError as err:
+        raise BrokenChain("is not a record") from err
+    told = record.pop("hash", None)
+    if record.get("seq") != head.seq + 1:
+        raise BrokenChain(f"has number {record.get('seq')} where {head.seq + 1} comes next")
+    if record.get("prev") != head.hash:
+        raise BrokenChain("does not follow the record before it")
+    if not isinstance(told, str) or not hmac.compare_digest(told, _digest(record, key)):
+        raise BrokenChain("is not as it was written, or was written under another key")
+    return record, Head(head.seq + 1, told)
+
+
+def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
+    data = msgspec.json.encode(body, order="sorted")
+    return (hashlib.sha256(data) if key is None else hmac.new(key, data, hashlib.sha256)).hexdigest()
+
+
+# The files of a chain: ``audit-00000001.jsonl`` and so on in one folder, written by one process at a time.
+
+
+_NAME = re.compile(r"audit-(\d{8})\.jsonl")
+
+
+class AuditFolder:
+    """Appends to the newest file, and begins another one when that is full.
+
+    A line that a crash left half written is cut off when the folder is opened: nobody was told that it was there.
+    """
+
+    def __init__(self, folder: Path, *, key: bytes | None, max_bytes: int, sync: bool) -> None:
+        """Opens it, and reads where the chain ends.
+
+        Raises:
+            OSError: the folder cannot be made or written, or another process writes it.
+            BrokenChain: the end of the newest file is not a chain.
+        """
+        self._folder, self._key, self._max_bytes, self._sync = folder, key, max_bytes, sync
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            os.close(self._lock)
+            raise OSError(err.errno, "another process writes this audit", str(folder)) from err
+        try:
+            self._number, self.head = self._find_end()
+            self._file = self._open()
+            self._size = os.fstat(self._file).st_size
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Writes all of them or none, and returns once they are on the disk.
+
+        Raises:
+            OSError: they could not be written; the chain goes on from where it was.
+        """
+        head, lines = self.head, []
+        for record in records:
+            line, head = append_link(head, record, self._key)
+            lines.append(line)
+        data = b"".join(lines)
+        if self._size and self._size + len(data) > self._max_bytes:
+            self._rotate()
+        # What came through of an attempt that failed must not stand there twice.
+        os.ftruncate(self._file, self._size)
+        _write(self._file, data)
+        if self._sync:
+            os.fsync(self._file)
+        self._size += len(data)
+        self.head = head
+
+    def close(self) -> None:
+        """Lets another process write."""
+        os.ftruncate(self._file, self._size)
+        os.close(self._file)
+        os.close(self._lock)
+
+    def _rotate(self) -> None:
+        number = self._number
+        self._number += 1
+        try:
+            new = self._open()
+        except OSError:
+            self._number = number
+            raise
+        os.close(self._file)
+        self._file, self._size = new, 0
+
+    def _open(self) -> int:
+        file = os.open(self._folder / _name(self._number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        if self._sync:
+            _sync_folder(self._folder)
+        return file
+
+    def _find_end(self) -> tuple[int, Head]:
+        found = audit_files(self._folder)
+        for _, path in reversed(found):
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                os.truncate(path, len(whole))
+            if whole:
+                return found[-1][0], _last(whole, self._key, path)
+        return (found[-1][0] if found else 1), Head()
+
+
+def audit_files(folder: Path) -> list[tuple[int, Path]]:
+    """The files of a chain with their numbers, in order."""
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def read_audit(folder: Path, key: bytes | None) -> Iterator[tuple[dict[str, Any], Head]]:
+    """Every record with the head that it makes, the first one first.
+
+    Raises:
+        BrokenChain: the message names the file and line.
+        OSError: a file cannot be read.
+    """
+    head, expected = Head(), 1
+    for number, path in audit_files(folder):
+        if number != expected:
+            raise BrokenChain(f"{_name(expected)} is missing")
+        expected += 1
+        with path.open("rb") as lines:
+            for at, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    raise BrokenChain(f"{path.name}:{at} is cut off")
+                try:
+                    record, head = verify_link(head, line, key)
+                except BrokenChain as err:
+                    raise BrokenChain(f"{path.name}:{at} {err}") from err
+                yield record, head
+
+
+def _last(whole: bytes, key: bytes | None, path: Path) -> Head:
+    """The head that the last line makes; that it follows the one before is for ``read`` to say."""
+    line = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+    try:
+        return _head_of(line, key)
+    except BrokenChain as err:
+        raise BrokenChain(f"{path.name}: the last record {err}") from err
+
+
+def _head_of(line: bytes, key: bytes | None) -> Head:
+    try:
+        told = msgspec.json.decode(line, type=dict[str, Any])
+        before = Head(int(told["seq"]) - 1, str(told["prev"]))
+    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as err:
+        raise BrokenChain("is not a record") from err
+    return verify_link(before, line, key)[1]
+
+
+def _name(number: int) -> str:
+    return f"audit-{number:08}.jsonl"
+
+
+def _write(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Writes records off the event loop: one thread, and one write and sync for all that came meanwhile.
+
+
+_log = logging.getLogger(__name__)
+
+MAX_BATCH = 256
+MAX_KEPT = 10_000
+"""Records that wait for a disk that cannot be written; what comes on top is lost, and counted in the chain."""
+RETRY_S = 1.0
+
+
+class AuditFailed(Exception):
+    """A record that had to be written could not be."""
+
+
+class Folder(Protocol):
+    """Where records go."""
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """All of them or none; raises OSError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    record: dict[str, Any]
+    done: asyncio.Future[None] | None
+
+
+class AuditWriter:
+    """A queue in front of a folder.
+
+    Records that somebody waits for fail when they cannot be written. Others are kept and tried again; of those lost for
+    want of room a record in the chain tells how many.
+    """
+
+    def __init__(self, folder: Folder, metrics: Metrics) -> None:
+        self._folder, self._metrics = folder, metrics
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._kept: deque[dict[str, Any]] = deque()
+        self._lost = 0
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Takes a record that nobody waits for."""
+        self._jobs.put(_Job(_stamped(record), None))
+
+    async def write(self, record: dict[str, Any]) -> None:
+        """Returns once the record is on the disk.
+
+        Raises:
+            AuditFailed: it is not.
+        """
+        done = asyncio.get_running_loop().create_future()
+        self._jobs.put(_Job(_stamped(record), done))
+        await done
+
+    def close(self) -> None:
+        """Writes what has come, and ends."""
+        self._jobs.put(None)
+        self._thread.join()
+        self._folder.close()
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            jobs, is_open = self._next()
+            self._handle(jobs)
+        if self._kept:
+            _log.error("audit records could not be written", extra={"fields": {"lost": len(self._kept)}})
+
+    def _next(self) -> tuple[list[_Job], bool]:
+        """What has come, waiting for it; not for ever while something is kept."""
+        jobs: list[_Job] = []
+        try:
+            one = self._jobs.get(timeout=RETRY_S if self._kept else None)
+            while one is not None:
+                jobs.append(one)
+                if len(jobs) == MAX_BATCH:
+                    return jobs, True
+                one = self._jobs.get_nowait()
+        except queue.Empty:
+            return jobs, True
+        return jobs, False
+
+    def _handle(self, jobs: list[_Job]) -> None:
+        lost = [_stamped({"kind": "lost", "records": self._lost})] if self._lost else []
+        records = [*lost, *self._kept, *(job.record for job in jobs)]
+        if not records:
+            return
+        try:
+            self._folder.append(records)
+        except OSError as err:
+            self._metrics.audit_failures.inc()
+            _log.error("the audit cannot be written", extra={"fields": {"reason": err.strerror}})
+            self._keep(jobs)
+            _settle(jobs, AuditFailed(f"the audit cannot be written: {err.strerror}"))
+        else:
+            self._metrics.audit_records.inc(len(records))
+            self._kept.clear()
+            self._lost = 0
+            _settle(jobs, None)
+
+    def _keep(self, jobs: list[_Job]) -> None:
+        for job in jobs:
+            if job.done is not None:
+                continue
+            if len(self._kept) < MAX_KEPT:
+                self._kept.append(job.record)
+            else:
+                self._lost += 1
+
+
+def _stamped(record: dict[str, Any]) -> dict[str, Any]:
+    return {"time": datetime.now(UTC).isoformat(timespec="microseconds"), **record}
+
+
+def _settle(jobs: list[_Job], error: AuditFailed | None) -> None:
+    for job in jobs:
+        if job.done is not None:
+            job.done.get_loop().call_soon_threadsafe(_set, job.done, error)
+
+
+def _set(done: asyncio.Future[None], error: AuditFailed | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

@@ -1,0 +1,311 @@
+"""The audit as the rest of the server sees it: one record per request and per act on policies."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import msgspec
+from cryptography.fernet import Fernet
+
+from saeguard_sae.edits import KINDS
+from saeguard_server.audit.chain import AuditFailed, AuditFolder, AuditWriter, BrokenChain
+from saeguard_server.errors import Unavailable
+from saeguard_server.interventions import Action, Apply, Condition, FeatureRef, Flag, Intervention, Scope, Stop, Trigger
+from saeguard_server.observe import Metrics
+from saeguard_server.reply import Completion, PolicyFacts
+from saeguard_server.request import Call, GenerationRequest, ModelInput, Sampling
+from saeguard_server.settings import AuditSettings, BadSettings
+
+# What a record says of a request: everything that is needed to run it again, but the text.
+
+
+_ACTIONS: dict[str, Action] = {"flag": Flag(), "stop": Stop()}
+
+
+def request_record(request: GenerationRequest) -> dict[str, Any]:
+    """What was asked for, without the prompt; ``again`` reads it back."""
+    return {
+        "sampling": msgspec.to_builtins(request.sampling),
+        "interventions": [_intervention(one) for one in request.interventions],
+        "max_relative_edit": request.max_relative_edit,
+        "watch": [msgspec.to_builtins(one) for one in request.watch],
+        "triggers": [_trigger(one) for one in request.triggers],
+        "policies": list(request.policies),
+        "conversation": request.conversation,
+    }
+
+
+def request_from_record(told: dict[str, Any], prompt: ModelInput) -> GenerationRequest:
+    """The same request with the prompt put back.
+
+    Raises:
+        ValueError: that is not what ``asked`` gave.
+    """
+    try:
+        return GenerationRequest(
+            prompt=prompt,
+            sampling=msgspec.convert(told["sampling"], Sampling),
+            interventions=tuple(_intervention_of(one) for one in told["interventions"]),
+            max_relative_edit=told["max_relative_edit"],
+            watch=tuple(msgspec.convert(one, FeatureRef) for one in told["watch"]),
+            triggers=tuple(_trigger_of(one) for one in told["triggers"]),
+            policies=tuple(told["policies"]),
+            conversation=told["conversation"],
+        )
+    except (KeyError, TypeError) as err:
+        raise ValueError(f"not a record of a request: {err}") from err
+
+
+def intent_record(call: Call, request: GenerationRequest, *, is_comparison: bool) -> dict[str, Any]:
+    """Who asked for what; a comparison also shows what policies suppress."""
+    told = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
+    return {**told, "is_comparison": True} if is_comparison else told
+
+
+def admission_record(told: dict[str, Any], facts: PolicyFacts | None, seed: int) -> dict[str, Any]:
+    """That, and which policies decide."""
+    return {**told, "policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
+
+
+def outcome_record(told: dict[str, Any], done: Completion) -> dict[str, Any]:
+    """That, and what was done."""
+    receipt = done.receipt
+    return {
+        **told,
+        "outcome": done.finish_reason,
+        "stopped_by": None if done.stopped_by is None else msgspec.to_builtins(done.stopped_by),
+        "prompt_tokens": done.prompt_tokens,
+        "generated_tokens": done.generated_tokens,
+        "model": None if receipt is None else receipt.model_digest,
+        "steering": None if receipt is None else receipt.steering_digest,
+        "edits": [] if receipt is None else [_finite(msgspec.to_builtins(one)) for one in receipt.interventions],
+        "triggers": [] if receipt is None else [_finite(msgspec.to_builtins(one)) for one in receipt.triggers],
+        "total_s": done.timings.total_s,
+    }
+
+
+def _intervention(one: Intervention) -> dict[str, Any]:
+    return {
+        "sae": one.target.sae,
+        "feature": one.target.feature,
+        "kind": one.edit.kind,
+        "edit": {field.name: getattr(one.edit, field.name) for field in fields(one.edit)},
+        "scope": msgspec.to_builtins(one.scope),
+        "when": None if one.when is None else msgspec.to_builtins(one.when),
+    }
+
+
+def _intervention_of(told: dict[str, Any]) -> Intervention:
+    when = told["when"]
+    return Intervention(
+        FeatureRef(told["sae"], told["feature"]),
+        KINDS[told["kind"]](**told["edit"]),
+        msgspec.convert(told["scope"], Scope),
+        None if when is None else msgspec.convert(when, Condition),
+    )
+
+
+def _trigger(one: Trigger) -> dict[str, Any]:
+    action: Any = type(one.action).__name__.lower()
+    if isinstance(one.action, Apply):
+        action = [_intervention(edit) for edit in one.action.interventions]
+    return {"name": one.name, "when": msgspec.to_builtins(one.when), "action": action}
+
+
+def _trigger_of(told: dict[str, Any]) -> Trigger:
+    action = told["action"]
+    return Trigger(
+        told["name"],
+        msgspec.convert(told["when"], Condition),
+        _ACTIONS[action] if isinstance(action, str) else Apply(tuple(_intervention_of(one) for one in action)),
+    )
+
+
+def _finite(told: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity: a maximum over nothing is left out."""
+    return {name: value for name, value in told.items() if value not in (float("inf"), float("-inf"))}
+
+
+# What becomes of text in records: nothing is kept, or a hash of it, or what only the holder of a key can read.
+
+
+TextMode: TypeAlias = Literal["none", "hash", "encrypt"]
+
+
+class Redaction(Protocol):
+    """What a record says of the prompt's and the answer's tokens."""
+
+    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]: ...
+
+
+class OmittedText:
+    """Records have no text."""
+
+    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+class HashedText:
+    """SHA-256 of the token ids: tells whether a text is the one, to whoever has it. Short texts can be guessed."""
+
+    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+        """Both digests, hex."""
+        return {"prompt_sha256": tokens_digest(prompt), "answer_sha256": tokens_digest(answer)}
+
+
+class EncryptedText:
+    """The token ids under a Fernet key (AES-128-CBC with HMAC)."""
+
+    def __init__(self, key: bytes) -> None:
+        """Raises ValueError for what is not a Fernet key."""
+        self._fernet = Fernet(key)
+
+    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+        """Both, sealed."""
+        return {"prompt_sealed": self._seal(prompt), "answer_sealed": self._seal(answer)}
+
+    def open(self, sealed: str) -> list[int]:
+        """The token ids again; raises cryptography.fernet.InvalidToken under another key."""
+        return array("I", self._fernet.decrypt(sealed.encode())).tolist()
+
+    def _seal(self, ids: Sequence[int]) -> str:
+        return self._fernet.encrypt(array("I", ids).tobytes()).decode()
+
+
+def open_redaction(mode: TextMode, key_file: str | None) -> Redaction:
+    """The veil of the settings.
+
+    Raises:
+        OSError: the key cannot be read.
+        ValueError: it is not a Fernet key.
+    """
+    if mode == "none":
+        return OmittedText()
+    if mode == "hash":
+        return HashedText()
+    assert key_file is not None, "settings ask for it"
+    return EncryptedText(Path(key_file).read_bytes().strip())
+
+
+def tokens_digest(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids, four bytes each, hex."""
+    return hashlib.sha256(array("I", ids).tobytes()).hexdigest()
+
+
+RETRY_S = 1.0
+
+
+class Audit:
+    """Writes records, or nothing where no folder is set.
+
+    A request that must be audited is written down before any work and again before its end is sent: it fails where
+    either cannot be written. Of others there is one record, when they are over, and nobody waits for it.
+    """
+
+    def __init__(
+        self, writer: AuditWriter | None = None, text: Redaction | None = None, *, required: bool = False
+    ) -> None:
+        self._writer, self._text, self._required = writer, text or OmittedText(), required
+
+    @classmethod
+    def of(cls, settings: AuditSettings, metrics: Metrics) -> Audit:
+        """As the settings say.
+
+        Raises:
+            BadSettings: the folder cannot be used, or a key cannot be read.
+        """
+        if settings.folder is None:
+            return cls()
+        try:
+            key = Path(settings.chain_key_file).read_bytes().strip() if settings.chain_key_file else None
+            text = open_redaction(settings.text, settings.text_key_file)
+            limit = settings.rotate_mb * 2**20
+            folder = AuditFolder(Path(settings.folder), key=key, max_bytes=limit, sync=settings.sync)
+        except (OSError, ValueError, BrokenChain) as err:
+            raise BadSettings(f"audit: {err}") from err
+        return cls(AuditWriter(folder, metrics), text, required=settings.required)
+
+    def request(self, call: Call, request: GenerationRequest, *, is_comparison: bool = False) -> RequestAudit:
+        """A request as it came; nothing is written yet."""
+        begun = {} if self._writer is None else intent_record(call, request, is_comparison=is_comparison)
+        return RequestAudit(self._writer, begun, self._text, required=self._required)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether records are written anywhere."""
+        return self._writer is not None
+
+    async def act(self, call: Call, what: str, **facts: Any) -> None:
+        """An act on policies that was done.
+
+        Raises:
+            Unavailable: its record cannot be written.
+        """
+        if self._writer is not None:
+            told = {"kind": "policy", "request_id": call.request_id, "caller": call.caller.name, "act": what, **facts}
+            await _written(self._writer, told)
+
+    def close(self) -> None:
+        """Writes what has come."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class RequestAudit:
+    """One request on its way."""
+
+    def __init__(self, writer: AuditWriter | None, begun: dict[str, Any], text: Redaction, *, required: bool) -> None:
+        self._writer, self._told, self._text, self._required = writer, begun, text, required
+        self._is_over = False
+
+    async def admit(self, facts: PolicyFacts | None, seed: int, *, required: bool) -> None:
+        """Before any work on it, once it is known which policies decide.
+
+        Args:
+            required: whether one of them says that it must be audited.
+
+        Raises:
+            Unavailable: it must be, and its record cannot be written.
+        """
+        if self._writer is None:
+            if required:
+                raise Unavailable("a policy requires an audit, and this server keeps none", RETRY_S)
+            return
+        self._required |= required
+        self._told = admission_record(self._told, facts, seed)
+        if self._required:
+            await _written(self._writer, {"kind": "admitted", **self._told})
+
+    async def finish(self, done: Completion, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Before the end of its answer is sent.
+
+        Raises:
+            Unavailable: it must be audited, and that cannot be written.
+        """
+        if self._writer is None:
+            return
+        self._is_over = True
+        told = {"kind": "request", **outcome_record(self._told, done), **self._text.of(prompt, answer)}
+        if self._required:
+            await _written(self._writer, told)
+        else:
+            self._writer.note(told)
+
+    def fail(self, reason: str) -> None:
+        """It was refused, ended in an error, or its caller went away; nothing where it has finished."""
+        if self._writer is not None and not self._is_over:
+            self._is_over = True
+            self._writer.note({"kind": "request", **self._told, "outcome": reason})
+
+
+async def _written(writer: AuditWriter, told: dict[str, Any]) -> None:
+    try:
+        await writer.write(told)
+    except AuditFailed as err:
+        raise Unavailable(str(err), RETRY_S) from err

@@ -1,0 +1,1 @@
+"""Commands of ``saeguard`` that need the server's packages."""

@@ -1,0 +1,395 @@
+"""``saeguard sae``: look at SAEs on disk or on the hub, check them on a model, convert them, import feature labels."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from saeguard_client.cli.columns import table
+from saeguard_sae import releases
+from saeguard_sae.check import CheckReport
+from saeguard_sae.coders import SparseCoder
+from saeguard_sae.formats import Convention, ParsedSae, Source, saelens_save
+from saeguard_sae.formats.parsed import Place
+from saeguard_sae.formats.saelens_config import CONFIG
+from saeguard_sae.loading import OpenedSae, detect_format, read_sae
+from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
+from saeguard_sae.metadata import write_catalogue as write_features
+from saeguard_sae.models import Site
+from saeguard_server import app as bundled
+from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
+from saeguard_server.sources import open_sae_source
+
+if TYPE_CHECKING:
+    from saeguard_server.engine.load import LoadedModel
+
+
+def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
+    parser = subparsers.add_parser(
+        "sae", help="check, convert and list SAEs", description="SAEs on disk and on the hub."
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for add in (add_check, add_convert, add_list, add_labels):
+        add(actions)
+    parser.set_defaults(run=run_sae)
+
+
+def run_sae(arguments: argparse.Namespace) -> int:
+    """0 when it went well, 1 when an SAE cannot be read or does not hold."""
+    act: Callable[[argparse.Namespace], int] = arguments.act
+    try:
+        return act(arguments)
+    except (ValueError, OSError) as err:
+        sys.stderr.write(f"saeguard sae: {err}\n")
+        return 1
+
+
+# The flags that say which SAE is meant and what its files leave open; names as in the settings.
+
+
+NAME = "sae"
+"""What the SAE is called in messages."""
+
+_FLAGS: dict[str, tuple[type, str]] = {
+    "site": (str, 'where it reads, such as "resid_post.12"'),
+    "write-site": (str, "where a transcoder writes"),
+    "scale": (float, "factor to the scale it was trained on, sqrt(d_in) / mean |x|"),
+    "gating": (str, "openmoss or saelens: whose rule decides whether a Llama Scope feature fires"),
+    "k": (int, "features kept per token, where its files do not say"),
+    "processing": (str, "none, centred or transformer_lens: how its model had been processed"),
+    "normalize-activations": (str, "none, layer_norm or constant_norm_rescale, against its files"),
+}
+_BOUNDS: dict[str, str] = {
+    "min-l0": "least features that may fire on a token",
+    "max-l0": "most features that may fire on a token",
+    "max-fvu": "largest share of variance that may stay unexplained",
+    "max-ce-increase": "largest rise of the loss, in nats per token",
+}
+
+
+def add_sae_flags(parser: argparse.ArgumentParser) -> None:
+    """The SAE's path and what its files leave open."""
+    parser.add_argument(
+        "path", help='folder or file, "hf://owner/repository/path@revision", or a SAELens "release/sae-id"'
+    )
+    for flag, (kind, text) in _FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, metavar=kind.__name__.upper(), help=text)
+    parser.add_argument(
+        "--apply-b-dec-to-input", choices=("yes", "no"), help="whether b_dec is subtracted first, against its files"
+    )
+
+
+def add_bound_flags(parser: argparse.ArgumentParser) -> None:
+    """What the check must find."""
+    for flag, text in _BOUNDS.items():
+        parser.add_argument(f"--{flag}", type=float, metavar="FLOAT", help=text)
+
+
+def sae_settings_of(arguments: argparse.Namespace) -> ServedSaeSettings:
+    """The flags as the settings of one SAE.
+
+    Raises:
+        ValueError: a value that the settings do not allow, by name.
+    """
+    given = {name: _given(arguments, name) for name in _FLAGS}
+    bias = arguments.apply_b_dec_to_input
+    bounds = {name: _given(arguments, name) for name in _BOUNDS}
+    tree: dict[str, Any] = {
+        "name": NAME,
+        "path": arguments.path,
+        "apply_b_dec_to_input": None if bias is None else bias == "yes",
+        "bounds": {_key(name): value for name, value in bounds.items() if value is not None},
+    }
+    tree |= {_key(name): value for name, value in given.items() if value is not None}
+    try:
+        return msgspec.convert(tree, ServedSaeSettings)
+    except msgspec.ValidationError as err:
+        problem, _, where = str(err).rpartition(" - at `$.")
+        raise ValueError(f"--{where.rstrip('`').replace('_', '-')}: {problem}" if problem else str(err)) from err
+
+
+def _given(arguments: argparse.Namespace, flag: str) -> Any:
+    return getattr(arguments, _key(flag), None)
+
+
+def _key(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+# ``saeguard sae check``: what was recognised, every convention and where it came from, and whether it holds.
+
+
+MIB = 2**20
+
+
+def add_check(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The action's arguments."""
+    parser = actions.add_parser(
+        "check",
+        help="say what an SAE is, and check it on a model",
+        description="Exits with 1 when it cannot be read, or does not hold on the model.",
+    )
+    add_sae_flags(parser)
+    parser.add_argument("--model", help='local folder, Hugging Face repository, or "demo"')
+    parser.add_argument("--text", type=Path, help="text like what it was trained on; default: a short English one")
+    parser.add_argument("--max-tokens", type=int, default=1024, metavar="INT", help="of it that are read")
+    add_bound_flags(parser)
+    parser.set_defaults(act=run_check)
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Prints what is found."""
+    settings = sae_settings_of(arguments)
+    opened = open_sae_source(settings).sae
+    _print(_recognised(opened))
+    if arguments.model is None:
+        _print(("", *_conventions(opened.found.conventions)))
+        return 0
+    return _check(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    # Here, so that looking at a file does not wait for the model library.
+    from saeguard_server.engine import load as startup
+    from saeguard_server.engine.load import load_model, load_saes
+
+    given = sae_settings_of(arguments)
+    check = CheckSettings(text=arguments.text and str(arguments.text), max_tokens=arguments.max_tokens)
+    settings = bundled.resolve_bundled(Settings(model=ModelSettings(path=arguments.model), saes=(given,), check=check))
+    model = load_model(settings.model, max_context=2048)
+    sae = load_saes((given,), model)[given.name]
+    report = startup.measure_served_sae(
+        sae, startup.bounds_of(sae, given), model, startup.calibration_tokens(settings.check, model)
+    )
+    _print(("", *_conventions(sae.conventions), "", *_measured(report, model)))
+    _print(("", f"does not hold: {report.explain()}" if report.violations else f"holds: {report.explain()}"))
+    return 1 if report.violations else 0
+
+
+def _recognised(opened: OpenedSae) -> Iterator[str]:
+    coder, found = opened.found.dictionary, opened.found
+    size = sum(one.numel() * one.element_size() for one in coder.tensors().values()) / MIB
+    yield f"format        {opened.format}"
+    yield f"architecture  {coder.architecture}, {coder.d_sae} features"
+    yield f"widths        reads {coder.d_in}, writes {coder.d_out}; {size:.1f} MiB in memory"
+    yield f"trained on    {found.model or 'its files do not say'}"
+    yield f"reads at      {found.reads or 'its files do not say: give --site'}"
+    if found.writes:
+        yield f"writes at     {', '.join(map(str, found.writes))}"
+    yield f"digest        {opened.digest}"
+    labelled = sum(bool(one.label) for one in opened.catalogue.features.values())
+    yield f"features      {len(opened.catalogue.features)} in its catalogue, {labelled} labelled"
+
+
+def _conventions(conventions: tuple[Convention, ...]) -> Iterator[str]:
+    yield from table([("CONVENTION", "VALUE", "SAID BY"), *((one.name, one.value, one.source) for one in conventions)])
+
+
+def _measured(report: CheckReport, model: LoadedModel) -> Iterator[str]:
+    found = report.measured
+    rise = None if found.ce_spliced is None or found.ce_base is None else found.ce_spliced - found.ce_base
+    limits = {one.name: getattr(report.bounds, one.name) for one in fields(report.bounds)}
+    yield f"on {model.info.name}, {found.tokens} tokens:"
+    yield from table(
+        [
+            ("MEASURED", "VALUE", "ALLOWED"),
+            ("L0", _number(found.l0), _range(limits["min_l0"], limits["max_l0"])),
+            ("FVU", _number(found.fvu), _range(None, limits["max_fvu"])),
+            ("loss, plain", _number(found.ce_base), "-"),
+            ("loss, spliced", _number(found.ce_spliced), "-"),
+            ("rise of the loss", _number(rise), _range(None, limits["max_ce_increase"])),
+            ("never fired", _number(found.dead_share), "-"),
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return "not stated"
+    if low is None:
+        return f"at most {high:.4g}"
+    return f"at least {low:.4g}" if high is None else f"{low:.4g} to {high:.4g}"
+
+
+def _print(lines: tuple[str, ...] | Iterator[str]) -> None:
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+# ``saeguard sae convert``: writes any SAE in SAELens' current format.
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The action's arguments."""
+    parser = actions.add_parser(
+        "convert",
+        help="write an SAE in SAELens' format",
+        description="Values stay as they are: constant scales and decoder norms are folded into the weights.",
+    )
+    add_sae_flags(parser)
+    parser.add_argument("out", type=Path, help="folder to write; must not hold an SAE")
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="of the weights on disk")
+    parser.add_argument("--model-name", help="the model it belongs to, as SAELens calls it")
+    parser.set_defaults(act=run_convert)
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Writes, reads back and compares."""
+    settings = sae_settings_of(arguments)
+    if settings.normalize_activations is not None or settings.apply_b_dec_to_input is not None:
+        raise ValueError(
+            "--normalize-activations and --apply-b-dec-to-input are for serving; conversion keeps the files'"
+        )
+    if (arguments.out / CONFIG).exists():
+        raise ValueError(f"{arguments.out} holds an SAE already")
+    opened = open_sae_source(settings).sae
+    found = opened.found
+    saelens_save.save_saelens(
+        found.dictionary,
+        arguments.out,
+        site=_site(settings.site, found.reads, "site"),
+        model_name=arguments.model_name or found.model or "unknown",
+        dtype=_DTYPES[arguments.dtype],
+        writes=_writes(settings.write_site, found),
+        processing=settings.processing or found.processing or "none",
+    )
+    if opened.catalogue.features:
+        write_features(arguments.out, opened.catalogue.features)
+    difference = _difference(found.dictionary, read_sae(Source(arguments.out))[1].dictionary)
+    sys.stdout.write(
+        f"{opened.format} -> saelens: {arguments.out}\nread back, features differ by at most {difference:.3g}\n"
+    )
+    return 0
+
+
+def _writes(given: str | None, found: ParsedSae) -> tuple[Site, ...]:
+    if given is not None:
+        return (Site.parse(given),)
+    return tuple(_site(None, one, "write-site") for one in found.writes)
+
+
+def _site(given: str | None, place: Place | None, flag: str) -> Site:
+    if given is not None:
+        return Site.parse(given)
+    if not isinstance(place, Site):
+        raise ValueError(f"its files say {place or 'nothing'}, which SAELens cannot be told; give --{flag}")
+    return place
+
+
+def _difference(one: SparseCoder, other: SparseCoder) -> float:
+    """Largest difference of a feature on random tokens, relative to the token's largest."""
+    x: Tensor = torch.randn(64, one.d_in, generator=torch.Generator().manual_seed(0))
+    before, after = one.encode(x), other.encode(x)
+    scale = before.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
+    return float(((before - after).abs() / scale).max())
+
+
+# ``saeguard sae features``: imports labels and statistics that others published into an SAE's catalogue.
+
+
+def add_labels(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The action's arguments."""
+    parser = actions.add_parser(
+        "features",
+        help="import feature labels and statistics",
+        description="Neuronpedia's exports (JSON, JSONL, .gz) or a CSV with index,label[,maximum,density,...].",
+    )
+    add_sae_flags(parser)
+    parser.add_argument("files", type=Path, nargs="+", help="what to import")
+    parser.add_argument(
+        "--units",
+        choices=("unit_decoder", "raw"),
+        required=True,
+        help="of its activations: unit_decoder for Neuronpedia's folded values, raw for the SAE's own, as "
+        "Neuronpedia has of TopK and temporal SAEs",
+    )
+    parser.add_argument("--source", help='the SAE to take, where files hold several, such as "20-gemmascope-res-16k"')
+    parser.add_argument("--out", type=Path, help="folder for features.jsonl; default: beside the weights")
+    parser.set_defaults(act=run_labels)
+
+
+def run_labels(arguments: argparse.Namespace) -> int:
+    """Imports, merges with what is there, writes."""
+    source = open_sae_source(sae_settings_of(arguments))
+    opened, path = source.sae, source.path
+    coder = opened.found.dictionary
+    norms = coder.W_dec.float().norm(dim=1) if arguments.units == "unit_decoder" else None
+    imported = import_features(
+        arguments.files, coder.d_sae, decoder_norms=norms, units=arguments.units, source=arguments.source
+    )
+    folder = arguments.out or (path if path.is_dir() else path.parent)
+    write_catalogue(folder, merge_entries(opened.catalogue.features, imported.features))
+    sys.stdout.write(
+        f"{imported.read} records, {len(imported.features)} features of {coder.d_sae}: {folder / 'features.jsonl'}\n"
+        f"left out: {_counted(imported.dropped)}\n"
+    )
+    return 0
+
+
+def _counted(dropped: Dropped) -> str:
+    counts = {one.name.replace("_", " "): getattr(dropped, one.name) for one in fields(dropped)}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
+
+
+# ``saeguard sae list``: the releases that have a name, the SAEs of one, or those in a folder.
+
+
+def add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The action's arguments."""
+    parser = actions.add_parser(
+        "list",
+        help="list releases, the SAEs of a release, or those in a folder",
+        description="Without an argument, every release that can be named as a path.",
+    )
+    parser.add_argument("what", nargs="?", default="", help="a release, words in its name, or a folder")
+    parser.set_defaults(act=run_list)
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """Prints a table; 1 when there is nothing."""
+    what: str = arguments.what
+    rows = list(_folder(Path(what)) if what and Path(what).is_dir() else _releases(what))
+    for line in table(rows) if len(rows) > 1 else ():
+        sys.stdout.write(f"{line}\n")
+    if len(rows) < 2:
+        sys.stderr.write(f"saeguard sae list: nothing is called {what!r}\n")
+    return 0 if len(rows) > 1 else 1
+
+
+def _folder(folder: Path) -> Iterator[tuple[str, ...]]:
+    yield ("PATH", "FORMAT")
+    for here in [folder, *sorted(one for one in folder.rglob("*") if one.is_dir())]:
+        # A folder that is one SAE, or else the files in it that are one each.
+        for path in [here] if detect_format(here) else sorted(one for one in here.iterdir() if one.is_file()):
+            if kind := detect_format(path):
+                yield (str(path.relative_to(folder)), kind)
+
+
+def _releases(what: str) -> Iterator[tuple[str, ...]]:
+    every = releases.all_releases()
+    if what in every:
+        yield ("PATH", "FILES", "L0")
+        for one in every[what].saes.values():
+            yield (f"{what}/{one.id}", f"hf://{every[what].repo}/{one.path}", "-" if one.l0 is None else f"{one.l0:g}")
+        return
+    yield ("RELEASE", "MODEL", "SAES", "REPOSITORY")
+    for name, release in sorted(every.items()):
+        if all(word in name for word in what.split()):
+            yield (name, release.model, str(len(release.saes)), release.repo)

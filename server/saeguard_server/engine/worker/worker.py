@@ -1,0 +1,173 @@
+"""What runs in the child: the engine on an event loop of its own, commands in, reports out.
+
+Interrupts are ignored: Ctrl-C and a service manager's SIGTERM reach every process of a group, and the parent drains
+first. It says when to stop; and when the parent is gone, so is its end of the connection, and the child exits at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any, TypeAlias
+
+from prometheus_client import CollectorRegistry
+
+from saeguard_server import observe as logs
+from saeguard_server.engine.protocol import GenerateTask, InspectTask
+from saeguard_server.engine.worker import messages as wire
+from saeguard_server.engine.worker.messages import (
+    Cancel,
+    Command,
+    Event,
+    InnerEngine,
+    Start,
+    StepOutput,
+    Stop,
+    Submit,
+    WorkerFailure,
+    WorkerReady,
+    WorkerRefused,
+    count_metrics,
+    remote_sae,
+)
+from saeguard_server.errors import InternalFailure, SaeguardError
+from saeguard_server.observe import Metrics
+from saeguard_server.reply import ActivationPart, Chunk
+
+_log = logging.getLogger(__name__)
+
+PULSE_S = 1.0
+"""How often the metrics are sent, and the parent is told that the child lives."""
+
+_Line: TypeAlias = "Connection[Any, Any]"
+
+
+def run_worker(descriptor: int) -> None:
+    """Serves the parent at the other end of this socket until it says stop or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # Or programs that the engine starts would hold the socket open after us.
+    os.set_inheritable(descriptor, False)
+    line: _Line = Connection(descriptor)
+    start: Start = wire.receive_message(line)
+    logs.configure_logs(start.settings.server.log_level, sys.stderr)
+    asyncio.run(_serve(line, start))
+    # Not by returning: to take torch's modules down takes a second or more, and the parent waits for it.
+    logging.shutdown()
+    os._exit(0)
+
+
+async def _serve(line: _Line, start: Start) -> None:
+    loop, commands = asyncio.get_running_loop(), asyncio.Queue[Command]()
+    # Before loading, which may take minutes: a parent that goes away meanwhile must not be outlived.
+    threading.Thread(target=_listen, args=(line, loop, commands), name="commands", daemon=True).start()
+    metrics = Metrics(CollectorRegistry())
+    try:
+        engine = start.load(start.settings, metrics)
+    except Exception as err:
+        wire.send_message(line, WorkerRefused(_portable(err)))
+        return
+    engine.start()
+    saes = {name: remote_sae(sae) for name, sae in engine.saes.items()}
+    # Two tasks are measured in one process only.
+    can = replace(engine.capabilities, compares=False)
+    wire.send_message(line, WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
+    await WorkerService(line, engine, metrics).run(commands)
+
+
+def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[Command]) -> None:
+    while True:
+        try:
+            command = wire.receive_message(line)
+        except (EOFError, OSError):
+            os._exit(0)
+        loop.call_soon_threadsafe(commands.put_nowait, command)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it can travel, or what it says."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+class WorkerService:
+    """Runs the tasks that come and reports what they give: one report for everything that a step produced."""
+
+    def __init__(self, line: _Line, engine: InnerEngine, metrics: Metrics) -> None:
+        self._line, self._engine, self._metrics = line, engine, metrics
+        self._loop = asyncio.get_running_loop()
+        self._answers: dict[int, asyncio.Task[None]] = {}
+        self._events: list[tuple[int, Event]] = []
+        self._taken = 0
+
+    async def run(self, commands: asyncio.Queue[Command]) -> None:
+        """Serves until told to stop; whatever still runs then fails with the engine's last words."""
+        pulse = asyncio.create_task(self._beat())
+        while not isinstance(command := await commands.get(), Stop):
+            self._obey(command)
+        pulse.cancel()
+        self._engine.stop()
+        await asyncio.gather(*self._answers.values(), return_exceptions=True)
+        self._report(with_counts=True)
+
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, Submit):
+            self._taken += 1
+            self._answers[command.uid] = asyncio.create_task(self._answer(command.uid, command.task))
+        elif isinstance(command, Cancel) and command.uid in self._answers:
+            self._answers[command.uid].cancel()
+
+    async def _answer(self, uid: int, task: GenerateTask | InspectTask) -> None:
+        logs.REQUEST_ID.set(task.call.request_id)
+        try:
+            async with aclosing(self._stream(task)) as events:
+                async for event in events:
+                    self._tell(uid, event)
+            self._tell(uid, None)
+        except SaeguardError as err:
+            self._tell(uid, WorkerFailure.of(err))
+        except Exception:
+            _log.exception("a request failed in the engine's process")
+            self._tell(uid, WorkerFailure.of(InternalFailure("the engine failed on this request")))
+        finally:
+            del self._answers[uid]
+
+    def _stream(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk] | AsyncGenerator[ActivationPart]:
+        return self._engine.generate(task) if isinstance(task, GenerateTask) else self._engine.inspect(task)
+
+    def _tell(self, uid: int, event: Event) -> None:
+        if not self._events:
+            # Runs after the other tasks that the same step has woken.
+            self._loop.call_soon(self._report)
+        self._events.append((uid, event))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(PULSE_S)
+            self._report(with_counts=True)
+
+    def _report(self, *, with_counts: bool = False) -> None:
+        events, self._events = self._events, []
+        if not events and not with_counts:
+            return  # a pulse took them along
+        counts = count_metrics(self._metrics.registry) if with_counts else None
+        report = StepOutput(events, self._engine.is_ready(), self._taken, self._engine.queued(), counts)
+        try:
+            wire.send_message(self._line, report)
+        except Exception:
+            # Its events would be lost; the end of the process fails their requests by name.
+            _log.exception("a report cannot be sent; the engine's process ends")
+            os._exit(1)

@@ -1,0 +1,146 @@
+"""PolicyService: policies are read and written, revisions put in force. Whose role allows what is the doorman's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from saeguard.v1 import policy_service_pb2 as pb
+from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
+from saeguard_server.audit.log import Audit
+from saeguard_server.errors import InvalidRequest, NotConfigured
+from saeguard_server.policy import document
+from saeguard_server.policy.administration import Administration, Written, etag_of
+from saeguard_server.policy.model import Activation, Policy
+from saeguard_server.policy.sync import Enforcement
+from saeguard_server.rpc import interceptor as call
+from saeguard_server.rpc.wire import policy_messages as messages
+
+DEFAULT_HISTORY = 50
+MAX_HISTORY = 500
+MAX_DOCUMENTS = 1024
+
+
+class PolicyServicer(PolicyServiceServicer):
+    """Acts in the name of whoever calls; ``enforcement`` is None where the server has no store of policies."""
+
+    def __init__(self, enforcement: Enforcement | None, audit: Audit) -> None:
+        self._optional_enforcement, self._audit = enforcement, audit
+
+    async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
+        """Every policy of a revision."""
+        newest = await self._administration.revision()
+        revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
+        active = await self._administration.active()
+        policies = revision.policies if revision else ()
+        return pb.ListPoliciesResponse(
+            policies=[messages.summary(policy) for policy in policies],
+            etag=etag_of(newest),
+            revision=None if revision is None else messages.revision(revision),
+            active=None if active is None else messages.activation_message(active.activation),
+            yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
+        )
+
+    async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
+        """A revision with one policy less."""
+        if not request.etag:
+            raise InvalidRequest("etag", "must be the one that ListPolicies gave")
+        written = await self._administration.delete(
+            [request.name], caller=call.current_call().caller, reason=request.reason, etag=request.etag
+        )
+        await self._record("delete", request.reason, name=request.name, revision=_number(written))
+        return pb.DeletePolicyResponse(revision=messages.written(written), etag=written.etag)
+
+    async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
+        """A revision made of documents."""
+        # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
+        etag = request.etag or (None if request.dry_run else etag_of(None))
+        written = await self._administration.apply(
+            _parsed(request.documents),
+            caller=call.current_call().caller,
+            reason=request.reason,
+            etag=etag,
+            is_whole_set=request.prune,
+            is_trial=request.dry_run,
+        )
+        if not request.dry_run:
+            changed = [change.name for change in written.changes]
+            await self._record("write", request.reason, policies=changed, revision=_number(written))
+        return pb.ApplyPoliciesResponse(
+            revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
+        )
+
+    async def ActivateRevision(
+        self, request: pb.ActivateRevisionRequest, context: object
+    ) -> pb.ActivateRevisionResponse:
+        """A revision comes into force."""
+        activation = await self._administration.activate(
+            request.revision,
+            caller=call.current_call().caller,
+            reason=request.reason,
+            expected_activation=request.expected_activation,
+        )
+        return pb.ActivateRevisionResponse(activation=await self._activated("activate", activation))
+
+    async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
+        """An older revision comes into force again."""
+        activation = await self._administration.rollback(
+            caller=call.current_call().caller,
+            reason=request.reason,
+            number=request.revision if request.HasField("revision") else None,
+            expected_activation=request.expected_activation,
+        )
+        return pb.RollbackResponse(activation=await self._activated("rollback", activation))
+
+    async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
+        """What happened."""
+        limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
+        if not 1 <= limit <= MAX_HISTORY:
+            raise InvalidRequest("limit", f"must be 1 to {MAX_HISTORY}, got {limit}")
+        changes = await self._administration.changes(
+            limit=limit, before=request.before_revision if request.HasField("before_revision") else None
+        )
+        activations = await self._administration.activations(
+            limit=limit, before=request.before_activation if request.HasField("before_activation") else None
+        )
+        return pb.ListHistoryResponse(
+            revisions=[messages.change(change) for change in changes],
+            activations=[messages.activation_message(activation) for activation in activations],
+        )
+
+    @property
+    def _enforcement(self) -> Enforcement:
+        if self._optional_enforcement is None:
+            raise NotConfigured("this server has no policies; set [policies] store")
+        return self._optional_enforcement
+
+    @property
+    def _administration(self) -> Administration:
+        return self._enforcement.administration
+
+    async def _activated(self, act: str, activation: Activation) -> pb.Activation:
+        # So that whoever put it in force finds it so here; other servers follow on their own.
+        await self._enforcement.look_now()
+        await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
+        return messages.activation_message(activation)
+
+    async def _record(self, act: str, reason: str, **facts: object) -> None:
+        # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.
+        await self._audit.act(call.current_call(), act, reason=reason, **facts)
+
+
+def _number(written: Written) -> int | None:
+    return None if written.revision is None else written.revision.number
+
+
+def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:
+    if not 1 <= len(documents) <= MAX_DOCUMENTS:
+        raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
+    files: dict[str, str] = {}
+    for index, file in enumerate(documents):
+        if not file.name or file.name in files:
+            raise InvalidRequest(f"documents[{index}].name", "must be there, and differ from the others")
+        files[file.name] = file.content
+    try:
+        return document.read_policy_files(files)
+    except document.BadDocument as err:
+        raise InvalidRequest("documents", str(err)) from err

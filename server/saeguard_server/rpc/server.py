@@ -1,0 +1,251 @@
+"""The gRPC server: services, the frame around them, health, reflection, the port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from saeguard.v1 import (
+    activation_service_pb2,
+    activation_service_pb2_grpc,
+    catalog_service_pb2,
+    catalog_service_pb2_grpc,
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
+    server_info_service_pb2,
+    server_info_service_pb2_grpc,
+)
+from saeguard.v1 import server_info_service_pb2 as pb
+from saeguard.v1.server_info_service_pb2_grpc import ServerInfoServiceServicer
+from saeguard_server.catalog import ServerInfo
+from saeguard_server.errors import UnknownName
+from saeguard_server.rpc.interceptor import RpcInterceptor
+from saeguard_server.rpc.policy import PolicyServicer
+from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
+from saeguard_server.rpc.wire.info import info_response
+from saeguard_server.settings import Address, BadSettings, ServerSettings
+from saeguard_server.watched import Stamp, stamp
+
+# TLS from PEM files, which are read again when they change: certificates are renewed under a running server.
+
+
+TLS_LOG = logging.getLogger("saeguard.tls")
+
+
+class Certificates:
+    """The files of one server."""
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._client_ca = client_ca
+        self._seen: Stamp = ()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Server credentials that follow the files.
+
+        Raises:
+            BadSettings: a file cannot be read.
+        """
+        try:
+            self._seen = stamp(self._files())
+            first = self._read()
+        except OSError as err:
+            raise BadSettings(f"server.tls_*: {err.filename}: {err.strerror}") from err
+        return grpc.dynamic_ssl_server_credentials(
+            first,
+            self._renewed,  # type: ignore[arg-type]  # None is allowed
+            require_client_authentication=self._client_ca is not None,
+        )
+
+    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called at each handshake: the files where they have changed, None to go on with what there is."""
+        try:
+            found = stamp(self._files())
+            if found == self._seen:
+                return None
+            fresh = self._read()
+        except OSError as err:
+            TLS_LOG.warning("TLS files cannot be read, the old ones stay", extra={"fields": {"problem": err.strerror}})
+            return None
+        self._seen = found
+        TLS_LOG.info("TLS files read again")
+        return fresh
+
+    def _files(self) -> list[Path]:
+        return [self._certificate, self._key, *([self._client_ca] if self._client_ca is not None else [])]
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        pair = (self._key.read_bytes(), self._certificate.read_bytes())
+        authorities = self._client_ca.read_bytes() if self._client_ca is not None else None
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=authorities)
+
+
+def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    """What the settings ask for; None is plain text.
+
+    Raises:
+        BadSettings: a file cannot be read.
+    """
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    client_ca = Path(settings.tls_client_ca) if settings.tls_client_ca is not None else None
+    return Certificates(Path(settings.tls_certificate), Path(settings.tls_key), client_ca).credentials()
+
+
+# grpc.health.v1, and who is SERVING when.
+#
+# Not grpc_health's own aio servicer: there, a Watch that ends forgets the other watchers of its service, and one that
+# does not read holds the lock that setting a status needs.
+
+
+OVERALL = ""
+LIVENESS = "liveness"
+"""SERVING for as long as the process answers, so that a draining server is not killed for being unready."""
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+POLL_S = 0.25
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """Answers for the server as a whole, for ``liveness``, and for each service by its full name."""
+
+    def __init__(self, services: Sequence[str]) -> None:
+        self._status: dict[str, int] = dict.fromkeys([OVERALL, *services], NOT_SERVING) | {LIVENESS: SERVING}
+        self._changed = asyncio.Event()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: object) -> health_pb2.HealthCheckResponse:
+        """The status now.
+
+        Raises:
+            UnknownName: no such service.
+        """
+        if request.service not in self._status:
+            raise UnknownName("service", "is not a service of this server")
+        return health_pb2.HealthCheckResponse(status=self._status[request.service])
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: object
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The status now and whenever it changes."""
+        last: int | None = None
+        while True:
+            changed, status = self._changed, self._status.get(request.service, SERVICE_UNKNOWN)
+            if status != last:
+                last = status
+                yield health_pb2.HealthCheckResponse(status=status)
+            else:
+                await changed.wait()
+
+    def set_ready(self, is_ready: bool) -> None:
+        """Says whether new requests are welcome; ``liveness`` stays SERVING."""
+        status = SERVING if is_ready else NOT_SERVING
+        if self._status[OVERALL] != status:
+            self._status |= dict.fromkeys(self._status.keys() - {LIVENESS}, status)
+            # A new event for those who wait from now on: nobody has to be counted or kept.
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def follow(self, is_ready: Callable[[], bool]) -> None:
+        """Keeps the status equal to ``is_ready()``, until cancelled."""
+        while True:
+            self.set_ready(is_ready())
+            await asyncio.sleep(POLL_S)
+
+
+# ServerInfoService.
+
+
+class ServerInfoServicer(ServerInfoServiceServicer):
+    """Says what this server is and allows."""
+
+    def __init__(self, info: ServerInfo) -> None:
+        self._reply = info_response(info)
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: object) -> pb.GetServerInfoResponse:
+        """The same for as long as the server runs."""
+        return self._reply
+
+
+LOG = logging.getLogger("saeguard.server")
+
+SERVICES: tuple[str, ...] = tuple(
+    service.full_name
+    for file in (
+        generation_service_pb2.DESCRIPTOR,
+        activation_service_pb2.DESCRIPTOR,
+        catalog_service_pb2.DESCRIPTOR,
+        policy_service_pb2.DESCRIPTOR,
+        server_info_service_pb2.DESCRIPTOR,
+    )
+    for service in file.services_by_name.values()
+)
+
+HEALTH_SERVICE: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Servicers:
+    """Everything that the server serves."""
+
+    generation: GenerationServicer
+    activation: ActivationServicer
+    catalog: CatalogServicer
+    policy: PolicyServicer
+    server_info: ServerInfoServicer
+    health: Health
+
+
+def build_server(servicers: Servicers, frame: RpcInterceptor, settings: ServerSettings) -> grpc.aio.Server:
+    """A server with everything registered; it has no port yet."""
+    server = grpc.aio.server(interceptors=[frame], options=_options(settings))
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
+    activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
+    catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicers.catalog, server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(servicers.policy, server)
+    server_info_service_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicers.server_info, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicers.health, server)
+    reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+    return server
+
+
+def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
+    """Opens the port; the address has the real one where 0 was asked for.
+
+    Raises:
+        BadSettings: the address is taken or not this machine's, or a TLS file is missing.
+    """
+    wanted = Address.parse(settings.listen)
+    secure = server_credentials(settings)
+    if secure is None and not wanted.is_loopback:
+        LOG.warning("listening without TLS beyond this machine", extra={"fields": {"address": str(wanted)}})
+    try:
+        add = server.add_insecure_port(str(wanted)) if secure is None else server.add_secure_port(str(wanted), secure)
+    except RuntimeError as err:
+        raise BadSettings(f"server.listen: {wanted} cannot be used: it is taken or not an address of ours") from err
+    return Address(wanted.host, add)
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    options = [
+        # Two servers on one port would share its callers silently.
+        ("grpc.so_reuseport", 0),
+        # The name that the core reads; "min_recv_ping_interval" is found in much code and does nothing.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    if settings.max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)))
+    return options

@@ -1,0 +1,32 @@
+"""What the fake engine serves, as policies see it, with conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from saeguard_server.policy.compile import Snapshot, build_snapshot
+from saeguard_server.policy.model import Activation, Policy, Revision
+from saeguard_server.steering import ServedModel
+from support.policy_shapes import NOW
+
+
+@pytest.fixture
+def served(engine: Any) -> ServedModel:
+    engine.capabilities = replace(engine.capabilities, conditions=True)
+    return ServedModel(engine)
+
+
+@pytest.fixture
+def in_force(served: ServedModel) -> Callable[..., Snapshot]:
+    """A snapshot of some policies."""
+
+    def make(*policies: Policy, number: int = 3) -> Snapshot:
+        revision = Revision(number=number + 4, policies=policies, author="ada", time=NOW, reason="test")
+        activation = Activation(number=number, revision=revision.number, actor="ada", time=NOW, reason="test")
+        return build_snapshot(activation, revision, served, NOW)
+
+    return make

@@ -1,0 +1,214 @@
+"""Policies against what is served: every problem at once, and what a reviewer should look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from saeguard_sae.edits import Add, Cap, Clamp, Edit, Scale, Zero
+from saeguard_server.errors import InvalidRequest
+from saeguard_server.interventions import (
+    Apply,
+    Condition,
+    FeatureRef,
+    Flag,
+    Intervention,
+    Scope,
+    Stop,
+    Term,
+    Trigger,
+)
+from saeguard_server.policy.compile import CannotServe, Snapshot, check_or_refuse, check_policies
+from saeguard_server.policy.model import Limits, Pins, Policy, Rollout, Rule, Target
+from saeguard_server.steering import ServedModel
+from support.policy_shapes import NOW, policy, rule, when
+
+GOOD = rule("less", Cap(2.0))
+
+
+def problems(served: ServedModel, *policies: Policy) -> list[str]:
+    return [str(one) for one in check_policies(policies, served, NOW).problems]
+
+
+def warnings(served: ServedModel, *policies: Policy) -> list[str]:
+    report = check_policies(policies, served, NOW)
+    assert not report.problems
+    return [str(one) for one in report.warnings]
+
+
+def test_a_sound_policy_has_nothing(served: ServedModel) -> None:
+    one = policy(
+        "a", GOOD, rule("half", Scale(0.5), 5, when=when(2, sae="mid")), rule("late", Zero(), 0, "late", when=when()),
+        triggers=(Trigger("end", when(scope=Scope("generated")), Stop()),),
+        limits=Limits(denied_saes=("late",)),
+        pins=Pins(model="digest-of-model", saes=(("mid", "digest-of-mid"),)),
+        expires=NOW + timedelta(days=1),
+    )  # fmt: skip
+    assert problems(served, one) == []
+    assert warnings(served, one) == []
+    assert check_or_refuse([one], served, NOW) == ()
+
+
+def test_every_problem_is_listed_by_its_field(served: ServedModel) -> None:
+    late = Condition(terms=(Term(FeatureRef("late", 0)), Term(FeatureRef("mid", 99)), Term(FeatureRef("no", 1))), threshold=1)  # fmt: skip  # noqa: E501
+    one = policy(
+        "a",
+        rule("one", Zero(), 99), rule("two", Zero(), sae="nope"), rule("three", Cap(1.0, "max"), 1),
+        rule("four", Clamp(3e38, "max"), 5), rule("five", Zero(), 7, when=late),
+        triggers=(
+            Trigger("t", when(9), Flag()),
+            Trigger("u", when(above=0.5, unit="max", feature=1), Apply((Intervention(FeatureRef("mid", 33), Zero()),))),
+        ),
+        limits=Limits(
+            allowed_saes=("mid", "x"), denied_saes=("y",), allowed_features=(FeatureRef("mid", 44),),
+            denied_features=(FeatureRef("z", 1),),
+        ),
+        pins=Pins(model="other", saes=(("gone", "digest"), ("mid", "digest"))),
+        requires_audit=True, counterfactual_share=0.5,
+    )  # fmt: skip
+    found = problems(served, one, policy("b", rule("six", Zero(), sae="gone")))
+    assert [text.split(": ")[1] for text in found] == [
+        "rules[0].feature", "rules[1].sae", "rules[2].cap.unit", "rules[3].clamp.value",
+        "rules[4].when.terms[1].feature", "rules[4].when.terms[2].sae",
+        "triggers[0].when.terms[0].feature",
+        "triggers[1].apply.interventions[0].feature", "triggers[1].when.unit",
+        "limits.allowed_saes[1]", "limits.denied_saes[0]", "limits.allowed_features[0].feature",
+        "limits.denied_features[0].sae", "pins.saes.gone", "pins.model", "requires_audit",
+        "rules[0].sae",
+    ]  # fmt: skip
+    assert found[-1].startswith("b: ")
+
+
+def test_a_condition_must_be_decided_before_its_edit(served: ServedModel) -> None:
+    assert problems(served, policy("a", rule("none", Zero(), when=when(0, sae="late")))) == [
+        "a: rules[0].when: is decided at mlp_out.2, after resid_post.1, where 'mid' edits; it must read that site or "
+        "an earlier one"
+    ]
+
+
+def test_an_engine_that_cannot_is_found_out(engine: Any, served: ServedModel) -> None:
+    engine.capabilities = replace(engine.capabilities, conditions=False, kinds=frozenset({"zero"}))
+    one = policy("a", GOOD, rule("b", Zero(), 3, when=when()), triggers=(Trigger("t", when(), Flag()),))
+    assert [text.split(": ")[1] for text in problems(served, one)] == [
+        "rules[0].cap",
+        "rules[1].when",
+        "triggers[0].when",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_fine"),
+    [
+        (Zero(), Clamp(1.0), False),
+        (Zero(), Cap(1.0), True),
+        (Cap(1.0), Zero(), True),
+        (Scale(0.5), Scale(2.0), False),
+        (Scale(0.5), Cap(2.0), True),
+        (Add(1.0), Scale(1.0), False),
+    ],
+)
+def test_rules_of_two_policies_on_one_feature(one: Edit, other: Edit, is_fine: bool, served: ServedModel) -> None:
+    pair = policy("a", rule("r", one)), policy("b", rule("s", other))
+    found = problems(served, *pair)
+    assert bool(found) != is_fine
+    if found:
+        assert found == [
+            "b: rules[0]: feature 2 of 'mid': rule 'r' of policy 'a' and rule 's' of policy 'b' cannot both be kept, "
+            "and both may be on one request"
+        ]
+
+
+def test_policies_that_never_meet_may_contradict(served: ServedModel) -> None:
+    def aimed(first: Target, second: Target) -> list[str]:
+        return problems(served, policy("a", GOOD, target=first), policy("b", rule("more", Clamp(9.0)), target=second))
+
+    assert aimed(Target(callers=("x",)), Target(callers=("y",))) == []
+    assert len(aimed(Target(callers=("x",)), Target(callers=("x", "y")))) == 1
+    # A caller may have any tags.
+    assert len(aimed(Target(tags=("x",)), Target(tags=("y",)))) == 1
+    assert problems(served, policy("a", GOOD), policy("b", rule("more", Clamp(9.0)), mode="off")) == []
+
+
+def test_scopes_of_two_rules(served: ServedModel) -> None:
+    def both(first: Rule, second: Rule) -> int:
+        return len(problems(served, policy("a", first), policy("b", second)))
+
+    prompt, generated = Scope("prompt"), Scope("generated")
+    assert both(rule("r", Zero(), scope=prompt), rule("s", Clamp(1.0), scope=generated)) == 0
+    assert both(rule("r", Zero()), rule("s", Cap(1.0), scope=generated)) == 0
+    assert both(rule("r", Cap(1.0), scope=generated), rule("s", Zero())) == 0
+    assert both(rule("r", Cap(2.0)), rule("s", Cap(1.0), scope=generated)) == 1
+    assert both(rule("r", Zero(), when=when()), rule("s", Zero())) == 0
+    assert both(rule("r", Cap(2.0), when=when()), rule("s", Cap(1.0))) == 0
+    assert both(rule("r", Cap(1.0), when=when()), rule("s", Cap(2.0))) == 1
+
+
+def test_a_triggers_edits_and_rules(served: ServedModel) -> None:
+    def with_trigger(name: str, *edits: Edit, **more: Any) -> Policy:
+        made = tuple(Intervention(FeatureRef("mid", 2), one) for one in edits)
+        return policy(name, triggers=(Trigger("t", when(), Apply(made)),), **more)
+
+    assert problems(served, policy("a", rule("none", Zero())), with_trigger("b", Cap(1.0))) == []
+    assert len(problems(served, policy("a", GOOD), with_trigger("b", Cap(1.0)))) == 1
+    assert len(problems(served, with_trigger("a", Cap(1.0)), with_trigger("b", Cap(1.0)))) == 1
+    own = replace(with_trigger("a", Zero()), rules=(GOOD,))
+    assert problems(served, own) == [
+        "a: triggers[0].apply.interventions[0]: feature 2 of 'mid': rule 'less' of policy 'a' and rule 't' of policy "
+        "'a' cannot both be kept"
+    ]
+
+
+def test_what_a_reviewer_should_look_at(served: ServedModel) -> None:
+    found = warnings(
+        served,
+        policy("a", rule("r", Cap(1.0), 1), owner=""),
+        policy("b", rule("r", Scale(1.0)), mode="off"),
+        policy(
+            "c", rule("r", Zero(), 5), mode="shadow", limits=Limits(max_relative_edit=0.1), rollout=Rollout(share=0)
+        ),
+        policy("d", rule("r", Zero(), 99), target=Target(models=("other",)), expires=NOW),
+        policy("e", rule("r", Clamp(1.0), 5)),
+        policy("f", rule("r", Zero(), scope=Scope(start=63)), rule("s", Zero(), 0, "late", scope=Scope(start=64))),
+    )
+    assert found == [
+        "a: owner: is empty: nobody to ask",
+        "a: rules[0].feature: feature 1 of 'mid' has no label in the catalogue",
+        "b: mode: is off: the policy does nothing",
+        "b: rules[0].scale: changes nothing",
+        "c: limits: are not enforced in shadow",
+        "c: rollout.share: is 0: only requests that name the policy are under it",
+        "d: target.models: 'fake' is not among them: the policy never acts here, and is not checked",
+        "d: expires: is over: the policy does nothing",
+        "f: rules[1].scope.start: is never reached: a request has 64 tokens",
+        "e: rules[0]: feature 5 of 'mid': rule 'r' of policy 'c' and rule 'r' of policy 'e' cannot both be kept, and "
+        "both may be on one request once enforced",
+    ]
+
+
+def test_a_refusal_lists_them_and_counts_the_rest(served: ServedModel) -> None:
+    many = policy("a", *(rule(f"r{number}", Zero(), number) for number in range(10, 40)))
+    with pytest.raises(InvalidRequest, match=r"a: rules\[0\].feature: .*rules\[19\].* and 10 more") as caught:
+        check_or_refuse([many], served, NOW)
+    assert caught.value.field == "policies"
+
+
+def test_a_snapshot_holds_what_can_act_and_fails_closed(in_force: Callable[..., Snapshot]) -> None:
+    broken = rule("gone", Zero(), sae="gone")
+    snapshot = in_force(
+        policy("a", GOOD),
+        policy("b", broken, mode="off"),
+        policy("c", broken, target=Target(models=("other",))),
+        policy("d", broken, expires=NOW),
+        policy("e", rule("none", Zero(), 3), mode="shadow"),
+    )
+    assert list(snapshot.ready) == ["a", "e"]
+    assert list(snapshot.policies) == list("abcde")
+    for wrong in (broken, rule("more", Clamp(9.0))):
+        with pytest.raises(CannotServe, match="b: rules"):
+            in_force(policy("a", GOOD), policy("b", wrong))
+    with pytest.raises(CannotServe, match=r"pins\.model"):
+        in_force(policy("a", GOOD, mode="shadow", pins=Pins(model="another")))

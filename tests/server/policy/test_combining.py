@@ -1,0 +1,97 @@
+"""Rules of several policies on one feature: what is accepted pair by pair can be kept together, and is."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saeguard_sae.edits import Cap, Clamp, Edit, Floor, Scale, Zero
+from saeguard_server.interventions import FeatureRef, Intervention, Origin, Scope, Wanted
+from saeguard_server.policy.rules import Clash, CompiledRule, clash_of, combine
+from saeguard_server.policy.tighten import relation
+from support.policy_shapes import when
+
+EDITS: list[Edit] = [Zero(), Clamp(1.0), Cap(1.0), Cap(2.0), Floor(0.5), Scale(0.5), Scale(0.25), Scale(3.0)]
+SCOPES = [Scope(), Scope("prompt"), Scope("generated"), Scope(start=2), Scope("prompt", 0, 2)]
+PROMPT, TOKENS = 4, 8
+
+
+def prepared(wanted: Wanted) -> Any:
+    affine = wanted.intervention.edit.affine(1.0) if wanted.affine is None else wanted.affine
+    return SimpleNamespace(affine=affine)
+
+
+SERVED: Any = SimpleNamespace(edit=prepared)
+
+
+def ready(number: int, edit: Edit, scope: Scope, is_conditional: bool) -> CompiledRule:
+    one = Intervention(FeatureRef("mid", 2), edit, scope, when() if is_conditional else None)
+    wanted = Wanted(intervention=one, field="rules[0]", origin=Origin(f"p{number}", "r"), is_limited=False)
+    return CompiledRule.of(wanted, prepared(wanted))
+
+
+rules = st.tuples(st.sampled_from(EDITS), st.sampled_from(SCOPES), st.sampled_from([False, False, False, True]))
+
+
+def covers(edit: CompiledRule, token: int) -> bool:
+    first, last = edit.where.scope.positions(PROMPT)
+    return first <= token and (last is None or token < last)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(rules, min_size=2, max_size=4))
+def test_pairs_decide_and_every_rule_is_kept(drawn: list[tuple[Edit, Scope, bool]]) -> None:
+    wanted = [ready(number, *one) for number, one in enumerate(drawn)]
+    is_fine = not any(clash_of(one, other) for one, other in combinations(wanted, 2))
+    try:
+        found = combine(wanted, (), SERVED)
+    except Clash:
+        assert not is_fine
+        return
+    for one, other in combinations(found.edits, 2):
+        assert relation(one.where, other.where) == "apart"
+    for rule, token in ((rule, token) for rule in wanted for token in range(TOKENS)):
+        if covers(rule, token):
+            (made,) = (one for one in found.edits if covers(one, token))
+            assert not made.where.is_conditional or made.where == rule.where
+            assert_kept(rule, made)
+
+
+def assert_kept(rule: CompiledRule, made: CompiledRule) -> None:
+    values = np.linspace(0.0, 10.0, 41)
+    alpha, beta, low, high = made.part.affine
+    given = np.minimum(np.maximum(alpha * values + beta, low), high)
+    match rule.wanted.intervention.edit:
+        case Cap(bound):
+            assert (given <= bound).all()
+        case Floor(bound):
+            assert (given >= bound).all()
+        case Scale(factor) if not np.isfinite([low, high]).any():
+            assert (given <= factor * values).all() if factor < 1 else (given >= factor * values).all()
+        case Clamp(value):
+            assert (given == value).all()
+        case Zero():
+            assert (given == 0).all()
+
+
+def test_a_clash_names_both() -> None:
+    pair = [ready(0, Zero(), Scope(), False), ready(1, Clamp(1.0), Scope(), False)]
+    with pytest.raises(
+        Clash, match="rule 'r' of policy 'p0' and rule 'r' of policy 'p1' cannot both be kept"
+    ) as caught:
+        combine(pair, (), SERVED)
+    assert {caught.value.one, caught.value.other} == set(pair)
+
+
+def test_what_was_combined_knows_its_rules_and_is_the_strictest_ones() -> None:
+    three = [ready(number, Cap(bound), Scope(), False) for number, bound in enumerate([3.0, 1.0, 2.0])]
+    (made,) = combine(three, (), SERVED).edits
+    assert set(made.rules) == set(three)
+    assert made.part.affine.hi == 1.0
+    assert made.origin.policy == "p1"

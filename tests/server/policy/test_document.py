@@ -1,0 +1,185 @@
+"""Policies as YAML and JSON: there and back without loss, and every mistake named by its path."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+
+from saeguard_sae.edits import Cap, Scale, Zero
+from saeguard_server.interventions import Apply, FeatureRef, Scope, Stop, Window
+from saeguard_server.policy import document
+from saeguard_server.policy.document import BadDocument
+from saeguard_server.policy.model import Policy, Rollout
+from support.policy_shapes import policies
+
+EXAMPLE = """
+name: no-flattery
+mode: off
+rollout: {share: 1e-1, by: conversation}
+rules:
+  - name: less
+    sae: mid
+    feature: 12
+    cap: {value: 2, unit: max}
+    scope: {phase: generated}
+  - {name: none, sae: mid, feature: 13, zero: true}
+triggers:
+  - name: secret
+    when: {sae: mid, feature: 3, above: 2.5, over: {k: 2, of: 3}}
+    stop: true
+  - name: calm
+    when:
+      terms: [{sae: mid, feature: 3}, {sae: late, feature: 0, weight: -2}]
+      bias: 0.5
+      at_most: 3
+      release: 3.5
+      over: {rolling_mean: 4}
+    apply: [{sae: mid, feature: 2, scale: 0.5}]
+pins: {saes: {mid: abc}}
+expires: 2027-01-31T00:00:00Z
+"""
+RULE = "name: a\nmode: enforce\nrules: [{name: x, sae: m, feature: 1, %s}]"
+WHEN = "cap: 1, when: {%s}"
+TRIGGER = "name: a\nmode: enforce\ntriggers: [{name: t, when: {sae: m, feature: 1, above: 1}%s}]"
+
+
+def test_the_format_means_what_it_says() -> None:
+    (one,) = document.policies_from_yaml(EXAMPLE)
+    assert (one.name, one.mode, one.rollout) == ("no-flattery", "off", Rollout(share=0.1, by="conversation"))
+    assert one.rules[0].intervention.edit == Cap(2.0, "max")
+    assert one.rules[0].intervention.scope == Scope("generated")
+    assert one.rules[1].intervention.edit == Zero()
+    secret, calm = one.triggers
+    assert (secret.action, secret.when.comparison, secret.when.window) == (Stop(), "above", Window("k_of_n", 3, 2))
+    assert [(term.feature, term.weight) for term in calm.when.terms] == [
+        (FeatureRef("mid", 3), 1.0),
+        (FeatureRef("late", 0), -2.0),
+    ]
+    assert (calm.when.bias, calm.when.threshold, calm.when.release) == (0.5, 3.0, 3.5)
+    assert isinstance(calm.action, Apply)
+    assert calm.action.interventions[0].edit == Scale(0.5)
+    assert one.expires == datetime(2027, 1, 31, tzinfo=UTC)
+
+
+@settings(max_examples=40, deadline=None)
+@given(policies())
+def test_there_and_back(one: Policy) -> None:
+    text = document.policy_to_yaml(one)
+    assert document.policies_from_yaml(text) == (one,)
+    canonical = document.canonical_json(one)
+    again = document.policy_from_canonical(canonical)
+    assert again == one
+    assert document.canonical_json(again) == canonical
+    # Other readers of YAML, which know more words for true and more forms of numbers, read the same words.
+    assert yaml.safe_load(text)["mode"] == one.mode
+
+
+def test_readmes_example_is_one() -> None:
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## Policies\n")[2].partition("\n## ")[0]
+    text = section.partition("```yaml\n")[2].partition("```")[0]
+    (one,) = document.read_policy_files({"a.yaml": text, "secret-probe.json": PROBE})
+    assert (len(one.rules), len(one.triggers), one.mode) == (2, 2, "enforce")
+
+
+def test_several_policies_in_one_text() -> None:
+    text = "---\n".join(document.policy_to_yaml(one) for one in document.policies_from_yaml(EXAMPLE) * 2)
+    assert len(document.policies_from_yaml(text)) == 2
+    with pytest.raises(BadDocument, match=r"document 2: mode: must be one of off, shadow, enforce"):
+        document.policies_from_yaml(EXAMPLE + "---\nname: b\nmode: on")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no policy"),
+        ("name: [", "line 2: "),
+        ("[" * 100_000, "line 1: is nested too deeply"),
+        ("- 1", "Expected `object`"),
+        ("name: a\nmode: 3", "mode: Expected `str`"),
+        ("name: a\nname: b", "line 2: 'name' is given twice"),
+        ("name: &x a\nmode: *x", "line 1: anchors and aliases"),
+        ("? [a]\n: 3", "line 1: a key must be a word"),
+        ("a: !!python/object:os.system {}", "could not determine a constructor"),
+        ("name: a\nmode: enforce\nsurprise: 1", "unknown field `surprise`"),
+        ("name: a\nmode: enforce", "rules: a policy must have rules, triggers or limits"),
+        ("name: A\nmode: enforce\nlimits: {max_relative_edit: 1}", "name: must be 1 to 63 of"),
+        ("name: a\nmode: enforce\nlimits: {max_relative_edit: 0}", "limits.max_relative_edit: must be finite"),
+        ("name: a\nmode: enforce\nlimits: {denied_features: [{sae: m, feature: -1}]}", r"limits.denied_features\[0\]"),
+        ("name: a\nmode: enforce\nrollout: {share: 2}\nlimits: {denied_saes: [m]}", "rollout.share: must be 0 to 1"),
+        ("name: a\nmode: enforce\nlimits: {denied_saes: [m]}\nexpires: 2027-01-31T00:00:00", "expires: must have a"),
+        (RULE % "clamp: {value: 1e300}", r"rules\[0\].clamp.value: must be finite in float32"),
+        (RULE % "clamp: .nan", r"rules\[0\].clamp: Expected"),
+        (RULE % "clamp: 012", r"rules\[0\].clamp: Expected"),
+        (RULE % "clamp: {value: 1, unit: volts}", r"rules\[0\].clamp.unit: must be one of raw, max, unit_decoder"),
+        (RULE % "scale: 1e39", r"rules\[0\].scale.factor: must be finite"),
+        (RULE % "zero: false", r"rules\[0\].zero: must be true"),
+        (RULE % "zero: true, cap: 2", r"rules\[0\]: must have one of .*, not zero and cap"),
+        (RULE % "scope: {end: 2}", r"rules\[0\]: must have one of zero, clamp, scale, add, cap, floor"),
+        (RULE % "cap: 2, scope: {start: 3, end: 2}", r"rules\[0\].scope.end: must be above start"),
+        (RULE % "cap: 2, scope: {phase: later}", r"rules\[0\].scope.phase: must be one of all, prompt, generated"),
+        (RULE % (WHEN % "sae: m, feature: 1"), r"rules\[0\].when: must have one of above, at_least, below, at_most"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1, below: 3"), r"rules\[0\].when: must have one of above"),
+        (RULE % (WHEN % "sae: m, above: 1"), r"rules\[0\].when.feature: must be set"),
+        (RULE % (WHEN % "above: 1"), r"rules\[0\].when: must have sae and feature, or terms, or probe"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1e39"), r"rules\[0\].when.above: must be finite"),
+        (RULE % (WHEN % "terms: [{sae: m, feature: 1, weight: 0}], above: 1"), r"when.terms\[0\].weight: must not"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1, release: 2"), r"rules\[0\].when.release: must be at most"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: {rolling_mean: 999}"), "over.rolling_mean: must be 1 to"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: {k: 3, of: 2}"), "when.over.k: must be 1 to 2"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: {k: 3}"), "when.over: must be this_token"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: ever"), "when.over: must be one of this_token"),
+        (RULE % (WHEN % "probe: p.json, above: 1"), r"rules\[0\].when.probe: files of probes are only read where"),
+        (TRIGGER % "", r"triggers\[0\]: must have one of flag, stop and apply"),
+        (TRIGGER % ", stop: true, flag: true", r"triggers\[0\]: must have one of flag, stop and apply"),
+        (TRIGGER % ", stop: false", r"triggers\[0\].stop: must be true"),
+        (TRIGGER % ", apply: []", r"triggers\[0\].apply: must not be empty"),
+        (TRIGGER % ", apply: [{sae: m, feature: 2, when: {}, cap: 1}]", r"triggers\[0\].apply\[0\]: .*field `when`"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, said: str) -> None:
+    with pytest.raises(BadDocument, match=said):
+        document.policies_from_yaml(text)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "a"}', '{"name": "a", "mode": "enforce"}', "[" * 5000])
+def test_a_stored_text_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(BadDocument):
+        document.policy_from_canonical(text)
+
+
+PROBED = RULE % (WHEN % "probe: probes/p.json, above: 0")
+PROBE = '{"sae": "m", "bias": -1, "weights": [0, 2, 0, -3]}'
+
+
+def test_probes_are_read_from_the_policys_folder_and_written_out(tmp_path: Path) -> None:
+    (tmp_path / "probes").mkdir()
+    (tmp_path / "probes" / "p.json").write_text(PROBE)
+    (tmp_path / "a.yaml").write_text(PROBED)
+    from_folder = document.read_policy_file(tmp_path / "a.yaml")
+    assert from_folder == document.read_policy_files({"a.yaml": PROBED, "probes/p.json": PROBE})
+    condition = from_folder[0].rules[0].intervention.when
+    assert condition is not None
+    assert (condition.bias, [term.weight for term in condition.terms]) == (-1.0, [2.0, -3.0])
+    assert "probe" not in document.canonical_json(from_folder[0])
+    assert document.policy_from_canonical(document.canonical_json(from_folder[0])) == from_folder[0]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../p.json", "missing.json", "link.json"])
+def test_other_files_are_not_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(PROBE)
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    (folder / "link.json").symlink_to(tmp_path / "p.json")
+    text = PROBED.replace("probes/p.json", name)
+    (folder / "a.yaml").write_text(text)
+    for read in (
+        lambda: document.read_policy_file(folder / "a.yaml"),
+        lambda: document.read_policy_files({"a.yaml": text}),
+    ):
+        with pytest.raises(BadDocument, match=r"a.yaml: rules\[0\].when.probe: "):
+            read()

@@ -1,0 +1,73 @@
+"""Which policies are on a request: by target, rollout and time, and because it asks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from saeguard_sae.edits import Clamp, Edit, Zero
+from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
+from saeguard_server.policy.model import Policy, Rollout, Target
+from saeguard_server.policy.resolve import resolve_policies
+from support.policy_shapes import NOW, policy, rule
+from support.resolving import InForce, asks, resolved
+
+
+@pytest.mark.parametrize(
+    ("target", "is_hit"),
+    [
+        (Target(), True),
+        (Target(callers=("bot", "x")), True),
+        (Target(callers=("x",)), False),
+        (Target(tags=("public",)), True),
+        (Target(tags=("internal",)), False),
+        (Target(callers=("bot",), tags=("internal",)), False),
+        (Target(models=("fake",)), True),
+        (Target(models=("other",)), False),
+    ],
+)
+def test_whose_requests(target: Target, is_hit: bool, in_force: InForce) -> None:
+    found = resolved(in_force(policy("a", rule("none", Zero()), target=target)))
+    assert found.facts.enforced == (("a",) if is_hit else ())
+
+
+def test_a_policy_ends_when_it_expires(in_force: InForce) -> None:
+    snapshot = in_force(policy("a", rule("none", Zero()), expires=NOW + timedelta(seconds=1)))
+    assert resolve_policies(*asks(), snapshot, NOW).edits
+    assert not resolve_policies(*asks(), snapshot, NOW + timedelta(seconds=1)).edits
+    with pytest.raises(InvalidRequest, match=r"policies\[0\]: 'a' has expired"):
+        resolve_policies(*asks(policies=("a",)), snapshot, NOW + timedelta(seconds=1))
+
+
+def test_callers_may_ask_for_policies(in_force: InForce) -> None:
+    elsewhere = Rollout(share=0.0)
+    snapshot = in_force(
+        policy("a", rule("none", Zero()), rollout=elsewhere),
+        policy("b", rule("none", Zero(), 3), rollout=elsewhere, mode="shadow"),
+        policy("c", rule("none", Zero(), 5), mode="off"),
+        policy("d", rule("none", Zero(), 5), target=Target(models=("other",))),
+    )
+    assert not resolved(snapshot).edits
+    found = resolved(snapshot, policies=("b", "a"))
+    assert (found.facts.enforced, found.facts.shadowed) == (("a",), ("b",))
+    with pytest.raises(UnknownName, match=r"policies\[1\]: no policy 'z' is in force"):
+        resolved(snapshot, policies=("a", "z"))
+    for name, said in (("c", "is off"), ("d", "is for other models")):
+        with pytest.raises(InvalidRequest, match=rf"policies\[0\]: '{name}' {said}"):
+            resolved(snapshot, policies=(name,))
+
+
+def test_two_that_cannot_be_kept_together_fail_closed(in_force: InForce) -> None:
+    def one(name: str, kind: Edit, caller: str) -> Policy:
+        return policy(name, rule("r", kind), target=Target(callers=(caller,)))
+
+    snapshot = in_force(one("a", Zero(), "bot"), one("b", Clamp(2.0), "human"))
+    assert resolved(snapshot).facts.enforced == ("a",)
+    with pytest.raises(PolicyRefusal, match=r"policies: .*rule 'r' of policy 'a' and rule 'r' of policy 'b'"):
+        resolved(snapshot, policies=("b",))
+    # As if a revision had been put in force unchecked.
+    ready = {name: replace(one, policy=replace(one.policy, target=Target())) for name, one in snapshot.ready.items()}
+    with pytest.raises(PoliciesUnavailable, match="cannot both be kept"):
+        resolved(replace(snapshot, ready=ready, _selections={}))

@@ -1,0 +1,227 @@
+"""The table of what a request may add to a rule: every pair of kinds, by what the maps do to values."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
+from saeguard_server.interventions import PHASES, Phase, Scope
+from saeguard_server.policy.tighten import NOTHING, Effect, Where, meets, relation, strictness, tightened
+from support.policy_shapes import when
+
+VALUES = (-3.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
+EDITS: list[Edit] = [Zero(), *(kind(value) for kind in (Clamp, Scale, Add, Cap, Floor) for value in VALUES)]
+POSITIVE = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61)])
+GRID = np.concatenate([-POSITIVE[::-1], POSITIVE])
+
+
+def effect(edit: Edit) -> Effect:
+    return Effect.of(edit.kind, edit.affine(1.0))
+
+
+def mapped(affine: Affine, values: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(affine.alpha * values + affine.beta, affine.lo), affine.hi)
+
+
+def constant(edit: Edit) -> float | None:
+    if isinstance(edit, Zero) or edit == Scale(0.0):
+        return 0.0
+    return edit.value if isinstance(edit, Clamp) else None
+
+
+def is_accepted(rule: Edit, asked: Edit) -> bool:  # noqa: C901
+    """The table as it was agreed, case by case."""
+    pinned, wanted = constant(rule), constant(asked)
+    if pinned is not None:
+        match asked:
+            case Cap(value):
+                return value >= pinned
+            case Floor(value):
+                return value <= pinned
+        return wanted == pinned
+    match rule:
+        case Cap(bound):
+            if wanted is not None:
+                return wanted <= bound
+            return asked.value <= bound if isinstance(asked, Floor) else True
+        case Floor(bound):
+            if wanted is not None:
+                return wanted >= bound
+            return asked.value >= bound if isinstance(asked, Cap) else True
+        case Scale(a):
+            match asked:
+                case Scale(b) if wanted is None:
+                    return 0 <= b <= a <= 1 or b >= a >= 1 or b == a
+                case Cap():
+                    return 0 <= a <= 1
+                case Floor():
+                    return a >= 1
+            return wanted == 0 and 0 <= a <= 1
+        case Add(v):
+            match asked:
+                case Add(w):
+                    return w <= v < 0 or w >= v > 0 or w == v
+                case Cap():
+                    return v < 0
+                case Floor():
+                    return v > 0
+            return False
+    raise AssertionError(rule)
+
+
+def is_tight(rule: Edit, result: Affine) -> bool:
+    """Whether nothing that the result gives is weaker than what the rule gives."""
+    given, mine = mapped(result, GRID), mapped(rule.affine(1.0), GRID)
+    match rule:
+        case Cap(bound):
+            return bool((given <= bound).all())
+        case Floor(bound):
+            return bool((given >= bound).all())
+        case Scale(a) if 0 < a < 1:
+            return bool((given <= mine)[GRID >= 0].all())
+        case Scale(a) if a > 1:
+            return bool((given >= mine)[GRID >= 0].all())
+        case Add(v) if v < 0:
+            return bool((given <= mine).all())
+        case Add(v) if v > 0:
+            return bool((given >= mine).all())
+        case Scale(1.0):
+            return True
+    return bool((given == mine).all())
+
+
+def keeps(asked: Edit, result: Affine, within: tuple[float, float] = (-inf, inf)) -> bool:
+    """Whether the result does what was asked, a factor or difference within a rule's bounds."""
+    given = mapped(result, GRID)
+    match asked:
+        case Cap(value):
+            return bool((given <= value).all())
+        case Floor(value):
+            return bool((given >= value).all())
+    return bool((given == np.clip(mapped(asked.affine(1.0), GRID), *within)).all())
+
+
+@pytest.mark.parametrize("rule", EDITS, ids=str)
+def test_every_pair_of_kinds(rule: Edit) -> None:
+    for asked in EDITS:
+        found = tightened(effect(rule), effect(asked))
+        assert (found is not None) == is_accepted(rule, asked), asked
+        if found is None:
+            continue
+        is_bound = isinstance(rule, Cap | Floor)
+        within = (found.low, found.high) if is_bound and isinstance(asked, Scale | Add) else (-inf, inf)
+        assert is_tight(rule, found.affine), asked
+        assert keeps(asked, found.affine, within), asked
+
+
+def test_what_is_met_already_is_exactly_what_changes_nothing_in_the_result() -> None:
+    for rule, asked in product(EDITS, EDITS):
+        if meets(effect(rule), effect(asked)):
+            assert keeps(asked, rule.affine(1.0)), (rule, asked)
+            assert tightened(effect(rule), effect(asked)) == effect(rule), (rule, asked)
+
+
+EXAMPLES: list[tuple[Edit, Edit, Affine | None]] = [
+    (Zero(), Clamp(3.0), None),
+    (Zero(), Cap(3.0), Affine(alpha=0.0)),
+    (Cap(2.0), Cap(1.0), Affine(hi=1.0)),
+    (Cap(1.0), Cap(2.0), Affine(hi=1.0)),
+    (Cap(2.0), Floor(0.5), Affine(lo=0.5, hi=2.0)),
+    (Cap(2.0), Zero(), Affine(alpha=0.0)),
+    (Cap(2.0), Clamp(3.0), None),
+    (Cap(2.0), Scale(3.0), Affine(alpha=3.0, hi=2.0)),
+    (Floor(2.0), Add(-1.0), Affine(beta=-1.0, lo=2.0)),
+    (Scale(0.5), Scale(0.2), Affine(alpha=0.2)),
+    (Scale(0.5), Scale(0.8), None),
+    (Scale(0.5), Scale(-1.0), None),
+    (Scale(0.5), Zero(), Affine(alpha=0.0)),
+    (Scale(0.5), Cap(1.0), Affine(alpha=0.5, hi=1.0)),
+    (Scale(2.0), Floor(1.0), Affine(alpha=2.0, lo=1.0)),
+    (Scale(-1.0), Cap(1.0), None),
+    (Add(-1.0), Add(-2.0), Affine(beta=-2.0)),
+    (Add(-1.0), Add(2.0), None),
+    (Add(-1.0), Cap(1.0), Affine(beta=-1.0, hi=1.0)),
+    (Add(-1.0), Zero(), None),
+]
+
+
+@pytest.mark.parametrize(("rule", "asked", "result"), EXAMPLES, ids=str)
+def test_examples(rule: Edit, asked: Edit, result: Affine | None) -> None:
+    found = tightened(effect(rule), effect(asked))
+    assert (None if found is None else found.affine) == result
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(EDITS), min_size=2, max_size=4), st.randoms())
+def test_several_rules_hold_together_exactly_if_each_two_do_and_in_any_order_if_in_one(
+    rules: list[Edit], random
+) -> None:
+    def folded(ordered: list[Edit]) -> Effect | None:
+        total: Effect | None = NOTHING
+        for one in ordered:
+            total = None if total is None else tightened(total, effect(one))
+        return total
+
+    by_strictness = sorted(rules, key=lambda one: strictness(effect(one)))
+    found = folded(by_strictness)
+    pairs = all(
+        tightened(effect(one), effect(two)) or tightened(effect(two), effect(one))
+        for index, one in enumerate(rules)
+        for two in rules[:index]
+    )
+    assert (found is not None) == pairs
+    shuffled = folded(random.sample(rules, len(rules)))
+    if shuffled is not None:
+        assert found is not None
+    if found is not None:
+        # A factor on top of bounds is kept within them; so what each rule demands is what `keeps` allows for.
+        bounds = [one for one in rules if isinstance(one, Cap | Floor)]
+        assert all(is_tight(one, found.affine) for one in bounds)
+        if not bounds:
+            assert all(is_tight(one, found.affine) for one in rules)
+
+
+def _scope(phase: Phase, start: int, length: int | None, special: bool) -> Scope:
+    return Scope(phase, start, None if length is None else start + length, special)
+
+
+scopes = st.builds(_scope, st.sampled_from(PHASES), st.integers(0, 8), st.none() | st.integers(1, 8), st.booleans())
+
+
+def tokens(scope: Scope, prompt: int) -> set[tuple[int, bool]]:
+    """Positions a scope holds, each as a special token and as another one."""
+    first, last = scope.positions(prompt)
+    found = range(first, min(24, 24 if last is None else last))
+    return {(at, special) for at in found for special in (False, True) if scope.include_special_tokens or not special}
+
+
+@settings(max_examples=150, deadline=None)
+@given(scopes, scopes)
+def test_how_two_scopes_lie(rule: Scope, asked: Scope) -> None:
+    found = relation(Where(rule), Where(asked))
+    held = [(tokens(rule, prompt), tokens(asked, prompt)) for prompt in range(1, 24)]
+    match found:
+        case "apart":
+            assert not any(one & other for one, other in held)
+        case "same":
+            assert rule == asked
+        case "within":
+            assert all(other <= one for one, other in held)
+        case "across":
+            # Not exact where phases differ: a prompt has at least one token, and that is not made use of.
+            assert rule.phase != asked.phase or any(not other <= one for one, other in held)
+
+
+def test_conditions_hide_what_is_enforced() -> None:
+    everywhere, sometimes, fired = Where(Scope()), Where(Scope(), when()), Where(Scope(), None, True)
+    assert relation(sometimes, sometimes) == "same"
+    assert relation(everywhere, sometimes) == relation(everywhere, fired) == "within"
+    for enforced, asked in [(sometimes, everywhere), (fired, everywhere), (fired, fired), (sometimes, fired)]:
+        assert relation(enforced, asked) == "across"
+    assert relation(Where(Scope(), when(above=2.0)), sometimes) == "across"

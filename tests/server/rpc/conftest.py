@@ -1,0 +1,143 @@
+"""The real edge on a real socket, with flows that a test controls."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+
+from saeguard.v1 import (
+    activation_service_pb2_grpc,
+    catalog_service_pb2_grpc,
+    generation_service_pb2_grpc,
+    server_info_service_pb2_grpc,
+)
+from saeguard_server.admission import RpcLimiter
+from saeguard_server.audit.log import Audit
+from saeguard_server.catalog import Catalog, describe_server
+from saeguard_server.engine.protocol import Engine, GenerateTask
+from saeguard_server.fair_queue import FairQueue
+from saeguard_server.generation import Comparison
+from saeguard_server.identity import auth as access
+from saeguard_server.identity.auth import Identity
+from saeguard_server.observe import Metrics
+from saeguard_server.reply import ActivationPart, Chunk, Completion, Timings, Token, TokenText
+from saeguard_server.request import ActivationRequest, Call, GenerationRequest
+from saeguard_server.rpc import server as edge
+from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
+from saeguard_server.rpc.policy import PolicyServicer
+from saeguard_server.rpc.server import Health, ServerInfoServicer
+from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
+from saeguard_server.settings import IdentitySettings, LimitSettings, ServerSettings, Settings
+
+
+@dataclass
+class FakeGenerate:
+    """Generates on the fake engine, without a tokenizer."""
+
+    engine: Engine
+    calls: list[Call] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
+
+    async def stream(self, request: GenerationRequest, call: Call) -> AsyncIterator[Chunk]:
+        self.calls.append(call)
+        self.requests.append(request)
+        task = GenerateTask(
+            call=call, tokens=(1, 2), sampling=request.sampling,
+            max_new_tokens=request.sampling.max_new_tokens or 3, seed=7,
+            watch=tuple((one.sae, one.feature) for one in request.watch),
+        )  # fmt: skip
+        async with aclosing(self.engine.generate(task)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+class FakeCompare:
+    """Both answers are the same."""
+
+    async def run(self, request: GenerationRequest, call: Call) -> Comparison:
+        done = Completion("length", "", 2, 1, Timings(0.0, 0.0, 0.0), None, 7)
+        same = (Chunk("text", (Token(1),), completion=done),)
+        return Comparison(same, same, None, (0.0,))
+
+
+@dataclass
+class FakeRead:
+    """One feature a token; ``tokens`` of them with ``entries`` each."""
+
+    tokens: int = 2
+    entries: int = 1
+    requests: list[ActivationRequest] = field(default_factory=list)
+
+    async def stream(self, request: ActivationRequest, call: Call) -> AsyncIterator[ActivationPart]:
+        self.requests.append(request)
+        total = self.tokens * self.entries
+        yield ActivationPart(
+            0, "mid", 0, tuple(TokenText(index, f"w{index}", index) for index in range(self.tokens)),
+            array("I", range(0, total + 1, self.entries)),
+            array("I", [index % self.entries for index in range(total)]),
+            array("f", [float(index) for index in range(total)]), True,
+        )  # fmt: skip
+
+
+@dataclass
+class Edge:
+    """A running edge and everything a test may turn."""
+
+    address: str
+    channel: grpc.aio.Channel
+    metrics: Metrics
+    admission: RpcLimiter
+    health: Health
+    generate: FakeGenerate
+    read: FakeRead
+    engine: Engine
+    frame: RpcInterceptor
+
+    def __post_init__(self) -> None:
+        self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
+        self.activation = activation_service_pb2_grpc.ActivationServiceStub(self.channel)
+        self.catalog = catalog_service_pb2_grpc.CatalogServiceStub(self.channel)
+        self.info = server_info_service_pb2_grpc.ServerInfoServiceStub(self.channel)
+
+
+@pytest.fixture
+def limits() -> LimitSettings:
+    return LimitSettings(
+        max_queue=2, max_deadline_s=5.0, max_interventions=4, max_watch=3, max_activation_inputs=2,
+        max_activation_values=10,
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> AsyncIterator[Edge]:
+    admission = RpcLimiter(
+        engine, FairQueue(engine, metrics, slots=2), metrics, max_queue=limits.max_queue, max_slots=2
+    )
+    health, generate, read = Health(edge.SERVICES), FakeGenerate(engine), FakeRead()
+    settings = Settings(limits=limits, server=ServerSettings(listen="127.0.0.1:0"))
+    servicers = edge.Servicers(
+        generation=GenerationServicer(generate, FakeCompare(), admission, limits),
+        activation=ActivationServicer(read, admission, limits),
+        catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
+        policy=PolicyServicer(None, Audit()),
+        server_info=ServerInfoServicer(describe_server(engine, settings)),
+        health=health,
+    )
+    frame = RpcInterceptor(
+        metrics,
+        admission,
+        AuthInterceptor(Identity.of(IdentitySettings()), access.role_table(False), metrics),
+        limits.max_deadline_s,
+    )
+    server = edge.build_server(servicers, frame, settings.server)
+    address = str(edge.listen_on(server, settings.server))
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield Edge(address, channel, metrics, admission, health, generate, read, engine, frame)
+    await server.stop(None)
+    assert await frame.open.ended(within_s=2)

@@ -1,0 +1,206 @@
+"""What conditions and triggers become, and what is refused by name before any work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from saeguard_sae.catalogue import CatalogueFeature
+from saeguard_sae.edit_table import FOREVER
+from saeguard_sae.edits import Affine, Cap, Clamp, Zero
+from saeguard_sae.metadata import write_catalogue
+from saeguard_server.engine.protocol import Steering
+from saeguard_server.engine.transformers import TransformersEngine, load_engine
+from saeguard_server.errors import InvalidRequest, UnknownName
+from saeguard_server.interventions import (
+    Apply,
+    Condition,
+    FeatureRef,
+    Flag,
+    Intervention,
+    Origin,
+    Scope,
+    Stop,
+    Term,
+    Trigger,
+    Wanted,
+    WantedTrigger,
+    Window,
+)
+from saeguard_server.observe import Metrics
+from saeguard_server.steering import (
+    TokenRange,
+    check_terms,
+    may_stop,
+    prepare_edit,
+    prepare_trigger,
+    resolve_steering,
+    steer,
+)
+from support.engines import edit, make_world
+
+REACH = TokenRange((256, 1, 2, 3), 8, frozenset({256}))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
+    world = make_world("gpt2", tmp_path_factory.mktemp("gpt2"))
+    write_catalogue(Path(world.path / "resid_post"), {4: CatalogueFeature(index=4, maximum=8.0)})
+    return load_engine(world.settings(), Metrics(CollectorRegistry()))
+
+
+def when(*features: FeatureRef, threshold: float = 0.5, **more: Any) -> Condition:
+    terms = tuple(Term(one) for one in features or (FeatureRef("resid_pre", 1),))
+    return Condition(terms=terms, threshold=threshold, **more)
+
+
+def gated(condition: Condition, sae: str = "resid_post", feature: int = 4) -> Intervention:
+    return replace(edit(sae, feature, Clamp(2.0)), when=condition)
+
+
+def steering(engine: Any, *edits: Intervention, triggers: tuple[Trigger, ...] = ()) -> Steering:
+    return resolve_steering(engine, edits, None, REACH, triggers)
+
+
+def test_units_become_raw(engine: TransformersEngine) -> None:
+    one = FeatureRef("resid_post", 4)
+    found = steering(engine, gated(when(one, threshold=0.5, release=0.25, unit="max"))).guards[0]
+    assert (found.threshold, found.release) == (4.0, 2.0)
+    norm = float(engine.saes["resid_post"].dictionary.W_dec[4].norm())
+    found = steering(engine, gated(when(one, threshold=3.0, unit="unit_decoder"))).guards[0]
+    assert found.threshold == found.release == pytest.approx(3.0 / norm)
+
+
+def test_scopes_become_positions_and_equal_conditions_are_shared(engine: TransformersEngine) -> None:
+    generated = when(scope=Scope("generated"))
+    found = steering(
+        engine, gated(generated), gated(generated, feature=5), gated(when(), feature=6), edit("resid_post", 7, Zero()),
+        triggers=(Trigger("a", generated), Trigger("b", generated, Apply((edit("resid_post", 9, Zero()),)))),
+    )  # fmt: skip
+    assert [one.gate for one in found.edits] == [2, 2, 3, None, 1], "a trigger's guard is its own"
+    assert [(one.first, one.last) for one in found.guards] == [(4, FOREVER)] * 3 + [(0, FOREVER)]
+    assert [(one.is_trigger, one.latches, one.origin.rule) for one in found.guards] == [
+        (True, False, "a"), (True, True, "b"), (False, False, ""), (False, False, "")
+    ]  # fmt: skip
+
+
+REFUSED: dict[str, tuple[Condition, str]] = {
+    "no such SAE": (when(FeatureRef("nowhere", 1)), r"interventions\[0\].when.terms\[0\].sae: no SAE 'nowhere'"),
+    "no such feature": (
+        when(FeatureRef("resid_pre", 1), FeatureRef("resid_pre", 96)),
+        r"interventions\[0\].when.terms\[1\].feature: must be 0 to 95",
+    ),
+    "no statistics": (
+        when(FeatureRef("resid_pre", 1), unit="max"), r"interventions\[0\].when.unit: the catalogue of 'resid_pre'"
+    ),
+    "no token": (when(scope=Scope(start=8)), r"interventions\[0\].when.scope: selects no token"),
+    "only BOS": (when(scope=Scope(end=1)), r"interventions\[0\].when.scope: selects no token"),
+    "too large": (when(FeatureRef("resid_post", 4), threshold=3e38, unit="max"), r"when.threshold: is not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_decided_is_refused_by_field(name: str, engine: TransformersEngine) -> None:
+    condition, message = REFUSED[name]
+    with pytest.raises((InvalidRequest, UnknownName), match=message):
+        steering(engine, gated(condition))
+    named = message.replace(r"interventions\[0\]", r"triggers\[0\]")
+    with pytest.raises((InvalidRequest, UnknownName), match=named):
+        steering(engine, triggers=(Trigger("one", condition),))
+
+
+def test_an_edit_cannot_wait_for_what_is_decided_after_it(engine: TransformersEngine) -> None:
+    late = when(FeatureRef("resid_pre", 1), FeatureRef("resid_post", 2))
+    steering(engine, gated(late))
+    with pytest.raises(InvalidRequest, match=r"interventions\[0\].when: is decided at resid_post.1, after mlp_out.1"):
+        steering(engine, gated(late, "mlp_out"))
+    applied = Apply((edit("resid_post", 3, Zero()), edit("attn_z", 3, Zero())))
+    with pytest.raises(InvalidRequest, match=r"triggers\[0\].when: is decided at resid_post.1, after attn_z.1"):
+        steering(engine, triggers=(Trigger("one", late, applied),))
+
+
+def test_an_engine_without_conditions_says_so(engine: TransformersEngine) -> None:
+    can = replace(engine.capabilities, engine="plain", conditions=False)
+    plain = SimpleNamespace(saes=engine.saes, capabilities=can)
+    steering(plain, edit("resid_post", 4, Zero()))
+    with pytest.raises(InvalidRequest, match=r"interventions\[0\].when: the plain engine decides no conditions"):
+        steering(plain, gated(when()))
+    with pytest.raises(InvalidRequest, match=r"triggers\[0\].when: the plain engine decides no conditions"):
+        steering(plain, triggers=(Trigger("one", when()),))
+
+
+def test_two_edits_of_one_feature_on_one_token_are_refused(engine: TransformersEngine) -> None:
+    target = edit("resid_post", 4, Zero(), Scope("generated"))
+    trigger = Trigger("one", when(), Apply((target,)))
+    steering(engine, edit("resid_post", 4, Cap(1.0), Scope("prompt")), triggers=(trigger,))
+    with pytest.raises(InvalidRequest, match=r"triggers\[0\].apply.interventions\[0\].feature: .* interventions\[0\]"):
+        steering(engine, edit("resid_post", 4, Cap(1.0), Scope(end=5)), triggers=(trigger,))
+
+
+def test_the_digest_covers_conditions_and_triggers(engine: TransformersEngine) -> None:
+    plain, other = edit("resid_post", 4, Clamp(2.0)), edit("resid_post", 5, Clamp(2.0))
+    every = [
+        steering(engine, plain),
+        steering(engine, gated(when())),
+        steering(engine, gated(when(threshold=0.6))),
+        steering(engine, gated(when(release=0.4))),
+        steering(engine, gated(when(comparison="at_least"))),
+        steering(engine, gated(when(window=Window("rolling_mean", 3)))),
+        steering(engine, gated(when(window=Window("rolling_mean", 4)))),
+        steering(engine, gated(when(bias=0.1))),
+        steering(engine, gated(when(scope=Scope(start=1)))),
+        steering(engine, gated(when(FeatureRef("resid_pre", 2)))),
+        steering(engine, gated(Condition(terms=(Term(FeatureRef("resid_pre", 1), 2.0),), threshold=0.5))),
+        *(steering(engine, plain, triggers=(Trigger("one", when(), action),)) for action in (Flag(), Stop())),
+        steering(engine, plain, triggers=(Trigger("one", when(), Apply((other,))),)),
+        steering(engine, plain, other),
+    ]
+    assert len({one.digest for one in every}) == len(every)
+    a, b = gated(when()), gated(when(threshold=0.6), feature=5)
+    assert steering(engine, a, b).digest == steering(engine, b, a).digest
+
+
+def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
+    """Shadow and enforced edits of one feature, unlimited ones, one that two made together, scopes beyond the text."""
+    origin = Origin("safety", "no-bridges")
+    wants = [
+        Wanted(intervention=gated(when()), field="policy", origin=origin, is_limited=False, affine=Affine(lo=1, hi=2)),
+        Wanted(
+            intervention=edit("resid_post", 4, Zero(), Scope(start=50)), field="policy", origin=origin, is_shadow=True
+        ),
+    ]
+    watch = WantedTrigger(trigger=Trigger("t", when(), Stop()), field="policy", origin=origin, is_shadow=True)
+    trigger = prepare_trigger(cast(Any, engine), watch)
+    found = steer([prepare_edit(engine, one) for one in wants], [trigger], None, REACH)
+    first, second = found.edits
+    assert (first.affine, first.is_limited, first.origin, first.gate) == (Affine(lo=1, hi=2), False, origin, 1)
+    assert (second.is_shadow, second.first) == (True, 50)
+    assert [(one.stops, one.is_shadow) for one in found.guards] == [(False, True), (False, False)]
+    with pytest.raises(InvalidRequest, match="max_relative_edit: has nothing to limit"):
+        steer([prepare_edit(engine, wants[0])], [], 0.5, REACH)
+
+
+def test_too_many_terms_together_are_refused() -> None:
+    two = when(FeatureRef("a", 1), FeatureRef("a", 2))
+    check_terms((gated(two),), (Trigger("t", two),), 4)
+    with pytest.raises(InvalidRequest, match="triggers: all conditions together may have 3 terms, got 4"):
+        check_terms((gated(two),), (Trigger("t", two),), 3)
+    with pytest.raises(InvalidRequest, match="interventions: all conditions together"):
+        check_terms((gated(two),), (), 1)
+
+
+def test_the_last_token_is_read_only_if_it_can_be_stopped(engine: TransformersEngine) -> None:
+    def stops(**scope: Any) -> bool:
+        one = WantedTrigger(trigger=Trigger("t", when(scope=Scope(**scope)), Stop()), field="triggers[0]")
+        return may_stop([prepare_trigger(engine, one)], 7, 4)
+
+    assert stops()
+    assert stops(phase="generated")
+    assert not stops(phase="prompt")
+    assert not stops(end=7)
+    assert stops(start=7)

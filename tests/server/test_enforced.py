@@ -1,0 +1,114 @@
+"""Policies on a real model: an enforced rule does what the same edit in a request does, and a shadow nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from math import inf
+from typing import Any, TypeAlias
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from saeguard_sae.edits import Add, Cap, Clamp, Edit, Scale
+from saeguard_server.engine.transformers import TransformersEngine, load_engine
+from saeguard_server.generation import Generation
+from saeguard_server.interventions import Scope, Stop, Trigger, Window
+from saeguard_server.observe import Metrics
+from saeguard_server.policy.compile import Policies, build_snapshot
+from saeguard_server.policy.model import Activation, Limits, Policy, Revision
+from saeguard_server.reply import InterventionReceipt, StoppedBy
+from saeguard_server.settings import LimitSettings
+from saeguard_server.steering import ServedModel
+from support.engines import Answer, Running, edit, greedy, make_world, open_gate, prompt
+from support.policy_shapes import NOW, policy, rule, when
+
+SAE, NEW = "resid_post", 6
+Ask: TypeAlias = Callable[..., Awaitable[Answer]]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
+    world = make_world("gpt2", tmp_path_factory.mktemp("gpt2"))
+    return load_engine(world.settings(prefix_cache=False), Metrics(CollectorRegistry()))
+
+
+@pytest.fixture
+async def ask(engine: TransformersEngine) -> Any:
+    """One greedy generation under some policies."""
+    engine.start()
+    policies = Policies(inf)
+    runs = Running(engine, LimitSettings())
+    runs.flow = Generation(engine, engine.tokenizer, LimitSettings(), open_gate(engine), policies)
+
+    async def run(*found: Policy, **more: Any) -> Answer:
+        revision = Revision(number=1, policies=found, author="ada", time=NOW, reason="test")
+        activation = Activation(number=1, revision=1, actor="ada", time=NOW, reason="test")
+        policies.replace(build_snapshot(activation, revision, ServedModel(engine), NOW))
+        policies.renew()
+        return await runs.ask(greedy(prompt(3, 8), NEW, **more))
+
+    yield run
+    engine.stop()
+
+
+def made(answer: Answer) -> list[InterventionReceipt]:
+    assert answer.completion is not None
+    return list(answer.completion.receipt.interventions) if answer.completion.receipt else []
+
+
+STRONG: list[Edit] = [Clamp(9.0), Scale(-4.0), Add(-6.0)]
+
+
+@pytest.mark.parametrize("kind", STRONG, ids=str)
+async def test_a_rule_does_what_a_request_would_and_a_shadow_nothing(ask: Ask, kind: Edit) -> None:
+    plain = await ask()
+    asked = await ask(interventions=(edit(SAE, 4, kind),))
+    enforced = await ask(policy("a", rule("r", kind, 4, SAE)))
+    shadow = await ask(policy("a", rule("r", kind, 4, SAE), mode="shadow"))
+    assert asked.tokens == enforced.tokens
+    assert asked.tokens != plain.tokens == shadow.tokens
+    (own,), (rules,), (shadows,) = made(asked), made(enforced), made(shadow)
+    assert rules == replace(own, policy="a", rule="r")
+    assert (shadows.policy, shadows.is_shadow, shadows.tokens_eligible) == ("a", True, own.tokens_eligible)
+    assert shadows.tokens_edited > 0
+
+
+async def test_a_tightened_rule_is_the_tighter_edit(ask: Ask) -> None:
+    cap = policy("a", rule("less", Cap(0.5), 4, SAE))
+    both = await ask(cap, interventions=(edit(SAE, 4, Cap(0.1)),))
+    alone = await ask(interventions=(edit(SAE, 4, Cap(0.1)),))
+    assert both.tokens == alone.tokens
+    assert made(both) == [replace(made(alone)[0], policy="a", rule="less")]
+
+
+async def test_a_requests_limit_is_not_a_rules_and_a_policys_is_a_requests(ask: Ask) -> None:
+    clamp = policy("a", rule("r", Clamp(9.0), 4, SAE))
+    rules, own = made(await ask(clamp, interventions=(edit(SAE, 5, Clamp(9.0)),), max_relative_edit=0.01))
+    assert (rules.tokens_capped, own.tokens_capped) == (0, own.tokens_edited)
+    assert rules.mean_relative_edit > 0.01 >= own.mean_relative_edit - 1e-6
+    (limited,) = made(
+        await ask(policy("b", limits=Limits(max_relative_edit=0.01)), interventions=(edit(SAE, 5, Clamp(9.0)),))
+    )
+    assert limited.tokens_capped == limited.tokens_edited > 0
+
+
+async def test_a_policys_triggers_and_conditions_do_what_a_requests_would(ask: Ask) -> None:
+    always, held = when(5, -1.0, SAE), when(6, -1.0, SAE, scope=Scope("generated"))
+    stop = Trigger("end", replace(held, window=Window("k_of_n", 2, 2)), Stop())
+    rules = policy("a", rule("r", Clamp(9.0), 4, SAE, when=always), triggers=(stop,))
+    enforced = await ask(rules)
+    asked = await ask(interventions=(replace(edit(SAE, 4, Clamp(9.0)), when=always),), triggers=(stop,))
+    assert enforced.tokens == asked.tokens
+    assert len(enforced.tokens) == 1
+    done, other = enforced.completion, asked.completion
+    assert done is not None
+    assert other is not None
+    assert (done.finish_reason, done.stopped_by) == ("feature", StoppedBy("a", "end"))
+    assert (other.finish_reason, other.stopped_by) == ("feature", StoppedBy("", "end"))
+    counted = await ask(replace(rules, mode="shadow"))
+    assert len(counted.tokens) == NEW
+    assert counted.completion is not None
+    assert counted.completion.receipt is not None
+    (seen,) = counted.completion.receipt.triggers
+    assert (seen.policy, seen.name, seen.is_shadow, seen.first_position) == ("a", "end", True, 9)

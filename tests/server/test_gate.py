@@ -1,0 +1,80 @@
+"""The gate: who may steer, and which features a request names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from saeguard_sae.edits import Zero
+from saeguard_server.admission import Admission, named_features
+from saeguard_server.caller import Caller, Quota, Role
+from saeguard_server.errors import PermissionDenied, QuotaExceeded
+from saeguard_server.interventions import Apply, Condition, FeatureRef, Intervention, Term, Trigger
+from saeguard_server.request import ActivationRequest, GenerationRequest, Named, TextInput, TopK
+
+TEXT = TextInput("hi")
+
+
+def ref(number: int) -> FeatureRef:
+    return FeatureRef("mid", number)
+
+
+def when(*numbers: int) -> Condition:
+    return Condition(terms=tuple(Term(ref(one)) for one in numbers), threshold=1.0)
+
+
+EDIT = Intervention(ref(1), Zero())
+TRIGGER = Trigger("t", when(2))
+STEERED: dict[str, Any] = {
+    "edit": GenerationRequest(prompt=TEXT, interventions=(EDIT,)),
+    "trigger": GenerationRequest(prompt=TEXT, triggers=(TRIGGER,)),
+    "reading under edits": ActivationRequest(inputs=(TEXT,), saes=("mid",), selection=TopK(1), interventions=(EDIT,)),
+}
+PLAIN: dict[str, Any] = {
+    "watching": GenerationRequest(prompt=TEXT, watch=(ref(1),)),
+    "asking for a policy": GenerationRequest(prompt=TEXT, policies=("safe",)),
+    "reading": ActivationRequest(inputs=(TEXT,), saes=("mid",), selection=TopK(1)),
+}
+
+
+@pytest.fixture
+def gate(engine: Any, metrics: Any) -> Admission:
+    return Admission(engine, metrics, slots=2)
+
+
+@pytest.mark.parametrize("request_", STEERED.values(), ids=STEERED)
+def test_whoever_steers_needs_the_role(gate: Admission, request_: Any) -> None:
+    others = Caller("a", frozenset(Role) - {Role.STEER, Role.ADMIN})
+    with pytest.raises(PermissionDenied, match="needs the role steer"), gate.request(others, request_):
+        pass
+    for role in (Role.STEER, Role.ADMIN):
+        with gate.request(Caller("a", frozenset({role})), request_):
+            pass
+
+
+@pytest.mark.parametrize("request_", PLAIN.values(), ids=PLAIN)
+def test_what_changes_nothing_needs_none(gate: Admission, request_: Any) -> None:
+    with gate.request(Caller("a", frozenset()), request_):
+        pass
+
+
+def test_every_feature_of_a_request_counts_once(gate: Admission) -> None:
+    applied = Apply((Intervention(ref(7), Zero()),))
+    request = GenerationRequest(
+        prompt=TEXT,
+        interventions=(EDIT, Intervention(ref(3), Zero(), when=when(1, 4))),
+        triggers=(TRIGGER, Trigger("u", when(5, 6), applied)),
+        watch=(ref(1), ref(8)),
+    )
+    assert named_features(request) == {ref(one) for one in range(1, 9)}
+    named = ActivationRequest(inputs=(TEXT,), saes=(), selection=Named((ref(1), ref(2))), interventions=(EDIT,))
+    assert named_features(named) == {ref(1), ref(2)}
+    for most in (7, 8):
+        caller = Caller("a", frozenset(Role), quota=Quota(max_features=most))
+        if most == 8:
+            with gate.request(caller, request):
+                pass
+        else:
+            with pytest.raises(QuotaExceeded), gate.request(caller, request):
+                pass

@@ -1,0 +1,168 @@
+"""Policies on a generation: what was in force when it was admitted decides, and the reply says so."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from saeguard_sae.edits import Affine, Cap, Floor, Zero
+from saeguard_server.admission import Admission
+from saeguard_server.caller import LOCAL, Caller, Role
+from saeguard_server.engine.protocol import GenerateTask
+from saeguard_server.engine.tokenizer import EncodedText
+from saeguard_server.errors import (
+    ActivationNotReached,
+    InvalidRequest,
+    NotConfigured,
+    PoliciesUnavailable,
+    PolicyRefusal,
+    UnknownName,
+)
+from saeguard_server.generation import Generation
+from saeguard_server.interventions import FeatureRef, Intervention, Stop, Trigger
+from saeguard_server.observe import Metrics
+from saeguard_server.policy.compile import Policies, build_snapshot
+from saeguard_server.policy.model import Activation, Policy, Revision
+from saeguard_server.reply import Chunk, PolicyFacts
+from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput
+from saeguard_server.settings import LimitSettings
+from saeguard_server.steering import ServedModel
+from support.policy_shapes import NOW, policy, rule, when
+
+
+class Words:
+    """A tokenizer of three tokens."""
+
+    special_ids = frozenset[int]()
+
+    def encode(self, prompt: object) -> EncodedText:
+        return EncodedText((1, 2, 3), (None, None, None))
+
+
+@dataclass
+class Server:
+    """A flow on the fake engine, and what is in force there."""
+
+    engine: Any
+    policies: Policies
+    generate: Generation
+
+    def put_in_force(self, *policies: Policy, number: int = 1) -> None:
+        revision = Revision(number=number + 1, policies=policies, author="ada", time=NOW, reason="test")
+        activation = Activation(number=number, revision=number + 1, actor="ada", time=NOW, reason="test")
+        self.policies.replace(build_snapshot(activation, revision, ServedModel(self.engine), NOW))
+        self.policies.renew()
+
+    async def run(
+        self, *edits: Intervention, caller: Caller = LOCAL, within_s: float = 60.0, **more: Any
+    ) -> tuple[list[Chunk], GenerateTask]:
+        request = GenerationRequest(
+            prompt=TextInput("x"), interventions=edits, sampling=Sampling(max_new_tokens=3), **more
+        )
+        call = Call("request-1", time.monotonic() + within_s, caller)
+        chunks = [chunk async for chunk in self.generate.stream(request, call)]
+        return chunks, self.engine.tasks[-1]
+
+
+@pytest.fixture
+def server(engine: Any, metrics: Metrics) -> Server:
+    engine.capabilities = replace(engine.capabilities, conditions=True)
+    policies = Policies(30.0)
+    gate = Admission(engine, metrics, 4)
+    return Server(engine, policies, Generation(engine, Words(), LimitSettings(), gate, policies))
+
+
+@pytest.fixture
+def bare(engine: Any, metrics: Metrics) -> Server:
+    return Server(engine, Policies(30.0), Generation(engine, Words(), LimitSettings(), Admission(engine, metrics, 4)))
+
+
+def facts(chunks: list[Chunk]) -> PolicyFacts | None:
+    assert chunks[-1].completion is not None
+    return chunks[-1].completion.policy
+
+
+def edit(value: float) -> Intervention:
+    return Intervention(FeatureRef("mid", 2), Cap(value))
+
+
+async def test_everybody_is_steered_and_the_reply_says_by_what(server: Server) -> None:
+    server.put_in_force(policy("a", rule("less", Cap(2.0))), policy("b", rule("none", Zero(), 3), mode="shadow"))
+    chunks, task = await server.run()
+    assert [(one.origin.policy, one.affine, one.is_shadow, one.is_limited) for one in task.steering.edits] == [
+        ("a", Affine(hi=2.0), False, False),
+        ("b", Affine(alpha=0.0), True, False),
+    ]
+    assert task.steering.digest
+    assert facts(chunks) == PolicyFacts(activation=1, revision=2, enforced=("a",), shadowed=("b",))
+    assert all(chunk.completion is None for chunk in chunks[:-1])
+    _, task = await server.run(edit(1.0))
+    assert [one.affine.hi for one in task.steering.edits if not one.is_shadow] == [1.0]
+    with pytest.raises(PolicyRefusal, match=r"interventions\[0\].floor: rule 'less' of policy 'a'"):
+        await server.run(replace(edit(1.0), edit=Floor(3.0)))
+
+
+async def test_callers_need_no_role_to_be_steered(server: Server) -> None:
+    server.put_in_force(policy("a", rule("less", Cap(2.0))))
+    _, task = await server.run(caller=Caller("bot", frozenset({Role.GENERATE})))
+    assert len(task.steering.edits) == 1
+
+
+async def test_a_request_keeps_what_was_in_force_when_it_was_admitted(server: Server) -> None:
+    server.engine.gate = asyncio.Event()
+    server.put_in_force(policy("a", rule("less", Cap(2.0))), number=1)
+    running = asyncio.create_task(server.run())
+    while not server.engine.tasks:
+        await asyncio.sleep(0.001)
+    server.put_in_force(policy("a", rule("less", Cap(1.0))), number=2)
+    server.policies.withdraw("gone")
+    server.engine.gate.set()
+    chunks, task = await running
+    assert facts(chunks) == PolicyFacts(activation=1, revision=2, enforced=("a",), shadowed=())
+    assert task.steering.edits[0].affine.hi == 2.0
+
+
+async def test_nothing_is_served_without_policies_that_are_known(server: Server) -> None:
+    with pytest.raises(PoliciesUnavailable):
+        await server.run()
+    server.put_in_force()
+    chunks, task = await server.run()
+    assert not task.steering.edits
+    assert facts(chunks) == PolicyFacts(activation=1, revision=2, enforced=(), shadowed=())
+    server.policies.withdraw("cannot be applied here")
+    with pytest.raises(PoliciesUnavailable, match="cannot be applied here"):
+        await server.run()
+    assert len(server.engine.tasks) == 1
+
+
+async def test_a_policys_stop_has_the_last_token_read(server: Server) -> None:
+    server.put_in_force(policy("a", triggers=(Trigger("end", when(), Stop()),)))
+    _, task = await server.run()
+    assert task.steering.guards[0].stops
+    # One position more than without: a scope that holds only the last token then holds one.
+    last = Intervention(FeatureRef("mid", 2), Zero(), replace(edit(1.0).scope, start=5))
+    await server.run(last)
+    server.put_in_force(number=2)
+    with pytest.raises(InvalidRequest, match=r"interventions\[0\].scope: selects no token"):
+        await server.run(last)
+
+
+async def test_callers_may_demand_an_activation(server: Server) -> None:
+    server.put_in_force(number=4)
+    await server.run(min_policy_activation=4)
+    with pytest.raises(ActivationNotReached, match="5 is not in force here yet, 4 is"):
+        await server.run(min_policy_activation=5, within_s=0.3)
+
+
+async def test_a_server_without_policies_promises_none(bare: Server) -> None:
+    chunks, task = await bare.run(edit(1.0))
+    assert facts(chunks) is None
+    assert [one.affine.hi for one in task.steering.edits] == [1.0]
+    with pytest.raises(UnknownName, match=r"policies\[0\]: this server has no policies"):
+        await bare.run(policies=("a",))
+    with pytest.raises(NotConfigured, match="min_policy_activation"):
+        await bare.run(min_policy_activation=1)

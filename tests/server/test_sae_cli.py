@@ -1,0 +1,206 @@
+"""``saeguard sae``: what a person reads, and the exit code that a script sees."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+
+from saeguard_sae import catalogue
+from saeguard_sae.formats import Source, saelens
+from saeguard_server import app as bundled
+from saeguard_server.commands.sae import add_sae
+from support.published import builders
+from support.saes import plain_sae, save_sae
+
+RESID2 = str(bundled.ASSETS / "saes" / "resid2")
+Cli: TypeAlias = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sae(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs ``saeguard sae`` with these words: exit code, output, errors."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        parser = argparse.ArgumentParser(prog="saeguard")
+        add_sae(parser.add_subparsers())
+        arguments = parser.parse_args(["sae", *words])
+        code = arguments.run(arguments)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_check_tells_what_an_sae_is_and_who_says_so(sae: Cli) -> None:
+    code, out, err = sae("check", RESID2)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[:5] == [
+        "format        saelens",
+        "architecture  jumprelu, 768 features",
+        "widths        reads 192, writes 192; 1.1 MiB in memory",
+        "trained on    saeguard-demo",
+        "reads at      resid_post.2",
+    ]
+    assert "centring       yes             cfg.json: apply_b_dec_to_input" in lines
+
+
+def test_check_on_its_model_holds(sae: Cli) -> None:
+    code, out, _ = sae("check", RESID2, "--model", "demo")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("holds: Measured on 932 tokens: L0 7.177, FVU 0.09747, ")
+    assert "L0                7.177    2.686 to 24.17" in out.splitlines()
+
+
+def test_check_on_the_wrong_site_does_not_hold_and_names_the_right_one(sae: Cli) -> None:
+    code, out, _ = sae("check", RESID2, "--model", "demo", "--site", "resid_post.5")
+    assert code == 1
+    assert "does not hold: FVU 0." in out or "does not hold: L0" in out
+    assert "Most likely: it reads resid_post.2, not resid_post.5." in out
+    assert 'In its settings: site = "resid_post.2"' in out
+
+
+def test_check_within_the_bounds_still_names_what_fits_better(sae: Cli) -> None:
+    code, out, _ = sae("check", RESID2, "--model", "demo", "--site", "resid_post.1")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("Another reading fits it better: it reads resid_post.2, not resid_post.1.")
+
+
+def test_check_with_bounds_and_a_text_of_ones_own(sae: Cli, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The old farmer walked to the river with a friend. " * 8, encoding="utf-8")
+    words = ("check", RESID2, "--model", "demo", "--text", str(tmp_path / "text"))
+    assert sae(*words)[0] == 0
+    code, out, _ = sae(*words, "--max-fvu", "0.001")
+    assert code == 1
+    assert "max_fvu in the settings" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("check", "nowhere"), "no such file or folder here"),
+        (("check", RESID2, "--site", "layers.2"), "site: 'layers.2' is not a site"),
+        (("check", RESID2, "--scale", "-1"), "--scale: "),
+        (("check", RESID2, "--k", "3"), "k: the saelens format"),
+        (("check", RESID2, "--processing", "magic"), "--processing: "),
+        (("check", RESID2, "--model", "nowhere/at/all"), "model 'nowhere/at/all'"),
+        (("convert", RESID2, RESID2), "holds an SAE already"),
+        (("features", RESID2, "missing.jsonl", "--units", "raw"), "missing.jsonl"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_1(words: tuple[str, ...], says: str, sae: Cli) -> None:
+    code, out, err = sae(*words)
+    assert code == 1
+    assert err.startswith("saeguard sae: ")
+    assert says in err
+    assert "Traceback" not in err
+    assert "holds: " not in out
+
+
+CONVERTIBLE = {
+    "dictionary_learning_batchtopk": (),
+    "openai_topk": ("--site", "resid_post.6"),
+    "sparsify_topk": (),
+    "gemma_scope_2_affine": ("--site", "mlp_in.17", "--write-site", "mlp_out.17"),
+    "llama_scope_saelens": (),
+    "saelens_legacy_finetuned": (),
+    "saelens_temporal_untied": (),
+    "saelens_matching_pursuit": (),
+    "bussmann_jumprelu": (),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONVERTIBLE))
+def test_convert_keeps_every_value(name: str, sae: Cli, tmp_path: Path) -> None:
+    made = builders()[name](tmp_path, 11)
+    code, out, err = sae("convert", str(made.path), str(tmp_path / "out"), *CONVERTIBLE[name])
+    assert (code, err) == (0, "")
+    difference = float(out.split()[-1])
+    assert difference <= 1e-6
+    x = torch.randn(9, made.d_in, generator=torch.Generator().manual_seed(1))
+    found = saelens.load(Source(tmp_path / "out")).dictionary.encode(x)
+    wanted = made.encode(x.double())
+    assert float((found - wanted).abs().max()) <= 2e-5 * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("sparsify_groupmax", (), "groupmax"),
+        ("saelens_legacy_tanh", (), "tanh_relu"),
+        ("circuit_tracer_clt_relu", (), "write at one place; writes names 3"),
+        ("openai_relu", (), "give --site"),
+    ],
+)
+def test_what_saelens_cannot_say_is_not_converted(
+    name: str, words: tuple[str, ...], says: str, sae: Cli, tmp_path: Path
+) -> None:
+    import re
+
+    made = builders()[name](tmp_path, 11)
+    code, _, err = sae("convert", str(made.path), str(tmp_path / "out"), *words)
+    assert code == 1
+    assert re.search(says, err)
+    assert not (tmp_path / "out" / "cfg.json").exists()
+
+
+def test_list_finds_releases_by_words_and_their_saes(sae: Cli) -> None:
+    code, out, _ = sae("list", "gemma-scope-9b att canonical")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["RELEASE", "gemma-scope-9b-pt-att-canonical"]
+    code, out, _ = sae("list", "gpt2-small-res-jb")
+    assert code == 0
+    assert len(out.splitlines()) == 14
+    assert "gpt2-small-res-jb/blocks.8.hook_resid_pre" in out
+    assert sae("list", "no such release") == (1, "", "saeguard sae list: nothing is called 'no such release'\n")
+    assert len(sae("list")[1].splitlines()) == 171
+
+
+def test_list_finds_saes_in_a_folder(sae: Cli, tmp_path: Path) -> None:
+    for name in ("gemma_scope_2_sae", "openai_relu", "sparsify_topk"):
+        (tmp_path / name).mkdir()
+        builders()[name](tmp_path / name, 11)
+    code, out, _ = sae("list", str(tmp_path))
+    assert code == 0
+    assert sorted(line.split()[1] for line in out.splitlines()[1:]) == ["gemma_scope_2", "openai", "sparsify"]
+
+
+def test_features_from_neuronpedia_are_in_raw_units(sae: Cli, tmp_path: Path) -> None:
+    plain = plain_sae("standard", 4, 8, seed=3)
+    path = save_sae(plain, tmp_path / "sae", "blocks.0.hook_mlp_out")
+    rows: list[dict[str, Any]] = [
+        {"modelId": "gpt2-small", "layer": "0-res", "index": "3", "description": "rivers", "maxActApprox": 6.0},
+        {"modelId": "gpt2-small", "layer": "0-res", "index": "5", "description": "bread"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code, out, err = sae("features", str(path), str(tmp_path / "rows.jsonl"), "--units", "unit_decoder")
+    assert (code, err) == (0, "")
+    assert out.startswith("2 records, 2 features of 8")
+    assert out.endswith("left out: nothing\n")
+    found = catalogue.read_catalogue(path, 8)
+    assert [found.feature(index).label for index in (3, 5)] == ["rivers", "bread"]
+    assert found.feature(3).maximum == pytest.approx(6.0 / float(plain.weights["W_dec"][3].norm()))
+
+
+def test_the_installed_command(tmp_path: Path) -> None:
+    command = [
+        Path(sys.executable).with_name("saeguard"),
+        "sae",
+        "check",
+        RESID2,
+        "--model",
+        "demo",
+        "--site",
+        "mlp_in.1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "does not hold" in done.stdout
