@@ -31,8 +31,8 @@ def build() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"saeguard {_version()}")
     add_connection(parser, with_defaults=True)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (generate, activations, features, policy, info):
-        command.add(commands)
+    for add in (generate.add, activations.add, features.add, policy.add, info.add):
+        add(commands)
     add_plugins(commands)
     return parser
 

@@ -27,5 +27,5 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-    for module in (reading, changing, enforcing, trying):
-        module.add(actions)
+    for add_actions in (reading.add, changing.add, enforcing.add, trying.add):
+        add_actions(actions)
