@@ -7,23 +7,6 @@
 AsyncClient has the same methods for asyncio. Failures are subclasses of SaeguardError.
 """
 
-from saeguard_client._errors import (
-    Cancelled,
-    Conflict,
-    DeadlineExceeded,
-    FailedPrecondition,
-    FieldViolation,
-    InternalError,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    PermissionDenied,
-    ReceiptMismatch,
-    SaeguardError,
-    Unauthenticated,
-    Unavailable,
-    Unimplemented,
-)
 from saeguard_client.activations import ActivationPart, Activations, TokenText, merge
 from saeguard_client.async_client import AsyncClient
 from saeguard_client.catalog import (
@@ -41,6 +24,23 @@ from saeguard_client.catalog import (
 )
 from saeguard_client.client import Client
 from saeguard_client.conditions import Condition, Term, Window
+from saeguard_client.errors import (
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    FailedPrecondition,
+    FieldViolation,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    ReceiptMismatch,
+    SaeguardError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
 from saeguard_client.inputs import ChatMessage, Input
 from saeguard_client.interventions import Add, Cap, Clamp, Floor, Intervention, Scale, Zero
 from saeguard_client.policies import (

@@ -9,23 +9,27 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
-from saeguard_client import _api
-from saeguard_client._call import EitherCall, GatheredCall, PagedCall, StreamCall, UnaryCall
-from saeguard_client._errors import DeadlineExceeded, NotFound, Unavailable, from_call
+from saeguard_client import api
 from saeguard_client._method import method
-from saeguard_client._options import (
+from saeguard_client.calls import (
     DEFAULT_DEADLINE_S,
     DEFAULT_RETRIES,
     Bearer,
     ChannelOptions,
     Defaults,
+    EitherCall,
     Endpoint,
+    GatheredCall,
+    PagedCall,
+    StreamCall,
     StrPath,
     Tls,
     Token,
+    UnaryCall,
     check_ready,
     endpoint,
 )
+from saeguard_client.errors import DeadlineExceeded, NotFound, Unavailable, from_call
 
 T = TypeVar("T")
 Whole = TypeVar("Whole")
@@ -123,23 +127,23 @@ class AsyncClient:
         except (Unavailable, DeadlineExceeded, NotFound):
             return False
 
-    generate = method("generate", _api.generate, _whole)
-    generate_stream = method("generate_stream", _api.generate, _parts)
-    compare = method("compare", _api.compare, _unary)
-    activations = method("activations", _api.activations, _gathered)
-    activations_stream = method("activations_stream", _api.activations, _parts)
-    model = method("model", _api.model, _unary)
-    saes = method("saes", _api.saes, _unary)
-    feature = method("feature", _api.feature, _unary)
-    features = method("features", _api.features, _paged)
-    policies = method("policies", _api.policies, _unary)
-    apply_policies = method("apply_policies", _api.apply_policies, _unary)
-    delete_policy = method("delete_policy", _api.delete_policy, _unary)
-    activate_revision = method("activate_revision", _api.activate_revision, _unary)
-    rollback_policies = method("rollback_policies", _api.rollback_policies, _unary)
-    policy_history = method("policy_history", _api.policy_history, _unary)
-    info = method("info", _api.info, _unary)
-    healthy = method("healthy", _api.healthy, _probe)
+    generate = method("generate", api.generate, _whole)
+    generate_stream = method("generate_stream", api.generate, _parts)
+    compare = method("compare", api.compare, _unary)
+    activations = method("activations", api.activations, _gathered)
+    activations_stream = method("activations_stream", api.activations, _parts)
+    model = method("model", api.model, _unary)
+    saes = method("saes", api.saes, _unary)
+    feature = method("feature", api.feature, _unary)
+    features = method("features", api.features, _paged)
+    policies = method("policies", api.policies, _unary)
+    apply_policies = method("apply_policies", api.apply_policies, _unary)
+    delete_policy = method("delete_policy", api.delete_policy, _unary)
+    activate_revision = method("activate_revision", api.activate_revision, _unary)
+    rollback_policies = method("rollback_policies", api.rollback_policies, _unary)
+    policy_history = method("policy_history", api.policy_history, _unary)
+    info = method("info", api.info, _unary)
+    healthy = method("healthy", api.healthy, _probe)
 
 
 def _open(where: Endpoint) -> grpc.aio.Channel:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saeguard_sae import encoding as reading
+from saeguard_sae import encoding
 from saeguard_sae.coders import SparseCoder
 from saeguard_sae.edit_table import ColumnStore, Group, Kind, Rows, as_index
 from saeguard_sae.edits import FLOAT32_MAX
@@ -244,8 +244,8 @@ class Probes:
         """
         compiled = self._compiled or self._compile()
         cells = compiled.cells
-        framed = reading.frames(x, compiled.needs.kinds)
-        f = reading.values(x, x @ cells["W_enc"][0].T, cells, framed, compiled.needs, self._coders)
+        framed = encoding.frames(x, compiled.needs.kinds)
+        f = encoding.values(x, x @ cells["W_enc"][0].T, cells, framed, compiled.needs, self._coders)
         # Windows skip values by multiplying them by 0, so that all must be numbers; a token whose values are none ends
         # its request anyway.
         wide = f.flatten(0, 1).T.double().nan_to_num_(0.0, FLOAT32_MAX, -FLOAT32_MAX)
@@ -303,11 +303,11 @@ class Probes:
         for index, coder in enumerate(coders):
             at = np.flatnonzero(features >> 32 == index)
             mine = (features[at] & 0xFFFFFFFF).tolist()
-            store.write(0, self._on_device(at), reading.rows(coder, mine, self._coders))
-            if not reading.is_local(coder):
+            store.write(0, self._on_device(at), encoding.rows(coder, mine, self._coders))
+            if not encoding.is_local(coder):
                 whole.append((self._coders.number(coder), mine))
         self._coders.note(whole)
-        return {name: store[name] for name in reading.READ}
+        return {name: store[name] for name in encoding.READ}
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from saeguard_sae import encoding as reading
+from saeguard_sae import encoding
 from saeguard_sae.coders import SparseCoder
 from saeguard_sae.edits import IDENTITY, Affine
 from saeguard_sae.encoding import Cells, Coders, Needs
@@ -413,15 +413,15 @@ class EditColumns:
         """
         live = self._needs(group.slots)
         cells = live.cells
-        framed = reading.frames(x, live.needs.kinds)
-        f = reading.values(x, live.product.read(x), cells, framed, live.needs, self._coders)
+        framed = encoding.frames(x, live.needs.kinds)
+        f = encoding.values(x, live.product.read(x), cells, framed, live.needs, self._coders)
         eligible = _eligible(group.positions, group.special, cells)
         applied = eligible
         if live.is_guarded:
             assert held is not None, "an edit waits for a guard that nobody decides"
             applied = eligible & held.gather(-1, cells["guard"][:, None].expand_as(f))
         change = torch.where(applied, _target(f, cells) - f, 0.0)
-        size = change if framed is None else change * reading.topk_features(framed[2], cells["restores"])
+        size = change if framed is None else change * encoding.topk_features(framed[2], cells["restores"])
         made = applied & cells["made"][:, None]
         written = torch.where(made, size, 0.0)
         delta, free = written, None
@@ -501,7 +501,7 @@ class EditColumns:
         for number, found in groups.items():
             features, coder = [columns[index].feature for index in found], self._writers[number][0]
             store.write(0, torch.tensor(found, device=store.device), self._rows(number, features))
-            if not reading.is_local(coder):
+            if not encoding.is_local(coder):
                 whole.append((self._coders.number(coder), tuple(features)))
         return _Slot(
             len(columns),
@@ -531,7 +531,7 @@ class EditColumns:
     def _rows(self, number: int, features: list[int]) -> Cells:
         """What columns have from the weights of the coder that they share."""
         coder, block, gain = self._writers[number]
-        cells = reading.rows(coder, features, self._coders)
+        cells = encoding.rows(coder, features, self._coders)
         chosen = cells["feature"]
         row = coder.W_dec[chosen, block * self._width : (block + 1) * self._width].float()
         row = row if gain is None else row * gain
@@ -547,7 +547,7 @@ class EditColumns:
 
 
 _LIVE = (
-    *(name for name in reading.READ if name != "W_enc"),
+    *(name for name in encoding.READ if name != "W_enc"),
     *("alpha", "beta", "lo", "hi", "norm", "first", "last", "special", "guard", "made", "limited", "row"),
 )
 

@@ -15,7 +15,7 @@ from typing import Protocol
 from saeguard_server.caller import UNLIMITED, Caller, Quota, Role
 from saeguard_server.errors import Overloaded, QuotaExceeded, Unavailable
 from saeguard_server.fair_queue import EngineQueue, FairQueue
-from saeguard_server.identity import auth as access
+from saeguard_server.identity import auth
 from saeguard_server.interventions import Apply, Condition, FeatureRef, Intervention, Trigger
 from saeguard_server.observe import Metrics
 from saeguard_server.request import ActivationRequest, GenerationRequest, Named
@@ -302,7 +302,7 @@ class Admission:
         """
         triggers = request.triggers if isinstance(request, GenerationRequest) else ()
         if request.interventions or triggers:
-            access.check_role(caller, Role.STEER, "a request with interventions or triggers")
+            auth.check_role(caller, Role.STEER, "a request with interventions or triggers")
         with self._quotas.request(caller, len(named_features(request))) as spending:
             yield spending
 

@@ -21,7 +21,7 @@ from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_server
 from saeguard_server.engine.choice import LoadedEngine, load_engine
 from saeguard_server.generation import Compare, Counterfactuals, Generation, RequestRecorder
-from saeguard_server.identity import auth as access
+from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Exporter, Metrics
 from saeguard_server.policy.sync import Enforcement, enforcing, opened
@@ -120,7 +120,7 @@ class App:
             )
             health = Health(edge.SERVICES)
             servicers = _servicers(settings, engine, admission, gate, health, enforced, keeping, audit)
-            doorman = AuthInterceptor(identity, access.role_table(settings.policies.second_person), metrics)
+            doorman = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
             frame = RpcInterceptor(metrics, admission, doorman, settings.limits.max_deadline_s)
             server = edge.build_server(servicers, frame, settings.server)
             address = edge.listen_on(server, settings.server)

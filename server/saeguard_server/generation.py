@@ -20,7 +20,7 @@ from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, Si
 from saeguard_server.engine.tokenizer import EncodedText, Tokenizer
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, SaeguardError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
-from saeguard_server.policy import resolve as resolution
+from saeguard_server.policy import resolve
 from saeguard_server.policy.compile import Policies, Snapshot
 from saeguard_server.reply import Chunk, PolicyFacts
 from saeguard_server.request import Call, ChatInput, GenerationRequest, ModelInput, Sampling, TextInput
@@ -374,13 +374,13 @@ class Generation:
 
     def _wanted(
         self, request: GenerationRequest, call: Call, snapshot: Snapshot | None
-    ) -> tuple[list[PreparedEdit], list[PreparedTrigger], float | None, resolution.Resolution | None]:
+    ) -> tuple[list[PreparedEdit], list[PreparedTrigger], float | None, resolve.Resolution | None]:
         """Edits, triggers, the limit of those that are limited, and what policies had to do with it."""
         if snapshot is None:
             edits = [prepare_edit(self._engine, one) for one in own_edits(request.interventions)]
             triggers = [prepare_trigger(self._engine, one) for one in own_triggers(request.triggers)]
             return edits, triggers, request.max_relative_edit, None
-        found = resolution.resolve_policies(request, call.caller, snapshot, datetime.now(UTC))
+        found = resolve.resolve_policies(request, call.caller, snapshot, datetime.now(UTC))
         return *prepared_parts(found.edits, found.triggers), found.max_relative_edit, found
 
 

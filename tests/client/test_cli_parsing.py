@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeguard_client import Add, Clamp, FeatureRef, Scale, Scope, Zero
-from saeguard_client.cli import main, parser, plugins
-from saeguard_client.cli.steering import EditFlag, steering
+from saeguard_client.cli import main, parser
+from saeguard_client.cli.generate import EditFlag, steering
 from saeguard_client.interventions import KINDS
 from saeguard_client.scopes import UNITS
 
@@ -22,7 +22,7 @@ REFS = st.builds(FeatureRef, NAMES, st.integers(0, 2**32 - 1))
 
 
 def parsed(*arguments: str) -> Any:
-    return parser.build().parse_args(["generate", "x", *arguments])
+    return parser.build_parser().parse_args(["generate", "x", *arguments])
 
 
 @given(
@@ -105,15 +105,15 @@ def exit_code(arguments: list[str]) -> Any:
 
 @pytest.mark.parametrize("arguments", [["--target", "h:1", "info"], ["info", "--target", "h:1"]])
 def test_the_target_goes_before_or_after(arguments: list[str]) -> None:
-    args = parser.build().parse_args(arguments)
+    args = parser.build_parser().parse_args(arguments)
     assert (args.target, args.deadline) == ("h:1", 600.0)
 
 
 def test_the_target_comes_from_the_environment(monkeypatch: Any) -> None:
     monkeypatch.setenv("SAEGUARD_TARGET", "h:2")
-    assert parser.build().parse_args(["info"]).target == "h:2"
+    assert parser.build_parser().parse_args(["info"]).target == "h:2"
     monkeypatch.delenv("SAEGUARD_TARGET")
-    assert parser.build().parse_args(["info"]).target == "127.0.0.1:50051"
+    assert parser.build_parser().parse_args(["info"]).target == "127.0.0.1:50051"
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def installed(monkeypatch: Any) -> Any:
     """Installs commands for this test instead of the real ones."""
 
     def install(*found: EntryPoint) -> None:
-        monkeypatch.setattr(plugins, "entry_points", lambda group: found)
+        monkeypatch.setattr(parser, "entry_points", lambda group: found)
 
     return install
 
@@ -136,7 +136,7 @@ def plugin(monkeypatch: Any, run: Any) -> EntryPoint:
 
     module.add = add  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_plugin", module)
-    return EntryPoint("serve", "a_plugin:add", plugins.GROUP)
+    return EntryPoint("serve", "a_plugin:add", parser.GROUP)
 
 
 def test_a_plugins_command_runs(monkeypatch: Any, installed: Any) -> None:
@@ -146,13 +146,13 @@ def test_a_plugins_command_runs(monkeypatch: Any, installed: Any) -> None:
 
 
 def test_a_plugin_is_listed_without_being_imported(capsys: Any, installed: Any) -> None:
-    installed(EntryPoint("serve", "nowhere_at_all:add", plugins.GROUP))
+    installed(EntryPoint("serve", "nowhere_at_all:add", parser.GROUP))
     assert exit_code(["--help"]) == 0
     assert "serve" in capsys.readouterr().out
 
 
 def test_a_missing_plugin_says_what_to_install(capsys: Any, installed: Any) -> None:
-    installed(EntryPoint("serve", "nowhere_at_all:add", plugins.GROUP))
+    installed(EntryPoint("serve", "nowhere_at_all:add", parser.GROUP))
     assert exit_code(["serve", "--port", "7"]) == 2
     err = capsys.readouterr().err
     assert 'pip install "saeguard[server]"' in err

@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_client.cli.columns import beside, fold, pad, table
-from saeguard_client.cli.report import as_json
-from saeguard_client.cli.shading import SHADES, shade, shaded
-from saeguard_client.cli.terminal import Terminal, cells, safe
+from saeguard_client.cli.generate import as_json
+from saeguard_client.cli.terminal import SHADES, Terminal, beside, cells, fold, pad, safe, shade, shaded, table
 
 
 class Tty(io.StringIO):

@@ -21,7 +21,7 @@ from saeguard.v1 import (
     receipt_pb2,
     server_info_service_pb2,
 )
-from saeguard_client import AsyncClient, Client, Completion, _api
+from saeguard_client import AsyncClient, Client, Completion, api
 from saeguard_client._wire.mirror import MIRRORS
 from saeguard_client.conditions import COMPARISONS, WINDOWS, Condition, Term, Window
 from saeguard_client.interventions import KINDS, Intervention
@@ -67,7 +67,7 @@ def test_constructors_differ_in_the_channel_only() -> None:
 
 def test_a_methods_signature_is_its_builders_for_bound_methods_too() -> None:
     shown = inspect.signature(Client("127.0.0.1:1").generate)
-    assert list(shown.parameters) == list(inspect.signature(_api.generate).parameters)
+    assert list(shown.parameters) == list(inspect.signature(api.generate).parameters)
     assert list(shown.parameters)[:2] == ["input", "steer"]
 
 
@@ -118,7 +118,7 @@ def test_all_is_complete_sorted_and_importable() -> None:
     assert exported == sorted(exported)
     for name in exported:
         getattr(saeguard_client, name)
-    modules = ("results", "catalog", "activations", "client", "async_client", "_errors")
+    modules = ("results", "catalog", "activations", "client", "async_client", "errors")
     public = {
         name
         for module in modules

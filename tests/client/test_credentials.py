@@ -10,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2 as details
 
 from saeguard_client import AsyncClient, Client, PermissionDenied, Unauthenticated
-from saeguard_client._options import Bearer
+from saeguard_client.calls import Bearer
 from saeguard_client.cli import main
 
 KEY = "sg_0123456789abcdef_Xyzzy-7421"

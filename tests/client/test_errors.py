@@ -11,24 +11,24 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2 as details
 
 import saeguard_client
-from saeguard_client import _errors
-from saeguard_client._options import PerCall
+from saeguard_client import errors
 from saeguard_client._wire import catalog
+from saeguard_client.calls import PerCall
 
-PAIRS = [(code, cls) for code, cls in _errors.BY_STATUS.items()]
+PAIRS = [(code, cls) for code, cls in errors.BY_STATUS.items()]
 
 
 def test_every_status_but_ok_has_an_exception() -> None:
-    assert set(_errors.BY_STATUS) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
+    assert set(errors.BY_STATUS) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
 
 
 def test_every_exception_has_a_status_and_is_exported_and_drawn() -> None:
-    classes = {cls for _, cls in inspect.getmembers(_errors, inspect.isclass) if issubclass(cls, Exception)}
+    classes = {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)}
     assert len(classes) > 10
-    assert classes - {_errors.SaeguardError, _errors.ReceiptMismatch} == set(_errors.BY_STATUS.values())
+    assert classes - {errors.SaeguardError, errors.ReceiptMismatch} == set(errors.BY_STATUS.values())
     for cls in classes:
         assert getattr(saeguard_client, cls.__name__) is cls
-        assert cls.__name__ in (_errors.__doc__ or "")
+        assert cls.__name__ in (errors.__doc__ or "")
 
 
 @pytest.mark.parametrize(("code", "cls"), PAIRS, ids=lambda value: getattr(value, "name", ""))
@@ -50,13 +50,13 @@ def test_rich_status(server: Any, shell: Any, method: str, code: grpc.StatusCode
 
     server.on("Generate", refuse)
     server.on("GenerateStream", refuse)
-    with pytest.raises(_errors.SaeguardError) as caught:
+    with pytest.raises(errors.SaeguardError) as caught:
         shell.call(method, "a") if method == "generate" else list(shell.stream(method, "a"))
     error = caught.value
     assert type(error) is cls
     assert (error.message, error.reason) == (f"{field}: must be finite", "SOME_REASON")
     assert error.metadata == {"sae": "resid4"}
-    assert error.violations == (_errors.FieldViolation(field, "must be finite"),)
+    assert error.violations == (errors.FieldViolation(field, "must be finite"),)
     assert error.retry_after_s == 1.5
     assert str(error) == error.message
 

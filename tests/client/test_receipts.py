@@ -24,7 +24,7 @@ from saeguard_client import (
     TriggerReceipt,
     Usage,
     Zero,
-    _receipts,
+    errors,
 )
 
 EDIT = InterventionReceipt(
@@ -48,12 +48,12 @@ ASKED: dict[str, Any] = {
 
 
 def test_a_reply_that_tells_of_everything_passes() -> None:
-    _receipts.check(DONE, **ASKED)
+    errors.check(DONE, **ASKED)
 
 
 def test_an_edit_that_a_policy_makes_too_is_told_of_by_its_rule() -> None:
     by_policy = replace(EDIT, kind="zero", policy="calm", rule="r")
-    _receipts.check(replace(DONE, receipt=replace(RECEIPT, interventions=(by_policy,))), **ASKED)
+    errors.check(replace(DONE, receipt=replace(RECEIPT, interventions=(by_policy,))), **ASKED)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_an_edit_that_a_policy_makes_too_is_told_of_by_its_rule() -> None:
 )
 def test_what_is_missing_is_named(reply: Completion, missing: str) -> None:
     with pytest.raises(ReceiptMismatch, match=missing) as caught:
-        _receipts.check(reply, **ASKED)
+        errors.check(reply, **ASKED)
     assert caught.value.reason == "RECEIPT_MISMATCH"
 
 
 def test_a_triggers_edits_are_wanted_too() -> None:
     apply = Trigger("secret", WHEN, Apply([Zero("a", 8)]))
     with pytest.raises(ReceiptMismatch, match="zero of a:8"):
-        _receipts.check(DONE, (), (apply,), ())
+        errors.check(DONE, (), (apply,), ())
 
 
 @pytest.mark.parametrize("method", ["generate", "generate_stream"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae import ranks as ranking
+from saeguard_sae import ranks
 from saeguard_sae.coders import MatchingPursuit, SparseCoder
 from saeguard_sae.dictionary import (
     NORMALISATIONS,
@@ -146,11 +146,11 @@ def test_features_equal_the_formula(name: str, normalisation: Any) -> None:
     close(d.encode(x), formula_features(d, x))
 
 
-@pytest.mark.parametrize("block", [7, ranking.BLOCK])
+@pytest.mark.parametrize("block", [7, ranks.BLOCK])
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_edits_equal_the_formula(name: str, normalisation: Any, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "BLOCK", block)
+    monkeypatch.setattr(ranks, "BLOCK", block)
     d, x = coder(name, 110, normalisation=normalisation), tokens(2)
     table = EditTable(3, D)
     edits = {slot: some_edits(slot + 20, 2 + 4 * slot) for slot in range(3)}
@@ -250,13 +250,13 @@ def test_ranks_found_in_blocks_equal_the_whole(seed: int, k: int, count: int, bl
     d = replace(coder(name, seed), activation=replace(activation(name, seed), k=k))  # type: ignore[type-var]
     table, x = EditTable(2, D), tokens(seed, 2)
     chosen = [j for j, _ in some_edits(seed, count)]
-    whole = ranking.BLOCK
-    ranking.BLOCK = block
+    whole = ranks.BLOCK
+    ranks.BLOCK = block
     try:
         table.write(1, [EditColumn(d, j) for j in chosen])
         apply(table, x)
     finally:
-        ranking.BLOCK = whole
+        ranks.BLOCK = whole
     read = torch.stack([table.values(1, index) for index in range(count)], dim=-1)
     close(read, d.encode(x[1])[:, chosen].double())
 
@@ -264,16 +264,16 @@ def test_ranks_found_in_blocks_equal_the_whole(seed: int, k: int, count: int, bl
 def test_topk_encodes_only_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     """A feature that is off by its own sign is never ranked; a beaten one stops at the block that beats it."""
     d = replace(coder("topk", 350), b_enc=torch.linspace(30, -30, F), activation=TopK(3))
-    monkeypatch.setattr(ranking, "BLOCK", 10)
+    monkeypatch.setattr(ranks, "BLOCK", 10)
     looked: list[slice] = []
-    plain = ranking.Competitors._blocks
+    plain = ranks.Competitors._blocks
 
-    def noted(self: ranking.Competitors) -> Any:
+    def noted(self: ranks.Competitors) -> Any:
         for part in plain(self):
             looked.append(part)
             yield part
 
-    monkeypatch.setattr(ranking.Competitors, "_blocks", noted)
+    monkeypatch.setattr(ranks.Competitors, "_blocks", noted)
     x = normal(11, 1, 4, D)
     for feature, blocks in ((55, 0), (25, 1), (1, 6)):
         looked.clear()

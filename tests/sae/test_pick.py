@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae import encoding as pick
+from saeguard_sae import encoding
 from saeguard_sae.dictionary import (
     AbsTopK,
     ActivationFunction,
@@ -180,7 +180,7 @@ def test_a_few_more_than_the_spare_candidates_are_looked_at_before_everything_is
     x = normals(35, 6, D) * 0.1 + 4 * one.W_enc[:, 0]
     wanted, asked = formula(copies, x), []
     monkeypatch.setattr(
-        pick, "largest_per_row", lambda values, n: asked.append((len(values), n)) or largest_per_row(values, n)
+        encoding, "largest_per_row", lambda values, n: asked.append((len(values), n)) or largest_per_row(values, n)
     )
     check_top(FeatureSelector(copies).top(x, 16), wanted, 16)
     if HAS_BFLOAT16:
@@ -217,7 +217,7 @@ def test_a_sparse_token_is_settled_among_the_features_that_may_be_on(monkeypatch
             asked.append((len(values), n))
         return largest_per_row(values, n)
 
-    monkeypatch.setattr(pick, "largest_per_row", counted)
+    monkeypatch.setattr(encoding, "largest_per_row", counted)
     check_top(FeatureSelector(one).top(x, 16), wanted, 16)
     if HAS_BFLOAT16:
         assert asked == [(6, 33), (6, 33)]
@@ -226,7 +226,7 @@ def test_a_sparse_token_is_settled_among_the_features_that_may_be_on(monkeypatch
 def test_parts_of_a_batch_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     one, x = sae("jumprelu", 50), normals(51, 19, D) * torch.linspace(0.2, 3, 19)[:, None]
     wanted = formula(one, x)
-    monkeypatch.setattr(pick, "CELLS", 4 * F)
+    monkeypatch.setattr(encoding, "CELLS", 4 * F)
     for fast in (True, False):
         check_top(FeatureSelector(one, fast=fast).top(x, 16), wanted, 16)
         check_above(FeatureSelector(one, fast=fast).above(x, 1.5), wanted, 1.5)
@@ -246,7 +246,7 @@ def test_where_fewer_are_on_than_were_asked_for(ties: str, monkeypatch: pytest.M
     one = Dictionary(one.W_enc, b_enc, one.W_dec, one.b_dec, ReLU())
     x = normals(63, 5, D)
     if ties == "last":
-        monkeypatch.setattr(pick, "largest_per_row", last_of_ties)
+        monkeypatch.setattr(encoding, "largest_per_row", last_of_ties)
     for found in (FeatureSelector(one).top(x, 16), FeatureSelector(one).above(x, 1.0)):
         assert found.keep.sum(dim=-1).tolist() == [1] * 5
         assert (found.features[:, 0] == F - 1).all()

@@ -15,12 +15,12 @@ import torch
 
 from saeguard_sae import catalogue
 from saeguard_sae.formats import Source, saelens
-from saeguard_server import app as bundled
+from saeguard_server import app
 from saeguard_server.commands.sae import add_sae
 from support.published import builders
 from support.saes import plain_sae, save_sae
 
-RESID2 = str(bundled.ASSETS / "saes" / "resid2")
+RESID2 = str(app.ASSETS / "saes" / "resid2")
 Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
 

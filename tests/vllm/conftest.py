@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from saeguard_server.engine.vllm import engine as versions
+from saeguard_server.engine.vllm import engine
 from support import vllm
 from support.engines import Running, World
 
@@ -20,7 +20,7 @@ NEED_VLLM = (
 )  # fmt: skip
 
 # Elsewhere only what needs no vLLM is collected; CI runs the target, which installs it or fails.
-collect_ignore = list(NEED_VLLM) if versions.installed_version() is None else []
+collect_ignore = list(NEED_VLLM) if engine.installed_version() is None else []
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from saeguard_sae.edits import Affine
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, Steering
-from saeguard_server.engine.vllm import output as asking
+from saeguard_server.engine.vllm import output
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.request import Call, Sampling
 
@@ -31,7 +31,7 @@ def task(steering: Steering | None = None, **sampling: Any) -> GenerateTask:
 
 def test_every_option_is_passed_on() -> None:
     asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3}
-    given = asking.sampling_arguments(task(**asked), None, EOS)
+    given = output.sampling_arguments(task(**asked), None, EOS)
     assert given | asked == given
     assert (given["seed"], given["max_tokens"], given["stop_token_ids"]) == (11, 4, [3, 7])
     assert (given["logprobs"], given["prompt_logprobs"], given["skip_reading_prefix_cache"]) == (None, None, False)
@@ -39,39 +39,39 @@ def test_every_option_is_passed_on() -> None:
 
 
 def test_the_end_token_is_no_stop_where_it_is_ignored() -> None:
-    given = asking.sampling_arguments(task(ignore_eos=True), None, EOS)
+    given = output.sampling_arguments(task(ignore_eos=True), None, EOS)
     assert (given["ignore_eos"], given["stop_token_ids"]) == (True, [])
 
 
 def test_a_steered_request_is_read_whole_and_its_logits_are_looked_at() -> None:
-    given = asking.sampling_arguments(task(STEERING), b"order", EOS)
+    given = output.sampling_arguments(task(STEERING), b"order", EOS)
     assert given["extra_args"] == {"saeguard": b"order"}
     assert (given["skip_reading_prefix_cache"], given["logprobs"]) == (True, 0)
-    assert not asking.sampling_arguments(task(AFTER), b"order", EOS)["skip_reading_prefix_cache"]
-    assert asking.sampling_arguments(task(STEERING, logprobs=4), b"order", EOS)["logprobs"] == 4
+    assert not output.sampling_arguments(task(AFTER), b"order", EOS)["skip_reading_prefix_cache"]
+    assert output.sampling_arguments(task(STEERING, logprobs=4), b"order", EOS)["logprobs"] == 4
 
 
 def test_prompt_log_probabilities_need_the_prompt_read() -> None:
-    given = asking.sampling_arguments(task(prompt_logprobs=True), None, EOS)
+    given = output.sampling_arguments(task(prompt_logprobs=True), None, EOS)
     assert (given["prompt_logprobs"], given["skip_reading_prefix_cache"]) == (0, True)
 
 
 def test_kv_is_salted_with_the_steering() -> None:
-    assert asking.prompt_arguments(task()) == {"prompt_token_ids": [5, 6]}
+    assert output.prompt_arguments(task()) == {"prompt_token_ids": [5, 6]}
     salts = [
-        asking.prompt_arguments(task(one))["cache_salt"] for one in (STEERING, AFTER, replace(STEERING, digest="abd"))
+        output.prompt_arguments(task(one))["cache_salt"] for one in (STEERING, AFTER, replace(STEERING, digest="abd"))
     ]
     assert len(set(salts)) == 3
-    assert asking.prompt_arguments(task(replace(AFTER)))["cache_salt"] == salts[1]
+    assert output.prompt_arguments(task(replace(AFTER)))["cache_salt"] == salts[1]
 
 
 def test_an_inspection_samples_one_token_that_nobody_sees() -> None:
     read = InspectTask(call=Call("id", 0.0), index=0, tokens=(5,), offsets=(None,), picks=())
-    given = asking.inspection_arguments(read, b"order")
+    given = output.inspection_arguments(read, b"order")
     assert (given["max_tokens"], given["temperature"], given["skip_reading_prefix_cache"]) == (1, 0.0, True)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 2.5])
 def test_temperatures_that_vllm_lacks_are_refused(temperature: float) -> None:
     with pytest.raises(InvalidRequest, match=r"sampling\.temperature: .*0\.01 to 2 with the vllm engine, got"):
-        asking.sampling_arguments(task(temperature=temperature), None, EOS)
+        output.sampling_arguments(task(temperature=temperature), None, EOS)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_server.engine.vllm import steering as ops
+from saeguard_server.engine.vllm import steering
 
 
 @pytest.fixture(autouse=True)
 def _none_left() -> Iterator[None]:
     yield
-    ops.install_edits([])
+    steering.install_edits([])
 
 
 def second_row(x: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def second_row(x: Tensor) -> Tensor:
 
 
 def test_an_idle_place_writes_nothing() -> None:
-    ops.install_edits([lambda x: x])
+    steering.install_edits([lambda x: x])
     x, hidden, residual = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4)
     before = [one.clone() for one in (x, hidden, residual)]
     version = x._version
@@ -36,7 +36,7 @@ def test_an_idle_place_writes_nothing() -> None:
 
 
 def test_one_tensor_becomes_what_it_is_edited_to() -> None:
-    ops.install_edits([lambda x: x, second_row])
+    steering.install_edits([lambda x: x, second_row])
     x = torch.randn(3, 4)
     wanted = second_row(x)
     torch.ops.saeguard_vllm.edit(x, 1)
@@ -45,7 +45,7 @@ def test_one_tensor_becomes_what_it_is_edited_to() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stream_in_two_tensors_becomes_the_edited_sum(dtype: torch.dtype) -> None:
-    ops.install_edits([second_row])
+    steering.install_edits([second_row])
     hidden, residual = torch.randn(3, 4).to(dtype), torch.randn(3, 4).to(dtype)
     before, wanted = (hidden.clone(), residual.clone()), second_row(hidden + residual)
     torch.ops.saeguard_vllm.edit_sum(hidden, residual, 0)
@@ -55,7 +55,7 @@ def test_a_stream_in_two_tensors_becomes_the_edited_sum(dtype: torch.dtype) -> N
 
 
 def test_they_stand_in_a_compiled_graph() -> None:
-    ops.install_edits([second_row])
+    steering.install_edits([second_row])
 
     def model(x: Tensor) -> Tensor:
         hidden = x * 2

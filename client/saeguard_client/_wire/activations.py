@@ -8,13 +8,12 @@ from typing import Any
 
 from saeguard.v1 import activation_service_pb2 as pb
 from saeguard_client import _checks
-from saeguard_client._call import GatheredCall, StreamCall
-from saeguard_client._errors import malformed
-from saeguard_client._options import PerCall
 from saeguard_client._wire import request
 from saeguard_client._wire.mirror import decode
 from saeguard_client.activations import ActivationPart, Activations, TokenText, merge
+from saeguard_client.calls import GatheredCall, PerCall, StreamCall
 from saeguard_client.catalog import FeatureRef
+from saeguard_client.errors import malformed
 from saeguard_client.interventions import Intervention
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ActivationService"].full_name

@@ -7,9 +7,8 @@ from google.protobuf import wrappers_pb2
 from saeguard.v1 import catalog_service_pb2 as pb
 from saeguard.v1 import server_info_service_pb2 as info_pb
 from saeguard_client import _checks
-from saeguard_client._call import Page, PagedCall, UnaryCall
-from saeguard_client._options import PerCall
 from saeguard_client._wire.mirror import decode, read
+from saeguard_client.calls import Page, PagedCall, PerCall, UnaryCall
 from saeguard_client.catalog import Feature, FeatureRef, Model, Sae, ServerInfo
 
 _CATALOG = pb.DESCRIPTOR.services_by_name["CatalogService"].full_name

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from saeguard.v1 import generation_service_pb2 as pb
-from saeguard_client import _checks, _receipts
-from saeguard_client._call import EitherCall, StreamCall, UnaryCall
-from saeguard_client._errors import malformed
-from saeguard_client._options import PerCall
+from saeguard_client import _checks, errors
 from saeguard_client._wire import request
 from saeguard_client._wire.mirror import decode, read, values
+from saeguard_client.calls import EitherCall, PerCall, StreamCall, UnaryCall
 from saeguard_client.catalog import FeatureRef
+from saeguard_client.errors import malformed
 from saeguard_client.interventions import Intervention
 from saeguard_client.results import Comparison, Completion, FeatureReading, StreamChunk, Token
 from saeguard_client.sampling import Sampling
@@ -49,7 +48,7 @@ class Generation:
             ReceiptMismatch: it does not.
         """
         if self.check_receipt:
-            _receipts.check(done, self.steer, self.triggers, self.policies)
+            errors.check(done, self.steer, self.triggers, self.policies)
         return done
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from saeguard_client import activations, catalog, results
-from saeguard_client._errors import malformed
+from saeguard_client.errors import malformed
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)

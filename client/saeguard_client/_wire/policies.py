@@ -11,9 +11,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard_client import _checks
-from saeguard_client._call import UnaryCall
-from saeguard_client._options import PerCall
 from saeguard_client._wire.mirror import decode
+from saeguard_client.calls import PerCall, UnaryCall
 from saeguard_client.policies import (
     Activation,
     PolicyChange,

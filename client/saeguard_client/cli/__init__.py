@@ -9,11 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from saeguard_client._errors import SaeguardError, Unauthenticated, Unavailable
 from saeguard_client.cli import parser
-from saeguard_client.cli.plugins import missing
-from saeguard_client.cli.terminal import Terminal, safe
-from saeguard_client.cli.usage import UsageError
+from saeguard_client.cli.parser import missing
+from saeguard_client.cli.terminal import Terminal, UsageError, safe
+from saeguard_client.errors import SaeguardError, Unauthenticated, Unavailable
 
 __all__ = ["main"]
 
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that cannot show a character shows "?": better than to fail in the middle of a text.
             stream.reconfigure(errors="replace")
-    args = parser.build().parse_args(argv)
+    args = parser.build_parser().parse_args(argv)
     try:
         return _run(args)
     except BrokenPipeError:

@@ -6,27 +6,26 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from saeguard_client.catalog import Feature, FeatureRef
-from saeguard_client.cli.columns import table
-from saeguard_client.cli.connection import add_connection, connect
-from saeguard_client.cli.report import as_json
-from saeguard_client.cli.terminal import Terminal, safe
-from saeguard_client.cli.usage import as_argument, usage
+from saeguard_client.activations import Activations, merge
+from saeguard_client.catalog import Feature, FeatureRef, Model, Sae, SaeQuality, ServerInfo
+from saeguard_client.cli.generate import add_steering, as_json, read_prompt, steering
+from saeguard_client.cli.terminal import Terminal, add_connection, as_argument, connect, safe, shaded, table, usage
+from saeguard_client.client import Client
 
-EXAMPLES = """examples:
+FEATURE_EXAMPLES = """examples:
   saeguard features list --sae resid4 --limit 20
   saeguard features search "golden gate"
   saeguard features show resid4:4021
 """
 
 
-def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+def add_features(subparsers: argparse._SubParsersAction[Any]) -> None:
     """The command's arguments."""
     parser = subparsers.add_parser(
         "features",
         help="find features to steer",
         description="What is known about the SAEs' features.",
-        epilog=EXAMPLES,
+        epilog=FEATURE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -100,3 +99,168 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "an unknown share" if value is None else f"{value:.2%}"
+
+
+# ``saeguard activations``: which features fire where in a text.
+
+
+ACTIVATION_EXAMPLES = """examples:
+  saeguard activations "The bridge is golden" --sae resid4 --top 5
+  saeguard activations "The bridge is golden" --feature resid4:4021
+  saeguard activations - --sae resid4 --json < text.txt
+"""
+
+
+def add_activations(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """The command's arguments."""
+    parser = subparsers.add_parser(
+        "activations",
+        help="show which features fire on which token",
+        description="Read a text and show each token's strongest features, or colour the text by chosen features.",
+        epilog=ACTIVATION_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("text", metavar="TEXT", help="text to read, or - for standard input")
+    parser.add_argument("--chat", action="store_true", help="TEXT is a user's message to a chat model")
+    parser.add_argument("--sae", action="append", default=[], metavar="NAME", help="SAE to read with (default: all)")
+    parser.add_argument(
+        "--feature",
+        action="append",
+        default=[],
+        metavar="SAE:FEATURE",
+        type=as_argument(FeatureRef.parse),
+        help="colour the text by this feature's value; may be repeated",
+    )
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="features per token (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_steering(parser)
+    add_connection(parser, with_defaults=False)
+    parser.set_defaults(run=run_activations)
+
+
+def run_activations(args: argparse.Namespace) -> int:
+    """Reads the text; 0 when it was answered."""
+    terminal = Terminal()
+    with connect(args) as client:
+        found = _ask(client, args)
+        if args.json:
+            terminal.line(as_json({"activations": found}))
+            return 0
+        for line in _colored(client, args, found, terminal) if args.feature else _tables(client, found):
+            terminal.line(line)
+    return 0
+
+
+def _ask(client: Client, args: argparse.Namespace) -> list[Activations]:
+    saes, selection = args.sae, {"features": args.feature}
+    if not args.feature:
+        saes, selection = args.sae or [sae.name for sae in client.saes()], {"top_k": args.top}
+    with usage():
+        parts = client.activations_stream([read_prompt(args.text, args.chat)], saes, steer=steering(args), **selection)
+    return merge(parts)
+
+
+def _colored(client: Client, args: argparse.Namespace, found: list[Activations], terminal: Terminal) -> Iterator[str]:
+    by_sae = {one.sae: one for one in found}
+    for ref in args.feature:
+        entry, read = client.feature(ref.sae, ref.feature), by_sae[ref.sae]
+        values = [dict(read.row(i)).get(ref.feature, 0.0) for i in range(len(read))]
+        strongest = max(values, default=0.0)
+        yield terminal.shaded(f"{_named(entry)}: at most {strongest:.3g} here", "1")
+        yield shaded([token.text for token in read.tokens], values, entry.maximum or strongest, terminal)
+        yield ""
+
+
+def _tables(client: Client, found: list[Activations]) -> Iterator[str]:
+    for read in found:
+        names = _names(client, read)
+        yield f"{safe(read.sae, keep='')}"
+        yield from table(
+            [
+                (str(i), f'"{safe(token.text, keep="")}"', _fired(read.row(i), names))
+                for i, token in enumerate(read.tokens)
+            ]
+        )
+        yield ""
+
+
+def _fired(row: tuple[tuple[int, float], ...], names: dict[int, str]) -> str:
+    return ", ".join(f"{names[feature]} {value:.3g}" for feature, value in row) or "-"
+
+
+def _names(client: Client, read: Activations) -> dict[int, str]:
+    return {feature: _named(client.feature(read.sae, feature)) for feature in sorted(set(read.indices))}
+
+
+def _named(entry: Feature) -> str:
+    label = safe(entry.label, keep="")
+    return f"{entry.index} ({label})" if label else str(entry.index)
+
+
+# ``saeguard info``: the server, its model, its SAEs.
+
+
+def add_info(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """The command's arguments."""
+    parser = subparsers.add_parser(
+        "info",
+        help="show the server, its model and its SAEs",
+        description="What is served, and what the server allows.",
+        epilog="example:\n  saeguard info --target models.internal:50051 --tls-ca ca.pem\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_connection(parser, with_defaults=False)
+    parser.set_defaults(run=run_info)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Asks three questions; 0 when all were answered."""
+    terminal = Terminal()
+    with connect(args) as client:
+        server, model, saes = client.info(), client.model(), client.saes()
+    if args.json:
+        terminal.line(as_json({"server": server, "model": model, "saes": saes}))
+        return 0
+    for line in (*_server(server), *_model(model), "", *_saes(saes)):
+        terminal.line(safe(line, keep=""))
+    return 0
+
+
+def _server(server: ServerInfo) -> Iterator[str]:
+    limits = server.limits
+    yield f"server  saeguard {server.version}, engine {server.engine}, edits: {', '.join(server.intervention_kinds)}"
+    yield (
+        f"limits  {limits.max_slots} running, {limits.max_queue} waiting, {limits.max_context} tokens, "
+        f"{limits.max_interventions} edits, {limits.max_watch} watched features, {limits.max_deadline_s:g} s"
+    )
+
+
+def _model(model: Model) -> Iterator[str]:
+    chat = "chat template" if model.has_chat_template else "no chat template"
+    yield (
+        f"model   {model.name}: {model.architecture}, {model.num_layers} layers of {model.d_model}, "
+        f"{model.dtype}, {chat}, {model.digest[:12]}"
+    )
+
+
+def _saes(saes: tuple[Sae, ...]) -> Iterator[str]:
+    rows = [
+        (
+            *(one.name, _place(one), one.architecture, str(one.d_sae), str(one.num_labelled)),
+            *(*_quality(one.quality), *_quality(one.measured)),
+        )
+        for one in saes
+    ]
+    return table([("SAE", "SITE", "KIND", "FEATURES", "LABELLED", "L0", "FVU", "L0 HERE", "FVU HERE"), *rows])
+
+
+def _place(sae: Sae) -> str:
+    writes = ", ".join(sae.write_sites)
+    return sae.site if writes in ("", sae.site) else f"{sae.site} -> {writes}"
+
+
+def _quality(quality: SaeQuality | None) -> tuple[str, str]:
+    values = (None, None) if quality is None else (quality.l0, quality.fvu)
+    l0, fvu = ("-" if value is None else f"{value:.3g}" for value in values)
+    return l0, fvu

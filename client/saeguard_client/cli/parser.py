@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import argparse
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import Any
 
-from saeguard_client.cli import activations, features, generate, info, policy
-from saeguard_client.cli.connection import add_connection
-from saeguard_client.cli.plugins import CommandParser, add_plugins
+from saeguard_client.cli import features, generate, policy
+from saeguard_client.cli.terminal import add_connection
+
+# Commands that other packages bring, by the entry-point group ``saeguard.commands``.
+#
+# They are listed without being imported: ``saeguard --help`` must not wait for torch, nor fail where it is missing.
+
+
+GROUP = "saeguard.commands"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that may stand for one in a package which is only imported when it is asked to parse."""
+
+    entry_point: EntryPoint | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, by the real parser where this is a stand-in."""
+        if self.entry_point is None:
+            return super().parse_known_args(args, namespace)
+        parsed, rest = self._real(self.entry_point).parse_known_args(args, namespace)
+        parsed.plugin = self.entry_point.name
+        return parsed, rest
+
+    def _real(self, entry_point: EntryPoint) -> argparse.ArgumentParser:
+        try:
+            add = entry_point.load()
+        except ImportError as err:
+            self.exit(2, missing(entry_point.name, err) + "\n")
+        holder = argparse.ArgumentParser(prog="saeguard").add_subparsers()
+        add(holder)
+        real: argparse.ArgumentParser = holder.choices[entry_point.name]
+        return real
+
+
+def add_plugins(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """A stand-in for every installed command."""
+    for entry_point in sorted(entry_points(group=GROUP), key=lambda one: one.name):
+        package = entry_point.module.partition(".")[0]
+        stand_in = subparsers.add_parser(entry_point.name, help=f"from {package}; see its --help", add_help=False)
+        stand_in.entry_point = entry_point
+
+
+def missing(command: str, error: ImportError) -> str:
+    """What to do about a command whose packages are not there."""
+    return f'saeguard {command} needs packages that are not installed ({error}): pip install "saeguard[server]"'
+
 
 DESCRIPTION = "Text from a language model, steered by its features."
 EPILOG = """exit codes:
@@ -20,7 +65,7 @@ examples:
 """
 
 
-def build() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The whole parser; commands of other packages are listed, not imported."""
     parser = CommandParser(
         prog="saeguard",
@@ -31,7 +76,13 @@ def build() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"saeguard {_version()}")
     add_connection(parser, with_defaults=True)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (generate.add, activations.add, features.add, policy.add, info.add):
+    for add in (
+        generate.add_generate,
+        features.add_activations,
+        features.add_features,
+        policy.add_policy,
+        features.add_info,
+    ):
         add(commands)
     add_plugins(commands)
     return parser

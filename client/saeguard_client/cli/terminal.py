@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import unicodedata
-from typing import Final, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final, TextIO, TypeVar
 
+from saeguard_client.async_client import AsyncClient
+from saeguard_client.calls import DEFAULT_DEADLINE_S
 from saeguard_client.cli import settings
+from saeguard_client.client import Client
 
 _RESET: Final = "\x1b[0m"
 # Marks that reorder what is already on the screen are category Cf, like harmless joiners, so they are named.
@@ -80,3 +88,187 @@ def _width(char: str) -> int:
     if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+# Two texts side by side, and tables: lines are folded and padded by terminal cells, not by characters.
+
+
+_GAP = " | "
+
+
+def beside(left: str, right: str, width: int) -> Iterator[str]:
+    """Lines of at most ``width`` cells with ``left`` and ``right`` folded into halves."""
+    half = (width - len(_GAP)) // 2
+    for a, b in zip_longest(fold(left, half), fold(right, half), fillvalue=""):
+        yield f"{pad(a, half)}{_GAP}{b}".rstrip()
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` cells, broken at spaces where there are any."""
+    return [line for paragraph in text.expandtabs(4).split("\n") for line in _fold_line(paragraph, width)]
+
+
+def pad(text: str, width: int) -> str:
+    """``text`` and the spaces that fill ``width`` cells."""
+    return text + " " * (width - cells(text))
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows with columns aligned; the last column is as long as it is."""
+    widths = [max(cells(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(pad(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _fold_line(line: str, width: int) -> Iterator[str]:
+    while cells(line) > width:
+        cut = _cut(line, width)
+        yield line[:cut].rstrip()
+        line = line[cut:].lstrip(" ")
+    yield line
+
+
+def _cut(line: str, width: int) -> int:
+    """Index at which to break: after the last space that fits, else after the last character that fits."""
+    end, used = 0, 0
+    while used + cells(line[end]) <= width:
+        used += cells(line[end])
+        end += 1
+    space = line.rfind(" ", 1, end + 1)
+    return max(space if space > 0 else end, 1)
+
+
+# A text coloured by one feature's value on each token; with brackets where there is no colour.
+
+
+# Backgrounds of the 256-colour palette from pale to strong, with a foreground that can be read on each.
+SHADES: Final = ("30;48;5;230", "30;48;5;222", "30;48;5;214", "97;48;5;202", "97;48;5;160")
+
+
+def shade(value: float, maximum: float) -> str:
+    """SGR parameters for ``value``; "" where the feature is off."""
+    if value <= 0 or maximum <= 0:
+        return ""
+    return SHADES[min(int(value / maximum * len(SHADES)), len(SHADES) - 1)]
+
+
+def shaded(tokens: Sequence[str], values: Sequence[float], maximum: float, terminal: Terminal) -> str:
+    """The tokens' text on one string; one value per token."""
+    if terminal.has_color:
+        pairs = zip(tokens, values, strict=True)
+        return "".join(terminal.shaded(safe(text), shade(value, maximum)) for text, value in pairs)
+    return "".join(_marked(safe(text), value) for text, value in zip(tokens, values, strict=True))
+
+
+def _marked(text: str, value: float) -> str:
+    """``[text|value]`` with leading space kept outside, so that words stay apart."""
+    if value <= 0:
+        return text
+    word = text.lstrip(" ")
+    return f"{text[: len(text) - len(word)]}[{word}|{value:.2g}]"
+
+
+# What the person at the keyboard got wrong.
+
+
+T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """Arguments that cannot be used together, or at all; ends with exit code 2."""
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """The client's ValueError, which names an argument, is a usage error here."""
+    try:
+        yield
+    except ValueError as err:
+        raise UsageError(str(err)) from err
+
+
+def as_argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """For argparse, which would hide a ValueError's message."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(str(err)) from err
+
+    return parsed
+
+
+# Flags that say where the server is, and the clients they make.
+
+
+def add_connection(parser: argparse.ArgumentParser, *, with_defaults: bool) -> None:
+    """The same flags before and after the command; only the first set has defaults, lest they undo the other's."""
+    group = parser.add_argument_group("connection")
+    group.add_argument("--target", metavar="HOST:PORT", help="server (default: $SAEGUARD_TARGET or 127.0.0.1:50051)")
+    group.add_argument("--tls-ca", metavar="FILE", help="use TLS and trust these PEM certificates ($SAEGUARD_TLS_CA)")
+    group.add_argument("--tls-cert", metavar="FILE", help="certificate chain to show the server ($SAEGUARD_TLS_CERT)")
+    group.add_argument("--tls-key", metavar="FILE", help="its private key ($SAEGUARD_TLS_KEY)")
+    # Files, not values: what is on a command line, every user of the machine can read.
+    group.add_argument("--api-key-file", metavar="FILE", help="API key to show the server (or $SAEGUARD_API_KEY)")
+    group.add_argument("--token-file", metavar="FILE", help="token to show the server (or $SAEGUARD_TOKEN)")
+    group.add_argument("--deadline", metavar="SECONDS", type=float, help="give up after this long (default: 600)")
+    defaults = _defaults() if with_defaults else {}
+    for action in group._group_actions:
+        action.default = defaults.get(action.dest, argparse.SUPPRESS)
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        "target": settings.target(),
+        "tls_ca": settings.tls_ca(),
+        "tls_cert": settings.tls_cert(),
+        "tls_key": settings.tls_key(),
+        "api_key_file": None,
+        "token_file": None,
+        "deadline": DEFAULT_DEADLINE_S,
+    }
+
+
+def connect(args: argparse.Namespace) -> Client:
+    """A client as the flags say.
+
+    Raises:
+        UsageError: the flags make no sense, or a file that they name cannot be read.
+    """
+    try:
+        with usage():
+            return Client(**_arguments(args))
+    except OSError as err:
+        raise UsageError(f"{err.filename}: {err.strerror}") from err
+
+
+def connect_async(args: argparse.Namespace) -> AsyncClient:
+    """The same for asyncio."""
+    try:
+        with usage():
+            return AsyncClient(**_arguments(args))
+    except OSError as err:
+        raise UsageError(f"{err.filename}: {err.strerror}") from err
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "target": args.target,
+        "root_certificates": args.tls_ca,
+        "certificate_chain": args.tls_cert,
+        "private_key": args.tls_key,
+        "deadline_s": args.deadline,
+        **_credential(args),
+    }
+
+
+def _credential(args: argparse.Namespace) -> dict[str, str | None]:
+    """Of the flags; of the environment where there is no flag."""
+    if args.api_key_file is None and args.token_file is None:
+        return {"api_key": settings.api_key(), "token": settings.token()}
+    return {"api_key": _secret(args.api_key_file), "token": _secret(args.token_file)}
+
+
+def _secret(file: str | None) -> str | None:
+    return None if file is None else Path(file).read_text(encoding="ascii", errors="replace").strip()

@@ -28,7 +28,7 @@ from saeguard_sae.dictionary import (
     check_finite,
     feature_major,
 )
-from saeguard_sae.formats import parsed as files
+from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.formats.saelens_config import (
     ARCHITECTURES,
@@ -91,7 +91,7 @@ def input_normalization(source: Source, settings: SaelensConfig, said: Conventio
     scaler.must_be_idle(mode)
     if mode == _FACTOR:
         table = {"activation_normalization_factor": 1.0} | dict(settings.table)
-        factor = files.number(table, "activation_normalization_factor", CONFIG)
+        factor = parsed.number(table, "activation_normalization_factor", CONFIG)
         said.note("activation scale", factor, settings.source("activation_normalization_factor"))
         return InputNormalization(
             scale=_positive(factor, f"{CONFIG}: activation_normalization_factor"), files=scaler.files
@@ -114,7 +114,7 @@ def _mode(source: Source, settings: SaelensConfig) -> tuple[str, str]:
     elif settings.is_transcoder:
         # One factor could not say how both of the places that it connects are scaled.
         allowed = _PER_TOKEN
-    return files.choice(table, _KEY, allowed, f"{CONFIG} ({settings.architecture})"), settings.source(_KEY)
+    return parsed.choice(table, _KEY, allowed, f"{CONFIG} ({settings.architecture})"), settings.source(_KEY)
 
 
 class _Scaler:
@@ -124,14 +124,14 @@ class _Scaler:
         self.path, self.whitening = folder / SCALER, folder / WHITENING
         self._table: dict[str, Any] = {}
         if self.path.is_file():
-            self._table = files.json_object(self.path)
-            files.check_keys(self._table, ("scaling_factor", "has_whitening"), SCALER)
+            self._table = parsed.json_object(self.path)
+            parsed.check_keys(self._table, ("scaling_factor", "has_whitening"), SCALER)
         self.factor = self._table.get("scaling_factor")
         self.files = (self.path,) if self._table else ()
 
     @property
     def has_whitening(self) -> bool:
-        return files.flag(self._table, "has_whitening", False, SCALER)
+        return parsed.flag(self._table, "has_whitening", False, SCALER)
 
     def must_be_idle(self, mode: str) -> None:
         """The checkpoint's scaler and its config must tell the same story."""
@@ -142,7 +142,7 @@ class _Scaler:
 
 def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> InputNormalization:
     if scaler.factor is not None:
-        factor, who = files.number({"scaling_factor": scaler.factor}, "scaling_factor", SCALER), SCALER
+        factor, who = parsed.number({"scaling_factor": scaler.factor}, "scaling_factor", SCALER), SCALER
     elif source.choices.scale is not None:
         factor, who = source.choices.scale, source.choices.scale_said_by
     else:
@@ -160,7 +160,7 @@ def _whitened(scaler: _Scaler, said: Conventions) -> InputNormalization:
             f"{CONFIG}: {_KEY} is {_WHITENED}, but {WHITENING} is not in the folder; SAELens writes it beside a "
             "checkpoint and folds it into the SAE when training ends"
         )
-    tensors = files.safetensors(scaler.whitening)
+    tensors = parsed.safetensors(scaler.whitening)
     parts = [tensors.take(name, keep_dtype=True).to(torch.float64) for name in ("mean", "matrix", "inverse_matrix")]
     tensors.close()
     _check_square(parts)
@@ -285,7 +285,7 @@ def build_coder(parts: Parts) -> SparseCoder:
     built = _built(parts)
     parts.weights.close()
     for key, size in (("d_in", built.d_in), ("d_sae", built.d_sae), ("d_out", built.d_out)):
-        files.check_size(parts.table, key, size, CONFIG)
+        parsed.check_size(parts.table, key, size, CONFIG)
     return built
 
 
@@ -301,7 +301,7 @@ def _built(parts: Parts) -> SparseCoder:
 
 def _centre(parts: Parts) -> bool:
     key = "apply_b_dec_to_input"
-    centre = files.flag(parts.table, key, True, CONFIG)
+    centre = parsed.flag(parts.table, key, True, CONFIG)
     if centre and parts.settings.is_transcoder:
         raise ValueError(f"{CONFIG}: {key} must be false for a transcoder, as SAELens has it")
     parts.note("centring", centre, key)
@@ -375,7 +375,7 @@ def _batch_threshold(parts: Parts) -> Tensor:
 def _k(parts: Parts) -> int:
     table, choice = parts.table, parts.choices.k
     if table.get("k") is not None:
-        k = files.whole(table, "k", CONFIG)
+        k = parsed.whole(table, "k", CONFIG)
         parts.note("k", k, "k")
         return k
     if choice is None:
@@ -391,7 +391,7 @@ def _rescales(parts: Parts) -> bool:
         return False
     # Checkpoints of batch top-k from before SAELens 6.14 do not say it, because nothing did it then.
     older = settings.trained_by is not None and settings.trained_by < _RESCALING_SINCE
-    rescales = files.flag(parts.table, key, settings.architecture in _BATCH_TOPK and not older, CONFIG)
+    rescales = parsed.flag(parts.table, key, settings.architecture in _BATCH_TOPK and not older, CONFIG)
     parts.note("feature units", "times the decoder row's norm" if rescales else "as stored", key)
     return rescales
 
@@ -420,9 +420,9 @@ def _pursuit(parts: Parts) -> MatchingPursuit:
         W_dec,
         # Scaling the input scales residuals, features and threshold alike: what is unscaled finds the same features.
         b_dec / scale,
-        max_iterations=b_dec.numel() if most is None else files.whole(table, "max_iterations", CONFIG),
-        residual_threshold=files.number(table, "residual_threshold", CONFIG) / scale,
-        stop_on_duplicate_support=files.flag(table, "stop_on_duplicate_support", True, CONFIG),
+        max_iterations=b_dec.numel() if most is None else parsed.whole(table, "max_iterations", CONFIG),
+        residual_threshold=parsed.number(table, "residual_threshold", CONFIG) / scale,
+        stop_on_duplicate_support=parsed.flag(table, "stop_on_duplicate_support", True, CONFIG),
         centre=_centre(parts),
         normalisation=parts.arrives.normalisation,
     )
@@ -430,14 +430,14 @@ def _pursuit(parts: Parts) -> MatchingPursuit:
 
 def _temporal(parts: Parts) -> Temporal:
     table, weights = parts.table, parts.weights
-    tied = files.flag(table, "tied_weights", True, CONFIG)
+    tied = parsed.flag(table, "tied_weights", True, CONFIG)
     W_dec = weights.take("W_dec")
     return Temporal(
         W_dec.transpose(0, -1) if tied else weights.take("W_enc"),
         W_dec,
         weights.take("b_dec"),
-        tuple(_attention(weights, index) for index in range(files.whole(table, "n_attn_layers", CONFIG))),
-        n_heads=files.whole(table, "n_heads", CONFIG),
+        tuple(_attention(weights, index) for index in range(parsed.whole(table, "n_attn_layers", CONFIG))),
+        n_heads=parsed.whole(table, "n_heads", CONFIG),
         k=_temporal_k(table),
         scale=parts.arrives.scale,
         centre=_centre(parts),
@@ -451,10 +451,10 @@ def _attention(weights: Tensors, index: int) -> dict[str, Tensor]:
 
 
 def _temporal_k(table: Mapping[str, Any]) -> int | None:
-    kind = files.choice({"sae_diff_type": "topk"} | dict(table), "sae_diff_type", ("relu", "topk"), CONFIG)
+    kind = parsed.choice({"sae_diff_type": "topk"} | dict(table), "sae_diff_type", ("relu", "topk"), CONFIG)
     if kind == "relu" or table.get("kval_topk") is None:
         return None
-    return files.whole(table, "kval_topk", CONFIG)
+    return parsed.whole(table, "kval_topk", CONFIG)
 
 
 # Flat ``cfg.json`` of SAELens before 6.0, which held the settings of the whole training run beside the SAE's own.
@@ -500,8 +500,8 @@ def modernised(config: Mapping[str, Any]) -> SaelensConfig:
     flat, spelled = _renamed(config)
     stated = frozenset(flat)
     flat.setdefault("architecture", "standard")
-    files.choice(flat, "architecture", ARCHITECTURES, CONFIG)
-    files.check_keys(flat, BASE_KEYS | ARCHITECTURES[flat["architecture"]] | _METADATA | _OWN | _RUN, CONFIG)
+    parsed.choice(flat, "architecture", ARCHITECTURES, CONFIG)
+    parsed.check_keys(flat, BASE_KEYS | ARCHITECTURES[flat["architecture"]] | _METADATA | _OWN | _RUN, CONFIG)
     activation = _activation(flat)
     if activation == "topk":
         stated |= _take_k(flat, spelled)
@@ -531,7 +531,7 @@ def _renamed(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
 
 def _activation(flat: dict[str, Any]) -> str:
     """What the features go through; only plain SAEs could have anything but ReLU."""
-    name = files.choice({"activation_fn": "relu"} | flat, "activation_fn", ("relu", "tanh-relu", "topk"), CONFIG)
+    name = parsed.choice({"activation_fn": "relu"} | flat, "activation_fn", ("relu", "tanh-relu", "topk"), CONFIG)
     allowed = {"topk": ("standard", "topk"), "tanh-relu": ("standard",)}
     if name in allowed and flat["architecture"] not in allowed[name]:
         raise ValueError(f"{CONFIG}: activation_fn {name!r} is not supported for architecture {flat['architecture']!r}")
@@ -544,7 +544,7 @@ def _take_k(flat: dict[str, Any], spelled: dict[str, str]) -> set[str]:
     given = flat.get("activation_fn_kwargs") or {}
     if not isinstance(given, dict):
         raise ValueError(f"{CONFIG}: activation_fn_kwargs must be a table, got {given!r}")
-    files.check_keys(given, {"k"}, f"{CONFIG}: activation_fn_kwargs")
+    parsed.check_keys(given, {"k"}, f"{CONFIG}: activation_fn_kwargs")
     if "k" in given:
         flat["k"], spelled["k"] = given["k"], "activation_fn_kwargs.k"
     return {"architecture", "k"}
@@ -560,7 +560,7 @@ def _normalisation(said: object) -> object:
 def _finetuned(flat: dict[str, Any]) -> bool | None:
     if "finetuning_scaling_factor" not in flat:
         return None
-    return files.flag(flat, "finetuning_scaling_factor", None, CONFIG)
+    return parsed.flag(flat, "finetuning_scaling_factor", None, CONFIG)
 
 
 NAME = "saelens"
@@ -581,7 +581,7 @@ def load(source: Source) -> ParsedSae:
     settings = _settings(path)
     place = hook_point(settings, source.origin, said)
     arrives = input_normalization(source, settings, said)
-    coder = build_coder(Parts(settings, files.safetensors(path / WEIGHTS), arrives, source.choices, said))
+    coder = build_coder(Parts(settings, parsed.safetensors(path / WEIGHTS), arrives, source.choices, said))
     chose_k = {one.name for one in said.all() if one.source == "the user"} & {"k"}
     return ParsedSae(
         dictionary=coder,
@@ -597,5 +597,5 @@ def load(source: Source) -> ParsedSae:
 
 
 def _settings(path: Path) -> SaelensConfig:
-    config = files.json_object(path / CONFIG)
+    config = parsed.json_object(path / CONFIG)
     return current(config) if is_current(config) else modernised(config)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saeguard_sae import releases
-from saeguard_sae.formats import parsed as files
-from saeguard_sae.formats import parsed as places
+from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Conventions, Place, Processing, SaeOrigin
 
 # What a SAELens ``cfg.json`` says, in the spelling of its current version (6.54).
@@ -77,9 +76,9 @@ class SaelensConfig:
     """What ``finetuning_scaling_factor`` says; None where a file that could have it says nothing."""
 
     def __post_init__(self) -> None:
-        files.choice(self.table, "architecture", ARCHITECTURES, CONFIG)
+        parsed.choice(self.table, "architecture", ARCHITECTURES, CONFIG)
         dtype = self.table.get("dtype", "float32")
-        files.choice({"dtype": str(dtype).removeprefix("torch.")}, "dtype", _DTYPES, CONFIG)
+        parsed.choice({"dtype": str(dtype).removeprefix("torch.")}, "dtype", _DTYPES, CONFIG)
 
     @property
     def architecture(self) -> str:
@@ -111,9 +110,9 @@ def current(config: Mapping[str, Any]) -> SaelensConfig:
     metadata = config.get("metadata", {})
     if not isinstance(metadata, dict):
         raise ValueError(f"{CONFIG}: metadata must be a table, got {metadata!r}")
-    architecture = files.choice(config, "architecture", ARCHITECTURES, CONFIG)
+    architecture = parsed.choice(config, "architecture", ARCHITECTURES, CONFIG)
     known = BASE_KEYS | _TRAINING_KEYS | ARCHITECTURES[architecture] | {"metadata", "sae_lens_version"}
-    files.check_keys(config, known, CONFIG)
+    parsed.check_keys(config, known, CONFIG)
     table = {key: value for key, value in config.items() if key != "metadata"}
     return SaelensConfig(table=table, metadata=metadata, stated=frozenset(table))
 
@@ -156,7 +155,7 @@ def hook_point(settings: SaelensConfig, origin: SaeOrigin | None, said: Conventi
         () if writes is None else (writes,),
         _processing(settings, origin, said),
         _text(settings, "model_name"),
-        None if settings.metadata.get("l0") is None else files.number(settings.metadata, "l0", settings.where + "l0"),
+        None if settings.metadata.get("l0") is None else parsed.number(settings.metadata, "l0", settings.where + "l0"),
     )
 
 
@@ -164,7 +163,7 @@ def _place(settings: SaelensConfig, suffix: str, said: Conventions) -> Place | N
     """The place of ``hook_name``, else that of ``hf_hook_name``."""
     ours, theirs = f"hook_name{suffix}", f"hf_hook_name{suffix}"
     name, module = _text(settings, ours), _text(settings, theirs)
-    found = {key: places.place(text) for key, text in ((ours, name), (theirs, module)) if text}
+    found = {key: parsed.place(text) for key, text in ((ours, name), (theirs, module)) if text}
     chosen = ours
     # hook_mlp_in is before the norm, but SAELens also calls the norm's output so where it converts Gemma Scope 2.
     if found.get(ours) is None or (str(name).endswith("hook_mlp_in") and found.get(theirs) is not None):
@@ -184,7 +183,7 @@ def _processing(settings: SaelensConfig, origin: SaeOrigin | None, said: Convent
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise ValueError(f"{key} must be a table, got {given!r}")
-    on = {name for name in _PROCESSING if files.flag(given, name, False, key)}
+    on = {name for name in _PROCESSING if parsed.flag(given, name, False, key)}
     published = releases.at(origin.repo, origin.path) if origin else None
     if published is not None and published.is_centred:
         on, key = set(_CENTRED), releases.source()
@@ -215,7 +214,7 @@ def _note_heads(settings: SaelensConfig, said: Conventions) -> None:
     key = "reshape_activations"
     if settings.table.get(key) is None:
         return
-    if files.choice(settings.table, key, ("none", "hook_z"), CONFIG) == "hook_z":
+    if parsed.choice(settings.table, key, ("none", "hook_z"), CONFIG) == "hook_z":
         said.note("heads", "side by side", settings.source(key))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saeguard_sae.coders import ATTENTION, MatchingPursuit, SparseCoder, Temporal
 from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, TopK, is_selection
-from saeguard_sae.formats import parsed as places
+from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Processing
 from saeguard_sae.formats.saelens_config import CONFIG, PROCESSED, WEIGHTS
 from saeguard_sae.models import Site
@@ -158,11 +158,11 @@ def _temporal_weights(coder: Temporal) -> dict[str, Tensor]:
 
 
 def _places(coder: SparseCoder, site: Site, writes: tuple[Site, ...]) -> dict[str, Any]:
-    reads = {"hook_name": places.hook_name(site)}
+    reads = {"hook_name": parsed.hook_name(site)}
     if isinstance(coder, Dictionary) and coder.is_transcoder:
         if len(writes) != 1:
             raise ValueError(f"SAELens' transcoders write at one place; writes names {len(writes)}")
-        return reads | {"hook_name_out": places.hook_name(writes[0])}
+        return reads | {"hook_name_out": parsed.hook_name(writes[0])}
     if writes not in ((), (site,)):
         raise ValueError(f"an SAE of SAELens writes where it reads, which is {site}")
     return reads

@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from saeguard_client.cli.columns import table
+from saeguard_client.cli.terminal import table
 from saeguard_sae import releases
 from saeguard_sae.check import CheckReport
 from saeguard_sae.coders import SparseCoder
@@ -24,7 +24,7 @@ from saeguard_sae.loading import OpenedSae, detect_format, read_sae
 from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
 from saeguard_sae.metadata import write_catalogue as write_features
 from saeguard_sae.models import Site
-from saeguard_server import app as bundled
+from saeguard_server import app
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
 from saeguard_server.sources import open_sae_source
 
@@ -164,7 +164,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     given = sae_settings_of(arguments)
     check = CheckSettings(text=arguments.text and str(arguments.text), max_tokens=arguments.max_tokens)
-    settings = bundled.resolve_bundled(Settings(model=ModelSettings(path=arguments.model), saes=(given,), check=check))
+    settings = app.resolve_bundled(Settings(model=ModelSettings(path=arguments.model), saes=(given,), check=check))
     model = load_model(settings.model, max_context=2048)
     sae = load_saes((given,), model)[given.name]
     report = startup.measure_served_sae(

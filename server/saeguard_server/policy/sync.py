@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
-from saeguard_server.policy import compile as snapshot
+from saeguard_server.policy import compile
 from saeguard_server.policy.administration import Administration
 from saeguard_server.policy.compile import Policies, Snapshot, check_or_refuse
 from saeguard_server.policy.model import Policy
@@ -238,7 +238,7 @@ async def enforcing(
     served = ServedModel(engine, keeps_audit=keeps_audit)
 
     def build(active: Active) -> Snapshot:
-        return snapshot.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
+        return compile.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
 
     def check(policies: Sequence[Policy]) -> tuple[str, ...]:
         return check_or_refuse(policies, served, datetime.now(UTC))

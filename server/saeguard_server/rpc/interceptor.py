@@ -47,7 +47,7 @@ from saeguard_server.errors import (
     Unavailable,
     UnknownName,
 )
-from saeguard_server.identity import auth as access
+from saeguard_server.identity import auth
 from saeguard_server.identity.api_keys import Presented
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import REQUEST_ID, Metrics
@@ -335,7 +335,7 @@ COUNTED_AS = {Unauthenticated: "unauthenticated", PermissionDenied: "permission_
 class AuthInterceptor:
     """Asks once for every RPC."""
 
-    def __init__(self, identity: Identity, needs: access.Table, metrics: Metrics) -> None:
+    def __init__(self, identity: Identity, needs: auth.Table, metrics: Metrics) -> None:
         self._identity, self._needs, self._refusals = identity, needs, metrics.refusals
 
     async def recognise(self, context: Context, method: str) -> Caller:
@@ -346,7 +346,7 @@ class AuthInterceptor:
             Unavailable, Overloaded: that cannot be found out now.
         """
         with self._counted():
-            if access.needed_role(self._needs, method) is access.Anybody.AT_ALL:
+            if auth.needed_role(self._needs, method) is auth.Anybody.AT_ALL:
                 return NOBODY
             return await self._identity.caller(_presented(context))
 
@@ -357,7 +357,7 @@ class AuthInterceptor:
             PermissionDenied: it has not the role.
         """
         with self._counted():
-            access.check_role(caller, access.needed_role(self._needs, method), method.rpartition("/")[2])
+            auth.check_role(caller, auth.needed_role(self._needs, method), method.rpartition("/")[2])
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

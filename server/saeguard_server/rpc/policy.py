@@ -12,8 +12,8 @@ from saeguard_server.policy import document
 from saeguard_server.policy.administration import Administration, Written, etag_of
 from saeguard_server.policy.model import Activation, Policy
 from saeguard_server.policy.sync import Enforcement
-from saeguard_server.rpc import interceptor as call
-from saeguard_server.rpc.wire import policy_messages as messages
+from saeguard_server.rpc import interceptor
+from saeguard_server.rpc.wire import policy_messages
 
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
@@ -33,10 +33,10 @@ class PolicyServicer(PolicyServiceServicer):
         active = await self._administration.active()
         policies = revision.policies if revision else ()
         return pb.ListPoliciesResponse(
-            policies=[messages.summary(policy) for policy in policies],
+            policies=[policy_messages.summary(policy) for policy in policies],
             etag=etag_of(newest),
-            revision=None if revision is None else messages.revision(revision),
-            active=None if active is None else messages.activation_message(active.activation),
+            revision=None if revision is None else policy_messages.revision(revision),
+            active=None if active is None else policy_messages.activation_message(active.activation),
             yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
         )
 
@@ -45,10 +45,10 @@ class PolicyServicer(PolicyServiceServicer):
         if not request.etag:
             raise InvalidRequest("etag", "must be the one that ListPolicies gave")
         written = await self._administration.delete(
-            [request.name], caller=call.current_call().caller, reason=request.reason, etag=request.etag
+            [request.name], caller=interceptor.current_call().caller, reason=request.reason, etag=request.etag
         )
         await self._record("delete", request.reason, name=request.name, revision=_number(written))
-        return pb.DeletePolicyResponse(revision=messages.written(written), etag=written.etag)
+        return pb.DeletePolicyResponse(revision=policy_messages.written(written), etag=written.etag)
 
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         """A revision made of documents."""
@@ -56,7 +56,7 @@ class PolicyServicer(PolicyServiceServicer):
         etag = request.etag or (None if request.dry_run else etag_of(None))
         written = await self._administration.apply(
             _parsed(request.documents),
-            caller=call.current_call().caller,
+            caller=interceptor.current_call().caller,
             reason=request.reason,
             etag=etag,
             is_whole_set=request.prune,
@@ -66,7 +66,7 @@ class PolicyServicer(PolicyServiceServicer):
             changed = [change.name for change in written.changes]
             await self._record("write", request.reason, policies=changed, revision=_number(written))
         return pb.ApplyPoliciesResponse(
-            revision=messages.written(written), etag=written.etag, findings=messages.findings(written)
+            revision=policy_messages.written(written), etag=written.etag, findings=policy_messages.findings(written)
         )
 
     async def ActivateRevision(
@@ -75,7 +75,7 @@ class PolicyServicer(PolicyServiceServicer):
         """A revision comes into force."""
         activation = await self._administration.activate(
             request.revision,
-            caller=call.current_call().caller,
+            caller=interceptor.current_call().caller,
             reason=request.reason,
             expected_activation=request.expected_activation,
         )
@@ -84,7 +84,7 @@ class PolicyServicer(PolicyServiceServicer):
     async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
         """An older revision comes into force again."""
         activation = await self._administration.rollback(
-            caller=call.current_call().caller,
+            caller=interceptor.current_call().caller,
             reason=request.reason,
             number=request.revision if request.HasField("revision") else None,
             expected_activation=request.expected_activation,
@@ -103,8 +103,8 @@ class PolicyServicer(PolicyServiceServicer):
             limit=limit, before=request.before_activation if request.HasField("before_activation") else None
         )
         return pb.ListHistoryResponse(
-            revisions=[messages.change(change) for change in changes],
-            activations=[messages.activation_message(activation) for activation in activations],
+            revisions=[policy_messages.change(change) for change in changes],
+            activations=[policy_messages.activation_message(activation) for activation in activations],
         )
 
     @property
@@ -121,11 +121,11 @@ class PolicyServicer(PolicyServiceServicer):
         # So that whoever put it in force finds it so here; other servers follow on their own.
         await self._enforcement.look_now()
         await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
-        return messages.activation_message(activation)
+        return policy_messages.activation_message(activation)
 
     async def _record(self, act: str, reason: str, **facts: object) -> None:
         # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.
-        await self._audit.act(call.current_call(), act, reason=reason, **facts)
+        await self._audit.act(interceptor.current_call(), act, reason=reason, **facts)
 
 
 def _number(written: Written) -> int | None:

@@ -19,9 +19,9 @@ from saeguard_server.errors import InternalFailure
 from saeguard_server.generation import Comparison
 from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.request import ActivationRequest, Call, GenerationRequest
-from saeguard_server.rpc import interceptor as calls
+from saeguard_server.rpc import interceptor
 from saeguard_server.rpc.interceptor import closing
-from saeguard_server.rpc.wire import activations as activation_wire
+from saeguard_server.rpc.wire import activations
 from saeguard_server.rpc.wire import catalog as catalog_wire
 from saeguard_server.rpc.wire import generation as generation_wire
 from saeguard_server.settings import LimitSettings
@@ -54,13 +54,13 @@ class GenerationServicer(GenerationServiceServicer):
     async def Generate(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.GenerateResponse:
         """The whole completion in one reply."""
         chunks = [chunk async for chunk in self._chunks(request)]
-        return generation_wire.whole_response(chunks, calls.current_call().request_id)
+        return generation_wire.whole_response(chunks, interceptor.current_call().request_id)
 
     async def GenerateStream(
         self, request: generation_pb.GenerateRequest, context: object
     ) -> AsyncIterator[generation_pb.GenerateResponse]:
         """The completion as it is made."""
-        request_id = calls.current_call().request_id
+        request_id = interceptor.current_call().request_id
         is_complete = False
         async with closing(self._chunks(request)) as chunks:
             async for chunk in chunks:
@@ -72,14 +72,14 @@ class GenerationServicer(GenerationServiceServicer):
     async def Compare(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.CompareResponse:
         """Both completions in one reply."""
         generation = generation_wire.generation_request(request, self._limits)
-        with self._admission.work(calls.current_call().caller):
-            comparison = await self._comparison.run(generation, calls.current_call())
-        return generation_wire.compare_response(comparison, calls.current_call().request_id)
+        with self._admission.work(interceptor.current_call().caller):
+            comparison = await self._comparison.run(generation, interceptor.current_call())
+        return generation_wire.compare_response(comparison, interceptor.current_call().request_id)
 
     async def _chunks(self, request: generation_pb.GenerateRequest) -> AsyncIterator[Chunk]:
         generation = generation_wire.generation_request(request, self._limits)
-        with self._admission.work(calls.current_call().caller):
-            async with closing(self._flow.stream(generation, calls.current_call())) as chunks:
+        with self._admission.work(interceptor.current_call().caller):
+            async with closing(self._flow.stream(generation, interceptor.current_call())) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
@@ -107,11 +107,11 @@ class ActivationServicer(ActivationServiceServicer):
         self, request: activation_pb.GetActivationsRequest, context: object
     ) -> AsyncIterator[activation_pb.GetActivationsResponse]:
         """Reads the inputs once and streams what fired."""
-        asked = activation_wire.activation_request(request, self._limits)
-        with self._admission.work(calls.current_call().caller):
-            async with closing(self._flow.stream(asked, calls.current_call())) as parts:
+        asked = activations.activation_request(request, self._limits)
+        with self._admission.work(interceptor.current_call().caller):
+            async with closing(self._flow.stream(asked, interceptor.current_call())) as parts:
                 async for part in parts:
-                    for message in activation_wire.responses(part):
+                    for message in activations.responses(part):
                         yield message
 
 

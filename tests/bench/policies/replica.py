@@ -25,7 +25,7 @@ from saeguard_sae.models import Site
 from saeguard_server.engine.protocol import Capabilities, ModelInfo
 from saeguard_server.errors import PoliciesUnavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.policy import compile as snapshot
+from saeguard_server.policy import compile
 from saeguard_server.policy.compile import Policies, Snapshot
 from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import Active
@@ -64,7 +64,7 @@ async def follow(url: str, poll_s: float, stale_after_s: float) -> None:
     policies = Policies(stale_after_s)
 
     def build(active: Active) -> Snapshot:
-        return snapshot.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
+        return compile.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
 
     store = await open_store(url)
     async with PolicySync(store, policies, build, Metrics(CollectorRegistry()), poll_s=poll_s).running():

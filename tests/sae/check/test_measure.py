@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.check import SaeMeasurements, measure_sae
-from saeguard_sae.check import measure as tally
+from saeguard_sae.check import SaeMeasurements, measure, measure_sae
 from saeguard_sae.coders import MatchingPursuit, Temporal
 from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, JumpReLU, ReLU, TopK
 from saeguard_sae.formats.parsed import ParsedSae
@@ -319,14 +318,14 @@ def test_features_are_never_held_all_at_once(worlds: Worlds, loaded: Any, monkey
     sae = loaded(site, Dictionary(**weights(48, 90, 48), activation=ReLU()))
     whole = measured(world, sae)
     sizes: list[int] = []
-    count = tally.Tally.count
+    count = measure.Tally.count
 
     def watched(self: Any, features: Tensor) -> None:
         sizes.append(features.numel())
         count(self, features)
 
-    monkeypatch.setattr(tally.Tally, "count", watched)
-    monkeypatch.setattr(tally, "VALUES", 90 * 8)
+    monkeypatch.setattr(measure.Tally, "count", watched)
+    monkeypatch.setattr(measure, "VALUES", 90 * 8)
     parts = measured(world, sae)
     assert max(sizes) == 90 * 8
     assert parts.l0 == whole.l0
@@ -337,7 +336,7 @@ def test_features_are_never_held_all_at_once(worlds: Worlds, loaded: Any, monkey
 def test_the_spread_holds_where_the_mean_is_long() -> None:
     """Sums of squares would cancel: the mean is 10,000 deviations away."""
     x = torch.randn(300, 20, generator=torch.Generator().manual_seed(2)) + 1e4
-    one = tally.Tally()
+    one = measure.Tally()
     for part in torch.split(x, 7):
         one.compare(part + 0.5, part)
     spread = (x.double() - x.double().mean(0)).square().sum()
@@ -345,7 +344,7 @@ def test_the_spread_holds_where_the_mean_is_long() -> None:
 
 
 def test_a_target_that_never_changes() -> None:
-    same = tally.Tally()
+    same = measure.Tally()
     same.compare(torch.ones(3, 2), torch.ones(3, 2))
     assert same.fvu == 0
     same.compare(torch.zeros(3, 2), torch.ones(3, 2))

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.catalogue import Catalogue, Quality
-from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, check_sae, hypotheses, measure_sae
-from saeguard_sae.check import measure as captured
+from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, check_sae, hypotheses, measure, measure_sae
 from saeguard_sae.check.check import Setup, _pairs, conventions, relocations
 from saeguard_sae.check.measure import Variant, reader, target
 from saeguard_sae.coders import MatchingPursuit, Temporal
@@ -537,7 +536,7 @@ def test_the_model_runs_once_however_much_is_tried(
         read.append(given["input_ids"].shape[1])
 
     handle = world.model.register_forward_pre_hook(note, with_kwargs=True)
-    monkeypatch.setattr(captured, "SAMPLE", 100)
+    monkeypatch.setattr(measure, "SAMPLE", 100)
     hypotheses(world.model, world.config, sae, world.texts, world.special, CheckBounds(max_fvu=1e-9))
     handle.remove()
     # The first text holds 70 ordinary tokens after BOS, the second 30 of the rest in its first 32.

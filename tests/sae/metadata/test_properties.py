@@ -14,8 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae import catalogue
-from saeguard_sae import metadata as files
+from saeguard_sae import catalogue, metadata
 from saeguard_sae.catalogue import BadCatalogue
 from saeguard_sae.metadata import import_features, write_catalogue
 
@@ -145,7 +144,7 @@ def test_large_files_are_read_line_by_line(tmp_path: Path) -> None:
 def test_what_is_read_as_a_whole_has_a_limit(
     limit: str, data: bytes, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, limit, 20)
+    monkeypatch.setattr(metadata, limit, 20)
     (tmp_path / "a.jsonl").write_bytes(data)
     with pytest.raises(BadCatalogue, match=says):
         import_features([tmp_path / "a.jsonl"], 1, units="raw")

@@ -22,10 +22,10 @@ from prometheus_client import generate_latest
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import generation_service_pb2_grpc
 from saeguard.v1 import intervention_pb2 as edit_pb
-from saeguard_server import observe as logs
+from saeguard_server import observe
 from saeguard_server.caller import Role
 from saeguard_server.identity.api_keys import KEY, change_keys, revoke_key
-from saeguard_server.rpc import server as edge
+from saeguard_server.rpc import server
 from support.credentials import AUDIENCE, ISSUER, bearer, forged, jwk, rsa_key, token, write_keys
 
 INFO = "/saeguard.v1.ServerInfoService/GetServerInfo"
@@ -54,7 +54,7 @@ def lines() -> Iterator[io.StringIO]:
     """The log, in its most talkative form."""
     stream = io.StringIO()
     level = logging.getLogger().level
-    handler = logs.configure_logs("debug", stream)
+    handler = observe.configure_logs("debug", stream)
     yield stream
     logging.getLogger().removeHandler(handler)
     logging.getLogger().setLevel(level)
@@ -104,7 +104,7 @@ async def test_every_role_against_every_rpc(app_with: Any, keys: Path) -> None:
     made = write_keys(keys, **{role.value: [role] for role in Role}, none=[])
     tried = 0
     async with serving(app_with, {"api_keys": str(keys)}) as (_, channel):
-        for service in edge.SERVICES:
+        for service in server.SERVICES:
             for method in descriptor_pool.Default().FindServiceByName(service).methods:
                 name, role = f"/{service}/{method.name}", OPENED_BY[method.containing_service.name][method.name]
                 assert code(await ask(channel, name)) == "UNAUTHENTICATED"

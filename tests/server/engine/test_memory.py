@@ -13,8 +13,7 @@ from torch import Tensor
 from saeguard_sae.edits import Clamp
 from saeguard_server.engine.load import LoadedModel, ModelLoadError
 from saeguard_server.engine.protocol import Pick
-from saeguard_server.engine.transformers import engine as loading
-from saeguard_server.engine.transformers import runner as memory
+from saeguard_server.engine.transformers import engine, runner
 from saeguard_server.engine.transformers.runner import ForwardPass, free_bytes, is_out_of_memory, kv_blocks
 from saeguard_server.engine.transformers.sequence import BLOCK
 from saeguard_server.errors import InvalidRequest, Overloaded
@@ -48,7 +47,7 @@ def test_the_settings_limit_holds(limit_mb: int) -> None:
 
 
 def test_half_of_what_is_free_where_the_settings_do_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * BLOCK_BYTES)
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 10 * BLOCK_BYTES)
     assert kv_blocks(model(), 5, None) == 5
     assert kv_blocks(model(), 5, 1000) == 40, "a limit is taken at its word"
 
@@ -56,7 +55,7 @@ def test_half_of_what_is_free_where_the_settings_do_not_say(monkeypatch: pytest.
 def test_too_little_is_refused_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelLoadError, match=r"16 tokens is 9\.0 MiB, and 1 MiB are allowed; give engine\.kv_cache_mb"):
         kv_blocks(model(num_hidden_layers=3 * 1024), 5, 1)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * BLOCK_BYTES)
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 3 * BLOCK_BYTES)
     with pytest.raises(ModelLoadError, match="or free memory"):
         kv_blocks(model(), 5, None)
 
@@ -78,8 +77,8 @@ def test_free_memory_is_the_machines_or_the_containers(
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "meminfo").write_text("MemTotal: 5000 kB\nMemFree: 3 kB\nMemAvailable:   900 kB\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "meminfo")
+    monkeypatch.setattr(runner, "_CGROUP", tmp_path)
+    monkeypatch.setattr(runner, "_PROC", tmp_path / "meminfo")
     assert free_bytes(CPU) == wanted
 
 
@@ -111,7 +110,7 @@ def alone(world: World) -> Alone:
 async def test_a_request_larger_than_the_memory_is_refused_by_name(
     world: World, alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "kv_blocks", lambda *_: 3)
+    monkeypatch.setattr(engine, "kv_blocks", lambda *_: 3)
     with running(world.settings()) as one:
         assert one.engine.model.max_context == 48
         with pytest.raises(InvalidRequest, match="tokens: has 48 tokens, at most 47 fit"):

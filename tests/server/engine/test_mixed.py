@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from saeguard_sae.edits import Add, Cap, Clamp, Scale, Zero
 from saeguard_server.engine.protocol import Pick
-from saeguard_server.engine.transformers import engine as loading
+from saeguard_server.engine.transformers import engine
 from saeguard_server.engine.transformers.sequence import BLOCK
 from saeguard_server.interventions import FeatureRef, Intervention, Scope
 from saeguard_server.request import GenerationRequest, Sampling, TokenInput
@@ -265,7 +265,7 @@ def test_who_gave_its_memory_up_draws_what_it_would_have_drawn(truth: Truth, loa
 
 async def test_the_running_engine_in_a_crowd(truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same on the engine's thread, with what asyncio makes of it: 30 requests, some of which hang up."""
-    monkeypatch.setattr(loading, "kv_blocks", lambda *_: 14)
+    monkeypatch.setattr(engine, "kv_blocks", lambda *_: 14)
     requests = [
         _request(
             tuple(prompt(SEEDS[index % 4], LENGTHS[index * 5 % 6])), 5 + index % 4,

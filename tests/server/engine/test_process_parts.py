@@ -22,8 +22,7 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server import errors
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, ModelInfo
-from saeguard_server.engine.worker import engine as module
-from saeguard_server.engine.worker import messages as wire
+from saeguard_server.engine.worker import engine, messages
 from saeguard_server.engine.worker.messages import (
     Cancel,
     Start,
@@ -78,7 +77,7 @@ def make(kind: type[SaeguardError]) -> SaeguardError:
 @pytest.mark.parametrize("kind", sorted(set(subclasses(SaeguardError)), key=lambda kind: kind.__name__))
 def test_every_error_arrives_with_all_it_says(kind: type[SaeguardError]) -> None:
     sent = make(kind)
-    got = pickle.loads(wire.dump_message(WorkerFailure.of(sent))).error()
+    got = pickle.loads(messages.dump_message(WorkerFailure.of(sent))).error()
     assert type(got) is kind
     assert str(got) == str(sent)
     assert vars(got) == vars(sent) != {}
@@ -94,7 +93,7 @@ def test_events_arrive_as_they_are() -> None:
     for event in (chunk, part):
         for field in fields(event):
             assert getattr(event, field.name), f"{field.name} is not tested"
-        assert pickle.loads(wire.dump_message(event)) == event
+        assert pickle.loads(messages.dump_message(event)) == event
 
 
 @pytest.mark.parametrize("make", SAVEABLE.values(), ids=SAVEABLE.keys())
@@ -103,7 +102,7 @@ def test_an_sae_without_weights_is_still_that_sae(make: Maker) -> None:
     known = Catalogue(features={2: CatalogueFeature(index=2, label="bridges")})
     gain = torch.ones(coder.d_out)
     sae = LoadedSae("one", Site(1, "mlp_in"), coder, "digest", known, (Site(1, "mlp_out"),), gain, "saelens")
-    sent = wire.dump_message(remote_sae(sae))
+    sent = messages.dump_message(remote_sae(sae))
     assert len(sent) < 10_000, "weights are in it"
     got = pickle.loads(sent)
     assert isinstance(got, LoadedSae)
@@ -199,13 +198,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeChild]:
     class Fake(FakeChild):
         script, born = [lambda: READY], []
 
-    monkeypatch.setattr(module, "WorkerProcess", Fake)
+    monkeypatch.setattr(engine, "WorkerProcess", Fake)
     monkeypatch.setattr("saeguard_server.engine.load.FIRST_S", 0.02)
     return Fake
 
 
-def fake_engine() -> module.WorkerEngine:
-    return module.load_engine(Settings(), Metrics(CollectorRegistry()), None)  # type: ignore[arg-type]
+def fake_engine() -> engine.WorkerEngine:
+    return engine.load_engine(Settings(), Metrics(CollectorRegistry()), None)  # type: ignore[arg-type]
 
 
 async def until(is_so: Callable[[], bool]) -> None:

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 import saeguard.v1
 from saeguard_server.caller import NOBODY, Caller, Role
 from saeguard_server.errors import PermissionDenied
-from saeguard_server.identity import auth as access
+from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Anybody
 
 
@@ -29,7 +29,7 @@ def test_every_rpc_has_an_entry_and_every_entry_an_rpc() -> None:
     found = methods().keys()
     assert len(found) >= 8
     for second_person in (False, True):
-        assert {method for method in access.role_table(second_person) if method.startswith("/saeguard.")} == found
+        assert {method for method in auth.role_table(second_person) if method.startswith("/saeguard.")} == found
 
 
 def test_no_rpc_streams_its_request() -> None:
@@ -38,7 +38,7 @@ def test_no_rpc_streams_its_request() -> None:
 
 
 def test_a_second_person_is_asked_for_where_the_server_wants_one() -> None:
-    alone, together = access.role_table(False), access.role_table(True)
+    alone, together = auth.role_table(False), auth.role_table(True)
     differs = {method for method in alone if alone[method] != together[method]}
     assert differs == {
         "/saeguard.v1.PolicyService/ActivateRevision",
@@ -50,22 +50,22 @@ def test_a_second_person_is_asked_for_where_the_server_wants_one() -> None:
 
 
 def test_only_health_is_open_to_all() -> None:
-    is_open = {method for method, need in access.role_table(False).items() if need is Anybody.AT_ALL}
+    is_open = {method for method, need in auth.role_table(False).items() if need is Anybody.AT_ALL}
     assert is_open == {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
 
 
 def test_what_is_not_in_the_table_is_closed() -> None:
     with pytest.raises(PermissionDenied):
-        access.needed_role(access.role_table(False), "/saeguard.v1.NewService/Do")
+        auth.needed_role(auth.role_table(False), "/saeguard.v1.NewService/Do")
 
 
 @pytest.mark.parametrize("role", Role)
 def test_a_role_opens_itself_and_admin_opens_all(role: Role) -> None:
-    access.check_role(Caller("a", frozenset({role})), role, "Do")
-    access.check_role(Caller("a", frozenset({Role.ADMIN})), role, "Do")
+    auth.check_role(Caller("a", frozenset({role})), role, "Do")
+    auth.check_role(Caller("a", frozenset({Role.ADMIN})), role, "Do")
     for other in set(Role) - {role, Role.ADMIN}:
         with pytest.raises(PermissionDenied, match=rf"needs the role {role.value}\b") as caught:
-            access.check_role(Caller("a", frozenset({other})), role, "Do")
+            auth.check_role(Caller("a", frozenset({other})), role, "Do")
         assert caught.value.facts == {"role": role.value}
     with pytest.raises(PermissionDenied):
-        access.check_role(NOBODY, role, "Do")
+        auth.check_role(NOBODY, role, "Do")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from saeguard_server.errors import Unavailable
-from saeguard_server.identity import oidc as jwks
+from saeguard_server.identity import oidc
 from saeguard_server.identity.oidc import JwksFile, JwksUrl, open_jwks, public_keys
 from saeguard_server.settings import BadSettings, JwtSettings
 from support.credentials import AUDIENCE, ISSUER, ec_key, jwk, rsa_key
@@ -53,7 +53,7 @@ async def test_made_up_ids_do_not_make_us_ask_more_often() -> None:
         issuer.now += 0.2
     assert issuer.asked == 2
     issuer.document = {"keys": [jwk(rsa_key(), "one"), jwk(ec_key(), "new")]}
-    issuer.now += jwks.MIN_REFRESH_S
+    issuer.now += oidc.MIN_REFRESH_S
     assert await issuer.keys.find("new") is not None
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_server import cli as key_cli
+from saeguard_server import cli
 from saeguard_server.caller import Role
-from saeguard_server.identity import api_keys as key_file
+from saeguard_server.identity import api_keys
 from saeguard_server.identity.api_keys import KEY, KeyFile, change_keys, make_key, read_keys, revoke_key
 from saeguard_server.settings import BadSettings
 from support.credentials import CHEAP, write_keys
@@ -129,7 +129,7 @@ def saeguard_key(*arguments: str) -> int:
     import argparse
 
     parser = argparse.ArgumentParser()
-    key_cli.add_key(parser.add_subparsers())
+    cli.add_key(parser.add_subparsers())
     parsed = parser.parse_args(["key", *arguments])
     code: int = parsed.run(parsed)
     return code
@@ -138,7 +138,7 @@ def saeguard_key(*arguments: str) -> int:
 def test_the_command_line_shows_a_key_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(key_file, "SCRYPT_N", CHEAP)
+    monkeypatch.setattr(api_keys, "SCRYPT_N", CHEAP)
     path = str(tmp_path / "keys.json")
     flags = ["--role", "generate", "--role", "steer", "--tag", "prod", "--expires", "90d", "--file", path]
     assert saeguard_key("create", "billing", *flags) == 0

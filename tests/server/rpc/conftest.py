@@ -22,7 +22,7 @@ from saeguard_server.catalog import Catalog, describe_server
 from saeguard_server.engine.protocol import Engine, GenerateTask
 from saeguard_server.fair_queue import FairQueue
 from saeguard_server.generation import Comparison
-from saeguard_server.identity import auth as access
+from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Metrics
 from saeguard_server.reply import ActivationPart, Chunk, Completion, Timings, Token, TokenText
@@ -131,7 +131,7 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
     frame = RpcInterceptor(
         metrics,
         admission,
-        AuthInterceptor(Identity.of(IdentitySettings()), access.role_table(False), metrics),
+        AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
         limits.max_deadline_s,
     )
     server = edge.build_server(servicers, frame, settings.server)

@@ -16,7 +16,7 @@ from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import catalog_service_pb2 as catalog_pb
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import input_pb2
-from saeguard_server import observe as logs
+from saeguard_server import observe
 from saeguard_server.errors import InternalFailure, Unavailable
 
 MARKER = "Xyzzy-7421"
@@ -26,7 +26,7 @@ MARKER = "Xyzzy-7421"
 def lines() -> Iterator[io.StringIO]:
     stream = io.StringIO()
     level = logging.getLogger().level
-    handler = logs.configure_logs("info", stream)
+    handler = observe.configure_logs("info", stream)
     yield stream
     logging.getLogger().removeHandler(handler)
     logging.getLogger().setLevel(level)

@@ -16,9 +16,8 @@ from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard.v1.policy_service_pb2 import PolicyMode
 from saeguard_sae import catalogue
 from saeguard_sae.edits import KINDS, UNITS
-from saeguard_server import catalog as info
+from saeguard_server import catalog, reply, request
 from saeguard_server import interventions as domain
-from saeguard_server import reply, request
 from saeguard_server.engine.protocol import ModelInfo
 from saeguard_server.policy.model import MODES
 from saeguard_server.rpc.server import SERVICES
@@ -75,7 +74,7 @@ def test_every_input_is_the_same_oneof() -> None:
         (receipt_pb2.InterventionReceipt, reply.InterventionReceipt),
         (activation_pb.TokenText, reply.TokenText),
         (activation_pb.GetActivationsResponse, reply.ActivationPart),
-        (server_info_service_pb2.Limits, info.ServerLimits),
+        (server_info_service_pb2.Limits, catalog.ServerLimits),
         (pb.StoppedBy, reply.StoppedBy),
         (pb.PolicyFacts, reply.PolicyFacts),
         (edit_pb.Condition, domain.Condition),

@@ -17,8 +17,7 @@ from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import condition_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
-from saeguard_server import interventions as rules
-from saeguard_server import request as domain
+from saeguard_server import interventions, request
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.rpc.wire import interventions as wire
 from saeguard_server.rpc.wire.activations import activation_request
@@ -26,10 +25,10 @@ from saeguard_server.rpc.wire.generation import generation_request
 from support.strategies import LIMITS, generations, readings
 
 
-def to_input(message: Any, one: domain.ModelInput) -> None:
-    if isinstance(one, domain.TextInput):
+def to_input(message: Any, one: request.ModelInput) -> None:
+    if isinstance(one, request.TextInput):
         message.text = one.text
-    elif isinstance(one, domain.TokenInput):
+    elif isinstance(one, request.TokenInput):
         message.tokens.ids.extend(one.ids)
     else:
         for turn in one.messages:
@@ -40,14 +39,14 @@ def backwards(names: Any) -> dict[Any, int]:
     return {name: number for number, name in names.items()}
 
 
-def to_scope(scope: rules.Scope) -> edit_pb.Scope:
+def to_scope(scope: interventions.Scope) -> edit_pb.Scope:
     return edit_pb.Scope(
         phase=backwards(wire.PHASES)[scope.phase], start=scope.start, end=scope.end,
         include_special_tokens=scope.include_special_tokens,
     )  # fmt: skip
 
 
-def to_condition(one: rules.Condition) -> edit_pb.Condition:
+def to_condition(one: interventions.Condition) -> edit_pb.Condition:
     window = one.window
     return edit_pb.Condition(
         terms=[
@@ -63,7 +62,7 @@ def to_condition(one: rules.Condition) -> edit_pb.Condition:
     )
 
 
-def to_edits(message: Any, edits: tuple[rules.Intervention, ...]) -> None:
+def to_edits(message: Any, edits: tuple[interventions.Intervention, ...]) -> None:
     for one in edits:
         said = message.interventions.add(sae=one.target.sae, feature=one.target.feature)
         body = {field.name: getattr(one.edit, field.name) for field in fields(one.edit)}
@@ -75,24 +74,24 @@ def to_edits(message: Any, edits: tuple[rules.Intervention, ...]) -> None:
             said.when.CopyFrom(to_condition(one.when))
 
 
-def to_trigger(one: rules.Trigger) -> condition_pb2.Trigger:
+def to_trigger(one: interventions.Trigger) -> condition_pb2.Trigger:
     message = condition_pb2.Trigger(name=one.name, when=to_condition(one.when))
-    if isinstance(one.action, rules.Apply):
+    if isinstance(one.action, interventions.Apply):
         to_edits(message.apply, one.action.interventions)
     else:
         getattr(message, type(one.action).__name__.lower()).SetInParent()
     return message
 
 
-def to_sampling(one: domain.Sampling) -> pb.Sampling:
+def to_sampling(one: request.Sampling) -> pb.Sampling:
     return pb.Sampling(**{field.name: getattr(one, field.name) for field in fields(one)})
 
 
-def to_refs(refs: tuple[rules.FeatureRef, ...]) -> list[pb.FeatureRef]:
+def to_refs(refs: tuple[interventions.FeatureRef, ...]) -> list[pb.FeatureRef]:
     return [pb.FeatureRef(sae=ref.sae, feature=ref.feature) for ref in refs]
 
 
-def to_generation(one: domain.GenerationRequest) -> pb.GenerateRequest:
+def to_generation(one: request.GenerationRequest) -> pb.GenerateRequest:
     message = pb.GenerateRequest(max_relative_edit=one.max_relative_edit)
     to_input(message, one.prompt)
     to_edits(message, one.interventions)
@@ -106,14 +105,14 @@ def to_generation(one: domain.GenerationRequest) -> pb.GenerateRequest:
     return message
 
 
-def to_reading(one: domain.ActivationRequest) -> activation_pb.GetActivationsRequest:
+def to_reading(one: request.ActivationRequest) -> activation_pb.GetActivationsRequest:
     message = activation_pb.GetActivationsRequest(saes=one.saes)
     for given_input in one.inputs:
         to_input(message.inputs.add(), given_input)
     to_edits(message, one.interventions)
-    if isinstance(one.selection, domain.TopK):
+    if isinstance(one.selection, request.TopK):
         message.top_k = one.selection.k
-    elif isinstance(one.selection, domain.Threshold):
+    elif isinstance(one.selection, request.Threshold):
         message.threshold = one.selection.value
     else:
         message.features.features.extend(to_refs(one.selection.features))
@@ -121,19 +120,19 @@ def to_reading(one: domain.ActivationRequest) -> activation_pb.GetActivationsReq
 
 
 @given(generations)
-def test_a_generation_means_the_same_after_the_wire(asked: domain.GenerationRequest) -> None:
+def test_a_generation_means_the_same_after_the_wire(asked: request.GenerationRequest) -> None:
     message = pb.GenerateRequest.FromString(to_generation(asked).SerializeToString())
     assert generation_request(message, LIMITS) == asked
 
 
 @given(readings)
-def test_a_reading_means_the_same_after_the_wire(asked: domain.ActivationRequest) -> None:
+def test_a_reading_means_the_same_after_the_wire(asked: request.ActivationRequest) -> None:
     message = activation_pb.GetActivationsRequest.FromString(to_reading(asked).SerializeToString())
     assert activation_request(message, LIMITS) == asked
 
 
 @given(generations, st.data())
-def test_a_damaged_generation_is_read_or_refused(asked: domain.GenerationRequest, data: st.DataObject) -> None:
+def test_a_damaged_generation_is_read_or_refused(asked: request.GenerationRequest, data: st.DataObject) -> None:
     raw = bytearray(to_generation(asked).SerializeToString())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))

@@ -16,7 +16,7 @@ from saeguard_sae.loading import LoadedSae, LoadError, Overrides, bind, open_sae
 from saeguard_sae.models import Site
 from saeguard_sae.train.data import context_length
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.quality import evaluate as evaluation
+from saeguard_sae.train.quality import evaluate
 from saeguard_sae.train.quality.evaluate import (
     Evaluation,
     Material,
@@ -406,9 +406,9 @@ def write_report(found: Evaluation, folder: Path) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = plots(found)
     page = html(found, drawn)
-    written = [evaluation.write_evaluation(found, folder)]
-    written += [evaluation.write_whole(folder / f"{one.name}.png", one.light) for one in drawn]
-    written.append(evaluation.write_whole(folder / FILE, page.encode("utf-8")))
+    written = [evaluate.write_evaluation(found, folder)]
+    written += [evaluate.write_whole(folder / f"{one.name}.png", one.light) for one in drawn]
+    written.append(evaluate.write_whole(folder / FILE, page.encode("utf-8")))
     return tuple(written)
 
 
@@ -567,7 +567,7 @@ kept theirs, as did tokens left out as outliers. Losses are means over all posit
 the mean of the tokens that the baseline was fit on, or zeros, in the same places. FVU divides sums over all tokens;
 cosine and length are means over tokens.</p>
 <p class="quiet">Figures that the frozen baseline reaches too say nothing about the features. Everything on this page
-is in {escape(evaluation.FILE)} beside it.</p>"""
+is in {escape(evaluate.FILE)} beside it.</p>"""
 
 
 # Evaluates an SAE on disk: loads it, ties it to the model, measures, writes the report.

@@ -21,7 +21,7 @@ from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import sites
-from saeguard_server.engine import load as startup
+from saeguard_server.engine import load
 from saeguard_server.engine.load import Backoff, LoadedModel, ModelLoadError, load_model, load_saes
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
 from saeguard_server.engine.tokenizer import Assembler, Tokenizer
@@ -314,8 +314,8 @@ def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
 def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
     model = load_model(settings.model, settings.engine.max_context)
     _set_threads(settings.engine.threads, model)
-    saes = startup.check_saes(load_saes(settings.saes, model), settings.saes, model, settings.check)
-    startup.record_checks(saes, metrics)
+    saes = load.check_saes(load_saes(settings.saes, model), settings.saes, model, settings.check)
+    load.record_checks(saes, metrics)
 
     engine = settings.engine
     sites = frozenset(site for sae in saes.values() for site in (sae.site, *sae.write_sites))

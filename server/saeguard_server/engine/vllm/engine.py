@@ -17,14 +17,13 @@ import torch
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae, LoadError
 from saeguard_sae.models import Site
-from saeguard_server.engine import load as startup
+from saeguard_server.engine import load
 from saeguard_server.engine.load import Backoff, ModelFiles, ModelLoadError, load_model, load_saes, open_files
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
 from saeguard_server.engine.tables import build_receipt
 from saeguard_server.engine.tokenizer import Assembler, Tokenizer
-from saeguard_server.engine.vllm import orders
+from saeguard_server.engine.vllm import orders, steering
 from saeguard_server.engine.vllm import output as asking
-from saeguard_server.engine.vllm import steering as places
 from saeguard_server.engine.vllm.client import EngineDied, VllmClient
 from saeguard_server.engine.vllm.orders import KEY, WorkerPlan
 from saeguard_server.engine.vllm.output import RequestAnswer, activation_parts, counts_of
@@ -397,7 +396,7 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
     check_settings(settings)
     model = open_files(settings.model, settings.engine.max_context)
     _check_architecture(settings, model)
-    sites = places.offered_sites(model.config, settings.engine.vllm.tensor_parallel)
+    sites = steering.offered_sites(model.config, settings.engine.vllm.tensor_parallel)
     saes = _checked(settings, metrics)
     _check_sites(saes, sites, settings.engine.vllm.tensor_parallel)
     given = engine_arguments(settings, model, saes)
@@ -414,8 +413,8 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
 
 def _check_architecture(settings: Settings, model: ModelFiles) -> None:
     kind = model.info.architecture
-    if kind not in places.MODELS:
-        known = ", ".join(sorted(places.MODELS))
+    if kind not in steering.MODELS:
+        known = ", ".join(sorted(steering.MODELS))
         raise ModelLoadError(
             f"model {settings.model.path!r}: the vllm engine knows no sites in {kind} models; it does in {known}"
         )
@@ -430,8 +429,8 @@ def _checked(settings: Settings, metrics: Metrics) -> dict[str, LoadedSae]:
         path=given.path, revision=given.revision, name=given.name, dtype=given.dtype, digest=given.digest
     )
     stock = load_model(on_cpu, settings.engine.max_context)
-    saes = startup.check_saes(load_saes(settings.saes, stock), settings.saes, stock, settings.check)
-    startup.record_checks(saes, metrics)
+    saes = load.check_saes(load_saes(settings.saes, stock), settings.saes, stock, settings.check)
+    load.record_checks(saes, metrics)
     return {one.name: remote_sae(saes[one.name]) for one in settings.saes}
 
 

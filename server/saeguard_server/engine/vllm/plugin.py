@@ -11,8 +11,7 @@ import torch
 
 from saeguard_sae.loading import LoadedSae, LoadError, bind, with_settings
 from saeguard_sae.models import ModelConfig
-from saeguard_server.engine.vllm import steering as batch
-from saeguard_server.engine.vllm import steering as places
+from saeguard_server.engine.vllm import steering
 from saeguard_server.engine.vllm.orders import KEY, WorkerPlan
 from saeguard_server.engine.vllm.steering import SteeredModel
 from saeguard_server.settings import ServedSaeSettings
@@ -61,17 +60,17 @@ def attach(worker: Any, plan: WorkerPlan) -> SteeredModel:
         UnknownRunner: the batch of vLLM's model runner cannot be read.
     """
     runner = worker.model_runner
-    batch.check_runner(runner)
+    steering.check_runner(runner)
     model, config = runner.get_model(), worker.model_config.hf_text_config
-    places.check_class(model, config)
+    steering.check_class(model, config)
     device = torch.device(worker.device)
     loaded = [_load(one, model, config, device) for one in plan.saes]
     saes = {sae.name: sae for sae in loaded if sae is not None}
     _check_digests(saes, plan.digests)
     special = torch.tensor(plan.special_ids, dtype=torch.int64, device=device)
-    wipe = functools.partial(batch.clear_request, runner) if device.type == "cpu" else _leave
+    wipe = functools.partial(steering.clear_request, runner) if device.type == "cpu" else _leave
     steered = SteeredModel([one.name for one in plan.saes], saes, plan.slots, special, device, wipe)
-    places.attach_edits(model, config, steered.tables)
+    steering.attach_edits(model, config, steered.tables)
     _follow(runner, model, steered)
     return steered
 
@@ -83,11 +82,11 @@ def _follow(runner: Any, model: torch.nn.Module, steered: SteeredModel) -> None:
 
     def begin(_: Any, __: Any, given: dict[str, Any]) -> None:
         if on_cpu:
-            batch.keep_generators(runner)
+            steering.keep_generators(runner)
         steered.forget(runner.requests.__contains__)
         steered.begin(
-            batch.batch_parts(runner),
-            lambda request: (batch.order_of(runner, request, KEY), batch.state_of(runner, request)),
+            steering.batch_parts(runner),
+            lambda request: (steering.order_of(runner, request, KEY), steering.state_of(runner, request)),
             given["input_ids"],
             given["positions"],
         )
@@ -112,7 +111,7 @@ def _load(
     source = open_sae_source(settings)
     sae = bind(source.sae, model, config, source.overrides)
     wanted = frozenset({sae.site, *sae.write_sites})
-    here = places.hooked_sites(model, config, wanted)
+    here = steering.hooked_sites(model, config, wanted)
     if not here:
         return None
     if here != wanted:

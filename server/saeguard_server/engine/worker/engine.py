@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from saeguard_server.engine.load import Backoff
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
 from saeguard_server.engine.tokenizer import Tokenizer
-from saeguard_server.engine.worker import messages as wire
+from saeguard_server.engine.worker import messages
 from saeguard_server.engine.worker.messages import (
     Cancel,
     Command,
@@ -90,7 +90,7 @@ class WorkerProcess:
         """
         asked = time.monotonic()
         try:
-            wire.send_message(self._connection, start)
+            messages.send_message(self._connection, start)
             answer = self._receive()
         except (EOFError, OSError) as err:
             raise BadSettings(f"engine.process: the engine's process {self._how_it_ended()} while it loaded") from err
@@ -141,7 +141,7 @@ class WorkerProcess:
         while not self._connection.poll(_POLL_S):
             if self._process.poll() is not None:
                 raise EOFError
-        return wire.receive_message(self._connection)
+        return messages.receive_message(self._connection)
 
     def _how_it_ended(self) -> str:
         try:
@@ -155,7 +155,7 @@ class WorkerProcess:
     def _write(self) -> None:
         while (command := self._commands.get()) is not None:
             try:
-                wire.send_message(self._connection, command)
+                messages.send_message(self._connection, command)
             except OSError:
                 return  # the reader sees the same end
 

@@ -22,9 +22,9 @@ from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry
 
-from saeguard_server import observe as logs
+from saeguard_server import observe
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
-from saeguard_server.engine.worker import messages as wire
+from saeguard_server.engine.worker import messages
 from saeguard_server.engine.worker.messages import (
     Cancel,
     Command,
@@ -59,8 +59,8 @@ def run_worker(descriptor: int) -> None:
     # Or programs that the engine starts would hold the socket open after us.
     os.set_inheritable(descriptor, False)
     line: _Line = Connection(descriptor)
-    start: Start = wire.receive_message(line)
-    logs.configure_logs(start.settings.server.log_level, sys.stderr)
+    start: Start = messages.receive_message(line)
+    observe.configure_logs(start.settings.server.log_level, sys.stderr)
     asyncio.run(_serve(line, start))
     # Not by returning: to take torch's modules down takes a second or more, and the parent waits for it.
     logging.shutdown()
@@ -75,20 +75,20 @@ async def _serve(line: _Line, start: Start) -> None:
     try:
         engine = start.load(start.settings, metrics)
     except Exception as err:
-        wire.send_message(line, WorkerRefused(_portable(err)))
+        messages.send_message(line, WorkerRefused(_portable(err)))
         return
     engine.start()
     saes = {name: remote_sae(sae) for name, sae in engine.saes.items()}
     # Two tasks are measured in one process only.
     can = replace(engine.capabilities, compares=False)
-    wire.send_message(line, WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
+    messages.send_message(line, WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
     await WorkerService(line, engine, metrics).run(commands)
 
 
 def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[Command]) -> None:
     while True:
         try:
-            command = wire.receive_message(line)
+            command = messages.receive_message(line)
         except (EOFError, OSError):
             os._exit(0)
         loop.call_soon_threadsafe(commands.put_nowait, command)
@@ -131,7 +131,7 @@ class WorkerService:
             self._answers[command.uid].cancel()
 
     async def _answer(self, uid: int, task: GenerateTask | InspectTask) -> None:
-        logs.REQUEST_ID.set(task.call.request_id)
+        observe.REQUEST_ID.set(task.call.request_id)
         try:
             async with aclosing(self._stream(task)) as events:
                 async for event in events:
@@ -166,7 +166,7 @@ class WorkerService:
         counts = count_metrics(self._metrics.registry) if with_counts else None
         report = StepOutput(events, self._engine.is_ready(), self._taken, self._engine.queued(), counts)
         try:
-            wire.send_message(self._line, report)
+            messages.send_message(self._line, report)
         except Exception:
             # Its events would be lost; the end of the process fails their requests by name.
             _log.exception("a report cannot be sent; the engine's process ends")

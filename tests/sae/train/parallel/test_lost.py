@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saeguard_sae.train import parallel as watch
+from saeguard_sae.train import parallel
 from saeguard_sae.train.parallel import together
 from saeguard_sae.train.run.checkpoints import Checkpoints
 from support.processes import DEADLINE_S, World
@@ -31,7 +31,7 @@ def wait(condition: Callable[[], bool]) -> None:
 
 def sleep(ready: str) -> None:
     """As a process that waits for a GPU for ever."""
-    watch.GRACE_S = GRACE_S
+    parallel.GRACE_S = GRACE_S
     with together(1, 96, "cpu", lambda: "all is kept") as mesh:
         Path(f"{ready}-{mesh.rank}").touch()
         time.sleep(DEADLINE_S)

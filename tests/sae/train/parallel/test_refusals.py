@@ -14,7 +14,7 @@ import torch
 
 from saeguard_sae.train import SaeSettings, make_learner
 from saeguard_sae.train.parallel import Mesh, check_parts, check_processes, own_device
-from saeguard_sae.train.run import jobs as estimate
+from saeguard_sae.train.run import jobs
 from saeguard_sae.train.run.cli import add_train
 from saeguard_sae.train.run.config import BadConfig, parse_run_config
 from saeguard_sae.train.run.jobs import Size, check_memory
@@ -70,7 +70,7 @@ def test_parts_need_less_memory_and_processes_of_one_machine_share_it(monkeypatc
     one = Size(settings=SaeSettings(d_sae=4096, k=4, steps=10, batch=64), d_in=64, d_out=64)
     whole, half = one.training_bytes(), one.training_bytes(Mesh(shards=2))
     assert 0.5 < half / whole < 0.52
-    monkeypatch.setattr(estimate, "available_memory", lambda device: whole + 3000)
+    monkeypatch.setattr(jobs, "available_memory", lambda device: whole + 3000)
     check_memory({"a": one}, 1000, torch.device("cpu"))
     with pytest.raises(BadConfig, match="training would need about"):
         check_memory({"a": one}, 1000, torch.device("cpu"), Mesh(neighbours=2))

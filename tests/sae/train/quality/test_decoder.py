@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saeguard_sae.train.quality import metrics as module
+from saeguard_sae.train.quality import metrics
 from saeguard_sae.train.quality.metrics import agreement, max_cosines
 
 
@@ -24,7 +24,7 @@ def cosines(one: Tensor, two: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [7, 2048])
 def test_the_largest_cosine_with_another(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROWS", chunk)
+    monkeypatch.setattr(metrics, "_ROWS", chunk)
     decoder = rows(50, 12, 1)
     decoder[31] = 2 * decoder[4]
     whole = cosines(decoder, decoder).fill_diagonal_(-2)
@@ -55,7 +55,7 @@ def test_the_same_features_in_another_order_agree() -> None:
 
 
 def test_wide_dictionaries_are_matched_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MATCHED", 400)
+    monkeypatch.setattr(metrics, "MATCHED", 400)
     one = rows(500, 8, 5)
     two = one[torch.randperm(500, generator=torch.Generator().manual_seed(2))] + 0.8 * rows(500, 8, 6)
     found = agreement(one, two, seed=9)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.models import Site
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
-from saeguard_sae.train.quality import metrics as tally_module
+from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes, metrics
 from saeguard_sae.train.quality.evaluate import _parted, frozen_baseline
 from saeguard_sae.train.settings import TrainError
 
@@ -130,14 +129,14 @@ def test_features_are_never_held_all_at_once(
     world, sae = worlds("llama"), loaded(SITE, random_sae(48))
     whole = evaluate_saes(sae, material(world), SETTINGS)
     sizes: list[int] = []
-    count: Callable[..., None] = tally_module.Tally.count
+    count: Callable[..., None] = metrics.Tally.count
 
     def watched(self: Any, features: Tensor) -> None:
         sizes.append(features.numel())
         count(self, features)
 
-    monkeypatch.setattr(tally_module.Tally, "count", watched)
-    monkeypatch.setattr(tally_module, "VALUES", 90 * 8)
+    monkeypatch.setattr(metrics.Tally, "count", watched)
+    monkeypatch.setattr(metrics, "VALUES", 90 * 8)
     parts = evaluate_saes(sae, material(world), SETTINGS)
     assert max(sizes) == 90 * 8
     assert parts.sae.l0 == whole.sae.l0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeguard_sae.train.quality import metrics as module
+from saeguard_sae.train.quality import metrics
 from saeguard_sae.train.quality.metrics import EvaluationRow, Loss, padded
 
 
 @pytest.mark.parametrize("positions", [3, 128])
 def test_equals_the_formulas(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_POSITIONS", positions)
+    monkeypatch.setattr(metrics, "_POSITIONS", positions)
     generator = torch.Generator().manual_seed(4)
     ids = [torch.randint(0, 17, (length,), generator=generator) for length in (9, 5, 1)]
     batch = padded([EvaluationRow(one, torch.ones(len(one), dtype=torch.bool)) for one in ids])

@@ -10,7 +10,7 @@ import torch
 
 from saeguard_sae.check.measure import reader
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.train.quality import metrics as module
+from saeguard_sae.train.quality import metrics
 from saeguard_sae.train.quality.metrics import Tally, read_tally
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_equals_the_formulas(
     values: int, random_sae: Callable[..., Dictionary], formula: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "VALUES", values)
+    monkeypatch.setattr(metrics, "VALUES", values)
     dictionary = random_sae(24)
     x = torch.randn(200, 24, generator=torch.Generator().manual_seed(8)) + 2
     features, made = formula(dictionary, x.double())

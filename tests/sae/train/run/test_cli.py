@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.train.run import run as running
+from saeguard_sae.train.run import run
 from saeguard_sae.train.run.cli import FLAGS, add_train, train_overrides
 from saeguard_sae.train.run.config import RunConfig, RunFailed, RunStopped, load_run_config
 
@@ -100,7 +100,7 @@ def test_every_way_out_has_a_line(
     def failing(config: RunConfig, *, resume: bool) -> list[Path]:
         raise error
 
-    monkeypatch.setattr(running, "train_from_config", failing)
+    monkeypatch.setattr(run, "train_from_config", failing)
     path = write(tree)
     assert exit_code(str(path), "--tokens", "128") == code
     told = capsys.readouterr().err

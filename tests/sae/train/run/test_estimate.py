@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saeguard_sae.train.learner import make_learner
-from saeguard_sae.train.run import jobs as estimate
+from saeguard_sae.train.run import jobs
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints
 from saeguard_sae.train.run.config import BadConfig
 from saeguard_sae.train.run.jobs import Size, check_disk, check_memory
@@ -67,7 +67,7 @@ def test_training_counts_weights_gradients_moments_and_the_copy(kind: str) -> No
 
 
 def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "available_memory", lambda device: 2**30)
+    monkeypatch.setattr(jobs, "available_memory", lambda device: 2**30)
     wide = size(d_in=4096, d_out=4096, d_sae=65_536)
     check_memory({"small": size()}, 1000, CPU)
     with pytest.raises(BadConfig) as caught:
@@ -82,24 +82,24 @@ def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch: pytest.Mo
 
 
 def test_memory_that_nobody_knows_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "available_memory", lambda device: None)
+    monkeypatch.setattr(jobs, "available_memory", lambda device: None)
     check_memory({"wide": size(d_sae=2**30)}, 2**60, CPU)
 
 
 def test_the_machine_says_what_it_has() -> None:
-    there = estimate.available_memory(CPU)
+    there = jobs.available_memory(CPU)
     assert there is not None
     assert 2**20 < there < 2**50
 
 
 def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_GROUP", tmp_path)
+    monkeypatch.setattr(jobs, "_GROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000000\n", encoding="ascii")
     (tmp_path / "memory.current").write_text("400000\n", encoding="ascii")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n", encoding="ascii")
-    assert estimate.available_memory(CPU) == 700_000
+    assert jobs.available_memory(CPU) == 700_000
     (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
-    there = estimate.available_memory(CPU)
+    there = jobs.available_memory(CPU)
     assert there is not None
     assert there > 2**20
 
@@ -108,9 +108,9 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkey
     one = size()
     needed = 3 * (one.checkpoint_bytes() + 500) + one.export_bytes()
     folder = tmp_path / "none" / "yet"
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    monkeypatch.setattr(jobs.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     check_disk([one], 500, 2, folder)
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(jobs.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(
         BadConfig, match=r"^run\.out: 3 checkpoints of 0\.00 GiB .* has 0\.01 GiB free; lower run\.keep"
     ):

@@ -17,7 +17,7 @@ from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import open_sae
 from saeguard_sae.models import Site
 from saeguard_sae.train.lm import ModelSettings, open_model
-from saeguard_sae.train.run import run as running
+from saeguard_sae.train.run import run
 from saeguard_sae.train.run.config import BadConfig, RunFailed, parse_run_config
 from saeguard_sae.train.run.metrics import Console
 from saeguard_sae.train.run.run import train_from_config
@@ -167,16 +167,16 @@ def test_saes_that_cannot_be_are_refused(tree: Tree, console: Console, changes: 
 def test_activations_that_are_not_finite_stop_it_with_the_checkpoint_named(
     tree: Tree, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, count = running.Source.batch, 0
+    real, count = run.Source.batch, 0
 
-    def broken(self: running.Source) -> dict[Site, Tensor]:
+    def broken(self: run.Source) -> dict[Site, Tensor]:
         nonlocal count
         count += 1
         if count == 26:
             raise TrainError("activations at resid_post.1 are not finite")
         return real(self)
 
-    monkeypatch.setattr(running.Source, "batch", broken)
+    monkeypatch.setattr(run.Source, "batch", broken)
     with pytest.raises(RunFailed) as caught:
         train_from_config(parse_run_config(tree), console=console)
     assert str(caught.value) == (
@@ -192,7 +192,7 @@ def test_a_learning_rate_that_breaks_an_sae_stops_the_run_by_name(tree: Tree, co
 
 def test_threads_are_given_back(tree: Tree, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(running, "_train", lambda *args, **kwargs: seen.append(torch.get_num_threads()) or {})
+    monkeypatch.setattr(run, "_train", lambda *args, **kwargs: seen.append(torch.get_num_threads()) or {})
     tree["run"]["threads"] = 2
     train_from_config(parse_run_config(tree), console=console)
     assert (seen, torch.get_num_threads()) == ([2], 1)

@@ -11,7 +11,7 @@ import pytest
 
 from saeguard_server.errors import ReadOnlyStore, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.store import directory as files
+from saeguard_server.policy.store import directory
 from saeguard_server.policy.store.directory import DirectoryStore
 from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import ContentRefused, StoreUnreachable
@@ -20,7 +20,7 @@ from support.policies import a_policy
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "SETTLED_S", 0.01)
+    monkeypatch.setattr(directory, "SETTLED_S", 0.01)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ async def test_a_broken_file_keeps_the_whole_set(folder: Path, content: str | by
 async def test_files_that_keep_changing_are_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(folder, 1.0)
     store = await opened(folder)
-    monkeypatch.setattr(files, "SETTLED_S", 0.1)
+    monkeypatch.setattr(directory, "SETTLED_S", 0.1)
     put(folder, 2.0)
     looking = asyncio.create_task(store.active())
     await asyncio.sleep(0.03)

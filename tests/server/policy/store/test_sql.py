@@ -16,7 +16,6 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy import document as changes
 from saeguard_server.policy.model import Policy
 from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import NO_REVISION, SchemaMismatch, StoreCorrupted
@@ -243,5 +242,5 @@ async def test_every_policy_is_kept_as_it_is(new_database: Callable[[str], str])
         kept = await fresh.revision(number)
         texts = {policy.name: document.canonical_json(policy) for policy in wanted}
         assert [(policy.name, document.canonical_json(policy)) for policy in kept.policies] == sorted(texts.items())
-        assert changes.policy_changes(wanted, kept.policies) == ()
+        assert document.policy_changes(wanted, kept.policies) == ()
     await store.close()

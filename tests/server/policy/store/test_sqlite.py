@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_server.policy.store import databases as sqlite
+from saeguard_server.policy.store import databases
 from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import NO_REVISION, StoreCorrupted, StoreUnreachable
 from saeguard_server.policy.store.sql import SqlStore
@@ -51,7 +51,7 @@ async def test_a_killed_writer_leaves_no_gap_and_loses_nothing_acknowledged(path
 
 
 async def test_a_commit_waits_for_the_disk(path: Path) -> None:
-    database = sqlite.Sqlite(str(path))
+    database = databases.Sqlite(str(path))
     async with database.transaction(writes=False) as connection:
         for pragma, expected in {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}.items():
             assert (await connection.exec_driver_sql(f"PRAGMA {pragma}")).scalar_one() == expected
@@ -111,7 +111,7 @@ async def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 async def test_a_writer_that_does_not_finish_blocks_writing_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await written(path)
-    monkeypatch.setattr(sqlite, "LOCKED_S", 0.05)
+    monkeypatch.setattr(databases, "LOCKED_S", 0.05)
     store = await open_store(url(path))
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from saeguard_client._call import EitherCall, GatheredCall, PagedCall, UnaryCall
-from saeguard_client._options import PerCall
 from saeguard_client._wire import activations as activations_wire
 from saeguard_client._wire import catalog, generation
 from saeguard_client._wire import policies as policies_wire
 from saeguard_client.activations import ActivationPart, Activations
+from saeguard_client.calls import EitherCall, GatheredCall, PagedCall, PerCall, UnaryCall
 from saeguard_client.catalog import Feature, FeatureRef, Model, Sae, ServerInfo
 from saeguard_client.inputs import Input
 from saeguard_client.interventions import Intervention
