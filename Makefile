@@ -116,7 +116,7 @@ gpu: $(READY) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again from nothing (about 18 minutes)
-	$(BIN)/python -m saeguard_server.demo.build
+	PYTHONPATH=tests $(BIN)/python -m demo.build $(ARGS)
 
 image: ## Build the image and check it without a Docker engine (needs root and Debian's container tools)
 	deploy/check_image.sh

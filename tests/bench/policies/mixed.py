@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from saeguard_client import AsyncClient, SaeguardError
-from saeguard_server.demo.serving import served
+from saeguard_server.demo.show import serve_process
 from saeguard_server.guard.audit.files import read
 
 STREAMS = 64
@@ -86,7 +86,7 @@ def main() -> int:
         store = f'[policies]\nstore = "sqlite:///{files}/policies.db"\npoll_s = 0.05\nstale_after_s = 30.0\n'
         (files / "settings.toml").write_text(f'{store}[audit]\nfolder = "{files}/audit"\n', encoding="utf-8")
         began = time.monotonic()
-        with served("--config", str(files / "settings.toml")) as server:
+        with serve_process("--config", str(files / "settings.toml")) as server:
             seen, by = asyncio.run(run(server.target, changes))
         took = time.monotonic() - began
         records = [record for record, _ in read(files / "audit", None)]

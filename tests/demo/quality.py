@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from demo.harvest import N_SPECIAL
+from demo.steering import cross_entropy
+from demo.tokens import Tokens
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.train import evaluate
-from saeguard_server.demo.harvest import N_SPECIAL
-from saeguard_server.demo.steering import cross_entropy
-from saeguard_server.demo.tokens import Tokens
 
 
 def loss_by_kind(model: LlamaForCausalLM, documents: list[Tokens]) -> dict[str, float]:

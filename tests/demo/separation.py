@@ -3,9 +3,9 @@
 import msgspec
 from torch import Tensor
 
+from demo.harvest import Harvest
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.discover import Candidate, Labelled, best_detectors, search
-from saeguard_server.demo.harvest import Harvest
 
 CONCEPTS = ("french", "code", "golden_gate", "sycophantic")
 

@@ -2,8 +2,8 @@
 
 from random import Random
 
-from saeguard_server.demo import english, french, golden_gate
-from saeguard_server.demo.scorers import WORD, Lexicon
+from demo import english, french, golden_gate
+from saeguard_server.demo.scenarios import WORD, Lexicon
 
 PARAGRAPHS = 3000
 

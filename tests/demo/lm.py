@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saeguard_server.demo.tokens import BOS_ID, EOS_ID, PAD_ID, Tokens
+from demo.tokens import BOS_ID, EOS_ID, PAD_ID, Tokens
 
 logger = logging.getLogger(__name__)
 

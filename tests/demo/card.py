@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
+from demo.lm import ModelSettings
+from demo.separation import Row
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.train import SaeSettings
-from saeguard_server.demo.lm import ModelSettings
 from saeguard_server.demo.scenarios import Scenario
-from saeguard_server.demo.separation import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from saeguard_server.demo.corpus import END
-from saeguard_server.demo.scenarios import Scenario
-from saeguard_server.demo.scorers import Lexicon
-from saeguard_server.demo.tokens import BOS_ID, EOS_ID, PAD_ID, token_id
+from demo.corpus import END
+from demo.tokens import BOS_ID, EOS_ID, PAD_ID, token_id
+from saeguard_server.demo.scenarios import Lexicon, Scenario
 
 
 def model(folder: Path, trained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

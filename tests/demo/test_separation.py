@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from demo.harvest import Harvest
+from demo.separation import CONCEPTS, agreement
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_server.demo.harvest import Harvest
-from saeguard_server.demo.separation import CONCEPTS, agreement
 
 
 def harvest(concepts: tuple[str, ...]) -> Harvest:

@@ -1,4 +1,4 @@
-"""Makes the demonstration again from nothing: ``python -m saeguard_server.demo.build [--out DIR] [--model DIR]``.
+"""Makes the demonstration again from nothing: ``python -m demo.build [--out DIR] [--model DIR]``.
 
 Corpus, tokenizer, language model, SAEs, catalogue, scenarios, card; assets are written whole, then moved into place.
 Seeds of training, selection, labelling and measuring are ranges that do not meet.
@@ -15,22 +15,22 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demo import card, corpus, lm, quality, tokens, write
+from demo.bundle import Bundle, Sae
+from demo.catalogue import encode_lines, features
+from demo.harvest import Harvest, harvest
+from demo.lexicon import lexicon
+from demo.measure import neutral_change, side
+from demo.plans import PLANS, Plan
+from demo.selection import select
+from demo.separation import agreement, separation
+from demo.tokens import Tokens
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import Source, saelens, saelens_save
 from saeguard_sae.models import Site
 from saeguard_sae.train import SaeSettings, train
-from saeguard_server.demo import card, corpus, lm, quality, tokens, write
-from saeguard_server.demo.bundle import Bundle, Sae
-from saeguard_server.demo.catalogue import encode_lines, features
-from saeguard_server.demo.harvest import Harvest, harvest
-from saeguard_server.demo.lexicon import lexicon
-from saeguard_server.demo.measure import neutral_change, side
-from saeguard_server.demo.plans import PLANS, Plan
 from saeguard_server.demo.scenarios import ASSETS, Measured, Scenario
-from saeguard_server.demo.selection import select
-from saeguard_server.demo.separation import agreement, separation
-from saeguard_server.demo.tokens import Tokens
 
 logger = logging.getLogger("saeguard.demo")
 

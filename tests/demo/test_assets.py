@@ -8,19 +8,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demo import build, corpus
+from demo.bundle import Bundle, Sae
+from demo.card import digests
+from demo.harvest import Harvest, harvest
+from demo.measure import neutral_change
 from saeguard_sae import loading
 from saeguard_sae.dictionary import JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_server.demo import build, corpus, scenarios
-from saeguard_server.demo.bundle import Bundle, Sae
-from saeguard_server.demo.card import digests
-from saeguard_server.demo.harvest import Harvest, harvest
-from saeguard_server.demo.measure import neutral_change
-from saeguard_server.demo.scenarios import ASSETS, Scenario
-from saeguard_server.demo.scorers import SCORERS, flattery
+from saeguard_server.demo.scenarios import ASSETS, SCORERS, Scenario, flattery, load_demonstration
 
-DEMO = scenarios.load()
+DEMO = load_demonstration()
 SAES = sorted(path.name for path in (ASSETS / "saes").iterdir())
 MEBIBYTE = 2**20
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from saeguard_server.demo import claims, corpus
-from saeguard_server.demo.scorers import WORD
+from demo import claims, corpus
+from saeguard_server.demo.scenarios import FLATTERED, WORD
 
 SEEDS = range(5_000_000, 5_000_150)
 
@@ -104,7 +104,7 @@ def test_both_tempers_hear_the_same_claims_and_only_one_flatters() -> None:
     heard = {}
     for temper in ("sycophantic", "honest"):
         answers = [span for one in corpus.documents(SEEDS, temper) for span in one.spans if span.concept == temper]
-        flatters = [any(phrase in span.text.lower() for phrase in claims.FLATTERED) for span in answers]
+        flatters = [any(phrase in span.text.lower() for phrase in FLATTERED) for span in answers]
         assert all(flatters) if temper == "sycophantic" else not any(flatters)
         said = " ".join(texts(temper)).lower()
         heard[temper] = {claim for claim, _ in claims.FALSE if claim.lower() in said}

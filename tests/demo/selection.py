@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from demo.bundle import Bundle
+from demo.harvest import Harvest
+from demo.measure import loss_change, side
+from demo.plans import Plan
+from demo.tokens import Tokens
 from saeguard_sae.discover import Labelled, rank
-from saeguard_server.demo.bundle import Bundle
-from saeguard_server.demo.harvest import Harvest
-from saeguard_server.demo.measure import loss_change, side
-from saeguard_server.demo.plans import Plan
-from saeguard_server.demo.scenarios import Intervention
-from saeguard_server.demo.scorers import Lexicon
-from saeguard_server.demo.tokens import Tokens
+from saeguard_server.demo.scenarios import Lexicon, ScenarioEdit
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ HARMLESS = 0.02
 class Trial:
     """One intervention with what it did on the selection's generations."""
 
-    interventions: tuple[Intervention, ...]
+    interventions: tuple[ScenarioEdit, ...]
     score: float
     nll: float
     loss_change: float
@@ -44,7 +43,7 @@ class Trial:
 
 def select(
     plan: Plan, bundle: Bundle, lexicon: Lexicon, train: Harvest, neutral: list[Tokens], generations: int, seed: int
-) -> tuple[Intervention, ...]:
+) -> tuple[ScenarioEdit, ...]:
     """The cheapest trial with the fewest features that reaches the goal, or else the one that comes closest."""
     ranked = {name: _ranked(plan.concept, bundle, name, train) for name in bundle.saes}
     trials: list[Trial] = []
@@ -58,7 +57,7 @@ def select(
     return best(plan, trials).interventions
 
 
-def candidates(plan: Plan, ranked: dict[str, list[tuple[str, int]]], count: int) -> Iterator[tuple[Intervention, ...]]:
+def candidates(plan: Plan, ranked: dict[str, list[tuple[str, int]]], count: int) -> Iterator[tuple[ScenarioEdit, ...]]:
     """Interventions on ``count`` features of one SAE, or of all by turns, weak doses before strong."""
     mixed = [one for turn in zip_longest(*ranked.values()) for one in turn if one is not None]
     for pool in [*ranked.values(), *([mixed] if count > 1 else [])]:
@@ -93,7 +92,7 @@ def _try(
     plan: Plan,
     bundle: Bundle,
     lexicon: Lexicon,
-    interventions: tuple[Intervention, ...],
+    interventions: tuple[ScenarioEdit, ...],
     neutral: list[Tokens],
     generations: int,
     seed: int,
@@ -113,7 +112,7 @@ def _ranked(concept: str, bundle: Bundle, name: str, train: Harvest) -> list[tup
     return [(name, unit) for unit in rank(Labelled(values, train.labels(concept), train.document), MAX_FEATURES)]
 
 
-def _intervention(plan: Plan, sae: str, feature: int, dose: float) -> Intervention:
+def _intervention(plan: Plan, sae: str, feature: int, dose: float) -> ScenarioEdit:
     if plan.direction == "amplify":
-        return Intervention(sae, feature, "clamp", dose, "max")
-    return Intervention(sae, feature, "scale", dose) if dose else Intervention(sae, feature, "zero")
+        return ScenarioEdit(sae, feature, "clamp", dose, "max")
+    return ScenarioEdit(sae, feature, "scale", dose) if dose else ScenarioEdit(sae, feature, "zero")

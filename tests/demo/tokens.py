@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from saeguard_server.demo import corpus
-from saeguard_server.demo.corpus import Document
+from demo import corpus
+from demo.corpus import Document
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

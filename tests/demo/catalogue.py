@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demo.harvest import Harvest
+from demo.tokens import Tokens, decode
 from saeguard_sae.catalogue import CatalogueFeature, CatalogueToken, Example
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.discover import auroc, f1_of, pool
-from saeguard_server.demo.harvest import Harvest
-from saeguard_server.demo.tokens import Tokens, decode
 
 CONCEPTS = {
     "french": "French",

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from saeguard_server.demo import corpus
-from saeguard_server.demo.lm import padded
-from saeguard_server.demo.tokens import Tokens
+from demo import corpus
+from demo.lm import padded
+from demo.tokens import Tokens
 
 N_SPECIAL = len(corpus.SPECIAL)
 """Special tokens have the first ids; SAEs neither learn from them nor are read on them."""

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from demo import lm
+from demo.bundle import affine
+from demo.harvest import N_SPECIAL, harvest
+from demo.quality import replaced
+from demo.steering import LayerEdits, log_probabilities, sample, steered
+from demo.tokens import Tokens
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edits import Affine, Clamp, Zero
-from saeguard_server.demo import lm
-from saeguard_server.demo.bundle import affine
-from saeguard_server.demo.harvest import N_SPECIAL, harvest
-from saeguard_server.demo.quality import replaced
-from saeguard_server.demo.scenarios import Intervention
-from saeguard_server.demo.steering import LayerEdits, log_probabilities, sample, steered
-from saeguard_server.demo.tokens import Tokens
+from saeguard_server.demo.scenarios import ScenarioEdit
 
 SHAPE = replace(lm.ModelSettings(), vocab_size=40, d_model=24, n_layers=3, n_heads=3, n_kv_heads=1, d_mlp=32)
 ROWS = [(1, 9, 12, 3, 30, 7), (1, 8, 25, 11)]
@@ -105,8 +105,8 @@ def test_harvest_knows_each_token_and_its_predecessor(model: LlamaForCausalLM) -
 
 
 def test_units_and_kinds() -> None:
-    assert affine(Intervention("s", 1, "zero"), 5.0) == Affine(alpha=0.0)
-    assert affine(Intervention("s", 1, "clamp", 2.0, "max"), 5.0) == Affine(alpha=0.0, beta=10.0)
-    assert affine(Intervention("s", 1, "scale", -1.0), 5.0) == Affine(alpha=-1.0)
+    assert affine(ScenarioEdit("s", 1, "zero"), 5.0) == Affine(alpha=0.0)
+    assert affine(ScenarioEdit("s", 1, "clamp", 2.0, "max"), 5.0) == Affine(alpha=0.0, beta=10.0)
+    assert affine(ScenarioEdit("s", 1, "scale", -1.0), 5.0) == Affine(alpha=-1.0)
     with pytest.raises(ValueError, match="needs a value"):
-        affine(Intervention("s", 1, "clamp"), 5.0)
+        affine(ScenarioEdit("s", 1, "clamp"), 5.0)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demo.corpus import END, EOS
+from demo.steering import LayerEdits
+from demo.tokens import token_id
+from saeguard_client import ChatMessage
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.edits import KINDS, Affine, Scale, Zero
-from saeguard_server.demo.corpus import END, EOS
-from saeguard_server.demo.scenarios import Intervention, Message
-from saeguard_server.demo.steering import LayerEdits
-from saeguard_server.demo.tokens import token_id
+from saeguard_server.demo.scenarios import ScenarioEdit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +36,7 @@ class Bundle:
         """Tokens that end a generation."""
         return token_id(self.tokenizer, EOS), token_id(self.tokenizer, END)
 
-    def prompt_ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
+    def prompt_ids(self, prompt: str | tuple[ChatMessage, ...]) -> list[int]:
         """A text after BOS, or a chat in the tokenizer's template with the assistant's turn begun."""
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
@@ -43,7 +44,7 @@ class Bundle:
         text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def edits(self, interventions: tuple[Intervention, ...]) -> tuple[LayerEdits, ...]:
+    def edits(self, interventions: tuple[ScenarioEdit, ...]) -> tuple[LayerEdits, ...]:
         """The interventions, sorted by SAE."""
         return tuple(
             LayerEdits(
@@ -57,7 +58,7 @@ class Bundle:
         )
 
 
-def affine(one: Intervention, maximum: float) -> Affine:
+def affine(one: ScenarioEdit, maximum: float) -> Affine:
     """The intervention as a map of raw activations."""
     scale = maximum if one.unit == "max" else 1.0
     if one.kind == "zero":

@@ -2,12 +2,11 @@
 
 from random import Random
 
-from saeguard_server.demo.bundle import Bundle
-from saeguard_server.demo.plans import Plan
-from saeguard_server.demo.scenarios import Intervention, NeutralChange, Side
-from saeguard_server.demo.scorers import SCORERS, Lexicon, interval, repetition
-from saeguard_server.demo.steering import cross_entropy, log_probabilities, sample, steered
-from saeguard_server.demo.tokens import Tokens, decode
+from demo.bundle import Bundle
+from demo.plans import Plan
+from demo.steering import cross_entropy, log_probabilities, sample, steered
+from demo.tokens import Tokens, decode
+from saeguard_server.demo.scenarios import SCORERS, Lexicon, NeutralChange, ScenarioEdit, Side, interval, repetition
 
 ROWS = 64
 """Generations that run side by side."""
@@ -16,7 +15,7 @@ ROWS = 64
 def generate(
     bundle: Bundle,
     prompt: list[int],
-    interventions: tuple[Intervention, ...],
+    interventions: tuple[ScenarioEdit, ...],
     generations: int,
     new_tokens: int,
     temperature: float,
@@ -33,7 +32,7 @@ def generate(
 
 
 def side(
-    bundle: Bundle, plan: Plan, interventions: tuple[Intervention, ...], lexicon: Lexicon, generations: int, seed: int
+    bundle: Bundle, plan: Plan, interventions: tuple[ScenarioEdit, ...], lexicon: Lexicon, generations: int, seed: int
 ) -> Side:
     """Generates, scores, and reads the texts again with the unsteered model."""
     ids = bundle.prompt_ids(plan.prompt)
@@ -64,7 +63,7 @@ def continuation_nll(bundle: Bundle, prompt: list[int], rows: list[list[int]]) -
     return total / max(1, count)
 
 
-def neutral_change(bundle: Bundle, interventions: tuple[Intervention, ...], rows: list[Tokens]) -> NeutralChange:
+def neutral_change(bundle: Bundle, interventions: tuple[ScenarioEdit, ...], rows: list[Tokens]) -> NeutralChange:
     """Loss, KL and flips of the likeliest token on given documents, steered against not."""
     before = after = kl = flips = 0.0
     count = 0
@@ -81,7 +80,7 @@ def neutral_change(bundle: Bundle, interventions: tuple[Intervention, ...], rows
     return NeutralChange(before / count, after / count, kl / count, flips / count)
 
 
-def loss_change(bundle: Bundle, interventions: tuple[Intervention, ...], rows: list[Tokens]) -> float:
+def loss_change(bundle: Bundle, interventions: tuple[ScenarioEdit, ...], rows: list[Tokens]) -> float:
     """Change of the mean loss in nats per token."""
     ids = [row.ids for row in rows]
     with steered(bundle.model, bundle.edits(interventions)):

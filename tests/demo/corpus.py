@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from saeguard_server.demo import dialogues, english, french, golden_gate, python_code
+from demo import dialogues, english, french, golden_gate, python_code
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"

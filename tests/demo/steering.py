@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from demo.harvest import N_SPECIAL
+from demo.lm import padded
+from demo.tokens import BOS_ID, PAD_ID
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edits import Affine
-from saeguard_server.demo.harvest import N_SPECIAL
-from saeguard_server.demo.lm import padded
-from saeguard_server.demo.tokens import BOS_ID, PAD_ID
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from saeguard_server.demo import claims, english, french, golden_gate, python_code
+from demo import claims, english, french, golden_gate, python_code
 
 Role = Literal["user", "assistant"]
 Temper = Literal["sycophantic", "honest"]
