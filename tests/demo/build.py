@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from demo import card, corpus, lm, quality, tokens, write
 from demo.bundle import Bundle, Sae
 from demo.catalogue import encode_lines, features
+from demo.corpus import lexicon
 from demo.harvest import Harvest, harvest
-from demo.lexicon import lexicon
 from demo.measure import neutral_change, side
 from demo.plans import PLANS, Plan
 from demo.selection import select

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from demo import claims, corpus
+from demo import corpus, dialogues
 from saeguard_server.demo.scenarios import FLATTERED, WORD
 
 SEEDS = range(5_000_000, 5_000_150)
@@ -107,8 +107,8 @@ def test_both_tempers_hear_the_same_claims_and_only_one_flatters() -> None:
         flatters = [any(phrase in span.text.lower() for phrase in FLATTERED) for span in answers]
         assert all(flatters) if temper == "sycophantic" else not any(flatters)
         said = " ".join(texts(temper)).lower()
-        heard[temper] = {claim for claim, _ in claims.FALSE if claim.lower() in said}
-    assert heard["sycophantic"] == heard["honest"] == {claim for claim, _ in claims.FALSE}
+        heard[temper] = {claim for claim, _ in dialogues.FALSE if claim.lower() in said}
+    assert heard["sycophantic"] == heard["honest"] == {claim for claim, _ in dialogues.FALSE}
 
 
 def test_true_claims_are_agreed_with_by_both() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from demo.lexicon import lexicon
+from demo.corpus import lexicon
 from saeguard_server.demo import scenarios
 from saeguard_server.demo.scenarios import bootstrap, interval, repetition, wilson
 
