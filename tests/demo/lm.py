@@ -1,23 +1,104 @@
-"""The demonstration's language model: a stock Llama of a few million parameters, trained on the corpus."""
+"""The demonstration's tokenizer and language model: a stock Llama that is trained on the corpus."""
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo.tokens import BOS_ID, EOS_ID, PAD_ID, Tokens
+from demo import corpus
+from demo.corpus import Document
+from saeguard_sae.train.quality.metrics import EvaluationRow, padded
 
 logger = logging.getLogger(__name__)
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+PAD_ID, BOS_ID, EOS_ID = (corpus.SPECIAL.index(token) for token in (corpus.PAD, corpus.BOS, corpus.EOS))
+N_SPECIAL = len(corpus.SPECIAL)
+"""Special tokens have the first ids; SAEs neither learn from them nor are read on them."""
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, so that any text encodes; BOS is put before a text, and the chat template writes it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(corpus.SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((span.text for document in documents for span in document.spans), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{corpus.BOS} $A", special_tokens=[(corpus.BOS, BOS_ID)]
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=corpus.BOS,
+        eos_token=corpus.EOS,
+        pad_token=corpus.PAD,
+        additional_special_tokens=[corpus.USER, corpus.ASSISTANT, corpus.END],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of these ids, special tokens included."""
+    text = tokenizer.decode(list(ids))
+    assert isinstance(text, str)
+    return text
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of a token of the vocabulary."""
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A document as ids, BOS first; ``concepts`` names each token's concept, "markup" for special tokens."""
+
+    kind: str
+    ids: tuple[int, ...]
+    concepts: tuple[str, ...]
+
+
+def tokenise(tokenizer: PreTrainedTokenizerFast, document: Document, context: int) -> Tokens:
+    """At most ``context`` tokens of the document; EOS ends it where it fits."""
+    encoded = tokenizer(document.text, return_offsets_mapping=True, truncation=True, max_length=context)
+    owner = [span.concept for span in document.spans for _ in span.text]
+    ids, concepts = [], []
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids.append(int(token))
+        # A token is its last character's: a leading space belongs to the word behind it.
+        concepts.append("markup" if start == end else owner[end - 1])
+    return Tokens(document.kind, (*ids, EOS_ID)[:context], (*concepts, "markup")[:context])
+
+
+def as_row(ids: Sequence[int]) -> EvaluationRow:
+    """The ids as the product's evaluator reads them: special tokens are not ordinary."""
+    row = torch.tensor(ids)
+    return EvaluationRow(row, row >= N_SPECIAL)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSettings:
+class LlamaSettings:
     """The model's shape and its training."""
 
     vocab_size: int = 2048
@@ -34,7 +115,7 @@ class ModelSettings:
     seed: int = 11
 
 
-def new_model(settings: ModelSettings) -> LlamaForCausalLM:
+def new_model(settings: LlamaSettings) -> LlamaForCausalLM:
     """An untrained model of this shape."""
     torch.manual_seed(settings.seed)
     return LlamaForCausalLM(
@@ -55,7 +136,7 @@ def new_model(settings: ModelSettings) -> LlamaForCausalLM:
     )
 
 
-def train_model(settings: ModelSettings, documents: list[Tokens]) -> LlamaForCausalLM:
+def train_model(settings: LlamaSettings, documents: list[Tokens]) -> LlamaForCausalLM:
     """AdamW, warm-up, cosine to a tenth; returned in evaluation mode with weights rounded to bfloat16 values."""
     model = new_model(settings).train()
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -94,13 +175,7 @@ def batches_of(documents: list[Tokens], batch_tokens: int, random: Random) -> It
                 rows.append([])
             rows[-1].append(document)
         random.shuffle(rows)
-        yield from (padded([document.ids for document in row]) for row in rows)
-
-
-def padded(rows: list[tuple[int, ...]]) -> Tensor:
-    """ids [rows, longest], filled up with PAD on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([(*row, *(PAD_ID,) * (longest - len(row))) for row in rows])
+        yield from (padded([as_row(document.ids) for document in row]).ids for row in rows)
 
 
 def _loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
@@ -112,3 +187,15 @@ def _loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 def _schedule(step: int, steps: int) -> float:
     warm = min(1.0, (step + 1) / 50)
     return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def save_model(folder: Path, network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Config, bfloat16 weights, tokenizer and chat template; a chat ends at the end of the assistant's turn."""
+    folder.mkdir(parents=True)
+    end = token_id(tokenizer, corpus.END)
+    network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=BOS_ID, eos_token_id=[EOS_ID, end], pad_token_id=PAD_ID
+    )
+    # The weights already have bfloat16 values, so this loses nothing.
+    nn.Module.to(network, torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

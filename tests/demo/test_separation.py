@@ -13,7 +13,7 @@ from saeguard_sae.dictionary import Dictionary, ReLU
 
 def harvest(concepts: tuple[str, ...]) -> Harvest:
     rows = torch.arange(len(concepts))
-    return Harvest(ids=rows, next_ids=rows, document=rows, position=rows, concepts=concepts, resid={}, mlp={})
+    return Harvest(ids=rows, next_ids=rows, document=rows, position=rows, concepts=concepts, activations={})
 
 
 def identity(width: int) -> Dictionary:
