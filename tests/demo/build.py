@@ -105,11 +105,11 @@ def build(out: Path, trained: Path | None = None, size: Size = Size()) -> None:
     chosen, checked = (harvest(model, rows, [*sites, *map(mlp_site, sites)]) for rows in (choose, check))
     bundle = Bundle(model, {})
     stream = harvest(model, documents(tokenizer, size.seeds(TRAIN_SAES)), sites)
-    fits, kept, compared = {}, {}, {}
+    fits, best_settings, scores = {}, {}, {}
     for site, (name, (_, settings)) in zip(sites, SAES.items(), strict=True):
         shorter = replace(settings, steps=size.count(settings.steps, 20))
         seeds = MORE_SEEDS[: size.count(len(MORE_SEEDS), 1)]
-        kept[name], dictionary, compared[name] = best_seed(site, shorter, stream, chosen, seeds)
+        best_settings[name], dictionary, scores[name] = best_seed(site, shorter, stream, chosen, seeds)
         fits[name] = describe(bundle, name, site, dictionary, chosen, checked, check, out / "saes" / name)
     rows = separation(bundle.saes, chosen, checked)
     write_json(out / "separation.json", rows)
@@ -122,8 +122,8 @@ def build(out: Path, trained: Path | None = None, size: Size = Size()) -> None:
         model_tokens=sum(len(row.ids) for row in documents(tokenizer, size.seeds(TRAIN_MODEL))),
         loss=loss_by_kind(model, check),
         sae_tokens=len(stream.ids),
-        settings=kept,
-        seeds=compared,
+        settings=best_settings,
+        seeds=scores,
         fits=fits,
         separation=rows,
         scenarios=scenarios,

@@ -117,13 +117,13 @@ def test_tokenizer_round_trips_any_text_and_writes_the_chat_markup() -> None:
     assert tokenizer(written, add_special_tokens=False)["input_ids"][:2] == [1, 3]
 
 
-@pytest.mark.parametrize("scenario", DEMO.scenarios, ids=lambda one: one.name)
+@pytest.mark.parametrize("scenario", DEMO.scenarios, ids=lambda scenario: scenario.name)
 def test_scenarios_name_what_exists_and_held(scenario: Scenario) -> None:
     assert scenario.scorer in SCORERS
     assert 1 <= len(scenario.interventions) <= 8
-    assert len({(one.sae, one.feature) for one in scenario.interventions}) == len(scenario.interventions)
-    for one in scenario.interventions:
-        assert loaded(one.sae).catalogue.feature(one.feature).maximum
+    assert len({(edit.sae, edit.feature) for edit in scenario.interventions}) == len(scenario.interventions)
+    for edit in scenario.interventions:
+        assert loaded(edit.sae).catalogue.feature(edit.feature).maximum
     measured = scenario.measured
     assert measured.generations >= 200
     assert scenario.expectation.holds(measured.base.score.mean, measured.steered.score.mean)
