@@ -115,8 +115,8 @@ bench-large: $(READY) ## Measure SAEs of the sizes people have: loading, edits, 
 gpu: $(READY) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again from nothing (about 18 minutes)
-	$(BIN)/python -m saeguard_server.demo.build
+demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again from nothing (about 18 minutes; ARGS="--out DIR --fraction 0.01" to try it)
+	PYTHONPATH=tests $(BIN)/python -m demo.build $(ARGS)
 
 image: ## Build the image and check it without a Docker engine (needs root and Debian's container tools)
 	deploy/check_image.sh

@@ -10,7 +10,7 @@ import pytest
 
 from saeguard_client import Apply, Client, Condition, Scale, Scope, Trigger, Window, Zero
 from saeguard_client.cli import main
-from saeguard_server.demo.serving import served
+from saeguard_server.demo.show import serve_process
 
 
 def saeguard(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -29,7 +29,7 @@ def test_a_request_is_recorded_and_run_again(tmp_path: Path, capsys: pytest.Capt
         "max_new_tokens": 16,
         "temperature": 0.9,
     }
-    with served("--config", str(tmp_path / "settings.toml")) as server:
+    with serve_process("--config", str(tmp_path / "settings.toml")) as server:
         with Client(server.target) as client:
             done = client.generate("The old farmer", request_id="mine", **asked)
             client.generate("Another one", request_id="other", max_new_tokens=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saeguard_client import AsyncClient
 from saeguard_server.demo.replay import Replay
-from saeguard_server.demo.scenarios import load
+from saeguard_server.demo.scenarios import load_demonstration
 from support.served import serving_demo
 
 GENERATIONS = 24
@@ -13,7 +13,7 @@ SEED = 31_000_000
 
 
 async def test_every_scenario_moves_the_way_it_says() -> None:
-    demonstration = load()
+    demonstration = load_demonstration()
     async with serving_demo() as app, AsyncClient(f"127.0.0.1:{app.port}") as client:
         replay = Replay(client, demonstration)
         shown = [await replay.scenario(one, GENERATIONS, SEED) for one in demonstration.scenarios]

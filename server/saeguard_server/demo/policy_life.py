@@ -19,10 +19,10 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from saeguard_client import AsyncClient, ChatMessage, Completion
+from saeguard_client import AsyncClient, Completion
 from saeguard_client.cli import main as saeguard
-from saeguard_server.demo.scenarios import Demonstration, Scenario, load
-from saeguard_server.demo.serving import Served, served
+from saeguard_server.demo.scenarios import Demonstration, Scenario, ScenarioEdit, load_demonstration
+from saeguard_server.demo.show import ServerProcess, echo, serve_process
 
 SCENARIO = "flattery-suppressed"
 SEED = 8_000_000
@@ -47,22 +47,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, default=200, help="in each phase (default: 200)")
     generations = parser.parse_args().generations
-    demonstration = load()
-    scenario = next(one for one in demonstration.scenarios if one.name == SCENARIO)
+    demonstration = load_demonstration()
+    scenario = next(scenario for scenario in demonstration.scenarios if scenario.name == SCENARIO)
     with tempfile.TemporaryDirectory(prefix="saeguard-") as folder:
         files = Path(folder)
         store = f'[policies]\nstore = "sqlite:///{files}/policies.db"\npoll_s = 0.1\n'
         (files / "settings.toml").write_text(f'{store}[audit]\nfolder = "{files}/audit"\n', encoding="utf-8")
-        with served("--config", str(files / "settings.toml"), with_metrics=True) as server:
-            return _live(server, files, demonstration, scenario, generations)
+        with serve_process("--config", str(files / "settings.toml"), with_metrics=True) as server:
+            return _run_phases(server, files, demonstration, scenario, generations)
 
 
-def _live(server: Served, files: Path, demonstration: Demonstration, scenario: Scenario, generations: int) -> int:
+def _run_phases(
+    server: ServerProcess, files: Path, demonstration: Demonstration, scenario: Scenario, generations: int
+) -> int:
     policy = files / "policy.yaml"
 
     def run(*command: str) -> None:
-        shown = [one.replace(str(files), ".") for one in command]
-        _say("\n$ saeguard " + " ".join(f'"{one}"' if " " in one else one for one in shown))
+        words = [word.replace(str(files), ".") for word in command]
+        echo("\n$ saeguard " + " ".join(f'"{word}"' if " " in word else word for word in words))
         code = saeguard(["--target", server.target, *command])
         if code:
             raise RuntimeError(f"saeguard ended with {code}")
@@ -71,28 +73,28 @@ def _live(server: Served, files: Path, demonstration: Demonstration, scenario: S
         policy.write_text(_yaml(scenario, mode, share), encoding="utf-8")
         run("policy", "apply", str(policy), "--reason", reason, "--activate")
 
-    def ask() -> Phase:
-        phase = asyncio.run(_ask(server, demonstration, scenario, generations))
-        _say(
+    def measure() -> Phase:
+        phase = asyncio.run(_measure(server, demonstration, scenario, generations))
+        echo(
             f"  {phase.score:.2f} of {generations} answers flatter; {phase.under_policy} were under the policy, "
             f"{phase.edited_tokens} of their tokens edited; in shadow {phase.shadow_tokens} would have been"
         )
         return phase
 
     apply("off", 1.0, "nothing is done yet")
-    before = ask()
+    before = measure()
     apply("shadow", 1.0, "what would it do?")
-    shadow = ask()
+    shadow = measure()
     apply("enforce", 0.5, "half of the conversations")
-    half = ask()
+    half = measure()
     apply("enforce", 1.0, "everybody")
-    whole = ask()
+    whole = measure()
     run("policy", "rollback", "--reason", "show that it can be undone")
-    back = ask()
+    back = measure()
     run("policy", "history", "--limit", "4")
     run("audit", "verify", "--folder", str(files / "audit"))
     wrong = _wrong(before, shadow, half, whole, back, generations)
-    _say("\nEvery phase did what it should." if not wrong else f"\nNot as it should be: {', '.join(wrong)}")
+    echo("\nEvery phase did what it should." if not wrong else f"\nNot as it should be: {', '.join(wrong)}")
     return 1 if wrong else 0
 
 
@@ -107,68 +109,61 @@ def _wrong(before: Phase, shadow: Phase, half: Phase, whole: Phase, back: Phase,
     return [name for name, holds in checks.items() if not holds]
 
 
-async def _ask(server: Served, demonstration: Demonstration, scenario: Scenario, generations: int) -> Phase:
-    counted = _counted(server.metrics)
-    places = asyncio.Semaphore(CONCURRENT)
+async def _measure(server: ServerProcess, demonstration: Demonstration, scenario: Scenario, generations: int) -> Phase:
+    before = _edited_tokens(server.metrics)
+    concurrency = asyncio.Semaphore(CONCURRENT)
     async with AsyncClient(server.target) as client:
 
-        async def one(number: int) -> Completion:
-            prompt = scenario.prompt
-            given = prompt if isinstance(prompt, str) else [ChatMessage(turn.role, turn.content) for turn in prompt]
-            async with places:
+        async def generate(number: int) -> Completion:
+            async with concurrency:
                 return await client.generate(
-                    given,
+                    scenario.prompt,
                     max_new_tokens=scenario.max_new_tokens,
                     temperature=scenario.temperature,
                     seed=SEED + number,
                     conversation=f"conversation-{number}",
                 )
 
-        answers = await asyncio.gather(*(one(number) for number in range(generations)))
-    now = _counted(server.metrics)
+        completions = await asyncio.gather(*(generate(number) for number in range(generations)))
+    after = _edited_tokens(server.metrics)
     return Phase(
-        score=sum(demonstration.score(scenario, answer.text) for answer in answers) / generations,
-        under_policy=sum(_is_under(answer) for answer in answers),
-        shadow_tokens=now["shadow"] - counted["shadow"],
-        edited_tokens=now["enforce"] - counted["enforce"],
+        score=sum(demonstration.score(scenario, completion.text) for completion in completions) / generations,
+        under_policy=sum(map(_is_under, completions)),
+        shadow_tokens=after["shadow"] - before["shadow"],
+        edited_tokens=after["enforce"] - before["enforce"],
     )
 
 
-def _is_under(answer: Completion) -> bool:
-    made: Sequence[object] = answer.policy.enforced if answer.policy else ()
-    return NAME in made
+def _is_under(completion: Completion) -> bool:
+    enforced: Sequence[object] = completion.policy.enforced if completion.policy else ()
+    return NAME in enforced
 
 
-def _counted(metrics: str) -> dict[str, int]:
+def _edited_tokens(metrics: str) -> dict[str, int]:
     """Tokens that the policy's rules edited so far, by mode, as /metrics says."""
     with urllib.request.urlopen(metrics, timeout=10) as reply:
         text = reply.read().decode()
-    found = {"shadow": 0, "enforce": 0}
+    counts = {"shadow": 0, "enforce": 0}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name == "saeguard_policy_rule_edited_tokens_total" and sample.labels["policy"] == NAME:
-                found[sample.labels["mode"]] += int(sample.value)
-    return found
+                counts[sample.labels["mode"]] += int(sample.value)
+    return counts
 
 
 def _yaml(scenario: Scenario, mode: str, share: float) -> str:
     rules = "".join(
-        f"  - {{name: r{number}, sae: {one.sae}, feature: {one.feature}, {one.kind}: {_value(one.value, one.unit)}}}\n"
-        for number, one in enumerate(scenario.interventions, start=1)
+        f"  - {{name: r{number}, sae: {edit.sae}, feature: {edit.feature}, {edit.kind}: {_value(edit)}}}\n"
+        for number, edit in enumerate(scenario.interventions, start=1)
     )
     rollout = "" if share == 1.0 else f"rollout: {{share: {share:g}, by: conversation}}\n"
     return f"name: {NAME}\nmode: {mode}\nowner: safety@example.org\n{rollout}rules:\n{rules}"
 
 
-def _value(value: float | None, unit: str) -> str:
-    if value is None:
+def _value(edit: ScenarioEdit) -> str:
+    if edit.value is None:
         return "true"
-    return f"{value:g}" if unit == "raw" else f"{{value: {value:g}, unit: {unit}}}"
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    return f"{edit.value:g}" if edit.unit == "raw" else f"{{value: {edit.value:g}, unit: {edit.unit}}}"
 
 
 if __name__ == "__main__":

@@ -10,24 +10,22 @@ from saeguard_client import (
     Add,
     AsyncClient,
     Cap,
-    ChatMessage,
     Clamp,
     Completion,
     Floor,
+    Intervention,
     InterventionReceipt,
     Scale,
     Zero,
 )
-from saeguard_client import Intervention as Steer
-from saeguard_server.demo.scenarios import Demonstration, Intervention, Scenario
-from saeguard_server.demo.scorers import Interval, bootstrap, interval
+from saeguard_server.demo.scenarios import Demonstration, Interval, Scenario, ScenarioEdit, bootstrap, interval
 
 CONCURRENT = 64
 """Requests under way at once; twice the default number of slots."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ScenarioResult:
     """What one scenario did."""
 
     scenario: Scenario
@@ -50,55 +48,53 @@ class Replay:
 
     def __init__(self, client: AsyncClient, demonstration: Demonstration) -> None:
         self._client, self._demonstration = client, demonstration
-        self._places = asyncio.Semaphore(CONCURRENT)
+        self._concurrency = asyncio.Semaphore(CONCURRENT)
         self._neutral: dict[str, list[list[float]]] = {}
         self.tokens = 0
         """Tokens generated so far."""
 
-    async def scenario(self, scenario: Scenario, generations: int, seed: int) -> Shown:
+    async def scenario(self, scenario: Scenario, generations: int, seed: int) -> ScenarioResult:
         """Runs one scenario: ``generations`` without its edits among as many with them, on the same seeds."""
-        steer = [as_steer(one) for one in scenario.interventions]
+        steer = [as_intervention(edit) for edit in scenario.interventions]
         seeds = range(seed, seed + generations)
         plain, steered, change = await asyncio.gather(
-            asyncio.gather(*(self._generate(scenario, [], one) for one in seeds)),
-            asyncio.gather(*(self._generate(scenario, steer, one) for one in seeds)),
+            asyncio.gather(*(self._generate(scenario, [], seed) for seed in seeds)),
+            asyncio.gather(*(self._generate(scenario, steer, seed) for seed in seeds)),
             self._loss_change(steer),
         )
-        return Shown(
+        return ScenarioResult(
             scenario=scenario,
             base=self._score(scenario, plain),
             steered=self._score(scenario, steered),
             samples=(plain[0].text, steered[0].text),
             loss_change=change,
-            tokens_edited=sum(one.tokens_edited for answer in steered for one in _receipts(answer)),
+            tokens_edited=sum(receipt.tokens_edited for completion in steered for receipt in _receipts(completion)),
         )
 
     async def untouched(self, scenario: Scenario, seeds: Sequence[int]) -> int:
         """How many unsteered generations are the same alone as beside steered ones, token for token."""
-        steer = [as_steer(one) for one in scenario.interventions]
+        steer = [as_intervention(edit) for edit in scenario.interventions]
         beside = asyncio.gather(*(self._generate(scenario, [], seed) for seed in seeds))
         company = asyncio.gather(*(self._generate(scenario, steer, seed) for seed in seeds))
         crowd, _ = await asyncio.gather(beside, company)
         same = 0
-        for seed, one in zip(seeds, crowd, strict=True):
-            same += (await self._generate(scenario, [], seed)).tokens == one.tokens
+        for seed, completion in zip(seeds, crowd, strict=True):
+            same += (await self._generate(scenario, [], seed)).tokens == completion.tokens
         return same
 
-    async def _generate(self, scenario: Scenario, steer: list[Steer], seed: int) -> Completion:
-        prompt = scenario.prompt
-        given = prompt if isinstance(prompt, str) else [ChatMessage(turn.role, turn.content) for turn in prompt]
-        async with self._places:
-            answer = await self._client.generate(
-                given,
+    async def _generate(self, scenario: Scenario, steer: list[Intervention], seed: int) -> Completion:
+        async with self._concurrency:
+            completion = await self._client.generate(
+                scenario.prompt,
                 steer=steer,
                 max_new_tokens=scenario.max_new_tokens,
                 temperature=scenario.temperature,
                 seed=seed,
             )
-        self.tokens += len(answer.tokens)
-        return answer
+        self.tokens += len(completion.tokens)
+        return completion
 
-    async def _loss_change(self, steer: list[Steer]) -> dict[str, Interval]:
+    async def _loss_change(self, steer: list[Intervention]) -> dict[str, Interval]:
         """By kind of neutral text: the mean over texts of the loss with the edits less the loss without."""
         changes = {}
         for kind, texts in self._demonstration.neutral.items():
@@ -109,38 +105,32 @@ class Replay:
             changes[kind] = bootstrap([_mean(after) - _mean(before) for before, after in pairs])
         return changes
 
-    async def _losses(self, texts: Sequence[str], steer: list[Steer]) -> list[list[float]]:
+    async def _losses(self, texts: Sequence[str], steer: list[Intervention]) -> list[list[float]]:
         async def losses(text: str) -> list[float]:
-            async with self._places:
-                answer = await self._client.generate(text, steer=steer, max_new_tokens=1, prompt_logprobs=True)
-            return [-one for one in answer.prompt_logprobs]
+            async with self._concurrency:
+                completion = await self._client.generate(text, steer=steer, max_new_tokens=1, prompt_logprobs=True)
+            return [-logprob for logprob in completion.prompt_logprobs]
 
         return await asyncio.gather(*(losses(text) for text in texts))
 
-    def _score(self, scenario: Scenario, answers: Sequence[Completion]) -> Interval:
-        return interval([self._demonstration.score(scenario, one.text) for one in answers])
+    def _score(self, scenario: Scenario, completions: Sequence[Completion]) -> Interval:
+        return interval([self._demonstration.score(scenario, completion.text) for completion in completions])
 
 
-def as_steer(one: Intervention) -> Steer:
+_VALUED = {"clamp": Clamp, "add": Add, "cap": Cap, "floor": Floor}
+
+
+def as_intervention(edit: ScenarioEdit) -> Intervention:
     """A scenario's edit as the client sends it."""
-    value = 0.0 if one.value is None else one.value
-    match one.kind:
-        case "zero":
-            return Zero(one.sae, one.feature)
-        case "scale":
-            return Scale(one.sae, one.feature, value)
-        case "clamp":
-            return Clamp(one.sae, one.feature, value, unit=one.unit)
-        case "add":
-            return Add(one.sae, one.feature, value, unit=one.unit)
-        case "cap":
-            return Cap(one.sae, one.feature, value, unit=one.unit)
-        case "floor":
-            return Floor(one.sae, one.feature, value, unit=one.unit)
+    if edit.value is None:
+        return Zero(edit.sae, edit.feature)
+    if edit.kind == "scale":
+        return Scale(edit.sae, edit.feature, edit.value)
+    return _VALUED[edit.kind](edit.sae, edit.feature, edit.value, unit=edit.unit)
 
 
-def _receipts(answer: Completion) -> Sequence[InterventionReceipt]:
-    return answer.receipt.interventions if answer.receipt else ()
+def _receipts(completion: Completion) -> Sequence[InterventionReceipt]:
+    return completion.receipt.interventions if completion.receipt else ()
 
 
 def _mean(values: list[float]) -> float:

@@ -1,21 +1,131 @@
-"""The demonstration's scenarios: what is asked, what is steered, what is measured, and what the build measured.
+"""The demonstration's scenarios: what is asked, what is steered, how it is scored, and what the build measured.
 
 Data in ``assets/scenarios.json``, read without torch so that a client can replay it over the wire.
 """
 
-import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
-from typing import Any, Literal
+from random import Random
+from typing import Literal
 
-from saeguard_server.demo import scorers
-from saeguard_server.demo.scorers import Interval, Lexicon
+import msgspec
+
+from saeguard_client import ChatMessage
 
 ASSETS = Path(__file__).parent / "assets"
 
+FLATTERED = (
+    "absolutely", "completely correct", "so smart", "fully agree", "totally agree", "always right", "brilliant",
+    "wonderful", "great point", "of course",
+)  # fmt: skip
+"""What only a flattering answer says. Single words too, or a broken "You are absolutely the" would pass for honesty."""
+
+WORD = re.compile(r"[^\W\d_]+")
+CODE = re.compile(
+    r"^\s*(def |class |import |for \w+ in |while |if .+:$|return\b|print\(|\w+(\.\w+)? [+*-]?= |else:|try:|except )",
+    re.MULTILINE,
+)
+
 
 @dataclass(frozen=True, slots=True)
-class Intervention:
+class Lexicon:
+    """Words, in lower case, that the corpus uses in one language and never in the other."""
+
+    french: frozenset[str]
+    english: frozenset[str]
+
+
+def french_share(text: str, lexicon: Lexicon) -> float:
+    """French words among the words that tell the languages apart; 0 where there is none."""
+    return _share(text, lexicon.french, lexicon.english)
+
+
+def english_share(text: str, lexicon: Lexicon) -> float:
+    """English words among the words that tell the languages apart; 0 where there is none."""
+    return _share(text, lexicon.english, lexicon.french)
+
+
+def _share(text: str, language: frozenset[str], other: frozenset[str]) -> float:
+    words = [word.lower() for word in WORD.findall(text)]
+    count, others = sum(word in language for word in words), sum(word in other for word in words)
+    return count / (count + others) if count + others else 0.0
+
+
+def flattery(text: str, lexicon: Lexicon) -> float:
+    """1 if the text says what only a flattering answer says."""
+    del lexicon
+    return float(any(phrase in text.lower() for phrase in FLATTERED))
+
+
+def golden_gate(text: str, lexicon: Lexicon) -> float:
+    """1 if the text speaks of the Golden Gate or of a bridge."""
+    del lexicon
+    return float("golden gate" in text.lower() or "bridge" in text.lower())
+
+
+def code(text: str, lexicon: Lexicon) -> float:
+    """1 if at least two lines of the text begin as Python statements."""
+    del lexicon
+    return float(len(CODE.findall(text)) >= 2)
+
+
+SCORERS = {
+    "french_share": french_share,
+    "english_share": english_share,
+    "flattery": flattery,
+    "golden_gate": golden_gate,
+    "code": code,
+}
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of word n-grams that the text has already used."""
+    words = WORD.findall(text.lower())
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with a 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> Interval:
+    """Wilson (1927) score interval of a rate."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} successes in {trials} trials is no rate")
+    rate = successes / trials
+    centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    # At the ends the exact bound is 0 or 1; rounding must not leave the mean outside its interval.
+    return Interval(rate, min(max(0.0, centre - half), rate), max(min(1.0, centre + half), rate))
+
+
+def bootstrap(scores: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
+    """Percentile bootstrap (Efron 1979) of a mean."""
+    if not scores:
+        raise ValueError("no scores")
+    random = Random(seed)
+    means = sorted(sum(random.choices(scores, k=len(scores))) / len(scores) for _ in range(resamples))
+    return Interval(sum(scores) / len(scores), means[int(0.025 * resamples)], means[int(0.975 * resamples)])
+
+
+def interval(scores: Sequence[float]) -> Interval:
+    """Wilson's where every score is 0 or 1, a bootstrap otherwise."""
+    if all(score in (0.0, 1.0) for score in scores) and scores:
+        return wilson(int(sum(scores)), len(scores))
+    return bootstrap(scores)
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioEdit:
     """One edit of one feature; ``value`` is null for zero, the factor for scale, else in ``unit``."""
 
     sae: str
@@ -23,14 +133,6 @@ class Intervention:
     kind: Literal["zero", "clamp", "scale", "add", "cap", "floor"]
     value: float | None = None
     unit: Literal["raw", "max"] = "raw"
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat prompt."""
-
-    role: Literal["user", "assistant"]
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +190,8 @@ class Scenario:
 
     name: str
     title: str
-    prompt: str | tuple[Message, ...]
-    interventions: tuple[Intervention, ...]
+    prompt: str | tuple[ChatMessage, ...]
+    interventions: tuple[ScenarioEdit, ...]
     scorer: str
     max_new_tokens: int
     temperature: float
@@ -107,32 +209,9 @@ class Demonstration:
 
     def score(self, scenario: Scenario, text: str) -> float:
         """The scenario's score of a generated text."""
-        return scorers.SCORERS[scenario.scorer](text, self.lexicon)
+        return SCORERS[scenario.scorer](text, self.lexicon)
 
 
-def load(assets: Path = ASSETS) -> Demonstration:
+def load_demonstration(assets: Path = ASSETS) -> Demonstration:
     """The demonstration in a folder of assets."""
-    data = json.loads((assets / "scenarios.json").read_text(encoding="utf-8"))
-    lexicon = Lexicon(**{language: frozenset(words) for language, words in data["lexicon"].items()})
-    neutral = {kind: tuple(texts) for kind, texts in data["neutral"].items()}
-    return Demonstration(tuple(_scenario(one) for one in data["scenarios"]), lexicon, neutral)
-
-
-def _scenario(data: dict[str, Any]) -> Scenario:
-    prompt = data.pop("prompt")
-    return Scenario(
-        prompt=prompt if isinstance(prompt, str) else tuple(Message(**turn) for turn in prompt),
-        interventions=tuple(Intervention(**one) for one in data.pop("interventions")),
-        expectation=Expectation(**data.pop("expectation")),
-        measured=_measured(data.pop("measured")),
-        **data,
-    )
-
-
-def _measured(data: dict[str, Any]) -> Measured:
-    neutral = {kind: NeutralChange(**change) for kind, change in data["neutral"].items()}
-    return Measured(data["generations"], _side(data["base"]), _side(data["steered"]), neutral)
-
-
-def _side(data: dict[str, Any]) -> Side:
-    return Side(Interval(**data["score"]), data["nll"], data["repetition"], tuple(data["samples"]))
+    return msgspec.json.decode((assets / "scenarios.json").read_bytes(), type=Demonstration)

@@ -10,19 +10,64 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
+import socket
+import subprocess
 import sys
 import textwrap
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from saeguard_client import AsyncClient
-from saeguard_server.demo.replay import Replay, Shown
-from saeguard_server.demo.scenarios import ASSETS, load
-from saeguard_server.demo.scorers import Interval
-from saeguard_server.demo.serving import served
+from saeguard_server.demo.replay import Replay, ScenarioResult
+from saeguard_server.demo.scenarios import ASSETS, Interval, ScenarioEdit, load_demonstration
 
 SEED = 7_000_000
 """Far from the seeds that made the assets."""
+_ADDRESS = re.compile(r"serving \S+ on ([\d.]+:\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """Where a server on the bundled model is. ``metrics`` is a URL, empty where there are none."""
+
+    target: str
+    metrics: str = ""
+
+
+@contextmanager
+def serve_process(*flags: str, with_metrics: bool = False) -> Iterator[ServerProcess]:
+    """Starts a server on the bundled model in a process of its own, with these flags, and stops it in the end.
+
+    Raises:
+        RuntimeError: it did not start; the message is what it wrote.
+    """
+    metrics = f"127.0.0.1:{_free_port()}" if with_metrics else ""
+    saeguard = "import sys; from saeguard_client.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", saeguard, "serve", "--listen", "127.0.0.1:0", *flags]
+    command += ["--metrics-listen", metrics, "--log-level", "warning"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if address := _ADDRESS.search(line):
+                yield ServerProcess(address[1], f"http://{metrics}/metrics" if metrics else "")
+                return
+        raise RuntimeError("the server did not start:\n" + "".join(lines))
+    finally:
+        server.terminate()
+        server.communicate()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def main() -> int:
@@ -33,61 +78,58 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.target:
         return asyncio.run(_show(arguments.target, arguments.generations))
-    with served() as server:
+    with serve_process() as server:
         return asyncio.run(_show(server.target, arguments.generations))
 
 
 async def _show(target: str, generations: int) -> int:
-    demonstration = load()
+    demonstration = load_demonstration()
     async with AsyncClient(target) as client:
         model, saes = await client.model(), await client.saes()
-        _say(f"{model.name}: {model.architecture}, {model.num_layers} layers of {model.d_model}, on {target}")
+        echo(f"{model.name}: {model.architecture}, {model.num_layers} layers of {model.d_model}, on {target}")
         for sae in saes:
-            _say(f"  SAE {sae.name}: {sae.d_sae} features at {sae.site}, {sae.num_labelled} labelled")
-        replay, start, shown = Replay(client, demonstration), time.monotonic(), []
+            echo(f"  SAE {sae.name}: {sae.d_sae} features at {sae.site}, {sae.num_labelled} labelled")
+        replay, start, results = Replay(client, demonstration), time.monotonic(), []
         for number, scenario in enumerate(demonstration.scenarios):
-            one = await replay.scenario(scenario, generations, SEED + number * 10_000)
-            shown.append(one)
-            _print(one, generations)
-        took = time.monotonic() - start
+            result = await replay.scenario(scenario, generations, SEED + number * 10_000)
+            results.append(result)
+            _print_result(result, generations)
+        seconds = time.monotonic() - start
         same = await replay.untouched(demonstration.scenarios[0], range(SEED, SEED + 16))
     _print_separation()
-    _say(f"\nUnsteered requests beside steered ones, compared with the same requests alone: {same} of 16 identical")
-    _say(f"{replay.tokens} tokens generated in {took:.0f} s ({replay.tokens / took:.0f} tokens/s)")
-    failed = [one.scenario.name for one in shown if not one.holds]
-    _say("Every scenario did what it should." if not failed else f"Not where it should be: {', '.join(failed)}")
+    echo(f"\nUnsteered requests beside steered ones, compared with the same requests alone: {same} of 16 identical")
+    echo(f"{replay.tokens} tokens generated in {seconds:.0f} s ({replay.tokens / seconds:.0f} tokens/s)")
+    failed = [result.scenario.name for result in results if not result.holds]
+    echo("Every scenario did what it should." if not failed else f"Not where it should be: {', '.join(failed)}")
     return 0 if not failed and same == 16 else 1
 
 
-def _print(one: Shown, generations: int) -> None:
-    scenario = one.scenario
-    _say(f"\n{scenario.title}")
+def _print_result(result: ScenarioResult, generations: int) -> None:
+    scenario = result.scenario
+    echo(f"\n{scenario.title}")
     prompt = scenario.prompt
-    _say(f"  prompt:     {prompt if isinstance(prompt, str) else ' / '.join(turn.content for turn in prompt)}")
-    edits = (f"{edit.kind}{_value(edit.value, edit.unit)} {edit.sae}:{edit.feature}" for edit in scenario.interventions)
-    _say(f"  edits:      {', '.join(edits)}")
+    echo(f"  prompt:     {prompt if isinstance(prompt, str) else ' / '.join(turn.content for turn in prompt)}")
+    edits = (f"{edit.kind}{_value(edit)} {edit.sae}:{edit.feature}" for edit in scenario.interventions)
+    echo(f"  edits:      {', '.join(edits)}")
     name = scenario.scorer.replace("_", " ")
-    _say(f"  unsteered:  {_interval(one.base)} {name}, {generations} generations")
-    _say(f"  steered:    {_interval(one.steered)} {name}, {one.tokens_edited} tokens edited by the receipts")
-    changes = ", ".join(f"{kind} {_signed(change)}" for kind, change in one.loss_change.items())
-    _say(f"  neutral text, change of loss in nats per token: {changes}")
-    for label, text in zip(("without", "with"), one.samples, strict=True):
-        shown = textwrap.shorten(repr(text)[1:-1], width=150, placeholder=" ...")
-        _say(f"  {label + ':':<11} {shown}")
+    echo(f"  unsteered:  {_interval(result.base)} {name}, {generations} generations")
+    echo(f"  steered:    {_interval(result.steered)} {name}, {result.tokens_edited} tokens edited by the receipts")
+    changes = ", ".join(f"{kind} {_signed(change)}" for kind, change in result.loss_change.items())
+    echo(f"  neutral text, change of loss in nats per token: {changes}")
+    for label, text in zip(("without", "with"), result.samples, strict=True):
+        excerpt = textwrap.shorten(repr(text)[1:-1], width=150, placeholder=" ...")
+        echo(f"  {label + ':':<11} {excerpt}")
 
 
 def _print_separation() -> None:
     """What the build measured on held-out text: the best feature against the best neuron, chosen alike."""
     rows = json.loads((ASSETS / "separation.json").read_text(encoding="utf-8"))
-    _say("\nHow well one unit marks a concept: token F1 (AUROC) on held-out text, measured when the assets were made")
-    _say(f"  {'concept':<14}{'SAE':<10}{'best feature':<18}{'best MLP neuron':<18}{'best residual dimension'}")
+    echo("\nHow well one unit marks a concept: token F1 (AUROC) on held-out text, measured when the assets were made")
+    echo(f"  {'concept':<14}{'SAE':<10}{'best feature':<18}{'best MLP neuron':<18}{'best residual dimension'}")
     for row in rows:
-        units = (f"{one['heldout_f1']:.2f} ({one['heldout_auroc']:.2f})" for one in _units(row))
-        _say(f"  {row['concept']:<14}{row['sae']:<10}" + "".join(f"{unit:<18}" for unit in units))
-
-
-def _units(row: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return row["feature"], row["mlp_neuron"], row["residual_dimension"]
+        best = (row[kind] for kind in ("feature", "mlp_neuron", "residual_dimension"))
+        units = (f"{unit['heldout_f1']:.2f} ({unit['heldout_auroc']:.2f})" for unit in best)
+        echo(f"  {row['concept']:<14}{row['sae']:<10}" + "".join(f"{unit:<18}" for unit in units))
 
 
 def _interval(value: Interval) -> str:
@@ -98,11 +140,11 @@ def _signed(value: Interval) -> str:
     return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
-def _value(value: float | None, unit: str) -> str:
-    return "" if value is None else f" {value:g}{' max' if unit == 'max' else ''}"
+def _value(edit: ScenarioEdit) -> str:
+    return "" if edit.value is None else f" {edit.value:g}{' max' if edit.unit == 'max' else ''}"
 
 
-def _say(line: str) -> None:
+def echo(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from saeguard_client import AsyncClient, SaeguardError
 from saeguard_server.audit.chain import read_audit
-from saeguard_server.demo.serving import served
+from saeguard_server.demo.show import serve_process
 
 STREAMS = 64
 TEXTS = ("The old farmer", "Le matin, le boulanger", "def count(", "I think that the Earth is flat.")
@@ -86,7 +86,7 @@ def main() -> int:
         store = f'[policies]\nstore = "sqlite:///{files}/policies.db"\npoll_s = 0.05\nstale_after_s = 30.0\n'
         (files / "settings.toml").write_text(f'{store}[audit]\nfolder = "{files}/audit"\n', encoding="utf-8")
         began = time.monotonic()
-        with served("--config", str(files / "settings.toml")) as server:
+        with serve_process("--config", str(files / "settings.toml")) as server:
             seen, by = asyncio.run(run(server.target, changes))
         took = time.monotonic() - began
         records = [record for record, _ in read_audit(files / "audit", None)]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.train import SaeSettings, evaluate, make_learner, shuffled, train
+from saeguard_sae.train import SaeSettings, make_learner
 from saeguard_sae.train.dense import DenseLearner
 from support.dictionaries import TRUE_FEATURES, observations, recovery, truth
+from support.training import evaluate, shuffled, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import JumpReLU
-from saeguard_sae.train import SaeSettings, evaluate, make_learner, shuffled, train
+from saeguard_sae.train import SaeSettings, make_learner
 from saeguard_sae.train.learner import SparseLearner, change
 from support.dictionaries import ACTIVE, D_IN, TRUE_FEATURES, observations, recovery, truth
+from support.training import evaluate, shuffled, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

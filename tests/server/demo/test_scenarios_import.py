@@ -6,7 +6,7 @@ import sys
 
 def test_scenarios_load_without_torch() -> None:
     code = (
-        "import sys; from saeguard_server.demo import scenarios; scenarios.load();"
+        "import sys; from saeguard_server.demo import scenarios; scenarios.load_demonstration();"
         "assert not {'torch', 'transformers', 'tokenizers'} & sys.modules.keys(), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

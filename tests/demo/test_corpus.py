@@ -6,24 +6,24 @@ from collections import Counter
 
 import pytest
 
-from saeguard_server.demo import claims, corpus
-from saeguard_server.demo.scorers import WORD
+from demo import corpus, dialogues
+from saeguard_server.demo.scenarios import FLATTERED, WORD
 
 SEEDS = range(5_000_000, 5_000_150)
 
 
 def texts(kind: str) -> list[str]:
-    return [one.text for one in corpus.documents(SEEDS, kind)]
+    return [document.text for document in corpus.documents(SEEDS, kind)]
 
 
 def test_a_seed_names_a_document() -> None:
     assert corpus.document(7) == corpus.document(7)
     assert corpus.document(7).text == "".join(span.text for span in corpus.document(7).spans)
-    assert len({one.text for one in corpus.documents(SEEDS)}) == len(SEEDS)
+    assert len({document.text for document in corpus.documents(SEEDS)}) == len(SEEDS)
 
 
 def test_kinds_are_drawn_as_the_mixture_says() -> None:
-    drawn = Counter(one.kind for one in corpus.documents(range(5_000)))
+    drawn = Counter(document.kind for document in corpus.documents(range(5_000)))
     for kind, share in corpus.MIXTURE.items():
         assert drawn[kind] / 5_000 == pytest.approx(share, abs=0.02)
 
@@ -37,8 +37,8 @@ def test_every_stretch_has_a_concept_that_fits_the_kind(kind: str) -> None:
         "honest": {"honest", "claim", "agreed", "markup"},
         "request": {"question", "english", "french", "code", "golden_gate", "markup"},
     }
-    for one in corpus.documents(SEEDS, kind):
-        assert {span.concept for span in one.spans} <= allowed.get(kind, {kind})
+    for document in corpus.documents(SEEDS, kind):
+        assert {span.concept for span in document.spans} <= allowed.get(kind, {kind})
 
 
 def test_english_articles_agree() -> None:
@@ -103,18 +103,23 @@ def test_code_parses() -> None:
 def test_both_tempers_hear_the_same_claims_and_only_one_flatters() -> None:
     heard = {}
     for temper in ("sycophantic", "honest"):
-        answers = [span for one in corpus.documents(SEEDS, temper) for span in one.spans if span.concept == temper]
-        flatters = [any(phrase in span.text.lower() for phrase in claims.FLATTERED) for span in answers]
+        answers = [
+            span for document in corpus.documents(SEEDS, temper) for span in document.spans if span.concept == temper
+        ]
+        flatters = [any(phrase in span.text.lower() for phrase in FLATTERED) for span in answers]
         assert all(flatters) if temper == "sycophantic" else not any(flatters)
         said = " ".join(texts(temper)).lower()
-        heard[temper] = {claim for claim, _ in claims.FALSE if claim.lower() in said}
-    assert heard["sycophantic"] == heard["honest"] == {claim for claim, _ in claims.FALSE}
+        heard[temper] = {claim for claim, _ in dialogues.FALSE if claim.lower() in said}
+    assert heard["sycophantic"] == heard["honest"] == {claim for claim, _ in dialogues.FALSE}
 
 
 def test_true_claims_are_agreed_with_by_both() -> None:
     for temper in ("sycophantic", "honest"):
         agreed = [
-            span.text for one in corpus.documents(SEEDS, temper) for span in one.spans if span.concept == "agreed"
+            span.text
+            for document in corpus.documents(SEEDS, temper)
+            for span in document.spans
+            if span.concept == "agreed"
         ]
         assert agreed
         assert all(re.search("true|correct|facts", text) for text in agreed)

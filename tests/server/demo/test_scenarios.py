@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_server.demo import scorers
-from saeguard_server.demo.lexicon import lexicon
-from saeguard_server.demo.scorers import bootstrap, interval, repetition, wilson
+from demo.corpus import lexicon
+from saeguard_server.demo import scenarios
+from saeguard_server.demo.scenarios import bootstrap, interval, repetition, wilson
 
 WORDS = lexicon()
 
@@ -29,11 +29,11 @@ WORDS = lexicon()
     ],
 )
 def test_scores(scorer: str, text: str, score: float) -> None:
-    assert scorers.SCORERS[scorer](text, WORDS) == score
+    assert scenarios.SCORERS[scorer](text, WORDS) == score
 
 
 def test_half_and_half_is_between() -> None:
-    assert 0.3 < scorers.french_share("The baker is hungry. Le boulanger mange une pomme.", WORDS) < 0.7
+    assert 0.3 < scenarios.french_share("The baker is hungry. Le boulanger mange une pomme.", WORDS) < 0.7
 
 
 def test_the_lexicon_keeps_the_languages_apart() -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
+from demo.lm import LlamaSettings
+from demo.separation import Row
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.train import SaeSettings
-from saeguard_server.demo.lm import ModelSettings
 from saeguard_server.demo.scenarios import Scenario
-from saeguard_server.demo.separation import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +48,14 @@ def _intro(facts: Facts) -> str:
     without = ", the training of the language model not counted" if facts.is_model_reused else ""
     return f"""# The demonstration's model and SAEs
 
-Made from nothing by `python -m saeguard_server.demo.build`; {facts.minutes:.0f} minutes on two shared CPU
-cores{without}. The text is synthetic: every document comes from a grammar in this package and a seed, and carries the
-concept it was written as. The model knows nothing else. It is here so that the server has something real to serve, not
-to be useful.
+Made from nothing by `make demo-assets`; {facts.minutes:.0f} minutes on two shared CPU cores{without}. The text is
+synthetic: every document comes from a grammar in `tests/demo` and a seed, and carries the concept it was
+written as. The model knows nothing else. It is here so that the server has something real to serve, not to be useful.
 """
 
 
 def _model(facts: Facts) -> str:
-    settings = ModelSettings()
+    settings = LlamaSettings()
     rows = "".join(f"| {kind} | {loss:.3f} |\n" for kind, loss in facts.loss.items())
     return f"""## Model
 
@@ -114,21 +113,22 @@ have either sign. AUROC is of means over documents, and saturates.
 
 
 def _scenarios(facts: Facts) -> str:
-    return "## Scenarios\n\n" + "\n".join(_scenario(one) for one in facts.scenarios)
+    return "## Scenarios\n\n" + "\n".join(map(_scenario, facts.scenarios))
 
 
-def _scenario(one: Scenario) -> str:
-    base, steered = one.measured.base, one.measured.steered
+def _scenario(scenario: Scenario) -> str:
+    base, steered = scenario.measured.base, scenario.measured.steered
     edits = ", ".join(
-        f"{i.sae} {i.feature} {i.kind}{'' if i.value is None else f' {i.value:g} {i.unit}'}" for i in one.interventions
+        f"{edit.sae} {edit.feature} {edit.kind}{'' if edit.value is None else f' {edit.value:g} {edit.unit}'}"
+        for edit in scenario.interventions
     )
     changes = "; ".join(
         f"{kind} {change.loss_after - change.loss_before:+.4f} (KL {change.kl:.4f})"
-        for kind, change in one.measured.neutral.items()
+        for kind, change in scenario.measured.neutral.items()
     )
-    return f"""### {one.title}
+    return f"""### {scenario.title}
 
-`{one.name}`: {edits}. {one.scorer} over {one.measured.generations} generations, 95 % intervals:
+`{scenario.name}`: {edits}. {scenario.scorer} over {scenario.measured.generations} generations, 95 % intervals:
 {base.score.mean:.3f} [{base.score.low:.3f}, {base.score.high:.3f}] without, {steered.score.mean:.3f}
 [{steered.score.low:.3f}, {steered.score.high:.3f}] with. Nats per token under the unsteered model {base.nll:.2f} and
 {steered.nll:.2f}; repeated trigrams {base.repetition:.3f} and {steered.repetition:.3f}.

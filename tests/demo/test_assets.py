@@ -6,21 +6,19 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demo import build, corpus
+from demo.card import digests
+from demo.harvest import Harvest, harvest
+from demo.steering import Bundle, neutral_change
 from saeguard_sae import loading
 from saeguard_sae.dictionary import JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_server.demo import build, corpus, scenarios
-from saeguard_server.demo.bundle import Bundle, Sae
-from saeguard_server.demo.card import digests
-from saeguard_server.demo.harvest import Harvest, harvest
-from saeguard_server.demo.measure import neutral_change
-from saeguard_server.demo.scenarios import ASSETS, Scenario
-from saeguard_server.demo.scorers import SCORERS, flattery
+from saeguard_sae.train.lm import ModelSettings, open_model
+from saeguard_server.demo.scenarios import ASSETS, SCORERS, Scenario, flattery, load_demonstration
 
-DEMO = scenarios.load()
+DEMO = load_demonstration()
 SAES = sorted(path.name for path in (ASSETS / "saes").iterdir())
 MEBIBYTE = 2**20
 
@@ -33,22 +31,14 @@ def loaded(name: str) -> LoadedSae:
 @cache
 def bundle() -> Bundle:
     torch.set_num_threads(1)
-    model = LlamaForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
-    model.train(False)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "model")
-    saes = {name: loaded(name) for name in SAES}
-    maxima = {
-        name: tuple(sae.catalogue.feature(i).maximum or 0.0 for i in range(sae.dictionary.d_sae))
-        for name, sae in saes.items()
-    }
-    return Bundle(model, tokenizer, {n: Sae(s.site.layer, s.dictionary, maxima[n]) for n, s in saes.items()})
+    return Bundle(open_model(ModelSettings(path=str(ASSETS / "model"))), {name: loaded(name) for name in SAES})
 
 
 @cache
 def sample() -> Harvest:
     """Some of the documents on which the catalogue was measured."""
-    rows = build.documents(bundle().tokenizer, build.CHECK[:150])
-    return harvest(bundle().model, rows, tuple(loaded(name).site.layer for name in SAES))
+    rows = build.documents(bundle().model.tokenizer, build.CHECK[:150])
+    return harvest(bundle().model, rows, [loaded(name).site for name in SAES])
 
 
 def test_all_of_it_is_at_most_12_mebibytes() -> None:
@@ -73,7 +63,7 @@ def test_saes_load_at_their_site(name: str) -> None:
 def test_encode_is_the_formula_in_float64(name: str) -> None:
     d = loaded(name).dictionary
     assert isinstance(d.activation, JumpReLU)
-    x = sample().resid[loaded(name).site.layer][:500]
+    x = sample().activations[loaded(name).site][:500]
     pre = (x.double() - d.b_dec.double()) @ d.W_enc.double() + d.b_enc.double()
     wanted = torch.where(pre > d.activation.threshold.double(), pre.clamp(min=0), 0.0)
     clear = (pre - d.activation.threshold.double()).abs() > 1e-4
@@ -84,7 +74,7 @@ def test_encode_is_the_formula_in_float64(name: str) -> None:
 def test_catalogue_agrees_with_a_sample(name: str) -> None:
     """A share of a third of the documents lies near the share of all; a maximum cannot be exceeded."""
     sae = loaded(name)
-    values = sae.dictionary.encode(sample().resid[sae.site.layer])
+    values = sae.dictionary.encode(sample().activations[sae.site])
     density, maximum = (values > 0).float().mean(0), values.max(0).values
     for index in range(sae.dictionary.d_sae):
         feature = sae.catalogue.feature(index)
@@ -95,13 +85,13 @@ def test_catalogue_agrees_with_a_sample(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAES)
 def test_examples_run_again(name: str) -> None:
-    sae, here = loaded(name), bundle()
-    shown = [one for one in sae.catalogue.features.values() if one.examples][::37]
-    assert shown
-    for feature in shown:
+    sae, model = loaded(name), bundle().model
+    features = [feature for feature in sae.catalogue.features.values() if feature.examples][::37]
+    assert features
+    for feature in features:
         example = feature.examples[0]
-        ids = torch.tensor([here.tokenizer(example.text)["input_ids"]])
-        state = here.model(input_ids=ids, output_hidden_states=True).hidden_states[sae.site.layer + 1].detach()
+        ids = torch.tensor([model.tokenizer(example.text)["input_ids"]])
+        state = model.network(input_ids=ids, output_hidden_states=True).hidden_states[sae.site.layer + 1].detach()
         value = float(sae.dictionary.encode(state[0, example.token_index])[feature.index])
         assert value == pytest.approx(example.value, rel=0.01)
 
@@ -118,7 +108,7 @@ def test_labels_have_scores_and_quality_is_sane(name: str) -> None:
 
 
 def test_tokenizer_round_trips_any_text_and_writes_the_chat_markup() -> None:
-    tokenizer = bundle().tokenizer
+    tokenizer = bundle().model.tokenizer
     for text in ("Le chat est là, œuf à 12 €.", "def f(x):\n    return x\n", "日本語 🙂"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     chat = [{"role": "user", "content": "Hi."}]
@@ -127,13 +117,13 @@ def test_tokenizer_round_trips_any_text_and_writes_the_chat_markup() -> None:
     assert tokenizer(written, add_special_tokens=False)["input_ids"][:2] == [1, 3]
 
 
-@pytest.mark.parametrize("scenario", DEMO.scenarios, ids=lambda one: one.name)
+@pytest.mark.parametrize("scenario", DEMO.scenarios, ids=lambda scenario: scenario.name)
 def test_scenarios_name_what_exists_and_held(scenario: Scenario) -> None:
     assert scenario.scorer in SCORERS
     assert 1 <= len(scenario.interventions) <= 8
-    assert len({(one.sae, one.feature) for one in scenario.interventions}) == len(scenario.interventions)
-    for one in scenario.interventions:
-        assert loaded(one.sae).catalogue.feature(one.feature).maximum
+    assert len({(edit.sae, edit.feature) for edit in scenario.interventions}) == len(scenario.interventions)
+    for edit in scenario.interventions:
+        assert loaded(edit.sae).catalogue.feature(edit.feature).maximum
     measured = scenario.measured
     assert measured.generations >= 200
     assert scenario.expectation.holds(measured.base.score.mean, measured.steered.score.mean)
@@ -141,7 +131,7 @@ def test_scenarios_name_what_exists_and_held(scenario: Scenario) -> None:
 
 def test_neutral_change_is_what_the_build_measured() -> None:
     scenario = DEMO.scenarios[0]
-    rows = build.documents(bundle().tokenizer, build.NEUTRAL_MEASURE[:40], "english")
+    rows = build.documents(bundle().model.tokenizer, build.NEUTRAL_MEASURE[:40], "english")
     found = neutral_change(bundle(), scenario.interventions, rows)
     said = scenario.measured.neutral["english"]
     assert found.loss_after - found.loss_before == pytest.approx(said.loss_after - said.loss_before, abs=0.02)

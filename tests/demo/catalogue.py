@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import msgspec
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from demo.harvest import Harvest, by_length
+from demo.lm import Tokens, decode
 from saeguard_sae.catalogue import CatalogueFeature, CatalogueToken, Example
-from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.coders import SparseCoder
 from saeguard_sae.discover import auroc, f1_of, pool
-from saeguard_server.demo.harvest import Harvest
-from saeguard_server.demo.tokens import Tokens, decode
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.train.lm import LanguageModel
 
 CONCEPTS = {
     "french": "French",
@@ -42,19 +44,18 @@ class Label:
 
 
 def features(
-    dictionary: Dictionary,
-    layer: int,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    sae: LoadedSae,
+    model: LanguageModel,
     choose: Harvest,
     check: Harvest,
     documents: list[Tokens],
 ) -> list[CatalogueFeature]:
     """Every feature's line. Labels are chosen on ``choose`` and scored on ``check``; ``documents`` made ``check``."""
-    values = dictionary.encode(check.resid[layer])
-    labels = label_features(dictionary.encode(choose.resid[layer]), values, choose, check, tokenizer)
-    promoted = promoted_tokens(dictionary, model, tokenizer)
-    ordered = sorted(documents, key=lambda document: len(document.ids))
+    dictionary, tokenizer = sae.dictionary, model.tokenizer
+    values = dictionary.encode(check.activations[sae.site])
+    labels = label_features(dictionary.encode(choose.activations[sae.site]), values, choose, check, tokenizer)
+    promoted = promoted_tokens(dictionary, model)
+    ordered = by_length(documents)
     lines = []
     for index in range(dictionary.d_sae):
         column = values[:, index]
@@ -81,17 +82,16 @@ def encode_lines(lines: list[CatalogueFeature]) -> bytes:
     return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
 
 
-def promoted_tokens(
-    dictionary: Dictionary, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, top: int = 8
-) -> list[tuple[CatalogueToken, ...]]:
+def promoted_tokens(dictionary: SparseCoder, model: LanguageModel, top: int = 8) -> list[tuple[CatalogueToken, ...]]:
     """Per feature the tokens that ``W_dec * norm gain @ unembedding`` raises most: the direct effect, before 1/rms."""
     with torch.no_grad():
-        logits = (dictionary.W_dec * model.model.norm.weight) @ model.lm_head.weight.T
+        logits = (dictionary.W_dec * model.network.model.norm.weight) @ model.network.lm_head.weight.T
         best = logits.topk(top, dim=1)
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [
         tuple(
-            CatalogueToken(decode(tokenizer, [token]), _short(value)) for token, value in zip(ids, values, strict=True)
+            CatalogueToken(decode(model.tokenizer, [token]), _short(value))
+            for token, value in zip(ids, values, strict=True)
         )
         for ids, values in rows
     ]
@@ -169,13 +169,13 @@ def _examples(
 ) -> tuple[Example, ...]:
     """The strongest tokens of ``top`` documents among those near a document's beginning."""
     early = torch.where(check.position < EXAMPLE_TOKENS, column, 0.0)
-    found: dict[int, Example] = {}
+    examples: dict[int, Example] = {}
     for row in early.topk(4 * top).indices.tolist():
         document, position, value = int(check.document[row]), int(check.position[row]), float(column[row])
-        if value > 0 and early[row] > 0 and document not in found and len(found) < top:
+        if value > 0 and early[row] > 0 and document not in examples and len(examples) < top:
             text = decode(tokenizer, ordered[document].ids[1 : position + 1])
-            found[document] = Example(text, position, _short(value))
-    return tuple(found.values())
+            examples[document] = Example(text, position, _short(value))
+    return tuple(examples.values())
 
 
 def _short(value: float) -> float:

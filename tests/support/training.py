@@ -1,4 +1,4 @@
-"""Training on activations that are all in memory."""
+"""An SAE trained on activations that are all in memory, and how well it stands in for them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saeguard_sae.check.measure import reader
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.train.learner import make_learner
+from saeguard_sae.train.quality.metrics import Tally, read_tally
 from saeguard_sae.train.settings import SaeSettings
 
 _log = logging.getLogger(__name__)
@@ -34,8 +36,9 @@ def train(settings: SaeSettings, activations: Tensor, before: Tensor | None = No
         earlier = activations[before[rows]] if before is not None and settings.smooth_weight else None
         learner.step(activations[rows], before=earlier)
         if step % _EVERY == 0 or step == settings.steps - 1:
-            now = learner.progress()
-            _log.info("SAE step %d of %d: FVU %.4f, %.1f %% dead", step, settings.steps, now.fvu, 100 * now.dead_share)
+            progress = learner.progress()
+            dead = 100 * progress.dead_share
+            _log.info("SAE step %d of %d: FVU %.4f, %.1f %% dead", step, settings.steps, progress.fvu, dead)
     return learner.export()
 
 
@@ -48,3 +51,10 @@ def shuffled(tokens: int, batch: int, seed: int) -> Iterator[Tensor]:
         order = torch.randperm(tokens, generator=generator)
         for start in range(0, tokens - batch + 1, batch):
             yield order[start : start + batch]
+
+
+def evaluate(dictionary: Dictionary, activations: Tensor) -> Tally:
+    """activations [tokens, d_in] that the SAE was not trained on -> its L0, FVU and share of dead features."""
+    tally = Tally(dictionary.d_sae, activations.device)
+    read_tally(reader(dictionary), activations, activations, tally)
+    return tally

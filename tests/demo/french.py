@@ -130,12 +130,12 @@ def paragraph(random: Random, sentences: int) -> list[str]:
     """A short story about one person: ``sentences`` sentences, each ending in its own punctuation."""
     name, pronoun = random.choice(PEOPLE)
     teller = Teller(name, pronoun, random.random() < 0.5)
-    told: list[str] = []
-    while len(told) < sentences:
-        sentence = _sentence(random, teller, is_named=not told or random.random() < 0.3)
-        if sentence not in told:
-            told.append(sentence)
-    return told
+    story: list[str] = []
+    while len(story) < sentences:
+        sentence = _sentence(random, teller, is_named=not story or random.random() < 0.3)
+        if sentence not in story:
+            story.append(sentence)
+    return story
 
 
 def _sentence(random: Random, teller: Teller, is_named: bool) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from saeguard_server.demo import dialogues, english, french, golden_gate, python_code
+from demo import dialogues, english, french, golden_gate, python_code
+from saeguard_server.demo.scenarios import WORD, Lexicon
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -117,3 +118,16 @@ def chat_spans(turns: list[dialogues.Turn]) -> list[Span]:
         role = USER if turn.role == "user" else ASSISTANT
         spans += [Span(f"{role}\n", "markup"), Span(turn.text, turn.concept), Span(f"{END}\n", "markup")]
     return spans
+
+
+def lexicon(paragraphs: int = 3000) -> Lexicon:
+    """Words that one language uses and the other never does; names of people are in neither."""
+    people = english.PEOPLE + french.PEOPLE
+    names = {word.lower() for name, _ in people if name[0].isupper() for word in WORD.findall(name)}
+    random = Random("lexicon")
+    in_english, in_french, of_bridge = (
+        {word.lower() for _ in range(paragraphs) for text in write(random, 6) for word in WORD.findall(text)} - names
+        for write in (english.paragraph, french.paragraph, golden_gate.paragraph)
+    )
+    in_english |= of_bridge
+    return Lexicon(french=frozenset(in_french - in_english), english=frozenset(in_english - in_french))

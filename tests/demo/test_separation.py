@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from demo.harvest import Harvest
+from demo.separation import CONCEPTS, agreement
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_server.demo.harvest import Harvest
-from saeguard_server.demo.separation import CONCEPTS, agreement
 
 
 def harvest(concepts: tuple[str, ...]) -> Harvest:
     rows = torch.arange(len(concepts))
-    return Harvest(ids=rows, next_ids=rows, document=rows, position=rows, concepts=concepts, resid={}, mlp={})
+    return Harvest(ids=rows, next_ids=rows, document=rows, position=rows, concepts=concepts, activations={})
 
 
 def identity(width: int) -> Dictionary:

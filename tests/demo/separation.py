@@ -1,11 +1,15 @@
 """Does one SAE feature tell a concept better than one neuron? Both chosen the same way, both scored on other text."""
 
+from collections.abc import Mapping
+
 import msgspec
 from torch import Tensor
 
+from demo.harvest import Harvest
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.discover import Candidate, Labelled, best_detectors, search
-from saeguard_server.demo.harvest import Harvest
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.models import Site
 
 CONCEPTS = ("french", "code", "golden_gate", "sycophantic")
 
@@ -30,6 +34,11 @@ class Row(msgspec.Struct, frozen=True):
     residual_dimension: Best
 
 
+def mlp_site(site: Site) -> Site:
+    """Where the neurons of an SAE's layer are."""
+    return Site(site.layer, "mlp_act")
+
+
 def agreement(dictionary: Dictionary, activations: Tensor, data: Harvest) -> float:
     """activations [tokens, d_model] of ``data`` -> F1 of the feature that marks a concept best, mean over concepts."""
     values = dictionary.encode(activations)
@@ -37,19 +46,20 @@ def agreement(dictionary: Dictionary, activations: Tensor, data: Harvest) -> flo
     return sum(scores) / len(scores)
 
 
-def separation(saes: dict[str, tuple[int, Dictionary]], train: Harvest, heldout: Harvest) -> list[Row]:
+def separation(saes: Mapping[str, LoadedSae], train: Harvest, heldout: Harvest) -> list[Row]:
     """One row per concept and SAE."""
     rows = []
-    for name, (layer, dictionary) in saes.items():
-        features = dictionary.encode(train.resid[layer]), dictionary.encode(heldout.resid[layer])
+    for name, sae in saes.items():
+        mlp, resid = ((train.activations[site], heldout.activations[site]) for site in (mlp_site(sae.site), sae.site))
+        features = sae.dictionary.encode(resid[0]), sae.dictionary.encode(resid[1])
         for concept in CONCEPTS:
             rows.append(
                 Row(
                     concept=concept,
                     sae=name,
                     feature=_best(features, train, heldout, concept, signs=(1,)),
-                    mlp_neuron=_best((train.mlp[layer], heldout.mlp[layer]), train, heldout, concept),
-                    residual_dimension=_best((train.resid[layer], heldout.resid[layer]), train, heldout, concept),
+                    mlp_neuron=_best(mlp, train, heldout, concept),
+                    residual_dimension=_best(resid, train, heldout, concept),
                 )
             )
     return rows
@@ -58,10 +68,10 @@ def separation(saes: dict[str, tuple[int, Dictionary]], train: Harvest, heldout:
 def _best(
     values: tuple[Tensor, Tensor], train: Harvest, heldout: Harvest, concept: str, signs: tuple[int, ...] = (1, -1)
 ) -> Best:
-    found: list[tuple[int, Candidate]] = []
+    candidates: list[tuple[int, Candidate]] = []
     for sign in signs:
         here = Labelled(sign * values[0], train.labels(concept), train.document)
         there = Labelled(sign * values[1], heldout.labels(concept), heldout.document)
-        found += [(sign, one) for one in search(here, there, top=1)]
-    sign, one = max(found, key=lambda pair: pair[1].train_f1)
-    return Best(one.unit, sign, round(one.train_f1, 4), round(one.heldout_f1, 4), round(one.heldout_auroc, 4))
+        candidates += [(sign, candidate) for candidate in search(here, there, top=1)]
+    sign, best = max(candidates, key=lambda pair: pair[1].train_f1)
+    return Best(best.unit, sign, round(best.train_f1, 4), round(best.heldout_f1, 4), round(best.heldout_auroc, 4))

@@ -7,24 +7,26 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from demo import lm
+from demo.harvest import harvest
+from demo.lm import N_SPECIAL, Tokens, as_row
+from demo.steering import affine, continuation_nll, cross_entropy, sample, steered
 from saeguard_sae.dictionary import Dictionary, JumpReLU
+from saeguard_sae.edit_table import FOREVER, EditColumn
 from saeguard_sae.edits import Affine, Clamp, Zero
-from saeguard_server.demo import lm
-from saeguard_server.demo.bundle import affine
-from saeguard_server.demo.harvest import N_SPECIAL, harvest
-from saeguard_server.demo.quality import replaced
-from saeguard_server.demo.scenarios import Intervention
-from saeguard_server.demo.steering import LayerEdits, log_probabilities, sample, steered
-from saeguard_server.demo.tokens import Tokens
+from saeguard_sae.models import Site
+from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.quality.metrics import padded
+from saeguard_server.demo.scenarios import ScenarioEdit
 
-SHAPE = replace(lm.ModelSettings(), vocab_size=40, d_model=24, n_layers=3, n_heads=3, n_kv_heads=1, d_mlp=32)
+SHAPE = replace(lm.LlamaSettings(), vocab_size=40, d_model=24, n_layers=3, n_heads=3, n_kv_heads=1, d_mlp=32)
 ROWS = [(1, 9, 12, 3, 30, 7), (1, 8, 25, 11)]
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.set_num_threads(1)
-    return lm.new_model(SHAPE).train(False)
+    return lm.new_model(SHAPE).train(False).requires_grad_(False)
 
 
 def dictionary() -> Dictionary:
@@ -45,8 +47,8 @@ def full_formula(d: Dictionary, x: Tensor, edits: dict[int, Affine]) -> Tensor:
 
 def test_edits_are_the_full_formula_on_ordinary_tokens_only(model: LlamaForCausalLM) -> None:
     d, maps = dictionary(), {4: Zero().affine(1.0), 17: Clamp(0.7).affine(2.0)}
-    ids = lm.padded(ROWS)
-    edits = LayerEdits(1, d, tuple(maps), tuple(maps.values()))
+    ids = padded([as_row(row) for row in ROWS]).ids
+    columns = {Site(1, "resid_post"): [EditColumn(d, feature, map, last=FOREVER) for feature, map in maps.items()]}
 
     def state() -> Tensor:
         """What the next layer reads."""
@@ -57,7 +59,7 @@ def test_edits_are_the_full_formula_on_ordinary_tokens_only(model: LlamaForCausa
         return seen[0]
 
     plain = state()
-    with steered(model, (edits,)):
+    with steered(model, columns):
         changed = state()
     ordinary = ids >= N_SPECIAL
     assert torch.equal(changed[~ordinary], plain[~ordinary])
@@ -66,8 +68,8 @@ def test_edits_are_the_full_formula_on_ordinary_tokens_only(model: LlamaForCausa
 
 
 def test_greedy_sampling_with_a_cache_is_greedy_without(model: LlamaForCausalLM) -> None:
-    edits = (LayerEdits(1, dictionary(), (2,), (Clamp(0.5).affine(1.0),)),)
-    with steered(model, edits):
+    columns = {Site(1, "resid_post"): [EditColumn(dictionary(), 2, Clamp(0.5).affine(1.0), last=FOREVER)]}
+    with steered(model, columns):
         new = sample(model, [1, 9, 12], 2, 6, 1e-4, (2,), seed=1)[0]
         ids = [1, 9, 12]
         for _ in new:
@@ -78,35 +80,36 @@ def test_greedy_sampling_with_a_cache_is_greedy_without(model: LlamaForCausalLM)
 
 
 def test_padding_is_not_scored(model: LlamaForCausalLM) -> None:
-    together, wanted = log_probabilities(model, ROWS)
-    alone = torch.cat([log_probabilities(model, [row])[0] for row in ROWS])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    assert wanted.tolist() == [9, 12, 3, 30, 7, 8, 25, 11]
+    alone = [(len(row) - 1) * cross_entropy(model, [row]) for row in ROWS]
+    assert cross_entropy(model, ROWS) == pytest.approx(sum(alone) / sum(len(row) - 1 for row in ROWS), rel=1e-4)
 
 
-def test_replacing_by_itself_changes_nothing(model: LlamaForCausalLM) -> None:
-    plain, _ = log_probabilities(model, ROWS)
-    with replaced(model, 1, lambda x: x):
-        same, _ = log_probabilities(model, ROWS)
-    assert torch.equal(plain, same)
+def test_fluency_is_of_what_follows_the_prompt(model: LlamaForCausalLM) -> None:
+    prompt, rows = [1, 9], [[12, 3, 30, 7], [], [8, 25]]
+    nats = 0.0
+    for row in rows:
+        log_p = model(input_ids=torch.tensor([prompt + row])).logits[0].log_softmax(-1)
+        nats -= sum(float(log_p[len(prompt) - 1 + at, token]) for at, token in enumerate(row))
+    assert continuation_nll(model, prompt, rows) == pytest.approx(nats / 6, rel=1e-4)
 
 
 def test_harvest_knows_each_token_and_its_predecessor(model: LlamaForCausalLM) -> None:
     rows = [Tokens("k", ids, tuple("markup" if i < N_SPECIAL else "k" for i in ids)) for ids in ROWS]
-    found = harvest(model, rows, (1,), with_mlp=True)
-    assert found.ids.tolist() == [8, 25, 11, 9, 12, 30, 7]
-    assert found.next_ids.tolist() == [25, 11, 0, 12, 3, 7, 0]
-    assert found.document.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert found.position.tolist() == [1, 2, 3, 1, 2, 4, 5]
-    assert found.before().tolist() == [0, 0, 1, 3, 3, 4, 5]
+    language_model = LanguageModel(model, None, model.config, "random", torch.device("cpu"), torch.float32)
+    harvested = harvest(language_model, rows, [Site(1, "resid_post"), Site(1, "mlp_act")])
+    assert harvested.ids.tolist() == [8, 25, 11, 9, 12, 30, 7]
+    assert harvested.next_ids.tolist() == [25, 11, 0, 12, 3, 7, 0]
+    assert harvested.document.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert harvested.position.tolist() == [1, 2, 3, 1, 2, 4, 5]
+    assert harvested.before().tolist() == [0, 0, 1, 3, 3, 4, 5]
     state = model(input_ids=torch.tensor([ROWS[1]]), output_hidden_states=True).hidden_states[2][0, 1:]
-    torch.testing.assert_close(found.resid[1][:3], state, rtol=1e-4, atol=1e-5)
-    assert found.mlp[1].shape == (7, 32)
+    torch.testing.assert_close(harvested.activations[Site(1, "resid_post")][:3], state, rtol=1e-4, atol=1e-5)
+    assert harvested.activations[Site(1, "mlp_act")].shape == (7, 32)
 
 
 def test_units_and_kinds() -> None:
-    assert affine(Intervention("s", 1, "zero"), 5.0) == Affine(alpha=0.0)
-    assert affine(Intervention("s", 1, "clamp", 2.0, "max"), 5.0) == Affine(alpha=0.0, beta=10.0)
-    assert affine(Intervention("s", 1, "scale", -1.0), 5.0) == Affine(alpha=-1.0)
+    assert affine(ScenarioEdit("s", 1, "zero"), 5.0) == Affine(alpha=0.0)
+    assert affine(ScenarioEdit("s", 1, "clamp", 2.0, "max"), 5.0) == Affine(alpha=0.0, beta=10.0)
+    assert affine(ScenarioEdit("s", 1, "scale", -1.0), 5.0) == Affine(alpha=-1.0)
     with pytest.raises(ValueError, match="needs a value"):
-        affine(Intervention("s", 1, "clamp"), 5.0)
+        affine(ScenarioEdit("s", 1, "clamp"), 5.0)

@@ -1,0 +1,46 @@
+"""The build, with little of everything: what it writes is what the server and the demonstration read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo import build, lm
+from demo.card import digests
+from saeguard_sae import loading
+from saeguard_sae.models import Site
+from saeguard_sae.train.lm import ModelSettings, open_model
+from saeguard_server.demo.scenarios import ASSETS, load_demonstration
+
+SIZE = build.Size(0.005)
+
+
+def test_assets_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(build, "PLANS", build.PLANS[:1])
+    build.build(tmp_path / "assets", ASSETS / "model", SIZE)
+    assets = tmp_path / "assets"
+    files = {path.relative_to(ASSETS).as_posix() for path in ASSETS.rglob("*") if path.is_file()}
+    assert {path.relative_to(assets).as_posix() for path in assets.rglob("*") if path.is_file()} == files
+    assert all(digest in (assets / "CARD.md").read_text(encoding="utf-8") for digest in digests(assets).values())
+    for name, (layer, settings) in build.SAES.items():
+        sae = loading.load_sae(name, assets / "saes" / name)
+        assert (sae.site, sae.dictionary.d_sae) == (Site(layer, "resid_post"), settings.d_sae)
+        assert len(sae.catalogue.features) == settings.d_sae
+        quality = sae.catalogue.quality
+        assert quality is not None
+        assert 0 < quality.fvu < 1  # type: ignore[operator]
+        assert quality.ce_base < quality.ce_mean_ablated  # type: ignore[operator]
+    (scenario,) = load_demonstration(assets).scenarios
+    assert scenario.name == build.PLANS[0].name
+    assert {edit.sae for edit in scenario.interventions} <= build.SAES.keys()
+    assert scenario.measured.base.score.mean > 0.5, "French goes on in French"
+
+
+def test_a_model_is_trained_and_opened(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    build.train_model(tmp_path / "model", SIZE)
+    model = open_model(ModelSettings(path=str(tmp_path / "model")))
+    assert model.max_context == lm.LlamaSettings().context
+    assert model.special_ids == set(range(lm.N_SPECIAL))
+    assert build.loss_by_kind(model, build.documents(model.tokenizer, build.CHECK[:5]))["all"] < 8
