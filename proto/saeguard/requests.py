@@ -214,7 +214,7 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class TopK:
+class TopKSelection:
     """The ``k`` largest activations of each token; by magnitude where features can be negative."""
 
     k: int
@@ -224,7 +224,7 @@ class TopK:
 
 
 @dataclass(frozen=True, slots=True)
-class Threshold:
+class ThresholdSelection:
     """Every activation above ``value``; likewise."""
 
     value: float
@@ -248,7 +248,7 @@ class FeatureSelection:
         _check_distinct("features", self.features, "a feature is named twice")
 
 
-Selection: TypeAlias = TopK | Threshold | FeatureSelection
+Selection: TypeAlias = TopKSelection | ThresholdSelection | FeatureSelection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +266,9 @@ class ActivationRequest:
             raise FieldError("inputs", "must not be empty")
         for index, input in enumerate(self.inputs):
             _check_input(input, f"inputs[{index}].")
-        check_instance("selection", self.selection, Selection, "a TopK, Threshold or FeatureSelection")
+        check_instance(
+            "selection", self.selection, Selection, "a TopKSelection, ThresholdSelection or FeatureSelection"
+        )
         store_texts(self, "saes")
         if "" in self.saes:
             raise FieldError(f"saes[{self.saes.index('')}]", "must not be empty")

@@ -207,9 +207,9 @@ def _words(of_wire: Any) -> dict[int, str]:
 def _member(target: str, of_wire: Any) -> _Field:
     """Of a ``oneof``; the two numbers among them are values of classes of their own."""
     if of_wire.name == "top_k":
-        return _Field(target, lambda k, path: requests.TopK(k), lambda selection: selection.k)
+        return _Field(target, lambda k, path: requests.TopKSelection(k), lambda selection: selection.k)
     if of_wire.name == "threshold":
-        return _Field(target, lambda value, path: requests.Threshold(value), lambda selection: selection.value)
+        return _Field(target, lambda value, path: requests.ThresholdSelection(value), lambda selection: selection.value)
     return _field(of_wire)._replace(target=target)
 
 
@@ -221,7 +221,7 @@ def _write_oneof(oneof: Any, members: Mapping[str, _Field], value: object) -> di
 
 @functools.cache
 def _member_names(oneof: Any) -> dict[str, str]:
-    scalars = {"text": "str", "top_k": "TopK", "threshold": "Threshold"}
+    scalars = {"text": "str", "top_k": "TopKSelection", "threshold": "ThresholdSelection"}
     return {
         member.message_type.name if member.message_type else scalars[member.name]: member.name
         for member in oneof.fields

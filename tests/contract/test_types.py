@@ -21,9 +21,9 @@ from saeguard.requests import (
     ChatMessage,
     GenerateRequest,
     Sampling,
-    Threshold,
+    ThresholdSelection,
     TokenInput,
-    TopK,
+    TopKSelection,
     model_input,
 )
 from saeguard.results import ActivationPart, StreamChunk, TokenText, join_chunks, merge
@@ -121,12 +121,12 @@ def test_targets(make: Any, sae: Any, feature: Any, message: str) -> None:
         (lambda: Apply([Zero("a", 1, when=Condition.on("a", 1, 1))]), r"interventions\[0\].when: the trigger's own"),
         (lambda: Sampling(stop="END"), "stop: must be a sequence"),
         (lambda: Sampling(seed=2**64), "seed: must be 0 to"),
-        (lambda: TopK(0), "top_k: must be 1 to"),
-        (lambda: Threshold(-1), "threshold: must be finite and at least 0"),
+        (lambda: TopKSelection(0), "top_k: must be 1 to"),
+        (lambda: ThresholdSelection(-1), "threshold: must be finite and at least 0"),
         (lambda: GenerateRequest(input=""), "text: must not be empty"),
         (lambda: Apply([Intervention("a", 1)]), r"interventions\[0\]: must be an edit"),
         (lambda: GenerateRequest(input="x", policies="p"), "policies: must be a sequence"),
-        (lambda: ActivationRequest(inputs="x", selection=TopK(1), saes=["a"]), "inputs: must be a sequence"),
+        (lambda: ActivationRequest(inputs="x", selection=TopKSelection(1), saes=["a"]), "inputs: must be a sequence"),
     ],
 )  # fmt: skip
 def test_meaningless_values(make: Any, message: str) -> None:

@@ -118,8 +118,8 @@ generations = st.builds(
     min_policy_activation=st.none() | st.integers(0, MAX_UINT64),
 )
 selections = st.one_of(
-    st.builds(requests.TopK, st.integers(1, MAX_UINT32)),
-    st.builds(requests.Threshold, st.floats(0, FLOAT32_MAX)),
+    st.builds(requests.TopKSelection, st.integers(1, MAX_UINT32)),
+    st.builds(requests.ThresholdSelection, st.floats(0, FLOAT32_MAX)),
     st.builds(requests.FeatureSelection, st.lists(refs, min_size=1, max_size=3, unique=True)),
 )
 activation_requests = st.builds(
