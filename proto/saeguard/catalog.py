@@ -1,0 +1,254 @@
+"""What is served and enforced: the model, its SAEs and features, the server's limits, policies and their revisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from saeguard.types import FeatureRef
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The served model; ``sites`` are where SAEs can read and edit, ``digest`` is SHA-256 of its files in hex.
+
+    ``max_context`` is the tokens one request may hold: the model's own limit or the engine's, whichever is smaller.
+    """
+
+    name: str
+    architecture: str
+    digest: str
+    num_layers: int
+    d_model: int
+    vocab_size: int
+    max_context: int
+    dtype: str
+    has_chat_template: bool
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SaeQuality:
+    """How well an SAE stands in for the activation; cross-entropies are the model's, in nats per token.
+
+    Attributes:
+        l0: features that fire on a token, mean.
+        fvu: fraction of variance unexplained.
+        ce_base: the plain model; ``ce_spliced`` with the reconstruction in place of the activation.
+        dead_share: share of features that never fired.
+        tokens: that these were measured on.
+    """
+
+    l0: float | None = None
+    fvu: float | None = None
+    ce_base: float | None = None
+    ce_spliced: float | None = None
+    ce_mean_ablated: float | None = None
+    dead_share: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SaeConvention:
+    """One thing that decides what an SAE's weights mean, and who says so: a file's key, the format, the settings."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sae:
+    """One served SAE; ``digest`` is SHA-256 of its files in hex, with the settings that decide what they mean.
+
+    Attributes:
+        site: where it reads.
+        write_sites: where its edits change the model; the site itself unless it is a transcoder.
+        format: of its files.
+        quality: what its files state.
+        measured: the same as the server measured it on this model when it started; None where that check is off.
+    """
+
+    name: str
+    site: str
+    d_in: int
+    d_sae: int
+    architecture: str
+    digest: str
+    num_labelled: int
+    quality: SaeQuality | None = None
+    write_sites: tuple[str, ...] = ()
+    format: str = ""
+    conventions: tuple[SaeConvention, ...] = ()
+    measured: SaeQuality | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantile:
+    """``value`` below which a share ``q`` of the feature's positive activations lie."""
+
+    q: float
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromotedToken:
+    """A token that the feature's decoder row promotes."""
+
+    token: str
+    logit: float
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureExample:
+    """Text on which the feature fired with ``value`` at token ``token_index``."""
+
+    text: str
+    token_index: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A feature's catalogue entry; ``label`` is empty where nobody has labelled it.
+
+    Attributes:
+        label_score: held-out score of the label, in ``label_metric`` ("auroc", "f1").
+        maximum: largest activation seen; what the unit "max" multiplies.
+        density: share of tokens on which it fires.
+    """
+
+    sae: str
+    index: int
+    label: str = ""
+    label_metric: str = ""
+    quantiles: tuple[Quantile, ...] = ()
+    top_tokens: tuple[PromotedToken, ...] = ()
+    examples: tuple[FeatureExample, ...] = ()
+    label_score: float | None = None
+    maximum: float | None = None
+    density: float | None = None
+
+    @property
+    def ref(self) -> FeatureRef:
+        """Its address."""
+        return FeatureRef(self.sae, self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturePage:
+    """Some features and where to go on; an empty token on the last page."""
+
+    features: tuple[Feature, ...]
+    next_page_token: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the server allows one request, and all of them together."""
+
+    max_slots: int
+    max_queue: int
+    max_context: int
+    max_interventions: int
+    max_watch: int
+    default_max_new_tokens: int
+    max_deadline_s: float
+    max_activation_inputs: int
+    max_triggers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """The server: its version, engine, limits, the kinds of edit it applies, and whether it decides conditions."""
+
+    version: str
+    engine: str
+    model: str
+    limits: Limits
+    intervention_kinds: tuple[str, ...]
+    conditions: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySummary:
+    """One policy at a glance; ``rules`` and ``triggers`` are names."""
+
+    name: str
+    mode: str
+    owner: str
+    share: float
+    rules: tuple[str, ...] = ()
+    triggers: tuple[str, ...] = ()
+    expires: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """All policies as they were after one change; ``diff`` tells it from the one before.
+
+    Of a trial only the diff is there.
+    """
+
+    number: int = 0
+    author: str = ""
+    time: datetime | None = None
+    reason: str = ""
+    diff: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """An act that put a revision in force; numbers count from 1 without gaps."""
+
+    number: int
+    revision: int
+    actor: str
+    time: datetime
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFinding:
+    """What is noticed about a policy that can be stored all the same; ``policy`` is "" for the whole set."""
+
+    policy: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySet:
+    """The policies of one revision.
+
+    Attributes:
+        yaml: all of them as documents in one text.
+        etag: of the latest revision: what a change must name, so that no change of somebody else is lost.
+        revision: None while there is none.
+        active: what is in force; None before the first activation.
+    """
+
+    policies: tuple[PolicySummary, ...]
+    yaml: str
+    etag: str
+    revision: Revision | None = None
+    active: Activation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyChange:
+    """The revision that a change made, or would make; ``etag`` is what the next change must name.
+
+    ``revision`` has an empty diff where nothing would change.
+    """
+
+    revision: Revision
+    etag: str
+    findings: tuple[PolicyFinding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyHistory:
+    """Revisions and activations, the latest first."""
+
+    revisions: tuple[Revision, ...]
+    activations: tuple[Activation, ...]

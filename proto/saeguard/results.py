@@ -1,0 +1,348 @@
+"""What the model's RPCs answer: generations with their receipts, and activations."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FinishReason: TypeAlias = Literal["stop", "length", "feature"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token the model could have taken, and its log-probability in nats."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token; log-probabilities (nats) are the model's own, where ``logprobs`` was asked for."""
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureReading:
+    """Values of the watched features on one token the model has read, before any edit, in the order of ``watch``.
+
+    ``position`` counts prompt and generated tokens together.
+    """
+
+    position: int
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and made."""
+
+    prompt_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the server's time went, in seconds; 0 to a first token that never came."""
+
+    queue_s: float
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class InterventionReceipt:
+    """What one edit did.
+
+    Attributes:
+        sae_digest: the SAE's digest, as in the catalogue.
+        site: where it was applied, such as "resid_post.12".
+        tokens_eligible: tokens inside the scope that the model read.
+        tokens_edited: eligible tokens whose feature value changed.
+        mean_activation: feature value before the edit, over eligible tokens; ``max_activation`` likewise.
+        mean_relative_edit: size of the edit as a share of the activation's, mean over eligible tokens.
+        tokens_capped: tokens where ``max_relative_edit`` made the site's edit smaller.
+        policy: whose ``rule`` made it; "" is the request's own edit.
+        is_shadow: counted as if it were made, and not made.
+    """
+
+    sae: str
+    feature: int
+    kind: str
+    sae_digest: str
+    site: str
+    tokens_eligible: int
+    tokens_edited: int
+    mean_activation: float
+    max_activation: float
+    mean_relative_edit: float
+    tokens_capped: int
+    policy: str = ""
+    rule: str = ""
+    is_shadow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerReceipt:
+    """What one trigger saw.
+
+    Attributes:
+        policy: whose trigger it is; "" is the request's own.
+        is_shadow: evaluated, and not acted on.
+        tokens_evaluated: tokens inside the condition's scope that the model read.
+        tokens_on: evaluated tokens on which it held.
+        first_position: of the token on which it first held; None if it never did.
+        maximum: largest value of its sum, -inf over nothing. It never leaves the server: who does not write policies
+            must not learn how near a threshold was.
+    """
+
+    policy: str
+    name: str
+    is_shadow: bool
+    tokens_evaluated: int
+    tokens_on: int
+    first_position: int | None = None
+    maximum: float = -inf
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was applied, measured while the model ran; digests are SHA-256 in hex."""
+
+    model_digest: str
+    steering_digest: str
+    interventions: tuple[InterventionReceipt, ...]
+    forward_passes: int
+    triggers: tuple[TriggerReceipt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedBy:
+    """The trigger that ended a generation; ``policy`` is "" for the request's own."""
+
+    policy: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """Which policies decided about a request: what was in force when it was admitted, however long it ran.
+
+    Attributes:
+        activation: number of the act that put ``revision`` in force; later acts have larger ones.
+        enforced: names of the policies that were applied.
+        shadowed: names of those that were evaluated and not applied.
+    """
+
+    activation: int
+    revision: int
+    enforced: tuple[str, ...]
+    shadowed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A finished generation.
+
+    Attributes:
+        readings: one per token read, where features were watched.
+        prompt_logprobs: nats, one per prompt token after the first, where asked for.
+        finish_reason: "stop" (end of sequence or stop string), "length" or "feature" (a trigger); a newer server may
+            know more.
+        stop_string: the stop string that ended it, or "".
+        seed: the seed that was used; the same request with it gives the same tokens.
+        receipt: present exactly when edits or triggers, the request's or a policy's, had to do with it.
+        stopped_by: present exactly when the finish reason is "feature".
+        policy: present exactly when the server has policies.
+    """
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    readings: tuple[FeatureReading, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | str
+    stop_string: str = ""
+    usage: Usage
+    timings: Timings
+    seed: int
+    request_id: str = ""
+    receipt: Receipt | None = None
+    stopped_by: StoppedBy | None = None
+    policy: PolicyFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What became certain with one message; ``text`` may be empty.
+
+    The last chunk of a stream, and no other, has ``completion``. Between engine and wire that holds only how the
+    generation ended; callers get it whole (``join_chunks``), as ``generate`` would have given it.
+    """
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    readings: tuple[FeatureReading, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    completion: Completion | None = None
+
+
+def join_chunks(chunks: Sequence[StreamChunk]) -> Completion:
+    """The whole generation.
+
+    Raises:
+        ValueError: the last chunk has no completion.
+    """
+    if not chunks or chunks[-1].completion is None:
+        raise ValueError("a generation ended without its completion")
+    return replace(
+        chunks[-1].completion,
+        text="".join(chunk.text for chunk in chunks),
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+        readings=tuple(reading for chunk in chunks for reading in chunk.readings),
+        prompt_logprobs=tuple(logprob for chunk in chunks for logprob in chunk.prompt_logprobs),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A generation with all that policies and the request do to it, and without any of that.
+
+    Attributes:
+        first_divergence: index of the first generated token that differs, where one ends that of its end; None if they
+            are the same.
+        kl_nats: for each token of ``steered``: KL(steered || unsteered) of the distributions it was drawn from, both
+            after the same tokens.
+    """
+
+    steered: Completion
+    unsteered: Completion
+    first_divergence: int | None
+    kl_nats: tuple[float, ...]
+
+
+# --- activations
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token that was read.
+
+    Attributes:
+        text: may be a part of a character.
+        offset: of its first character in the input's text; None for token ids and for tokens that were added.
+    """
+
+    id: int
+    text: str
+    offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Sparse rows (CSR), one a token: row i holds ``indices[indptr[i]:indptr[i+1]]`` and the same of ``values``.
+
+    Attributes:
+        input: index into the request's inputs.
+        indptr: [tokens + 1], int64.
+        indices: [stored], uint32; largest value first within a row, in the order asked for with ``features``.
+        values: [stored], float32.
+    """
+
+    input: int
+    sae: str
+    tokens: tuple[TokenText, ...]
+    indptr: array[int]
+    indices: array[int]
+    values: array[float]
+
+    def __post_init__(self) -> None:
+        stored = len(self.indices)
+        rows_fit = len(self.indptr) == len(self.tokens) + 1 and self.indptr[0] == 0 and self.indptr[-1] == stored
+        if not rows_fit or len(self.values) != stored:
+            raise ValueError("indptr, indices, values and tokens do not fit together")
+        if self.indptr.tolist() != sorted(self.indptr):
+            raise ValueError("indptr must not fall")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def row(self, i: int) -> tuple[tuple[int, float], ...]:
+        """(feature, value) pairs of token ``i``; negative ``i`` counts from the end.
+
+        Raises:
+            IndexError: no such token.
+        """
+        i = range(len(self.tokens))[i]
+        stored = slice(self.indptr[i], self.indptr[i + 1])
+        return tuple(zip(self.indices[stored], self.values[stored], strict=True))
+
+    def to_numpy(self) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
+        """``(indptr, indices, values)`` over the same memory."""
+        import numpy as np
+
+        return np.asarray(self.indptr), np.asarray(self.indices), np.asarray(self.values)
+
+    def to_dense(self, d_sae: int) -> NDArray[np.float32]:
+        """[tokens, d_sae], zero where nothing is stored.
+
+        Raises:
+            ValueError: ``d_sae`` does not reach the largest index.
+        """
+        import numpy as np
+
+        if self.indices and max(self.indices) >= d_sae:
+            raise ValueError(f"d_sae: must be above the largest index {max(self.indices)}, got {d_sae}")
+        indptr, indices, values = self.to_numpy()
+        dense = np.zeros((len(self), d_sae), dtype=np.float32)
+        dense[np.repeat(np.arange(len(self)), np.diff(indptr)), indices] = values
+        return dense
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationPart(_Rows):
+    """Consecutive tokens of one input under one SAE; ``start`` is the first one's position, ``last`` ends the pair."""
+
+    start: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Activations(_Rows):
+    """Every token of one input under one SAE."""
+
+
+def merge(parts: Iterable[ActivationPart]) -> list[Activations]:
+    """One matrix per input and SAE, ordered by input and then by first appearance of the SAE.
+
+    Raises:
+        ValueError: a part does not begin where the one before it ended.
+    """
+    pairs: dict[tuple[int, str], list[ActivationPart]] = {}
+    for part in parts:
+        pairs.setdefault((part.input, part.sae), []).append(part)
+    ordered = sorted(pairs.items(), key=lambda item: item[0][0])
+    return [_join_parts(input, sae, pair) for (input, sae), pair in ordered]
+
+
+def _join_parts(input: int, sae: str, parts: Iterable[ActivationPart]) -> Activations:
+    tokens: list[TokenText] = []
+    indptr, indices, values = array("q", [0]), array("I"), array("f")
+    for part in parts:
+        if part.start != len(tokens):
+            raise ValueError(f"a part starts at token {part.start}, but {len(tokens)} are there")
+        stored = len(indices)
+        tokens.extend(part.tokens)
+        indptr.extend(stored + end for end in part.indptr[1:])
+        indices.extend(part.indices)
+        values.extend(part.values)
+    return Activations(input, sae, tuple(tokens), indptr, indices, values)
