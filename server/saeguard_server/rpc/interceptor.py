@@ -48,8 +48,8 @@ from saeguard_server.errors import (
     UnknownName,
 )
 from saeguard_server.identity import auth
-from saeguard_server.identity.api_keys import Presented
 from saeguard_server.identity.auth import Identity
+from saeguard_server.identity.credentials import Credentials
 from saeguard_server.observe import REQUEST_ID, Metrics
 from saeguard_server.request import Call
 
@@ -335,7 +335,7 @@ COUNTED_AS = {Unauthenticated: "unauthenticated", PermissionDenied: "permission_
 class AuthInterceptor:
     """Asks once for every RPC."""
 
-    def __init__(self, identity: Identity, needs: auth.Table, metrics: Metrics) -> None:
+    def __init__(self, identity: Identity, needs: auth.RoleTable, metrics: Metrics) -> None:
         self._identity, self._needs, self._refusals = identity, needs, metrics.refusals
 
     async def recognise(self, context: Context, method: str) -> Caller:
@@ -346,7 +346,7 @@ class AuthInterceptor:
             Unavailable, Overloaded: that cannot be found out now.
         """
         with self._counted():
-            if auth.needed_role(self._needs, method) is auth.Anybody.AT_ALL:
+            if auth.needed_role(self._needs, method) is auth.Access.PUBLIC:
                 return NOBODY
             return await self._identity.caller(_presented(context))
 
@@ -368,12 +368,12 @@ class AuthInterceptor:
             raise
 
 
-def _presented(context: Context) -> Presented:
+def _presented(context: Context) -> Credentials:
     metadata = context.invocation_metadata() or ()
     # The core gives a certificate's names only once it has verified the certificate.
     shown: Mapping[str, Iterable[bytes]] = context.auth_context()
     spiffe_ids = _names(shown, "peer_spiffe_id")
-    return Presented(
+    return Credentials(
         authorization=tuple(value for key, value in metadata if key == AUTHORIZATION and isinstance(value, str)),
         spiffe_id=spiffe_ids[0] if spiffe_ids else None,
         uris=_names(shown, "peer_uri"),

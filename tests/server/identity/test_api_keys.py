@@ -14,7 +14,8 @@ import pytest
 from saeguard_server.caller import Quota, Role
 from saeguard_server.errors import Overloaded, Unauthenticated
 from saeguard_server.identity import api_keys
-from saeguard_server.identity.api_keys import ApiKeys, KeyFile, KeyRecord, Presented, change_keys, make_key, revoke_key
+from saeguard_server.identity.api_keys import ApiKeyAuthenticator, KeyFile, KeyRecord, change_keys, make_key, revoke_key
+from saeguard_server.identity.credentials import Credentials
 from saeguard_server.settings import BadSettings
 from support.credentials import CHEAP, write_keys
 
@@ -38,15 +39,15 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return iter([seen])  # type: ignore[return-value]
 
 
-def opened(path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> ApiKeys:
-    return ApiKeys(path, lambda name: Quota(max_features=len(name)), now)
+def opened(path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> ApiKeyAuthenticator:
+    return ApiKeyAuthenticator(path, lambda name: Quota(max_features=len(name)), now)
 
 
-def shown(key: str) -> Presented:
-    return Presented(authorization=(f"Bearer {key}",))
+def shown(key: str) -> Credentials:
+    return Credentials(authorization=(f"Bearer {key}",))
 
 
-async def refused(keys: ApiKeys, key: str) -> str:
+async def refused(keys: ApiKeyAuthenticator, key: str) -> str:
     with pytest.raises(Unauthenticated) as caught:
         await keys.caller(shown(key))
     return caught.value.message
