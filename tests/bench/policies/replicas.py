@@ -29,7 +29,7 @@ from bench.report import met, say
 from saeguard_sae.edits import Cap
 from saeguard_server.interventions import FeatureRef, Intervention
 from saeguard_server.policy.model import Policy, Rule
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import PolicyStore
 from support.postgres import PostgresServer, folder_of_binaries, postgres_server
 

@@ -25,9 +25,6 @@ from saeguard_server.policy.document import policy_changes
 from saeguard_server.policy.model import Activation, Policy, Revision
 from saeguard_server.policy.store.protocol import Active, Change, ContentRefused, StoreUnreachable
 
-# Reads a directory's YAML files at one moment, or says that it could not.
-
-
 SUMS = "SHA256SUMS"
 """As ``sha256sum *.yaml *.json > SHA256SUMS`` writes it; where it is, every file must be in it and match."""
 SWAPPED = "..data"
@@ -38,80 +35,6 @@ MAX_BYTES = 16 * 2**20
 """Of all files together."""
 SUFFIXES = (".yaml", ".yml", ".json")
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?([^/]+)")
-
-
-@dataclass(frozen=True, slots=True)
-class StoreFiles:
-    """Names and contents, in the order of the names."""
-
-    contents: dict[str, bytes]
-
-    def named(self, *suffixes: str) -> list[str]:
-        """Names of the files that end so."""
-        return [name for name in self.contents if name.endswith(suffixes)]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256, hex, over names and contents."""
-        total = hashlib.sha256()
-        for name, content in self.contents.items():
-            total.update(f"{name}\0{len(content)}\0".encode())
-            total.update(content)
-        return total.hexdigest()
-
-
-async def read_store_files(path: Path, known: str = "") -> StoreFiles:
-    """All files, once they have settled; at once if their digest is ``known``. Hidden ones and folders are left out.
-
-    Raises:
-        StoreUnreachable: the directory, or a file in it, cannot be read.
-        ContentRefused: they keep changing, are too large, or SHA256SUMS does not match.
-    """
-    files = await asyncio.to_thread(_look, path)
-    if files.digest == known:
-        return files
-    await asyncio.sleep(SETTLED_S)
-    if await asyncio.to_thread(_look, path) != files:
-        raise ContentRefused("files are being changed")
-    _check_sums(files.contents)
-    return files
-
-
-def _look(path: Path) -> StoreFiles:
-    try:
-        # Resolved once: every file is then read on the same side of a swap.
-        folder = (path / SWAPPED if (path / SWAPPED).is_symlink() else path).resolve(strict=True)
-        names = sorted(one.name for one in folder.iterdir() if _is_wanted(one))
-        files = StoreFiles({name: (folder / name).read_bytes() for name in names})
-    except OSError as err:
-        raise StoreUnreachable(f"{err.filename or path}: {err.strerror}") from err
-    if sum(map(len, files.contents.values())) > MAX_BYTES:
-        raise ContentRefused(f"files are larger than {MAX_BYTES} bytes together")
-    return files
-
-
-def _is_wanted(path: Path) -> bool:
-    is_named = path.name == SUMS or path.suffix in SUFFIXES
-    return is_named and not path.name.startswith(".") and not path.is_dir()
-
-
-def _check_sums(contents: dict[str, bytes]) -> None:
-    if SUMS not in contents:
-        return
-    expected = dict(_sum(line) for line in contents[SUMS].decode(errors="replace").splitlines())
-    found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if name != SUMS}
-    wrong = sorted(name for name, _ in expected.items() ^ found.items())
-    if wrong:
-        raise ContentRefused(f"{SUMS} does not match, or does not list, {', '.join(dict.fromkeys(wrong))}")
-
-
-def _sum(line: str) -> tuple[str, str]:
-    found = _SUM.fullmatch(line)
-    if found is None:
-        raise ContentRefused(f"{SUMS}: not a line of sha256sum: {line[:80]!r}")
-    return found[2], found[1]
-
-
 ABOUT = "revision.yaml"
 """Says which revision the files are."""
 UNNUMBERED = 0
@@ -138,7 +61,7 @@ class DirectoryStore:
         self._active: Active | None = None
         self._refused: tuple[str, str] | None = None
         # Two who look at once would each take a change for theirs.
-        self._looking = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._changes: tuple[Change, ...] = ()
 
     @classmethod
@@ -160,7 +83,7 @@ class DirectoryStore:
             StoreUnreachable: the directory cannot be read.
             ContentRefused: it holds no whole, valid set, or another one under the same or a lower number.
         """
-        async with self._looking:
+        async with self._lock:
             try:
                 return await self._look()
             except ContentRefused as err:
@@ -182,11 +105,11 @@ class DirectoryStore:
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
         """Those that this server saw, newest first."""
-        return tuple(one for one in self._changes if before is None or one.number < before)[:limit]
+        return tuple(change for change in self._changes if before is None or change.number < before)[:limit]
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
         """One for each change."""
-        return tuple(_act(one) for one in await self.changes(limit=limit, before=before))
+        return tuple(_activation_of(change) for change in await self.changes(limit=limit, before=before))
 
     async def authors_to_approve(self, number: int) -> frozenset[str]:
         """Nobody: approval is where the directory is written."""
@@ -216,15 +139,15 @@ class DirectoryStore:
         if self._refused is not None and self._refused[0] == files.digest:
             raise ContentRefused(self._refused[1])
         try:
-            found = await asyncio.to_thread(_taken, files)
-            self._check_number(found.revision.number)
+            active = await asyncio.to_thread(_active_of, files)
+            self._check_number(active.revision.number)
         except ContentRefused as err:
             self._refused = (files.digest, str(err))
             raise
         before = () if self._active is None else self._active.revision.policies
-        self._changes = (_change(before, found.revision), *self._changes)[:KEPT_CHANGES]
-        self._active = found
-        return found
+        self._changes = (_change(before, active.revision), *self._changes)[:KEPT_CHANGES]
+        self._active = active
+        return active
 
     def _check_number(self, number: int) -> None:
         """Two contents of one number would be a revision that differs between servers."""
@@ -236,7 +159,7 @@ class DirectoryStore:
         raise ReadOnlyStore("policies come from a directory of files; change them there")
 
 
-def _taken(files: StoreFiles) -> Active:
+def _active_of(files: StoreFiles) -> Active:
     """The set that the files are.
 
     Raises:
@@ -256,7 +179,7 @@ def _taken(files: StoreFiles) -> Active:
         time=datetime.now(UTC),
         reason="" if about is None else about.reason,
     )
-    return Active(_act(revision), revision, files.digest)
+    return Active(_activation_of(revision), revision, files.digest)
 
 
 def _about(text: str) -> _About:
@@ -269,12 +192,12 @@ def _about(text: str) -> _About:
 def _check_names(policies: Sequence[Policy], about: _About | None) -> None:
     if not policies and about is None:
         raise ContentRefused(f"there is no policy; that there shall be none must be said with {ABOUT}")
-    for one, next_one in pairwise(policies):
-        if one.name == next_one.name:
-            raise ContentRefused(f"the policy {one.name!r} is given twice")
+    for policy, following in pairwise(policies):
+        if policy.name == following.name:
+            raise ContentRefused(f"the policy {policy.name!r} is given twice")
 
 
-def _act(revision: Revision | Change) -> Activation:
+def _activation_of(revision: Revision | Change) -> Activation:
     """Files are in force as they are: writing them is the act."""
     return Activation(
         number=revision.number,
@@ -293,3 +216,78 @@ def _change(before: Sequence[Policy], revision: Revision) -> Change:
         reason=revision.reason,
         policies=policy_changes(before, revision.policies),
     )
+
+
+# The files, all at one moment
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFiles:
+    """Names and contents, in the order of the names."""
+
+    contents: dict[str, bytes]
+
+    def named(self, *suffixes: str) -> list[str]:
+        """Names of the files that end so."""
+        return [name for name in self.contents if name.endswith(suffixes)]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hex, over names and contents."""
+        total = hashlib.sha256()
+        for name, content in self.contents.items():
+            total.update(f"{name}\0{len(content)}\0".encode())
+            total.update(content)
+        return total.hexdigest()
+
+
+async def read_store_files(path: Path, known: str = "") -> StoreFiles:
+    """All files, once they have settled; at once if their digest is ``known``. Hidden ones and folders are left out.
+
+    Raises:
+        StoreUnreachable: the directory, or a file in it, cannot be read.
+        ContentRefused: they keep changing, are too large, or SHA256SUMS does not match.
+    """
+    files = await asyncio.to_thread(_read_folder, path)
+    if files.digest == known:
+        return files
+    await asyncio.sleep(SETTLED_S)
+    if await asyncio.to_thread(_read_folder, path) != files:
+        raise ContentRefused("files are being changed")
+    _check_sums(files.contents)
+    return files
+
+
+def _read_folder(path: Path) -> StoreFiles:
+    try:
+        # Resolved once: every file is then read on the same side of a swap.
+        folder = (path / SWAPPED if (path / SWAPPED).is_symlink() else path).resolve(strict=True)
+        names = sorted(file.name for file in folder.iterdir() if _is_policy_file(file))
+        files = StoreFiles({name: (folder / name).read_bytes() for name in names})
+    except OSError as err:
+        raise StoreUnreachable(f"{err.filename or path}: {err.strerror}") from err
+    if sum(map(len, files.contents.values())) > MAX_BYTES:
+        raise ContentRefused(f"files are larger than {MAX_BYTES} bytes together")
+    return files
+
+
+def _is_policy_file(path: Path) -> bool:
+    is_named = path.name == SUMS or path.suffix in SUFFIXES
+    return is_named and not path.name.startswith(".") and not path.is_dir()
+
+
+def _check_sums(contents: dict[str, bytes]) -> None:
+    if SUMS not in contents:
+        return
+    expected = dict(_sum(line) for line in contents[SUMS].decode(errors="replace").splitlines())
+    actual = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if name != SUMS}
+    wrong = sorted(name for name, _ in expected.items() ^ actual.items())
+    if wrong:
+        raise ContentRefused(f"{SUMS} does not match, or does not list, {', '.join(dict.fromkeys(wrong))}")
+
+
+def _sum(line: str) -> tuple[str, str]:
+    match = _SUM.fullmatch(line)
+    if match is None:
+        raise ContentRefused(f"{SUMS}: not a line of sha256sum: {line[:80]!r}")
+    return match[2], match[1]

@@ -46,137 +46,14 @@ from saeguard_server.policy.model import Activation, Policy, Revision
 from saeguard_server.policy.store.databases import Database
 from saeguard_server.policy.store.protocol import Active, Change, SchemaMismatch, StoreCorrupted, StoreUnreachable
 
-# A digest in each row over the row and the seal of the one before: damage and gaps are seen wherever they are read.
-#
-# Not a secret key: whoever may rewrite the whole database can seal it again. The audit log is what shows that.
-
-
-def row_digest(text: str) -> str:
-    """SHA-256, hex, of its UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def row_seal(table: Table, values: dict[str, Any]) -> str:
-    """The seal of a row of ``table``, whatever order ``values`` is in."""
-    fields = [values[column.name] for column in table.columns if column.name != "seal"]
-    return row_digest(json.dumps([table.name, *fields], ensure_ascii=False))
-
-
-def check_seal(table: Table, row: Row[Any]) -> dict[str, Any]:
-    """The row's values.
-
-    Raises:
-        StoreCorrupted: it is not as it was sealed.
-    """
-    values = dict(row._mapping)
-    if row_seal(table, values) != values["seal"]:
-        raise StoreCorrupted(f"row {values['number']} of {table.name} is not what was written")
-    return values
-
-
-def check_chain(table: Table, rows: Sequence[Row[Any]], newest: int) -> None:
-    """Of all rows, in order; ``newest`` is the number of the last.
-
-    Raises:
-        StoreCorrupted: one is altered, missing or out of place.
-    """
-    if len(rows) != newest:
-        raise StoreCorrupted(f"{table.name} has {len(rows)} rows where its head says {newest}")
-    previous = ""
-    for number, row in enumerate(rows, start=1):
-        values = check_seal(table, row)
-        if values["number"] != number or values["previous"] != previous:
-            raise StoreCorrupted(f"row {number} of {table.name} is missing or does not follow the one before it")
-        previous = values["seal"]
-
-
-# Between the rows of a database and the nouns of ``model``.
-
-
-def utc_now() -> str:
-    """The time of an act; people read it, nothing is ordered or timed by it."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: object) -> dict[str, Any]:
-    """A new row after ``previous``."""
-    row = values | {"previous": "" if previous is None else previous["seal"], "time": utc_now()}
-    return row | {"seal": row_seal(table, row)}
-
-
-def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
-    """Digest to body, in the order of the policies."""
-    bodies = (document.canonical_json(policy) for policy in policies)
-    return {row_digest(body): body for body in bodies}
-
-
-def members_text(policies: Sequence[Policy], documents: Iterable[str]) -> str:
-    """Which policies a revision holds, as its row says it."""
-    pairs = zip((policy.name for policy in policies), documents, strict=True)
-    return json.dumps(list(pairs), ensure_ascii=False)
-
-
-def read_members(text: str) -> dict[str, str]:
-    """A revision's policies by name, each with its document's digest."""
-    return dict(json.loads(text))
-
-
-def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> Revision:
-    """A revision with its policies."""
-    return Revision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
-
-
-def change_of_row(values: Mapping[str, Any]) -> Change:
-    """A revision as the history lists it."""
-    policies = tuple(PolicyChange(*one) for one in json.loads(values["changes"]))
-    return Change(policies=policies, **_act(values, "number", "author", "reason"))
-
-
-def activation_of_row(values: Mapping[str, Any]) -> Activation:
-    """An act."""
-    return Activation(**_act(values, "number", "revision", "actor", "reason"))
-
-
-def changes_text(changes: Sequence[PolicyChange]) -> str:
-    """As a revision's row holds them."""
-    return json.dumps([[one.name, one.kind, one.diff] for one in changes], ensure_ascii=False)
-
-
-def policies_of_documents(
-    wanted: Mapping[str, str], bodies: Mapping[str, str], known: Mapping[str, Policy]
-) -> dict[str, Policy]:
-    """Digest to policy for a revision's members; those in ``known`` are not parsed again.
-
-    Raises:
-        StoreCorrupted: a document is missing, altered, or not a policy that this server can read.
-    """
-    return {
-        digest: known[digest] if digest in known else _parsed(name, digest, bodies) for name, digest in wanted.items()
-    }
-
-
-def _parsed(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
-    if digest not in bodies or row_digest(bodies[digest]) != digest:
-        raise StoreCorrupted(f"the document of policy {name!r} is missing or not what was written")
-    try:
-        policy = document.policy_from_canonical(bodies[digest])
-    except ValueError as err:
-        raise StoreCorrupted(f"the document of policy {name!r} cannot be read: {err}") from err
-    if policy.name != name:
-        raise StoreCorrupted(f"the document of policy {name!r} is one of {policy.name!r}")
-    return policy
-
-
-def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: values[name] for name in names} | {"time": datetime.fromisoformat(values["time"])}
-
-
-# The tables as queries see them; ``migrations`` makes them, with the triggers that keep them append-only.
-
-
-METADATA = MetaData()
+ANSWER_S = 10.0
+"""A database that says nothing for so long counts as gone."""
 SCHEMA_TABLE = "policy_schema"
 """Where Alembic notes which migrations were made."""
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+# The tables as queries see them; ``migrations`` makes them, with the triggers that keep them append-only.
+METADATA = MetaData()
 
 DOCUMENTS = Table(
     "policy_documents", METADATA,
@@ -213,52 +90,6 @@ HEAD = Table(
     Column("revision", BigInteger, nullable=False),  # the newest numbers: one row, which writers lock
     Column("activation", BigInteger, nullable=False),
 )  # fmt: skip
-
-
-# Brings a database to this server's schema with the migrations that ship in this package.
-
-
-_MIGRATIONS = Path(__file__).parent / "migrations"
-
-
-def migrate_schema(connection: Connection) -> None:
-    """Makes or updates the tables, inside the connection's transaction; nothing where they are up to date.
-
-    Raises:
-        SchemaMismatch: a newer server made them, one is missing, or another program has tables of these names.
-    """
-    # It says at every start which database it sees.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    scripts = ScriptDirectory.from_config(_config(connection))
-    found = set(MigrationContext.configure(connection, opts={"version_table": SCHEMA_TABLE}).get_current_heads())
-    _refuse_unknown(found, {script.revision for script in scripts.walk_revisions()})
-    present = METADATA.tables.keys() & set(inspect(connection).get_table_names())
-    if present and not found:
-        raise SchemaMismatch(f"has the tables {', '.join(sorted(present))} but not {SCHEMA_TABLE}")
-    if found != set(scripts.get_heads()):
-        command.upgrade(_config(connection), "heads")
-    missing = METADATA.tables.keys() - set(inspect(connection).get_table_names())
-    if missing:
-        raise SchemaMismatch(f"lacks the tables {', '.join(sorted(missing))}")
-
-
-def _refuse_unknown(found: set[str], known: set[str]) -> None:
-    if found - known:
-        raise SchemaMismatch(
-            f"has the schema {', '.join(sorted(found))}, which a newer server made; this one knows up to {max(known)}"
-        )
-
-
-def _config(connection: Connection) -> Config:
-    config = Config(attributes={"connection": connection})
-    # Percent signs would be taken for placeholders.
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    return config
-
-
-ANSWER_S = 10.0
-"""A database that says nothing for so long counts as gone."""
 
 
 class _Head(NamedTuple):
@@ -326,8 +157,8 @@ class SqlStore:
         column = REVISIONS.c.number
         is_new = and_(column > approved.scalar_subquery(), column <= number)
         async with self._transaction() as connection:
-            found = await connection.execute(select(REVISIONS.c.author).where(or_(is_new, column == number)))
-            return frozenset(found.scalars())
+            authors = await connection.execute(select(REVISIONS.c.author).where(or_(is_new, column == number)))
+            return frozenset(authors.scalars())
 
     async def active(self) -> Active | None:
         """What is in force; None before the first activation. Two small reads while it stays the same."""
@@ -397,8 +228,8 @@ class SqlStore:
         async with self._transaction() as connection:
             head = await self._head(connection)
             for table, newest in ((REVISIONS, head.revision), (ACTIVATIONS, head.activation)):
-                found = await connection.execute(select(table).order_by(table.c.number))
-                check_chain(table, found.all(), newest)
+                rows = await connection.execute(select(table).order_by(table.c.number))
+                check_chain(table, rows.all(), newest)
         for number in range(1, head.revision + 1):
             await self.revision(number)
         return head.revision, head.activation
@@ -445,8 +276,8 @@ class SqlStore:
     async def _newest(self, table: Table, limit: int, before: int | None) -> list[dict[str, Any]]:
         query = select(table).order_by(table.c.number.desc()).limit(limit)
         async with self._transaction() as connection:
-            found = await connection.execute(query if before is None else query.where(table.c.number < before))
-            return [check_seal(table, row) for row in found]
+            rows = await connection.execute(query if before is None else query.where(table.c.number < before))
+            return [check_seal(table, row) for row in rows]
 
     async def _revision(self, connection: AsyncConnection, number: int) -> Revision:
         values = await self._find(connection, REVISIONS, number)
@@ -457,21 +288,23 @@ class SqlStore:
         return revision_of_row(values, await self._policies(connection, values))
 
     async def _policies(self, connection: AsyncConnection, values: Mapping[str, Any]) -> tuple[Policy, ...]:
-        wanted = read_members(values["members"])
+        members = read_members(values["members"])
         # Taken once: whoever reads another revision meanwhile replaces it.
         known = self._parsed
-        unknown = sorted(set(wanted.values()) - known.keys())
-        found = await connection.execute(select(DOCUMENTS).where(DOCUMENTS.c.digest.in_(unknown))) if unknown else ()
-        bodies = {row.digest: row.body for row in found}
+        unknown = sorted(set(members.values()) - known.keys())
+        rows = await connection.execute(select(DOCUMENTS).where(DOCUMENTS.c.digest.in_(unknown))) if unknown else ()
+        bodies = {row.digest: row.body for row in rows}
         # Only what this revision holds is kept: the next one usually differs by one policy.
-        self._parsed = parsed = await asyncio.to_thread(policies_of_documents, wanted, bodies, known)
+        self._parsed = parsed = await asyncio.to_thread(policies_of_documents, members, bodies, known)
         return tuple(parsed.values())
 
     async def _add_documents(self, connection: AsyncConnection, documents: Mapping[str, str]) -> None:
         known = select(DOCUMENTS.c.digest).where(DOCUMENTS.c.digest.in_(list(documents)))
         new = documents.keys() - set((await connection.execute(known)).scalars())
         if new:
-            await connection.execute(insert(DOCUMENTS), [{"digest": one, "body": documents[one]} for one in new])
+            await connection.execute(
+                insert(DOCUMENTS), [{"digest": digest, "body": documents[digest]} for digest in new]
+            )
 
     async def _append(
         self, connection: AsyncConnection, table: Table, values: Mapping[str, Any], newest: ColumnElement[int]
@@ -479,3 +312,167 @@ class SqlStore:
         await connection.execute(insert(table).values(values))
         await connection.execute(update(HEAD).values({newest: values["number"]}))
         await self._database.announce(connection)
+
+
+# Rows
+
+
+def utc_now() -> str:
+    """The time of an act; people read it, nothing is ordered or timed by it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: object) -> dict[str, Any]:
+    """A new row after ``previous``."""
+    row = values | {"previous": "" if previous is None else previous["seal"], "time": utc_now()}
+    return row | {"seal": row_seal(table, row)}
+
+
+def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
+    """Digest to body, in the order of the policies."""
+    bodies = (document.canonical_json(policy) for policy in policies)
+    return {row_digest(body): body for body in bodies}
+
+
+def members_text(policies: Sequence[Policy], documents: Iterable[str]) -> str:
+    """Which policies a revision holds, as its row says it."""
+    pairs = zip((policy.name for policy in policies), documents, strict=True)
+    return json.dumps(list(pairs), ensure_ascii=False)
+
+
+def read_members(text: str) -> dict[str, str]:
+    """A revision's policies by name, each with its document's digest."""
+    return dict(json.loads(text))
+
+
+def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> Revision:
+    """A revision with its policies."""
+    return Revision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
+
+
+def change_of_row(values: Mapping[str, Any]) -> Change:
+    """A revision as the history lists it."""
+    policies = tuple(PolicyChange(*change) for change in json.loads(values["changes"]))
+    return Change(policies=policies, **_act(values, "number", "author", "reason"))
+
+
+def activation_of_row(values: Mapping[str, Any]) -> Activation:
+    """An act."""
+    return Activation(**_act(values, "number", "revision", "actor", "reason"))
+
+
+def changes_text(changes: Sequence[PolicyChange]) -> str:
+    """As a revision's row holds them."""
+    return json.dumps([[change.name, change.kind, change.diff] for change in changes], ensure_ascii=False)
+
+
+def policies_of_documents(
+    members: Mapping[str, str], bodies: Mapping[str, str], known: Mapping[str, Policy]
+) -> dict[str, Policy]:
+    """Digest to policy for a revision's members; those in ``known`` are not parsed again.
+
+    Raises:
+        StoreCorrupted: a document is missing, altered, or not a policy that this server can read.
+    """
+    return {
+        digest: known[digest] if digest in known else _parsed(name, digest, bodies) for name, digest in members.items()
+    }
+
+
+def _parsed(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
+    if digest not in bodies or row_digest(bodies[digest]) != digest:
+        raise StoreCorrupted(f"the document of policy {name!r} is missing or not what was written")
+    try:
+        policy = document.policy_from_canonical(bodies[digest])
+    except ValueError as err:
+        raise StoreCorrupted(f"the document of policy {name!r} cannot be read: {err}") from err
+    if policy.name != name:
+        raise StoreCorrupted(f"the document of policy {name!r} is one of {policy.name!r}")
+    return policy
+
+
+def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names} | {"time": datetime.fromisoformat(values["time"])}
+
+
+# Seals
+#
+# A digest in each row over the row and the seal of the one before: damage and gaps are seen wherever they are read. Not
+# under a secret key: whoever may rewrite the whole database can seal it again. The audit log is what shows that.
+
+
+def row_digest(text: str) -> str:
+    """SHA-256, hex, of its UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def row_seal(table: Table, values: dict[str, Any]) -> str:
+    """The seal of a row of ``table``, whatever order ``values`` is in."""
+    fields = [values[column.name] for column in table.columns if column.name != "seal"]
+    return row_digest(json.dumps([table.name, *fields], ensure_ascii=False))
+
+
+def check_seal(table: Table, row: Row[Any]) -> dict[str, Any]:
+    """The row's values.
+
+    Raises:
+        StoreCorrupted: it is not as it was sealed.
+    """
+    values = dict(row._mapping)
+    if row_seal(table, values) != values["seal"]:
+        raise StoreCorrupted(f"row {values['number']} of {table.name} is not what was written")
+    return values
+
+
+def check_chain(table: Table, rows: Sequence[Row[Any]], newest: int) -> None:
+    """Of all rows, in order; ``newest`` is the number of the last.
+
+    Raises:
+        StoreCorrupted: one is altered, missing or out of place.
+    """
+    if len(rows) != newest:
+        raise StoreCorrupted(f"{table.name} has {len(rows)} rows where its head says {newest}")
+    previous = ""
+    for number, row in enumerate(rows, start=1):
+        values = check_seal(table, row)
+        if values["number"] != number or values["previous"] != previous:
+            raise StoreCorrupted(f"row {number} of {table.name} is missing or does not follow the one before it")
+        previous = values["seal"]
+
+
+# The schema
+
+
+def migrate_schema(connection: Connection) -> None:
+    """Makes or updates the tables, inside the connection's transaction; nothing where they are up to date.
+
+    Raises:
+        SchemaMismatch: a newer server made them, one is missing, or another program has tables of these names.
+    """
+    # It says at every start which database it sees.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    scripts = ScriptDirectory.from_config(_config(connection))
+    versions = set(MigrationContext.configure(connection, opts={"version_table": SCHEMA_TABLE}).get_current_heads())
+    _refuse_unknown(versions, {script.revision for script in scripts.walk_revisions()})
+    present = METADATA.tables.keys() & set(inspect(connection).get_table_names())
+    if present and not versions:
+        raise SchemaMismatch(f"has the tables {', '.join(sorted(present))} but not {SCHEMA_TABLE}")
+    if versions != set(scripts.get_heads()):
+        command.upgrade(_config(connection), "heads")
+    missing = METADATA.tables.keys() - set(inspect(connection).get_table_names())
+    if missing:
+        raise SchemaMismatch(f"lacks the tables {', '.join(sorted(missing))}")
+
+
+def _refuse_unknown(versions: set[str], known: set[str]) -> None:
+    if versions - known:
+        schema = f"has the schema {', '.join(sorted(versions))}"
+        raise SchemaMismatch(f"{schema}, which a newer server made; this one knows up to {max(known)}")
+
+
+def _config(connection: Connection) -> Config:
+    config = Config(attributes={"connection": connection})
+    # Percent signs would be taken for placeholders.
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config

@@ -11,9 +11,8 @@ import pytest
 
 from saeguard_server.errors import ReadOnlyStore, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.store import directory
+from saeguard_server.policy.store import directory, open_store
 from saeguard_server.policy.store.directory import DirectoryStore
-from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import ContentRefused, StoreUnreachable
 from support.policies import a_policy
 

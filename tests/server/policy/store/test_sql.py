@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
 from saeguard_server.policy.model import Policy
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import NO_REVISION, SchemaMismatch, StoreCorrupted
 from saeguard_server.policy.store.sql import SqlStore
 from support.policies import a_policy
