@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from saeguard_server.reply import Completion, InterventionReceipt, TriggerReceipt
+from saeguard.results import Completion, InterventionReceipt, TriggerReceipt
 from saeguard_server.settings import Address, BadSettings
 
 RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from saeguard.catalog import Model
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, calibration_text, check_sae
 from saeguard_sae.loading import LoadedSae, LoadError, bind, weights_digest, with_settings
 from saeguard_sae.models import ModelConfig, Site, layout, locate
-from saeguard_server.engine.protocol import ModelInfo
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
-from saeguard_server.request import TextInput
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings
 from saeguard_server.sources import open_sae_source
 
@@ -43,7 +42,7 @@ class ModelFiles:
     config: Any
     tokenizer: Tokenizer
     eos_ids: frozenset[int]
-    info: ModelInfo
+    info: Model
 
 
 def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
@@ -67,7 +66,7 @@ def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
         eos_ids = _eos_ids(path, config)
     except (ValueError, OSError) as err:
         raise ModelLoadError(f"model {settings.path!r}: {err}") from err
-    info = ModelInfo(
+    info = Model(
         name=settings.name or Path(settings.path).name,
         architecture=config.model_type,
         digest=found,
@@ -118,7 +117,7 @@ class LoadedModel:
     network: Any
     tokenizer: Tokenizer
     eos_ids: frozenset[int]
-    info: ModelInfo
+    info: Model
     device: torch.device
 
 
@@ -337,7 +336,7 @@ def quality_of(report: CheckReport) -> Quality:
 def _passages(text: str, model: LoadedModel, budget: int) -> Iterator[Tensor]:
     size = min(PASSAGE_TOKENS, model.info.max_context)
     for passage in text.split("\n\n"):
-        ids = model.tokenizer.encode(TextInput(passage)).ids if passage.strip() else ()
+        ids = model.tokenizer.encode(passage).ids if passage.strip() else ()
         for start in range(0, len(ids), size):
             part = ids[start : start + min(size, budget)]
             budget -= len(part)
