@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -248,16 +248,6 @@ class AuditFailed(Exception):
     """A record that had to be written could not be."""
 
 
-class Folder(Protocol):
-    """Where records go."""
-
-    def append(self, records: list[dict[str, Any]]) -> None:
-        """All of them or none; raises OSError."""
-        ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
     record: dict[str, Any]
@@ -271,7 +261,7 @@ class AuditWriter:
     want of room a record in the chain tells how many.
     """
 
-    def __init__(self, folder: Folder, metrics: Metrics) -> None:
+    def __init__(self, folder: AuditFolder, metrics: Metrics) -> None:
         self._folder, self._metrics = folder, metrics
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: deque[dict[str, Any]] = deque()

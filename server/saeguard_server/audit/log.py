@@ -35,7 +35,7 @@ class Audit:
     def __init__(
         self, writer: AuditWriter | None = None, text: Redaction | None = None, *, required: bool = False
     ) -> None:
-        self._writer, self._text, self._required = writer, text or OmittedText(), required
+        self._writer, self._text, self._required = writer, text, required
 
     @classmethod
     def of(cls, settings: AuditSettings, metrics: Metrics) -> Audit:
@@ -84,7 +84,9 @@ class Audit:
 class RequestAudit:
     """One request on its way."""
 
-    def __init__(self, writer: AuditWriter | None, record: dict[str, Any], text: Redaction, *, required: bool) -> None:
+    def __init__(
+        self, writer: AuditWriter | None, record: dict[str, Any], text: Redaction | None, *, required: bool
+    ) -> None:
         self._writer, self._record, self._text, self._required = writer, record, text, required
         self._is_over = False
 
@@ -115,7 +117,8 @@ class RequestAudit:
         if self._writer is None:
             return
         self._is_over = True
-        record = {"kind": "request", **outcome_record(self._record, done), **self._text.of(prompt, answer)}
+        text = {} if self._text is None else self._text.of(prompt, answer)
+        record = {"kind": "request", **outcome_record(self._record, done), **text}
         if self._required:
             await _write(self._writer, record)
         else:
@@ -265,19 +268,10 @@ class Redaction(Protocol):
     def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]: ...
 
 
-class OmittedText:
-    """Records have no text."""
-
-    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-
 class HashedText:
     """SHA-256 of the token ids: tells whether a text is the one, to whoever has it. Short texts can be guessed."""
 
     def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-        """Both digests, hex."""
         return {"prompt_sha256": tokens_digest(prompt), "answer_sha256": tokens_digest(answer)}
 
 
@@ -289,7 +283,6 @@ class EncryptedText:
         self._fernet = Fernet(key)
 
     def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-        """Both, sealed."""
         return {"prompt_sealed": self._seal(prompt), "answer_sealed": self._seal(answer)}
 
     def open(self, sealed: str) -> list[int]:
@@ -300,7 +293,7 @@ class EncryptedText:
         return self._fernet.encrypt(array("I", ids).tobytes()).decode()
 
 
-def open_redaction(mode: TextMode, key_file: str | None) -> Redaction:
+def open_redaction(mode: TextMode, key_file: str | None) -> Redaction | None:
     """As the settings say.
 
     Raises:
@@ -308,7 +301,7 @@ def open_redaction(mode: TextMode, key_file: str | None) -> Redaction:
         ValueError: it is not a Fernet key.
     """
     if mode == "none":
-        return OmittedText()
+        return None
     if mode == "hash":
         return HashedText()
     assert key_file is not None, "settings ask for it"

@@ -126,7 +126,6 @@ MIB = 2**20
 
 
 def add_check(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "check",
         help="say what an SAE is, and check it on a model",
@@ -229,7 +228,6 @@ def _print(lines: tuple[str, ...] | Iterator[str]) -> None:
 
 
 def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "convert",
         help="write an SAE in SAELens' format",
@@ -297,7 +295,6 @@ def _difference(written: SparseCoder, other: SparseCoder) -> float:
 
 
 def add_labels(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "features",
         help="import feature labels and statistics",
@@ -344,7 +341,6 @@ def _counted(dropped: Dropped) -> str:
 
 
 def add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "list",
         help="list releases, the SAEs of a release, or those in a folder",

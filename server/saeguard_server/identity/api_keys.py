@@ -108,16 +108,14 @@ class ApiKeyAuthenticator:
         self, path: Path, quota_of: Callable[[str], Quota], now: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
         self._now = now
-        self._files = WatchedFiles("API keys", [path], lambda: _VerifiedKeys(read_keys(path), quota_of))
+        self._files = WatchedFiles("API keys", [path], lambda: _Keys(read_keys(path), quota_of))
         self._threads = asyncio.Semaphore(CHECKS_AT_ONCE)
-        self._checks = 0
+        self._running = 0
 
     def recognises(self, credentials: Credentials) -> bool:
-        """Whether the token begins as our keys do."""
         return credentials.bearer is not None and credentials.bearer.startswith(API_KEY_PREFIX)
 
     async def caller(self, credentials: Credentials) -> Caller:
-        """Whose key this is."""
         match = KEY.fullmatch(credentials.bearer or "")
         keys = self._files.current()
         if match is None or match[1] not in keys.records:
@@ -130,36 +128,32 @@ class ApiKeyAuthenticator:
             raise Unauthenticated(f"the API key is {reason}")
         return keys.callers[record.id]
 
-    async def _is_right(self, keys: _VerifiedKeys, record: KeyRecord, secret: str) -> bool:
+    async def _is_right(self, keys: _Keys, record: KeyRecord, secret: str) -> bool:
         digest = hashlib.sha256(f"{record.id}_{secret}".encode()).digest()
-        if keys.is_verified(digest):
-            return True
-        if digest not in keys.checking:
-            self._begin(keys, digest, record, secret)
+        if digest not in keys.checks:
+            if self._running >= MAX_CHECKS:
+                raise Overloaded("too many API keys wait to be checked", retry_after_s=1.0)
+            self._running += 1
+            keys.checks[digest] = asyncio.create_task(self._check(record, secret))
+            keys.checks[digest].add_done_callback(lambda check: self._end(keys, digest, check))
+        keys.checks.move_to_end(digest)
         # Shielded: others may wait for the same check.
-        return await asyncio.shield(keys.checking[digest])
-
-    def _begin(self, keys: _VerifiedKeys, digest: bytes, record: KeyRecord, secret: str) -> None:
-        if self._checks >= MAX_CHECKS:
-            raise Overloaded("too many API keys wait to be checked", retry_after_s=1.0)
-        self._checks += 1
-        task = asyncio.create_task(self._check(record, secret))
-        keys.checking[digest] = task
-        task.add_done_callback(lambda done: self._end(keys, digest, done))
-
-    def _end(self, keys: _VerifiedKeys, digest: bytes, done: asyncio.Task[bool]) -> None:
-        self._checks -= 1
-        del keys.checking[digest]
-        if not done.cancelled() and done.exception() is None and done.result():
-            keys.remember(digest)
+        return await asyncio.shield(keys.checks[digest])
 
     async def _check(self, record: KeyRecord, secret: str) -> bool:
         async with self._threads:
             return await asyncio.to_thread(record.matches, secret)
 
+    def _end(self, keys: _Keys, digest: bytes, check: asyncio.Task[bool]) -> None:
+        self._running -= 1
+        if check.cancelled() or check.exception() is not None or not check.result():
+            del keys.checks[digest]
+        elif len(keys.checks) - self._running > MAX_VERIFIED:
+            del keys.checks[next(digest for digest, check in keys.checks.items() if check.done())]
 
-class _VerifiedKeys:
-    """The file as it was read once, and the keys that were verified since."""
+
+class _Keys:
+    """The file as it was read once. ``checks`` are those that run and those that were right."""
 
     def __init__(self, file: KeyFile, quota_of: Callable[[str], Quota]) -> None:
         self.records = {record.id: record for record in file.keys}
@@ -167,19 +161,7 @@ class _VerifiedKeys:
             record.id: Caller(record.name, frozenset(record.roles), frozenset(record.tags), quota_of(record.name))
             for record in file.keys
         }
-        self.checking: dict[bytes, asyncio.Task[bool]] = {}
-        self._verified: OrderedDict[bytes, None] = OrderedDict()
-
-    def is_verified(self, digest: bytes) -> bool:
-        if digest not in self._verified:
-            return False
-        self._verified.move_to_end(digest)
-        return True
-
-    def remember(self, digest: bytes) -> None:
-        self._verified[digest] = None
-        if len(self._verified) > MAX_VERIFIED:
-            self._verified.popitem(last=False)
+        self.checks: OrderedDict[bytes, asyncio.Task[bool]] = OrderedDict()
 
 
 # The file

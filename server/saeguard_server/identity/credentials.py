@@ -72,7 +72,6 @@ class CertificateAuthenticator:
         return bool(self._known_names(credentials))
 
     async def caller(self, credentials: Credentials) -> Caller:
-        """The one caller that the certificate names."""
         names = self._known_names(credentials)
         if len(names) != 1:
             raise Unauthenticated("the client certificate names more than one caller")

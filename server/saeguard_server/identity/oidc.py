@@ -61,7 +61,6 @@ class JwtAuthenticator:
         return credentials.bearer is not None and not credentials.bearer.startswith(API_KEY_PREFIX)
 
     async def caller(self, credentials: Credentials) -> Caller:
-        """Whom the token is for."""
         token = credentials.bearer or ""
         header = _header(token)
         algorithm = header.get("alg")
@@ -185,7 +184,6 @@ class JwksFile:
             raise BadSettings(f"identity.jwt.jwks: {path}: {error_text(err)}") from err
 
     async def find(self, kid: str | None) -> PublicKey | None:
-        """The key of that id."""
         return self._keys.current().get(kid)
 
 

@@ -177,4 +177,4 @@ async def test_guesses_do_not_pile_up(path: Path) -> None:
     ends = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(isinstance(end, Overloaded) for end in ends) == 100 - api_keys.MAX_CHECKS
     assert sum(isinstance(end, Unauthenticated) for end in ends) == api_keys.MAX_CHECKS
-    assert keys._checks == 0
+    assert keys._running == 0

@@ -92,7 +92,6 @@ class Sqlite(Database):
         """SQLite has no way to."""
 
     def named(self, error: DBAPIError) -> StoreError:
-        """By SQLite's primary result code."""
         message, code = str(error.orig), getattr(error.orig, "sqlite_errorcode", None)
         if code is not None and code & 0xFF in _DAMAGED:
             return StoreCorrupted(message)

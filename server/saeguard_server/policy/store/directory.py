@@ -91,7 +91,6 @@ class DirectoryStore:
                 raise ContentRefused(str(err), self._active) from err
 
     async def latest(self) -> PolicyRevision | None:
-        """What was read last."""
         return None if self._active is None else self._active.revision
 
     async def revision(self, number: int) -> PolicyRevision:
@@ -105,7 +104,6 @@ class DirectoryStore:
         return self._active.revision
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
-        """Those that this server saw, newest first."""
         return tuple(change for change in self._changes if before is None or change.number < before)[:limit]
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
@@ -117,13 +115,11 @@ class DirectoryStore:
         return frozenset()
 
     async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
-        """Always refused."""
         self._refuse()
 
     async def activate(
         self, revision: int, *, actor: str, reason: str, expected_activation: int | None = None
     ) -> Activation:
-        """Always refused."""
         self._refuse()
 
     async def wait(self, timeout_s: float) -> None:

@@ -52,7 +52,6 @@ class Postgres(Database):
         await connection.execute(text(f"NOTIFY {CHANNEL}"))
 
     def named(self, error: DBAPIError) -> StoreError:
-        """By SQLSTATE."""
         message, state = str(error.orig).partition("\n")[0], ""
         if isinstance(error.orig, psycopg.Error) and error.orig.sqlstate is not None:
             state = error.orig.sqlstate
@@ -61,11 +60,9 @@ class Postgres(Database):
         return SchemaMismatch(message) if state == _UNDEFINED_TABLE else StoreUnreachable(message)
 
     async def listen(self) -> None:
-        """Starts to hear from other processes."""
         self._listening = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        """Ends connections."""
         if self._listening is not None:
             self._listening.cancel()
             with suppress(asyncio.CancelledError):

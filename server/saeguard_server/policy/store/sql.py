@@ -130,30 +130,21 @@ class SqlStore:
         return store
 
     async def latest(self) -> PolicyRevision | None:
-        """The newest revision, in force or not; None before the first."""
         async with self._transaction() as connection:
             head = await self._head(connection)
             return await self._revision(connection, head.revision) if head.revision else None
 
     async def revision(self, number: int) -> PolicyRevision:
-        """One revision.
-
-        Raises:
-            UnknownName: there is none of that number.
-        """
         async with self._transaction() as connection:
             return await self._revision(connection, number)
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
-        """Revisions, newest first: at most ``limit``, with numbers below ``before``."""
         return tuple(change_of_row(values) for values in await self._newest(REVISIONS, limit, before))
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
-        """Acts, newest first: at most ``limit``, with numbers below ``before``."""
         return tuple(activation_of_row(values) for values in await self._newest(ACTIVATIONS, limit, before))
 
     async def authors_to_approve(self, number: int) -> frozenset[str]:
-        """Who wrote what an activation of this revision would put in force for the first time, and its own author."""
         approved = select(func.coalesce(func.max(ACTIVATIONS.c.revision), 0)).where(ACTIVATIONS.c.revision <= number)
         column = REVISIONS.c.number
         is_new = and_(column > approved.scalar_subquery(), column <= number)
@@ -174,11 +165,6 @@ class SqlStore:
             return self._active
 
     async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
-        """Appends a revision that holds exactly these policies, and answers once it is durable.
-
-        Raises:
-            Conflict: ``etag`` is not the newest revision's number.
-        """
         policies = tuple(sorted(policies, key=lambda policy: policy.name))
         documents = await asyncio.to_thread(documents_of, policies)
         async with self._transaction(writes=True) as connection:
@@ -188,11 +174,12 @@ class SqlStore:
             last = await self._row(connection, REVISIONS, head.revision) if head.revision else None
             before = () if last is None else await self._policies(connection, last)
             await self._add_documents(connection, documents)
-            changes = changes_text(await asyncio.to_thread(policy_changes, before, policies))
-            members = members_text(policies, documents)
+            changes = await asyncio.to_thread(policy_changes, before, policies)
+            members = zip((policy.name for policy in policies), documents, strict=True)
             values = sealed_row(
-                REVISIONS, last, number=head.revision + 1, author=author, reason=reason, members=members,
-                changes=changes,
+                REVISIONS, last, number=head.revision + 1, author=author, reason=reason,
+                members=json.dumps(list(members), ensure_ascii=False),
+                changes=json.dumps([[change.name, change.kind, change.diff] for change in changes], ensure_ascii=False),
             )  # fmt: skip
             await self._append(connection, REVISIONS, values, HEAD.c.revision)
         self._database.notice()
@@ -201,12 +188,6 @@ class SqlStore:
     async def activate(
         self, revision: int, *, actor: str, reason: str, expected_activation: int | None = None
     ) -> Activation:
-        """Puts a revision in force, and answers once that is durable.
-
-        Raises:
-            UnknownName: there is none of that number.
-            Conflict: the newest activation is not ``expected_activation``.
-        """
         async with self._transaction(writes=True) as connection:
             head = await self._head(connection, locked=True)
             if expected_activation not in (None, head.activation):
@@ -236,11 +217,9 @@ class SqlStore:
         return head.revision, head.activation
 
     async def wait(self, timeout_s: float) -> None:
-        """Returns when something may have changed since it last returned, at the latest after ``timeout_s``."""
         await self._database.wait(timeout_s)
 
     async def close(self) -> None:
-        """Ends connections."""
         await self._database.close()
 
     @asynccontextmanager
@@ -289,14 +268,21 @@ class SqlStore:
         return revision_of_row(values, await self._policies(connection, values))
 
     async def _policies(self, connection: AsyncConnection, values: Mapping[str, Any]) -> tuple[Policy, ...]:
-        members = read_members(values["members"])
+        members: dict[str, str] = dict(json.loads(values["members"]))
         # Taken once: whoever reads another revision meanwhile replaces it.
         known = self._parsed
         unknown = sorted(set(members.values()) - known.keys())
         rows = await connection.execute(select(DOCUMENTS).where(DOCUMENTS.c.digest.in_(unknown))) if unknown else ()
         bodies = {row.digest: row.body for row in rows}
-        # Only what this revision holds is kept: the next one usually differs by one policy.
-        self._parsed = parsed = await asyncio.to_thread(policies_of_documents, members, bodies, known)
+
+        def parse() -> dict[str, Policy]:
+            return {
+                digest: known[digest] if digest in known else policy_of_document(name, digest, bodies)
+                for name, digest in members.items()
+            }
+
+        # Only what this revision holds is remembered: the next one usually differs by one policy.
+        self._parsed = parsed = await asyncio.to_thread(parse)
         return tuple(parsed.values())
 
     async def _add_documents(self, connection: AsyncConnection, documents: Mapping[str, str]) -> None:
@@ -318,14 +304,10 @@ class SqlStore:
 # Rows
 
 
-def utc_now() -> str:
-    """The time of an act; people read it, nothing is ordered or timed by it."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
 def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: object) -> dict[str, Any]:
-    """A new row after ``previous``."""
-    row = values | {"previous": "" if previous is None else previous["seal"], "time": utc_now()}
+    """A new row after ``previous``; people read its time, nothing is ordered or timed by it."""
+    time = datetime.now(UTC).isoformat(timespec="microseconds")
+    row = values | {"previous": "" if previous is None else previous["seal"], "time": time}
     return row | {"seal": row_seal(table, row)}
 
 
@@ -333,17 +315,6 @@ def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
     """Digest to body, in the order of the policies."""
     bodies = (document.canonical_json(policy) for policy in policies)
     return {row_digest(body): body for body in bodies}
-
-
-def members_text(policies: Sequence[Policy], documents: Iterable[str]) -> str:
-    """Which policies a revision holds, as its row says it."""
-    pairs = zip((policy.name for policy in policies), documents, strict=True)
-    return json.dumps(list(pairs), ensure_ascii=False)
-
-
-def read_members(text: str) -> dict[str, str]:
-    """A revision's policies by name, each with its document's digest."""
-    return dict(json.loads(text))
 
 
 def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> PolicyRevision:
@@ -362,25 +333,16 @@ def activation_of_row(values: Mapping[str, Any]) -> Activation:
     return Activation(**_act(values, "number", "revision", "actor", "reason"))
 
 
-def changes_text(changes: Sequence[PolicyDiff]) -> str:
-    """As a revision's row holds them."""
-    return json.dumps([[change.name, change.kind, change.diff] for change in changes], ensure_ascii=False)
+def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names} | {"time": datetime.fromisoformat(values["time"])}
 
 
-def policies_of_documents(
-    members: Mapping[str, str], bodies: Mapping[str, str], known: Mapping[str, Policy]
-) -> dict[str, Policy]:
-    """Digest to policy for a revision's members; those in ``known`` are not parsed again.
+def policy_of_document(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
+    """A revision's policy.
 
     Raises:
-        StoreCorrupted: a document is missing, altered, or not a policy that this server can read.
+        StoreCorrupted: its document is missing, altered, or not a policy that this server can read.
     """
-    return {
-        digest: known[digest] if digest in known else _parsed(name, digest, bodies) for name, digest in members.items()
-    }
-
-
-def _parsed(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
     if digest not in bodies or row_digest(bodies[digest]) != digest:
         raise StoreCorrupted(f"the document of policy {name!r} is missing or not what was written")
     try:
@@ -390,10 +352,6 @@ def _parsed(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
     if policy.name != name:
         raise StoreCorrupted(f"the document of policy {name!r} is one of {policy.name!r}")
     return policy
-
-
-def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: values[name] for name in names} | {"time": datetime.fromisoformat(values["time"])}
 
 
 # Seals
