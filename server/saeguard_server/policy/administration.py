@@ -159,9 +159,9 @@ class Administration:
             try:
                 return await self._store.active()
             except ContentRefused as err:
-                if err.kept is None:
+                if err.in_force is None:
                     raise
-                return err.kept
+                return err.in_force
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
         """Revisions, newest first."""

@@ -166,6 +166,9 @@ def _change(name: str, old: Policy | None, new: Policy | None) -> PolicyDiff:
 _TARGET = ("sae", "feature")
 _EDIT = (*_TARGET, *KINDS, "scope")
 _CONDITION = (*_TARGET, "terms", "probe", "bias", *OPERATORS, "release", "unit", "over", "scope")
+_SHARED = {field.name for field in fields(Intervention)}
+_OPERANDS = {kind: [field.name for field in fields(edit) if field.name not in _SHARED] for kind, edit in KINDS.items()}
+"""The fields that only one kind of edit has: none, a factor, or a value and its unit."""
 _ACTIONS: Mapping[str, Action] = {"flag": Flag(), "stop": Stop()}
 
 
@@ -217,7 +220,7 @@ def _edit(edit: Tree, path: str, when: Condition | None) -> Intervention:
         problem = f"must have one of {', '.join(KINDS)}"
         raise FieldError(path, f"{problem}, not {' and '.join(kinds)}" if kinds else problem)
     (kind,) = kinds
-    operands, value = _operands(KINDS[kind]), edit[kind]
+    operands, value = _OPERANDS[kind], edit[kind]
     if not operands and value is not True:
         raise FieldError(f"{path}.{kind}", "must be true, or left out")
     if isinstance(value, dict) and len(operands) > 1:
@@ -333,11 +336,6 @@ def _names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
-def _operands(kind: type[Intervention]) -> tuple[str, ...]:
-    """The fields that only this kind of edit has: none, a factor, or a value and its unit."""
-    return tuple(name for name in _names(kind) if name not in _names(Intervention))
-
-
 # From a policy to what is written: the one form of each policy
 
 
@@ -379,7 +377,7 @@ def _(trigger: Trigger) -> Tree:
 
 @_tree.register
 def _(edit: Intervention) -> Tree:
-    stated, operands = _stated(edit), _operands(type(edit))
+    stated, operands = _stated(edit), _OPERANDS[edit.kind]
     values = _pick(stated, *operands)
     value = values if len(values) > 1 else getattr(edit, operands[0]) if operands else True
     return {"sae": edit.sae, "feature": edit.feature, edit.kind: value, **_pick(stated, "scope", "when")}

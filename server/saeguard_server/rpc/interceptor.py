@@ -42,6 +42,7 @@ from saeguard_server.errors import (
     PolicyRefusal,
     QuotaExceeded,
     ReadOnlyStore,
+    RequestFieldError,
     SaeguardError,
     Unauthenticated,
     Unavailable,
@@ -240,7 +241,7 @@ class RpcRecord:
         if error is not None:
             # Reason and field, never the message: that quotes the caller.
             fields["reason"] = error.reason
-        if isinstance(error, InvalidRequest | PolicyRefusal | UnknownName):
+        if isinstance(error, RequestFieldError):
             fields["field"] = error.field
         LOG.log(level, "rpc", extra={"fields": fields})
 
@@ -333,12 +334,11 @@ def rpc_failure(error: SaeguardError, request_id: str) -> RpcFailure:
         rich.details.append(_packed(detail))
     trailers: tuple[tuple[str, str | bytes], ...] = (*rpc_status.to_status(rich).trailing_metadata,)
     trailers += (("x-request-id", request_id),)
-    retry_after_s = _retry_after_s(error)
-    if isinstance(error, QuotaExceeded) and retry_after_s is None:
+    if error.retry_after_s is not None:
+        trailers += (("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))),)
+    elif isinstance(error, QuotaExceeded):
         # Below 0 is "never": the same request would be refused each time.
         trailers += (("grpc-retry-pushback-ms", "-1"),)
-    if retry_after_s is not None:
-        trailers += (("grpc-retry-pushback-ms", str(round(retry_after_s * 1000))),)
     return RpcFailure(code, message, trailers)
 
 
@@ -353,21 +353,16 @@ def _details(error: SaeguardError, request_id: str) -> list[Message]:
         reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **error.facts}
     )
     details: list[Message] = [info]
-    if isinstance(error, InvalidRequest | UnknownName | PolicyRefusal):
+    if isinstance(error, RequestFieldError):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=_short(error.description), reason=error.reason
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    retry_after_s = _retry_after_s(error)
-    if retry_after_s is not None:
+    if error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(retry)
     return details
-
-
-def _retry_after_s(error: SaeguardError) -> float | None:
-    return error.retry_after_s if isinstance(error, Overloaded | QuotaExceeded | Unavailable) else None
 
 
 def _packed(detail: Message) -> AnyMessage:

@@ -20,6 +20,7 @@ from saeguard_server.errors import (
     InvalidRequest,
     NonFiniteOutput,
     Overloaded,
+    RequestFieldError,
     SaeguardError,
     Unavailable,
 )
@@ -27,10 +28,10 @@ from saeguard_server.rpc.interceptor import STATUS, rpc_failure
 
 
 def all_errors(base: type[SaeguardError] = SaeguardError) -> Iterator[type[SaeguardError]]:
-    for one in base.__subclasses__():
-        if not one.__name__.startswith("_"):
-            yield one
-        yield from all_errors(one)
+    for kind in base.__subclasses__():
+        if kind is not RequestFieldError:
+            yield kind
+        yield from all_errors(kind)
 
 
 async def finish(call: Any) -> None:

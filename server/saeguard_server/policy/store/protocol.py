@@ -64,13 +64,13 @@ class SchemaMismatch(StoreError):
 
 
 class ContentRefused(StoreError):
-    """The directory's files. ``kept`` is the set that was read before them, and stays in force."""
+    """The directory's files. ``in_force`` is the set that was read before them, and stays so."""
 
     reason: ClassVar[str] = "content"
 
-    def __init__(self, message: str, kept: Active | None = None) -> None:
+    def __init__(self, message: str, in_force: Active | None = None) -> None:
         super().__init__(message)
-        self.kept = kept
+        self.in_force = in_force
 
 
 class NotApplicable(StoreError):

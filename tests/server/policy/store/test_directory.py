@@ -99,7 +99,7 @@ async def test_a_broken_file_keeps_the_whole_set(folder: Path, content: str | by
     for _ in range(2):
         with pytest.raises(ContentRefused, match=r"calm\.yaml|utf-8") as caught:
             await store.active()
-        assert caught.value.kept is kept
+        assert caught.value.in_force is kept
     assert await store.latest() == kept.revision
     with pytest.raises(ContentRefused):
         await opened(folder)
