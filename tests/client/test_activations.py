@@ -85,8 +85,8 @@ def test_through_the_wire(server: Any, shell: Any) -> None:
 @pytest.mark.parametrize(
     ("selection", "field", "expected"),
     [
-        ({"top_k": 3}, "top_k", 3),
-        ({"threshold": 0.0}, "threshold", 0.0),
+        ({"top_k": 3, "saes": ["a"]}, "top_k", 3),
+        ({"threshold": 0.0, "saes": ["a"]}, "threshold", 0.0),
         (
             {"features": [FeatureRef("a", 5)]},
             "features",
@@ -108,7 +108,8 @@ def test_selections(server: Any, shell: Any, selection: Any, field: str, expecte
     [
         ({}, "top_k: give one of"),
         ({"top_k": 1, "threshold": 0.5}, "top_k: give one of"),
-        ({"top_k": -1}, "top_k: must be 0 to"),
+        ({"top_k": -1}, "top_k: must be 1 to"),
+        ({"top_k": 1}, "saes: must not be empty unless features are named"),
         ({"top_k": 1, "saes": "a"}, "saes: must be a sequence"),
         ({"features": FeatureRef("a", 1)}, "features: must be a sequence"),
         ({"top_k": 1, "inputs": [3]}, r"inputs\[0\]: must be a sequence"),

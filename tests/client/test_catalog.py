@@ -83,7 +83,10 @@ def test_a_feature(server: Any, shell: Any) -> None:
 def test_model_saes_and_info(server: Any, shell: Any) -> None:
     server.on("GetModel", pb.GetModelResponse(name="m", num_layers=2, sites=["resid_post.0", "resid_post.1"]))
     server.on("ListSaes", pb.ListSaesResponse(saes=[pb.Sae(name="a"), pb.Sae(name="b", quality=pb.SaeQuality(l0=32))]))
-    server.on("GetServerInfo", info_pb.GetServerInfoResponse(version="1", intervention_kinds=["zero", "cap"]))
+    server.on(
+        "GetServerInfo",
+        info_pb.GetServerInfoResponse(version="1", intervention_kinds=["zero", "cap"], limits=info_pb.Limits()),
+    )
     assert shell.call("model").sites == ("resid_post.0", "resid_post.1")
     first, second = shell.call("saes")
     assert (first.quality, second.quality) == (None, SaeQuality(l0=32.0))

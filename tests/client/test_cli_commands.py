@@ -95,7 +95,8 @@ def compared(request: Any, context: Any) -> Any:
         for one in request.interventions
     ]
     receipt = receipt_pb2.Receipt(interventions=made) if made else None
-    done = gen.Completion(finish_reason=2, seed=request.sampling.seed, receipt=receipt)
+    spent = {"usage": gen.Usage(), "timings": gen.Timings()}
+    done = gen.Completion(finish_reason=2, seed=request.sampling.seed, receipt=receipt, **spent)
     return gen.GenerateResponse(text=text, completion=done)
 
 

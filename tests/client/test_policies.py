@@ -59,7 +59,9 @@ def test_a_set_is_read(server: Any, shell: Any) -> None:
     server.on("ListPolicies", LISTED)
     found = shell.call("policies", 7)
     assert server.seen[0].request == pb.ListPoliciesRequest(revision=7)
-    assert found.policies[0] == PolicySummary("calm", "shadow", "safety", 0.5, ("flattery",), (), TIME)
+    assert found.policies[0] == PolicySummary(
+        name="calm", mode="shadow", owner="safety", share=0.5, rules=("flattery",), expires=TIME
+    )
     assert (found.policies[1].share, found.policies[1].expires) == (1.0, None)
     assert (found.etag, found.revision.number, found.active.revision, found.active.time) == ("7", 7, 6, TIME)
 
@@ -190,7 +192,9 @@ def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path)
         triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult")],
     )
     facts = gen.PolicyFacts(activation=4, revision=6, enforced=["calm"])
-    done = gen.Completion(finish_reason=gen.FINISH_REASON_STOP, receipt=receipt, policy=facts)
+    done = gen.Completion(
+        finish_reason=gen.FINISH_REASON_STOP, receipt=receipt, policy=facts, usage=gen.Usage(), timings=gen.Timings()
+    )
     server.on("Generate", gen.GenerateResponse(completion=done))
     cases = tmp_path / "cases.toml"
     cases.write_text(

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from saeguard_client.activations import Activations, merge
-from saeguard_client.catalog import Feature, FeatureRef, Model, Sae, SaeQuality, ServerInfo
+from saeguard.catalog import Feature, Model, Sae, SaeQuality, ServerInfo
+from saeguard.results import Activations, merge
+from saeguard.types import FeatureRef
 from saeguard_client.cli.generate import add_steering, as_json, read_prompt, steering
 from saeguard_client.cli.terminal import Terminal, add_connection, as_argument, connect, safe, shaded, table, usage
 from saeguard_client.client import Client

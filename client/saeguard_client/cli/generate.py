@@ -15,7 +15,22 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
-from saeguard_client.catalog import FeatureRef
+from saeguard.requests import ChatMessage, Input, Sampling
+from saeguard.results import Completion, InterventionReceipt, StreamChunk, TriggerReceipt
+from saeguard.types import (
+    KINDS,
+    PHASES,
+    UNITS,
+    Action,
+    Condition,
+    FeatureRef,
+    Flag,
+    Intervention,
+    Scope,
+    Stop,
+    Trigger,
+    Unit,
+)
 from saeguard_client.cli.terminal import (
     Terminal,
     UsageError,
@@ -27,13 +42,6 @@ from saeguard_client.cli.terminal import (
     safe,
     usage,
 )
-from saeguard_client.conditions import Condition
-from saeguard_client.inputs import ChatMessage, Input
-from saeguard_client.interventions import KINDS, Intervention
-from saeguard_client.results import Completion, InterventionReceipt, StreamChunk, TriggerReceipt
-from saeguard_client.sampling import Sampling
-from saeguard_client.scopes import PHASES, UNITS, Scope, Unit
-from saeguard_client.triggers import Action, Flag, Stop, Trigger
 
 # Results as one line for people and as JSON for programs.
 
@@ -107,7 +115,8 @@ def run_compare(
     terminal = Terminal()
     # One seed for both: otherwise they differ by chance and the edits cannot be seen.
     seed = secrets.randbelow(2**32) if arguments["seed"] is None else arguments["seed"]
-    plain, steered = asyncio.run(_both(args, prompt, steer, {**arguments, "seed": seed}))
+    with usage():
+        plain, steered = asyncio.run(_both(args, prompt, steer, {**arguments, "seed": seed}))
     if args.json:
         terminal.line(as_json(dict(zip(_TITLES, (plain, steered), strict=True))))
         return 0
@@ -153,15 +162,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments for ``Client.generate``.
-
-    Raises:
-        UsageError: one of them cannot be sent.
-    """
-    chosen = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    with usage():
-        Sampling(**chosen)
-    return chosen
+    """Arguments for ``Client.generate``."""
+    return {field.name: getattr(args, field.name) for field in fields(Sampling)}
 
 
 # Flags for edits: ``--clamp resid4:4021=1.5max`` and its like.
@@ -201,7 +203,7 @@ class EditFlag:
         unit = None if kind == "scale" else next((unit for unit in UNITS if value.endswith(unit)), None)
         return cls(kind, FeatureRef.parse(target), _number(value.removesuffix(unit or "")), unit)
 
-    def build(self, unit: str, scope: Scope | None) -> Intervention:
+    def build(self, unit: str, scope: Scope) -> Intervention:
         """The edit, with what the other flags say."""
         operands = () if self.operand is None else (self.operand,)
         units: dict[str, Any] = {} if self.kind in ("zero", "scale") else {"unit": self.unit or unit}
@@ -233,7 +235,7 @@ def steering(args: argparse.Namespace) -> tuple[Intervention, ...]:
         UsageError: one of them cannot be.
     """
     with usage():
-        scope = None if args.phase == "all" else Scope(phase=args.phase)
+        scope = Scope(phase=args.phase)
         return tuple(edit.build(args.unit, scope) for edit in args.edits)
 
 

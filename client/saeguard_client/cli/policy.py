@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from saeguard.catalog import Activation, PolicyChange, PolicyHistory, PolicySet, PolicySummary, Revision
+from saeguard.results import Completion
 from saeguard_client.cli.generate import as_json
 from saeguard_client.cli.terminal import Terminal, UsageError, add_connection, connect, safe, table
 from saeguard_client.client import Client
-from saeguard_client.policies import Activation, PolicyChange, PolicyHistory, PolicySet, PolicySummary, Revision
-from saeguard_client.results import Completion
 
 _EPILOG = """examples:
   saeguard policy diff policies/                         what apply would change; nothing is stored
@@ -42,6 +42,7 @@ def add_policy(subparsers: argparse._SubParsersAction[Any]) -> None:
 # Policy files on disk, as the server wants them.
 
 
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
 _KINDS = (".yaml", ".yml", ".json")
 
 
@@ -255,9 +256,9 @@ def run_history(args: argparse.Namespace) -> int:
     return _print(args, found, _history(found, with_diffs=args.diff))
 
 
-def when(time: datetime) -> str:
+def when(time: datetime | None) -> str:
     """A time as people read it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC")
+    return "-" if time is None else time.strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _print(args: argparse.Namespace, found: PolicySet | PolicyHistory, lines: Iterator[str]) -> int:
@@ -291,7 +292,7 @@ def _row(one: PolicySummary) -> tuple[str, str, str, str, str]:
 
 def _history(found: PolicyHistory, *, with_diffs: bool) -> Iterator[str]:
     both: tuple[Revision | Activation, ...] = (*found.revisions, *found.activations)
-    for one in sorted(both, key=lambda one: one.time, reverse=True):
+    for one in sorted(both, key=lambda one: one.time or _NEVER, reverse=True):
         yield _activation(one) if isinstance(one, Activation) else _revision(one)
         if with_diffs and isinstance(one, Revision):
             yield from (f"    {line}" for line in one.diff.splitlines())

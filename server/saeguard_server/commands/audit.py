@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import saeguard_client as client
+from saeguard.types import KINDS
 from saeguard_client import SaeguardError
 from saeguard_client.cli.terminal import add_connection, connect
-from saeguard_client.interventions import KINDS
 from saeguard_server.audit.log import request_from_record, tokens_digest
 from saeguard_server.interventions import Action, Apply, Condition, Intervention, Scope, Stop
 from saeguard_server.request import TextInput
