@@ -50,11 +50,9 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
-        tls = calls.Tls(root_certificates, private_key, certificate_chain)
+        tls = (root_certificates, private_key, certificate_chain)
         self._defaults = calls.Defaults.of(deadline_s, metadata or {}, calls.Bearer(api_key, token))
-        self._endpoint = calls.endpoint(target, tls, retries, options) if channel is None else None
-        if channel is not None:
-            calls.check_ready(target, tls, options)
+        self._endpoint = calls.endpoint(target, channel, tls, retries, options)
         self._channel = channel
 
     async def close(self) -> None:
@@ -420,9 +418,7 @@ class AsyncClient:
 
     def _opened(self) -> grpc.aio.Channel:
         """Not in ``__init__``: a channel belongs to the event loop that runs when it is made."""
-        if self._channel is None:
-            assert self._endpoint is not None
-            self._channel = _open(self._endpoint)
+        self._channel = self._channel or _open(self._endpoint)
         return self._channel
 
     async def _unary(self, call: UnaryCall[T]) -> T:
@@ -454,7 +450,8 @@ class AsyncClient:
                 yield feature
 
 
-def _open(endpoint: calls.Endpoint) -> grpc.aio.Channel:
+def _open(endpoint: calls.Endpoint | None) -> grpc.aio.Channel:
+    assert endpoint is not None
     if endpoint.credentials is None:
         return grpc.aio.insecure_channel(endpoint.target, endpoint.options)
     return grpc.aio.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)

@@ -17,19 +17,10 @@ import grpc
 from google.protobuf import wrappers_pb2
 from google.protobuf.message import DecodeError, Message
 
+from saeguard import requests
 from saeguard.catalog import Feature, FeaturePage
 from saeguard.checks import FieldError, check_bool, check_integer, check_number, check_sequence, check_text
-from saeguard.requests import (
-    ActivationRequest,
-    FeatureSelection,
-    GenerateRequest,
-    Input,
-    Sampling,
-    Selection,
-    ThresholdSelection,
-    TopKSelection,
-    model_input,
-)
+from saeguard.requests import ActivationRequest, GenerateRequest, Input, Selection, model_input
 from saeguard.results import ActivationPart, Comparison, Completion, StreamChunk, join_chunks
 from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard.v1 import generation_service_pb2 as pb
@@ -60,53 +51,41 @@ PartOut = TypeVar("PartOut", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Tls:
-    """Paths of PEM files; with none of them the connection is plain text."""
-
-    root_certificates: StrPath | None = None
-    private_key: StrPath | None = None
-    certificate_chain: StrPath | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials | None:
-        """None for plain text.
-
-        Raises:
-            ValueError: a private key without its certificate chain, or the other way round.
-            OSError: a file cannot be read.
-        """
-        if (self.private_key is None) != (self.certificate_chain is None):
-            raise FieldError("private_key", "goes together with certificate_chain")
-        files = (self.root_certificates, self.private_key, self.certificate_chain)
-        if files == (None, None, None):
-            return None
-        return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
-
-
-@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a channel goes, and how."""
+    """Where a channel goes, and how; without credentials in plain text."""
 
     target: str
     credentials: grpc.ChannelCredentials | None
     options: tuple[tuple[str, Any], ...]
 
 
-def endpoint(target: str | None, tls: Tls, retries: int, options: ChannelOptions) -> Endpoint:
-    """Where to open a channel.
+def endpoint(
+    target: str | None, channel: object, tls: tuple[StrPath | None, ...], retries: int, options: ChannelOptions
+) -> Endpoint | None:
+    """Where to open a channel; None where the caller brings one. ``tls`` are PEM files: authorities, key, chain.
 
     Raises:
-        ValueError: no target, or ``retries`` is not 0 to 4.
+        ValueError: neither a target nor a channel, or both; a key without its chain; ``retries`` is not 0 to 4.
         OSError: a certificate cannot be read.
     """
+    if channel is not None:
+        if target is not None or any(file is not None for file in tls) or options:
+            raise FieldError("channel", "brings its own target, TLS and options")
+        return None
     if target is None:
         raise FieldError("target", "give a target or a channel")
-    return Endpoint(check_text("target", target), tls.credentials(), (*channel_options(retries), *options))
+    return Endpoint(check_text("target", target), _credentials(*tls), (*channel_options(retries), *options))
 
 
-def check_ready(target: str | None, tls: Tls, options: ChannelOptions) -> None:
-    """Raises ValueError where the caller gives what the opened channel that it also gives brings with it."""
-    if target is not None or tls != Tls() or options:
-        raise FieldError("channel", "brings its own target, TLS and options")
+def _credentials(
+    authorities: StrPath | None, private_key: StrPath | None, certificate_chain: StrPath | None
+) -> grpc.ChannelCredentials | None:
+    if (private_key is None) != (certificate_chain is None):
+        raise FieldError("private_key", "goes together with certificate_chain")
+    files = (authorities, private_key, certificate_chain)
+    if files == (None, None, None):
+        return None
+    return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
 
 
 def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
@@ -352,18 +331,16 @@ class Generation:
     options: CallOptions
 
     def generate(self) -> UnaryCall[Completion]:
-        return _unary(
-            "Generate", self._message(), lambda reply: self.check(from_message(Completion, reply)), self.options
-        )
+        return _unary("Generate", self._message(), self._completion, self.options)
 
     def generate_stream(self) -> StreamCall[StreamChunk]:
         path, request = RPCS["GenerateStream"].path, self._message().SerializeToString()
-        return StreamCall(path, request, lambda: ChunkReader(self.check), self.options)
+        return StreamCall(path, request, lambda: ChunkReader(self._check), self.options)
 
     def compare(self) -> UnaryCall[Comparison]:
         return _unary("Compare", self._message(), self._comparison, self.options)
 
-    def check(self, completion: Completion) -> Completion:
+    def _check(self, completion: Completion) -> Completion:
         """Raises ReceiptMismatch where it does not account for what was asked."""
         if self.check_receipt:
             errors.check_receipt(completion, self.request)
@@ -372,9 +349,12 @@ class Generation:
     def _message(self) -> pb.GenerateRequest:
         return to_message(pb.GenerateRequest, self.request)
 
+    def _completion(self, reply: pb.GenerateResponse) -> Completion:
+        return self._check(from_message(Completion, reply))
+
     def _comparison(self, reply: pb.CompareResponse) -> Comparison:
         comparison = from_message(Comparison, reply)
-        self.check(comparison.steered)
+        self._check(comparison.steered)
         return comparison
 
 
@@ -401,7 +381,7 @@ def generation(
     choices = {name: value for name, value in sampling.items() if value is not None}
     request = GenerateRequest(
         input=model_input(input),
-        sampling=Sampling(stop=_several("stop", stop), **choices),
+        sampling=requests.Sampling(stop=_several("stop", stop), **choices),
         interventions=check_sequence("interventions", steer),
         max_relative_edit=max_relative_edit,
         watch=check_sequence("watch", watch),
@@ -473,10 +453,10 @@ def _selection(top_k: int | None, threshold: float | None, features: Iterable[Fe
     if sum(choice is not None for choice in (top_k, threshold, features)) != 1:
         raise FieldError("top_k", "give one of top_k, threshold and features")
     if top_k is not None:
-        return TopKSelection(top_k)
+        return requests.TopKSelection(top_k)
     if threshold is not None:
-        return ThresholdSelection(threshold)
-    return FeatureSelection(check_sequence("features", features))
+        return requests.ThresholdSelection(threshold)
+    return requests.FeatureSelection(check_sequence("features", features))
 
 
 class PartReader:

@@ -66,18 +66,14 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
-        tls = calls.Tls(root_certificates, private_key, certificate_chain)
+        tls = (root_certificates, private_key, certificate_chain)
         self._defaults = calls.Defaults.of(deadline_s, metadata or {}, calls.Bearer(api_key, token))
-        self._is_ours = channel is None
-        if channel is None:
-            channel = _open(calls.endpoint(target, tls, retries, options))
-        else:
-            calls.check_ready(target, tls, options)
-        self._channel = channel
+        self._endpoint = calls.endpoint(target, channel, tls, retries, options)
+        self._channel = channel or _open(self._endpoint)
 
     def close(self) -> None:
         """Ends running calls and the connection."""
-        if self._is_ours:
+        if self._endpoint is not None:
             self._channel.close()
 
     def __enter__(self) -> Client:
@@ -462,7 +458,8 @@ class Client:
             yield from pages.accept(self._unary(call))
 
 
-def _open(endpoint: calls.Endpoint) -> grpc.Channel:
+def _open(endpoint: calls.Endpoint | None) -> grpc.Channel:
+    assert endpoint is not None
     if endpoint.credentials is None:
         return grpc.insecure_channel(endpoint.target, endpoint.options)
     return grpc.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)

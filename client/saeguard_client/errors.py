@@ -19,7 +19,7 @@ SaeguardError
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -42,16 +42,6 @@ class FieldViolation:
     description: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Details:
-    """What came with a status."""
-
-    reason: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    violations: tuple[FieldViolation, ...] = ()
-    retry_after_s: float | None = None
-
-
 class SaeguardError(Exception):
     """Base of all failures of a call.
 
@@ -63,13 +53,17 @@ class SaeguardError(Exception):
         retry_after_s: when the server wants to see the request again, if it says so.
     """
 
-    def __init__(self, message: str, details: _Details = _Details()) -> None:
+    def __init__(
+        self,
+        message: str,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        violations: tuple[FieldViolation, ...] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
-        self.message = message
-        self.reason = details.reason
-        self.metadata: Mapping[str, str] = details.metadata
-        self.violations = details.violations
-        self.retry_after_s = details.retry_after_s
+        self.message, self.reason, self.metadata = message, reason, metadata or {}
+        self.violations, self.retry_after_s = violations, retry_after_s
 
 
 class InvalidRequest(SaeguardError):
@@ -147,17 +141,19 @@ BY_STATUS: Final[dict[StatusCode, type[SaeguardError]]] = {
 def from_call(call: Any) -> SaeguardError:
     """The exception for a call, sync or async, that ended with a status other than OK."""
     code: StatusCode = call.code()
-    return BY_STATUS[code](call.details() or code.name, _details(_rich_status(call), fallback=code.name))
-
-
-def malformed(problem: str) -> InternalError:
-    """The server said OK and sent something that cannot be right."""
-    return InternalError(f"the server's reply cannot be used: {problem}", _Details(reason="MALFORMED_REPLY"))
-
-
-def receipt_mismatch(problem: str) -> ReceiptMismatch:
-    """The text is there, and nothing proves that it was steered as asked."""
-    return ReceiptMismatch(f"the server's reply may be unsteered: {problem}", _Details(reason="RECEIPT_MISMATCH"))
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for packed in _rich_status(call).details:
+        for message in (info, bad, retry):
+            packed.Unpack(message)
+    # A proxy on the way has reasons too, and they must not pass for the server's.
+    is_ours = info.domain == DOMAIN
+    return BY_STATUS[code](
+        call.details() or code.name,
+        info.reason if is_ours else code.name,
+        dict(info.metadata) if is_ours else {},
+        tuple(FieldViolation(violation.field, violation.description) for violation in bad.field_violations),
+        retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
+    )
 
 
 def _rich_status(call: Any) -> status_pb2.Status:
@@ -168,19 +164,14 @@ def _rich_status(call: Any) -> status_pb2.Status:
         return status_pb2.Status()
 
 
-def _details(status: status_pb2.Status, fallback: str) -> _Details:
-    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    for packed in status.details:
-        for message in (info, bad, retry):
-            packed.Unpack(message)
-    # A proxy on the way has reasons too, and they must not pass for the server's.
-    ours = info.domain == DOMAIN
-    return _Details(
-        reason=info.reason if ours else fallback,
-        metadata=dict(info.metadata) if ours else {},
-        violations=tuple(FieldViolation(item.field, item.description) for item in bad.field_violations),
-        retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
-    )
+def malformed(problem: str) -> InternalError:
+    """The server said OK and sent something that cannot be right."""
+    return InternalError(f"the server's reply cannot be used: {problem}", "MALFORMED_REPLY")
+
+
+def receipt_mismatch(problem: str) -> ReceiptMismatch:
+    """The text is there, and nothing proves that it was steered as asked."""
+    return ReceiptMismatch(f"the server's reply may be unsteered: {problem}", "RECEIPT_MISMATCH")
 
 
 # --- whether a reply's receipt tells of all that was asked for: nobody should find out later that a text was unsteered

@@ -65,10 +65,7 @@ def missing(command: str, error: ImportError) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="saeguard",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="saeguard", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"saeguard {_version()}")
     add_connection(parser, with_defaults=True)
