@@ -34,7 +34,7 @@ from saeguard.types import (
 from saeguard_client.cli.terminal import (
     Terminal,
     UsageError,
-    as_argument,
+    add_repeated,
     as_json,
     beside,
     command,
@@ -78,14 +78,8 @@ def add_generate(subparsers: argparse._SubParsersAction[Any]) -> None:
         parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - to read it from standard input")
         parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
         parser.add_argument("--compare", action="store_true", help="show the unsteered text beside the steered one")
-        parser.add_argument(
-            "--watch",
-            action="append",
-            default=[],
-            metavar="SAE:FEATURE",
-            type=as_argument(FeatureRef.parse),
-            help="with --json: also read this feature on every token; may be repeated",
-        )
+        watch = "with --json: also read this feature on every token; may be repeated"
+        add_repeated(parser, "--watch", "SAE:FEATURE", watch, parse=FeatureRef.parse)
         parser.add_argument("--max-relative-edit", type=float, metavar="R", help="limit |edit| / |x| on every token")
         add_steering(parser)
         _add_triggers(parser)
@@ -221,7 +215,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-p", type=float, metavar="P", help="share of the likeliest token's probability")
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is off")
     group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
+    add_repeated(group, "--stop", "TEXT", "end here; may be repeated")
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities of N likeliest tokens")
     group.add_argument("--prompt-logprobs", action="store_true", help="with --json: those of the prompt's tokens")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
@@ -275,15 +269,8 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("edits", "Each may be given several times, for different features.")
     for kind, help_text in _EDIT_HELP.items():
         operand = {"zero": "", "scale": "=FACTOR"}.get(kind, "=VALUE[UNIT]")
-        group.add_argument(
-            f"--{kind}",
-            dest="edits",
-            action="append",
-            default=[],
-            metavar=f"SAE:FEATURE{operand}",
-            type=as_argument(partial(EditFlag.parse, kind)),
-            help=help_text,
-        )
+        parse = partial(EditFlag.parse, kind)
+        add_repeated(group, f"--{kind}", f"SAE:FEATURE{operand}", help_text, dest="edits", parse=parse)
     group.add_argument("--unit", choices=UNITS, default="raw", help="of values that name none (default: raw)")
     group.add_argument("--phase", choices=PHASES, default="all", help="tokens to edit (default: all)")
 
@@ -304,21 +291,8 @@ def steering(args: argparse.Namespace) -> tuple[Intervention, ...]:
 def _add_triggers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("triggers and policies")
     for name, (_, help_text) in _ACTIONS.items():
-        group.add_argument(
-            f"--{name}-on",
-            action="append",
-            default=[],
-            metavar="SAE:FEATURE=THRESHOLD[UNIT]",
-            type=as_argument(_condition),
-            help=help_text,
-        )
-    group.add_argument(
-        "--policy",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="apply this policy whatever its target and rollout",
-    )
+        add_repeated(group, f"--{name}-on", "SAE:FEATURE=THRESHOLD[UNIT]", help_text, parse=_condition)
+    add_repeated(group, "--policy", "NAME", "apply this policy whatever its target and rollout")
     group.add_argument("--conversation", metavar="ID", help="what a rollout by conversation goes by")
 
 

@@ -248,6 +248,14 @@ def command(
     parser.set_defaults(run=run)
 
 
+def add_repeated(
+    parser: argparse._ActionsContainer, flag: str, metavar: str, help: str, *, dest: str | None = None, parse: Any = str
+) -> None:
+    """A flag that may be given several times; ``parse`` says in a ValueError what is wrong with one."""
+    kind, dest = as_argument(parse), dest or flag.strip("-").replace("-", "_")
+    parser.add_argument(flag, dest=dest, action="append", default=[], metavar=metavar, type=kind, help=help)
+
+
 def add_connection(parser: argparse.ArgumentParser, *, with_defaults: bool) -> None:
     """The same flags before and after the command; only the first set has defaults, lest they undo the other's."""
     group = parser.add_argument_group("connection")
