@@ -323,7 +323,7 @@ class FeaturePages:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class GenerateCall:
     """A request of Generate, GenerateStream or Compare, and whether replies must account for it."""
 
     request: GenerateRequest
@@ -372,7 +372,7 @@ def generation(
     min_policy_activation: int | None = None,
     stop: str | Iterable[str] = (),
     **sampling: Any,
-) -> Generation:
+) -> GenerateCall:
     """None in ``sampling`` is the server's choice.
 
     Raises:
@@ -390,7 +390,7 @@ def generation(
         conversation="" if conversation is None else conversation,
         min_policy_activation=min_policy_activation,
     )
-    return Generation(request, check_bool("check_receipt", check_receipt), options)
+    return GenerateCall(request, check_bool("check_receipt", check_receipt), options)
 
 
 def _several(field: str, values: str | Iterable[Any]) -> tuple[Any, ...]:

@@ -22,9 +22,9 @@ def paged(sizes: list[int]) -> Any:
     def script(request: Any, context: Any) -> Any:
         number = int(request.page_token or 0)
         start = sum(sizes[:number])
-        found = [pb.Feature(sae="a", index=i) for i in range(start, start + sizes[number])]
+        features = [pb.Feature(sae="a", index=i) for i in range(start, start + sizes[number])]
         more = str(number + 1) if number + 1 < len(sizes) else ""
-        return pb.ListFeaturesResponse(features=found, next_page_token=more)
+        return pb.ListFeaturesResponse(features=features, next_page_token=more)
 
     return script
 
@@ -44,8 +44,8 @@ def test_pages_are_one_walk(
     server: Any, shell: Any, sizes: list[int], limit: int | None, expected: int, pages: int
 ) -> None:
     server.on("ListFeatures", paged(sizes))
-    found = list(shell.stream("features", "a", "bridge", limit))
-    assert [one.index for one in found] == list(range(expected))
+    features = list(shell.stream("features", "a", "bridge", limit))
+    assert [feature.index for feature in features] == list(range(expected))
     assert len(server.seen) == pages
     assert all((call.request.sae, call.request.query) == ("a", "bridge") for call in server.seen)
     assert all(0 < call.request.page_size <= 100 for call in server.seen)

@@ -119,8 +119,8 @@ def test_the_target_comes_from_the_environment(monkeypatch: Any) -> None:
 def installed(monkeypatch: Any) -> Any:
     """Installs commands for this test instead of the real ones."""
 
-    def install(*found: EntryPoint) -> None:
-        monkeypatch.setattr(parser, "entry_points", lambda group: found)
+    def install(*commands: EntryPoint) -> None:
+        monkeypatch.setattr(parser, "entry_points", lambda group: commands)
 
     return install
 
@@ -129,9 +129,9 @@ def plugin(monkeypatch: Any, run: Any) -> EntryPoint:
     module = ModuleType("a_plugin")
 
     def add(subparsers: Any) -> None:
-        one = subparsers.add_parser("serve")
-        one.add_argument("--port", type=int, default=1)
-        one.set_defaults(run=run)
+        command = subparsers.add_parser("serve")
+        command.add_argument("--port", type=int, default=1)
+        command.set_defaults(run=run)
 
     module.add = add  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_plugin", module)

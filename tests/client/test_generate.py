@@ -152,7 +152,7 @@ def test_what_is_not_said_is_not_sent(server: Any, shell: Any, whole_reply: Any)
 
 
 @pytest.mark.parametrize(
-    ("given", "field", "expected"),
+    ("written", "field", "expected"),
     [
         (
             [ChatMessage("system", "be kind"), {"role": "user", "content": "hi"}],
@@ -168,9 +168,9 @@ def test_what_is_not_said_is_not_sent(server: Any, shell: Any, whole_reply: Any)
         (range(3), "tokens", input_pb2.TokenInput(ids=[0, 1, 2])),
     ],
 )
-def test_inputs(server: Any, shell: Any, whole_reply: Any, given: Any, field: str, expected: Any) -> None:
+def test_inputs(server: Any, shell: Any, whole_reply: Any, written: Any, field: str, expected: Any) -> None:
     server.on("Generate", whole_reply)
-    shell.call("generate", given)
+    shell.call("generate", written)
     request = server.seen[0].request
     assert request.WhichOneof("input") == field
     assert getattr(request, field) == expected
@@ -284,13 +284,13 @@ def test_a_lone_stop_string_is_one(server: Any, shell: Any, whole_reply: Any) ->
 def test_a_comparison_is_both_answers_and_their_distance(server: Any, shell: Any, whole_reply: Any) -> None:
     reply = gen.CompareResponse(steered=whole_reply, unsteered=whole_reply, first_divergence=0, kl_nats=[0.5, 0.25, 0])
     server.on("Compare", reply)
-    found = shell.call(
+    comparison = shell.call(
         "compare", "Once", steer=[Clamp("resid4", 17, 2.0)], seed=3, policies="calm", check_receipt=False
     )
-    asked = server.seen[0].request
-    assert (asked.text, asked.sampling.seed, list(asked.policies)) == ("Once", 3, ["calm"])
-    assert (found.steered.text, found.unsteered.text) == ("Once upon a", "Once upon a")
-    assert (found.first_divergence, found.kl_nats) == (0, (0.5, 0.25, 0.0))
+    request = server.seen[0].request
+    assert (request.text, request.sampling.seed, list(request.policies)) == ("Once", 3, ["calm"])
+    assert (comparison.steered.text, comparison.unsteered.text) == ("Once upon a", "Once upon a")
+    assert (comparison.first_divergence, comparison.kl_nats) == (0, (0.5, 0.25, 0.0))
     server.on("Compare", gen.CompareResponse(steered=whole_reply, unsteered=whole_reply))
     assert shell.call("compare", "Once").first_divergence is None
 
