@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,7 @@ from saeguard.catalog import Feature, FeaturePage
 from saeguard.checks import FieldError, check_bool, check_integer, check_number, check_sequence, check_text
 from saeguard.requests import ActivationRequest, GenerateRequest, Input, Selection, model_input
 from saeguard.results import ActivationPart, Comparison, Completion, StreamChunk, join_chunks
-from saeguard.types import FeatureRef, Intervention, Trigger
+from saeguard.types import FeatureRef, Intervention
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.wire import RPCS, from_message, read_chunk, request_message, to_message
 from saeguard_client import errors
@@ -35,6 +35,7 @@ MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 PAGE_SIZE: Final = 100
 REQUEST_ID: Final = "x-request-id"
 AUTHORIZATION: Final = "authorization"
+SAMPLING_FIELDS: Final = frozenset(field.name for field in fields(requests.Sampling))
 
 StrPath: TypeAlias = str | PathLike[str]
 ChannelOptions: TypeAlias = Sequence[tuple[str, Any]]
@@ -362,33 +363,25 @@ def generation(
     input: Input,
     options: CallOptions,
     *,
-    steer: Iterable[Intervention],
-    triggers: Iterable[Trigger],
-    policies: str | Iterable[str],
-    max_relative_edit: float | None,
-    conversation: str | None,
     check_receipt: bool,
-    watch: Iterable[FeatureRef] = (),
-    min_policy_activation: int | None = None,
+    steer: Iterable[Intervention],
+    policies: str | Iterable[str],
     stop: str | Iterable[str] = (),
-    **sampling: Any,
+    **values: Any,
 ) -> GenerateCall:
-    """None in ``sampling`` is the server's choice.
+    """``values`` are fields of the request or of its sampling; None is the server's choice.
 
     Raises:
         FieldError: the wire cannot hold a value; it names the request's field.
     """
-    choices = {name: value for name, value in sampling.items() if value is not None}
+    choices = {name: value for name, value in values.items() if value is not None}
+    sampling = {name: choices.pop(name) for name in SAMPLING_FIELDS & choices.keys()}
     request = GenerateRequest(
         input=model_input(input),
-        sampling=requests.Sampling(stop=_several("stop", stop), **choices),
+        sampling=requests.Sampling(stop=_several("stop", stop), **sampling),
         interventions=check_sequence("interventions", steer),
-        max_relative_edit=max_relative_edit,
-        watch=check_sequence("watch", watch),
-        triggers=check_sequence("triggers", triggers),
         policies=_several("policies", policies),
-        conversation="" if conversation is None else conversation,
-        min_policy_activation=min_policy_activation,
+        **choices,
     )
     return GenerateCall(request, check_bool("check_receipt", check_receipt), options)
 
