@@ -19,12 +19,12 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from saeguard.catalog import Activation
+from saeguard.catalog import Activation, Revision
 from saeguard_server.errors import ReadOnlyStore, UnknownName
 from saeguard_server.policy import document
 from saeguard_server.policy.document import policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
-from saeguard_server.policy.store.protocol import Active, Change, ContentRefused, StoreUnreachable
+from saeguard_server.policy.store.protocol import Active, ContentRefused, StoreUnreachable
 
 SUMS = "SHA256SUMS"
 """As ``sha256sum *.yaml *.json > SHA256SUMS`` writes it; where it is, every file must be in it and match."""
@@ -40,7 +40,7 @@ ABOUT = "revision.yaml"
 """Says which revision the files are."""
 UNNUMBERED = 0
 """Of files without ABOUT: only their digest tells them apart, and nobody can demand at least a number."""
-KEPT_CHANGES = 100
+MAX_CHANGES = 100
 """Of what this server saw; earlier ones are for whoever writes the directory to know."""
 
 
@@ -63,7 +63,8 @@ class DirectoryStore:
         self._refused: tuple[str, str] | None = None
         # Two who look at once would each take a change for theirs.
         self._lock = asyncio.Lock()
-        self._changes: tuple[Change, ...] = ()
+        self._changes: tuple[Revision, ...] = ()
+        self._activations: tuple[Activation, ...] = ()
 
     @classmethod
     async def open(cls, path: Path) -> DirectoryStore:
@@ -103,12 +104,11 @@ class DirectoryStore:
             raise UnknownName("revision", f"the directory does not hold revision {number}")
         return self._active.revision
 
-    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
+    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
         return tuple(change for change in self._changes if before is None or change.number < before)[:limit]
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
-        """One for each change."""
-        return tuple(_activation_of(change) for change in await self.changes(limit=limit, before=before))
+        return tuple(act for act in self._activations if before is None or act.number < before)[:limit]
 
     async def authors_to_approve(self, number: int) -> frozenset[str]:
         """Nobody: approval is where the directory is written."""
@@ -142,7 +142,10 @@ class DirectoryStore:
             self._refused = (files.digest, str(err))
             raise
         before = () if self._active is None else self._active.revision.policies
-        self._changes = (_change(before, active.revision), *self._changes)[:KEPT_CHANGES]
+        diff = "".join(change.diff for change in policy_changes(before, active.revision.policies))
+        about = {name: getattr(active.revision, name) for name in ("number", "author", "time", "reason")}
+        self._changes = (Revision(**about, diff=diff), *self._changes)[:MAX_CHANGES]
+        self._activations = (active.activation, *self._activations)[:MAX_CHANGES]
         self._active = active
         return active
 
@@ -169,14 +172,13 @@ def _active_of(files: StoreFiles) -> Active:
     except ValueError as err:
         raise ContentRefused(str(err)) from err
     _check_names(policies, about)
-    revision = PolicyRevision(
-        number=UNNUMBERED if about is None else about.revision,
-        policies=policies,
-        author="" if about is None else about.author,
-        time=datetime.now(UTC),
-        reason="" if about is None else about.reason,
-    )
-    return Active(_activation_of(revision), revision, files.digest)
+    number = UNNUMBERED if about is None else about.revision
+    author, reason = ("", "") if about is None else (about.author, about.reason)
+    now = datetime.now(UTC)
+    revision = PolicyRevision(number=number, policies=policies, author=author, time=now, reason=reason)
+    # Files are in force as they are: writing them is the act.
+    activation = Activation(number=number, revision=number, actor=author, time=now, reason=reason)
+    return Active(activation, revision, files.digest)
 
 
 def _about(text: str) -> _About:
@@ -192,27 +194,6 @@ def _check_names(policies: Sequence[Policy], about: _About | None) -> None:
     for policy, following in pairwise(policies):
         if policy.name == following.name:
             raise ContentRefused(f"the policy {policy.name!r} is given twice")
-
-
-def _activation_of(revision: PolicyRevision | Change) -> Activation:
-    """Files are in force as they are: writing them is the act."""
-    return Activation(
-        number=revision.number,
-        revision=revision.number,
-        actor=revision.author,
-        time=revision.time,
-        reason=revision.reason,
-    )
-
-
-def _change(before: Sequence[Policy], revision: PolicyRevision) -> Change:
-    return Change(
-        number=revision.number,
-        author=revision.author,
-        time=revision.time,
-        reason=revision.reason,
-        policies=policy_changes(before, revision.policies),
-    )
 
 
 # The files, all at one moment

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import ClassVar, Protocol
 
-from saeguard.catalog import Activation
-from saeguard_server.policy.document import PolicyDiff
+from saeguard.catalog import Activation, Revision
 from saeguard_server.policy.model import Policy, PolicyRevision
 
 NO_REVISION = "0"
@@ -91,18 +89,6 @@ class NothingActive(StoreError):
     reason: ClassVar[str] = "nothing_active"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A revision as the history lists it."""
-
-    number: int
-    author: str
-    time: datetime
-    reason: str
-    policies: tuple[PolicyDiff, ...]
-    """What it changed against the revision before it."""
-
-
 class PolicyStore(Protocol):
     """Revisions of the whole set of policies, and the acts that put one in force; both only ever grow.
 
@@ -126,7 +112,7 @@ class PolicyStore(Protocol):
         """
         ...
 
-    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
+    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
         """Revisions, newest first: at most ``limit``, with numbers below ``before``."""
         ...
 

@@ -39,13 +39,13 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from saeguard.catalog import Activation
+from saeguard.catalog import Activation, Revision
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.document import PolicyDiff, policy_changes
+from saeguard_server.policy.document import policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store.databases import Database
-from saeguard_server.policy.store.protocol import Active, Change, SchemaMismatch, StoreCorrupted, StoreUnreachable
+from saeguard_server.policy.store.protocol import Active, SchemaMismatch, StoreCorrupted, StoreUnreachable
 
 ANSWER_S = 10.0
 """A database that says nothing for so long counts as gone."""
@@ -138,7 +138,7 @@ class SqlStore:
         async with self._transaction() as connection:
             return await self._revision(connection, number)
 
-    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
+    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
         return tuple(change_of_row(values) for values in await self._newest(REVISIONS, limit, before))
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
@@ -322,10 +322,10 @@ def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> Po
     return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
 
 
-def change_of_row(values: Mapping[str, Any]) -> Change:
+def change_of_row(values: Mapping[str, Any]) -> Revision:
     """A revision as the history lists it."""
-    policies = tuple(PolicyDiff(*change) for change in json.loads(values["changes"]))
-    return Change(policies=policies, **_act(values, "number", "author", "reason"))
+    diff = "".join(diff for _, _, diff in json.loads(values["changes"]))
+    return Revision(diff=diff, **_act(values, "number", "author", "reason"))
 
 
 def activation_of_row(values: Mapping[str, Any]) -> Activation:
