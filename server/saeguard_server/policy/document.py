@@ -13,7 +13,6 @@ from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from difflib import unified_diff
 from functools import partial, singledispatch
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -37,7 +36,7 @@ from saeguard.types import (
     Window,
 )
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
-from saeguard_server.policy.probe import ProbeReader, no_probes, probe_in_files, probe_in_folder
+from saeguard_server.policy.probe import ProbeReader, no_probes, probe_in_files
 
 T = TypeVar("T")
 Tree: TypeAlias = dict[str, Any]
@@ -47,19 +46,6 @@ Reader: TypeAlias = Callable[[Any, str], Any]
 
 class BadDocument(ValueError):
     """A text that is no policy. The message names the path, such as ``rules[2].clamp.value``."""
-
-
-def read_policy_file(path: Path) -> tuple[Policy, ...]:
-    """The policies of a file, with the probes that lie in its folder.
-
-    Raises:
-        BadDocument: the message begins with the file's name.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise BadDocument(f"{path.name}: {getattr(err, 'strerror', None) or err}") from err
-    return _policies_of_file(path.name, text, partial(probe_in_folder, path.parent))
 
 
 def read_policy_files(files: Mapping[str, str]) -> tuple[Policy, ...]:

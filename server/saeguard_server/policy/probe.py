@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TypeAlias
 
 import msgspec
@@ -43,31 +43,15 @@ def no_probes(name: str) -> LinearProbe:
     raise ValueError("files of probes are only read where the policy is read from files")
 
 
-def probe_in_folder(folder: Path, name: str) -> LinearProbe:
-    """From a file in the policy's folder."""
-    path = folder / _relative(name)
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} is outside the policy's folder")
-    try:
-        text = path.read_bytes()
-    except OSError as err:
-        raise ValueError(f"{name!r}: {err.strerror}") from err
-    return parse_probe(text)
-
-
 def probe_in_files(files: Mapping[str, str], yaml_name: str, name: str) -> LinearProbe:
-    """From one of the texts that came with the policy's."""
-    path = str(PurePosixPath(yaml_name).parent / _relative(name))
-    if path not in files:
-        raise ValueError(f"there is no file {path!r}")
-    return parse_probe(files[path])
-
-
-def _relative(name: str) -> PurePosixPath:
+    """From one of the texts that came with the policy's, in its folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"must be a file in the policy's folder, got {name!r}")
-    return path
+    place = str(PurePosixPath(yaml_name).parent / path)
+    if place not in files:
+        raise ValueError(f"there is no file {place!r}")
+    return parse_probe(files[place])
 
 
 class _Term(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -23,7 +23,6 @@ NO_REVISION = "0"
 """Etag of a store that holds no revision yet."""
 MAX_POLICIES = 1024
 """Policies of one revision."""
-MAX_AUTHOR_CHARS = 256
 MAX_REASON_CHARS = 4096
 
 
