@@ -82,7 +82,7 @@ class App:
             stack.callback(engine.stop)
             engine.start()
             enforced = await stack.enter_async_context(
-                enforcing(store, settings.policies, engine, metrics, keeps_audit=audit.is_kept)
+                enforcing(store, settings.policies, engine, metrics, keeps_audit=audit.is_enabled)
             )
             counterfactuals = Counterfactuals(engine, metrics)
             await stack.enter_async_context(counterfactuals.running())

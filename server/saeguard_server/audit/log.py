@@ -61,7 +61,7 @@ class Audit:
         return RequestAudit(self._writer, record, self._text, required=self._required)
 
     @property
-    def is_kept(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether records are written anywhere."""
         return self._writer is not None
 

@@ -70,26 +70,6 @@ ALMOST_OVER_S = 0.01
 CORE_ENDS_WITHIN_S = 1.0
 """How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
 
-STATUS: Mapping[type[SaeguardError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    UnknownName: grpc.StatusCode.NOT_FOUND,
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
-    PolicyRefusal: grpc.StatusCode.PERMISSION_DENIED,
-    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Conflict: grpc.StatusCode.ABORTED,
-    ReadOnlyStore: grpc.StatusCode.FAILED_PRECONDITION,
-    NotConfigured: grpc.StatusCode.FAILED_PRECONDITION,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Cancelled: grpc.StatusCode.CANCELLED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    PoliciesUnavailable: grpc.StatusCode.UNAVAILABLE,
-    ActivationNotReached: grpc.StatusCode.FAILED_PRECONDITION,
-    NonFiniteOutput: grpc.StatusCode.FAILED_PRECONDITION,
-    InternalFailure: grpc.StatusCode.INTERNAL,
-}
-
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Around unary-unary and unary-stream handlers, in this order; others, as reflection's, pass untouched.
@@ -247,6 +227,27 @@ class RpcRecord:
 
 
 # 3. How an RPC ended
+
+
+STATUS: Mapping[type[SaeguardError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownName: grpc.StatusCode.NOT_FOUND,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    PolicyRefusal: grpc.StatusCode.PERMISSION_DENIED,
+    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Conflict: grpc.StatusCode.ABORTED,
+    ReadOnlyStore: grpc.StatusCode.FAILED_PRECONDITION,
+    NotConfigured: grpc.StatusCode.FAILED_PRECONDITION,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    PoliciesUnavailable: grpc.StatusCode.UNAVAILABLE,
+    ActivationNotReached: grpc.StatusCode.FAILED_PRECONDITION,
+    NonFiniteOutput: grpc.StatusCode.FAILED_PRECONDITION,
+    InternalFailure: grpc.StatusCode.INTERNAL,
+}
 
 
 class RpcStatus:
