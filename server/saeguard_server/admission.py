@@ -141,7 +141,7 @@ class RpcLimiter:
                 f"{self._max_queue} requests are waiting already", retry_after_s=self._retry_after_s()
             )  # fmt: skip
             # One caller's thousand requests must not shut the door on everybody else.
-            if not self._turns.send_away(caller.name, refusal):
+            if not self._turns.evict(caller.name, refusal):
                 raise refusal
 
     def _retry_after_s(self) -> float:

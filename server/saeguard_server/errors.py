@@ -1,4 +1,4 @@
-"""Every way in which Saeguard says no, with a stable reason; no gRPC here, the edge maps these to statuses.
+"""Every way in which Saeguard says no, with a stable reason; no gRPC here: ``rpc.interceptor`` maps these to statuses.
 
 SaeguardError
 ├── InvalidRequest          a field is wrong; names it

@@ -79,7 +79,7 @@ class FairQueue:
         """Waits for this request's turn; around its time in the engine. ``cost`` is the tokens it can take.
 
         Raises:
-            SaeguardError: it was sent away for a caller who had fewer waiting.
+            SaeguardError: it was evicted for a caller who had fewer waiting.
         """
         if self._waiting or not self._has_room():
             await self._wait(caller, cost)
@@ -91,7 +91,7 @@ class FairQueue:
             self._running -= 1
             self._admit()
 
-    def send_away(self, caller: str, error: SaeguardError) -> bool:
+    def evict(self, caller: str, error: SaeguardError) -> bool:
         """Makes room for this caller: the last request of the longest line fails with ``error``.
 
         Returns:

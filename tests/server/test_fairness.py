@@ -194,14 +194,14 @@ async def test_a_caller_with_fewer_waiting_takes_the_place_of_one_with_more() ->
         one.come("greedy", number, 5)
     await settle()
     refusal = Overloaded("full", 1.0)
-    assert one.turns.send_away("modest", refusal)
+    assert one.turns.evict("modest", refusal)
     await settle()
     assert one.tasks["greedy", 4].exception() is refusal
     one.come("modest", 0, 5)
     one.come("modest", 1, 5)
     await settle()
-    assert not one.turns.send_away("modest", refusal), "three of the other, and three would be of this one"
-    assert not one.turns.send_away("greedy", refusal)
+    assert not one.turns.evict("modest", refusal), "three of the other, and three would be of this one"
+    assert not one.turns.evict("greedy", refusal)
     await one.drain()
     assert len(one.entered) == 6
 
