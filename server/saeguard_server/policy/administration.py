@@ -1,6 +1,6 @@
 """What people do to policies: write, delete, activate, roll back, compare. The one place with the second-person rule.
 
-Whose role allows what is for ``identity.auth`` to say. Nothing is stored, or put in force, that was not checked completely.
+``identity.auth`` says whose role allows what. Nothing is stored, or put in force, that was not checked completely.
 """
 
 from __future__ import annotations
