@@ -6,8 +6,8 @@ import asyncio
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import chain
 from types import TracebackType
 from typing import Protocol
@@ -19,8 +19,6 @@ from saeguard_server.errors import Overloaded, QuotaExceeded, Unavailable
 from saeguard_server.fair_queue import EngineQueue, FairQueue
 from saeguard_server.identity import auth
 from saeguard_server.observe import Metrics
-
-# A count of what is going on, and a way to wait until nothing is.
 
 
 class InFlight:
@@ -150,12 +148,10 @@ class RpcLimiter:
         return min(max(half, SHORTEST_RETRY_S), LONGEST_RETRY_S) * random.uniform(1.0, 1.5)
 
 
-# What each caller uses of its quota: requests at once, tokens a minute, features of a request.
+# --- what each caller uses of its quota: requests at once, tokens a minute, features of a request
 
 
 MINUTE_S = 60.0
-
-"""When to come back for a place: nobody knows when one of the caller's own requests ends."""
 
 
 class _Account:
@@ -179,29 +175,29 @@ class _Account:
         return not self.running and self.level(now) >= self._size
 
 
-class Spending:
-    """The tokens of one request: what was taken for it when it came in, and what it has used."""
+class TokenBudget:
+    """The tokens of one request: what was reserved for it when it came in, and what it has used."""
 
     def __init__(self, quotas: Quotas, caller: Caller) -> None:
         self._quotas, self._caller = quotas, caller
-        self._taken = self._used = 0
+        self._reserved = self._charged = 0
 
-    def take(self, tokens: int) -> None:
-        """Takes what the request can use at most.
+    def reserve(self, tokens: int) -> None:
+        """Sets aside what the request can use at most.
 
         Raises:
             QuotaExceeded: the caller has not so many.
         """
-        self._quotas.take(self._caller, tokens)
-        self._taken += tokens
+        self._quotas.reserve(self._caller, tokens)
+        self._reserved += tokens
 
-    def use(self, tokens: int) -> None:
+    def charge(self, tokens: int) -> None:
         """Counts what was read or generated."""
-        self._used += tokens
+        self._charged += tokens
 
     def close(self) -> None:
         """Gives back what was not used."""
-        self._quotas.give_back(self._caller, self._taken - self._used)
+        self._quotas.give_back(self._caller, self._reserved - self._charged)
 
 
 class Quotas:
@@ -212,25 +208,25 @@ class Quotas:
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
 
     @contextmanager
-    def request(self, caller: Caller, features: int) -> Iterator[Spending]:
+    def request(self, caller: Caller, features: int) -> Iterator[TokenBudget]:
         """Around one request that names so many features.
 
         Raises:
             QuotaExceeded: too many features, or too many of the caller's requests run already.
         """
         if caller.quota == UNLIMITED:
-            yield Spending(self, caller)
+            yield TokenBudget(self, caller)
             return
         self._check(caller, features)
-        spending = Spending(self, caller)
+        tokens = TokenBudget(self, caller)
         self._account(caller).running += 1
         try:
-            yield spending
+            yield tokens
         finally:
             self._account(caller).running -= 1
-            spending.close()
+            tokens.close()
 
-    def take(self, caller: Caller, tokens: int) -> None:
+    def reserve(self, caller: Caller, tokens: int) -> None:
         """Takes tokens out of the caller's bucket, or none.
 
         Raises:
@@ -257,11 +253,11 @@ class Quotas:
     def _check(self, caller: Caller, features: int) -> None:
         quota = caller.quota
         if quota.max_features is not None and features > quota.max_features:
-            said = f"{caller.name} may name {quota.max_features} features in a request, got {features}"
-            self._refuse(said, "max_features", None)
+            message = f"{caller.name} may name {quota.max_features} features in a request, got {features}"
+            self._refuse(message, "max_features", None)
         if quota.max_concurrent is not None and self._account(caller).running >= quota.max_concurrent:
-            said = f"{caller.name} may have {quota.max_concurrent} requests at once"
-            self._refuse(said, "max_concurrent", SOON_S)
+            message = f"{caller.name} may have {quota.max_concurrent} requests at once"
+            self._refuse(message, "max_concurrent", SOON_S)
 
     def _refuse(self, message: str, quota: str, retry_after_s: float | None) -> None:
         self._refusals.labels(f"quota_{quota}").inc()
@@ -282,7 +278,24 @@ class Quotas:
                 del self._accounts[name]
 
 
-# The way into the engine: may this caller steer, has it quota left, and whose turn is it?
+# --- the way into the engine: may this caller steer, has it quota left, and whose turn is it?
+
+
+class AdmittedRequest:
+    """A request within its caller's quota; it holds a place in the engine from ``turn`` on."""
+
+    def __init__(self, tokens: TokenBudget, queue: FairQueue, caller: Caller, place: AsyncExitStack) -> None:
+        self.tokens = tokens
+        self._queue, self._caller, self._place = queue, caller, place
+
+    async def turn(self, tokens: int) -> None:
+        """Waits for the turn of a task that can take so many tokens; a place it has is given up first.
+
+        Raises:
+            SaeguardError: it was sent away for a caller who had fewer waiting.
+        """
+        await self._place.aclose()
+        await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))
 
 
 class Admission:
@@ -292,8 +305,10 @@ class Admission:
         self.turns = FairQueue(engine, metrics, slots)
         self._quotas = Quotas(metrics)
 
-    @contextmanager
-    def request(self, caller: Caller, request: GenerateRequest | ActivationRequest) -> Iterator[Spending]:
+    @asynccontextmanager
+    async def request(
+        self, caller: Caller, request: GenerateRequest | ActivationRequest
+    ) -> AsyncIterator[AdmittedRequest]:
         """Around everything that is done for a request.
 
         Raises:
@@ -303,30 +318,27 @@ class Admission:
         triggers = request.triggers if isinstance(request, GenerateRequest) else ()
         if request.interventions or triggers:
             auth.check_role(caller, Role.STEER, "a request with interventions or triggers")
-        with self._quotas.request(caller, len(named_features(request))) as spending:
-            yield spending
-
-    def turn(self, caller: Caller, tokens: int) -> AbstractAsyncContextManager[None]:
-        """Waits for the turn of a task that can take so many tokens; around its time in the engine."""
-        return self.turns.turn(caller.name, tokens)
+        with self._quotas.request(caller, len(named_features(request))) as tokens:
+            async with AsyncExitStack() as place:
+                yield AdmittedRequest(tokens, self.turns, caller, place)
 
 
 def named_features(request: GenerateRequest | ActivationRequest) -> set[FeatureRef]:
     """Every feature that the request names: edited, watched, read by itself, or in a condition."""
-    found = set(chain.from_iterable(map(_of_edit, request.interventions)))
+    edited = set(chain.from_iterable(map(_of_edit, request.interventions)))
     if isinstance(request, GenerateRequest):
-        return found.union(request.watch, *map(_of_trigger, request.triggers))
-    return found.union(request.selection.features if isinstance(request.selection, FeatureSelection) else ())
+        return edited.union(request.watch, *map(_of_trigger, request.triggers))
+    return edited.union(request.selection.features if isinstance(request.selection, FeatureSelection) else ())
 
 
-def _of_edit(one: Intervention) -> set[FeatureRef]:
-    return {one.ref} | (_of_condition(one.when) if one.when is not None else set())
+def _of_edit(edit: Intervention) -> set[FeatureRef]:
+    return {edit.ref} | (_of_condition(edit.when) if edit.when is not None else set())
 
 
-def _of_trigger(one: Trigger) -> set[FeatureRef]:
-    edits = one.action.interventions if isinstance(one.action, Apply) else ()
-    return _of_condition(one.when).union(*map(_of_edit, edits))
+def _of_trigger(trigger: Trigger) -> set[FeatureRef]:
+    edits = trigger.action.interventions if isinstance(trigger.action, Apply) else ()
+    return _of_condition(trigger.when).union(*map(_of_edit, edits))
 
 
-def _of_condition(one: Condition) -> set[FeatureRef]:
-    return {term.ref for term in one.terms}
+def _of_condition(condition: Condition) -> set[FeatureRef]:
+    return {term.ref for term in condition.terms}

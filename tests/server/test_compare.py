@@ -146,7 +146,7 @@ async def test_what_cannot_be_compared(side: Side) -> None:
 
 
 async def test_a_counterfactual_is_the_answer_read_without_one_policy(side: Side) -> None:
-    ready = await side.flow.prepare(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
+    ready = await side.flow.compile(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
     steering = ready.task.steering
     mine = replace(steering.edits[0], origin=Origin("calm", "r"))
     task = replace(ready.task, steering=replace(steering, edits=(mine, *steering.edits[1:])))

@@ -16,9 +16,8 @@ from datetime import UTC, datetime
 
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
-from saeguard_server.policy import compile
 from saeguard_server.policy.administration import Administration
-from saeguard_server.policy.compile import Policies, Snapshot, check_or_refuse
+from saeguard_server.policy.compile import Policies, Snapshot, build_snapshot, check_or_refuse
 from saeguard_server.policy.model import Policy
 from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import (
@@ -31,7 +30,6 @@ from saeguard_server.policy.store.protocol import (
     WentBack,
 )
 from saeguard_server.settings import NO_STORE, BadSettings, PolicySettings
-from saeguard_server.steering import ServedModel
 
 LOG = logging.getLogger("saeguard.policies")
 
@@ -235,13 +233,13 @@ async def enforcing(
     if store is None:
         yield None
         return
-    served = ServedModel(engine, keeps_audit=keeps_audit)
 
     def build(active: Active) -> Snapshot:
-        return compile.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
+        now = datetime.now(UTC)
+        return build_snapshot(active.activation, active.revision, engine, now, keeps_audit=keeps_audit)
 
     def check(policies: Sequence[Policy]) -> tuple[str, ...]:
-        return check_or_refuse(policies, served, datetime.now(UTC))
+        return check_or_refuse(policies, engine, datetime.now(UTC), keeps_audit=keeps_audit)
 
     policies = Policies(settings.stale_after_s)
     sync = PolicySync(store, policies, build, metrics, poll_s=settings.poll_s)

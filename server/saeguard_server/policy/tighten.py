@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from saeguard.types import Add, Cap, Clamp, Condition, Floor, Intervention, Scale, Scope, Zero
+from saeguard.types import Scope
 from saeguard_sae.edits import Affine
+from saeguard_server.engine.protocol import CompiledEdit
 
 Base: TypeAlias = Literal["free", "constant", "scale", "add"]
 Relation: TypeAlias = Literal["apart", "same", "within", "across"]
@@ -35,10 +36,12 @@ class Effect:
         match kind:
             case "zero" | "clamp":
                 return cls("constant", affine.beta)
+            case "scale" if affine.alpha == 0:
+                return cls("constant", 0.0)
             case "scale":
-                return cls("scale", affine.alpha) if affine.alpha else cls("constant", 0.0)
+                return cls("scale", affine.alpha, affine.lo, affine.hi)
             case "add":
-                return cls("add", affine.beta)
+                return cls("add", affine.beta, affine.lo, affine.hi)
             case "cap" | "floor":
                 return cls(low=affine.lo, high=affine.hi)
         raise AssertionError(f"a kind of edit without a demand: {kind}")
@@ -56,18 +59,16 @@ class Effect:
             case "add":
                 return Affine(beta=self.value, lo=self.low, hi=self.high)
 
-    def edit_of(self, like: Intervention) -> Intervention:
-        """An edit of the same tokens, of the kind that says best what this is; ``affine`` says exactly."""
-        place: dict[str, Any] = {"sae": like.sae, "feature": like.feature, "scope": like.scope, "when": like.when}
+    @property
+    def kind(self) -> str:
+        """The kind that says best what it is; ``affine`` says exactly."""
         match self.base:
             case "free":
-                return Cap(value=self.high, **place) if self.high < inf else Floor(value=self.low, **place)
+                return "cap" if self.high < inf else "floor"
             case "constant":
-                return Clamp(value=self.value, **place) if self.value else Zero(**place)
-            case "scale":
-                return Scale(factor=self.value, **place)
-            case "add":
-                return Add(value=self.value, **place)
+                return "clamp" if self.value else "zero"
+            case base:
+                return base
 
     @property
     def may_be_capped(self) -> bool:
@@ -161,13 +162,21 @@ class Where:
     """The tokens on which an edit is made: those of a scope, while a condition holds, from when a trigger fired."""
 
     scope: Scope
-    when: Condition | None = None
+    condition: str = ""
+    """Its digest."""
     is_triggered: bool = False
+
+    @classmethod
+    def of(cls, edit: CompiledEdit) -> Where:
+        """Where the edit is made."""
+        if edit.condition is None:
+            return cls(edit.scope)
+        return cls(edit.scope, edit.condition.digest, edit.condition.is_trigger)
 
     @property
     def is_conditional(self) -> bool:
         """Whether it may be on none of the scope's tokens."""
-        return self.when is not None or self.is_triggered
+        return bool(self.condition)
 
 
 def relation(enforced: Where, asked: Where) -> Relation:

@@ -1,4 +1,4 @@
-"""PolicyService: policies are read and written, revisions put in force. ``identity.auth`` says whose role allows what."""
+"""PolicyService: policies are read and written, revisions put in force. Whose role allows what, ``auth`` says."""
 
 from __future__ import annotations
 
