@@ -119,6 +119,16 @@ async def test_a_file_that_cannot_be_used_changes_nothing(
     assert "not known" in await refused(keys, made["a"])
 
 
+async def test_a_file_whose_mode_was_mended_is_read_again(path: Path) -> None:
+    write_keys(path, a=[Role.GENERATE])
+    keys = opened(path)
+    key = write_keys(path, b=[Role.GENERATE])["b"]
+    path.chmod(0o644)
+    assert "not known" in await refused(keys, key)
+    path.chmod(0o600)
+    assert (await keys.caller(shown(key))).name == "b"
+
+
 async def test_a_kubernetes_secret_is_followed(tmp_path: Path) -> None:
     """There the file is a link to a link, and an update moves the second."""
     for name in ("one", "two"):
