@@ -75,7 +75,7 @@ def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
     return (hashlib.sha256(data) if key is None else hmac.new(key, data, hashlib.sha256)).hexdigest()
 
 
-# The files
+# --- the files
 
 
 _NAME = re.compile(r"audit-(\d{8})\.jsonl")
@@ -233,7 +233,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# The writer
+# --- the writer
 
 
 _log = logging.getLogger(__name__)

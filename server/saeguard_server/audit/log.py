@@ -138,7 +138,7 @@ async def _write(writer: AuditWriter, record: dict[str, Any]) -> None:
         raise Unavailable(str(err), RETRY_S) from err
 
 
-# Records
+# --- records
 
 
 _ACTIONS: dict[str, Action] = {"flag": Flag(), "stop": Stop()}
@@ -256,7 +256,7 @@ def _finite(receipt: InterventionReceipt | TriggerReceipt) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (inf, -inf)}
 
 
-# What records hold of prompts and answers
+# --- what records hold of prompts and answers
 
 
 TextMode: TypeAlias = Literal["none", "hash", "encrypt"]

@@ -52,7 +52,7 @@ def run_sae(arguments: argparse.Namespace) -> int:
         return 1
 
 
-# Flags: which SAE, and what its files leave open; names as in the settings
+# --- flags: which SAE, and what its files leave open; names as in the settings
 
 
 NAME = "sae"
@@ -119,7 +119,7 @@ def _stated(arguments: argparse.Namespace, flags: Iterable[str]) -> dict[str, An
     return {name: value for name, value in values.items() if value is not None}
 
 
-# saeguard sae check
+# --- saeguard sae check
 
 
 MIB = 2**20
@@ -224,7 +224,7 @@ def _print(lines: tuple[str, ...] | Iterator[str]) -> None:
     sys.stdout.flush()
 
 
-# saeguard sae convert
+# --- saeguard sae convert
 
 
 def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -291,7 +291,7 @@ def _difference(written: SparseCoder, other: SparseCoder) -> float:
     return float(((before - after).abs() / scale).max())
 
 
-# saeguard sae features
+# --- saeguard sae features
 
 
 def add_labels(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -337,7 +337,7 @@ def _counted(dropped: Dropped) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
 
 
-# saeguard sae list
+# --- saeguard sae list
 
 
 def add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

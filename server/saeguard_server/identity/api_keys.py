@@ -164,7 +164,7 @@ class _Keys:
         self.checks: OrderedDict[bytes, asyncio.Task[bool]] = OrderedDict()
 
 
-# The file
+# --- the file
 
 
 def make_key(

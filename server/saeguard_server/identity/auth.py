@@ -79,7 +79,7 @@ def _everybody(settings: IdentitySettings) -> Caller:
     return caller
 
 
-# What each RPC needs
+# --- what each RPC needs
 
 
 class Access(Enum):

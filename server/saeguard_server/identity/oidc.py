@@ -135,7 +135,7 @@ def _refused(reason: str) -> Unauthenticated:
     return Unauthenticated(f"the token is refused: {reason}")
 
 
-# The issuer's keys
+# --- the issuer's keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def _change(name: str, old: Policy | None, new: Policy | None) -> PolicyDiff:
     return PolicyDiff(name, kind, "".join(unified_diff(before, after, f"{name} before", f"{name} after")))
 
 
-# From what is written to a policy. Whatever is wrong is named by its path in the document.
+# --- from what is written to a policy. Whatever is wrong is named by its path in the document.
 
 _TARGET = ("sae", "feature")
 _EDIT = (*_TARGET, *KINDS, "scope")
@@ -322,7 +322,7 @@ def _names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
-# From a policy to what is written: the one form of each policy
+# --- from a policy to what is written: the one form of each policy
 
 
 @singledispatch
@@ -387,7 +387,7 @@ def _over(window: Window) -> Any:
     return {"k": window.k, "of": window.tokens} if window.kind == "k_of_n" else window.kind
 
 
-# The YAML that policies use: the safe subset, where nothing is guessed and nothing is said twice
+# --- the YAML that policies use: the safe subset, where nothing is guessed and nothing is said twice
 
 
 MAX_CHARS = 8 * 2**20

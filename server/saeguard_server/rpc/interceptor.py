@@ -135,7 +135,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         return await context.abort_with_status(rpc_failure(status.error, call.request_id))
 
 
-# 1. The call, for whoever handles it
+# --- 1. The call, for whoever handles it
 
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -171,7 +171,7 @@ def _request_id(context: Context) -> str:
     return uuid.uuid4().hex
 
 
-# 2. Counters under the names gRPC dashboards expect, and one log line
+# --- 2. Counters under the names gRPC dashboards expect, and one log line
 
 
 CODE_NAMES = {code: "".join(word.title() for word in code.name.split("_")) for code in grpc.StatusCode} | {
@@ -226,7 +226,7 @@ class RpcRecord:
         LOG.log(level, "rpc", extra={"fields": fields})
 
 
-# 3. How an RPC ended
+# --- 3. How an RPC ended
 
 
 STATUS: Mapping[type[SaeguardError], grpc.StatusCode] = {
@@ -380,7 +380,7 @@ def _short(text: str) -> str:
     return encoded[: MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
 
 
-# 6. Who calls, and whether it may
+# --- 6. Who calls, and whether it may
 
 
 REFUSAL_REASONS = {Unauthenticated: "unauthenticated", PermissionDenied: "permission_denied"}
@@ -434,7 +434,7 @@ def _credentials(context: Context) -> Credentials:
     )
 
 
-# 7. The handler
+# --- 7. The handler
 
 
 def _parsed(handler: Handler, raw: bytes) -> Any:

@@ -107,7 +107,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     return options
 
 
-# TLS
+# --- TLS
 
 
 def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
@@ -147,7 +147,7 @@ def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | Non
     )
 
 
-# Health and ServerInfo
+# --- Health and ServerInfo
 
 
 OVERALL = ""

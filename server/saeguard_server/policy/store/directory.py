@@ -196,7 +196,7 @@ def _check_names(policies: Sequence[Policy], about: _About | None) -> None:
             raise ContentRefused(f"the policy {policy.name!r} is given twice")
 
 
-# The files, all at one moment
+# --- the files, all at one moment
 
 
 @dataclass(frozen=True, slots=True)

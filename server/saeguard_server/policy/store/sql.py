@@ -301,7 +301,7 @@ class SqlStore:
         await self._database.announce(connection)
 
 
-# Rows
+# --- rows
 
 
 def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: object) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def policy_of_document(name: str, digest: str, bodies: Mapping[str, str]) -> Pol
     return policy
 
 
-# Seals
+# --- seals
 #
 # A digest in each row over the row and the seal of the one before: damage and gaps are seen wherever they are read. Not
 # under a secret key: whoever may rewrite the whole database can seal it again. The audit log is what shows that.
@@ -399,7 +399,7 @@ def check_chain(table: Table, rows: Sequence[Row[Any]], newest: int) -> None:
         previous = values["seal"]
 
 
-# The schema
+# --- the schema
 
 
 def migrate_schema(connection: Connection) -> None:
