@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 
-from saeguard.requests import ChatInput, GenerateRequest, ModelInput, Sampling
+from saeguard.requests import GenerateRequest, Sampling
 from saeguard.results import Comparison, PolicyFacts, StreamChunk, join_chunks
 from saeguard_server.admission import Admission
 from saeguard_server.audit.log import Audit, RequestAudit
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, Side, Steering
-from saeguard_server.engine.tokenizer import EncodedText, Tokenizer
+from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, SaeguardError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy.compile import Policies, Snapshot
@@ -129,9 +129,8 @@ class Generation:
     def _compile(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
         for index, ref in enumerate(request.watch):
             check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
-        tokens = encode_input(self._tokenizer, request.input).ids
         context = self._engine.model.max_context
-        check_length(request.input, len(tokens), context - 1)
+        tokens = encode_input(self._tokenizer, request.input, context - 1).ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         seed = request.sampling.seed
         task = GenerateTask(
@@ -209,33 +208,6 @@ def first_divergence(answer: Sequence[int], other: Sequence[int]) -> int | None:
     """Index of the first token in which two answers differ; where one ends, that of its end."""
     pairs = enumerate(zip_longest(answer, other))
     return next((index for index, (a, b) in pairs if a != b), None)
-
-
-# --- inputs
-
-
-def encode_input(tokenizer: Tokenizer, input: ModelInput, prefix: str = "") -> EncodedText:
-    """The input's tokens. ``prefix`` is the field that holds the input, with its dot.
-
-    Raises:
-        InvalidRequest: no tokens, an id outside the vocabulary, no chat template.
-    """
-    try:
-        return tokenizer.encode(input)
-    except ValueError as err:
-        field, _, problem = str(err).partition(": ")
-        raise InvalidRequest(f"{prefix}{field}", problem) from err
-
-
-def check_length(input: ModelInput, tokens: int, most: int, prefix: str = "") -> None:
-    """Refuses an input that does not fit the context.
-
-    Raises:
-        InvalidRequest: more than ``most`` tokens.
-    """
-    if tokens > most:
-        name = "text" if isinstance(input, str) else "chat" if isinstance(input, ChatInput) else "tokens"
-        raise InvalidRequest(f"{prefix}{name}", f"has {tokens} tokens, at most {most} fit")
 
 
 # --- what is kept of a request beside its answer
