@@ -107,6 +107,43 @@ class Generation:
                     admitted.tokens.charge(len(chunk.tokens))
                     yield await record.chunk(chunk)
 
+    async def compare(self, request: GenerateRequest, call: Call) -> Comparison:
+        """The request with everything that is done to it and without any of that, side by side in one batch.
+
+        The steered answer is then read once more, with and without.
+
+        Raises:
+            InvalidRequest: too many tokens, prompt log-probabilities, or an engine that cannot measure.
+            SaeguardError: as for a generation.
+        """
+        if not self._engine.capabilities.compares:
+            raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
+        if request.sampling.prompt_logprobs:
+            raise InvalidRequest("sampling.prompt_logprobs", "must not be set here")
+        async with (
+            self._recorder.request(request, call, is_comparison=True) as record,
+            self._admission.request(call.caller, request) as admitted,
+        ):
+            compiled = await self.compile(request, call)
+            task, plain = compiled.task, replace(compiled.task, steering=Steering())
+            if task.max_new_tokens > MAX_MEASURED_TOKENS:
+                raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
+            # Two answers, and one of them read twice.
+            most = 4 * compiled.most_tokens
+            admitted.tokens.reserve(most)
+            await record.admit(compiled)
+            await admitted.turn(most)
+            steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
+            answer, plain_answer = token_ids(steered), token_ids(unsteered)
+            kl = await measure_divergence(self._engine, task, answer, Steering())
+            admitted.tokens.charge(4 * len(task.tokens) + 3 * len(answer) + len(plain_answer))
+            return Comparison(
+                join_chunks([await record.chunk(chunk) for chunk in steered]),
+                join_chunks([finished(chunk, call, None) for chunk in unsteered]),
+                first_divergence(answer, plain_answer),
+                kl,
+            )
+
     async def compile(self, request: GenerateRequest, call: Call) -> CompiledRequest:
         """What the engine is asked to do, under the policies that are in force now: the request keeps them.
 
@@ -157,51 +194,6 @@ class Generation:
         # The last token is read only where a trigger may stop it from being sent.
         last = len(task.tokens) + task.max_new_tokens - 1
         return TokenRange(task.tokens, last + may_stop(triggers, last, len(task.tokens)), self._tokenizer.special_ids)
-
-
-class Compare:
-    """One request with everything that is done to it and without any of that, side by side in one batch."""
-
-    def __init__(
-        self, engine: Engine, generation: Generation, admission: Admission, recorder: RequestRecorder | None = None
-    ) -> None:
-        self._engine, self._generation, self._admission = engine, generation, admission
-        self._recorder = recorder or RequestRecorder()
-
-    async def run(self, request: GenerateRequest, call: Call) -> Comparison:
-        """Runs it twice at once, and reads the steered answer once more, with and without.
-
-        Raises:
-            InvalidRequest: too many tokens, prompt log-probabilities, or an engine that cannot measure.
-            SaeguardError: as for a generation.
-        """
-        if not self._engine.capabilities.compares:
-            raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
-        if request.sampling.prompt_logprobs:
-            raise InvalidRequest("sampling.prompt_logprobs", "must not be set here")
-        async with (
-            self._recorder.request(request, call, is_comparison=True) as record,
-            self._admission.request(call.caller, request) as admitted,
-        ):
-            compiled = await self._generation.compile(request, call)
-            task, plain = compiled.task, replace(compiled.task, steering=Steering())
-            if task.max_new_tokens > MAX_MEASURED_TOKENS:
-                raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
-            # Two answers, and one of them read twice.
-            most = 4 * compiled.most_tokens
-            admitted.tokens.reserve(most)
-            await record.admit(compiled)
-            await admitted.turn(most)
-            steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
-            answer, plain_answer = token_ids(steered), token_ids(unsteered)
-            kl = await measure_divergence(self._engine, task, answer, Steering())
-            admitted.tokens.charge(4 * len(task.tokens) + 3 * len(answer) + len(plain_answer))
-            return Comparison(
-                join_chunks([await record.chunk(chunk) for chunk in steered]),
-                join_chunks([finished(chunk, call, None) for chunk in unsteered]),
-                first_divergence(answer, plain_answer),
-                kl,
-            )
 
 
 def first_divergence(answer: Sequence[int], other: Sequence[int]) -> int | None:
