@@ -11,9 +11,8 @@ from saeguard.results import ActivationPart
 from saeguard_server.admission import Admission
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import Engine, InspectTask, Pick
-from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.generation import check_length, encode_input
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import TokenRange, compile_steering, find_feature, find_sae
 
@@ -49,9 +48,7 @@ class ReadActivations:
     def _task(
         self, request: ActivationRequest, call: Call, picks: tuple[Pick, ...], index: int, input: ModelInput
     ) -> InspectTask:
-        prefix = f"inputs[{index}]."
-        encoded = encode_input(self._tokenizer, input, prefix)
-        check_length(input, len(encoded.ids), self._engine.model.max_context, prefix)
+        encoded = encode_input(self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].")
         tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
         steering = compile_steering(self._engine, request.interventions, None, tokens)
         return InspectTask(

@@ -20,7 +20,7 @@ from saeguard_server.admission import Admission, RpcLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.choice import LoadedEngine, load_engine
-from saeguard_server.generation import Compare, Counterfactuals, Generation, RequestRecorder
+from saeguard_server.generation import Counterfactuals, Generation, RequestRecorder
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Exporter, Metrics
@@ -93,11 +93,10 @@ class App:
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
-            comparison = Compare(engine, generation, admission, recorder)
             activations = ReadActivations(engine, engine.tokenizer, limits, admission)
             health = Health(rpc.SERVICES)
             servicers = rpc.Servicers(
-                generation=GenerationServicer(generation, comparison, limiter, limits),
+                generation=GenerationServicer(generation, limiter, limits),
                 activation=ActivationServicer(activations, limiter, limits),
                 catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
                 policy=PolicyServicer(enforced, audit),

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 
-from saeguard.requests import ChatInput, GenerateRequest, ModelInput, Sampling
+from saeguard.requests import GenerateRequest, Sampling
 from saeguard.results import Comparison, PolicyFacts, StreamChunk, join_chunks
 from saeguard_server.admission import Admission
 from saeguard_server.audit.log import Audit, RequestAudit
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, Side, Steering
-from saeguard_server.engine.tokenizer import EncodedText, Tokenizer
+from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, SaeguardError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy.compile import Policies, Snapshot
@@ -107,6 +107,43 @@ class Generation:
                     admitted.tokens.charge(len(chunk.tokens))
                     yield await record.chunk(chunk)
 
+    async def compare(self, request: GenerateRequest, call: Call) -> Comparison:
+        """The request with everything that is done to it and without any of that, side by side in one batch.
+
+        The steered answer is then read once more, with and without.
+
+        Raises:
+            InvalidRequest: too many tokens, prompt log-probabilities, or an engine that cannot measure.
+            SaeguardError: as for a generation.
+        """
+        if not self._engine.capabilities.compares:
+            raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
+        if request.sampling.prompt_logprobs:
+            raise InvalidRequest("sampling.prompt_logprobs", "must not be set here")
+        async with (
+            self._recorder.request(request, call, is_comparison=True) as record,
+            self._admission.request(call.caller, request) as admitted,
+        ):
+            compiled = await self.compile(request, call)
+            task, plain = compiled.task, replace(compiled.task, steering=Steering())
+            if task.max_new_tokens > MAX_MEASURED_TOKENS:
+                raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
+            # Two answers, and one of them read twice.
+            most = 4 * compiled.most_tokens
+            admitted.tokens.reserve(most)
+            await record.admit(compiled)
+            await admitted.turn(most)
+            steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
+            answer, plain_answer = token_ids(steered), token_ids(unsteered)
+            kl = await measure_divergence(self._engine, task, answer, Steering())
+            admitted.tokens.charge(4 * len(task.tokens) + 3 * len(answer) + len(plain_answer))
+            return Comparison(
+                join_chunks([await record.chunk(chunk) for chunk in steered]),
+                join_chunks([finished(chunk, call, None) for chunk in unsteered]),
+                first_divergence(answer, plain_answer),
+                kl,
+            )
+
     async def compile(self, request: GenerateRequest, call: Call) -> CompiledRequest:
         """What the engine is asked to do, under the policies that are in force now: the request keeps them.
 
@@ -129,9 +166,8 @@ class Generation:
     def _compile(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
         for index, ref in enumerate(request.watch):
             check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
-        tokens = encode_input(self._tokenizer, request.input).ids
         context = self._engine.model.max_context
-        check_length(request.input, len(tokens), context - 1)
+        tokens = encode_input(self._tokenizer, request.input, context - 1).ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         seed = request.sampling.seed
         task = GenerateTask(
@@ -160,82 +196,10 @@ class Generation:
         return TokenRange(task.tokens, last + may_stop(triggers, last, len(task.tokens)), self._tokenizer.special_ids)
 
 
-class Compare:
-    """One request with everything that is done to it and without any of that, side by side in one batch."""
-
-    def __init__(
-        self, engine: Engine, generation: Generation, admission: Admission, recorder: RequestRecorder | None = None
-    ) -> None:
-        self._engine, self._generation, self._admission = engine, generation, admission
-        self._recorder = recorder or RequestRecorder()
-
-    async def run(self, request: GenerateRequest, call: Call) -> Comparison:
-        """Runs it twice at once, and reads the steered answer once more, with and without.
-
-        Raises:
-            InvalidRequest: too many tokens, prompt log-probabilities, or an engine that cannot measure.
-            SaeguardError: as for a generation.
-        """
-        if not self._engine.capabilities.compares:
-            raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
-        if request.sampling.prompt_logprobs:
-            raise InvalidRequest("sampling.prompt_logprobs", "must not be set here")
-        async with (
-            self._recorder.request(request, call, is_comparison=True) as record,
-            self._admission.request(call.caller, request) as admitted,
-        ):
-            compiled = await self._generation.compile(request, call)
-            task, plain = compiled.task, replace(compiled.task, steering=Steering())
-            if task.max_new_tokens > MAX_MEASURED_TOKENS:
-                raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
-            # Two answers, and one of them read twice.
-            most = 4 * compiled.most_tokens
-            admitted.tokens.reserve(most)
-            await record.admit(compiled)
-            await admitted.turn(most)
-            steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
-            answer, plain_answer = token_ids(steered), token_ids(unsteered)
-            kl = await measure_divergence(self._engine, task, answer, Steering())
-            admitted.tokens.charge(4 * len(task.tokens) + 3 * len(answer) + len(plain_answer))
-            return Comparison(
-                join_chunks([await record.chunk(chunk) for chunk in steered]),
-                join_chunks([finished(chunk, call, None) for chunk in unsteered]),
-                first_divergence(answer, plain_answer),
-                kl,
-            )
-
-
 def first_divergence(answer: Sequence[int], other: Sequence[int]) -> int | None:
     """Index of the first token in which two answers differ; where one ends, that of its end."""
     pairs = enumerate(zip_longest(answer, other))
     return next((index for index, (a, b) in pairs if a != b), None)
-
-
-# --- inputs
-
-
-def encode_input(tokenizer: Tokenizer, input: ModelInput, prefix: str = "") -> EncodedText:
-    """The input's tokens. ``prefix`` is the field that holds the input, with its dot.
-
-    Raises:
-        InvalidRequest: no tokens, an id outside the vocabulary, no chat template.
-    """
-    try:
-        return tokenizer.encode(input)
-    except ValueError as err:
-        field, _, problem = str(err).partition(": ")
-        raise InvalidRequest(f"{prefix}{field}", problem) from err
-
-
-def check_length(input: ModelInput, tokens: int, most: int, prefix: str = "") -> None:
-    """Refuses an input that does not fit the context.
-
-    Raises:
-        InvalidRequest: more than ``most`` tokens.
-    """
-    if tokens > most:
-        name = "text" if isinstance(input, str) else "chat" if isinstance(input, ChatInput) else "tokens"
-        raise InvalidRequest(f"{prefix}{name}", f"has {tokens} tokens, at most {most} fit")
 
 
 # --- what is kept of a request beside its answer

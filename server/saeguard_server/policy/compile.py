@@ -214,7 +214,7 @@ def _check_own_edits(policy: Policy, engine: Engine) -> None:
         compiled = compile_policy(policy, engine)
         combine(compiled.edits, compiled.triggers, engine)
     except Clash as err:
-        raise InvalidRequest(err.other.field, str(err)) from err
+        raise InvalidRequest(err.second.field, str(err)) from err
 
 
 def _clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]:
@@ -234,9 +234,9 @@ def _clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]
                 yield Finding(other.name, other_edit.field, f"{clash}, and both may be on one request{when}")
 
 
-def may_meet(one: Target, other: Target) -> bool:
+def may_meet(first: Target, second: Target) -> bool:
     """Whether a request can be aimed at by both; a caller may have any tags."""
-    lists = ((one.callers, other.callers), (one.models, other.models))
+    lists = ((first.callers, second.callers), (first.models, second.models))
     return all(not a or not b or not set(a).isdisjoint(b) for a, b in lists)
 
 

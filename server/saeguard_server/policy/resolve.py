@@ -75,7 +75,9 @@ def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now:
         return snapshot.selected(_selection(request, caller, snapshot, now))
     except Clash as err:
         if request.policies:
-            raise PolicyRefusal("policies", str(err), policy=err.one.origin.policy, rule=err.one.origin.rule) from err
+            raise PolicyRefusal(
+                "policies", str(err), policy=err.first.origin.policy, rule=err.first.origin.rule
+            ) from err
         raise PoliciesUnavailable(str(err)) from err
 
 

@@ -49,13 +49,13 @@ class Combined:
 class Clash(ValueError):
     """Two rules on one feature that cannot both be kept."""
 
-    def __init__(self, one: CompiledEdit, other: CompiledEdit) -> None:
-        first, second = one.origin, other.origin
+    def __init__(self, first: CompiledEdit, second: CompiledEdit) -> None:
+        before, after = first.origin, second.origin
         super().__init__(
-            f"feature {one.feature} of {one.sae!r}: rule {first.rule!r} of policy {first.policy!r} and rule "
-            f"{second.rule!r} of policy {second.policy!r} cannot both be kept"
+            f"feature {first.feature} of {first.sae!r}: rule {before.rule!r} of policy {before.policy!r} and rule "
+            f"{after.rule!r} of policy {after.policy!r} cannot both be kept"
         )
-        self.one, self.other = one, other
+        self.first, self.second = first, second
 
 
 def compile_policy(policy: Policy, engine: Engine) -> CompiledPolicy:
@@ -105,16 +105,16 @@ def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], 
     return Combined(combined, remaining, by_feature)
 
 
-def clash_of(one: CompiledEdit, other: CompiledEdit) -> Clash | None:
+def clash_of(first: CompiledEdit, second: CompiledEdit) -> Clash | None:
     """Why two rules of one feature cannot be kept together, if they cannot."""
-    between = relation(Where.of(one), Where.of(other))
-    if between == "apart" or _is_absorbed(one, other) or _is_absorbed(other, one):
+    between = relation(Where.of(first), Where.of(second))
+    if between == "apart" or _is_absorbed(first, second) or _is_absorbed(second, first):
         return None
     if between == "same":
-        first, then = sorted((effect_of(one), effect_of(other)), key=strictness)
-        if tightened(first, then) is not None:
+        loose, strict = sorted((effect_of(first), effect_of(second)), key=strictness)
+        if tightened(loose, strict) is not None:
             return None
-    return Clash(one, other)
+    return Clash(first, second)
 
 
 def tighten(
@@ -234,8 +234,8 @@ def _refusing(enforced: EnforcedEdit, edit: CompiledEdit) -> CompiledEdit:
     return next(refusing, enforced.rules[-1])
 
 
-def _field_elsewhere(rule: Scope, asked: Scope) -> str:
-    return "when" if rule == asked or contains(rule, asked) else "scope"
+def _field_elsewhere(rule: Scope, edit: Scope) -> str:
+    return "when" if rule == edit or contains(rule, edit) else "scope"
 
 
 def _refusal(edit: CompiledEdit, rule: CompiledEdit, field: str, why: str) -> PolicyRefusal:

@@ -167,12 +167,12 @@ class PolicySync:
         self._synced_at = looked
 
     def _count(self, active: Active) -> None:
-        made = active.activation.time
+        time_of = active.activation.time
         self._metrics.policy_revision.set(active.revision.number)
         self._metrics.policy_activation.set(active.activation.number)
-        self._metrics.policy_activation_time.set(made.timestamp())
+        self._metrics.policy_activation_time.set(time_of.timestamp())
         if self._applied is not None:
-            self._metrics.policy_apply_lag.observe(max(0.0, (datetime.now(UTC) - made).total_seconds()))
+            self._metrics.policy_apply_lag.observe(max(0.0, (datetime.now(UTC) - time_of).total_seconds()))
 
     def _say(self, reason: str, message: str) -> None:
         if message != self._said:
@@ -189,7 +189,7 @@ class PolicySync:
         }
 
 
-# Policies while the server runs: their store, the snapshot that follows it, and what people may do to them.
+# --- policies while the server runs: their store, the snapshot that follows it, and what people may do to them
 
 
 @dataclass(frozen=True, slots=True)

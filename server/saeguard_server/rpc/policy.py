@@ -1,4 +1,4 @@
-"""PolicyService: policies are read and written, revisions put in force. Whose role allows what, ``auth`` says."""
+"""PolicyService: policies are read and written, revisions put in force. Whose role allows what is decided before."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_a_clash_names_both() -> None:
         Clash, match="rule 'r' of policy 'p0' and rule 'r' of policy 'p1' cannot both be kept"
     ) as caught:
         combine(pair, (), ENGINE)
-    assert {caught.value.one, caught.value.other} == set(pair)
+    assert {caught.value.first, caught.value.second} == set(pair)
 
 
 def test_what_was_combined_knows_its_rules_and_is_the_strictest_ones() -> None:
