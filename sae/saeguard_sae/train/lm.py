@@ -24,7 +24,7 @@ Dtype: TypeAlias = Literal["float32", "bfloat16"]
 _EAGER = ("gemma2",)
 
 
-class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LanguageModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which language model is read.
 
     Raises:
@@ -68,10 +68,10 @@ class LanguageModel:
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that stand for no text."""
-        return frozenset(int(one) for one in self.tokenizer.all_special_ids)
+        return frozenset(map(int, self.tokenizer.all_special_ids))
 
 
-def open_model(settings: ModelSettings) -> LanguageModel:
+def open_model(settings: LanguageModelSettings) -> LanguageModel:
     """Loads a model and its tokenizer, from the hub where the path is no local folder.
 
     Raises:
@@ -108,21 +108,21 @@ def _check_device(device: str) -> None:
 
 def _tokenizer(path: str | Path, where: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     try:
-        found = AutoTokenizer.from_pretrained(path, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
     except (ValueError, OSError, KeyError, TypeError) as err:
         raise TrainError(f"it has no tokenizer: {one_line(err)}") from err
-    if not isinstance(found, PreTrainedTokenizerFast):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TrainError("its tokenizer has no fast version (tokenizer.json); convert it with transformers")
-    if not len(found):
+    if not len(tokenizer):
         raise TrainError(
             "it has no tokenizer: there are no tokenizer.json and tokenizer_config.json beside its weights"
         )
-    found.backend_tokenizer.no_truncation()
-    found.backend_tokenizer.no_padding()
-    return found
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
-def _network(path: str | Path, config: Any, settings: ModelSettings, where: Mapping[str, Any]) -> Any:
+def _network(path: str | Path, config: Any, settings: LanguageModelSettings, where: Mapping[str, Any]) -> Any:
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break up the log
     loaded: Any = AutoModelForCausalLM.from_pretrained(
