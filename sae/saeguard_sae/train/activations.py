@@ -7,8 +7,9 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,9 +17,9 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from saeguard_sae.models import Located, Site, depth, locate, sites
+from saeguard_sae.models import Site, depth, hook, locate
+from saeguard_sae.models import sites as known_sites
 from saeguard_sae.train.data import INDEX, Contexts, TokenRows, context_length
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
@@ -246,27 +247,26 @@ def _read_index(folder: Path) -> ShardIndex:
 
 
 class Harvester:
-    """Reads a model's activations at some sites.
+    """Reads a model's activations at some sites, by a forward pass that ends at the last of them.
 
     Raises:
         TrainError: no sites, or one that the model lacks.
     """
 
-    def __init__(self, model: LanguageModel, wanted: Sequence[Site]) -> None:
-        if not wanted:
+    def __init__(self, model: LanguageModel, sites: Iterable[Site]) -> None:
+        self.sites = tuple(sorted(set(sites), key=depth))
+        if not self.sites:
             raise TrainError("sites: at least one is needed")
-        self.sites = tuple(sorted(set(wanted), key=depth))
         self._model = model
-        self._places: dict[Site, Located] = {}
-        there = sites(model.config)
+        known = known_sites(model.config)
         for site in self.sites:
-            if site not in there:
-                points = ", ".join(sorted({one.point for one in there}))
+            if site not in known:
+                points = ", ".join(sorted({other.point for other in known}))
                 raise TrainError(
                     f"sites: {model.name} has no {site}; its layers are 0 to {model.config.num_hidden_layers - 1}, "
                     f"its points {points}"
                 )
-            self._places[site] = locate(model.network, model.config, site)
+        self._places = {site: locate(model.network, model.config, site) for site in self.sites}
 
     def widths(self) -> dict[Site, int]:
         """Of the activations at each site."""
@@ -274,53 +274,37 @@ class Harvester:
         return {site: x.shape[-1] for site, x in self._read(rows).items()}
 
     def read(self, rows: TokenRows) -> dict[Site, Tensor]:
-        """What is at each site on the tokens that are kept, [tokens, width], row after row, in the model's dtype.
+        """The activations at each site where ``rows.mask``, [tokens, width], row after row, in the model's dtype.
 
         Raises:
             TrainError: activations that are not finite; names site, row and document.
         """
-        found = self._read(rows)
+        activations = self._read(rows)
         # One wait for the device, not one per site.
-        is_fine = torch.stack([torch.isfinite(x).all() for x in found.values()])
-        if not bool(is_fine.all()):
-            site = tuple(found)[int(is_fine.int().argmin())]
-            raise TrainError(_not_finite(site, found[site], rows))
-        return found
+        is_finite = torch.stack([torch.isfinite(x).all() for x in activations.values()])
+        if not bool(is_finite.all()):
+            site = tuple(activations)[int(is_finite.int().argmin())]
+            raise TrainError(_not_finite(site, activations[site], rows))
+        return activations
 
     @torch.inference_mode()
     def _read(self, rows: TokenRows) -> dict[Site, Tensor]:
-        device = self._model.device
-        kept = rows.mask.flatten().nonzero().squeeze(1).to(device)
-        found: dict[Site, Tensor] = {}
-        with self._keeping(found, kept), suppress(_Complete):
-            self._model.network(input_ids=rows.ids.to(device), use_cache=False)
-        return {site: found[site] for site in self.sites}
+        model, device = self._model, self._model.device
+        index = rows.mask.flatten().nonzero().squeeze(1).to(device)
+        activations: dict[Site, Tensor] = {}
 
-    @contextmanager
-    def _keeping(self, found: dict[Site, Tensor], kept: Tensor) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
-        try:
-            for site in self.sites:
-                handles.append(self._attach(site, found, kept))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _attach(self, site: Site, found: dict[Site, Tensor], kept: Tensor) -> RemovableHandle:
-        place = self._places[site]
-
-        def keep(value: Any) -> None:
-            x = value if isinstance(value, Tensor) else value[0]
+        def read(site: Site, x: Tensor) -> None:
             # A copy of the rows, now: a later module may change the tensor itself.
-            picked = x.flatten(0, 1)[kept]
-            found[site] = picked if place.see is None else place.see(picked)
-            if len(found) == len(self.sites):
+            activations[site] = self._places[site].read(x.flatten(0, 1)[index])
+            if len(activations) == len(self.sites):
                 raise _Complete
 
-        if place.side == "in":
-            return place.module.register_forward_pre_hook(lambda _, args: keep(args))
-        return place.module.register_forward_hook(lambda _, __, out: keep(out))
+        with ExitStack() as stack:
+            for site, place in self._places.items():
+                stack.callback(hook(place, partial(read, site)).remove)
+            with suppress(_Complete):
+                model.network(input_ids=rows.ids.to(device), use_cache=False)
+        return {site: activations[site] for site in self.sites}
 
 
 class _Complete(Exception):

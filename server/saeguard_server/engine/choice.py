@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from saeguard_sae.loading import LoadError
-from saeguard_server.engine.load import ModelLoadError
+from saeguard_sae.models import ModelLoadError
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics

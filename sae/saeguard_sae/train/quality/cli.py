@@ -71,7 +71,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from saeguard_sae.train.lm import LanguageModelSettings, open_model
+    from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
     from saeguard_sae.train.quality.evaluate import EvaluateSettings
     from saeguard_sae.train.quality.report import evaluate_folder
     from saeguard_sae.train.settings import DataSettings, StreamSettings, check_at_least
@@ -89,7 +89,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         check_at_least("threads", arguments.threads, 1)
         torch.set_num_threads(arguments.threads)
-    model = open_model(
+    model = open_language_model(
         LanguageModelSettings(
             path=arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=arguments.device
         )

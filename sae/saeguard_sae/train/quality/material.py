@@ -11,11 +11,11 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from saeguard_sae.check.measure import target, visiting
+from saeguard_sae.check.measure import target
 from saeguard_sae.coders import MatchingPursuit
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import ModelConfig, Site, depth
+from saeguard_sae.models import ModelConfig, Site, depth, hooked
 from saeguard_sae.train.data import Contexts
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
@@ -208,7 +208,7 @@ class SplicedModel:
                 raise _SitesReached
 
         output: Tensor | None = None
-        with visiting(self.model, self.config, (self.reads, self.target), visit), suppress(_SitesReached):
+        with hooked(self.model, self.config, (self.reads, self.target), visit), suppress(_SitesReached):
             output = self._forward(batch)
         self._check(captured)
         return CapturedSite(captured[self.reads], captured[self.target], output)
@@ -226,7 +226,7 @@ class SplicedModel:
             out[batch.ordinary] = rows.to(x.dtype)
             return out
 
-        with visiting(self.model, self.config, (self.writes,), visit):
+        with hooked(self.model, self.config, (self.writes,), visit):
             return self._forward(batch)
 
     def _check(self, captured: dict[Site, Tensor]) -> None:

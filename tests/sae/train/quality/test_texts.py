@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_model
+from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_language_model
 from saeguard_sae.train.quality.material import LabelledText, labelled_rows, text_rows
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from support.models import BOS, EOS
@@ -16,7 +16,7 @@ from support.models import BOS, EOS
 
 @pytest.fixture(scope="module")
 def model(worlds: Any) -> LanguageModel:
-    return open_model(LanguageModelSettings(path=str(worlds("llama").folder)))
+    return open_language_model(LanguageModelSettings(path=str(worlds("llama").folder)))
 
 
 def jsonl(path: Path, *texts: str) -> DataSettings:
