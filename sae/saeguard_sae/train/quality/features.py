@@ -64,8 +64,8 @@ def decoder_agreement(first: Tensor, second: Tensor, seed: int) -> Agreement:
 def agreement_by_chance(width: int, first: int, second: int, seed: int) -> Agreement:
     """Of random directions, so many of this width in each of two dictionaries: what agreement starts from."""
     generator = torch.Generator().manual_seed(seed)
-    decoders = [torch.randn(count, width, generator=generator) for count in (first, second)]
-    return decoder_agreement(*decoders, seed)
+    decoder, other = (torch.randn(count, width, generator=generator) for count in (first, second))
+    return decoder_agreement(decoder, other, seed)
 
 
 @torch.no_grad()

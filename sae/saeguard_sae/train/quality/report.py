@@ -55,8 +55,9 @@ def table_lines(evaluation: Evaluation) -> list[Line]:
     sae, frozen, losses, tokens = evaluation.sae, evaluation.frozen, evaluation.losses, evaluation.text.tokens
 
     def line(group: str, name: str, field: str, form: str, good: str, warns: bool = False) -> Line:
-        cells = (getattr(side, field) for side in (sae, frozen))
-        return Line(group, name, *("does not apply" if x is None else f"{x:{form}}" for x in cells), good, warns)
+        values = getattr(sae, field), getattr(frozen, field)
+        own, baseline = ("does not apply" if value is None else f"{value:{form}}" for value in values)
+        return Line(group, name, own, baseline, good, warns)
 
     sparsity, fit, cost, features = "Sparsity", "Reconstruction", "Cost to the model, nats per token", "Features"
     is_low = sae.ce_recovered_zero is not None and sae.ce_recovered_zero < _GOOD_RECOVERED
