@@ -379,9 +379,9 @@ class SharedActivations:
         if problem := next((theirs for _, theirs in reports if theirs), ""):
             raise TrainError(problem)
         for turn, ((kinds, _), (epoch, mark)) in enumerate(zip(reports, marks, strict=True)):
-            self._ahead.append((self._of(turn, kinds, mine), epoch, mark))
+            self._ahead.append((self._chunk_of(turn, kinds, mine), epoch, mark))
 
-    def _of(
+    def _chunk_of(
         self, turn: int, kinds: Sequence[tuple[torch.Size, torch.dtype]], mine: Mapping[Site, Tensor]
     ) -> dict[Site, Tensor]:
         """The chunk that process ``turn`` made."""

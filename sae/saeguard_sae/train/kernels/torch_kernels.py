@@ -226,7 +226,6 @@ class FeatureRows:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _DERIVED}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Goes on from there."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.active.zero_()
@@ -278,8 +277,6 @@ class Kernels(Protocol):
 
 
 class TorchKernels:
-    """Those for every device."""
-
     name = "torch"
 
     def __init__(self, mesh: Mesh = ALONE) -> None:

@@ -168,8 +168,6 @@ def spread_over_densities(density: Tensor, count: int) -> list[int]:
 
 
 class _Peak(NamedTuple):
-    """A token on which a feature fires strongly."""
-
     value: float
     row: int
     """Of all rows of text."""

@@ -51,7 +51,6 @@ class Line(NamedTuple):
 
 
 def table_lines(evaluation: Evaluation) -> list[Line]:
-    """The whole table."""
     sae, frozen, losses, tokens = evaluation.sae, evaluation.frozen, evaluation.losses, evaluation.text.tokens
 
     def line(group: str, name: str, field: str, form: str, good: str, warns: bool = False) -> Line:
@@ -119,7 +118,6 @@ def write_report(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
 
 
 def html(evaluation: Evaluation, pictures: Sequence[Plot]) -> str:
-    """The page."""
     # Here, because the command line asks every command to register before it knows which one runs.
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

@@ -45,7 +45,6 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     def sae(self, name: str) -> Path:
-        """Of one SAE."""
         return self.path / "saes" / name
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
@@ -141,7 +140,10 @@ class Checkpoints:
         except OSError as err:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise RunFailed(self._not_written(checkpoint.step, err)) from err
+            raise RunFailed(
+                f"run.out: the checkpoint of step {checkpoint.step:,} could not be written to {self.folder} "
+                f"({err.strerror or err})"
+            ) from err
         self._forget_oldest()
         return path
 
@@ -176,10 +178,6 @@ class Checkpoints:
                 old.unlink()
             except OSError as err:
                 raise RunFailed(f"run.out: {old} could not be deleted: {err.strerror}") from err
-
-    def _not_written(self, step: int, err: OSError) -> str:
-        reason = err.strerror or str(err)
-        return f"run.out: the checkpoint of step {step:,} could not be written to {self.folder} ({reason})"
 
 
 class _Sink:
@@ -314,7 +312,7 @@ tags:
 # {plan.name}
 
 A {kind} on {place} of {model_name}: {settings.architecture}, {settings.d_sae:,} features of
-{plan.size.d_in:,} dimensions. Trained by Saeguard {version("saeguard")}.
+{plan.d_in:,} dimensions. Trained by Saeguard {version("saeguard")}.
 
 ## Use
 

@@ -1,8 +1,11 @@
-"""The configuration of a run: one frozen tree, built once from TOML and flags. Unknown keys are refused by name."""
+"""The configuration of a run: one frozen tree, built once from TOML and flags. Unknown keys are refused by name.
+
+``[[saes]]`` are the SAEs of a run; a list in place of a value is a sweep, each of its values an SAE. And how a run ends
+when it does not end well: what a user got wrong beforehand is a ``TrainError``.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import signal
@@ -20,8 +23,6 @@ from msgspec.structs import replace
 from saeguard_sae.models import Site
 from saeguard_sae.train.lm import LanguageModelSettings
 from saeguard_sae.train.settings import DataSettings, SaeSettings, StreamSettings, TrainError
-
-# How a run ends when it does not end well. What a user got wrong beforehand is a TrainError.
 
 
 class BadConfig(TrainError):
@@ -45,18 +46,7 @@ class RunStopped(Exception):
         self.number = number
 
 
-# Keys of a configuration: which there are, and refusing the others by name.
-
-
 _MISSING = "Object missing required field `"
-
-
-def names_of(kind: type) -> tuple[str, ...]:
-    """Fields of a msgspec struct or a dataclass."""
-    if issubclass(kind, msgspec.Struct):
-        return kind.__struct_fields__
-    assert dataclasses.is_dataclass(kind)
-    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def table(name: str, value: object) -> Mapping[str, Any]:
@@ -109,17 +99,12 @@ def conversion_error(name: str, err: msgspec.ValidationError) -> str:
     return text if text.startswith(f"{name}.") else f"{key}: {text}"
 
 
-# ``[[saes]]``: the SAEs of a run. A list in place of a value is a sweep, each of its values an SAE.
-
-
 _OF_THE_RUN = {"steps", "batch", "is_transcoder"}
 """Set by the run, the stream and write_site."""
 _NEEDS_ORDER = {"smooth_weight"}
 """Asks for the token before each, which a mixing buffer has lost."""
 _HINTS: dict[str, Any] = {
-    name: hint
-    for name, hint in get_type_hints(SaeSettings).items()
-    if name in names_of(SaeSettings) and name not in _OF_THE_RUN | _NEEDS_ORDER
+    name: hint for name, hint in get_type_hints(SaeSettings).items() if name not in _OF_THE_RUN | _NEEDS_ORDER
 }
 _KEYS = ("name", "site", "write_site", "expansion", *_HINTS)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -158,7 +143,6 @@ class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def reads(self) -> Site:
-        """Where it reads."""
         return Site.parse(self.site)
 
     @property
@@ -216,7 +200,6 @@ def _of_table(where: str, value: object, seed: int) -> Iterator[SaeEntry]:
 
 
 def _is_swept(name: str, value: object) -> bool:
-    """Whether it is a list where one value is wanted."""
     return isinstance(value, list | tuple) and name not in ("name", "write_site") and not _is_list(name)
 
 
@@ -319,11 +302,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def steps(self) -> int:
-        """Steps of the run."""
         return -(-self.run.tokens // self.stream.batch)
 
 
-_TABLES: dict[str, type] = {
+_TABLES: dict[str, type[msgspec.Struct]] = {
     "model": LanguageModelSettings,
     "data": DataSettings,
     "stream": StreamSettings,
@@ -356,7 +338,7 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
     refuse_unknown("", tree, [*_TABLES, "saes"])
     parts = {name: dict(table(name, tree.get(name, {}))) for name in _TABLES}
     for name, part in parts.items():
-        refuse_unknown(name, part, names_of(_TABLES[name]))
+        refuse_unknown(name, part, _TABLES[name].__struct_fields__)
     run = _convert("run", parts["run"], RunSettings)
     parts["stream"].setdefault("seed", run.seed)
     try:

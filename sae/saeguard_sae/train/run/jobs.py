@@ -6,7 +6,7 @@ A run that needs more than there is is refused before work is lost.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,16 +34,19 @@ _REHEARSED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """One SAE: its settings, and the widths of what it reads and writes."""
+class SaePlan:
+    """One SAE that is to be trained, with the widths of what it reads and writes."""
 
+    name: str
+    reads: Site
+    writes: Site | None
+    """Of a transcoder."""
     settings: SaeSettings
     d_in: int
     d_out: int
 
     @property
     def weights(self) -> int:
-        """Numbers in its weights."""
         return self.settings.d_sae * (self.d_in + self.d_out + 1) + self.d_out
 
     def training_bytes(self, mesh: Mesh = ALONE) -> int:
@@ -64,24 +67,7 @@ class Size:
         return _FLOAT * (3 * self.weights + 2 * self.settings.d_sae)
 
     def export_bytes(self) -> int:
-        """Its files."""
         return _FLOAT * self.weights
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaePlan:
-    """One SAE that is to be trained."""
-
-    name: str
-    reads: Site
-    writes: Site | None
-    """Of a transcoder."""
-    size: Size
-
-    @property
-    def settings(self) -> SaeSettings:
-        """What its learner is made from."""
-        return self.size.settings
 
 
 def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE) -> tuple[SaePlan, ...]:
@@ -99,8 +85,9 @@ def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE)
             check_parts(settings, mesh)
         except ValueError as err:
             raise BadConfig(f"saes.{entry.name}: {err}") from err
-        size = Size(settings=settings, d_in=d_in, d_out=d_out)
-        plans.append(SaePlan(name=entry.name, reads=entry.reads, writes=entry.writes, size=size))
+        plans.append(
+            SaePlan(name=entry.name, reads=entry.reads, writes=entry.writes, settings=settings, d_in=d_in, d_out=d_out)
+        )
     return tuple(plans)
 
 
@@ -124,7 +111,7 @@ def rehearse_export(plan: SaePlan, sample: Mapping[Site, Tensor], model_name: st
             raise BadConfig(f"saes.{plan.name}: its SAE could not be written: {err}") from err
 
 
-def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.device, mesh: Mesh = ALONE) -> None:
+def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.device, mesh: Mesh = ALONE) -> None:
     """The model is loaded by now, and so no longer part of what is available.
 
     Args:
@@ -137,12 +124,12 @@ def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.dev
     there = free_bytes(device)
     mesh.gather_objects(None)  # nobody takes memory before all have looked
     sharing = mesh.neighbours if device.type == "cpu" else 1
-    needs = {name: sharing * size.training_bytes(mesh) for name, size in sizes.items()}
+    needs = {plan.name: sharing * plan.training_bytes(mesh) for plan in plans}
     # A checkpoint holds a copy of the buffer while it is written; SAEs are copied one by one, after the buffer is gone,
     # but put together before that where they are in parts.
     rest = (sharing + 1) * stream_bytes
     if mesh.shards > 1 and device.type == "cpu":
-        rest += sum(size.checkpoint_bytes() for size in sizes.values())
+        rest += sum(plan.checkpoint_bytes() for plan in plans)
     needed = sum(needs.values()) + rest
     if needed <= there:
         return
@@ -156,15 +143,14 @@ def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.dev
     )
 
 
-def check_disk(sizes: Iterable[Size], stream_bytes: int, keep: int, folder: Path) -> None:
+def check_disk(plans: Sequence[SaePlan], stream_bytes: int, keep: int, folder: Path) -> None:
     """Room for the checkpoints that are kept, one more while it is written, and the SAEs; what is there counts as room.
 
     Raises:
         BadConfig: more is needed than there is, with the numbers.
     """
-    sizes = list(sizes)
-    checkpoint = sum(size.checkpoint_bytes() for size in sizes) + stream_bytes
-    needed = (keep + 1) * checkpoint + sum(size.export_bytes() for size in sizes)
+    checkpoint = sum(plan.checkpoint_bytes() for plan in plans) + stream_bytes
+    needed = (keep + 1) * checkpoint + sum(plan.export_bytes() for plan in plans)
     reusable = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free + reusable:
@@ -175,7 +161,6 @@ def check_disk(sizes: Iterable[Size], stream_bytes: int, keep: int, folder: Path
 
 
 def gib(size: int) -> str:
-    """For messages."""
     return f"{size / 2**30:,.2f} GiB"
 
 
