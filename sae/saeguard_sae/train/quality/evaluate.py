@@ -24,7 +24,7 @@ from saeguard_sae.coders import SparseCoder
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss, SaeMetrics, recovered
-from saeguard_sae.train.quality.features import (
+from saeguard_sae.train.quality.feature_stats import (
     Agreement,
     ExampleCollector,
     FeatureExamples,

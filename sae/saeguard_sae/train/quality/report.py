@@ -21,7 +21,7 @@ from saeguard_sae.train.data import context_length
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.quality import evaluate
 from saeguard_sae.train.quality.evaluate import DEAD_TOKENS, EvaluateSettings, Evaluation, evaluate_saes
-from saeguard_sae.train.quality.features import Histogram
+from saeguard_sae.train.quality.feature_stats import Histogram
 from saeguard_sae.train.quality.material import Material, labelled_rows, text_rows
 from saeguard_sae.train.quality.probes import Probes, read_labelled
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError

@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -191,17 +191,16 @@ class _Sink:
         self._file = file
 
     def write(self, data: bytes | memoryview) -> int:
-        if self.error is None:
-            try:
-                self._file.write(data)
-            except OSError as err:
-                self.error = err
+        self._try(self._file.write, data)
         return len(data)
 
     def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, operation: Callable[..., object], *arguments: object) -> None:
         if self.error is None:
             try:
-                self._file.flush()
+                operation(*arguments)
             except OSError as err:
                 self.error = err
 

@@ -81,7 +81,7 @@ def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE)
         d_in = widths[entry.reads]
         d_out = d_in if entry.writes is None else widths[entry.writes]
         try:
-            settings = entry.sized(d_in, config.steps, config.stream.batch)
+            settings = entry.sae_settings(d_in, config.steps, config.stream.batch)
             check_parts(settings, mesh)
         except ValueError as err:
             raise BadConfig(f"saes.{entry.name}: {err}") from err
