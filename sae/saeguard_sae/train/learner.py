@@ -1,10 +1,10 @@
-"""One SAE while it learns: any by ``make_learner``; here those that keep the largest pre-activations, TopK, BatchTopK
-and Matryoshka BatchTopK, with AuxK.
+"""One SAE while it learns: ``make_learner`` makes any; those that keep the largest pre-activations (TopK, BatchTopK and
+Matryoshka BatchTopK, with AuxK) are here.
 
-One dense product proposes which features fire (in 8-bit integers by default), and everything after it is
-done for the pairs of token and feature that do: values in float32, reconstructions, exact gradients, Adam. Several
-processes decide by the values of all which features fire, and add up gradients, and parts of a reconstruction where
-each has a part of the features: as one process would with the whole batch and all features.
+One dense product proposes which features fire (in 8-bit integers by default), and everything after it is done for the
+pairs of token and feature that do: values in float32, reconstructions, exact gradients, Adam. Several processes decide
+by the values of all which features fire, and add up gradients, and parts of a reconstruction where each has a part of
+the features: as one process would with the whole batch and all features.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def make_learner(settings: SaeSettings, sample: Tensor, target: Tensor | None = 
     Raises:
         ValueError: a transcoder without a target, or the other way round; activations that are not finite or all equal;
             what several processes cannot train together.
-        CannotCompile: compiled kernels were asked for and cannot be had.
+        CannotCompile: compiled kernels are demanded and cannot be had.
     """
     if settings.is_transcoder != (target is not None):
         raise ValueError("a transcoder needs a target, and nothing else has one")
@@ -135,7 +135,7 @@ class SparseLearner:
             raise ValueError("a transcoder needs a target, and nothing else has one")
         inputs = x / self.scaling.read if target is not None else x / self.scaling.read - self.b_dec
         targets = inputs if target is None else target / self.scaling.written - self.b_dec
-        active = self._proposer.choose(inputs, self.tracking.dead() if self.settings.aux_weight else None)
+        active = self._proposer.propose(inputs, self.tracking.dead() if self.settings.aux_weight else None)
         self._remember(active.cut)
         loss, l0, fvu, bias, error = self._reconstruct(inputs, targets, active.pairs, active.values)
         fired = self._mesh.all_features(self._mesh.any_row(self.rows.active.clone()), dim=0)
@@ -154,8 +154,7 @@ class SparseLearner:
         return self.tracking.metrics(self.steps)
 
     def export(self) -> Dictionary:
-        """JumpReLU by the running threshold; TopK stays what it is, but for transcoders, of
-        which no format has it."""
+        """JumpReLU by the running threshold; TopK stays what it is, but for transcoders, of which no format has it."""
         settings, rows, whole = self.settings, self.rows, self._mesh.whole
         is_topk = settings.architecture == "topk" and not settings.is_transcoder
         W_enc, b_enc, W_dec = whole(rows.W_enc), whole(rows.b_enc), whole(rows.W_dec)
@@ -234,9 +233,9 @@ class SparseLearner:
         lengths = self._mesh.sum_features(self.kernels.lengths(self.rows).sum(dtype=torch.float64))
         squares = lengths + bias.square().sum()
         length = float(squares.sqrt())
-        rates = AdamStep(self.settings.rate(self.steps), min(1.0, self.settings.clip / max(length, _TINY)))
-        self.kernels.adam(self.rows, rates)
-        self._move_bias(bias * rates.scale, rates)
+        adam = AdamStep(self.settings.rate(self.steps), min(1.0, self.settings.clip / max(length, _TINY)))
+        self.kernels.adam(self.rows, adam)
+        self._move_bias(bias * adam.scale, adam)
 
     def _attend_to_idle(self) -> None:
         """Live features without a gradient get one of 0: Adam that waits for the next one moves rare features too
@@ -250,13 +249,13 @@ class SparseLearner:
             gradient.index_fill_(0, waiting, 0.0)
         self.rows.active.index_fill_(0, waiting, 1)
 
-    def _move_bias(self, gradient: Tensor, rates: AdamStep) -> None:
+    def _move_bias(self, gradient: Tensor, adam: AdamStep) -> None:
         mean, square = self._moments
-        mean.lerp_(gradient, 1 - rates.beta1)
-        square.lerp_(gradient.square(), 1 - rates.beta2)
+        mean.lerp_(gradient, 1 - adam.beta1)
+        square.lerp_(gradient.square(), 1 - adam.beta2)
         time = self.steps + 1
-        root = (square / (1 - rates.beta2**time)).sqrt() + rates.eps
-        self.b_dec.sub_(rates.rate / (1 - rates.beta1**time) * mean / root)
+        root = (square / (1 - adam.beta2**time)).sqrt() + adam.eps
+        self.b_dec.sub_(adam.rate / (1 - adam.beta1**time) * mean / root)
 
 
 class ActiveFeatures(NamedTuple):
@@ -281,11 +280,11 @@ class Proposer:
         self.cut = torch.full((2,), -1.0, dtype=torch.float64)
         """The last two steps' cuts; below 0 while there is none. On the CPU: the kernels take them as numbers."""
 
-    def choose(self, x: Tensor, dead: Tensor | None) -> ActiveFeatures:
+    def propose(self, x: Tensor, dead: Tensor | None) -> ActiveFeatures:
         """x [B, d_in] as the encoder sees it; ``dead`` bool [d_sae] where dead features should learn."""
         aux = self._revive(x, dead) if dead is not None and bool(dead.any()) else None
         if self._settings.architecture != "topk":
-            return self._choose_over_batch(x, aux)
+            return self._over_batch(x, aux)
         pairs = self._largest(x, slice(None), self._spare)
         values = self._read(x, pairs)
         mask = self._strongest(pairs, values, self._settings.k, self._spare)
@@ -293,7 +292,7 @@ class Proposer:
         smallest = self._mesh.least(torch.cat([values[values > 0], values.new_full((1,), inf)]).amin())
         return ActiveFeatures(pairs, values, smallest if smallest < inf else torch.zeros_like(smallest), aux)
 
-    def _choose_over_batch(self, x: Tensor, aux: Pairs | None) -> ActiveFeatures:
+    def _over_batch(self, x: Tensor, aux: Pairs | None) -> ActiveFeatures:
         """The k * B largest of the batch, of those that are positive."""
         count = self._settings.k * len(x) * self._mesh.data
         guess = self._guess(x)

@@ -26,7 +26,7 @@ def test_a_process_without_any_of_the_batchs_first_tokens_revives_nothing() -> N
     counts = []
     for rank in range(2):
         proposer = Proposer(settings, choose_kernels("auto", torch.device("cpu")), rows, D_IN, Mesh(data=2, rank=rank))
-        aux = proposer.choose(draw(TOKENS, D_IN, seed=3), dead).aux
+        aux = proposer.propose(draw(TOKENS, D_IN, seed=3), dead).aux
         assert aux is not None
         assert dead[aux.feature.long()].all()
         counts.append(len(aux.starts) - 1)

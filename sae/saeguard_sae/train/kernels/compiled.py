@@ -223,12 +223,12 @@ class CompiledKernels:
         )  # fmt: skip
         return squares
 
-    def adam(self, rows: FeatureRows, rates: AdamStep) -> None:
+    def adam(self, rows: FeatureRows, adam: AdamStep) -> None:
         low_precision = rows.low_precision
         half = _at(low_precision.values, torch.bfloat16) if low_precision.values.dtype == torch.bfloat16 else None
         small = None if low_precision.scale is None else _at(low_precision.values, torch.int8)
         scale = None if low_precision.scale is None else _at(low_precision.scale)
-        numbers = (rates.scale, rates.rate, rates.beta1, rates.beta2, rates.eps)
+        numbers = (adam.scale, adam.rate, adam.beta1, adam.beta2, adam.eps)
         tensors = (
             rows.b_enc, rows.W_dec, rows.g_enc, rows.g_bias, rows.g_dec,
             rows.m_enc, rows.v_enc, rows.m_bias, rows.v_bias, rows.m_dec, rows.v_dec,

@@ -222,7 +222,7 @@ class FeatureRows:
         self.low_precision.write(at, self.W_enc[at])
 
     def state(self) -> dict[str, Tensor]:
-        """What must be kept to go on; gradients and the rough copy need not."""
+        """What must be kept to go on; gradients and the copy in low precision need not."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _DERIVED}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -271,7 +271,7 @@ class Kernels(Protocol):
         """[F] squared length of each active row's gradient without the decoder's part along its own row; else 0."""
         ...
 
-    def adam(self, rows: FeatureRows, rates: AdamStep) -> None:
+    def adam(self, rows: FeatureRows, adam: AdamStep) -> None:
         """Updates the active rows, decoder rows staying on the unit sphere; no row is active afterwards."""
         ...
 
@@ -345,25 +345,25 @@ class TorchKernels:
         dec = (rows.g_dec.square().sum(1) - along.square()).relu()
         return torch.where(rows.active.bool(), rows.g_enc.square().sum(1) + rows.g_bias.square() + dec, 0.0)
 
-    def adam(self, rows: FeatureRows, rates: AdamStep) -> None:
+    def adam(self, rows: FeatureRows, adam: AdamStep) -> None:
         at = rows.active.nonzero().flatten()
         rows.active.zero_()
         rows.clock[at] += 1
         clock = rows.clock[at].double()
-        step = (rates.rate / (1 - rates.beta1**clock)).float()
-        root = (1 / (1 - rates.beta2**clock).sqrt()).float()
+        step = (adam.rate / (1 - adam.beta1**clock)).float()
+        root = (1 / (1 - adam.beta2**clock).sqrt()).float()
 
         def move(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor) -> Tensor:
             wide = (slice(None), None) if weight.ndim == 2 else (slice(None),)
-            first = rates.beta1 * m[at] + (1 - rates.beta1) * gradient
-            second = rates.beta2 * v[at] + (1 - rates.beta2) * gradient.square()
+            first = adam.beta1 * m[at] + (1 - adam.beta1) * gradient
+            second = adam.beta2 * v[at] + (1 - adam.beta2) * gradient.square()
             m[at], v[at] = first, second
-            return weight[at] - step[wide] * first / (second.sqrt() * root[wide] + rates.eps)
+            return weight[at] - step[wide] * first / (second.sqrt() * root[wide] + adam.eps)
 
         g_dec, unit = rows.g_dec[at], rows.W_dec[at]
-        g_dec = (g_dec - (g_dec * unit).sum(1, keepdim=True) * unit) * rates.scale
-        rows.W_enc[at] = move(rows.W_enc, rows.g_enc[at] * rates.scale, rows.m_enc, rows.v_enc)
-        rows.b_enc[at] = move(rows.b_enc, rows.g_bias[at] * rates.scale, rows.m_bias, rows.v_bias)
+        g_dec = (g_dec - (g_dec * unit).sum(1, keepdim=True) * unit) * adam.scale
+        rows.W_enc[at] = move(rows.W_enc, rows.g_enc[at] * adam.scale, rows.m_enc, rows.v_enc)
+        rows.b_enc[at] = move(rows.b_enc, rows.g_bias[at] * adam.scale, rows.m_bias, rows.v_bias)
         moved = move(rows.W_dec, g_dec, rows.m_dec, rows.v_dec)
         rows.W_dec[at] = moved / moved.norm(dim=1, keepdim=True)
         rows.low_precision.write(at, rows.W_enc[at])

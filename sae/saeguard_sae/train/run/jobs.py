@@ -25,7 +25,7 @@ _FLOAT = 4
 _PRE_ACTIVATION_ROWS = 512
 """Tokens whose pre-activations an SAE that selects has room for, whatever the batch, and the copies made of them."""
 _PRE_ACTIVATION_COPIES = 2
-_ROUGH: Mapping[Precision, int] = {"int8": 1, "bfloat16": 2, "float32": 0}
+_PROPOSING_BYTES: Mapping[Precision, int] = {"int8": 1, "bfloat16": 2, "float32": 0}
 """Bytes of a number in the copy of the encoder that proposes features; float32 needs none."""
 _DENSE_COPIES = 6
 """Tensors [batch, d_sae] that an SAE which pays for firing holds between forward and backward."""
@@ -50,17 +50,17 @@ class SaePlan:
         return self.settings.d_sae * (self.d_in + self.d_out + 1) + self.d_out
 
     def training_bytes(self, mesh: Mesh = ALONE) -> int:
-        """Weights, gradients, two moments, the rough copy of the encoder, and what one step holds besides: what of it
-        one of several processes has."""
+        """Weights, gradients, two moments, the encoder's copy that proposes, and what a step holds: of it the part of
+        one process of several."""
         settings = self.settings
-        rough = _ROUGH[settings.precision] * settings.d_sae * self.d_in
+        proposing = _PROPOSING_BYTES[settings.precision] * settings.d_sae * self.d_in
         batch = settings.batch // mesh.data
         if settings.is_selecting:
             step = _PRE_ACTIVATION_COPIES * _PRE_ACTIVATION_ROWS * settings.d_sae
         else:
             step = _DENSE_COPIES * batch * settings.d_sae
         tokens = 4 * batch * (self.d_in + self.d_out)
-        return (4 * _FLOAT * self.weights + rough + _FLOAT * step) // mesh.shards + _FLOAT * tokens
+        return (4 * _FLOAT * self.weights + proposing + _FLOAT * step) // mesh.shards + _FLOAT * tokens
 
     def checkpoint_bytes(self) -> int:
         """Weights and moments, and a clock for each feature."""
@@ -121,7 +121,7 @@ def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.devi
     Raises:
         BadConfig: more is needed than there is, with the numbers.
     """
-    there = free_bytes(device)
+    free = free_bytes(device)
     mesh.gather_objects(None)  # nobody takes memory before all have looked
     sharing = mesh.neighbours if device.type == "cpu" else 1
     needs = {plan.name: sharing * plan.training_bytes(mesh) for plan in plans}
@@ -131,14 +131,14 @@ def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.devi
     if mesh.shards > 1 and device.type == "cpu":
         rest += sum(plan.checkpoint_bytes() for plan in plans)
     needed = sum(needs.values()) + rest
-    if needed <= there:
+    if needed <= free:
         return
     parts = [f"{name} {gib(need)}" for name, need in sorted(needs.items(), key=lambda item: -item[1])[:5]]
     if len(needs) > 5:
         parts.append(f"{len(needs) - 5} more SAEs")
     parts.append(f"the buffer{' and checkpoints' if mesh.shards > 1 else ''} {gib(rest)}")
     raise BadConfig(
-        f"saes: training would need about {gib(needed)} on {device}, where {gib(there)} are available beside the model"
+        f"saes: training would need about {gib(needed)} on {device}, where {gib(free)} are available beside the model"
         f" ({', '.join(parts)}); lower d_sae or expansion, the number of SAEs, or stream.buffer"
     )
 
