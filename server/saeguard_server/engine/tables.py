@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saeguard.results import InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
 from saeguard_sae.conditions import CompiledCondition, ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
 from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Rows, Tally
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
@@ -22,7 +23,6 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
 from saeguard_server.engine.protocol import ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
-from saeguard_server.reply import InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
 
 _REMEMBERED = 2048
 """Guards that are kept as the table takes them."""
