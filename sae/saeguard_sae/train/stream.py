@@ -17,13 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.activations import (
-    ActivationSource,
-    CachedActivations,
-    ModelActivations,
-    Shard,
-    ShardIndex,
-)
+from saeguard_sae.train.activations import ActivationSource, CachedActivations, ModelActivations, Shard, ShardIndex
 from saeguard_sae.train.data import INDEX, data_kind
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.parallel import ALONE, Mesh

@@ -219,9 +219,7 @@ class ExampleCollector:
         """``density`` [d_sae]."""
         return tuple(
             FeatureExamples(
-                feature=feature,
-                density=float(density[feature]),
-                contexts=tuple(peak.context(decode) for peak in peaks),
+                feature=feature, density=float(density[feature]), contexts=tuple(peak.context(decode) for peak in peaks)
             )
             for feature, peaks in zip(self.features, self._peaks, strict=True)
         )
