@@ -208,8 +208,6 @@ class _Sink:
 def _write_checkpoint(checkpoint: Checkpoint, file: IO[bytes]) -> None:
     sink = _Sink(file)
     content = {"format": _FORMAT, **{field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}}
-    content |= {"learners": {name: dict(state) for name, state in checkpoint.learners.items()}}
-    content |= {"stream": dict(checkpoint.stream)}
     torch.save(content, cast(IO[bytes], sink))
     sink.flush()
     if sink.error is not None:
