@@ -94,8 +94,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             path=arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=arguments.device
         )
     )
-    beside = arguments.sae if arguments.sae.is_dir() else arguments.sae.parent
-    out: Path = arguments.out or beside / "evaluation"
+    out: Path = arguments.out or (arguments.sae if arguments.sae.is_dir() else arguments.sae.parent) / "evaluation"
     evaluation = evaluate_folder(
         arguments.sae,
         model,

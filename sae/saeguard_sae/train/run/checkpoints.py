@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 
 import msgspec
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
@@ -283,58 +284,22 @@ def write_card(plan: SaePlan, config: RunConfig, model_name: str, epoch: int, me
         metrics: the last line of the run's.
     """
     stream, settings = config.stream, plan.settings
-    kind = "sparse autoencoder" if plan.writes is None else "transcoder"
-    place = f"the activations at `{plan.reads}`"
-    if plan.writes is not None:
-        place += f", of which it makes those at `{plan.writes}`"
-    again = f" The data was read {epoch + 1} times." if epoch else ""
     left_out = ["each row's first token"] * stream.mask_first + ["special tokens"] * stream.mask_special
     if stream.outlier_norm:
         left_out.append(f"tokens with a norm above {stream.outlier_norm:g} times the median")
-    heldout = evaluation = ""
-    if config.run.evaluate:
-        heldout = f" Its first {config.run.heldout:,} documents were held out, and evaluated on."
-        evaluation = "\n`evaluation/report.html` has what was measured on the held-out text.\n"
-    source = f"in batches of {stream.batch:,} from a buffer of {stream.buffer:,}"
-    rows = [f"| {field.name} | {msgspec.to_builtins(getattr(settings, field.name))} |" for field in fields(settings)]
-    numbers = (metrics[name] for name in ("loss", "l0", "fvu", "dead_share"))
-    cells = " | ".join("not a number" if number is None else f"{number:.4g}" for number in numbers)
-    return f"""---
-library_name: saelens
-tags:
-- sparse-autoencoder
-- saeguard
----
-
-# {plan.name}
-
-A {kind} on {place} of {model_name}: {settings.architecture}, {settings.d_sae:,} features of
-{plan.d_in:,} dimensions. Trained by Saeguard {version("saeguard")}.
-
-## Use
-
-```
-saeguard serve --model {"MODEL" if config.model is None else config.model.path} --sae {plan.name}=THIS_FOLDER
-```
-
-SAELens loads the same folder with `SAE.load_from_disk`.
-
-## Data
-
-{config.steps * stream.batch:,} tokens of `{config.data.path}`, {source}.{again}
-Left out: {", ".join(left_out) or "nothing"}.{heldout}
-
-## Metrics
-
-Means over the last steps of training, on the batches it was trained on.
-
-| loss | L0 | FVU | dead features |
-|---|---|---|---|
-| {cells} |
-{evaluation}
-## Settings
-
-| | |
-|---|---|
-{chr(10).join(rows)}
-"""
+    environment = Environment(
+        loader=PackageLoader(__package__, "."), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("card.md.jinja").render(
+        plan=plan,
+        config=config,
+        run=config.run,
+        stream=stream,
+        settings=settings,
+        rows={field.name: msgspec.to_builtins(getattr(settings, field.name)) for field in fields(settings)},
+        left_out=left_out,
+        model_name=model_name,
+        epoch=epoch,
+        metrics=metrics,
+        version=version("saeguard"),
+    )
