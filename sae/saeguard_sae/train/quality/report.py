@@ -58,15 +58,14 @@ def table_lines(evaluation: Evaluation) -> list[Line]:
         own, baseline = ("does not apply" if value is None else f"{value:{form}}" for value in values)
         return Line(group, name, own, baseline, good, warns)
 
-    sparsity, fit, cost, features = "Sparsity", "Reconstruction", "Cost to the model, nats per token", "Features"
+    fit, cost, features = "Reconstruction", "Cost to the model, nats per token", "Features"
     is_low = sae.ce_recovered_zero is not None and sae.ce_recovered_zero < _GOOD_RECOVERED
     bound = f"; an upper bound: {tokens:,} tokens, {DEAD_TOKENS:,} are needed" if tokens < DEAD_TOKENS else ""
     is_whole = sae.cosine_features == evaluation.subjects.d_sae
     part = "" if is_whole else f"; of {sae.cosine_features:,} taken by chance"
-    by_mean, by_zero = "against mean ablation", "against zero ablation"
-    ablated = "near 1; the ablated model has"
+    by_mean, by_zero, ablated = "against mean ablation", "against zero ablation", "near 1; the ablated model has"
     return [
-        line(sparsity, "L0: features that fire on a token, mean", "l0", ".2f",
+        line("Sparsity", "L0: features that fire on a token, mean", "l0", ".2f",
              "what it was trained for; the baseline's was set equal"),
         line(fit, "FVU: share of variance unexplained", "fvu", ".4f",
              f"0.05 to {_GOOD_FVU:g} at an ordinary layer of a language model", sae.fvu > _GOOD_FVU),
@@ -320,18 +319,21 @@ def _plots(evaluation: Evaluation) -> Iterator[Plot]:
         ),
     )
     if evaluation.probes is not None:
-        probes = evaluation.probes
-        scores = ", ".join(
-            f"with {own.k}: {own.auroc:.2f} and {baseline.auroc:.2f}"
-            for own, baseline in zip(probes.sae, probes.frozen, strict=True)
-        )
-        yield _plot(
-            "probes",
-            "Telling the labels apart with few features",
-            f"Held-out AUROC, SAE and frozen baseline, {scores}; with all dimensions {probes.dense.auroc:.2f}.",
-            "Held-out AUROC by the number of features; the dotted line is a probe on the activations themselves.",
-            lambda axes, theme: _probes(axes, theme, evaluation),
-        )
+        yield _probe_plot(evaluation.probes)
+
+
+def _probe_plot(probes: Probes) -> Plot:
+    scores = ", ".join(
+        f"with {own.k}: {own.auroc:.2f} and {baseline.auroc:.2f}"
+        for own, baseline in zip(probes.sae, probes.frozen, strict=True)
+    )
+    return _plot(
+        "probes",
+        "Telling the labels apart with few features",
+        f"Held-out AUROC, SAE and frozen baseline, {scores}; with all dimensions {probes.dense.auroc:.2f}.",
+        "Held-out AUROC by the number of features; the dotted line is a probe on the activations themselves.",
+        lambda axes, theme: _probes(axes, theme, probes),
+    )
 
 
 def _plot(name: str, title: str, alt: str, caption: str, draw: _Draw) -> Plot:
@@ -420,9 +422,7 @@ def _losses(axes: Axes, theme: Theme, evaluation: Evaluation) -> None:
         label.set_color(theme.ink)
 
 
-def _probes(axes: Axes, theme: Theme, evaluation: Evaluation) -> None:
-    probes = evaluation.probes
-    assert probes is not None, "there is something to show"
+def _probes(axes: Axes, theme: Theme, probes: Probes) -> None:
     across = [str(score.k) for score in probes.sae]
     axes.plot(across, [score.auroc for score in probes.sae], color=theme.sae, marker="o", linewidth=2, label="SAE")
     axes.plot(
