@@ -9,14 +9,14 @@ from saeguard.requests import Sampling
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, InspectTask, Pick, Steering
 from saeguard_server.engine.vllm import orders
 from saeguard_server.errors import InternalFailure
 
 SAES = ("first", "second")
 EDITS = (
-    ResolvedEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
-    ResolvedEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
+    CompiledEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
+    CompiledEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
 )
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from saeguard.results import InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
-from saeguard_sae.conditions import CompiledCondition, ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
+from saeguard_sae.conditions import CompiledCondition as ConditionColumn
+from saeguard_sae.conditions import ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
 from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Rows, Tally
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
-from saeguard_server.engine.protocol import ResolvedEdit, ResolvedGuard, Steering
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Steering
 from saeguard_server.errors import InternalFailure
 
 _REMEMBERED = 2048
@@ -51,7 +52,7 @@ class SteeringTables:
         widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
         self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
         self._guards = ConditionTable(slots, device)
-        self._made: dict[int, tuple[ResolvedGuard, CompiledCondition]] = {}
+        self._made: dict[int, tuple[CompiledCondition, ConditionColumn]] = {}
         self._read_by = _readers(saes)
         self._sources: dict[Site, Tensor] = {}
         self.sites = frozenset({sae.site for sae in saes.values()} | self._tables.keys())
@@ -164,7 +165,7 @@ class SteeringTables:
         """Whether what the model goes on with after a site is read at a later one."""
         return self._tables[target].reads(site, self.rows) or self._guards.reads(target, site, self.rows)
 
-    def _guard(self, one: ResolvedGuard) -> CompiledCondition:
+    def _guard(self, one: CompiledCondition) -> ConditionColumn:
         """A guard as the table takes it; a policy's come with every request."""
         if id(one) not in self._made or self._made[id(one)][0] is not one:
             if len(self._made) >= _REMEMBERED:
@@ -172,12 +173,12 @@ class SteeringTables:
             self._made[id(one)] = one, self._make(one)
         return self._made[id(one)][1]
 
-    def _make(self, one: ResolvedGuard) -> CompiledCondition:
+    def _make(self, one: CompiledCondition) -> ConditionColumn:
         terms: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for name, feature, weight in one.probe.terms:
             terms[name].append((feature, weight))
         saes = sorted((self._saes[name] for name in terms), key=lambda sae: depth(sae.write_sites[0]))
-        return CompiledCondition(
+        return ConditionColumn(
             summands=tuple(_summand(sae, terms[sae.name]) for sae in saes),
             bias=one.probe.bias,
             comparison=one.comparison,
@@ -287,13 +288,13 @@ def _check(
             raise InternalFailure(f"{name} was decided on {one.evaluated} tokens instead of {wanted}")
 
 
-def _in_scope(one: ResolvedEdit | ResolvedGuard, length: int, special_at: list[int]) -> int:
+def _in_scope(one: CompiledEdit | CompiledCondition, length: int, special_at: list[int]) -> int:
     first, last = min(one.first, length), min(one.last, length)
     skipped = 0 if one.special else bisect_left(special_at, last) - bisect_left(special_at, first)
     return last - first - skipped
 
 
-def _trigger(guard: ResolvedGuard, seen: ConditionCounts) -> TriggerReceipt:
+def _trigger(guard: CompiledCondition, seen: ConditionCounts) -> TriggerReceipt:
     return TriggerReceipt(
         policy=guard.origin.policy,
         name=guard.origin.rule,
@@ -305,7 +306,7 @@ def _trigger(guard: ResolvedGuard, seen: ConditionCounts) -> TriggerReceipt:
     )
 
 
-def _one(edit: ResolvedEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
+def _one(edit: CompiledEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
     return InterventionReceipt(
         sae=edit.sae,
         feature=edit.feature,

@@ -93,7 +93,7 @@ async def until(is_so: Callable[[], bool], within_s: float) -> None:
 
 async def read(one: Running, **pick: Any) -> list[ActivationPart]:
     call = Call("test", time.monotonic() + 60)
-    task = one.flow._prepare(greedy(prompt(3, 20), 1, interventions=STEER[:1]), call, None).task
+    task = one.flow._compile(greedy(prompt(3, 20), 1, interventions=STEER[:1]), call, None).task
     given = {"call": call, "tokens": task.tokens, "offsets": (None,) * 20, "steering": task.steering}
     picks = (Pick(sae="resid_post", **pick), Pick(sae="attn_z", **pick))
     return [part async for part in one.engine.inspect(InspectTask(index=2, picks=picks, **given))]

@@ -56,11 +56,8 @@ class FakeGenerate:
             async for chunk in chunks:
                 yield finished(chunk, call, None)
 
-
-class FakeCompare:
-    """Both answers are the same."""
-
-    async def run(self, request: GenerateRequest, call: Call) -> Comparison:
+    async def compare(self, request: GenerateRequest, call: Call) -> Comparison:
+        """Both answers are the same."""
         same = Completion(
             text="text", tokens=(Token(1),), finish_reason="length", usage=Usage(2, 1), timings=Timings(0.0, 0.0, 0.0),
             seed=7, request_id=call.request_id,
@@ -99,7 +96,7 @@ class Edge:
     generate: FakeGenerate
     read: FakeRead
     engine: Engine
-    frame: RpcInterceptor
+    interceptor: RpcInterceptor
 
     def __post_init__(self) -> None:
         self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
@@ -124,23 +121,23 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
     health, generate, read = Health(edge.SERVICES), FakeGenerate(engine), FakeRead()
     settings = Settings(limits=limits, server=ServerSettings(listen="127.0.0.1:0"))
     servicers = edge.Servicers(
-        generation=GenerationServicer(generate, FakeCompare(), admission, limits),
+        generation=GenerationServicer(generate, admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
         policy=PolicyServicer(None, Audit()),
         server_info=ServerInfoServicer(describe_server(engine, settings)),
         health=health,
     )
-    frame = RpcInterceptor(
+    interceptor = RpcInterceptor(
         metrics,
         admission,
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
         limits.max_deadline_s,
     )
-    server = edge.build_server(servicers, frame, settings.server)
+    server = edge.build_server(servicers, interceptor, settings.server)
     address = str(edge.listen_on(server, settings.server))
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
-        yield Edge(address, channel, metrics, admission, health, generate, read, engine, frame)
+        yield Edge(address, channel, metrics, admission, health, generate, read, engine, interceptor)
     await server.stop(None)
-    assert await frame.open.ended(within_s=2)
+    assert await interceptor.open.ended(within_s=2)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from saeguard.results import ActivationPart, StreamChunk, Timings, Token
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, ResolvedGuard, Steering
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, GenerateTask, InspectTask, Steering
 from saeguard_server.engine.tables import Tallies
 from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.errors import SaeguardError
@@ -32,7 +32,7 @@ class Sequence:
     send: Callable[[Event | None], None]
     """Takes an event for the request's owner; called on the engine's thread."""
     tokens: list[int] = field(init=False)
-    stops: tuple[ResolvedGuard, ...] = field(init=False)
+    stops: tuple[CompiledCondition, ...] = field(init=False)
     """The guards that can end it."""
     computed: int = 0
     slot: int = -1
@@ -273,7 +273,7 @@ def can_reuse(sequence: Sequence) -> bool:
 def is_steered(sequence: Sequence, end: int) -> bool:
     """Whether an edit's or guard's scope holds any of the tokens before position ``end``."""
     steering = sequence.task.steering
-    scopes: tuple[ResolvedEdit | ResolvedGuard, ...] = (*steering.edits, *steering.guards)
+    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.guards)
     return any(one.first < min(end, one.last) for one in scopes)
 
 
@@ -292,6 +292,6 @@ def _active(steering: Steering, start: int) -> bytes:
     return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
 
 
-def _part(edit: ResolvedEdit, start: int) -> tuple[object, ...]:
+def _part(edit: CompiledEdit, start: int) -> tuple[object, ...]:
     first, last = max(edit.first - start, 0), min(edit.last - start, BLOCK)
     return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from saeguard_sae.edits import Affine
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, ResolvedGuard, Steering
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, GenerateTask, InspectTask, Pick, Steering
 from saeguard_server.errors import InternalFailure
 from saeguard_server.settings import ServedSaeSettings
 
@@ -133,7 +133,7 @@ def may_reuse(task: GenerateTask | InspectTask) -> bool:
     return all(one.first >= len(task.tokens) - 1 for one in steering_scopes(task.steering))
 
 
-def steering_scopes(steering: Steering) -> tuple[ResolvedEdit | ResolvedGuard, ...]:
+def steering_scopes(steering: Steering) -> tuple[CompiledEdit | CompiledCondition, ...]:
     """All that holds some positions and not others."""
     return *steering.edits, *steering.guards
 
@@ -155,14 +155,14 @@ def steering_of_request(order: WorkerRequest, saes: Sequence[str]) -> Steering:
     return Steering(tuple(_edit_of(one, saes) for one in order.edits), order.max_relative_edit)
 
 
-def _edit_of(one: WorkerEdit, saes: Sequence[str]) -> ResolvedEdit:
-    return ResolvedEdit(
+def _edit_of(one: WorkerEdit, saes: Sequence[str]) -> CompiledEdit:
+    return CompiledEdit(
         saes[one.sae], one.feature, one.kind, one.affine, one.first, one.last, one.special,
         is_shadow=one.is_shadow, is_limited=one.is_limited,
     )  # fmt: skip
 
 
-def _edit(one: ResolvedEdit, sae: int) -> WorkerEdit:
+def _edit(one: CompiledEdit, sae: int) -> WorkerEdit:
     assert one.gate is None, "a condition is refused at admission"
     return WorkerEdit(
         sae, one.feature, one.kind, one.affine, one.first, one.last, one.special, one.is_shadow, one.is_limited
