@@ -19,7 +19,8 @@ from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import Admission, RpcLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_server
-from saeguard_server.engine.choice import LoadedEngine, load_engine
+from saeguard_server.engine.choice import load_engine
+from saeguard_server.engine.protocol import Engine
 from saeguard_server.generation import Compare, Counterfactuals, Generation, RequestRecorder
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
@@ -71,7 +72,7 @@ UNWIND_S = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-Loader: TypeAlias = Callable[[Settings, Metrics], LoadedEngine]
+Loader: TypeAlias = Callable[[Settings, Metrics], Engine]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class App:
 
     address: Address
     metrics_port: int | None
-    engine: LoadedEngine
+    engine: Engine
     metrics: Metrics
     _server: grpc.aio.Server
     _frame: RpcInterceptor
@@ -190,7 +191,7 @@ def _export(settings: ServerSettings, metrics: Metrics, stack: AsyncExitStack) -
 
 def _servicers(
     settings: Settings,
-    engine: LoadedEngine,
+    engine: Engine,
     admission: RpcLimiter,
     gate: Admission,
     health: Health,
@@ -212,7 +213,7 @@ def _servicers(
     )
 
 
-def _is_ready(engine: LoadedEngine, admission: RpcLimiter, enforced: Enforcement | None) -> bool:
+def _is_ready(engine: Engine, admission: RpcLimiter, enforced: Enforcement | None) -> bool:
     is_enforcing = enforced is None or enforced.policies.is_current()
     return engine.is_ready() and is_enforcing and not admission.is_leaving
 
