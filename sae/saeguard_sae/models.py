@@ -1,20 +1,25 @@
-"""Where each site is in each Hugging Face architecture: the input or the output of which module.
+"""Hugging Face language models: where each site is in each architecture, how a model is opened and a site hooked.
 
-Verified against TransformerLens' hooks. To add an architecture, add its ``model_type`` here and to the engine's proof
-test; nothing else knows module names.
+Sites are verified against TransformerLens' hooks. To add an architecture, add its ``model_type`` here and to the
+engine's proof test; nothing else knows module names. torch and transformers are loaded when a model is opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
-
-# A place in the model, with one spelling: ``resid_post.12``.
-
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedTokenizerFast
 
 Point: TypeAlias = Literal[
     "embed",
@@ -121,6 +126,16 @@ class Located:
     see: Callable[[Tensor], Tensor] | None
     """What the SAE reads, computed from the module's tensor; None where that is the tensor itself."""
 
+    def read(self, x: Tensor) -> Tensor:
+        """What an SAE at this site reads of the module's tensor [..., width]."""
+        return x if self.see is None else self.see(x)
+
+    def attach(self, call: Callable[[Any], Any]) -> RemovableHandle:
+        """``call`` sees the module's arguments or output in every forward pass; what it returns takes their place."""
+        if self.side == "in":
+            return self.module.register_forward_pre_hook(lambda _, args: call(args))
+        return self.module.register_forward_hook(lambda _, __, out: call(out))
+
 
 def _points(attention: str, out: str, norm: str, mlp: str, down: str) -> dict[Point, Place]:
     """What every architecture with this naming has; module names are relative to the block."""
@@ -209,8 +224,8 @@ def layout(model_type: str) -> Layout:
 def sites(config: ModelConfig) -> frozenset[Site]:
     """Every site of a model with this configuration."""
     points = layout(config.model_type).points
-    found = {Site(layer, point) for layer in range(config.num_hidden_layers) for point in points}
-    return frozenset(found | {Site(0, "embed")})
+    of_blocks = {Site(layer, point) for layer in range(config.num_hidden_layers) for point in points}
+    return frozenset(of_blocks | {Site(0, "embed")})
 
 
 def site_of(model_type: str, layer: int, module: str, side: Literal["in", "out"]) -> Site:
@@ -228,7 +243,7 @@ def site_of(model_type: str, layer: int, module: str, side: Literal["in", "out"]
     for point, place in where.points.items():
         if (place.module, place.side) == (module, side) and not (place.shared or place.normalised):
             return Site(layer, point)
-    known = ", ".join(sorted({f"{one.module or 'the block'} ({one.side}put)" for one in where.points.values()}))
+    known = ", ".join(sorted({f"{place.module or 'the block'} ({place.side}put)" for place in where.points.values()}))
     raise ValueError(f"the {side}put of {module!r} is not a site of {model_type} models; there are: {known}")
 
 
@@ -273,3 +288,223 @@ def _normaliser(norm: Norm, config: ModelConfig) -> Callable[[Tensor], Tensor]:
         return wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
     return see
+
+
+def hook(place: Located, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Calls ``visit(x)`` with the module's tensor at a site in every forward pass, until the handle is removed.
+
+    What it returns takes the place of x; x itself or None leaves it.
+    """
+    from torch import Tensor
+
+    def visited(value: Any) -> Any:
+        is_alone = isinstance(value, Tensor)
+        x = value if is_alone else value[0]
+        new = visit(x)
+        if new is None or new is x:
+            return None
+        if place.shared:
+            # The block adds this very tensor to the MLP's output: a new one would reach the MLP alone.
+            x.copy_(new)
+            return None
+        return new if is_alone else (new, *value[1:])
+
+    return place.attach(visited)
+
+
+Visit: TypeAlias = "Callable[[Site, Tensor, Tensor], Tensor | None]"
+"""``visit(site, x, seen)``: the module's own tensor [1, T, width] and what an SAE reads there; returns what takes the
+place of x, None to leave it."""
+
+
+@contextmanager
+def hooked(model: nn.Module, config: ModelConfig, sites: Iterable[Site], visit: Visit) -> Iterator[None]:
+    """While it lasts, ``visit`` is called at these sites in every forward pass, in the order of the pass.
+
+    Raises:
+        ValueError: the model lacks one.
+    """
+
+    def attach(site: Site) -> RemovableHandle:
+        place = locate(model, config, site)
+        return hook(place, lambda x: visit(site, x, place.read(x)))
+
+    with ExitStack() as stack:
+        for site in sorted(set(sites), key=depth):
+            stack.callback(attach(site).remove)
+        yield
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""In which SAEs are held; models compute in the first two."""
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+# Its attention caps logits, which the fused kernel leaves out without a word.
+_EAGER = ("gemma2",)
+
+
+class ModelLoadError(ValueError):
+    """A model that cannot be used; the message names the setting, and what would help."""
+
+
+def torch_dtype(name: str, allowed: tuple[str, ...] = DTYPES) -> torch.dtype:
+    """The dtype of this name.
+
+    Raises:
+        ValueError: none of those that are allowed.
+    """
+    import torch
+
+    if name not in allowed:
+        raise ValueError(f"dtype: must be one of {', '.join(allowed)}, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelFolder:
+    """A Hugging Face model whose weights are not yet read."""
+
+    path: Path
+    config: Any
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that the model is made of, ordered by name."""
+        return tuple(sorted(file for pattern in _MODEL_FILES for file in self.path.glob(pattern)))
+
+
+def open_folder(path: str, revision: str | None = None) -> ModelFolder:
+    """A model's configuration and tokenizer, from the hub where the path is no local folder.
+
+    Raises:
+        ModelLoadError: no such model, an architecture whose sites are not known, no fast tokenizer.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise ModelLoadError(f"model.path: there is no folder {path!r}; a Hugging Face repository is owner/name")
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(path, revision=revision or None, allow_patterns=list(_MODEL_FILES)))
+        config = AutoConfig.from_pretrained(folder)
+        layout(config.model_type)
+        return ModelFolder(folder, config, _fast_tokenizer(folder))
+    except (ValueError, OSError) as err:
+        raise _unusable(path, err) from err
+
+
+def open_model(folder: ModelFolder, dtype: str, device: str) -> Any:
+    """The Hugging Face causal language model in a folder, for reading only: in evaluation mode, without gradients.
+
+    Raises:
+        ModelLoadError: no such device or dtype, weights that are incomplete or not in safetensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    try:
+        # A device that the machine lacks parses, and fails at its first tensor.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise ModelLoadError(f"model.device: {device!r} is not a device of this machine: {_one_line(err)}") from err
+    try:
+        computes = torch_dtype(dtype, DTYPES[:2])
+    except ValueError as err:
+        raise ModelLoadError(f"model.{err}") from err
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break up the log
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            config=folder.config,
+            dtype=computes,
+            attn_implementation="eager" if folder.config.model_type in _EAGER else "sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+        )
+        network, report = loaded
+        _check_complete(report)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as err:
+        raise _unusable(str(folder.path), err) from err
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as err:
+        raise ValueError(f"it has no tokenizer: {err}") from err
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError("its tokenizer has no fast version (tokenizer.json); convert it with transformers")
+    if not len(tokenizer):
+        raise ValueError(
+            "it has no tokenizer: there are no tokenizer.json and tokenizer_config.json beside its weights"
+        )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _check_complete(report: Mapping[str, Any]) -> None:
+    """transformers fills in what the files lack with random numbers, and says so in the log only."""
+    for kind, problem in (
+        ("missing_keys", "its files lack weights that the architecture has"),
+        ("mismatched_keys", "weights in its files have another shape than its config.json says"),
+        ("error_msgs", "its files cannot be read whole"),
+    ):
+        if names := sorted(map(str, report.get(kind) or ())):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{problem}: {', '.join(names[:3])}{more}")
+
+
+def _unusable(path: str, err: Exception) -> ModelLoadError:
+    return ModelLoadError(f"model.path: {path!r} cannot be used: {_one_line(err)}")
+
+
+def _one_line(err: BaseException) -> str:
+    return " ".join(str(err).split()) or type(err).__name__
+
+
+_CGROUP, _PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device; on the CPU, within the container's limit."""
+    import torch
+
+    if device.type == "cuda":
+        # What torch holds but does not use is as good as free.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    machine = _field(_PROC, "MemAvailable:") * 1024 or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    if limit is None or used is None:
+        return machine
+    # Cached files count as used, and are given back when asked for.
+    return min(machine, max(limit - used + _field(_CGROUP / "memory.stat", "inactive_file"), 0))
+
+
+def _number(path: Path) -> int | None:
+    """What a cgroup file says; None where there is no such file or no limit."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _field(path: Path, name: str) -> int:
+    """The number after a name in a kernel's table; 0 where there is none."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)

@@ -242,8 +242,7 @@ def test_sites_are_ordered_as_a_forward_pass_reaches_them(models: Any) -> None:
         def note(*_: Any, site: Site = site) -> None:
             order.append(site)
 
-        register = where.module.register_forward_pre_hook if where.side == "in" else where.module.register_forward_hook
-        handles.append(register(note))
+        handles.append(where.attach(note))
     model(torch.tensor([[1, 2, 3]]))
     for handle in handles:
         handle.remove()

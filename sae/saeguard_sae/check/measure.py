@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from saeguard_sae.coders import MatchingPursuit, SparseCoder, Temporal
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import Located, ModelConfig, Site, depth, locate
+from saeguard_sae.models import ModelConfig, Site, hooked
 
 # A dictionary read by other conventions than its own, without a copy of its weights.
 
@@ -155,31 +153,6 @@ def tally_metrics(reader: Reader, x: Tensor, ordinary: Tensor, tally: Tally, *, 
     return torch.cat(parts) if decodes else None
 
 
-# Seeing, and replacing, the activations at sites while a model reads one text.
-
-
-Visit: TypeAlias = Callable[[Site, Tensor, Tensor], Tensor | None]
-"""``visit(site, x, seen)``: the module's own tensor [1, T, width] and what an SAE reads there; returns what takes the
-place of x, None to leave it."""
-
-
-@contextmanager
-def visiting(model: nn.Module, config: ModelConfig, sites: Iterable[Site], visit: Visit) -> Iterator[None]:
-    """While it lasts, ``visit`` is called at these sites in every forward pass, in the order of the pass.
-
-    Raises:
-        ValueError: the model lacks one.
-    """
-    handles: list[RemovableHandle] = []
-    try:
-        for site in sorted(set(sites), key=depth):
-            handles.append(_attach(site, locate(model, config, site), visit))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def run(model: nn.Module, ids: Tensor) -> Tensor:
     """ids [T] -> logits [T, vocabulary]."""
     device = next(model.parameters()).device
@@ -195,24 +168,6 @@ def ordinary(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
     """
     is_special = torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype, device=ids.device))
     return ~is_special & (torch.arange(len(ids), device=ids.device) > 0)
-
-
-def _attach(site: Site, where: Located, visit: Visit) -> RemovableHandle:
-    def visited(value: Any) -> Any:
-        is_alone = isinstance(value, Tensor)
-        x = value if is_alone else value[0]
-        new = visit(site, x, x if where.see is None else where.see(x))
-        if new is None:
-            return None
-        if where.shared:
-            # The block adds this very tensor to the MLP's output: a new one would reach the MLP alone.
-            x.copy_(new)
-            return None
-        return new if is_alone else (new, *value[1:])
-
-    if where.side == "in":
-        return where.module.register_forward_pre_hook(lambda _, args: visited(args))
-    return where.module.register_forward_hook(lambda _, __, out: visited(out))
 
 
 _POSITIONS = 128
@@ -281,7 +236,7 @@ def measure_sae(
     base, spliced = _Loss(), _Loss()
     for ids in tokens if splice.target is not None else ():
         base.add(run(model, ids), ids)
-    with visiting(model, config, splice.sites, splice.visit):
+    with hooked(model, config, splice.sites, splice.visit):
         for ids in tokens:
             splice.begin(ordinary(ids, special_ids))
             spliced.add(run(model, ids), ids)
@@ -406,7 +361,7 @@ def capture(
 ) -> Captured:
     """What is at these sites, where it has one of these widths."""
     captured = Captured(widths)
-    with visiting(model, config, sites, captured.visit):
+    with hooked(model, config, sites, captured.visit):
         for ids in _sample(tokens, special_ids):
             captured.ordinary.append(ordinary(ids, special_ids))
             run(model, ids)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,9 +13,8 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from saeguard_sae.models import Located, Site, depth, locate, sites
+from saeguard_sae.models import Located, Site, depth, hook, locate, sites
 from saeguard_sae.train.data import INDEX, Contexts, TokenRows, context_length
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
@@ -75,29 +75,16 @@ class Harvester:
 
     @contextmanager
     def _keeping(self, found: dict[Site, Tensor], kept: Tensor) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
-        try:
-            for site in self.sites:
-                handles.append(self._attach(site, found, kept))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _attach(self, site: Site, found: dict[Site, Tensor], kept: Tensor) -> RemovableHandle:
-        place = self._places[site]
-
-        def keep(value: Any) -> None:
-            x = value if isinstance(value, Tensor) else value[0]
+        def keep(site: Site, x: Tensor) -> None:
             # A copy of the rows, now: a later module may change the tensor itself.
-            picked = x.flatten(0, 1)[kept]
-            found[site] = picked if place.see is None else place.see(picked)
+            found[site] = self._places[site].read(x.flatten(0, 1)[kept])
             if len(found) == len(self.sites):
                 raise _Complete
 
-        if place.side == "in":
-            return place.module.register_forward_pre_hook(lambda _, args: keep(args))
-        return place.module.register_forward_hook(lambda _, __, out: keep(out))
+        with ExitStack() as stack:
+            for site, place in self._places.items():
+                stack.callback(hook(place, partial(keep, site)).remove)
+            yield
 
 
 class _Complete(Exception):

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedTokenizerFast
 
-from saeguard_sae.models import layout
+from saeguard_sae.models import ModelLoadError, open_folder, open_model, torch_dtype
 from saeguard_sae.train.settings import TrainError, check_choice, one_line
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
-
-# Its attention caps logits, which the fused kernel leaves out without a word.
-_EAGER = ("gemma2",)
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,78 +60,21 @@ class LanguageModel:
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that stand for no text."""
-        return frozenset(int(one) for one in self.tokenizer.all_special_ids)
+        return frozenset(map(int, self.tokenizer.all_special_ids))
 
 
-def open_model(settings: ModelSettings) -> LanguageModel:
+def open_language_model(settings: ModelSettings) -> LanguageModel:
     """Loads a model and its tokenizer, from the hub where the path is no local folder.
 
     Raises:
         TrainError: no such device or model, an architecture whose sites are not known, incomplete weights, no fast
             tokenizer.
     """
-    _check_device(settings.device)
-    where: dict[str, Any] = {"revision": settings.revision or None}
-    path: str | Path = settings.path
-    if Path(settings.path).is_dir():
-        where, path = {}, Path(settings.path)
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", settings.path):
-        raise TrainError(f"model.path: there is no folder {settings.path!r}; a Hugging Face repository is owner/name")
     try:
-        config: Any = AutoConfig.from_pretrained(path, **where)
-        layout(config.model_type)
-        tokenizer = _tokenizer(path, where)
-        network = _network(path, config, settings, where)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as err:
-        raise TrainError(f"model.path: {settings.path!r} cannot be used: {one_line(err)}") from err
+        folder = open_folder(settings.path, settings.revision)
+        network = open_model(folder, settings.dtype, settings.device)
+    except ModelLoadError as err:
+        raise TrainError(one_line(err)) from err
     name = settings.name or Path(settings.path).resolve().name
-    return LanguageModel(
-        network, tokenizer, config, name, torch.device(settings.device), getattr(torch, settings.dtype)
-    )
-
-
-def _check_device(device: str) -> None:
-    try:
-        # A device that the machine lacks parses, and fails at its first tensor.
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:
-        raise TrainError(f"model.device: {device!r} is not a device of this machine: {one_line(err)}") from err
-
-
-def _tokenizer(path: str | Path, where: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    try:
-        found = AutoTokenizer.from_pretrained(path, **where)
-    except (ValueError, OSError, KeyError, TypeError) as err:
-        raise TrainError(f"it has no tokenizer: {one_line(err)}") from err
-    if not isinstance(found, PreTrainedTokenizerFast):
-        raise TrainError("its tokenizer has no fast version (tokenizer.json); convert it with transformers")
-    if not len(found):
-        raise TrainError(
-            "it has no tokenizer: there are no tokenizer.json and tokenizer_config.json beside its weights"
-        )
-    found.backend_tokenizer.no_truncation()
-    found.backend_tokenizer.no_padding()
-    return found
-
-
-def _network(path: str | Path, config: Any, settings: ModelSettings, where: Mapping[str, Any]) -> Any:
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break up the log
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=getattr(torch, settings.dtype),
-        attn_implementation="eager" if config.model_type in _EAGER else "sdpa",
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the report, by name
-        **where,
-    )
-    network, report = loaded
-    # transformers fills in what the files lack with random numbers, and says so in the log only.
-    for kind, what in (("missing_keys", "lack weights"), ("mismatched_keys", "hold weights of another shape")):
-        if wrong := sorted(map(str, report.get(kind) or ())):
-            raise TrainError(
-                f"its files {what} that the architecture has: {', '.join(wrong[:3])} ({len(wrong)} in all)"
-            )
-    return network.to(settings.device).eval().requires_grad_(False)
+    device, dtype = torch.device(settings.device), torch_dtype(settings.dtype)
+    return LanguageModel(network, folder.tokenizer, folder.config, name, device, dtype)

@@ -23,7 +23,7 @@ from saeguard_sae.formats.saelens_config import CONFIG
 from saeguard_sae.loading import OpenedSae, detect_format, read_sae
 from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
 from saeguard_sae.metadata import write_catalogue as write_features
-from saeguard_sae.models import Site
+from saeguard_sae.models import DTYPES, Site, torch_dtype
 from saeguard_server import app
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
 from saeguard_server.sources import open_sae_source
@@ -233,9 +233,6 @@ def _print(lines: tuple[str, ...] | Iterator[str]) -> None:
 # ``saeguard sae convert``: writes any SAE in SAELens' current format.
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The action's arguments."""
     parser = actions.add_parser(
@@ -245,7 +242,7 @@ def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_sae_flags(parser)
     parser.add_argument("out", type=Path, help="folder to write; must not hold an SAE")
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="of the weights on disk")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights on disk")
     parser.add_argument("--model-name", help="the model it belongs to, as SAELens calls it")
     parser.set_defaults(act=run_convert)
 
@@ -266,7 +263,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         arguments.out,
         site=_site(settings.site, found.reads, "site"),
         model_name=arguments.model_name or found.model or "unknown",
-        dtype=_DTYPES[arguments.dtype],
+        dtype=torch_dtype(arguments.dtype),
         writes=_writes(settings.write_site, found),
         processing=settings.processing or found.processing or "none",
     )

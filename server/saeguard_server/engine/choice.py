@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saeguard_sae.loading import LoadError
-from saeguard_server.engine.load import ModelLoadError
+from saeguard_sae.models import ModelLoadError
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, Settings

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
+from transformers import GenerationConfig
 
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, calibration_text, check_sae
 from saeguard_sae.loading import LoadedSae, LoadError, bind, weights_digest, with_settings
-from saeguard_sae.models import ModelConfig, Site, layout, locate
+from saeguard_sae.models import (
+    ModelConfig,
+    ModelFolder,
+    ModelLoadError,
+    Site,
+    hooked,
+    open_folder,
+    open_model,
+    torch_dtype,
+)
 from saeguard_server.engine.protocol import ModelInfo
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
@@ -28,19 +33,12 @@ from saeguard_server.request import TextInput
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings
 from saeguard_server.sources import open_sae_source
 
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-
-
-class ModelLoadError(ValueError):
-    """A model that cannot be served; the message says what would help."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelFiles:
-    """A Hugging Face model in the folder ``path``: its configuration, its tokenizer, and what callers see of it."""
+    """A Hugging Face model before its weights are read, and what callers see of it."""
 
-    path: Path
-    config: Any
+    folder: ModelFolder
     tokenizer: Tokenizer
     eos_ids: frozenset[int]
     info: ModelInfo
@@ -56,21 +54,18 @@ def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
         ModelLoadError: no such model, another digest than the settings ask for, an unknown architecture, no fast
             tokenizer.
     """
-    try:
-        path = _resolve(settings)
-        found = weights_digest(tuple(sorted(file for pattern in _PATTERNS for file in path.glob(pattern))))
-        if settings.digest is not None and settings.digest != found:
-            raise ValueError(f"model.digest: its files have {found}, the settings ask for {settings.digest}")
-        config: Any = AutoConfig.from_pretrained(path)
-        layout(config.model_type)
-        tokenizer = _tokenizer(path, config)
-        eos_ids = _eos_ids(path, config)
-    except (ValueError, OSError) as err:
-        raise ModelLoadError(f"model {settings.path!r}: {err}") from err
+    folder = open_folder(settings.path, settings.revision)
+    digest = weights_digest(folder.files)
+    if settings.digest is not None and settings.digest != digest:
+        raise ModelLoadError(
+            f"model {settings.path!r}: model.digest: its files have {digest}, the settings ask for {settings.digest}"
+        )
+    config = folder.config
+    tokenizer = Tokenizer(folder.tokenizer, config.vocab_size)
     info = ModelInfo(
         name=settings.name or Path(settings.path).name,
         architecture=config.model_type,
-        digest=found,
+        digest=digest,
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -78,37 +73,19 @@ def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
         dtype=settings.dtype,
         has_chat_template=tokenizer.has_chat_template,
     )
-    return ModelFiles(path, config, tokenizer, eos_ids, info)
+    return ModelFiles(folder, tokenizer, _eos_ids(settings.path, folder), info)
 
 
-def _resolve(settings: ModelSettings) -> Path:
-    local = Path(settings.path)
-    if local.is_dir():
-        return local
-    return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=list(_PATTERNS)))
-
-
-def _tokenizer(path: Path, config: Any) -> Tokenizer:
-    fast = AutoTokenizer.from_pretrained(path)
-    if not isinstance(fast, PreTrainedTokenizerFast):
-        raise ValueError("its tokenizer has no fast version (tokenizer.json); convert it with transformers")
-    return Tokenizer(fast, config.vocab_size)
-
-
-def _eos_ids(path: Path, config: Any) -> frozenset[int]:
-    has_own = (path / "generation_config.json").is_file()
-    found = GenerationConfig.from_pretrained(path).eos_token_id if has_own else None
-    if found is None:
-        found = config.eos_token_id
-    return frozenset([found] if isinstance(found, int) else found or [])
-
-
-# From a path to a model that can be served: weights in safetensors, a fast tokenizer, a known architecture.
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# SDPA leaves out the soft-capping of attention scores.
-_EAGER = ("gemma2",)
+def _eos_ids(path: str, folder: ModelFolder) -> frozenset[int]:
+    ids = None
+    if (folder.path / "generation_config.json").is_file():
+        try:
+            ids = GenerationConfig.from_pretrained(folder.path).eos_token_id
+        except (ValueError, OSError) as err:
+            raise ModelLoadError(f"model {path!r}: {err}") from err
+    if ids is None:
+        ids = folder.config.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,49 +109,11 @@ def load_model(settings: ModelSettings, max_context: int) -> LoadedModel:
         ModelLoadError: no such model, an unknown architecture, no fast tokenizer, weights not in safetensors.
     """
     files = open_files(settings, max_context)
-    try:
-        network = _network(files.path, files.config, settings)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as err:
-        raise ModelLoadError(f"model {settings.path!r}: {err}") from err
+    network = open_model(files.folder, settings.dtype, settings.device)
     return LoadedModel(network, files.tokenizer, files.eos_ids, files.info, torch.device(settings.device))
 
 
-def _network(path: Path, config: Any, settings: ModelSettings) -> nn.Module:
-    if settings.dtype not in _DTYPES:
-        raise ValueError(f"model.dtype: must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}")
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # it would break up the log
-    attention = "eager" if config.model_type in _EAGER else "sdpa"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=_DTYPES[settings.dtype],
-        attn_implementation=attention,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the report, by name
-    )
-    network: nn.Module = loaded[0]
-    _check_complete(loaded[1])
-    return network.to(settings.device).eval().requires_grad_(False)
-
-
-def _check_complete(report: Mapping[str, Any]) -> None:
-    """transformers fills in what the files lack with random numbers, and says so in the log only."""
-    for name, what in (
-        ("missing_keys", "its files lack weights that the architecture has"),
-        ("mismatched_keys", "weights in its files have another shape than its config.json says"),
-        ("error_msgs", "its files cannot be read whole"),
-    ):
-        if found := sorted(map(str, report.get(name) or ())):
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ValueError(f"{what}: {', '.join(found[:3])}{more}")
-
-
 # SAEs tied to the sites of a loaded model: where they read and write there, and whether they fit.
-
-
-_SAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_saes(settings: tuple[ServedSaeSettings, ...], model: LoadedModel) -> dict[str, LoadedSae]:
@@ -197,7 +136,7 @@ def load_served_sae(settings: ServedSaeSettings, model: LoadedModel) -> LoadedSa
     source = open_sae_source(settings)
     sae = bind(source.sae, model.network, model.network.config, source.overrides)
     own = {} if settings.dtype == "float32" else {"dtype": settings.dtype}
-    moved = sae.dictionary.to(model.device, _SAE_DTYPES[settings.dtype])
+    moved = sae.dictionary.to(model.device, torch_dtype(settings.dtype))
     return replace(sae, dictionary=moved, digest=with_settings(sae.digest, own))
 
 
@@ -217,24 +156,14 @@ def measure_widths(
     model: nn.Module, config: ModelConfig, sites: Iterable[Site], device: torch.device
 ) -> dict[Site, int]:
     """How wide the activations at these sites are, found by reading one token."""
-    found: dict[Site, int] = {}
-    handles = []
-    for site in sites:
+    widths: dict[Site, int] = {}
 
-        def see(_: nn.Module, args: Any, out: Any = None, site: Site = site) -> None:
-            value = args if out is None else out
-            found[site] = (value if isinstance(value, Tensor) else value[0]).shape[-1]
+    def measure(site: Site, x: Tensor, _: Tensor) -> None:
+        widths[site] = x.shape[-1]
 
-        where = locate(model, config, site)
-        register = where.module.register_forward_pre_hook if where.side == "in" else where.module.register_forward_hook
-        handles.append(register(see))
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    with hooked(model, config, sites, measure), torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    return widths
 
 
 # The check of every SAE on the model, before anybody is served: does it fit as its files or the settings say?

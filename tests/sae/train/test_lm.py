@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saeguard_sae.train.lm import ModelSettings, open_model
+from saeguard_sae.train.lm import ModelSettings, open_language_model
 from saeguard_sae.train.settings import TrainError
 from support.models import BOS, EOS, PAD, save_model
 
@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_computes_what_was_saved(tmp_path: Path) -> None:
     wanted = save_model("gpt2", tmp_path / "small")
-    model = open_model(ModelSettings(path=str(tmp_path / "small")))
+    model = open_language_model(ModelSettings(path=str(tmp_path / "small")))
     ids = torch.arange(20)[None]
     assert torch.equal(model.network(input_ids=ids).logits, wanted(input_ids=ids).logits)
     assert not model.network.training
@@ -32,13 +32,13 @@ def test_computes_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_bfloat16(folder: Path) -> None:
-    model = open_model(ModelSettings(path=str(folder), dtype="bfloat16", name="mine"))
+    model = open_language_model(ModelSettings(path=str(folder), dtype="bfloat16", name="mine"))
     assert (model.network.dtype, model.dtype, model.name) == (torch.bfloat16, torch.bfloat16, "mine")
 
 
 def refusal(settings: ModelSettings) -> str:
     with pytest.raises(TrainError) as caught:
-        open_model(settings)
+        open_language_model(settings)
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeguard_sae.loading import LoadError
-from saeguard_server.engine.load import ModelLoadError
+from saeguard_sae.models import ModelLoadError
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import ServedSaeSettings, Settings

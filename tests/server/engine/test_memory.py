@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeguard_sae import models
 from saeguard_sae.edits import Clamp
-from saeguard_server.engine.load import LoadedModel, ModelLoadError
+from saeguard_sae.models import ModelLoadError, free_bytes
+from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import Pick
 from saeguard_server.engine.transformers import engine, runner
-from saeguard_server.engine.transformers.runner import ForwardPass, free_bytes, is_out_of_memory, kv_blocks
+from saeguard_server.engine.transformers.runner import ForwardPass, is_out_of_memory, kv_blocks
 from saeguard_server.engine.transformers.sequence import BLOCK
 from saeguard_server.errors import InvalidRequest, Overloaded
 from saeguard_server.request import GenerationRequest
@@ -77,8 +79,8 @@ def test_free_memory_is_the_machines_or_the_containers(
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "meminfo").write_text("MemTotal: 5000 kB\nMemFree: 3 kB\nMemAvailable:   900 kB\n")
-    monkeypatch.setattr(runner, "_CGROUP", tmp_path)
-    monkeypatch.setattr(runner, "_PROC", tmp_path / "meminfo")
+    monkeypatch.setattr(models, "_CGROUP", tmp_path)
+    monkeypatch.setattr(models, "_PROC", tmp_path / "meminfo")
     assert free_bytes(CPU) == wanted
 
 

@@ -70,7 +70,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from saeguard_sae.train.lm import ModelSettings, open_model
+    from saeguard_sae.train.lm import ModelSettings, open_language_model
     from saeguard_sae.train.quality.metrics import EvaluateSettings
     from saeguard_sae.train.quality.report import evaluate_folder
     from saeguard_sae.train.settings import DataSettings, StreamSettings
@@ -87,7 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     settings = EvaluateSettings(**{name: value for name, value in asked.items() if value is not None})
     if arguments.threads is not None:
         torch.set_num_threads(_at_least_one(arguments.threads))
-    model = open_model(
+    model = open_language_model(
         ModelSettings(path=arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=arguments.device)
     )
     out: Path = arguments.out or _beside(arguments.sae)

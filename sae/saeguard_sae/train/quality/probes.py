@@ -17,12 +17,12 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from saeguard_sae.check.measure import VALUES, Reader, target, visiting
+from saeguard_sae.check.measure import VALUES, Reader, target
 from saeguard_sae.coders import MatchingPursuit
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.discover import auroc
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import ModelConfig, Site, depth
+from saeguard_sae.models import ModelConfig, Site, depth, hooked
 from saeguard_sae.train.quality.metrics import EvaluateSettings, EvaluationBatch, EvaluationRow, padded
 from saeguard_sae.train.settings import TrainError
 
@@ -285,7 +285,7 @@ class Subject:
                 raise _Reached
 
         found: Tensor | None = None
-        with visiting(self.model, self.config, (self.reads, self.target), visit), suppress(_Reached):
+        with hooked(self.model, self.config, (self.reads, self.target), visit), suppress(_Reached):
             found = self._forward(batch)
         self._check(seen)
         return CapturedSite(seen[self.reads], seen[self.target], found)
@@ -303,7 +303,7 @@ class Subject:
             out[batch.ordinary] = rows.to(x.dtype)
             return out
 
-        with visiting(self.model, self.config, (self.writes,), visit):
+        with hooked(self.model, self.config, (self.writes,), visit):
             return self._forward(batch)
 
     def _check(self, seen: dict[Site, Tensor]) -> None:

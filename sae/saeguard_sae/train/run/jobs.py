@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.formats import saelens_save
-from saeguard_sae.models import Site
+from saeguard_sae.models import Site, free_bytes
 from saeguard_sae.train.data import context_length
 from saeguard_sae.train.learner import make_learner
 from saeguard_sae.train.lm import LanguageModel
@@ -33,7 +33,6 @@ _ROUGH: Mapping[Precision, int] = {"int8": 1, "bfloat16": 2, "float32": 0}
 """Bytes of a number in the copy of the encoder that proposes features; float32 needs none."""
 _DENSE_COPIES = 6
 """Tensors [batch, d_sae] that an SAE which pays for firing holds between forward and backward."""
-_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +80,7 @@ def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.dev
     Raises:
         BadConfig: more is needed than there is, with the numbers.
     """
-    there = available_memory(device)
+    there = free_bytes(device)
     mesh.told(None)  # nobody takes memory before all have looked
     sharing = mesh.neighbours if device.type == "cpu" else 1
     needs = {name: sharing * one.training_bytes(mesh) for name, one in sizes.items()}
@@ -91,7 +90,7 @@ def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.dev
     if mesh.shards > 1 and device.type == "cpu":
         held += sum(one.checkpoint_bytes() for one in sizes.values())
     needed = sum(needs.values()) + held
-    if there is None or needed <= there:
+    if needed <= there:
         return
     parts = [f"{name} {gib(size)}" for name, size in sorted(needs.items(), key=lambda one: -one[1])[:5]]
     if len(needs) > 5:
@@ -124,36 +123,6 @@ def check_disk(sizes: Iterable[Size], stream_bytes: int, keep: int, folder: Path
 def gib(size: int) -> str:
     """For messages."""
     return f"{size / 2**30:,.2f} GiB"
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that may still be taken there; None where nobody knows."""
-    if device.type == "cuda":
-        # What torch holds but does not use is as good as free.
-        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + spare
-    known = [one for one in (_of_machine(), _of_group()) if one is not None]
-    return min(known) if known and device.type == "cpu" else None
-
-
-def _of_machine() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
-
-
-def _of_group() -> int | None:
-    """What a container leaves; caches of files, which it can take back, count as left."""
-    try:
-        limit = (_GROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((_GROUP / "memory.current").read_text(encoding="ascii"))
-        facts = dict(line.split() for line in (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) - used + int(facts.get("inactive_file", 0))
 
 
 def _existing(folder: Path) -> Path:

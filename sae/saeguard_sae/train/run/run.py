@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saeguard_sae.models import Site
 from saeguard_sae.train.learner import Learner, make_learner
-from saeguard_sae.train.lm import LanguageModel, open_model
+from saeguard_sae.train.lm import LanguageModel, open_language_model
 from saeguard_sae.train.parallel import ALONE, Mesh, PeerLost, own_device, together
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints, RunFolder, export
 from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, RunLost, RunStopped, differences, plain
@@ -316,7 +316,7 @@ def train_from_config(config: RunConfig, *, resume: bool = False, console: Conso
                 if mesh.is_writer:
                     folder.check(config, resume=resume)
                 torch.manual_seed(config.run.seed)
-                model = None if config.model is None else open_model(replace(config.model, device=device))
+                model = None if config.model is None else open_language_model(replace(config.model, device=device))
                 check_evaluation(config, model)
                 try:
                     paths = _train(config, folder, checkpoints, model, console, mesh, resume=resume)

@@ -20,9 +20,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import sites
+from saeguard_sae.models import ModelLoadError, sites
 from saeguard_server.engine import load
-from saeguard_server.engine.load import Backoff, LoadedModel, ModelLoadError, load_model, load_saes
+from saeguard_server.engine.load import Backoff, LoadedModel, load_model, load_saes
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
 from saeguard_server.engine.tokenizer import Assembler, Tokenizer
 from saeguard_server.engine.transformers.attention import Reading

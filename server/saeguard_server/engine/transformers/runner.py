@@ -5,13 +5,11 @@ Everything here runs in inference mode, which the engine's thread enters once.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -26,8 +24,8 @@ from saeguard_sae.coders import Temporal, is_signed
 from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import Located, Site, depth, locate
-from saeguard_server.engine.load import LoadedModel, ModelLoadError
+from saeguard_sae.models import Located, ModelLoadError, Site, depth, free_bytes, hook, locate
+from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.tables import SteeringTables, Tallies, select_activations, select_features
 from saeguard_server.engine.transformers import attention as ops
@@ -321,23 +319,13 @@ class Network:
         return self.attention.attend(query, key, value, layer, scale, window, cap), None
 
     def _attach(self, site: Site) -> RemovableHandle:
-        found = locate(self._network, self._network.config, site)
+        located = locate(self._network, self._network.config, site)
         place = len(self._places)
-        self._places.append((site, found))
-        if found.side == "in":
-            return found.module.register_forward_pre_hook(lambda _, args: self._replace(place, found.shared, args))
-        return found.module.register_forward_hook(lambda _, __, out: self._replace(place, found.shared, out))
-
-    def _replace(self, place: int, shared: bool, value: Any) -> Any:
-        """The first tensor of a module's arguments or output, edited; the rest as it was."""
-        is_alone = isinstance(value, Tensor)
-        x = value if is_alone else value[0]
-        edited = ops.edit(x, self._handle, place) if torch.compiler.is_compiling() else self.edit(x, place)
-        if shared and edited is not x:
-            # The block adds this very tensor to the MLP's output: a new one would steer the MLP alone.
-            x.copy_(edited)
-            return value
-        return edited if is_alone else (edited, *value[1:])
+        self._places.append((site, located))
+        return hook(
+            located,
+            lambda x: ops.edit(x, self._handle, place) if torch.compiler.is_compiling() else self.edit(x, place),
+        )
 
 
 def can_pack(model: LoadedModel) -> bool:
@@ -527,7 +515,6 @@ class Runner:
 
 SHARE = 0.5
 """Of the memory that is free at start, what KV takes at most where the settings do not say."""
-_CGROUP, _PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _MIB = 2**20
 
 
@@ -551,39 +538,9 @@ def kv_blocks(model: LoadedModel, slots: int, limit_mb: int | None) -> int:
     return count
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken there; on the CPU, within the container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    machine = _field(_PROC, "MemAvailable:") * 1024 or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    if limit is None or used is None:
-        return machine
-    # Cached files count as used, and are given back when asked for.
-    return min(machine, max(limit - used + _field(_CGROUP / "memory.stat", "inactive_file"), 0))
-
-
 def is_out_of_memory(err: Exception) -> bool:
     """Whether a step failed for want of memory alone, so that less work would have gone through."""
     if isinstance(err, torch.OutOfMemoryError | MemoryError):
         return True
     # torch's CPU allocator has no exception of its own.
     return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
-
-
-def _number(path: Path) -> int | None:
-    """What a cgroup file says; None where there is no such file or no limit."""
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _field(path: Path, name: str) -> int:
-    """The number after a name in a kernel's table; 0 where there is none."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)

@@ -16,9 +16,9 @@ import torch
 
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae, LoadError
-from saeguard_sae.models import Site
+from saeguard_sae.models import ModelLoadError, Site
 from saeguard_server.engine import load
-from saeguard_server.engine.load import Backoff, ModelFiles, ModelLoadError, load_model, load_saes, open_files
+from saeguard_server.engine.load import Backoff, ModelFiles, load_model, load_saes, open_files
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
 from saeguard_server.engine.tables import build_receipt
 from saeguard_server.engine.tokenizer import Assembler, Tokenizer
@@ -290,7 +290,7 @@ def engine_arguments(settings: Settings, model: ModelFiles, saes: Mapping[str, L
     )
     on_cpu = _is_cpu(settings)
     given: dict[str, Any] = {
-        "model": str(model.path),
+        "model": str(model.folder.path),
         "served_model_name": model.info.name,
         "dtype": settings.model.dtype,
         "max_model_len": model.info.max_context,
@@ -324,7 +324,7 @@ def _kv_bytes(engine: EngineSettings, model: ModelFiles) -> int:
     """KV memory of each worker: what the settings say, else what every slot needs when it is full."""
     if engine.kv_cache_mb is not None:
         return engine.kv_cache_mb * 2**20
-    config, own = model.config, engine.vllm
+    config, own = model.folder.config, engine.vllm
     heads = -(-_kv_heads(config) // own.tensor_parallel)
     layers = -(-config.num_hidden_layers // own.pipeline_parallel)
     block: int = 2 * heads * _head_size(config) * layers * _BYTES[model.info.dtype] * _CPU_BLOCK
@@ -396,7 +396,7 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
     check_settings(settings)
     model = open_files(settings.model, settings.engine.max_context)
     _check_architecture(settings, model)
-    sites = steering.offered_sites(model.config, settings.engine.vllm.tensor_parallel)
+    sites = steering.offered_sites(model.folder.config, settings.engine.vllm.tensor_parallel)
     saes = _checked(settings, metrics)
     _check_sites(saes, sites, settings.engine.vllm.tensor_parallel)
     given = engine_arguments(settings, model, saes)

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from saeguard_sae.loading import LoadedSae, LoadError, bind, with_settings
-from saeguard_sae.models import ModelConfig
+from saeguard_sae.models import ModelConfig, torch_dtype
 from saeguard_server.engine.vllm import steering
 from saeguard_server.engine.vllm.orders import KEY, WorkerPlan
 from saeguard_server.engine.vllm.steering import SteeredModel
@@ -18,7 +18,6 @@ from saeguard_server.settings import ServedSaeSettings
 from saeguard_server.sources import open_sae_source
 
 _OURS = "is_saeguards"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Extension:
@@ -118,7 +117,7 @@ def _load(
         away = ", ".join(str(one) for one in sorted(wanted - here))
         raise LoadError(f"SAE {sae.name!r}: {away} is in another pipeline stage than the rest of it")
     own = {} if settings.dtype == "float32" else {"dtype": settings.dtype}
-    moved = sae.dictionary.to(device, _DTYPES[settings.dtype])
+    moved = sae.dictionary.to(device, torch_dtype(settings.dtype))
     gain = None if sae.write_gain is None else sae.write_gain.to(device)
     return replace(sae, dictionary=moved, write_gain=gain, digest=with_settings(sae.digest, own))
 

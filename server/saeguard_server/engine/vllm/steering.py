@@ -536,17 +536,10 @@ def _edit_op(model: nn.Module, config: ModelConfig, tables: SteeringTables, site
 
 
 def _hook(model: nn.Module, config: ModelConfig, site: Site, number: int) -> None:
-    where = locate(model, config, site)
-    if where.side == "in":
-        where.module.register_forward_pre_hook(lambda _, args: _apply(args, number))
-    else:
-        where.module.register_forward_hook(lambda _, __, out: _apply_out(site, out, number))
-
-
-def _apply_out(site: Site, out: Any, number: int) -> None:
+    place = locate(model, config, site)
     # A norm that adds first puts out what it normalised and the sum: an SAE behind the norm reads the former alone.
-    is_stream = site.point == "resid_post"
-    _apply(out if is_stream or isinstance(out, Tensor) else out[:1], number)
+    is_whole = place.side == "in" or site.point == "resid_post"
+    place.attach(lambda value: _apply(value if is_whole or isinstance(value, Tensor) else value[:1], number))
 
 
 def _apply(value: Any, number: int) -> None:

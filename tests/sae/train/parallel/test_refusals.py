@@ -70,7 +70,7 @@ def test_parts_need_less_memory_and_processes_of_one_machine_share_it(monkeypatc
     one = Size(settings=SaeSettings(d_sae=4096, k=4, steps=10, batch=64), d_in=64, d_out=64)
     whole, half = one.training_bytes(), one.training_bytes(Mesh(shards=2))
     assert 0.5 < half / whole < 0.52
-    monkeypatch.setattr(jobs, "available_memory", lambda device: whole + 3000)
+    monkeypatch.setattr(jobs, "free_bytes", lambda device: whole + 3000)
     check_memory({"a": one}, 1000, torch.device("cpu"))
     with pytest.raises(BadConfig, match="training would need about"):
         check_memory({"a": one}, 1000, torch.device("cpu"), Mesh(neighbours=2))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.train.lm import LanguageModel, ModelSettings, open_model
+from saeguard_sae.train.lm import LanguageModel, ModelSettings, open_language_model
 from saeguard_sae.train.quality.evaluate import labelled_rows, text_rows
 from saeguard_sae.train.quality.probes import LabelledTexts
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
@@ -17,7 +17,7 @@ from support.models import BOS, EOS
 
 @pytest.fixture(scope="module")
 def model(worlds: Any) -> LanguageModel:
-    return open_model(ModelSettings(path=str(worlds("llama").folder)))
+    return open_language_model(ModelSettings(path=str(worlds("llama").folder)))
 
 
 def jsonl(path: Path, *texts: str) -> DataSettings:

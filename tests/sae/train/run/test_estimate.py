@@ -67,7 +67,7 @@ def test_training_counts_weights_gradients_moments_and_the_copy(kind: str) -> No
 
 
 def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "available_memory", lambda device: 2**30)
+    monkeypatch.setattr(jobs, "free_bytes", lambda device: 2**30)
     wide = size(d_in=4096, d_out=4096, d_sae=65_536)
     check_memory({"small": size()}, 1000, CPU)
     with pytest.raises(BadConfig) as caught:
@@ -79,29 +79,6 @@ def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch: pytest.Mo
     assert "small 0.0" in said
     with pytest.raises(BadConfig, match=r"the buffer 1\.00 GiB"):
         check_memory({"small": size()}, 2**29, CPU)
-
-
-def test_memory_that_nobody_knows_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "available_memory", lambda device: None)
-    check_memory({"wide": size(d_sae=2**30)}, 2**60, CPU)
-
-
-def test_the_machine_says_what_it_has() -> None:
-    there = jobs.available_memory(CPU)
-    assert there is not None
-    assert 2**20 < there < 2**50
-
-
-def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("1000000\n", encoding="ascii")
-    (tmp_path / "memory.current").write_text("400000\n", encoding="ascii")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n", encoding="ascii")
-    assert jobs.available_memory(CPU) == 700_000
-    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
-    there = jobs.available_memory(CPU)
-    assert there is not None
-    assert there > 2**20
 
 
 def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import open_sae
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import ModelSettings, open_model
+from saeguard_sae.train.lm import ModelSettings, open_language_model
 from saeguard_sae.train.run import run
 from saeguard_sae.train.run.config import BadConfig, RunFailed, parse_run_config
 from saeguard_sae.train.run.metrics import Console
@@ -63,7 +63,7 @@ def test_it_learns(tree: Tree, console: Console) -> None:
     (path,) = train_from_config(parse_run_config(tree), console=console)
     dictionary = open_sae("mid", path).found.dictionary
     assert isinstance(dictionary, Dictionary)
-    model = open_model(ModelSettings(path=tree["model"]["path"]))
+    model = open_language_model(ModelSettings(path=tree["model"]["path"]))
     held_out = DataSettings(path=tree["data"]["path"], skip=100)
     site = Site(1, "resid_post")
     x = ActivationStream(model, [site], held_out, StreamSettings(context=32, batch=64, buffer=1024)).sample(500)[site]
@@ -97,7 +97,7 @@ def test_a_finished_run_is_written_again(tree: Tree, console: Console, screen: i
 
 
 def test_cached_activations_need_no_model(tree: Tree, tmp_path: Path, console: Console) -> None:
-    model = open_model(ModelSettings(path=tree["model"]["path"]))
+    model = open_language_model(ModelSettings(path=tree["model"]["path"]))
     settings = StreamSettings(context=32, batch=64, buffer=1024)
     stream = ActivationStream(model, [Site(1, "resid_post")], DataSettings(path=tree["data"]["path"]), settings)
     cache_activations(stream, tmp_path / "cached", 3_000)
