@@ -23,7 +23,7 @@ SaeguardError
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SaeguardError(Exception):
@@ -40,10 +40,20 @@ class SaeguardError(Exception):
         super().__init__(message)
         self.message = message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses' constructors take other arguments than exceptions are pickled with.
+        return _rebuild, (type(self), self.args, vars(self))
+
     @property
     def facts(self) -> Mapping[str, str]:
         """What clients may want beside the reason, by name."""
         return {}
+
+
+def _rebuild(kind: type[SaeguardError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> SaeguardError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class _FieldError(SaeguardError):

@@ -13,11 +13,11 @@ from prometheus_client import CollectorRegistry
 
 from saeguard_sae.edits import KINDS
 from saeguard_sae.models import sites
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, Pick
-from saeguard_server.engine.tokenizer import Assembler
+from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask, Pick
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.core import Core
-from saeguard_server.engine.transformers.sequence import BLOCK, Event, Sequence
+from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
 from saeguard_server.reply import ActivationPart, Chunk
@@ -103,7 +103,7 @@ class Stepped:
 
     def submit(self, task: GenerateTask) -> Asked:
         """A generation as the flow has made it joins the queue."""
-        return self._add(task, Assembler(self.core.model.tokenizer.stream(), task.sampling.stop))
+        return self._add(task, RequestState.of(task, self.core.model.tokenizer))
 
     def inspect(self, tokens: Many[int], picks: tuple[Pick, ...]) -> Asked:
         """An inspection joins the queue."""
@@ -150,12 +150,12 @@ class Stepped:
         """Whether no slot, no block and no column of a table is held."""
         scheduler, tables = self.core.scheduler, self.core.runner.tables
         columns = [table._order for table in tables._tables.values()]
-        is_free = scheduler.slots_in_use == 0 and scheduler.blocks.held == 0
+        is_free = scheduler.slots_in_use == 0 and scheduler.blocks.in_use == 0
         return is_free and not any(columns) and scheduler.blocks.available == scheduler.blocks.count
 
-    def _add(self, task: Any, text: Assembler | None) -> Asked:
+    def _add(self, task: Any, state: RequestState | None) -> Asked:
         events: list[Event | None] = []
-        asked = Asked(Sequence(self._asked, task, text, events.append), events)
+        asked = Asked(Sequence(self._asked, task, state, events.append), events)
         self._asked += 1
         self.core.scheduler.add(asked.sequence)
         return asked

@@ -159,17 +159,14 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     # Here, so that looking at a file does not wait for the model library.
-    from saeguard_server.engine import load as startup
-    from saeguard_server.engine.load import load_model, load_saes
+    from saeguard_server.engine.load import calibration_tokens, load_model, load_saes, measure_served_sae
 
     given = sae_settings_of(arguments)
     check = CheckSettings(text=arguments.text and str(arguments.text), max_tokens=arguments.max_tokens)
     settings = app.resolve_bundled(Settings(model=ModelSettings(path=arguments.model), saes=(given,), check=check))
     model = load_model(settings.model, max_context=2048)
     sae = load_saes((given,), model)[given.name]
-    report = startup.measure_served_sae(
-        sae, startup.bounds_of(sae, given), model, startup.calibration_tokens(settings.check, model)
-    )
+    report = measure_served_sae(sae, given, model, calibration_tokens(settings.check, model))
     _print(("", *_conventions(sae.conventions), "", *_measured(report, model)))
     _print(("", f"does not hold: {report.explain()}" if report.violations else f"holds: {report.explain()}"))
     return 1 if report.violations else 0

@@ -40,7 +40,7 @@ class EngineFront(Engine):
         """When to come back to an engine that is not ready."""
         return RETRY_S
 
-    async def _events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
+    async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
         if not self.is_ready():
             raise Unavailable("the engine is not running", self._retry_s())
         uid, inbox = next(self._uids), _Inbox()
@@ -51,6 +51,8 @@ class EngineFront(Engine):
                 if isinstance(event, SaeguardError):
                     raise event
                 yield event
+                if ends_task(event):
+                    return
         finally:
             if self._inboxes.pop(uid, None) is not None:
                 self._cancel(uid)

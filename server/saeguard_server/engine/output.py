@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from saeguard_sae.conditions import ConditionCounts
 from saeguard_sae.edit_table import EditCounts
@@ -42,7 +42,7 @@ class RequestState:
 
     task: GenerateTask
     text: Assembler
-    generated_tokens: int = 0
+    generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     """Why it ended; None while it goes on."""
     started: float = 0.0
@@ -81,13 +81,13 @@ class OutputProcessor:
     def add_token(self, state: RequestState, token: int) -> str:
         """The text that a generated token makes certain; the last token sets the state's ``finish_reason``."""
         task = state.task
-        state.generated_tokens += 1
+        state.generated.append(token)
         self._observe_time(state)
         is_end = token in self._eos_ids and not task.sampling.ignore_eos
         text = "" if is_end else state.text.push(token)
         if is_end or state.text.stopped_by:
             state.finish_reason = "stop"
-        elif state.generated_tokens >= min(task.max_new_tokens, self._model.max_context - len(task.tokens)):
+        elif len(state.generated) >= min(task.max_new_tokens, self._model.max_context - len(task.tokens)):
             state.finish_reason = "length"
         return text if state.finish_reason is None else text + state.text.flush()
 
@@ -98,7 +98,7 @@ class OutputProcessor:
             finish_reason=state.finish_reason,
             stop_string=state.text.stopped_by,
             prompt_tokens=len(state.task.tokens),
-            generated_tokens=state.generated_tokens,
+            generated_tokens=len(state.generated),
             timings=state.timings(),
             receipt=receipt,
             seed=state.task.seed,
@@ -157,7 +157,7 @@ class OutputProcessor:
     def _observe_time(self, state: RequestState) -> None:
         now = time.monotonic()
         self._metrics.generated_tokens.inc()
-        if state.generated_tokens == 1:
+        if len(state.generated) == 1:
             state.first_token = now
             self._metrics.time_to_first_token.observe(now - state.task.call.arrived)
         else:

@@ -244,20 +244,18 @@ class Engine(ABC):
             SaeguardError: DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure, or InvalidRequest for what
                 this engine's sampling does not have.
         """
-        async with aclosing(self._events(task)) as events:
+        async with aclosing(self.events(task)) as events:
             async for event in events:
                 assert isinstance(event, Chunk), "a generation gets chunks"
                 yield event
-                if event.completion is not None:
-                    return
 
     async def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
         """Activations, a part per SAE and chunk of the input, in order of position. Same errors as ``generate``."""
-        async with aclosing(self._events(task)) as events:
+        async with aclosing(self.events(task)) as events:
             async for event in events:
                 assert isinstance(event, ActivationPart), "an inspection gets activations"
                 yield event
 
     @abstractmethod
-    def _events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
-        """What a task's owner gets; closing the iterator cancels the task."""
+    def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
+        """What ``generate`` or ``inspect`` gives, whichever the task is for."""

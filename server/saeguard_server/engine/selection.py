@@ -51,9 +51,7 @@ class ActivationSelector:
         self._saes = saes
         self._selectors: dict[str, FeatureSelector] = {}
 
-    def select(
-        self, pick: Pick, parts: Sequence[Tensor], prefixes: Sequence[dict[str, Tensor]]
-    ) -> list[SparseRows]:
+    def select(self, pick: Pick, parts: Sequence[Tensor], prefixes: Sequence[dict[str, Tensor]]) -> list[SparseRows]:
         """[T, d_in] each of requests that pick the same of an SAE -> what they get of their T tokens.
 
         Args:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from saeguard_sae.edit_table import EditColumns
 from saeguard_sae.edits import Add, Clamp, Scale, Zero
+from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.engine.transformers import load_engine
@@ -125,7 +126,7 @@ def logits_of(world: World, *, with_saes: bool) -> list[torch.Tensor]:
     for index in range(4):
         request = greedy(prompt(9, 8), 9, interventions=steer if index % 2 else ())
         task = flow._prepare(request, Call("test", time.monotonic() + 60), None).task
-        core.scheduler.add(Sequence(index, task, Assembler(engine.tokenizer.stream(), ()), lambda event: None))
+        core.scheduler.add(Sequence(index, task, RequestState.of(task, engine.tokenizer), lambda event: None))
     with torch.inference_mode():
         while core.scheduler.has_work:
             core.step()
@@ -276,7 +277,7 @@ async def test_generation_ends_at_eos_and_at_stop_strings(world: World) -> None:
             prompt=TokenInput(tuple(prompt(2, 9))), sampling=Sampling(max_new_tokens=30, temperature=0.0, stop=(stop,))
         )
         stopped = await one.ask(request)
-        object.__setattr__(one.engine._core.model, "eos_ids", frozenset({free.ids[6]}))
+        one.engine._core.output._eos_ids = frozenset({free.ids[6]})
         ended = await one.ask(
             GenerationRequest(prompt=request.prompt, sampling=Sampling(max_new_tokens=30, temperature=0.0))
         )

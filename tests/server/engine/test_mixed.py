@@ -286,8 +286,8 @@ async def test_the_running_engine_in_a_crowd(truth: Truth, monkeypatch: pytest.M
             if index % 5 != 4:
                 truth.check(requests[index], answer)
         for _ in range(200):
-            if one.engine._core.scheduler.blocks.held == 0:
+            if one.engine._core.scheduler.blocks.in_use == 0:
                 break
             await asyncio.sleep(0.01)
         scheduler = one.engine._core.scheduler
-        assert (scheduler.slots_in_use, scheduler.blocks.held, one.engine.queued()) == (0, 0, 0)
+        assert (scheduler.slots_in_use, scheduler.blocks.in_use, one.engine.queued()) == (0, 0, 0)

@@ -56,7 +56,7 @@ def test_nobody_reads_what_was_written_under_another_steering(asked: list[Any], 
     for uid, (length, steering) in enumerate(asked):
         batch.scheduler.add(generation(uid, TOKENS[:length], 3, steering))
         batch.finish(budget)
-    assert batch.scheduler.blocks.held == 0
+    assert batch.scheduler.blocks.in_use == 0
 
 
 @pytest.mark.parametrize("steering", STEERINGS)
@@ -238,7 +238,7 @@ def test_requests_that_run_at_the_same_time_share(loaded: Loaded, alone: Alone) 
     asked += [one.ask(request) for request in requests[1:]]
     one.step()
     assert [len(one.sequence.blocks) for one in asked] == [7, 7, 7, 7]
-    assert one.core.scheduler.blocks.held == 7 + 1 + 1 + 7
+    assert one.core.scheduler.blocks.in_use == 7 + 1 + 1 + 7
     one.finish()
     for request, found in zip(requests, asked, strict=True):
         alone.check(request, found.answer)

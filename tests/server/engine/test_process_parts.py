@@ -29,7 +29,6 @@ from saeguard_server.engine.worker.messages import (
     StepOutput,
     Submit,
     SummedMetrics,
-    WorkerFailure,
     WorkerReady,
     count_metrics,
     remote_sae,
@@ -77,7 +76,7 @@ def make(kind: type[SaeguardError]) -> SaeguardError:
 @pytest.mark.parametrize("kind", sorted(set(subclasses(SaeguardError)), key=lambda kind: kind.__name__))
 def test_every_error_arrives_with_all_it_says(kind: type[SaeguardError]) -> None:
     sent = make(kind)
-    got = pickle.loads(messages.dump_message(WorkerFailure.of(sent))).error()
+    got = pickle.loads(messages.dump_message(sent))
     assert type(got) is kind
     assert str(got) == str(sent)
     assert vars(got) == vars(sent) != {}
@@ -181,7 +180,7 @@ class FakeChild:
     def send(self, command: Any) -> None:
         self.sent.append(command)
 
-    def reports(self) -> Iterator[StepOutput]:
+    def outputs(self) -> Iterator[StepOutput]:
         while not self.dies.wait(0.005) or self.said:
             if self.said:
                 yield self.said.pop(0)
@@ -189,7 +188,7 @@ class FakeChild:
     def stop(self) -> None:
         self.dies.set()
 
-    def bury(self) -> str:
+    def join(self) -> str:
         return "exited with code 1"
 
 
@@ -199,7 +198,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeChild]:
         script, born = [lambda: READY], []
 
     monkeypatch.setattr(engine, "WorkerProcess", Fake)
-    monkeypatch.setattr("saeguard_server.engine.load.FIRST_S", 0.02)
+    monkeypatch.setattr("saeguard_server.engine.front.FIRST_S", 0.02)
     return Fake
 
 
@@ -271,7 +270,7 @@ async def test_tasks_are_queued_until_a_report_says_otherwise(fake: type[FakeChi
     await until(lambda: len(fake.born[0].sent) == 3)
     assert one.queued() == 3
     uids = [command.uid for command in fake.born[0].sent if isinstance(command, Submit)]
-    end = WorkerFailure.of(errors.InternalFailure("broken"))
+    end = errors.InternalFailure("broken")
     fake.born[0].said.append(StepOutput([(uids[0], end), (99, None)], True, 3, 1, None))
     with pytest.raises(errors.InternalFailure, match="broken"):
         await asked[0]

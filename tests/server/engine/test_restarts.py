@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from saeguard_sae.edits import Clamp
-from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.protocol import Event, InspectTask, Pick
 from saeguard_server.engine.transformers.engine import _Add
-from saeguard_server.engine.transformers.sequence import Event, Sequence
+from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import SaeguardError, Unavailable
 from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.request import Call, GenerationRequest
@@ -109,7 +109,7 @@ async def test_everybody_is_told_once_and_the_engine_serves_again(
         for request, answer in zip(requests(), again, strict=True):
             alone.check(request, answer)
         scheduler = one.engine._core.scheduler
-        assert (scheduler.slots_in_use, scheduler.blocks.held, one.engine.queued()) == (0, 0, 0)
+        assert (scheduler.slots_in_use, scheduler.blocks.in_use, one.engine.queued()) == (0, 0, 0)
         assert one.engine._core.metrics.engine_restarts._value.get() == 1
     # Those that come while it is down are refused at the door.
     assert 10 < len(ends) <= 20
@@ -148,7 +148,7 @@ async def test_a_request_that_was_already_on_its_way_is_refused_during_the_wait(
         late = Sequence(999, task, None, lambda _: None)
         told: list[Event | None] = []
         late.send = told.append
-        one.engine._added += 1
+        one.engine._submitted += 1
         one.engine._commands.put(_Add(late))
         with pytest.raises(Unavailable):
             await first

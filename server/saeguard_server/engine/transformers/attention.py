@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saeguard_sae.edit_table import Group
+from saeguard_server.engine.load import KvShape
 
 _SMALLEST = torch.finfo(torch.float32).min
 
@@ -29,26 +30,6 @@ class Reading:
 
     group: Group
     where: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KvShape:
-    """What one token keeps: keys and values of ``layers`` layers, [heads, size] each."""
-
-    layers: int
-    heads: int
-    size: int
-
-    @classmethod
-    def of(cls, config: Any) -> KvShape:
-        """From a Hugging Face configuration."""
-        heads: int = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
-
-    def token_bytes(self, dtype: torch.dtype) -> int:
-        """Memory of one token."""
-        return 2 * self.layers * self.heads * self.size * dtype.itemsize
 
 
 class PagedAttention:

@@ -8,11 +8,10 @@ import pytest
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
-from saeguard_server.engine.vllm import orders
+from saeguard_server.engine.vllm import worker_messages
 from saeguard_server.errors import InternalFailure
 from saeguard_server.request import Call, Sampling
 
-SAES = ("first", "second")
 EDITS = (
     ResolvedEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
     ResolvedEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
@@ -27,32 +26,28 @@ def generation(stop: tuple[str, ...] = (), **more: object) -> GenerateTask:
 
 def test_edits_and_watched_features_come_back_as_they_were() -> None:
     task = generation(steering=Steering(EDITS, 0.25, "digest"), watch=(("second", 4),))
-    packed = orders.worker_request(11, task, SAES)
+    packed = worker_messages.worker_request(11, task)
     assert packed is not None
-    found = orders.read_worker_request(packed)
-    assert orders.steering_of_request(found, SAES) == Steering(EDITS, 0.25)
-    assert (found.uid, found.watch, found.may_overrun) == (11, ((1, 4),), False)
+    found = worker_messages.read_worker_request(packed)
+    assert found.steering == task.steering
+    assert (found.uid, found.watch, found.may_overrun) == (11, (("second", 4),), False)
 
 
 def test_picks_come_back_as_they_were() -> None:
     picks = (Pick(sae="first", top_k=3), Pick(sae="second", threshold=0.5), Pick(sae="first", features=(4, 1)))
     task = InspectTask(call=Call("id", 0.0), index=0, tokens=(1,), offsets=(None,), picks=picks)
-    packed = orders.worker_request(1, task, SAES)
+    packed = worker_messages.worker_request(1, task)
     assert packed is not None
-    assert orders.read_worker_request(packed).picks == (
-        orders.WorkerSelection(0, 3, None, None),
-        orders.WorkerSelection(1, None, 0.5, None),
-        orders.WorkerSelection(0, None, None, (4, 1)),
-    )
+    assert worker_messages.read_worker_request(packed).picks == picks
 
 
 def test_a_plain_request_has_no_order_and_a_stop_string_is_told() -> None:
-    assert orders.worker_request(1, generation(stop=("x",)), SAES) is None
-    packed = orders.worker_request(1, generation(stop=("x",), steering=Steering(EDITS)), SAES)
+    assert worker_messages.worker_request(1, generation(stop=("x",))) is None
+    packed = worker_messages.worker_request(1, generation(stop=("x",), steering=Steering(EDITS)))
     assert packed is not None
-    assert orders.read_worker_request(packed).may_overrun
+    assert worker_messages.read_worker_request(packed).may_overrun
 
 
 def test_an_order_of_another_version_is_refused() -> None:
-    with pytest.raises(InternalFailure, match="version 99, the workers know 2"):
-        orders.read_worker_request(msgspec.msgpack.encode([99, "whatever", {"it": "holds"}]))
+    with pytest.raises(InternalFailure, match="version 99, they know 3"):
+        worker_messages.read_worker_request(msgspec.msgpack.encode([99, "whatever", {"it": "holds"}]))
