@@ -35,8 +35,7 @@ class Shells:
         for path in ROOT.iterdir():
             if path.name not in (".git", ".venv"):
                 (folder / path.name).symlink_to(path)
-        (folder / ".venv").mkdir()
-        (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+        (folder / ".venv").symlink_to(sys.prefix)
 
     def run(self, language: str, text: str) -> None:
         """One block; one that serves goes on in the background once its port answers."""

@@ -9,9 +9,9 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import TypeAlias
 
+from saeguard.results import ActivationPart, StreamChunk
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.errors import SaeguardError, Unavailable
-from saeguard_server.reply import ActivationPart, Chunk
 
 RETRY_S = 1.0
 FIRST_S, LONGEST_S = 0.5, 30.0
@@ -40,7 +40,7 @@ class EngineFront(Engine):
         """When to come back to an engine that is not ready."""
         return RETRY_S
 
-    async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
+    async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
         if not self.is_ready():
             raise Unavailable("the engine is not running", self._retry_s())
         uid, inbox = next(self._uids), _Inbox()
@@ -71,7 +71,7 @@ class EngineFront(Engine):
 
 def ends_task(event: Event | None) -> bool:
     """Whether nothing comes after it."""
-    if isinstance(event, Chunk):
+    if isinstance(event, StreamChunk):
         return event.completion is not None
     return not isinstance(event, ActivationPart)
 

@@ -7,23 +7,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from saeguard_sae.conditions import ConditionCounts
-from saeguard_sae.edit_table import EditCounts
-from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.protocol import (
-    NOT_FINITE,
-    GenerateTask,
-    InspectTask,
-    ModelInfo,
-    ResolvedEdit,
-    ResolvedGuard,
-    Steering,
-)
-from saeguard_server.engine.selection import SparseRows
-from saeguard_server.engine.tokenizer import Assembler, Tokenizer
-from saeguard_server.errors import InternalFailure, NonFiniteOutput
-from saeguard_server.observe import Metrics
-from saeguard_server.reply import (
+from saeguard.catalog import Model
+from saeguard.results import (
     ActivationPart,
     Completion,
     FinishReason,
@@ -33,7 +18,23 @@ from saeguard_server.reply import (
     Timings,
     TokenText,
     TriggerReceipt,
+    Usage,
 )
+from saeguard_sae.conditions import ConditionCounts
+from saeguard_sae.edit_table import EditCounts
+from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.protocol import (
+    NOT_FINITE,
+    GenerateTask,
+    InspectTask,
+    ResolvedEdit,
+    ResolvedGuard,
+    Steering,
+)
+from saeguard_server.engine.selection import SparseRows
+from saeguard_server.engine.tokenizer import Assembler, Tokenizer
+from saeguard_server.errors import InternalFailure, NonFiniteOutput
+from saeguard_server.observe import Metrics
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +70,7 @@ class OutputProcessor:
 
     def __init__(
         self,
-        model: ModelInfo,
+        model: Model,
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         saes: Mapping[str, LoadedSae],
@@ -97,8 +98,7 @@ class OutputProcessor:
         return Completion(
             finish_reason=state.finish_reason,
             stop_string=state.text.stopped_by,
-            prompt_tokens=len(state.task.tokens),
-            generated_tokens=len(state.generated),
+            usage=Usage(len(state.task.tokens), len(state.generated)),
             timings=state.timings(),
             receipt=receipt,
             seed=state.task.seed,
@@ -152,7 +152,7 @@ class OutputProcessor:
             TokenText(task.tokens[at], self._tokenizer.text(task.tokens[at]), task.offsets[at]) for at in positions
         )
         is_last = positions.stop == len(task.tokens)
-        return ActivationPart(task.index, sae, start, tokens, rows.indptr, rows.indices, rows.values, is_last)
+        return ActivationPart(task.index, sae, tokens, rows.indptr, rows.indices, rows.values, start, is_last)
 
     def _observe_time(self, state: RequestState) -> None:
         now = time.monotonic()

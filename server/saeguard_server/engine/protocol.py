@@ -9,19 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from saeguard.catalog import Model
+from saeguard.requests import Sampling
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard.types import Operator, Window
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
+from saeguard_server.caller import Call
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import NonFiniteOutput, SaeguardError
-from saeguard_server.interventions import OWN, Comparison, Origin, Window
-from saeguard_server.reply import ActivationPart, Chunk
-from saeguard_server.request import Call, Sampling
 
 NOT_FINITE = "the model's output is not finite for this request; an edit may be too large"
 
@@ -77,22 +79,6 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """The served model as callers see it."""
-
-    name: str
-    architecture: str
-    digest: str
-    num_layers: int
-    d_model: int
-    vocab_size: int
-    max_context: int
-    """Tokens one request may hold: the model's own limit or the engine's, whichever is smaller."""
-    dtype: str
-    has_chat_template: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an engine can do; read at admission, so that what it cannot do is refused by name."""
 
@@ -103,6 +89,18 @@ class Capabilities:
     """Whether it decides conditions: guards, and edits that depend on one."""
     compares: bool = False
     """Whether two tasks can be measured against each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who wants an edit or a condition: a policy's rule or trigger by its name, the request itself where empty."""
+
+    policy: str = ""
+    rule: str = ""
+
+
+OWN: Final = Origin()
+"""The request's own interventions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +137,11 @@ class Probe:
 class ResolvedGuard:
     """A condition as the engine decides it on every token at positions ``[first, last)``, in raw feature units.
 
-    ``comparison`` and ``window`` as in ``interventions.Condition``. Other tokens leave it as it is.
+    ``comparison`` and ``window`` as in ``Condition``. Other tokens leave it as it is.
     """
 
     probe: Probe
-    comparison: Comparison
+    comparison: Operator
     threshold: float
     release: float
     """Equal to the threshold where there is no hysteresis."""
@@ -208,14 +206,14 @@ class InspectTask:
     steering: Steering = Steering()
 
 
-Event: TypeAlias = Chunk | ActivationPart | SaeguardError
+Event: TypeAlias = StreamChunk | ActivationPart | SaeguardError
 """What a task's owner gets; an error, a completion, or None after the last activation part ends it."""
 
 
 class Engine(ABC):
     """A model that runs. Its methods are called on one event loop; its work happens elsewhere."""
 
-    model: ModelInfo
+    model: Model
     tokenizer: Tokenizer
     saes: Mapping[str, LoadedSae]
     """By name; without their weights where those are in another process."""
@@ -237,7 +235,7 @@ class Engine(ABC):
     def stop(self) -> None:
         """Ends the engine; whatever still runs fails with Unavailable. Idempotent."""
 
-    async def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
+    async def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
         """Chunks as they are made; the last has a completion. Closing the iterator cancels the task.
 
         Raises:
@@ -246,7 +244,7 @@ class Engine(ABC):
         """
         async with aclosing(self.events(task)) as events:
             async for event in events:
-                assert isinstance(event, Chunk), "a generation gets chunks"
+                assert isinstance(event, StreamChunk), "a generation gets chunks"
                 yield event
 
     async def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
@@ -257,5 +255,5 @@ class Engine(ABC):
                 yield event
 
     @abstractmethod
-    def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
+    def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
         """What ``generate`` or ``inspect`` gives, whichever the task is for."""

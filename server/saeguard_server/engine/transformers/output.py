@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from saeguard.results import ActivationPart, FeatureReading, Receipt, StreamChunk, Token, TokenLogprob
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.output import OutputProcessor, check_finite, stopped_by
@@ -19,7 +20,6 @@ from saeguard_server.engine.transformers.scheduler import PromptPart
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import NonFiniteOutput
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk, FeatureReading, Receipt, Token, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class StepOutputProcessor(OutputProcessor):
         super().__init__(model.info, model.tokenizer, model.eos_ids, saes, metrics)
         self._tables = tables
 
-    def prompt(self, sequence: Sequence, task: GenerateTask, part: PromptPart, logits: Tensor) -> Chunk | None:
+    def prompt(self, sequence: Sequence, task: GenerateTask, part: PromptPart, logits: Tensor) -> StreamChunk | None:
         """What a part of its prompt showed, where it asked; logits [T or 0, vocabulary].
 
         Raises:
@@ -92,9 +92,9 @@ class StepOutputProcessor(OutputProcessor):
         logprobs = _prompt_logprobs(logits[new - part.start :], following) if following else ()
         readings = self._readings(sequence, task, part.start)[new - part.start :]
         sequence.reported = max(sequence.reported, part.end)
-        return Chunk(readings=readings, prompt_logprobs=logprobs) if readings or logprobs else None
+        return StreamChunk(readings=readings, prompt_logprobs=logprobs) if readings or logprobs else None
 
-    def token(self, sequence: Sequence, task: GenerateTask, sampled: HostTokens, row: int) -> Chunk | None:
+    def token(self, sequence: Sequence, task: GenerateTask, sampled: HostTokens, row: int) -> StreamChunk | None:
         """What a sampled token lets a request be sent; has a completion when that is the last.
 
         A token that a trigger could stop waits until the next pass has read it.
@@ -119,17 +119,17 @@ class StepOutputProcessor(OutputProcessor):
         sequence.tokens.append(token.id)
         if must_be_read:
             sequence.pending = token
-            return before or (Chunk(readings=readings) if readings else None)
+            return before or (StreamChunk(readings=readings) if readings else None)
         now = self._chunk(sequence, token, readings)
         return now if before is None else _join(before, now)
 
-    def stopped(self, sequence: Sequence) -> Chunk:
+    def stopped(self, sequence: Sequence) -> StreamChunk:
         """The last chunk of a request that a trigger ended: what is safe of the text, and which trigger."""
         state = sequence.state
         assert state is not None, "only generations can be stopped"
         state.finish_reason = "feature"
         trigger = stopped_by(sequence.task.steering, self._tables.seen(sequence.slot))
-        return Chunk(state.text.flush(), completion=self.complete(state, self._receipt(sequence), trigger))
+        return StreamChunk(state.text.flush(), completion=self.complete(state, self._receipt(sequence), trigger))
 
     def activations(
         self, sequence: Sequence, task: InspectTask, part: PromptPart, rows: Mapping[str, SparseRows | Exception]
@@ -150,13 +150,13 @@ class StepOutputProcessor(OutputProcessor):
             self._receipt(sequence)
         return activations
 
-    def _chunk(self, sequence: Sequence, token: Token, readings: tuple[FeatureReading, ...]) -> Chunk:
+    def _chunk(self, sequence: Sequence, token: Token, readings: tuple[FeatureReading, ...]) -> StreamChunk:
         state = sequence.state
         assert state is not None, "only generations sample"
         text = self.add_token(state, token.id)
         if state.finish_reason is None:
-            return Chunk(text, (token,), readings)
-        return Chunk(text, (token,), readings, completion=self.complete(state, self._receipt(sequence)))
+            return StreamChunk(text, (token,), readings)
+        return StreamChunk(text, (token,), readings, completion=self.complete(state, self._receipt(sequence)))
 
     def _readings(self, sequence: Sequence, task: GenerateTask, start: int) -> tuple[FeatureReading, ...]:
         """Of the tokens of the last pass, from position ``start`` on."""
@@ -184,7 +184,7 @@ def _prompt_logprobs(logits: Tensor, following: list[int]) -> tuple[float, ...]:
     return tuple(logprobs)
 
 
-def _join(first: Chunk, second: Chunk) -> Chunk:
+def _join(first: StreamChunk, second: StreamChunk) -> StreamChunk:
     """What two tokens of one step let a request be sent."""
     return replace(
         second,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from saeguard.results import Token
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import (
     Event,
@@ -22,7 +23,6 @@ from saeguard_server.engine.protocol import (
     Steering,
 )
 from saeguard_server.engine.tables import Tallies
-from saeguard_server.reply import Token
 
 BLOCK = 16
 """Tokens of one block of KV memory."""

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import torch
 
-from saeguard_sae.edits import KINDS
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard.types import KINDS
 from saeguard_sae.loading import LoadedSae, LoadError
 from saeguard_sae.models import ModelLoadError, Site, torch_dtype
 from saeguard_server.engine.front import RETRY_S, Backoff
@@ -30,7 +31,6 @@ from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, Worke
 from saeguard_server.engine.worker.messages import remote_sae
 from saeguard_server.errors import DeadlineExceeded, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.settings import BadSettings, EngineSettings, Settings
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class VllmEngine(Engine):
             client.shut_down()
             asyncio.get_running_loop().call_soon(client.close)
 
-    async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
+    async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
         """Chunks as they are made, or activations once the input is read."""
         uid = next(self._uids)
         if isinstance(task, InspectTask):
@@ -119,7 +119,7 @@ class VllmEngine(Engine):
             async for chunk in chunks:
                 yield chunk
 
-    async def _generate(self, uid: int, task: GenerateTask) -> AsyncGenerator[Chunk]:
+    async def _generate(self, uid: int, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
         request = worker_request(uid, task)
         sampling = vllm_output.sampling_arguments(task, request, self._eos_ids)
         state = RequestState.of(task, self.tokenizer)

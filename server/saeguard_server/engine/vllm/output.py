@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from saeguard.results import ActivationPart, FeatureReading, FinishReason, Receipt, StreamChunk, Token, TokenLogprob
 from saeguard_server.engine.front import RETRY_S
 from saeguard_server.engine.output import OutputProcessor, RequestState, check_finite
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
 from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, may_reuse
 from saeguard_server.errors import InternalFailure, InvalidRequest, Unavailable
-from saeguard_server.reply import ActivationPart, Chunk, FeatureReading, FinishReason, Receipt, Token, TokenLogprob
 
 COLDEST, HOTTEST = 0.01, 2.0
 """vLLM refuses what is hotter, and takes what is colder as this."""
@@ -22,7 +22,7 @@ COLDEST, HOTTEST = 0.01, 2.0
 class VllmOutputProcessor(OutputProcessor):
     """Makes the events of every request out of vLLM's outputs and its workers'."""
 
-    def chunk(self, state: RequestState, output: Any) -> Chunk:
+    def chunk(self, state: RequestState, output: Any) -> StreamChunk:
         """An output's tokens and text; the last one sets the state's ``finish_reason``.
 
         Raises:
@@ -44,9 +44,9 @@ class VllmOutputProcessor(OutputProcessor):
                 break
         if state.finish_reason is None:
             state.finish_reason = _finish_reason(completion.finish_reason)
-        return Chunk(text, tuple(tokens), prompt_logprobs=prompt_logprobs)
+        return StreamChunk(text, tuple(tokens), prompt_logprobs=prompt_logprobs)
 
-    def last_chunk(self, state: RequestState, chunk: Chunk, output: WorkerOutput | None) -> Chunk:
+    def last_chunk(self, state: RequestState, chunk: StreamChunk, output: WorkerOutput | None) -> StreamChunk:
         """The last chunk, with the completion.
 
         Args:
@@ -59,7 +59,7 @@ class VllmOutputProcessor(OutputProcessor):
         readings = _readings(output, len(task.watch)) if output and task.watch else ()
         # The last token is sampled and never read.
         receipt = self.worker_receipt(task, state.generated[:-1], output) if output else None
-        return Chunk(
+        return StreamChunk(
             chunk.text + state.text.flush(), chunk.tokens, readings, chunk.prompt_logprobs,
             self.complete(state, receipt),
         )  # fmt: skip

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from saeguard.catalog import Model
 from saeguard_server.engine.front import Backoff, EngineFront
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, ModelInfo
+from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
 from saeguard_server.engine.worker.messages import (
     Cancel,
@@ -299,7 +300,7 @@ class WorkerEngine(EngineFront):
 
     # On the event loop.
 
-    def _rise(self, process: WorkerProcess, model: ModelInfo) -> None:
+    def _rise(self, process: WorkerProcess, model: Model) -> None:
         # Its context can be another one than before: what memory was free may decide it.
         self._up, self._is_well, self.model = process, True, model
         self._last_output = time.monotonic()

@@ -23,17 +23,18 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from torch import Tensor
 
+from saeguard.catalog import Model
+from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
 from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.protocol import Capabilities, Engine, Event, GenerateTask, InspectTask, ModelInfo
+from saeguard_server.engine.protocol import Capabilities, Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk, FeatureReading, Token, TokenLogprob, TokenText
 from saeguard_server.settings import Settings
 
 _ROWS = 4096
 """Decoder rows turned to float32 at once."""
 _PROTOCOL = 5
-_EACH_STEP = (ActivationPart, Chunk, FeatureReading, Token, TokenLogprob, TokenText)
+_EACH_STEP = (ActivationPart, StreamChunk, FeatureReading, Token, TokenLogprob, TokenText)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +108,7 @@ class WorkerReady:
     """
 
     now: float
-    model: ModelInfo
+    model: Model
     capabilities: Capabilities
     saes: dict[str, RemoteSae]
     tokenizer: Tokenizer
