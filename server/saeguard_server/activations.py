@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from saeguard.requests import ActivationRequest, FeatureSelection, ModelInput, ThresholdSelection, TopKSelection
+from saeguard.requests import ActivationRequest, FeatureSelection, ModelInput, Selection, TopKSelection
 from saeguard.results import ActivationPart
+from saeguard.types import FeatureRef
 from saeguard_server.admission import Admission
 from saeguard_server.caller import Call
 from saeguard_server.catalog import find_feature, find_sae
-from saeguard_server.engine.protocol import Engine, InspectTask, Pick
+from saeguard_server.engine.protocol import Engine, InspectTask
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.generation import check_length, encode_prompt
@@ -44,11 +45,16 @@ class ReadActivations:
                         yield part
 
     def _prepare(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
-        picks = self._picks(request)
-        return [self._task(request, call, picks, index, one) for index, one in enumerate(request.inputs)]
+        selections = self._selections(request)
+        return [self._task(request, call, selections, index, one) for index, one in enumerate(request.inputs)]
 
     def _task(
-        self, request: ActivationRequest, call: Call, picks: tuple[Pick, ...], index: int, prompt: ModelInput
+        self,
+        request: ActivationRequest,
+        call: Call,
+        selections: tuple[tuple[str, Selection], ...],
+        index: int,
+        prompt: ModelInput,
     ) -> InspectTask:
         prefix = f"inputs[{index}]."
         encoded = encode_prompt(self._tokenizer, prompt, prefix)
@@ -56,34 +62,38 @@ class ReadActivations:
         reach = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
         steering = resolve_steering(self._engine, request.interventions, None, reach)
         return InspectTask(
-            call=call, index=index, tokens=encoded.ids, offsets=encoded.offsets, picks=picks, steering=steering
+            call=call,
+            index=index,
+            tokens=encoded.ids,
+            offsets=encoded.offsets,
+            selections=selections,
+            steering=steering,
         )
 
-    def _picks(self, request: ActivationRequest) -> tuple[Pick, ...]:
+    def _selections(self, request: ActivationRequest) -> tuple[tuple[str, Selection], ...]:
+        """What to keep of which SAE, each name and feature known."""
         for index, name in enumerate(request.saes):
             find_sae(self._engine, name, f"saes[{index}]")
-        chosen = request.selection
-        if isinstance(chosen, FeatureSelection):
-            return self._named(request.saes, chosen)
-        if isinstance(chosen, TopKSelection):
-            self._check_values("top_k", chosen.k)
-            return tuple(Pick(sae=name, top_k=chosen.k) for name in request.saes)
-        assert isinstance(chosen, ThresholdSelection), "a selection is one of three"
-        return tuple(Pick(sae=name, threshold=chosen.value) for name in request.saes)
+        selection = request.selection
+        if isinstance(selection, FeatureSelection):
+            return self._by_sae(request.saes, selection)
+        if isinstance(selection, TopKSelection):
+            self._check_values("top_k", selection.k)
+        return tuple((name, selection) for name in request.saes)
 
-    def _named(self, saes: Sequence[str], chosen: FeatureSelection) -> tuple[Pick, ...]:
-        self._check_values("features.features", len(chosen.features))
-        features: dict[str, list[int]] = {name: [] for name in saes}
-        for index, ref in enumerate(chosen.features):
+    def _by_sae(self, saes: Sequence[str], selection: FeatureSelection) -> tuple[tuple[str, Selection], ...]:
+        self._check_values("features.features", len(selection.features))
+        features: dict[str, list[FeatureRef]] = {name: [] for name in saes}
+        for index, ref in enumerate(selection.features):
             field = f"features.features[{index}]"
             find_feature(self._engine, ref, field)
             if saes and ref.sae not in saes:
                 raise InvalidRequest(f"{field}.sae", f"{ref.sae!r} is not in saes")
-            features.setdefault(ref.sae, []).append(ref.feature)
+            features.setdefault(ref.sae, []).append(ref)
         for index, name in enumerate(saes):
             if not features[name]:
                 raise InvalidRequest(f"saes[{index}]", f"no feature of {name!r} is named")
-        return tuple(Pick(sae=name, features=tuple(found)) for name, found in features.items())
+        return tuple((name, FeatureSelection(refs)) for name, refs in features.items())
 
     def _check_values(self, field: str, given: int) -> None:
         if given > self._limits.max_activation_values:

@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard.requests import GenerateRequest
+from saeguard.requests import GenerateRequest, Selection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import KINDS
 from saeguard_sae.models import sites
 from saeguard_server.caller import Call
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask, Pick
+from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
@@ -106,11 +106,13 @@ class Stepped:
         """A generation as the flow has made it joins the queue."""
         return self._add(task, RequestState.of(task, self.core.model.tokenizer))
 
-    def inspect(self, tokens: Many[int], picks: tuple[Pick, ...]) -> Asked:
+    def inspect(self, tokens: Many[int], selections: tuple[tuple[str, Selection], ...]) -> Asked:
         """An inspection joins the queue."""
         call = Call("test", time.monotonic() + _LONG_S)
         offsets = (None,) * len(tokens)
-        return self._add(InspectTask(call=call, index=0, tokens=tuple(tokens), offsets=offsets, picks=picks), None)
+        return self._add(
+            InspectTask(call=call, index=0, tokens=tuple(tokens), offsets=offsets, selections=selections), None
+        )
 
     @torch.inference_mode()
     def cancel(self, asked: Asked) -> None:

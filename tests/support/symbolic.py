@@ -6,14 +6,13 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-from saeguard.requests import Sampling
+from saeguard.requests import Sampling, TopKSelection
 from saeguard.types import Window
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import (
     GenerateTask,
     InspectTask,
-    Pick,
     Probe,
     ResolvedEdit,
     ResolvedGuard,
@@ -58,8 +57,10 @@ def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = U
 def inspection(uid: int, tokens: list[int], steering: Steering = UNSTEERED) -> Sequence:
     """A request that only reads."""
     offsets = (None,) * len(tokens)
-    picks = (Pick(sae="a", top_k=1),)
-    task = InspectTask(call=_CALL, index=0, tokens=tuple(tokens), offsets=offsets, picks=picks, steering=steering)
+    selections = (("a", TopKSelection(1)),)
+    task = InspectTask(
+        call=_CALL, index=0, tokens=tuple(tokens), offsets=offsets, selections=selections, steering=steering
+    )
     return Sequence(uid, task, None, lambda event: None)
 
 

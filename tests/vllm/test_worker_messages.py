@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from saeguard.requests import Sampling
+from saeguard.requests import FeatureSelection, Sampling, ThresholdSelection, TopKSelection
+from saeguard.types import FeatureRef
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, Steering
 from saeguard_server.engine.vllm import worker_messages
 from saeguard_server.errors import InternalFailure
 
@@ -34,12 +35,16 @@ def test_edits_and_watched_features_come_back_as_they_were() -> None:
     assert (found.uid, found.watch, found.may_overrun) == (11, (("second", 4),), False)
 
 
-def test_picks_come_back_as_they_were() -> None:
-    picks = (Pick(sae="first", top_k=3), Pick(sae="second", threshold=0.5), Pick(sae="first", features=(4, 1)))
-    task = InspectTask(call=Call("id", 0.0), index=0, tokens=(1,), offsets=(None,), picks=picks)
+def test_selections_come_back_as_they_were() -> None:
+    selections = (
+        ("first", TopKSelection(3)),
+        ("second", ThresholdSelection(0.5)),
+        ("first", FeatureSelection([FeatureRef("first", feature) for feature in (4, 1)])),
+    )
+    task = InspectTask(call=Call("id", 0.0), index=0, tokens=(1,), offsets=(None,), selections=selections)
     packed = worker_messages.worker_request(1, task)
     assert packed is not None
-    assert worker_messages.read_worker_request(packed).picks == picks
+    assert tuple(worker_messages.read_worker_request(packed).selections()) == selections
 
 
 def test_a_plain_request_has_no_order_and_a_stop_string_is_told() -> None:

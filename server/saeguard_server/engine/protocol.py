@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saeguard.catalog import Model
-from saeguard.requests import Sampling
+from saeguard.requests import Sampling, Selection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import Operator, Window
 from saeguard_sae.edits import Affine
@@ -185,16 +185,6 @@ class GenerateTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pick:
-    """What to keep of one SAE's activations: the ``top_k`` largest, those above ``threshold``, or ``features``."""
-
-    sae: str
-    top_k: int | None = None
-    threshold: float | None = None
-    features: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class InspectTask:
     """One input to read. ``index`` is its place in the caller's request."""
 
@@ -202,7 +192,8 @@ class InspectTask:
     index: int
     tokens: tuple[int, ...]
     offsets: tuple[int | None, ...]
-    picks: tuple[Pick, ...]
+    selections: tuple[tuple[str, Selection], ...]
+    """What to keep of which SAE's activations."""
     steering: Steering = Steering()
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from saeguard.requests import FeatureSelection, Selection, ThresholdSelection, TopKSelection
 from saeguard_sae.coders import Temporal, is_signed
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
 from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.protocol import Pick
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +52,28 @@ class ActivationSelector:
         self._saes = saes
         self._selectors: dict[str, FeatureSelector] = {}
 
-    def select(self, pick: Pick, parts: Sequence[Tensor], prefixes: Sequence[dict[str, Tensor]]) -> list[SparseRows]:
-        """[T, d_in] each of requests that pick the same of an SAE -> what they get of their T tokens.
+    def select(
+        self, sae: str, selection: Selection, parts: Sequence[Tensor], prefixes: Sequence[dict[str, Tensor]]
+    ) -> list[SparseRows]:
+        """[T, d_in] each of requests that select the same of an SAE -> what they get of their T tokens.
 
         Args:
             prefixes: of each request, by SAE, all its activations so far: kept here for an SAE that reads a token
                 together with all before it.
         """
-        coder = self._saes[pick.sae].dictionary
+        coder = self._saes[sae].dictionary
         if isinstance(coder, Temporal):
             pairs = zip(parts, prefixes, strict=True)
-            features = torch.cat([_encode_with_prefix(coder, x, prefix, pick.sae) for x, prefix in pairs])
-            selected = _of_features(features.float(), pick, signed=is_signed(coder))
+            features = torch.cat([_encode_with_prefix(coder, x, prefix, sae) for x, prefix in pairs]).float()
+            signed = is_signed(coder)
+            selected = _apply(
+                selection, features, partial(top_of, signed=signed), partial(above_of, signed=signed), named_of
+            )
         else:
-            if pick.sae not in self._selectors:
-                self._selectors[pick.sae] = FeatureSelector(coder)
-            selected = _of_activations(self._selectors[pick.sae], torch.cat(list(parts)), pick)
+            if sae not in self._selectors:
+                self._selectors[sae] = FeatureSelector(coder)
+            selector = self._selectors[sae]
+            selected = _apply(selection, torch.cat(list(parts)), selector.top, selector.above, selector.named)
         return SparseRows.pack(selected).split([len(x) for x in parts])
 
 
@@ -75,19 +82,17 @@ def _encode_with_prefix(coder: Temporal, x: Tensor, prefix: dict[str, Tensor], s
     return coder.encode(prefix[sae])[-len(x) :]
 
 
-def _of_activations(selector: FeatureSelector, x: Tensor, pick: Pick) -> SelectedFeatures:
-    if pick.features is not None:
-        return selector.named(x, pick.features)
-    if pick.top_k is not None:
-        return selector.top(x, pick.top_k)
-    assert pick.threshold is not None, "a pick names features, a number or a threshold"
-    return selector.above(x, pick.threshold)
-
-
-def _of_features(features: Tensor, pick: Pick, *, signed: bool) -> SelectedFeatures:
-    if pick.features is not None:
-        return named_of(features, pick.features)
-    if pick.top_k is not None:
-        return top_of(features, pick.top_k, signed=signed)
-    assert pick.threshold is not None, "a pick names features, a number or a threshold"
-    return above_of(features, pick.threshold, signed=signed)
+def _apply(
+    selection: Selection,
+    x: Tensor,
+    top: Callable[[Tensor, int], SelectedFeatures],
+    above: Callable[[Tensor, float], SelectedFeatures],
+    named: Callable[[Tensor, Sequence[int]], SelectedFeatures],
+) -> SelectedFeatures:
+    match selection:
+        case TopKSelection(k):
+            return top(x, k)
+        case ThresholdSelection(value):
+            return above(x, value)
+        case FeatureSelection(features):
+            return named(x, [feature.feature for feature in features])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.requests import GenerateRequest, Sampling, TokenInput, TopKSelection
 from saeguard.types import Add, Clamp, Scale, Scope, Zero
 from saeguard_sae.edit_table import EditColumns
 from saeguard_server.caller import Call
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.protocol import InspectTask
 from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
@@ -208,7 +208,7 @@ async def _poison(one: Running, request: GenerateRequest, way: str) -> None:
     task = one.flow._prepare(request, Call("test", time.monotonic() + 60), None).task
     if way == "inspected":
         read = InspectTask(call=task.call, index=0, tokens=task.tokens, offsets=(None,) * 60,
-                           picks=(Pick(sae="embed", top_k=1),), steering=task.steering)  # fmt: skip
+                           selections=(("embed", TopKSelection(1)),), steering=task.steering)  # fmt: skip
         assert len([part async for part in one.engine.inspect(read)]) == 10
         return
     asked = asyncio.create_task(one.ask(request))

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from saeguard.requests import GenerateRequest
+from saeguard.requests import GenerateRequest, TopKSelection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import Clamp
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import Event, InspectTask, Pick
+from saeguard_server.engine.protocol import Event, InspectTask
 from saeguard_server.engine.transformers.engine import _Add
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import SaeguardError, Unavailable
@@ -79,7 +79,7 @@ async def inspect(one: Running, length: int) -> list[ActivationPart]:
     ids = tuple(prompt(2, length))
     task = InspectTask(
         call=Call("test", time.monotonic() + 60), index=0, tokens=ids, offsets=(None,) * length,
-        picks=(Pick(sae="resid_post", top_k=2),),
+        selections=(("resid_post", TopKSelection(2)),),
     )  # fmt: skip
     return [part async for part in one.engine.inspect(task)]
 

@@ -141,11 +141,11 @@ class StepOutputProcessor(OutputProcessor):
             InternalFailure: an edit was not offered every token in its scope exactly once.
         """
         activations = []
-        for pick in task.picks:
-            selected = rows[pick.sae]
+        for sae, _ in task.selections:
+            selected = rows[sae]
             if isinstance(selected, Exception):
                 raise selected
-            activations.append(self.activation_part(task, pick.sae, part.start, selected))
+            activations.append(self.activation_part(task, sae, part.start, selected))
         if part.is_last:
             self._receipt(sequence)
         return activations

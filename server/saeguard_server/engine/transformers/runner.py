@@ -19,11 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from saeguard.requests import Selection
 from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelLoadError, Site, depth, free_bytes, hook, locate
 from saeguard_server.engine.load import KvShape, LoadedModel
-from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.protocol import InspectTask
 from saeguard_server.engine.selection import ActivationSelector, SparseRows
 from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.transformers import attention as ops
@@ -310,10 +311,11 @@ def can_pack(model: LoadedModel) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Capture:
-    """One pick of one part: rows ``[start, end)`` of what is captured at its SAE's site."""
+    """What to keep of one SAE in one part: of rows ``[start, end)`` of what is captured at its site."""
 
     part: PromptPart
-    pick: Pick
+    sae: str
+    selection: Selection
     start: int
     end: int
 
@@ -340,33 +342,34 @@ class ActivationCapture:
             if isinstance(part.sequence.task, InspectTask):
                 tokens.append(torch.arange(span.start, span.start + span.length))
                 end = row + span.length
-                self._captures += [_Capture(part, pick, row, end) for pick in part.sequence.task.picks]
+                self._captures += [_Capture(part, *each, row, end) for each in part.sequence.task.selections]
                 row = end
         if not tokens:
             return None
         self._tokens = torch.cat(tokens)
-        self._sites = {self._saes[capture.pick.sae].site for capture in self._captures}
+        self._sites = {self._saes[capture.sae].site for capture in self._captures}
         return self._see
 
     def results(self) -> CapturedRows:
         """What the last pass showed; once."""
-        groups: dict[Pick, list[_Capture]] = defaultdict(list)
+        groups: dict[tuple[str, Selection], list[_Capture]] = defaultdict(list)
         for capture in self._captures:
-            groups[capture.pick].append(capture)
+            groups[capture.sae, capture.selection].append(capture)
         results: dict[int, dict[str, SparseRows | Exception]] = defaultdict(dict)
-        for pick, captures in groups.items():
+        for (sae, selection), captures in groups.items():
             rows: Many[SparseRows | Exception]
             try:
-                activations = self._activations[self._saes[pick.sae].site]
+                activations = self._activations[self._saes[sae].site]
                 rows = self._selector.select(
-                    pick,
+                    sae,
+                    selection,
                     [activations[capture.start : capture.end] for capture in captures],
                     [capture.part.sequence.prefix for capture in captures],
                 )
             except Exception as err:  # one request's activations must not end another's
                 rows = [err] * len(captures)
             for capture, row in zip(captures, rows, strict=True):
-                results[capture.part.sequence.uid][pick.sae] = row
+                results[capture.part.sequence.uid][sae] = row
         self._captures, self._activations = [], {}
         return results
 

@@ -72,7 +72,7 @@ class VllmOutputProcessor(OutputProcessor):
             InternalFailure: an edit was not offered every token in its scope exactly once.
         """
         self.worker_receipt(task, (), output)
-        order = {pick.sae: at for at, pick in enumerate(task.picks)}
+        order = {sae: at for at, (sae, _) in enumerate(task.selections)}
         parts = []
         for part in sorted(output.activations, key=lambda part: (part.start, order[part.sae])):
             rows = SparseRows(array("I", part.indptr), array("I", part.indices), array("f", part.values))

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from saeguard.requests import Selection
 from saeguard_sae.edit_table import EditCounts, Rows, RowSpan
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig, Point, Site, depth, layout, locate, sites
-from saeguard_server.engine.protocol import Pick, Steering
+from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.selection import ActivationSelector
 from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.vllm.worker_messages import (
@@ -126,7 +127,7 @@ def _is_real() -> bool:
 
 @dataclass(slots=True, eq=False)
 class LiveRequest:
-    """A request with edits, watched features or picks, as far as the tables of this process have them."""
+    """A request with edits, watched features or selections, as far as the tables of this process have them."""
 
     request: WorkerRequest
     steering: Steering
@@ -134,7 +135,7 @@ class LiveRequest:
     """Of the request's edits those here, in the order of ``steering``."""
     columns: tuple[int, ...]
     """Of the watched features those here."""
-    picks: tuple[Pick, ...]
+    selections: tuple[tuple[str, Selection], ...]
     state: Any = None
     """Of the request in vLLM's runner, by which its memory is found."""
     slot: int = -1
@@ -228,7 +229,7 @@ class SteeredModel:
         spans = [RowSpan(live.slot, part.first, part.length) for part, live in self._batch]
         special = torch.isin(ids, self._special) if spans else torch.zeros(0, dtype=torch.bool)
         self.tables.begin(Rows.of(spans, positions, special))
-        self.tables.watch = self._see if any(live.picks for _, live in self._batch) else None
+        self.tables.watch = self._see if any(live.selections for _, live in self._batch) else None
 
     def end(self, out: Iterable[Tensor]) -> None:
         """After it; ``out`` [N, width] each is what the model made of the tokens last."""
@@ -283,8 +284,8 @@ class SteeredModel:
         edits = tuple(at for at, edit in enumerate(request.steering.edits) if edit.sae in self.saes)
         here = Steering(tuple(request.steering.edits[at] for at in edits), request.steering.max_relative_edit)
         columns = tuple(column for column, (sae, _) in enumerate(request.watch) if sae in self.saes)
-        picks = tuple(pick for pick in request.picks if pick.sae in self.saes)
-        return LiveRequest(request, here, edits, columns, picks, state)
+        selections = tuple((sae, selection) for sae, selection in request.selections() if sae in self.saes)
+        return LiveRequest(request, here, edits, columns, selections, state)
 
     def _resume(self, live: LiveRequest, part: BatchPart) -> None:
         if part.start != live.read:
@@ -332,19 +333,19 @@ class SteeredModel:
 
     def _see(self, site: Site, x: Tensor) -> None:
         for part, live in self._batch:
-            for pick in live.picks:
-                if self.saes[pick.sae].site == site:
-                    self._select(live, pick, part.start, x[part.first : part.first + part.length])
+            for sae, selection in live.selections:
+                if self.saes[sae].site == site:
+                    self._select(live, sae, selection, part.start, x[part.first : part.first + part.length])
 
-    def _select(self, live: LiveRequest, pick: Pick, start: int, x: Tensor) -> None:
+    def _select(self, live: LiveRequest, sae: str, selection: Selection, start: int, x: Tensor) -> None:
         try:
-            (rows,) = self._selector.select(pick, [x], [live.prefix])
+            (rows,) = self._selector.select(sae, selection, [x], [live.prefix])
         except Exception:  # one request's activations must not end another's
             _log.exception("activations could not be read")
             live.problem = live.problem or "the activations could not be read"
             return
         arrays = (rows.indptr.tobytes(), rows.indices.tobytes(), rows.values.tobytes())
-        live.activations.append(WorkerActivations(pick.sae, start, *arrays))
+        live.activations.append(WorkerActivations(sae, start, *arrays))
 
 
 # The ops that vLLM's compiled graphs call at every site. They change their tensors in place, so that an idle site costs

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, get_args
+
 import msgspec
 
+from saeguard.requests import Selection
 from saeguard_sae.edit_table import EditCounts
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, Steering
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
 from saeguard_server.errors import InternalFailure
 from saeguard_server.settings import ServedSaeSettings
 
 KEY = "saeguard"
 """Of our entry in ``SamplingParams.extra_args`` and in vLLM's ``additional_config``."""
 VERSION = 3
+_SELECTIONS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Selection)}
 
 
 class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,11 +38,17 @@ class WorkerRequest(msgspec.Struct, frozen=True, array_like=True):
     uid: int
     steering: Steering
     watch: tuple[tuple[str, int], ...] = ()
-    picks: tuple[Pick, ...] = ()
+    selected: tuple[tuple[str, str, dict[str, Any]], ...] = ()
+    """SAE, class and fields of each selection."""
     may_overrun: bool = False
     """Whether it may end before vLLM knows, at a stop string: then its counts are kept as of every pass."""
     untouched: int = 0
     """Tokens from the first one on of which nobody need know whether they were read, or found in memory."""
+
+    def selections(self) -> Iterator[tuple[str, Selection]]:
+        """What to keep of which SAE's activations."""
+        for sae, kind, fields in self.selected:
+            yield sae, msgspec.convert(fields, _SELECTIONS[kind])
 
 
 class WorkerReadings(msgspec.Struct, frozen=True, array_like=True):
@@ -73,14 +84,18 @@ def worker_request(uid: int, task: GenerateTask | InspectTask) -> bytes | None:
     """A task as it travels; None where the workers have nothing to do for it."""
     assert not task.steering.guards, "a condition is refused at admission"
     if isinstance(task, InspectTask):
-        request = WorkerRequest(VERSION, uid, task.steering, picks=task.picks)
+        request = WorkerRequest(VERSION, uid, task.steering, selected=tuple(_pack(*each) for each in task.selections))
     else:
         untouched = min((edit.first for edit in task.steering.edits), default=0) if may_reuse(task) else 0
         may_overrun = bool(task.sampling.stop)
         request = WorkerRequest(VERSION, uid, task.steering, task.watch, may_overrun=may_overrun, untouched=untouched)
-    if not (request.steering.edits or request.watch or request.picks):
+    if not (request.steering.edits or request.watch or request.selected):
         return None
     return msgspec.msgpack.encode(request)
+
+
+def _pack(sae: str, selection: Selection) -> tuple[str, str, dict[str, Any]]:
+    return sae, type(selection).__name__, msgspec.to_builtins(selection)
 
 
 def may_reuse(task: GenerateTask | InspectTask) -> bool:
