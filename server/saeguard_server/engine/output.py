@@ -32,7 +32,7 @@ from saeguard_server.engine.protocol import (
     Steering,
 )
 from saeguard_server.engine.selection import SparseRows
-from saeguard_server.engine.tokenizer import Assembler, Tokenizer
+from saeguard_server.engine.tokenizer import Detokenizer, Tokenizer
 from saeguard_server.errors import InternalFailure, NonFiniteOutput
 from saeguard_server.observe import Metrics
 
@@ -42,7 +42,7 @@ class RequestState:
     """What a generation has been given so far. Times are on the ``time.monotonic`` clock, 0 while not reached."""
 
     task: GenerateTask
-    text: Assembler
+    text: Detokenizer
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     """Why it ended; None while it goes on."""
@@ -53,7 +53,7 @@ class RequestState:
     @classmethod
     def of(cls, task: GenerateTask, tokenizer: Tokenizer) -> RequestState:
         """Of a generation that has been given nothing yet."""
-        return cls(task, Assembler(tokenizer.stream(), task.sampling.stop))
+        return cls(task, tokenizer.detokenizer(task.sampling.stop))
 
     def timings(self) -> Timings:
         """Seconds since the request arrived."""

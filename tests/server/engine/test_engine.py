@@ -16,7 +16,7 @@ from saeguard_sae.edit_table import EditColumns
 from saeguard_server.caller import Call
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import InspectTask
-from saeguard_server.engine.tokenizer import Assembler
+from saeguard_server.engine.tokenizer import Detokenizer
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import DeadlineExceeded, InternalFailure, InvalidRequest, NonFiniteOutput
@@ -228,8 +228,10 @@ async def test_a_receipt_that_does_not_add_up_fails_the_request(world: World, mo
 
 
 async def test_an_exception_in_one_requests_text_fails_it_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    push = Assembler.push
-    monkeypatch.setattr(Assembler, "push", lambda self, token: 1 / 0 if self._stops == ("boom",) else push(self, token))
+    push = Detokenizer.push
+    monkeypatch.setattr(
+        Detokenizer, "push", lambda self, token: 1 / 0 if self._stops == ("boom",) else push(self, token)
+    )
     broken = GenerateRequest(input="hello", sampling=Sampling(max_new_tokens=9, stop=("boom",)))
     with running(world.settings()) as one:
         results = await asyncio.gather(

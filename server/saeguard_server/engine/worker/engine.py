@@ -22,18 +22,6 @@ from saeguard.catalog import Model
 from saeguard_server.engine.front import Backoff, EngineFront
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
-from saeguard_server.engine.worker.messages import (
-    Cancel,
-    Command,
-    Loader,
-    Start,
-    StepOutput,
-    Stop,
-    Submit,
-    SummedMetrics,
-    WorkerReady,
-    WorkerRefused,
-)
 from saeguard_server.errors import Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, Settings
@@ -65,7 +53,7 @@ class WorkerProcess:
             command = [sys.executable, "-P", "-m", __package__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
             self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[messages.Command | None] = queue.SimpleQueue()
         # Sent from a thread: a child that does not read must not hold up the event loop.
         self._writer = threading.Thread(target=self._write, name="engine-commands", daemon=True)
         self._is_loaded = False
@@ -75,7 +63,7 @@ class WorkerProcess:
         """The process' number."""
         return self._process.pid
 
-    def load(self, start: Start) -> WorkerReady:
+    def load(self, start: messages.Start) -> messages.WorkerReady:
         """Loads the engine, waiting for it.
 
         Raises:
@@ -88,20 +76,20 @@ class WorkerProcess:
             answer = self._receive()
         except (EOFError, OSError) as err:
             raise BadSettings(f"engine.process: the engine's process {self._how_it_ended()} while it loaded") from err
-        if isinstance(answer, WorkerRefused):
-            raise answer.error
-        assert isinstance(answer, WorkerReady), "a child first says how loading went"
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, messages.WorkerReady), "a child first says how loading went"
         if not began <= answer.now <= time.monotonic():
             raise BadSettings("engine.process: the processes have different clocks, so that deadlines would not hold")
         self._writer.start()
         self._is_loaded = True
         return answer
 
-    def send(self, command: Command) -> None:
+    def send(self, command: messages.Command) -> None:
         """Sends a command soon; to a child that died, never."""
         self._commands.put(command)
 
-    def outputs(self) -> Iterator[StepOutput]:
+    def outputs(self) -> Iterator[messages.StepOutput]:
         """What it sends, until it is gone."""
         try:
             while True:
@@ -114,7 +102,7 @@ class WorkerProcess:
     def stop(self) -> None:
         """Asks it to end and waits for that; one that loads, or takes longer than ``STOP_S``, is killed."""
         if self._is_loaded:
-            self.send(Stop())
+            self.send(messages.Stop())
             try:
                 self._process.wait(STOP_S)
             except subprocess.TimeoutExpired:
@@ -154,20 +142,20 @@ class WorkerProcess:
                 return  # the reader sees the same end
 
 
-def load_engine(settings: Settings, metrics: Metrics, load: Loader) -> WorkerEngine:
+def load_engine(settings: Settings, metrics: Metrics, load: messages.Loader) -> WorkerEngine:
     """The engine that ``load`` makes, in a process of its own: loaded and checked there, not started.
 
     Raises:
         BadSettings: the process died while it loaded.
         Exception: what ``load`` raised, as it raised it.
     """
-    return WorkerEngine(Start(settings, load), metrics)
+    return WorkerEngine(messages.Start(settings, load), metrics)
 
 
 class WorkerEngine(EngineFront):
     """An engine in another process, started again whenever that one ends."""
 
-    def __init__(self, start: Start, metrics: Metrics) -> None:
+    def __init__(self, start: messages.Start, metrics: Metrics) -> None:
         super().__init__()
         self._start = start
         self._process = WorkerProcess()
@@ -178,7 +166,7 @@ class WorkerEngine(EngineFront):
         self._up: WorkerProcess | None = None
         """Where tasks go; none while there is no engine to take them."""
         self._is_well = True
-        self._restarts, self._counts = metrics.engine_restarts, SummedMetrics(metrics)
+        self._restarts, self._counts = metrics.engine_restarts, messages.SummedMetrics(metrics)
         self._backoff = Backoff()
         self._last_output = time.monotonic()
         self._submitted = self._taken = self._waiting = 0
@@ -227,11 +215,11 @@ class WorkerEngine(EngineFront):
     def _submit(self, uid: int, task: GenerateTask | InspectTask) -> None:
         assert self._up is not None, "it is ready"
         self._submitted += 1
-        self._up.send(Submit(uid, task))
+        self._up.send(messages.Submit(uid, task))
 
     def _cancel(self, uid: int) -> None:
         if self._up is not None:
-            self._up.send(Cancel(uid))
+            self._up.send(messages.Cancel(uid))
 
     def _supervise(self) -> None:
         """The thread: one process after another."""
@@ -277,7 +265,7 @@ class WorkerEngine(EngineFront):
         self._call(self._rise, self._process, ready.model)
         return True
 
-    def _load(self, process: WorkerProcess) -> WorkerReady:
+    def _load(self, process: WorkerProcess) -> messages.WorkerReady:
         began = time.monotonic()
         try:
             ready = process.load(self._start)
@@ -306,7 +294,7 @@ class WorkerEngine(EngineFront):
         self._last_output = time.monotonic()
         self._backoff.started()
 
-    def _take(self, output: StepOutput) -> None:
+    def _take(self, output: messages.StepOutput) -> None:
         self._taken, self._waiting, self._is_well = output.taken, output.waiting, output.is_ready
         self._hand_out(output.events)
 

@@ -1,8 +1,8 @@
 """What the server and the process that runs its engine say to each other, as bytes on a socket pair.
 
-The process gets a ``Start``, then commands; it sends ``WorkerReady`` or ``WorkerRefused``, then a ``StepOutput`` after
-each step. Pickle is safe here and nowhere else: the pair is made before the process, has no name, and only these two
-processes of the same code hold its ends. Whoever could write to it could write to their memory.
+The process gets a ``Start``, then commands; it sends ``WorkerReady`` or the error of loading, then a ``StepOutput``
+after each step. Pickle is safe here and nowhere else: the pair is made before the process, has no name, and only these
+two processes of the same code hold its ends. Whoever could write to it could write to their memory.
 """
 
 from __future__ import annotations
@@ -119,13 +119,6 @@ class WorkerReady:
 
     def _identity(self) -> tuple[str, Capabilities, Mapping[str, str]]:
         return self.model.digest, self.capabilities, {name: sae.digest for name, sae in self.saes.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerRefused:
-    """The engine cannot be loaded; ``error`` is what loading raised."""
-
-    error: Exception
 
 
 @dataclass(frozen=True, slots=True)

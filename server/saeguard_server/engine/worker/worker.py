@@ -24,18 +24,6 @@ from prometheus_client import CollectorRegistry
 from saeguard_server import observe
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
-from saeguard_server.engine.worker.messages import (
-    Cancel,
-    Command,
-    Start,
-    StepOutput,
-    Stop,
-    Submit,
-    WorkerReady,
-    WorkerRefused,
-    count_metrics,
-    remote_sae,
-)
 from saeguard_server.errors import InternalFailure, SaeguardError
 from saeguard_server.observe import Metrics
 
@@ -54,7 +42,7 @@ def run_worker(descriptor: int) -> None:
     # Or programs that the engine starts would hold the socket open after us.
     os.set_inheritable(descriptor, False)
     line: _Line = Connection(descriptor)
-    start: Start = messages.receive_message(line)
+    start: messages.Start = messages.receive_message(line)
     observe.configure_logs(start.settings.server.log_level, sys.stderr)
     asyncio.run(_serve(line, start))
     # Not by returning: to take torch's modules down takes a second or more, and the parent waits for it.
@@ -62,25 +50,25 @@ def run_worker(descriptor: int) -> None:
     os._exit(0)
 
 
-async def _serve(line: _Line, start: Start) -> None:
-    loop, commands = asyncio.get_running_loop(), asyncio.Queue[Command]()
+async def _serve(line: _Line, start: messages.Start) -> None:
+    loop, commands = asyncio.get_running_loop(), asyncio.Queue[messages.Command]()
     # Before loading, which may take minutes: a parent that goes away meanwhile must not be outlived.
     threading.Thread(target=_listen, args=(line, loop, commands), name="commands", daemon=True).start()
     metrics = Metrics(CollectorRegistry())
     try:
         engine = start.load(start.settings, metrics)
     except Exception as err:
-        messages.send_message(line, WorkerRefused(_portable(err)))
+        messages.send_message(line, _portable(err))
         return
     engine.start()
-    saes = {name: remote_sae(sae) for name, sae in engine.saes.items()}
+    saes = {name: messages.remote_sae(sae) for name, sae in engine.saes.items()}
     # Two tasks are measured in one process only.
     can = replace(engine.capabilities, compares=False)
-    messages.send_message(line, WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
+    messages.send_message(line, messages.WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
     await WorkerService(line, engine, metrics).run(commands)
 
 
-def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[Command]) -> None:
+def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[messages.Command]) -> None:
     while True:
         try:
             command = messages.receive_message(line)
@@ -108,21 +96,21 @@ class WorkerService:
         self._events: list[tuple[int, Event | None]] = []
         self._taken = 0
 
-    async def run(self, commands: asyncio.Queue[Command]) -> None:
+    async def run(self, commands: asyncio.Queue[messages.Command]) -> None:
         """Serves until told to stop; whatever still runs then fails with the engine's last words."""
         pulse = asyncio.create_task(self._report_regularly())
-        while not isinstance(command := await commands.get(), Stop):
+        while not isinstance(command := await commands.get(), messages.Stop):
             self._handle(command)
         pulse.cancel()
         self._engine.stop()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._report(with_counts=True)
 
-    def _handle(self, command: Command) -> None:
-        if isinstance(command, Submit):
+    def _handle(self, command: messages.Command) -> None:
+        if isinstance(command, messages.Submit):
             self._taken += 1
             self._tasks[command.uid] = asyncio.create_task(self._run_task(command.uid, command.task))
-        elif isinstance(command, Cancel) and command.uid in self._tasks:
+        elif isinstance(command, messages.Cancel) and command.uid in self._tasks:
             self._tasks[command.uid].cancel()
 
     async def _run_task(self, uid: int, task: GenerateTask | InspectTask) -> None:
@@ -155,8 +143,8 @@ class WorkerService:
         events, self._events = self._events, []
         if not events and not with_counts:
             return  # a pulse took them along
-        counts = count_metrics(self._metrics.registry) if with_counts else None
-        output = StepOutput(events, self._engine.is_ready(), self._taken, self._engine.queued(), counts)
+        counts = messages.count_metrics(self._metrics.registry) if with_counts else None
+        output = messages.StepOutput(events, self._engine.is_ready(), self._taken, self._engine.queued(), counts)
         try:
             messages.send_message(self._line, output)
         except Exception:
