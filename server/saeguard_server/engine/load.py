@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 PASSAGE_TOKENS = 256
 """Longer passages are read in pieces of this: SAEs are trained on contexts of hundreds of tokens."""
+_ROWS = 4096
+"""Decoder rows turned to float32 at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -254,3 +256,49 @@ def _show(name: str, measured: Quality, metrics: Metrics) -> None:
             gauge.labels(name).set(value)
     if measured.ce_spliced is not None and measured.ce_base is not None:
         metrics.sae_ce_increase.labels(name).set(measured.ce_spliced - measured.ce_base)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoteSae(LoadedSae):
+    """An SAE whose weights are in another process: its tensors are on torch's "meta" device, shapes without memory.
+
+    Its classes are the real ones, so that whoever asks what the SAE is gets the answer that it would get in the engine,
+    and whoever computes with it gets an error and not a wrong number.
+    """
+
+    decoder_norms: Tensor = field(kw_only=True)
+    """[d_sae] lengths of the decoder's rows, in float32: what the unit "unit_decoder" needs."""
+
+    def decoder_norm(self, feature: int) -> float:
+        """The length of what one unit of the feature writes."""
+        return float(self.decoder_norms[feature])
+
+
+def remote_sae(sae: LoadedSae) -> RemoteSae:
+    """The SAE as the front end gets it."""
+    values = {attribute.name: getattr(sae, attribute.name) for attribute in fields(LoadedSae)}
+    values |= {name: to_meta(values[name]) for name in ("dictionary", "write_gain")}
+    return RemoteSae(**values, decoder_norms=_norms(sae.dictionary.W_dec))
+
+
+def to_meta(value: Any) -> Any:
+    """The same value with every tensor in it on the meta device."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple | list):
+        return type(value)(to_meta(item) for item in value)
+    if isinstance(value, dict):
+        return {key: to_meta(item) for key, item in value.items()}
+    if not is_dataclass(value):
+        return value
+    # Not through the constructor: it checks that weights are finite, which was done where they are.
+    copy: Any = object.__new__(type(value))
+    for attribute in fields(value):
+        object.__setattr__(copy, attribute.name, to_meta(getattr(value, attribute.name)))
+    return copy
+
+
+def _norms(W_dec: Tensor) -> Tensor:
+    """W_dec [d_sae, d_out] -> [d_sae], on the host."""
+    parts = [W_dec[first : first + _ROWS].float().norm(dim=1) for first in range(0, len(W_dec), _ROWS)]
+    return torch.cat(parts).cpu()

@@ -37,6 +37,7 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server import errors
 from saeguard_server.caller import Call
+from saeguard_server.engine.load import remote_sae
 from saeguard_server.engine.protocol import Capabilities, GenerateTask
 from saeguard_server.engine.worker import engine, messages
 from saeguard_server.engine.worker.messages import (
@@ -47,7 +48,6 @@ from saeguard_server.engine.worker.messages import (
     SummedMetrics,
     WorkerReady,
     count_metrics,
-    remote_sae,
 )
 from saeguard_server.errors import SaeguardError, Unavailable
 from saeguard_server.observe import Metrics

@@ -76,22 +76,18 @@ class TransformersEngine(EngineFront):
         self._backoff, self._is_down = Backoff(), False
 
     def is_ready(self) -> bool:
-        """True while the thread steps."""
         return self._thread is not None and self._thread.is_alive() and not self._is_down
 
     def queued(self) -> int:
-        """Requests that wait for a slot, those not yet seen by the thread included."""
         return len(self._core.scheduler.waiting) + self._submitted - self._taken
 
     def start(self) -> None:
-        """Starts the thread."""
         self._loop = asyncio.get_running_loop()
         self._backoff.started()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread."""
         if self._thread is not None:
             self._commands.put(_Stop())
             self._thread.join()

@@ -109,7 +109,8 @@ class VllmClient:
 
 
 class _Load:
-    """Takes part in vLLM's statistics, for the number of requests that wait; its own factory."""
+    """Takes part in vLLM's statistics, for the number of requests that wait; its own factory. What it leaves empty is
+    a part of vLLM's interface."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.waiting = 0
@@ -126,11 +127,8 @@ class _Load:
         if iteration_stats is not None:
             self._metrics.preemptions.inc(iteration_stats.num_preempted_reqs)
 
-    def log_engine_initialized(self) -> None:
-        """Part of vLLM's interface."""
+    def log_engine_initialized(self) -> None: ...
 
-    def log(self) -> None:
-        """Part of vLLM's interface."""
+    def log(self) -> None: ...
 
-    def record_sleep_state(self, *_: Any) -> None:
-        """Part of vLLM's interface."""
+    def record_sleep_state(self, *_: Any) -> None: ...

@@ -20,7 +20,7 @@ from saeguard.types import KINDS
 from saeguard_sae.loading import LoadedSae, LoadError
 from saeguard_sae.models import ModelLoadError, Site, torch_dtype
 from saeguard_server.engine.front import RETRY_S, Backoff
-from saeguard_server.engine.load import KvShape, ModelFiles, load_checked_saes, load_model, open_files
+from saeguard_server.engine.load import KvShape, ModelFiles, load_checked_saes, load_model, open_files, remote_sae
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask
 from saeguard_server.engine.vllm import output as vllm_output
@@ -28,7 +28,6 @@ from saeguard_server.engine.vllm import steering
 from saeguard_server.engine.vllm.client import EngineDied, VllmClient
 from saeguard_server.engine.vllm.output import VllmOutputProcessor
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, WorkerPlan, worker_request
-from saeguard_server.engine.worker.messages import remote_sae
 from saeguard_server.errors import DeadlineExceeded, Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, EngineSettings, Settings
@@ -91,12 +90,10 @@ class VllmEngine(Engine):
         return max(self._running - self._slots, self._client.waiting)
 
     def start(self) -> None:
-        """Takes requests from now on, and warms up."""
         self._is_started = True
         self._warming = asyncio.get_running_loop().create_task(self._warm_up())
 
     def stop(self) -> None:
-        """Ends vLLM."""
         self._is_started = False
         for task in (self._warming, self._revival):
             if task is not None:
@@ -109,7 +106,6 @@ class VllmEngine(Engine):
             asyncio.get_running_loop().call_soon(client.close)
 
     async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
-        """Chunks as they are made, or activations once the input is read."""
         uid = next(self._uids)
         if isinstance(task, InspectTask):
             for part in await self._read(uid, task):

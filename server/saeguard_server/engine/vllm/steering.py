@@ -1,4 +1,4 @@
-"""The requests that vLLM's worker steers or reads: their edits in the tables, what was counted, and their reports.
+"""Steering inside a worker of vLLM: its requests with their edits and counts, and the ops in its model that apply them.
 
 vLLM tells its workers neither when a request is preempted nor when it ends: a request that goes back was preempted, and
 its counts go back with it; one that the runner no longer knows has ended, and is kept until it is asked for.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from saeguard.requests import Selection
 from saeguard_sae.edit_table import EditCounts, Rows, RowSpan
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import ModelConfig, Point, Site, depth, layout, locate, sites
+from saeguard_sae.models import Located, ModelConfig, Point, Site, depth, layout, locate, sites
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.selection import ActivationSelector
 from saeguard_server.engine.tables import SteeringTables, Tallies
@@ -439,10 +440,10 @@ def offered_sites(config: ModelConfig, tensor_parallel: int) -> frozenset[Site]:
 def attach_edits(model: nn.Module, config: ModelConfig, tables: SteeringTables) -> None:
     """Puts an op into the model at every site of the tables, which this process must hold; before it is compiled."""
     # Sites may share a module: those that change what later ones see come first.
-    placed = sorted(tables.sites, key=depth)
-    install_edits([_edit_op(model, config, tables, site) for site in placed])
-    for number, site in enumerate(placed):
-        _hook(model, config, site, number)
+    places = [(site, locate(model, config, site)) for site in sorted(tables.sites, key=depth)]
+    install_edits([partial(tables.edit, site, see=place.see) for site, place in places])
+    for number, (site, place) in enumerate(places):
+        _hook(place, site, number)
 
 
 def hooked_sites(model: nn.Module, config: ModelConfig, sites: Iterable[Site]) -> frozenset[Site]:
@@ -456,13 +457,7 @@ def _is_here(model: nn.Module, config: ModelConfig, site: Site) -> bool:
     return type(model.get_submodule(path)).__name__ != "PPMissingLayer"
 
 
-def _edit_op(model: nn.Module, config: ModelConfig, tables: SteeringTables, site: Site) -> Edit:
-    see = locate(model, config, site).see
-    return lambda x: tables.edit(site, x, see)
-
-
-def _hook(model: nn.Module, config: ModelConfig, site: Site, number: int) -> None:
-    place = locate(model, config, site)
+def _hook(place: Located, site: Site, number: int) -> None:
     # A norm that adds first puts out what it normalised and the sum: an SAE behind the norm reads the former alone.
     is_whole = place.side == "in" or site.point == "resid_post"
     place.attach(lambda value: _apply(value if is_whole or isinstance(value, Tensor) else value[:1], number))

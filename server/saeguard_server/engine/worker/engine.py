@@ -182,16 +182,13 @@ class WorkerEngine(EngineFront):
         return self._process.pid
 
     def is_ready(self) -> bool:
-        """True while the process has an engine that takes tasks, and reports."""
         is_silent = time.monotonic() - self._last_output >= SILENCE_S
         return self._up is not None and self._is_well and not is_silent and not self._stopping.is_set()
 
     def queued(self) -> int:
-        """Tasks that wait for a slot as of the last report, and those it does not know of yet."""
         return self._waiting + self._submitted - self._taken
 
     def start(self) -> None:
-        """Listens to the process."""
         self._loop = asyncio.get_running_loop()
         self._rise(self._process, self._ready.model)
         self._thread = threading.Thread(target=self._supervise, name="engine-process", daemon=True)
@@ -254,7 +251,7 @@ class WorkerEngine(EngineFront):
                     return False
                 self._process = WorkerProcess()
             ready = self._load(self._process)
-            if ready.differs_from(self._ready):
+            if ready.identity != self._ready.identity:
                 raise BadSettings("the model or an SAE on disk is not what it was; start the server again to serve it")
         except Exception as err:
             self._process.join()

@@ -11,76 +11,26 @@ import copyreg
 import io
 import pickle
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from torch import Tensor
 
 from saeguard.catalog import Model
 from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
-from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.load import RemoteSae
 from saeguard_server.engine.protocol import Capabilities, Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import Settings
 
-_ROWS = 4096
-"""Decoder rows turned to float32 at once."""
 _PROTOCOL = 5
 _EACH_STEP = (ActivationPart, StreamChunk, FeatureReading, Token, TokenLogprob, TokenText)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RemoteSae(LoadedSae):
-    """An SAE whose weights are in another process: its tensors are on torch's "meta" device, shapes without memory.
-
-    Its classes are the real ones, so that whoever asks what the SAE is gets the answer that it would get in the engine,
-    and whoever computes with it gets an error and not a wrong number.
-    """
-
-    decoder_norms: Tensor = field(kw_only=True)
-    """[d_sae] lengths of the decoder's rows, in float32: what the unit "unit_decoder" needs."""
-
-    def decoder_norm(self, feature: int) -> float:
-        """The length of what one unit of the feature writes."""
-        return float(self.decoder_norms[feature])
-
-
-def remote_sae(sae: LoadedSae) -> RemoteSae:
-    """The SAE as the front end gets it."""
-    values = {attribute.name: getattr(sae, attribute.name) for attribute in fields(LoadedSae)}
-    values |= {name: to_meta(values[name]) for name in ("dictionary", "write_gain")}
-    return RemoteSae(**values, decoder_norms=_norms(sae.dictionary.W_dec))
-
-
-def to_meta(value: Any) -> Any:
-    """The same value with every tensor in it on the meta device."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, tuple | list):
-        return type(value)(to_meta(item) for item in value)
-    if isinstance(value, dict):
-        return {key: to_meta(item) for key, item in value.items()}
-    if not is_dataclass(value):
-        return value
-    # Not through the constructor: it checks that weights are finite, which was done where they are.
-    copy: Any = object.__new__(type(value))
-    for attribute in fields(value):
-        object.__setattr__(copy, attribute.name, to_meta(getattr(value, attribute.name)))
-    return copy
-
-
-def _norms(W_dec: Tensor) -> Tensor:
-    """W_dec [d_sae, d_out] -> [d_sae], on the host."""
-    parts = [W_dec[first : first + _ROWS].float().norm(dim=1) for first in range(0, len(W_dec), _ROWS)]
-    return torch.cat(parts).cpu()
 
 
 Loader: TypeAlias = Callable[[Settings, Metrics], Engine]
@@ -113,11 +63,9 @@ class WorkerReady:
     saes: dict[str, RemoteSae]
     tokenizer: Tokenizer
 
-    def differs_from(self, other: WorkerReady) -> bool:
-        """Whether it would give other answers."""
-        return self._identity() != other._identity()
-
-    def _identity(self) -> tuple[str, Capabilities, Mapping[str, str]]:
+    @property
+    def identity(self) -> tuple[str, Capabilities, Mapping[str, str]]:
+        """Whoever has the same gives the same answers."""
         return self.model.digest, self.capabilities, {name: sae.digest for name, sae in self.saes.items()}
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry
 
 from saeguard_server import observe
+from saeguard_server.engine.load import remote_sae
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
 from saeguard_server.errors import InternalFailure, SaeguardError
@@ -61,7 +62,7 @@ async def _serve(line: _Line, start: messages.Start) -> None:
         messages.send_message(line, _portable(err))
         return
     engine.start()
-    saes = {name: messages.remote_sae(sae) for name, sae in engine.saes.items()}
+    saes = {name: remote_sae(sae) for name, sae in engine.saes.items()}
     # Two tasks are measured in one process only.
     can = replace(engine.capabilities, compares=False)
     messages.send_message(line, messages.WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
