@@ -95,7 +95,8 @@ class Core:
 
     def _forward(self, batch: Batch) -> Tensor | None:
         """logits [M, vocabulary] of one forward pass; None where nobody is in it, or memory ran out."""
-        if not batch.sequences:
+        sequences = batch.sequences
+        if not sequences:
             return None
         try:
             logits = self.runner.forward(batch)
@@ -105,9 +106,9 @@ class Core:
             self._run_out_of_memory(batch)
             return None
         self.metrics.steps.inc()
-        self.metrics.batch_size.observe(len(batch.sequences))
+        self.metrics.batch_size.observe(len(sequences))
         is_whole = not self.runner.tables.missed()
-        for sequence, end in zip(batch.sequences, batch.ends, strict=True):
+        for sequence, end in zip(sequences, batch.ends, strict=True):
             with self._isolated(sequence):
                 if not is_whole:
                     self.runner.tables.check(sequence.slot)
@@ -118,11 +119,12 @@ class Core:
         """Those whose tokens are all read, and a row for each with its next token; whom a trigger stops leaves."""
         stoppable = [sequence for sequence in batch.sequences if sequence.stops and not sequence.is_done]
         stopped = self.runner.tables.stopped(tuple(sequence.slot for sequence in stoppable)) if stoppable else None
-        rows = [row for row, sequence in enumerate(batch.sampling) if not sequence.is_done]
-        sequences = [batch.sampling[row] for row in rows]
+        sampling = batch.sampling
+        rows = [row for row, sequence in enumerate(sampling) if not sequence.is_done]
+        sequences = [sampling[row] for row in rows]
         slots = tuple(sequence.slot for sequence in sequences)
-        alive = logits[: len(rows)] if len(rows) == len(batch.sampling) else logits[rows]
-        tokens = HostTokens.fetch(self.runner.sampler.sample(alive, slots) if slots else None, stopped)
+        mine = logits[: len(rows)] if len(rows) == len(sampling) else logits[rows]
+        tokens = HostTokens.fetch(self.runner.sampler.sample(mine, slots) if slots else None, stopped)
         self.runner.slots.choose(slots, [max(token, 0) for token in tokens.tokens])
         for sequence, is_stopped in zip(stoppable, tokens.stopped, strict=True):
             if is_stopped:
