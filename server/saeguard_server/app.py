@@ -21,7 +21,7 @@ from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.choice import load_engine
 from saeguard_server.engine.protocol import Engine
-from saeguard_server.generation import Compare, Counterfactuals, Generation, RequestRecorder
+from saeguard_server.generation import Counterfactuals, Generation, RequestRecorder
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Exporter, Metrics
@@ -204,7 +204,7 @@ def _servicers(
     generate = Generation(engine, engine.tokenizer, limits, gate, policies, keeping)
     read = ReadActivations(engine, engine.tokenizer, limits, gate)
     return edge.Servicers(
-        generation=GenerationServicer(generate, Compare(engine, generate, gate, keeping), admission, limits),
+        generation=GenerationServicer(generate, admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
         policy=PolicyServicer(enforced, audit),

@@ -1,4 +1,4 @@
-"""Generate: from a checked request to chunks of text, steered as asked or refused before any work."""
+"""What Generate, GenerateStream and Compare do: policies, steering, the engine's stream, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -7,70 +7,275 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 
-from saeguard.requests import ChatInput, GenerateRequest, ModelInput, Sampling
+from saeguard.requests import GenerateRequest, Sampling
 from saeguard.results import Comparison, PolicyFacts, StreamChunk, join_chunks
 from saeguard_server.admission import Admission
 from saeguard_server.audit.log import Audit, RequestAudit
 from saeguard_server.caller import Call
-from saeguard_server.catalog import check_watchable, find_feature
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, Side, Steering
-from saeguard_server.engine.tokenizer import EncodedText, Tokenizer
+from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, SaeguardError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
-from saeguard_server.policy import resolve
 from saeguard_server.policy.compile import Policies, Snapshot
+from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import (
-    PreparedEdit,
-    PreparedTrigger,
+    CompiledTrigger,
     TokenRange,
+    check_watchable,
+    compile_edits,
+    compile_triggers,
+    find_feature,
     may_stop,
-    own_edits,
-    own_triggers,
-    prepare_edit,
-    prepare_trigger,
-    prepared_parts,
     steer,
 )
 
-# Prompts to token ids, refused by field.
+MAX_MEASURED_TOKENS = 512
+"""Of an answer that is measured against another: what waits for the other side is a row of the vocabulary for each."""
+MAX_WAITING = 16
+"""Counterfactuals that wait; further ones are not measured: traffic comes first."""
+DEADLINE_S = 60.0
+"""Of a counterfactual."""
+IDLE_S = 0.2
+"""How often it is looked whether the engine has time for one."""
+CANCELLED = "CANCELLED"
+"""Outcome of a request whose caller went away."""
+
+_log = logging.getLogger(__name__)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: ModelInput, prefix: str = "") -> EncodedText:
-    """The prompt's tokens. ``prefix`` is the field that holds the prompt, with its dot.
+@dataclass(frozen=True, slots=True)
+class CompiledRequest:
+    """A generation that can start."""
 
-    Raises:
-        InvalidRequest: no tokens, an id outside the vocabulary, no chat template.
-    """
-    try:
-        return tokenizer.encode(prompt)
-    except ValueError as err:
-        field, _, what = str(err).partition(": ")
-        raise InvalidRequest(f"{prefix}{field}", what) from err
+    task: GenerateTask
+    policy: PolicyFacts | None = None
+    """None on a server without policies."""
+    requires_audit: bool = False
+    """Whether a policy wants it to fail when it cannot be recorded."""
+    counterfactual: tuple[tuple[str, float], ...] = ()
+    """Policies to be measured, and on which share of the requests."""
 
-
-def check_length(prompt: ModelInput, tokens: int, most: int, prefix: str = "") -> None:
-    """Refuses a prompt that does not fit the context.
-
-    Raises:
-        InvalidRequest: more than ``most`` tokens.
-    """
-    if tokens > most:
-        name = "text" if isinstance(prompt, str) else "chat" if isinstance(prompt, ChatInput) else "tokens"
-        raise InvalidRequest(f"{prefix}{name}", f"has {tokens} tokens, at most {most} fit")
+    @property
+    def most_tokens(self) -> int:
+        """That it reads and makes at most."""
+        return len(self.task.tokens) + self.task.max_new_tokens
 
 
-# How far an answer's tokens are from what the model would have said under another steering.
+class Generation:
+    """Text from the model, one request at a time to its callers, many at once in the engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        limits: LimitSettings,
+        admission: Admission,
+        policies: Policies | None = None,
+        recorder: RequestRecorder | None = None,
+    ) -> None:
+        """``policies`` is None where the server has none: then only the caller decides."""
+        self._engine, self._tokenizer, self._limits = engine, tokenizer, limits
+        self._admission, self._policies, self._recorder = admission, policies, recorder or RequestRecorder()
+
+    async def stream(self, request: GenerateRequest, call: Call) -> AsyncGenerator[StreamChunk]:
+        """Chunks as they are made; the last has a completion. Closing it frees the slot at the next step.
+
+        Raises:
+            UnknownName, InvalidRequest: what cannot be served as asked, by field, before any work.
+            PermissionDenied, QuotaExceeded, PolicyRefusal: what this caller may not, before any work.
+            PoliciesUnavailable, ActivationNotReached, NotConfigured: nobody knows what must be enforced.
+            DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
+        """
+        async with (
+            self._recorder.request(request, call) as record,
+            self._admission.request(call.caller, request) as admitted,
+        ):
+            compiled = await self.compile(request, call)
+            admitted.tokens.reserve(compiled.most_tokens)
+            await record.admit(compiled)
+            await admitted.turn(compiled.most_tokens)
+            async with aclosing(self._engine.generate(compiled.task)) as chunks:
+                admitted.tokens.charge(len(compiled.task.tokens))
+                async for chunk in chunks:
+                    admitted.tokens.charge(len(chunk.tokens))
+                    yield await record.chunk(chunk)
+
+    async def compare(self, request: GenerateRequest, call: Call) -> Comparison:
+        """The request with everything that is done to it and without any of that, side by side in one batch.
+
+        The steered answer is then read once more, with and without.
+
+        Raises:
+            InvalidRequest: too many tokens, prompt log-probabilities, or an engine that cannot measure.
+            SaeguardError: as for a generation.
+        """
+        if not self._engine.capabilities.compares:
+            raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
+        if request.sampling.prompt_logprobs:
+            raise InvalidRequest("sampling.prompt_logprobs", "must not be set here")
+        async with (
+            self._recorder.request(request, call, is_comparison=True) as record,
+            self._admission.request(call.caller, request) as admitted,
+        ):
+            compiled = await self.compile(request, call)
+            task, plain = compiled.task, replace(compiled.task, steering=Steering())
+            if task.max_new_tokens > MAX_MEASURED_TOKENS:
+                raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
+            # Two answers, and one of them read twice.
+            most = 4 * compiled.most_tokens
+            admitted.tokens.reserve(most)
+            await record.admit(compiled)
+            await admitted.turn(most)
+            steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
+            answer, plain_answer = token_ids(steered), token_ids(unsteered)
+            kl = await measure_divergence(self._engine, task, answer, Steering())
+            admitted.tokens.charge(4 * len(task.tokens) + 3 * len(answer) + len(plain_answer))
+            return Comparison(
+                join_chunks([await record.chunk(chunk) for chunk in steered]),
+                join_chunks([finished(chunk, call, None) for chunk in unsteered]),
+                first_divergence(answer, plain_answer),
+                kl,
+            )
+
+    async def compile(self, request: GenerateRequest, call: Call) -> CompiledRequest:
+        """What the engine is asked to do, under the policies that are in force now: the request keeps them.
+
+        Raises:
+            SaeguardError: as for ``stream``, but for what the engine raises.
+        """
+        snapshot = await self._snapshot(request, call)
+        return await asyncio.to_thread(self._compile, request, call, snapshot)
+
+    async def _snapshot(self, request: GenerateRequest, call: Call) -> Snapshot | None:
+        if self._policies is not None:
+            least = request.min_policy_activation
+            return self._policies.current() if least is None else await self._policies.at_least(least, call.deadline)
+        if request.policies:
+            raise UnknownName("policies[0]", "this server has no policies")
+        if request.min_policy_activation is not None:
+            raise NotConfigured("min_policy_activation: this server has no policies")
+        return None
+
+    def _compile(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
+        for index, ref in enumerate(request.watch):
+            check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
+        context = self._engine.model.max_context
+        tokens = encode_input(self._tokenizer, request.input, context - 1).ids
+        max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
+        seed = request.sampling.seed
+        task = GenerateTask(
+            call=call,
+            tokens=tokens,
+            sampling=request.sampling,
+            max_new_tokens=min(max_new_tokens, context - len(tokens)),
+            seed=secrets.randbits(63) if seed is None else seed,
+            watch=tuple((ref.sae, ref.feature) for ref in request.watch),
+        )
+        if snapshot is None:
+            edits = compile_edits(self._engine, request.interventions)
+            triggers = compile_triggers(self._engine, request.triggers)
+            steering = steer(edits, triggers, request.max_relative_edit, self._token_range(task, triggers))
+            return CompiledRequest(replace(task, steering=steering))
+        resolved = resolve_policies(request, call.caller, snapshot, datetime.now(UTC))
+        token_range, selected = self._token_range(task, resolved.triggers), resolved.selected
+        steering = steer(resolved.edits, resolved.triggers, resolved.max_relative_edit, token_range)
+        return CompiledRequest(
+            replace(task, steering=steering), selected.facts, selected.requires_audit, selected.counterfactual
+        )
+
+    def _token_range(self, task: GenerateTask, triggers: Sequence[CompiledTrigger]) -> TokenRange:
+        # The last token is read only where a trigger may stop it from being sent.
+        last = len(task.tokens) + task.max_new_tokens - 1
+        return TokenRange(task.tokens, last + may_stop(triggers, last, len(task.tokens)), self._tokenizer.special_ids)
 
 
-MAX_NEW_TOKENS = 512
-"""What waits for the other side is a row of the vocabulary for each token."""
+def first_divergence(answer: Sequence[int], other: Sequence[int]) -> int | None:
+    """Index of the first token in which two answers differ; where one ends, that of its end."""
+    pairs = enumerate(zip_longest(answer, other))
+    return next((index for index, (a, b) in pairs if a != b), None)
+
+
+# --- what is kept of a request beside its answer
+
+
+class RequestRecorder:
+    """Its audit record, what rules did, and a measure of what they changed; by default nothing."""
+
+    def __init__(
+        self,
+        audit: Audit | None = None,
+        rules: PolicyMetrics | None = None,
+        counterfactuals: Counterfactuals | None = None,
+    ) -> None:
+        self._audit, self.rules, self.counterfactuals = audit or Audit(), rules, counterfactuals
+
+    @asynccontextmanager
+    async def request(
+        self, request: GenerateRequest, call: Call, *, is_comparison: bool = False
+    ) -> AsyncIterator[RecordedRequest]:
+        """Around one generation; what is raised in it is its outcome."""
+        audit = self._audit.request(call, request, is_comparison=is_comparison)
+        try:
+            yield RecordedRequest(self, audit)
+        except SaeguardError as err:
+            audit.fail(err.reason)
+            raise
+        except BaseException:
+            audit.fail(CANCELLED)
+            raise
+
+
+class RecordedRequest:
+    """One generation on its way."""
+
+    def __init__(self, recorder: RequestRecorder, audit: RequestAudit) -> None:
+        self._recorder, self._audit = recorder, audit
+        self._compiled: CompiledRequest | None = None
+        self._answer: list[int] = []
+
+    async def admit(self, compiled: CompiledRequest) -> None:
+        """Before any work of the engine.
+
+        Raises:
+            Unavailable: it must be audited, and cannot be.
+        """
+        self._compiled = compiled
+        await self._audit.admit(compiled.policy, compiled.task.seed, required=compiled.requires_audit)
+
+    async def chunk(self, chunk: StreamChunk) -> StreamChunk:
+        """The chunk as it is sent, before it is.
+
+        Raises:
+            Unavailable: it is the last of a request that must be audited, and cannot be.
+        """
+        compiled = self._compiled
+        assert compiled is not None, "it was admitted"
+        self._answer += [token.id for token in chunk.tokens]
+        chunk = finished(chunk, compiled.task.call, compiled.policy)
+        if chunk.completion is not None:
+            await self._audit.finish(chunk.completion, compiled.task.tokens, self._answer)
+            if self._recorder.rules is not None:
+                self._recorder.rules.observe(chunk.completion)
+            if self._recorder.counterfactuals is not None:
+                self._recorder.counterfactuals.consider(compiled.task, self._answer, compiled.counterfactual)
+        return chunk
+
+
+def finished(chunk: StreamChunk, call: Call, policy: PolicyFacts | None) -> StreamChunk:
+    """The chunk; the last one says whose request it was, and which policies decided."""
+    if chunk.completion is None:
+        return chunk
+    return replace(chunk, completion=replace(chunk.completion, request_id=call.request_id, policy=policy))
+
+
+# --- how far an answer's tokens are from what the model would have said under another steering
 
 
 async def measure_divergence(
@@ -94,7 +299,7 @@ async def measure_divergence(
             sampling=Sampling(temperature=0.0, prompt_logprobs=True),
             max_new_tokens=1,
             # The answer is there: it is read to its end.
-            steering=replace(steering, guards=tuple(replace(guard, stops=False) for guard in steering.guards)),
+            steering=replace(steering, guards=tuple(replace(condition, stops=False) for condition in steering.guards)),
             watch=(),
             measure=(measure, side),
         )
@@ -109,28 +314,16 @@ async def whole(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, ...]:
     Raises:
         SaeguardError: as for a generation.
     """
-    async with aclosing(engine.generate(task)) as chunks:
-        found = [chunk async for chunk in chunks]
-    if not found or found[-1].completion is None:
+    async with aclosing(engine.generate(task)) as stream:
+        chunks = [chunk async for chunk in stream]
+    if not chunks or chunks[-1].completion is None:
         raise InternalFailure("a generation ended without its completion")
-    return tuple(found)
+    return tuple(chunks)
 
 
 def token_ids(chunks: Sequence[StreamChunk]) -> tuple[int, ...]:
     """The tokens of an answer."""
     return tuple(token.id for chunk in chunks for token in chunk.tokens)
-
-
-# What policies change, measured on a share of the requests they edit: the same answer, read without the policy.
-
-
-_log = logging.getLogger(__name__)
-
-MAX_WAITING = 16
-"""Measurements that wait; of further ones the server says nothing: traffic comes first."""
-DEADLINE_S = 60.0
-IDLE_S = 0.2
-"""How often it is looked whether the engine has time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +334,10 @@ class _Job:
 
 
 class Counterfactuals:
-    """Measures one answer after the other, while nobody waits for the engine."""
+    """What policies change, on a share of the requests that they edit: the same answer read without the policy.
+
+    One answer after the other is measured, while nobody waits for the engine.
+    """
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self._engine, self._metrics = engine, metrics
@@ -160,11 +356,11 @@ class Counterfactuals:
 
     def consider(self, task: GenerateTask, answer: Sequence[int], shares: Sequence[tuple[str, float]]) -> None:
         """Takes a finished answer for each policy that edited it and wants this share of them."""
-        if not 0 < len(answer) <= MAX_NEW_TOKENS:
+        if not 0 < len(answer) <= MAX_MEASURED_TOKENS:
             return
-        made = {edit.origin.policy for edit in task.steering.edits if not edit.is_shadow}
+        editing = {edit.origin.policy for edit in task.steering.edits if not edit.is_shadow}
         for policy, share in shares:
-            if policy in made and _is_chosen(policy, task.call.request_id, share):
+            if policy in editing and _is_chosen(policy, task.call.request_id, share):
                 with suppress(asyncio.QueueFull):
                     self._jobs.put_nowait(_Job(policy, task, tuple(answer)))
 
@@ -181,265 +377,18 @@ class Counterfactuals:
     async def _measure(self, job: _Job) -> None:
         call = replace(job.task.call, deadline=time.monotonic() + DEADLINE_S)
         task = replace(job.task, call=call)
-        found = await measure_divergence(self._engine, task, job.answer, without_policy(task.steering, job.policy))
-        self._metrics.policy_rules.observe_counterfactual(job.policy, sum(found) / len(found))
+        kl = await measure_divergence(self._engine, task, job.answer, without_policy(task.steering, job.policy))
+        self._metrics.policy_rules.observe_counterfactual(job.policy, sum(kl) / len(kl))
 
 
 def without_policy(steering: Steering, policy: str) -> Steering:
     """The same steering but for what this policy edits."""
-    kept = tuple(edit for edit in steering.edits if edit.origin.policy != policy)
+    others = tuple(edit for edit in steering.edits if edit.origin.policy != policy)
     digest = hashlib.sha256(f"{steering.digest} without {policy}".encode()).hexdigest()
-    return replace(steering, edits=kept, digest=digest)
+    return replace(steering, edits=others, digest=digest)
 
 
 def _is_chosen(policy: str, request_id: str, share: float) -> bool:
     """By a stable hash, so that a test and an investigation find the same requests."""
-    drawn = hashlib.blake2b(f"{policy} {request_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(drawn) < share * 2**64
-
-
-# What is kept of a request beside its answer: its audit record, what rules did, a measure of what they changed.
-
-
-CANCELLED = "CANCELLED"
-"""Outcome of a request whose caller went away."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledRequest:
-    """A generation that can start."""
-
-    task: GenerateTask
-    facts: PolicyFacts | None = None
-    """None on a server without policies."""
-    requires_audit: bool = False
-    """Whether a policy wants it to fail when it cannot be recorded."""
-    counterfactual: tuple[tuple[str, float], ...] = ()
-    """Policies to be measured, and on which share of the requests."""
-
-
-class RequestRecorder:
-    """Keeps them for every generation; by default nothing."""
-
-    def __init__(
-        self,
-        audit: Audit | None = None,
-        rules: PolicyMetrics | None = None,
-        counterfactuals: Counterfactuals | None = None,
-    ) -> None:
-        self._audit, self._rules, self._counterfactuals = audit or Audit(), rules, counterfactuals
-
-    @contextmanager
-    def request(
-        self, request: GenerateRequest, call: Call, *, is_comparison: bool = False
-    ) -> Iterator[RecordedRequest]:
-        """Around one generation; what is raised in it is its outcome."""
-        audit = self._audit.request(call, request, is_comparison=is_comparison)
-        try:
-            yield RecordedRequest(self, audit)
-        except SaeguardError as err:
-            audit.fail(err.reason)
-            raise
-        except BaseException:
-            audit.fail(CANCELLED)
-            raise
-
-    def finished(self, ready: CompiledRequest, last: StreamChunk, answer: list[int]) -> None:
-        """A request was answered to its end."""
-        assert last.completion is not None, "the last chunk has the completion"
-        if self._rules is not None:
-            self._rules.observe(last.completion)
-        if self._counterfactuals is not None:
-            self._counterfactuals.consider(ready.task, answer, ready.counterfactual)
-
-
-class RecordedRequest:
-    """One generation on its way."""
-
-    def __init__(self, keeping: RequestRecorder, audit: RequestAudit) -> None:
-        self._keeping, self._audit = keeping, audit
-        self._ready: CompiledRequest | None = None
-        self._answer: list[int] = []
-
-    async def admit(self, ready: CompiledRequest) -> None:
-        """Before any work of the engine.
-
-        Raises:
-            Unavailable: it must be audited, and cannot be.
-        """
-        self._ready = ready
-        await self._audit.admit(ready.facts, ready.task.seed, required=ready.requires_audit)
-
-    async def tell(self, chunk: StreamChunk) -> None:
-        """Before a chunk is sent.
-
-        Raises:
-            Unavailable: it is the last of a request that must be audited, and cannot be.
-        """
-        assert self._ready is not None, "it was admitted"
-        self._answer += [token.id for token in chunk.tokens]
-        if chunk.completion is not None:
-            await self._audit.finish(chunk.completion, self._ready.task.tokens, self._answer)
-            self._keeping.finished(self._ready, chunk, self._answer)
-
-
-class Generation:
-    """Text from the model, one request at a time to its callers, many at once in the engine."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        limits: LimitSettings,
-        gate: Admission,
-        policies: Policies | None = None,
-        keeping: RequestRecorder | None = None,
-    ) -> None:
-        """``policies`` is None where the server has none: then only the caller decides."""
-        self._keeping = keeping or RequestRecorder()
-        self._engine, self._tokenizer, self._limits, self._gate = engine, tokenizer, limits, gate
-        self._policies = policies
-
-    async def stream(self, request: GenerateRequest, call: Call) -> AsyncGenerator[StreamChunk]:
-        """Chunks as they are made; the last has a completion. Closing it frees the slot at the next step.
-
-        Raises:
-            UnknownName, InvalidRequest: what cannot be served as asked, by field, before any work.
-            PermissionDenied, QuotaExceeded, PolicyRefusal: what this caller may not, before any work.
-            PoliciesUnavailable, ActivationNotReached, NotConfigured: nobody knows what must be enforced.
-            DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
-        """
-        with self._keeping.request(request, call) as kept, self._gate.request(call.caller, request) as spending:
-            ready = await self.prepare(request, call)
-            task, facts = ready.task, ready.facts
-            most = len(task.tokens) + task.max_new_tokens
-            spending.take(most)
-            await kept.admit(ready)
-            async with self._gate.turn(call.caller, most), aclosing(self._engine.generate(task)) as chunks:
-                spending.use(len(task.tokens))
-                async for chunk in chunks:
-                    spending.use(len(chunk.tokens))
-                    whole_chunk = finished(chunk, call, facts)
-                    await kept.tell(whole_chunk)
-                    yield whole_chunk
-
-    async def prepare(self, request: GenerateRequest, call: Call) -> CompiledRequest:
-        """What the engine is asked to do, under the policies that are in force now: the request keeps them.
-
-        Raises:
-            SaeguardError: as for ``stream``, but for what the engine raises.
-        """
-        snapshot = await self._snapshot(request, call)
-        return await asyncio.to_thread(self._prepare, request, call, snapshot)
-
-    async def _snapshot(self, request: GenerateRequest, call: Call) -> Snapshot | None:
-        if self._policies is not None:
-            least = request.min_policy_activation
-            return self._policies.current() if least is None else await self._policies.at_least(least, call.deadline)
-        if request.policies:
-            raise UnknownName("policies[0]", "this server has no policies")
-        if request.min_policy_activation is not None:
-            raise NotConfigured("min_policy_activation: this server has no policies")
-        return None
-
-    def _prepare(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
-        watch = []
-        for index, ref in enumerate(request.watch):
-            check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
-            watch.append((ref.sae, ref.feature))
-        tokens = encode_prompt(self._tokenizer, request.input).ids
-        context = self._engine.model.max_context
-        check_length(request.input, len(tokens), context - 1)
-        asked = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
-        new = min(asked, context - len(tokens))
-        edits, triggers, limit, found = self._wanted(request, call, snapshot)
-        # The last token is read only where a trigger may stop it from being sent.
-        last = len(tokens) + new - 1
-        read = last + may_stop(triggers, last, len(tokens))
-        steering = steer(edits, triggers, limit, TokenRange(tokens, read, self._tokenizer.special_ids))
-        seed = request.sampling.seed
-        task = GenerateTask(
-            call=call,
-            tokens=tokens,
-            sampling=request.sampling,
-            max_new_tokens=new,
-            seed=secrets.randbits(63) if seed is None else seed,
-            steering=steering,
-            watch=tuple(watch),
-        )
-        if found is None:
-            return CompiledRequest(task)
-        return CompiledRequest(task, found.facts, found.requires_audit, found.counterfactual)
-
-    def _wanted(
-        self, request: GenerateRequest, call: Call, snapshot: Snapshot | None
-    ) -> tuple[list[PreparedEdit], list[PreparedTrigger], float | None, resolve.Resolution | None]:
-        """Edits, triggers, the limit of those that are limited, and what policies had to do with it."""
-        if snapshot is None:
-            edits = [prepare_edit(self._engine, one) for one in own_edits(request.interventions)]
-            triggers = [prepare_trigger(self._engine, one) for one in own_triggers(request.triggers)]
-            return edits, triggers, request.max_relative_edit, None
-        found = resolve.resolve_policies(request, call.caller, snapshot, datetime.now(UTC))
-        return *prepared_parts(found.edits, found.triggers), found.max_relative_edit, found
-
-
-def finished(chunk: StreamChunk, call: Call, facts: PolicyFacts | None) -> StreamChunk:
-    """The chunk; the last one says whose request it was, and which policies decided."""
-    if chunk.completion is None:
-        return chunk
-    return replace(chunk, completion=replace(chunk.completion, request_id=call.request_id, policy=facts))
-
-
-# Compare: one request with everything that is done to it and without any of that, side by side in one batch.
-
-
-class Compare:
-    """Runs a request twice at once, and reads the steered answer once more, with and without."""
-
-    def __init__(
-        self, engine: Engine, generate: Generation, gate: Admission, keeping: RequestRecorder | None = None
-    ) -> None:
-        self._engine, self._generate, self._gate = engine, generate, gate
-        self._keeping = keeping or RequestRecorder()
-
-    async def run(self, request: GenerateRequest, call: Call) -> Comparison:
-        """The comparison.
-
-        Raises:
-            InvalidRequest: too many tokens, prompt log-probabilities, or an engine that cannot measure.
-            SaeguardError: as for a generation.
-        """
-        self._check(request)
-        keeping = self._keeping.request(request, call, is_comparison=True)
-        with keeping as kept, self._gate.request(call.caller, request) as spending:
-            ready = await self._generate.prepare(request, call)
-            task = ready.task
-            if task.max_new_tokens > MAX_NEW_TOKENS:
-                raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_NEW_TOKENS} here")
-            # Two answers, and one of them read twice.
-            most = 4 * (len(task.tokens) + task.max_new_tokens)
-            spending.take(most)
-            await kept.admit(ready)
-            async with self._gate.turn(call.caller, most):
-                plain = replace(task, steering=Steering())
-                steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
-                kl = await measure_divergence(self._engine, task, token_ids(steered), Steering())
-            spending.use(4 * len(task.tokens) + 3 * len(token_ids(steered)) + len(token_ids(unsteered)))
-            steered = tuple(finished(chunk, call, ready.facts) for chunk in steered)
-            unsteered = tuple(finished(chunk, call, None) for chunk in unsteered)
-            for chunk in steered:
-                await kept.tell(chunk)
-        divergence = first_divergence(token_ids(steered), token_ids(unsteered))
-        return Comparison(join_chunks(steered), join_chunks(unsteered), divergence, kl)
-
-    def _check(self, request: GenerateRequest) -> None:
-        if not self._engine.capabilities.compares:
-            raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
-        if request.sampling.prompt_logprobs:
-            raise InvalidRequest("sampling.prompt_logprobs", "must not be set here")
-
-
-def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token in which two answers differ; where one ends, that of its end."""
-    pairs = enumerate(zip_longest(one, other))
-    return next((index for index, (a, b) in pairs if a != b), None)
+    digest = hashlib.blake2b(f"{policy} {request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64

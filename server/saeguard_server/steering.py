@@ -1,7 +1,7 @@
-"""From what a request's callers and policies want to what the engine applies: names found, positions reachable.
+"""From what requests and policies ask for to what the engine applies: names, units, positions, and a digest.
 
-What does not depend on the request is prepared first, so that a policy's part can be kept; ``steer`` puts the prepared
-parts together for one request.
+``compile_edit`` and ``compile_trigger`` do all that does not depend on a request, so that a policy's rules are compiled
+once; ``steer`` places compiled edits and triggers on one request's tokens.
 """
 
 from __future__ import annotations
@@ -11,47 +11,26 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Protocol
+from typing import TypeVar
 
 from saeguard.types import Apply, Condition, FeatureRef, Intervention, Scope, Stop, Trigger, Unit
+from saeguard_sae.coders import why_not_editable
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import FLOAT32_MAX, Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
-from saeguard_server.catalog import check_editable, check_watchable, find_feature, find_sae, raw_per_unit
-from saeguard_server.engine.protocol import OWN, Engine, Origin, Probe, ResolvedEdit, ResolvedGuard, Steering
-from saeguard_server.errors import InvalidRequest
+from saeguard_server.engine.protocol import OWN, CompiledCondition, CompiledEdit, Engine, Origin, Probe, Steering
+from saeguard_server.errors import InvalidRequest, UnknownName
+
+C = TypeVar("C", CompiledCondition, CompiledEdit)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """An intervention that shall be made on one request, and who wants it."""
+@dataclass(frozen=True, slots=True)
+class CompiledTrigger:
+    """A trigger's condition, and the edits that it makes from when it fires on."""
 
-    intervention: Intervention
-    field: str
-    """How refusals name it, such as ``interventions[2]``."""
-    affine: Affine | None = None
-    """What is done instead of the intervention's edit, in raw units: an edit tightened by another."""
-    origin: Origin = OWN
-    is_shadow: bool = False
-    """Counted as if it were made, and not made."""
-    is_limited: bool = True
-    """Whether the request's ``max_relative_edit`` may shorten it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WantedTrigger:
-    """A trigger that shall watch one request; ``is_shadow`` and ``is_limited`` are its edits' too."""
-
-    trigger: Trigger
-    field: str
-    """How refusals name it, such as ``triggers[2]``."""
-    origin: Origin = OWN
-    is_shadow: bool = False
-    is_limited: bool = True
-
-
-# Which tokens a model will read for one request, and whether a scope holds any of them.
+    condition: CompiledCondition
+    edits: tuple[CompiledEdit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,62 +41,122 @@ class TokenRange:
     tokens: int
     special_ids: frozenset[int]
 
-    def place(self, scope: Scope) -> tuple[int, int]:
-        """``[first, last)`` position that the scope selects."""
-        first, last = scope.positions(len(self.prompt))
-        return first, FOREVER if last is None else last
 
-    def check(self, scope: Scope, field: str) -> None:
-        """Refuses a scope that holds no token the model will read: what it limits would silently never be done.
+def compile_steering(
+    engine: Engine,
+    interventions: Sequence[Intervention],
+    max_relative_edit: float | None,
+    tokens: TokenRange,
+    triggers: Sequence[Trigger] = (),
+) -> Steering:
+    """The steering of a request on which no policy acts.
 
-        Raises:
-            InvalidRequest: it holds none.
-        """
-        first, last = self.place(scope)
-        end = min(last, self.tokens)
-        is_only_special = (
-            not scope.include_special_tokens
-            and end <= len(self.prompt)
-            and all(token in self.special_ids for token in self.prompt[first:end])
+    Raises:
+        UnknownName, InvalidRequest: the field that cannot be applied as it stands.
+    """
+    edits, own_triggers = compile_edits(engine, interventions), compile_triggers(engine, triggers)
+    return steer(edits, own_triggers, max_relative_edit, tokens)
+
+
+def compile_edits(engine: Engine, interventions: Iterable[Intervention]) -> list[CompiledEdit]:
+    """A request's own edits; raises UnknownName, InvalidRequest."""
+    return [compile_edit(engine, edit, f"interventions[{index}]") for index, edit in enumerate(interventions)]
+
+
+def compile_triggers(engine: Engine, triggers: Iterable[Trigger]) -> list[CompiledTrigger]:
+    """A request's own triggers; raises UnknownName, InvalidRequest."""
+    return [
+        compile_trigger(engine, trigger, f"triggers[{index}]", Origin(rule=trigger.name))
+        for index, trigger in enumerate(triggers)
+    ]
+
+
+def compile_edit(
+    engine: Engine,
+    edit: Intervention,
+    field: str,
+    origin: Origin = OWN,
+    *,
+    is_shadow: bool = False,
+    is_limited: bool = True,
+    condition: CompiledCondition | None = None,
+) -> CompiledEdit:
+    """An intervention as the engine can make it; ``field`` is how refusals name it.
+
+    Args:
+        condition: of the trigger that makes it, in place of the edit's own.
+
+    Raises:
+        UnknownName, InvalidRequest: the field that cannot be applied as it stands.
+    """
+    if edit.when is not None:
+        condition = compile_condition(engine, edit.when, f"{field}.when", Origin(origin.policy))
+    sae, scope = find_feature(engine, edit.ref, field), edit.scope
+    if edit.kind not in engine.capabilities.kinds:
+        raise InvalidRequest(f"{field}.{edit.kind}", f"the {engine.capabilities.engine} engine cannot apply it")
+    check_editable(engine, sae, f"{field}.sae")
+    if condition is not None:
+        _check_order(engine, sae, condition)
+    compiled = CompiledEdit(
+        edit.sae, edit.feature, edit.kind, _affine(edit, sae, field),
+        scope.start, FOREVER if scope.end is None else scope.end, scope.include_special_tokens,
+        is_shadow=is_shadow, is_limited=is_limited, origin=origin, scope=scope, condition=condition, field=field,
+    )  # fmt: skip
+    return with_affine(engine, compiled, compiled.kind, compiled.affine)
+
+
+def with_affine(engine: Engine, edit: CompiledEdit, kind: str, affine: Affine) -> CompiledEdit:
+    """The edit with another map of the feature, of the kind that says best what it is."""
+    sae, condition = engine.saes[edit.sae], edit.condition
+    digest = _digest(
+        {
+            "sae": sae.digest,
+            "sites": [str(site) for site in (sae.site, *sae.writes)],
+            "feature": edit.feature,
+            "affine": [repr(value) for value in affine],
+            "scope": _scope_parts(edit.scope),
+            "how": [edit.is_shadow, edit.is_limited],
+            "when": None if condition is None else condition.digest,
+        }
+    )
+    return replace(edit, kind=kind, affine=affine, digest=digest)
+
+
+def compile_trigger(
+    engine: Engine,
+    trigger: Trigger,
+    field: str,
+    origin: Origin,
+    *,
+    is_shadow: bool = False,
+    is_limited: bool = True,
+) -> CompiledTrigger:
+    """A trigger as the engine can decide it, with its edits.
+
+    Raises:
+        UnknownName, InvalidRequest: the field that cannot be decided or applied as it stands.
+    """
+    action = trigger.action
+    condition = compile_condition(
+        engine, trigger.when, f"{field}.when", origin, is_trigger=True, is_shadow=is_shadow,
+        latches=isinstance(action, Apply), stops=isinstance(action, Stop) and not is_shadow,
+    )  # fmt: skip
+    edits = tuple(
+        compile_edit(
+            engine, edit, f"{field}.apply.interventions[{index}]", origin,
+            is_shadow=is_shadow, is_limited=is_limited, condition=condition,
         )
-        if first >= end or is_only_special:
-            read = f"positions 0 to {self.tokens - 1}, {len(self.prompt)} of them prompt"
-            raise InvalidRequest(field, f"selects no token: the model reads {read}")
+        for index, edit in enumerate(trigger_edits(trigger))
+    )  # fmt: skip
+    return CompiledTrigger(condition, edits)
 
 
-# From the conditions that callers write to the guards that an engine decides, in raw units and at a known site.
+def trigger_edits(trigger: Trigger) -> Sequence[Intervention]:
+    """The edits that a trigger makes."""
+    return trigger.action.interventions if isinstance(trigger.action, Apply) else ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedCondition:
-    """A guard of which all is known but the request's positions."""
-
-    guard: ResolvedGuard
-    scope: Scope
-    site: Site
-    """Where it is decided: the deepest that it reads."""
-    field: str
-    part: str
-    """Hash of what it is, for the steering's digest."""
-
-    def check(self, reach: TokenRange) -> None:
-        """Refuses a request's own condition on no token that the model will read.
-
-        Raises:
-            InvalidRequest: it is.
-        """
-        if not self.guard.origin.policy:
-            reach.check(self.scope, f"{self.field}.scope")
-
-    def placed(self, reach: TokenRange) -> ResolvedGuard:
-        """The guard on one request's tokens."""
-        if self.scope.phase == "all":
-            return self.guard
-        first, last = reach.place(self.scope)
-        return replace(self.guard, first=first, last=last)
-
-
-def prepare_condition(
+def compile_condition(
     engine: Engine,
     when: Condition,
     field: str,
@@ -127,18 +166,29 @@ def prepare_condition(
     stops: bool = False,
     is_trigger: bool = False,
     is_shadow: bool = False,
-) -> PreparedCondition:
-    """A condition as the engine decides it; ``field`` is how refusals name it.
+) -> CompiledCondition:
+    """A condition as the engine decides it.
 
     Raises:
         UnknownName, InvalidRequest: the field that cannot be decided as it stands.
     """
     if not engine.capabilities.conditions:
         raise InvalidRequest(field, f"the {engine.capabilities.engine} engine decides no conditions")
-    read = [_read(engine, when, index, field) for index in range(len(when.terms))]
-    threshold, release = _in_raw_units(when, read[0], field)
-    guard = ResolvedGuard(
-        probe=Probe(tuple((one.sae, one.feature, one.weight) for one in when.terms), when.bias),
+    saes = [_find_term(engine, when, index, field) for index in range(len(when.terms))]
+    threshold, release = _in_raw_units(when, saes[0], field)
+    sites = zip(when.terms, saes, strict=True)
+    digest = _digest(
+        {
+            "terms": sorted([sae.digest, str(sae.site), term.feature, repr(term.weight)] for term, sae in sites),
+            "bias": repr(when.bias),
+            "decides": [when.comparison, repr(threshold), repr(release)],
+            "window": [when.window.kind, when.window.tokens, when.window.k],
+            "scope": _scope_parts(when.scope),
+            "does": [latches, stops, is_trigger, is_shadow],
+        }
+    )
+    return CompiledCondition(
+        probe=Probe(tuple((term.sae, term.feature, term.weight) for term in when.terms), when.bias),
         comparison=when.comparison,
         threshold=threshold,
         release=release,
@@ -151,130 +201,20 @@ def prepare_condition(
         is_trigger=is_trigger,
         is_shadow=is_shadow,
         origin=origin,
-    )
-    deepest = max((sae.write_sites[0] for sae in read), key=depth)
-    return PreparedCondition(guard, when.scope, deepest, field, _condition_part(guard, when.scope, read))
-
-
-def steering_digest(parts: object) -> str:
-    """SHA-256 of anything that JSON can hold, hex."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _read(engine: Engine, when: Condition, index: int, field: str) -> LoadedSae:
-    ref, where = when.terms[index].ref, f"{field}.terms[{index}]"
-    sae = find_feature(engine, ref, where)
-    check_watchable(sae, f"{where}.sae")
-    check_editable(engine, sae, f"{where}.sae")
-    return sae
-
-
-def _in_raw_units(when: Condition, sae: LoadedSae, field: str) -> tuple[float, float]:
-    """Threshold and release."""
-    unit = raw_per_unit(sae, when.terms[0].feature, when.unit, f"{field}.terms[0]", f"{field}.unit")
-    threshold = when.threshold * unit
-    release = threshold if when.release is None else when.release * unit
-    for name, value in (("threshold", threshold), ("release", release)):
-        if not isfinite(value) or abs(value) > FLOAT32_MAX:
-            raise InvalidRequest(f"{field}.{name}", "is not finite in float32 once it is in raw units")
-    return threshold, release
-
-
-def _condition_part(guard: ResolvedGuard, scope: Scope, read: list[LoadedSae]) -> str:
-    terms = zip(guard.probe.terms, read, strict=True)
-    return steering_digest(
-        {
-            "terms": sorted([sae.digest, str(sae.site), feature, repr(weight)] for (_, feature, weight), sae in terms),
-            "bias": repr(guard.probe.bias),
-            "decides": [guard.comparison, repr(guard.threshold), repr(guard.release)],
-            "window": [guard.window.kind, guard.window.tokens, guard.window.k],
-            "scope": [scope.phase, scope.start, scope.end, scope.include_special_tokens],
-            "does": [guard.latches, guard.stops, guard.is_trigger, guard.is_shadow],
-        }
+        scope=when.scope,
+        field=field,
+        digest=digest,
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedEdit:
-    """An edit of which all is known but the request's positions."""
-
-    edit: ResolvedEdit
-    """In raw units; at the positions of a scope without a phase, and without its gate's number."""
-    scope: Scope
-    gate: PreparedCondition | None
-    field: str
-    part: str
-    """Hash of what it is, for the steering's digest."""
-
-    @property
-    def affine(self) -> Affine:
-        """What is done to the feature, in raw units."""
-        return self.edit.affine
-
-    def placed(self, reach: TokenRange, gate: int | None) -> ResolvedEdit:
-        """The edit on one request's tokens.
-
-        Raises:
-            InvalidRequest: a request's own edit holds none of them.
-        """
-        if not self.edit.origin.policy:
-            reach.check(self.scope, f"{self.field}.scope")
-        if self.scope.phase == "all" and gate is None:
-            return self.edit
-        first, last = reach.place(self.scope)
-        return replace(self.edit, first=first, last=last, gate=gate)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedTrigger:
-    """A trigger's guard, and the edits that it makes from when it fires on."""
-
-    guard: PreparedCondition
-    edits: tuple[PreparedEdit, ...]
-
-
-def prepare_edit(engine: Engine, wanted: Wanted) -> PreparedEdit:
-    """An intervention as the engine can make it.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be applied as it stands.
-    """
-    when, gate = wanted.intervention.when, None
-    if when is not None:
-        gate = prepare_condition(engine, when, f"{wanted.field}.when", Origin(wanted.origin.policy))
-    return _prepare(engine, wanted, gate)
-
-
-def prepare_trigger(engine: Engine, wanted: WantedTrigger) -> PreparedTrigger:
-    """A trigger as the engine can decide it, with its edits.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be decided or applied as it stands.
-    """
-    one, action = wanted.trigger, wanted.trigger.action
-    guard = prepare_condition(
-        engine, one.when, f"{wanted.field}.when", wanted.origin, is_trigger=True, is_shadow=wanted.is_shadow,
-        latches=isinstance(action, Apply), stops=isinstance(action, Stop) and not wanted.is_shadow,
-    )  # fmt: skip
-    edits = action.interventions if isinstance(action, Apply) else ()
-    wants = (
-        Wanted(
-            intervention=edit,
-            field=f"{wanted.field}.apply.interventions[{index}]",
-            origin=wanted.origin,
-            is_shadow=wanted.is_shadow,
-            is_limited=wanted.is_limited,
-        )
-        for index, edit in enumerate(edits)
-    )
-    return PreparedTrigger(guard, tuple(_prepare(engine, edit, guard) for edit in wants))
+# --- positions
 
 
 def steer(
-    edits: Sequence[PreparedEdit],
-    triggers: Sequence[PreparedTrigger],
+    edits: Sequence[CompiledEdit],
+    triggers: Sequence[CompiledTrigger],
     max_relative_edit: float | None,
-    reach: TokenRange,
+    tokens: TokenRange,
 ) -> Steering:
     """What the engine applies to one request: the edits in this order, then those of the triggers.
 
@@ -285,288 +225,193 @@ def steer(
         InvalidRequest: a scope of the request's own holds no token, two edits would change one feature of one token,
             or there is nothing to limit.
     """
-    every = [*edits, *(edit for one in triggers for edit in one.edits)]
-    if max_relative_edit is not None and not any(one.edit.is_limited for one in every):
+    every = [*edits, *(edit for trigger in triggers for edit in trigger.edits)]
+    if max_relative_edit is not None and not any(edit.is_limited for edit in every):
         raise InvalidRequest("max_relative_edit", "has nothing to limit: there are no interventions")
     if not every and not triggers:
         return Steering()
-    guards = _Guards(reach)
-    for trigger in triggers:
-        trigger.guard.check(reach)
-        guards.add(trigger.guard, trigger.guard)
-    placed = tuple(one.placed(reach, None if one.gate is None else guards.find(one.gate)) for one in every)
-    _check_disjoint(placed, every)
-    parts = sorted([one.part for one in every] + [one.guard.part for one in triggers])
-    whole = hashlib.sha256(json.dumps([parts, max_relative_edit]).encode()).hexdigest()
-    return Steering(placed, inf if max_relative_edit is None else max_relative_edit, whole, tuple(guards.placed))
+    conditions = [place(trigger.condition, tokens) for trigger in triggers]
+    # A trigger's condition is its own; equal ones of edits are one.
+    numbers: dict[int | str, int] = {id(trigger.condition): number for number, trigger in enumerate(triggers)}
+    placed = []
+    for edit in every:
+        gate = None
+        if edit.condition is not None:
+            key = id(edit.condition) if id(edit.condition) in numbers else edit.condition.digest
+            if key not in numbers:
+                numbers[key] = len(conditions)
+                conditions.append(place(edit.condition, tokens))
+            gate = numbers[key]
+        in_place = place(edit, tokens)
+        placed.append(in_place if gate is None else replace(in_place, gate=gate, condition=None))
+    _check_disjoint(placed)
+    parts = sorted([edit.digest for edit in every] + [trigger.condition.digest for trigger in triggers])
+    digest = _digest([parts, max_relative_edit])
+    return Steering(tuple(placed), inf if max_relative_edit is None else max_relative_edit, digest, tuple(conditions))
 
 
-def resolve_steering(
-    engine: Engine,
-    interventions: Sequence[Intervention],
-    max_relative_edit: float | None,
-    reach: TokenRange,
-    triggers: Sequence[Trigger] = (),
-) -> Steering:
-    """The steering of a request on which no policy acts.
+def place(compiled: C, tokens: TokenRange) -> C:
+    """At the positions of one request.
 
     Raises:
-        UnknownName, InvalidRequest: the field that cannot be applied as it stands.
+        InvalidRequest: the request's own edit or condition is on no token that the model reads: what it limits would
+            silently never be done.
     """
-    return steer(
-        [prepare_edit(engine, one) for one in own_edits(interventions)],
-        [prepare_trigger(engine, one) for one in own_triggers(triggers)],
-        max_relative_edit,
-        reach,
-    )
+    if compiled.origin.policy and compiled.scope.phase == "all":
+        return compiled
+    first, last = compiled.scope.positions(len(tokens.prompt))
+    last = FOREVER if last is None else last
+    if not compiled.origin.policy and not _holds_a_token(compiled.scope, first, min(last, tokens.tokens), tokens):
+        positions = f"positions 0 to {tokens.tokens - 1}, {len(tokens.prompt)} of them prompt"
+        raise InvalidRequest(f"{compiled.field}.scope", f"selects no token: the model reads {positions}")
+    return replace(compiled, first=first, last=last)
 
 
-def own_edits(interventions: Iterable[Intervention]) -> tuple[Wanted, ...]:
-    """A request's own."""
-    return tuple(Wanted(intervention=one, field=f"interventions[{index}]") for index, one in enumerate(interventions))
-
-
-def own_triggers(triggers: Iterable[Trigger]) -> tuple[WantedTrigger, ...]:
-    """A request's own."""
-    return tuple(
-        WantedTrigger(trigger=one, field=f"triggers[{index}]", origin=Origin(rule=one.name))
-        for index, one in enumerate(triggers)
-    )
-
-
-def may_stop(triggers: Iterable[PreparedTrigger], position: int, prompt_tokens: int) -> bool:
+def may_stop(triggers: Iterable[CompiledTrigger], position: int, prompt_tokens: int) -> bool:
     """Whether one could stop the token at a position: then the model reads it even if it is the last."""
-    scopes = (one.guard.scope.positions(prompt_tokens) for one in triggers if one.guard.guard.stops)
+    stopping = (trigger.condition for trigger in triggers if trigger.condition.stops)
+    scopes = (condition.scope.positions(prompt_tokens) for condition in stopping)
     return any(first <= position and (last is None or position < last) for first, last in scopes)
 
 
-class _Guards:
-    """The guards of one request: a trigger's are its own, equal ones of edits are shared."""
-
-    def __init__(self, reach: TokenRange) -> None:
-        self.placed: list[ResolvedGuard] = []
-        self._reach = reach
-        self._known: dict[object, int] = {}
-
-    def add(self, guard: PreparedCondition, key: object) -> int:
-        self._known[key] = len(self.placed)
-        self.placed.append(guard.placed(self._reach))
-        return self._known[key]
-
-    def find(self, guard: PreparedCondition) -> int:
-        guard.check(self._reach)
-        key = guard if guard in self._known else guard.part
-        return self._known[key] if key in self._known else self.add(guard, key)
+def _holds_a_token(scope: Scope, first: int, end: int, tokens: TokenRange) -> bool:
+    if first >= end:
+        return False
+    reads_generated = end > len(tokens.prompt)
+    is_ordinary = (token not in tokens.special_ids for token in tokens.prompt[first:end])
+    return scope.include_special_tokens or reads_generated or any(is_ordinary)
 
 
-def _prepare(engine: Engine, wanted: Wanted, gate: PreparedCondition | None) -> PreparedEdit:
-    one, field = wanted.intervention, wanted.field
-    sae, kind = find_feature(engine, one.ref, field), one.kind
-    if kind not in engine.capabilities.kinds:
-        raise InvalidRequest(f"{field}.{kind}", f"the {engine.capabilities.engine} engine cannot apply it")
-    check_editable(engine, sae, f"{field}.sae")
-    if gate is not None:
-        _check_order(sae, gate, field)
-    affine = _affine(one, sae, field) if wanted.affine is None else wanted.affine
-    last = FOREVER if one.scope.end is None else one.scope.end
-    edit = ResolvedEdit(
-        one.sae, one.feature, kind, affine, one.scope.start, last, one.scope.include_special_tokens,
-        is_shadow=wanted.is_shadow, is_limited=wanted.is_limited, origin=wanted.origin,
-    )  # fmt: skip
-    return PreparedEdit(edit, one.scope, gate, field, _edit_part(edit, one.scope, sae, gate))
+def _check_disjoint(edits: Sequence[CompiledEdit]) -> None:
+    """Two edits of one feature on one token would each measure from the original value."""
+    by_feature: dict[tuple[str, int], list[CompiledEdit]] = {}
+    for edit in edits:
+        if edit.is_shadow:
+            continue
+        others = by_feature.setdefault((edit.sae, edit.feature), [])
+        for other in others:
+            if edit.first < other.last and other.first < edit.last:
+                feature = f"feature {edit.feature} of {edit.sae!r}"
+                raise InvalidRequest(f"{edit.field}.feature", f"{feature} is already edited by {other.field}")
+        others.append(edit)
 
 
-def _check_order(sae: LoadedSae, gate: PreparedCondition, field: str) -> None:
-    """A condition is decided where its last feature is read: what was written before cannot wait for it."""
-    first = min(sae.write_sites, key=depth)
-    if depth(first) < depth(gate.site):
+# --- names
+
+
+def find_sae(engine: Engine, name: str, field: str) -> LoadedSae:
+    """The served SAE of that name.
+
+    Raises:
+        UnknownName: there is none; names those there are.
+    """
+    if name not in engine.saes:
+        served = ", ".join(sorted(engine.saes)) or "none"
+        raise UnknownName(field, f"no SAE {name!r} is served; there are: {served}")
+    return engine.saes[name]
+
+
+def find_feature(engine: Engine, ref: FeatureRef, field: str) -> LoadedSae:
+    """The SAE of a feature that it has.
+
+    Raises:
+        UnknownName: no such SAE.
+        InvalidRequest: the feature is outside it.
+    """
+    sae = find_sae(engine, ref.sae, f"{field}.sae")
+    if ref.feature >= sae.dictionary.d_sae:
+        raise InvalidRequest(f"{field}.feature", f"must be 0 to {sae.dictionary.d_sae - 1}, got {ref.feature}")
+    return sae
+
+
+def check_watchable(sae: LoadedSae, field: str) -> None:
+    """Refuses to read features along with a generation that depend on more than the token at hand.
+
+    Raises:
+        InvalidRequest: this SAE has such features.
+    """
+    if why_not_editable(sae.dictionary):
         raise InvalidRequest(
-            gate.field, f"is decided at {gate.site}, after {first}, where {sae.name!r} edits; it must read that site "
-            "or an earlier one"
+            field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: its features need the whole prefix; "
+            "GetActivations reads them"
         )  # fmt: skip
 
 
-def _check_disjoint(placed: Sequence[ResolvedEdit], prepared: Sequence[PreparedEdit]) -> None:
-    """Two edits of one feature on one token would each measure from the original value."""
-    known: dict[tuple[str, int], list[int]] = {}
-    for index, one in enumerate(placed):
-        if one.is_shadow:
-            continue
-        for other in known.setdefault((one.sae, one.feature), []):
-            before = placed[other]
-            if one.first < before.last and before.first < one.last:
-                where = f"feature {one.feature} of {one.sae!r}"
-                raise InvalidRequest(
-                    f"{prepared[index].field}.feature", f"{where} is already edited by {prepared[other].field}"
-                )
-        known[one.sae, one.feature].append(index)
+def check_editable(engine: Engine, sae: LoadedSae, field: str) -> None:
+    """Refuses to edit features of an SAE where that cannot be done.
+
+    Raises:
+        InvalidRequest: it cannot be exact, or the engine does not reach its sites.
+    """
+    if reason := why_not_editable(sae.dictionary):
+        raise InvalidRequest(field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: {reason}")
+    for site in (sae.site, *sae.writes):
+        if site not in engine.capabilities.sites:
+            raise InvalidRequest(field, f"the {engine.capabilities.engine} engine cannot edit at {site}")
 
 
-def _affine(one: Intervention, sae: LoadedSae, field: str) -> Affine:
-    kind = one.kind
-    unit: Unit = getattr(one, "unit", "raw")
-    affine = Affine(*one.affine(raw_per_unit(sae, one.feature, unit, field, f"{field}.{kind}.unit")))
-    given = [value for value in (affine.beta, affine.lo, affine.hi) if isfinite(value)]
-    if any(abs(value) > FLOAT32_MAX for value in given):
-        raise InvalidRequest(f"{field}.{kind}.value", "is not finite in float32 once it is in raw units")
+def _find_term(engine: Engine, when: Condition, index: int, field: str) -> LoadedSae:
+    path = f"{field}.terms[{index}]"
+    sae = find_feature(engine, when.terms[index].ref, path)
+    check_watchable(sae, f"{path}.sae")
+    check_editable(engine, sae, f"{path}.sae")
+    return sae
+
+
+def _check_order(engine: Engine, sae: LoadedSae, condition: CompiledCondition) -> None:
+    """A condition is decided where its last feature is read: what was written before cannot wait for it."""
+    first: Site = min(sae.write_sites, key=depth)
+    decided: Site = max((engine.saes[name].write_sites[0] for name, _, _ in condition.probe.terms), key=depth)
+    if depth(first) < depth(decided):
+        raise InvalidRequest(
+            condition.field, f"is decided at {decided}, after {first}, where {sae.name!r} edits; it must read that "
+            "site or an earlier one"
+        )  # fmt: skip
+
+
+# --- units
+
+
+def _affine(edit: Intervention, sae: LoadedSae, field: str) -> Affine:
+    unit: Unit = getattr(edit, "unit", "raw")
+    affine = Affine(*edit.affine(_raw_per_unit(sae, edit.feature, unit, field, f"{field}.{edit.kind}.unit")))
+    if any(isfinite(value) and abs(value) > FLOAT32_MAX for value in affine[1:]):
+        raise InvalidRequest(f"{field}.{edit.kind}.value", "is not finite in float32 once it is in raw units")
     return affine
 
 
-def _edit_part(edit: ResolvedEdit, scope: Scope, sae: LoadedSae, gate: PreparedCondition | None) -> str:
-    return steering_digest(
-        {
-            "sae": sae.digest,
-            "sites": [str(site) for site in (sae.site, *sae.writes)],
-            "feature": edit.feature,
-            "affine": [repr(value) for value in edit.affine],
-            "scope": [scope.phase, scope.start, scope.end, scope.include_special_tokens],
-            "how": [edit.is_shadow, edit.is_limited],
-            "when": None if gate is None else gate.part,
-        }
-    )
+def _in_raw_units(when: Condition, sae: LoadedSae, field: str) -> tuple[float, float]:
+    """Threshold and release."""
+    unit = _raw_per_unit(sae, when.terms[0].feature, when.unit, f"{field}.terms[0]", f"{field}.unit")
+    threshold = when.threshold * unit
+    release = threshold if when.release is None else when.release * unit
+    for name, value in (("threshold", threshold), ("release", release)):
+        if not isfinite(value) or abs(value) > FLOAT32_MAX:
+            raise InvalidRequest(f"{field}.{name}", "is not finite in float32 once it is in raw units")
+    return threshold, release
 
 
-# What policies are checked against and prepared for, as the flows know it; here, so that the guard needs no engine.
+def _raw_per_unit(sae: LoadedSae, feature: int, unit: Unit, field: str, unit_field: str) -> float:
+    """Raw feature values in one of the unit."""
+    if unit == "raw":
+        return 1.0
+    if unit == "unit_decoder":
+        norm = sae.decoder_norm(feature)
+        if norm == 0:
+            raise InvalidRequest(f"{field}.feature", "its decoder row is zero: it writes nothing")
+        return 1.0 / norm
+    maximum = sae.catalogue.feature(feature).maximum
+    if maximum is None:
+        raise InvalidRequest(unit_field, f"the catalogue of {sae.name!r} has no maximum of this feature")
+    return maximum
 
 
-class EditPart(Protocol):
-    """An edit ready to be made; all that is open are a request's positions."""
-
-    @property
-    def affine(self) -> Affine:
-        """What is done to the feature, in raw units."""
-        ...
+# --- digests
 
 
-class TriggerPart(Protocol):
-    """A trigger ready to be decided."""
-
-    @property
-    def edits(self) -> Sequence[EditPart]:
-        """What it applies, in the order of its interventions."""
-        ...
+def _scope_parts(scope: Scope) -> list[object]:
+    return [scope.phase, scope.start, scope.end, scope.include_special_tokens]
 
 
-class Served(Protocol):
-    """One model with its SAEs and its engine."""
-
-    @property
-    def model_name(self) -> str: ...
-
-    @property
-    def model_digest(self) -> str: ...
-
-    @property
-    def max_context(self) -> int:
-        """Tokens that one request may hold."""
-        ...
-
-    @property
-    def keeps_audit(self) -> bool:
-        """Whether there is an audit for ``requires_audit``."""
-        ...
-
-    @property
-    def compares(self) -> bool:
-        """Whether requests can also be run without a policy, for ``counterfactual_share``."""
-        ...
-
-    def sae(self, name: str, field: str) -> LoadedSae:
-        """The SAE of that name.
-
-        Raises:
-            UnknownName: there is none.
-        """
-        ...
-
-    def feature(self, ref: FeatureRef, field: str) -> LoadedSae:
-        """The SAE of a feature that it has.
-
-        Raises:
-            UnknownName, InvalidRequest: there is none.
-        """
-        ...
-
-    def edit(self, wanted: Wanted) -> EditPart:
-        """An edit as the engine can make it.
-
-        Raises:
-            UnknownName, InvalidRequest: the field that cannot be applied as it stands.
-        """
-        ...
-
-    def trigger(self, wanted: WantedTrigger) -> TriggerPart:
-        """A trigger as the engine can decide it.
-
-        Raises:
-            UnknownName, InvalidRequest: the field that cannot be decided or applied as it stands.
-        """
-        ...
-
-
-# What is served, as policies see it, and their part of a request as the engine takes it.
-
-
-class ServedModel:
-    """A ``guard.policy.served.Served``: one engine's model and SAEs."""
-
-    def __init__(self, engine: Engine, *, keeps_audit: bool = False) -> None:
-        self._engine, self._keeps_audit = engine, keeps_audit
-
-    @property
-    def keeps_audit(self) -> bool:
-        """Whether requests can be recorded."""
-        return self._keeps_audit
-
-    @property
-    def compares(self) -> bool:
-        """Whether it can be measured what a policy changes."""
-        return self._engine.capabilities.compares
-
-    @property
-    def model_name(self) -> str:
-        """What policies aim at."""
-        return self._engine.model.name
-
-    @property
-    def model_digest(self) -> str:
-        """What policies pin."""
-        return self._engine.model.digest
-
-    @property
-    def max_context(self) -> int:
-        """What positions in policies are compared with."""
-        return self._engine.model.max_context
-
-    def sae(self, name: str, field: str) -> LoadedSae:
-        """The SAE of that name; raises UnknownName."""
-        return find_sae(self._engine, name, field)
-
-    def feature(self, ref: FeatureRef, field: str) -> LoadedSae:
-        """The SAE of a feature that it has; raises UnknownName, InvalidRequest."""
-        return find_feature(self._engine, ref, field)
-
-    def edit(self, wanted: Wanted) -> PreparedEdit:
-        """An edit as the engine can make it; raises UnknownName, InvalidRequest."""
-        return prepare_edit(self._engine, wanted)
-
-    def trigger(self, wanted: WantedTrigger) -> PreparedTrigger:
-        """A trigger as the engine can decide it; raises UnknownName, InvalidRequest."""
-        return prepare_trigger(self._engine, wanted)
-
-
-def prepared_parts(
-    edits: Sequence[EditPart], triggers: Sequence[TriggerPart]
-) -> tuple[list[PreparedEdit], list[PreparedTrigger]]:
-    """What a resolution holds, as ``ServedModel`` made it."""
-    return [_edit(one) for one in edits], [_trigger(one) for one in triggers]
-
-
-def _edit(part: EditPart) -> PreparedEdit:
-    assert isinstance(part, PreparedEdit), "made by ServedModel.edit"
-    return part
-
-
-def _trigger(part: TriggerPart) -> PreparedTrigger:
-    assert isinstance(part, PreparedTrigger), "made by ServedModel.trigger"
-    return part
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -29,7 +29,7 @@ from saeguard_sae.catalogue import Catalogue, CatalogueFeature, CatalogueToken, 
 from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ResolvedEdit
+from saeguard_server.engine.protocol import Capabilities, CompiledEdit, GenerateTask, InspectTask
 from saeguard_server.observe import Metrics
 
 D_MODEL, D_SAE, VOCABULARY = 4, 8, 128
@@ -132,7 +132,7 @@ class FakeEngine:
             receipt=receipt, seed=task.seed,
         )  # fmt: skip
 
-    def _receipt(self, edit: ResolvedEdit, tokens: int) -> InterventionReceipt:
+    def _receipt(self, edit: CompiledEdit, tokens: int) -> InterventionReceipt:
         sae = self.saes[edit.sae]
         return InterventionReceipt(
             edit.sae, edit.feature, edit.kind, sae.digest, str(sae.site), tokens, tokens, 1.0, 2.0, 0.1, 0

@@ -25,7 +25,6 @@ from saeguard_server.engine.protocol import Origin
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.generation import (
-    Compare,
     Comparison,
     Counterfactuals,
     Generation,
@@ -55,7 +54,7 @@ class Side:
     flow: Generation
 
     async def compare(self, request: GenerateRequest) -> Comparison:
-        return await Compare(self.engine, self.flow, open_gate(self.engine)).run(request, call())
+        return await self.flow.compare(request, call())
 
 
 def call() -> Call:
@@ -130,8 +129,9 @@ async def test_an_answer_that_a_trigger_ended_is_compared_up_to_there(side: Side
 
 async def test_a_comparison_is_audited_as_one(side: Side, tmp_path: Path) -> None:
     audit = Audit.of(AuditSettings(folder=str(tmp_path)), Metrics(CollectorRegistry()))
-    compare = Compare(side.engine, side.flow, open_gate(side.engine), RequestRecorder(audit))
-    await compare.run(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
+    engine, recorder = side.engine, RequestRecorder(audit)
+    flow = Generation(engine, engine.tokenizer, LimitSettings(), open_gate(engine), recorder=recorder)
+    await flow.compare(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
     audit.close()
     ((told, _),) = read_audit(tmp_path, None)
     assert (told["request_id"], told["is_comparison"], told["outcome"]) == ("test", True, "length")
@@ -146,7 +146,7 @@ async def test_what_cannot_be_compared(side: Side) -> None:
 
 
 async def test_a_counterfactual_is_the_answer_read_without_one_policy(side: Side) -> None:
-    ready = await side.flow.prepare(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
+    ready = await side.flow.compile(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
     steering = ready.task.steering
     mine = replace(steering.edits[0], origin=Origin("calm", "r"))
     task = replace(ready.task, steering=replace(steering, edits=(mine, *steering.edits[1:])))

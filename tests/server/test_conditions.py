@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -35,13 +35,12 @@ from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.observe import Metrics
 from saeguard_server.steering import (
     TokenRange,
-    Wanted,
-    WantedTrigger,
+    compile_edit,
+    compile_steering,
+    compile_trigger,
     may_stop,
-    prepare_edit,
-    prepare_trigger,
-    resolve_steering,
     steer,
+    with_affine,
 )
 from support.engines import make_world
 
@@ -65,7 +64,7 @@ def gated(condition: Condition, sae: str = "resid_post", feature: int = 4) -> In
 
 
 def steering(engine: Any, *edits: Intervention, triggers: tuple[Trigger, ...] = ()) -> Steering:
-    return resolve_steering(engine, edits, None, REACH, triggers)
+    return compile_steering(engine, edits, None, REACH, triggers)
 
 
 def test_units_become_raw(engine: TransformersEngine) -> None:
@@ -169,27 +168,25 @@ def test_the_digest_covers_conditions_and_triggers(engine: TransformersEngine) -
 def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
     """Shadow and enforced edits of one feature, unlimited ones, one that two made together, scopes beyond the text."""
     origin = Origin("safety", "no-bridges")
+    own = compile_edit(engine, gated(when()), "policy", origin, is_limited=False)
     wants = [
-        Wanted(intervention=gated(when()), field="policy", origin=origin, is_limited=False, affine=Affine(lo=1, hi=2)),
-        Wanted(
-            intervention=Zero("resid_post", 4, scope=Scope(start=50)), field="policy", origin=origin, is_shadow=True
-        ),
+        with_affine(engine, own, "cap", Affine(lo=1, hi=2)),
+        compile_edit(engine, Zero("resid_post", 4, scope=Scope(start=50)), "policy", origin, is_shadow=True),
     ]
-    watch = WantedTrigger(trigger=Trigger("t", when(), Stop()), field="policy", origin=origin, is_shadow=True)
-    trigger = prepare_trigger(cast(Any, engine), watch)
-    found = steer([prepare_edit(engine, one) for one in wants], [trigger], None, REACH)
+    trigger = compile_trigger(engine, Trigger("t", when(), Stop()), "policy", origin, is_shadow=True)
+    found = steer(wants, [trigger], None, REACH)
     first, second = found.edits
     assert (first.affine, first.is_limited, first.origin, first.gate) == (Affine(lo=1, hi=2), False, origin, 1)
     assert (second.is_shadow, second.first) == (True, 50)
     assert [(one.stops, one.is_shadow) for one in found.guards] == [(False, True), (False, False)]
     with pytest.raises(InvalidRequest, match="max_relative_edit: has nothing to limit"):
-        steer([prepare_edit(engine, wants[0])], [], 0.5, REACH)
+        steer([own], [], 0.5, REACH)
 
 
 def test_the_last_token_is_read_only_if_it_can_be_stopped(engine: TransformersEngine) -> None:
     def stops(**scope: Any) -> bool:
-        one = WantedTrigger(trigger=Trigger("t", when(scope=Scope(**scope)), Stop()), field="triggers[0]")
-        return may_stop([prepare_trigger(engine, one)], 7, 4)
+        trigger = Trigger("t", when(scope=Scope(**scope)), Stop())
+        return may_stop([compile_trigger(engine, trigger, "triggers[0]", Origin())], 7, 4)
 
     assert stops()
     assert stops(phase="generated")

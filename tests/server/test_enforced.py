@@ -19,7 +19,6 @@ from saeguard_server.observe import Metrics
 from saeguard_server.policy.compile import Policies, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision
 from saeguard_server.settings import LimitSettings
-from saeguard_server.steering import ServedModel
 from support.engines import Answer, Running, greedy, make_world, open_gate, prompt
 from support.policy_shapes import NOW, policy, rule, when
 
@@ -44,7 +43,7 @@ async def ask(engine: TransformersEngine) -> Any:
     async def run(*found: Policy, **more: Any) -> Answer:
         revision = PolicyRevision(number=1, policies=found, author="ada", time=NOW, reason="test")
         activation = Activation(number=1, revision=1, actor="ada", time=NOW, reason="test")
-        policies.replace(build_snapshot(activation, revision, ServedModel(engine), NOW))
+        policies.replace(build_snapshot(activation, revision, engine, NOW))
         policies.renew()
         return await runs.ask(greedy(prompt(3, 8), NEW, **more))
 

@@ -45,22 +45,23 @@ def gate(engine: Any, metrics: Any) -> Admission:
 
 
 @pytest.mark.parametrize("request_", STEERED.values(), ids=STEERED)
-def test_whoever_steers_needs_the_role(gate: Admission, request_: Any) -> None:
+async def test_whoever_steers_needs_the_role(gate: Admission, request_: Any) -> None:
     others = Caller("a", frozenset(Role) - {Role.STEER, Role.ADMIN})
-    with pytest.raises(PermissionDenied, match="needs the role steer"), gate.request(others, request_):
-        pass
+    with pytest.raises(PermissionDenied, match="needs the role steer"):
+        async with gate.request(others, request_):
+            pass
     for role in (Role.STEER, Role.ADMIN):
-        with gate.request(Caller("a", frozenset({role})), request_):
+        async with gate.request(Caller("a", frozenset({role})), request_):
             pass
 
 
 @pytest.mark.parametrize("request_", PLAIN.values(), ids=PLAIN)
-def test_what_changes_nothing_needs_none(gate: Admission, request_: Any) -> None:
-    with gate.request(Caller("a", frozenset()), request_):
+async def test_what_changes_nothing_needs_none(gate: Admission, request_: Any) -> None:
+    async with gate.request(Caller("a", frozenset()), request_):
         pass
 
 
-def test_every_feature_of_a_request_counts_once(gate: Admission) -> None:
+async def test_every_feature_of_a_request_counts_once(gate: Admission) -> None:
     applied = Apply((Zero("mid", 7),))
     request = GenerateRequest(
         input=TEXT,
@@ -76,8 +77,9 @@ def test_every_feature_of_a_request_counts_once(gate: Admission) -> None:
     for most in (7, 8):
         caller = Caller("a", frozenset(Role), quota=Quota(max_features=most))
         if most == 8:
-            with gate.request(caller, request):
+            async with gate.request(caller, request):
                 pass
         else:
-            with pytest.raises(QuotaExceeded), gate.request(caller, request):
-                pass
+            with pytest.raises(QuotaExceeded):
+                async with gate.request(caller, request):
+                    pass

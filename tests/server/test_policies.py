@@ -31,7 +31,6 @@ from saeguard_server.observe import Metrics
 from saeguard_server.policy.compile import Policies, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.settings import LimitSettings
-from saeguard_server.steering import ServedModel
 from support.policy_shapes import NOW, policy, rule, when
 
 
@@ -55,7 +54,7 @@ class Server:
     def put_in_force(self, *policies: Policy, number: int = 1) -> None:
         revision = PolicyRevision(number=number + 1, policies=policies, author="ada", time=NOW, reason="test")
         activation = Activation(number=number, revision=number + 1, actor="ada", time=NOW, reason="test")
-        self.policies.replace(build_snapshot(activation, revision, ServedModel(self.engine), NOW))
+        self.policies.replace(build_snapshot(activation, revision, self.engine, NOW))
         self.policies.renew()
 
     async def run(

@@ -15,7 +15,7 @@ from saeguard_sae.metadata import write_catalogue
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.observe import Metrics
-from saeguard_server.steering import TokenRange, resolve_steering
+from saeguard_server.steering import TokenRange, compile_steering
 from support.engines import make_world
 
 TOKENS = (256, 1, 2, 3)
@@ -30,7 +30,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
 
 
 def affine(engine: TransformersEngine, kind: Intervention, sae: str = "resid_post", feature: int = 4) -> list[float]:
-    steering = resolve_steering(
+    steering = compile_steering(
         engine, (replace(kind, sae=sae, feature=feature),), None, TokenRange(TOKENS, 8, frozenset())
     )
     return list(steering.edits[0].affine)

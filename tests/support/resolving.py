@@ -30,7 +30,7 @@ def resolved(snapshot: Snapshot, *edits: Intervention, caller: Caller = BOT, **m
 
 def made(found: Resolution) -> list[tuple[str, str, int, str, Affine]]:
     """Policy, rule, feature, kind and map of each edit; shadows with a tilde."""
-    edits = [one.edit for one in found.edits]  # type: ignore[attr-defined]
     return [
-        ("~" * one.is_shadow + one.origin.policy, one.origin.rule, one.feature, one.kind, one.affine) for one in edits
+        ("~" * edit.is_shadow + edit.origin.policy, edit.origin.rule, edit.feature, edit.kind, edit.affine)
+        for edit in found.edits
     ]

@@ -99,7 +99,7 @@ class Stepped:
 
     def ask(self, request: GenerateRequest, deadline_s: float = _LONG_S) -> Asked:
         """A generation joins the queue."""
-        task = self.flow._prepare(request, Call("test", time.monotonic() + deadline_s), None).task
+        task = self.flow._compile(request, Call("test", time.monotonic() + deadline_s), None).task
         return self.submit(task)
 
     def submit(self, task: GenerateTask) -> Asked:

@@ -11,11 +11,11 @@ from saeguard.types import Window
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import (
+    CompiledCondition,
+    CompiledEdit,
     GenerateTask,
     InspectTask,
     Probe,
-    ResolvedEdit,
-    ResolvedGuard,
     Steering,
 )
 from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler, StepBudget
@@ -36,15 +36,15 @@ def change(
     value: float = 2.0,
     special: bool = False,
     **more: Any,
-) -> ResolvedEdit:
+) -> CompiledEdit:
     """An edit of the tokens at positions ``[first, last)``; ``more`` is of it."""
-    return ResolvedEdit(sae, feature, "clamp", Affine(alpha=0.0, beta=value), first, last, special, **more)
+    return CompiledEdit(sae, feature, "clamp", Affine(alpha=0.0, beta=value), first, last, special, **more)
 
 
-def guard(first: int = 0, last: int = 10**9, threshold: float = 0.5) -> ResolvedGuard:
+def guard(first: int = 0, last: int = 10**9, threshold: float = 0.5) -> CompiledCondition:
     """One that is decided on the tokens at positions ``[first, last)``."""
     probe = Probe((("a", 1, 1.0),))
-    return ResolvedGuard(probe, "above", threshold, threshold, Window(), first, last, special=False)
+    return CompiledCondition(probe, "above", threshold, threshold, Window(), first, last, special=False)
 
 
 def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = UNSTEERED, **more: Any) -> Sequence:
@@ -81,16 +81,16 @@ def _seen(steering: Steering, gate: int | None, at: int) -> object:
     return None if one is None else (one.probe, one.threshold, one.first, min(at + 1, one.last))
 
 
-def eligible(edit: ResolvedEdit | ResolvedGuard, tokens: list[int]) -> int:
+def eligible(edit: CompiledEdit | CompiledCondition, tokens: list[int]) -> int:
     """How many of these tokens it applied to."""
     return sum(_applies(edit, at, token) for at, token in enumerate(tokens))
 
 
-def _applies(edit: ResolvedEdit | ResolvedGuard, at: int, token: int) -> bool:
+def _applies(edit: CompiledEdit | CompiledCondition, at: int, token: int) -> bool:
     return edit.first <= at < edit.last and (edit.special or token != SPECIAL)
 
 
-def _scopes(sequence: Sequence) -> list[ResolvedEdit | ResolvedGuard]:
+def _scopes(sequence: Sequence) -> list[CompiledEdit | CompiledCondition]:
     return [*sequence.task.steering.edits, *sequence.task.steering.guards]
 
 

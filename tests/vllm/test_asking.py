@@ -10,11 +10,11 @@ import pytest
 from saeguard.requests import Sampling
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, InspectTask, Steering
 from saeguard_server.engine.vllm import output
 from saeguard_server.errors import InvalidRequest
 
-STEERING = Steering((ResolvedEdit("sae", 1, "zero", Affine(alpha=0.0), 0, 9, special=False),), digest="abc")
+STEERING = Steering((CompiledEdit("sae", 1, "zero", Affine(alpha=0.0), 0, 9, special=False),), digest="abc")
 AFTER = replace(STEERING, edits=(replace(STEERING.edits[0], first=2),))
 EOS = frozenset({7, 3})
 

@@ -15,7 +15,7 @@ from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae, load_sae
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import GenerateTask, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, Steering
 from saeguard_server.engine.vllm import worker_messages
 from saeguard_server.engine.vllm.steering import MAX_PAST, BatchPart, SteeredModel
 from support.saes import PlainSae, plain_sae, save_sae
@@ -38,9 +38,9 @@ class Runner:
     def ask(
         self, name: str, uid: int, *, prompt: int = 8, stop: bool = False, watch: bool = False, both: bool = False
     ) -> None:
-        edits = [ResolvedEdit("here", 3, "clamp", Affine(alpha=0.0, beta=5.0), 2, FOREVER, special=False)]
+        edits = [CompiledEdit("here", 3, "clamp", Affine(alpha=0.0, beta=5.0), 2, FOREVER, special=False)]
         if both:
-            edits.insert(0, ResolvedEdit("there", 1, "zero", Affine(alpha=0.0), 0, FOREVER, special=False))
+            edits.insert(0, CompiledEdit("there", 1, "zero", Affine(alpha=0.0), 0, FOREVER, special=False))
         task = GenerateTask(
             call=Call(name, 0.0), tokens=(1,) * prompt, sampling=Sampling(stop=("x",) if stop else ()),
             max_new_tokens=1, seed=0, steering=Steering(tuple(edits)), watch=(("here", 3),) if watch else (),

@@ -14,7 +14,7 @@ from saeguard.requests import FeatureSelection, GenerateRequest, Sampling, Thres
 from saeguard.types import Add, Clamp, FeatureRef, Scale, Scope
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import InspectTask, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import CompiledEdit, InspectTask, Steering
 from support import engines, reference, vllm
 from support.engines import Running, World, greedy, prompt
 from support.vllm import SPECIAL, plain, receipt
@@ -63,7 +63,7 @@ async def test_inspections_see_what_the_embedded_engine_sees(llama: World, one: 
         ("mlp_act", ThresholdSelection(0.5)),
         ("attn_z", FeatureSelection([FeatureRef("attn_z", feature) for feature in (7, 0, 90)])),
     )
-    clamp = ResolvedEdit("resid_pre", 4, "clamp", Affine(alpha=0.0, beta=6.0), 0, len(tokens), special=False)
+    clamp = CompiledEdit("resid_pre", 4, "clamp", Affine(alpha=0.0, beta=6.0), 0, len(tokens), special=False)
     steering = Steering((clamp,), digest="clamped")
 
     async def parts(engine: Any) -> dict[str, list[list[tuple[int, float]]]]:

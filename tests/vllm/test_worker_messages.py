@@ -10,13 +10,13 @@ from saeguard.types import FeatureRef
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, Steering
+from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, InspectTask, Steering
 from saeguard_server.engine.vllm import worker_messages
 from saeguard_server.errors import InternalFailure
 
 EDITS = (
-    ResolvedEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
-    ResolvedEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
+    CompiledEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
+    CompiledEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
 )
 
 

@@ -25,10 +25,10 @@ from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import (
     NOT_FINITE,
+    CompiledCondition,
+    CompiledEdit,
     GenerateTask,
     InspectTask,
-    ResolvedEdit,
-    ResolvedGuard,
     Steering,
 )
 from saeguard_server.engine.selection import SparseRows
@@ -208,13 +208,13 @@ def _check_counts(
             raise InternalFailure(f"{name} was decided on {decided.evaluated} tokens instead of {expected}")
 
 
-def _in_scope(scope: ResolvedEdit | ResolvedGuard, length: int, special_at: list[int]) -> int:
+def _in_scope(scope: CompiledEdit | CompiledCondition, length: int, special_at: list[int]) -> int:
     first, last = min(scope.first, length), min(scope.last, length)
     skipped = 0 if scope.special else bisect_left(special_at, last) - bisect_left(special_at, first)
     return last - first - skipped
 
 
-def _trigger_receipt(guard: ResolvedGuard, count: ConditionCounts) -> TriggerReceipt:
+def _trigger_receipt(guard: CompiledCondition, count: ConditionCounts) -> TriggerReceipt:
     return TriggerReceipt(
         policy=guard.origin.policy,
         name=guard.origin.rule,
@@ -226,7 +226,7 @@ def _trigger_receipt(guard: ResolvedGuard, count: ConditionCounts) -> TriggerRec
     )
 
 
-def _intervention_receipt(edit: ResolvedEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
+def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
     return InterventionReceipt(
         sae=edit.sae,
         feature=edit.feature,

@@ -17,7 +17,7 @@ from torch import Tensor
 from saeguard.catalog import Model
 from saeguard.requests import Sampling, Selection
 from saeguard.results import ActivationPart, StreamChunk
-from saeguard.types import Operator, Window
+from saeguard.types import EVERY_TOKEN, FeatureRef, Operator, Scope, Window
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
@@ -104,27 +104,6 @@ OWN: Final = Origin()
 
 
 @dataclass(frozen=True, slots=True)
-class ResolvedEdit:
-    """One edit as the engine applies it: to tokens at positions ``[first, last)``, in raw feature units."""
-
-    sae: str
-    feature: int
-    kind: str
-    affine: Affine
-    first: int
-    last: int
-    special: bool
-    """Also on special tokens."""
-    gate: int | None = None
-    """Index of the guard that must be on; None is always."""
-    is_shadow: bool = False
-    """Counted as if it were made, and not made."""
-    is_limited: bool = True
-    """Whether ``Steering.max_relative_edit`` may shorten it: a policy's edits are never shortened by a request."""
-    origin: Origin = OWN
-
-
-@dataclass(frozen=True, slots=True)
 class Probe:
     """``bias + sum of weight * feature``, of features as they are before any edit of their site."""
 
@@ -134,10 +113,10 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class ResolvedGuard:
-    """A condition as the engine decides it on every token at positions ``[first, last)``, in raw feature units.
+class CompiledCondition:
+    """A ``Condition`` compiled against what is served: in raw units, decided on tokens at positions ``[first, last)``.
 
-    ``comparison`` and ``window`` as in ``Condition``. Other tokens leave it as it is.
+    Other tokens leave it as it is. ``scope`` is as asked; ``first`` and ``last`` are what it selects of one request.
     """
 
     probe: Probe
@@ -149,6 +128,7 @@ class ResolvedGuard:
     first: int
     last: int
     special: bool
+    """Also on special tokens."""
     latches: bool = False
     """Once on, always on: edits that a trigger applies from then on."""
     stops: bool = False
@@ -157,16 +137,57 @@ class ResolvedGuard:
     """Whether receipts tell of it; an edit's own condition is told by the edit."""
     is_shadow: bool = False
     origin: Origin = OWN
+    scope: Scope = EVERY_TOKEN
+    field: str = ""
+    """How refusals name it, such as ``triggers[2].when``."""
+    digest: str = ""
+    """SHA-256 in hex of what it is, whoever wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledEdit:
+    """An ``Intervention`` compiled against what is served: a map of raw values, on tokens at ``[first, last)``.
+
+    ``scope`` is as asked; ``first`` and ``last`` are what it selects of one request.
+    """
+
+    sae: str
+    feature: int
+    kind: str
+    affine: Affine
+    first: int
+    last: int
+    special: bool
+    """Also on special tokens."""
+    gate: int | None = None
+    """Index of the request's condition that must be on; None is always."""
+    is_shadow: bool = False
+    """Counted as if it were made, and not made."""
+    is_limited: bool = True
+    """Whether ``Steering.max_relative_edit`` may shorten it: a policy's edits are never shortened by a request."""
+    origin: Origin = OWN
+    scope: Scope = EVERY_TOKEN
+    condition: CompiledCondition | None = None
+    """Until it has the number of a request's condition, ``gate``."""
+    field: str = ""
+    """How refusals name it, such as ``interventions[2]``."""
+    digest: str = ""
+    """SHA-256 in hex of what it is, whoever wants it."""
+
+    @property
+    def ref(self) -> FeatureRef:
+        """The feature."""
+        return FeatureRef(self.sae, self.feature)
 
 
 @dataclass(frozen=True, slots=True)
 class Steering:
     """All edits and guards of one request, the limit on ``|edit| / |x|`` per site, and their digest (hex SHA-256)."""
 
-    edits: tuple[ResolvedEdit, ...] = ()
+    edits: tuple[CompiledEdit, ...] = ()
     max_relative_edit: float = float("inf")
     digest: str = ""
-    guards: tuple[ResolvedGuard, ...] = ()
+    guards: tuple[CompiledCondition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

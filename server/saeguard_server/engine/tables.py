@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saeguard_sae.conditions import CompiledCondition, ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
+from saeguard_sae.conditions import CompiledCondition as ConditionColumn
+from saeguard_sae.conditions import ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
 from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Rows, Tally
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
-from saeguard_server.engine.protocol import ResolvedGuard, Steering
+from saeguard_server.engine.protocol import CompiledCondition, Steering
 from saeguard_server.errors import InternalFailure
 
 _REMEMBERED = 2048
@@ -47,7 +48,7 @@ class SteeringTables:
         widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
         self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
         self._guards = ConditionTable(slots, device)
-        self._compiled: dict[int, tuple[ResolvedGuard, CompiledCondition]] = {}
+        self._compiled: dict[int, tuple[CompiledCondition, ConditionColumn]] = {}
         self._read_by = _readers(saes)
         self._sources: dict[Site, Tensor] = {}
         self.sites = frozenset({sae.site for sae in saes.values()} | self._tables.keys())
@@ -160,7 +161,7 @@ class SteeringTables:
         """Whether what the model goes on with after a site is read at a later one."""
         return self._tables[target].reads(site, self.rows) or self._guards.reads(target, site, self.rows)
 
-    def _condition(self, guard: ResolvedGuard) -> CompiledCondition:
+    def _condition(self, guard: CompiledCondition) -> ConditionColumn:
         """A guard as the table takes it; a policy's come with every request."""
         if id(guard) not in self._compiled or self._compiled[id(guard)][0] is not guard:
             if len(self._compiled) >= _REMEMBERED:
@@ -168,12 +169,12 @@ class SteeringTables:
             self._compiled[id(guard)] = guard, self._compile(guard)
         return self._compiled[id(guard)][1]
 
-    def _compile(self, guard: ResolvedGuard) -> CompiledCondition:
+    def _compile(self, guard: CompiledCondition) -> ConditionColumn:
         terms: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for name, feature, weight in guard.probe.terms:
             terms[name].append((feature, weight))
         saes = sorted((self._saes[name] for name in terms), key=lambda sae: depth(sae.write_sites[0]))
-        return CompiledCondition(
+        return ConditionColumn(
             summands=tuple(_summand(sae, terms[sae.name]) for sae in saes),
             bias=guard.probe.bias,
             comparison=guard.comparison,

@@ -9,6 +9,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from saeguard.requests import ChatInput, ModelInput
+from saeguard_server.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,23 @@ class Tokenizer:
         return EncodedText(
             tuple(encoding.ids), tuple(start if end > start else None for start, end in encoding.offsets)
         )
+
+
+def encode_input(tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str = "") -> EncodedText:
+    """The ids of an input of at most so many tokens. ``prefix`` is the field that holds it, with its dot.
+
+    Raises:
+        InvalidRequest: no tokens or too many, an id outside the vocabulary, no chat template.
+    """
+    try:
+        encoded = tokenizer.encode(input)
+    except ValueError as err:
+        field, _, problem = str(err).partition(": ")
+        raise InvalidRequest(f"{prefix}{field}", problem) from err
+    if len(encoded.ids) > most:
+        name = "text" if isinstance(input, str) else "chat" if isinstance(input, ChatInput) else "tokens"
+        raise InvalidRequest(f"{prefix}{name}", f"has {len(encoded.ids)} tokens, at most {most} fit")
+    return encoded
 
 
 class Detokenizer:

@@ -1,6 +1,6 @@
-"""What people do to policies: write, delete, activate, roll back, compare. The one place with the second-person rule.
+"""What people do to policies: write, delete, activate, roll back. The one place with the second-person rule.
 
-Whose role allows what is for the edge to say. Nothing is stored, or put in force, that was not checked completely.
+Whose role allows what is decided before. Nothing is stored, or put in force, that was not checked completely.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ class Administration:
             InvalidRequest: a policy cannot be served, is given twice, or there is no reason.
             Conflict: ``etag``, if given, is not that of the newest revision.
         """
-        given = {policy.name: policy for policy in policies}
-        if len(given) < len(policies):
+        by_name = {policy.name: policy for policy in policies}
+        if len(by_name) < len(policies):
             raise InvalidRequest("policies", "one name is given twice")
         async with self._stored():
             before = await self._newest(etag)
-            kept = {} if is_whole_set else {policy.name: policy for policy in _policies(before)}
-            return await self._write(before, kept | given, caller=caller, reason=reason, is_trial=is_trial)
+            others = {} if is_whole_set else {policy.name: policy for policy in _policies(before)}
+            return await self._write(before, others | by_name, caller=caller, reason=reason, is_trial=is_trial)
 
     async def delete(self, names: Sequence[str], *, caller: Caller, reason: str, etag: str | None = None) -> Written:
         """Takes policies out of the set; older revisions keep them.
@@ -87,11 +87,11 @@ class Administration:
         """
         async with self._stored():
             before = await self._newest(etag)
-            kept = {policy.name: policy for policy in _policies(before)}
+            others = {policy.name: policy for policy in _policies(before)}
             for index, name in enumerate(names):
-                if kept.pop(name, None) is None:
+                if others.pop(name, None) is None:
                     raise UnknownName(f"names[{index}]", f"there is no policy {name!r}")
-            return await self._write(before, kept, caller=caller, reason=reason, is_trial=False)
+            return await self._write(before, others, caller=caller, reason=reason, is_trial=False)
 
     async def activate(
         self, number: int, *, caller: Caller, reason: str, expected_activation: int | None = None
@@ -133,16 +133,6 @@ class Administration:
             if number >= present:
                 raise InvalidRequest("revision", f"must be older than {present}, which is in force, got {number}")
         return await self.activate(number, caller=caller, reason=reason, expected_activation=activation)
-
-    async def diff(self, before: int, after: int) -> tuple[PolicyDiff, ...]:
-        """What differs between two revisions; 0 is the empty set before the first.
-
-        Raises:
-            UnknownName: there is none of that number.
-        """
-        async with self._stored():
-            sides = [_policies(await self._store.revision(one) if one else None) for one in (before, after)]
-            return policy_changes(*sides)
 
     async def revision(self, number: int | None = None) -> PolicyRevision | None:
         """One revision, or the newest; None if there is none yet.

@@ -1,13 +1,14 @@
-"""Whether a set of policies can be enforced on what is served: every problem is listed, not just the first.
+"""Whether a set of policies can be enforced on what is served, and what is then in force.
 
-Rules and triggers are prepared as for a request, so that what passes here cannot be refused later.
+Every problem is listed, not just the first. Rules and triggers are compiled as for a request, so that what passes here
+cannot be refused later.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -16,72 +17,260 @@ from itertools import combinations
 from saeguard.catalog import Activation
 from saeguard.types import Condition, FeatureRef, Intervention, Scope
 from saeguard_sae.edits import IDENTITY
+from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Target
 from saeguard_server.policy.rules import (
     Clash,
     CompiledPolicy,
-    CompiledRule,
     Selected,
     Selection,
     clash_of,
     combine,
     compile_policy,
+    compile_policy_trigger,
+    compile_rule,
     select_policies,
-    trigger_edits,
-    wanted_rules,
-    wanted_triggers,
 )
-from saeguard_server.steering import Served, Wanted
+from saeguard_server.steering import compile_edit, find_feature, find_sae, trigger_edits
 
-# What is found of a policy, for the people who write it.
+LISTED = 20
+"""Problems in one message; what there are more is counted."""
+RETRY_S = 1.0
+"""When to come back to a server without policies."""
+ANSWER_S = 0.25
+"""Before a deadline, so that the caller still hears why."""
+MAX_SELECTIONS = 512
+"""Different sets of policies that are remembered: each costs a combination of rules."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing, where it is, and in which policy."""
+    """What is noticed about a policy, for the people who write it; ``field`` is such as ``rules[2].clamp.value``."""
 
     policy: str
     field: str
-    """Such as ``rules[2].clamp.value``."""
     message: str
 
     def __str__(self) -> str:
         return f"{self.policy}: {self.field}: {self.message}"
 
 
-# What is odd about a policy although it can be enforced: most often it does less than its writer believes.
+class CannotServe(ValueError):
+    """Policies that cannot be enforced here; ``problems`` lists why."""
+
+    def __init__(self, problems: Sequence[Finding]) -> None:
+        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        super().__init__("; ".join([str(problem) for problem in problems[:LISTED]] + more))
+        self.problems = tuple(problems)
 
 
-def lint_warnings(policy: Policy, served: Served, now: datetime) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True)
+class PolicyReport:
+    """What was found of a set of policies."""
+
+    problems: tuple[Finding, ...]
+    """Why it cannot be enforced here."""
+    warnings: tuple[Finding, ...]
+    """What is odd, and can be enforced all the same: most often it does less than its writer believes."""
+
+
+def check_policies(
+    policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
+) -> PolicyReport:
+    """Everything that is wrong with a set of policies, and everything that is odd.
+
+    A policy for other models is not checked against this one. ``now`` has a time zone.
+    """
+    here = [policy for policy in policies if is_for(policy, engine)]
+    problems = [problem for policy in here for problem in _problems(policy, engine, keeps_audit)]
+    broken = {problem.policy for problem in problems}
+    sound = [compile_policy(policy, engine) for policy in here if policy.name not in broken]
+    problems += _clashes(sound, "enforce")
+    warnings = [warning for policy in policies for warning in _warnings(policy, engine, now)]
+    warnings += _clashes(sound, "shadow")
+    return PolicyReport(tuple(problems), tuple(warnings))
+
+
+def check_or_refuse(
+    policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
+) -> tuple[str, ...]:
+    """What is odd about policies that can be enforced here.
+
+    Raises:
+        InvalidRequest: they cannot; every problem is listed.
+    """
+    report = check_policies(policies, engine, now, keeps_audit=keeps_audit)
+    if report.problems:
+        raise InvalidRequest("policies", str(CannotServe(report.problems)))
+    return tuple(map(str, report.warnings))
+
+
+def compile_policies(
+    policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
+) -> dict[str, CompiledPolicy]:
+    """Those that can act on this model, in order: none that is off, nor one that has expired and is broken.
+
+    Raises:
+        CannotServe: one cannot be enforced here as it is written, or two cannot be kept together.
+    """
+    compiled: dict[str, CompiledPolicy] = {}
+    problems: list[Finding] = []
+    for policy in policies:
+        if policy.mode == "off" or not is_for(policy, engine):
+            continue
+        own = list(_problems(policy, engine, keeps_audit))
+        if not own:
+            compiled[policy.name] = compile_policy(policy, engine)
+        elif policy.expires is None or policy.expires > now:
+            problems += own
+    problems += _clashes(list(compiled.values()), "enforce")
+    if problems:
+        raise CannotServe(problems)
+    return compiled
+
+
+def is_for(policy: Policy, engine: Engine) -> bool:
+    """Whether it may act on this model."""
+    return not policy.target.models or engine.model.name in policy.target.models
+
+
+# --- what is wrong
+
+
+def _problems(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Finding]:
+    """A policy's own; of one field the first."""
+    seen: set[str] = set()
+    for check in _checks(policy, engine, keeps_audit):
+        try:
+            check()
+        except (InvalidRequest, UnknownName) as err:
+            if err.field not in seen:
+                seen.add(err.field)
+                yield Finding(policy.name, err.field, err.description)
+
+
+def _checks(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Callable[[], object]]:
+    """Everything that is looked for in what is served: parts first, so that one problem does not hide another."""
+    for index, rule in enumerate(policy.rules):
+        field, edit = f"rules[{index}]", rule.intervention
+        if edit.when is not None:
+            yield from _terms(edit.when, f"{field}.when", engine)
+            yield partial(compile_edit, engine, replace(edit, when=None), field)
+        yield partial(compile_rule, policy, index, engine)
+    for index, trigger in enumerate(policy.triggers):
+        field = f"triggers[{index}]"
+        yield from _terms(trigger.when, f"{field}.when", engine)
+        for number, edit in enumerate(trigger_edits(trigger)):
+            yield partial(compile_edit, engine, edit, f"{field}.apply.interventions[{number}]")
+        yield partial(compile_policy_trigger, policy, index, engine)
+    yield from _names(policy, engine)
+    yield partial(_check_pins, policy, engine)
+    yield partial(_check_capabilities, policy, engine, keeps_audit)
+    yield partial(_check_own_edits, policy, engine)
+
+
+def _terms(when: Condition, field: str, engine: Engine) -> Iterator[Callable[[], object]]:
+    for index, term in enumerate(when.terms):
+        yield partial(find_feature, engine, term.ref, f"{field}.terms[{index}]")
+
+
+def _names(policy: Policy, engine: Engine) -> Iterator[Callable[[], object]]:
+    """A name in limits that nobody knows would silently limit nothing."""
+    limits = policy.limits
+    for name, saes in (("allowed_saes", limits.allowed_saes or ()), ("denied_saes", limits.denied_saes)):
+        for index, sae in enumerate(saes):
+            yield partial(find_sae, engine, sae, f"limits.{name}[{index}]")
+    for name, refs in (
+        ("allowed_features", limits.allowed_features or ()), ("denied_features", limits.denied_features)
+    ):  # fmt: skip
+        for index, ref in enumerate(refs):
+            yield partial(find_feature, engine, ref, f"limits.{name}[{index}]")
+    for name, _ in policy.pins.saes:
+        yield partial(find_sae, engine, name, f"pins.saes.{name}")
+
+
+def _check_pins(policy: Policy, engine: Engine) -> None:
+    if policy.pins.model not in (None, engine.model.digest):
+        raise InvalidRequest("pins.model", f"the served model has {engine.model.digest}, got {policy.pins.model}")
+    for name, digest in policy.pins.saes:
+        field = f"pins.saes.{name}"
+        served = find_sae(engine, name, field).digest
+        if served != digest:
+            raise InvalidRequest(field, f"the served SAE has {served}, got {digest}")
+
+
+def _check_capabilities(policy: Policy, engine: Engine, keeps_audit: bool) -> None:
+    """What this server cannot do must not be promised."""
+    if policy.requires_audit and not keeps_audit:
+        raise InvalidRequest("requires_audit", "this server keeps no audit")
+    if policy.counterfactual_share and not engine.capabilities.compares:
+        raise InvalidRequest("counterfactual_share", "this server does not run requests without their policies")
+
+
+def _check_own_edits(policy: Policy, engine: Engine) -> None:
+    """Rules and triggers of one policy on one feature, whatever the mode: it could not be enforced."""
+    try:
+        compiled = compile_policy(policy, engine)
+        combine(compiled.edits, compiled.triggers, engine)
+    except Clash as err:
+        raise InvalidRequest(err.second.field, str(err)) from err
+
+
+def _clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]:
+    """Pairs of policies that cannot both be enforced on a request; shadows as if they were enforced."""
+    on_feature: dict[FeatureRef, list[tuple[Policy, CompiledEdit]]] = {}
+    for policy, edits, triggers in policies:
+        if policy.mode != "off":
+            for edit in (*edits, *(edit for trigger in triggers for edit in trigger.edits)):
+                on_feature.setdefault(edit.ref, []).append((policy, edit))
+    for rules in on_feature.values():
+        for (policy, edit), (other, other_edit) in combinations(rules, 2):
+            strongest = "shadow" if "shadow" in (policy.mode, other.mode) else "enforce"
+            if policy is other or strongest != mode or not may_meet(policy.target, other.target):
+                continue
+            if clash := clash_of(edit, other_edit):
+                when = "" if mode == "enforce" else " once enforced"
+                yield Finding(other.name, other_edit.field, f"{clash}, and both may be on one request{when}")
+
+
+def may_meet(first: Target, second: Target) -> bool:
+    """Whether a request can be aimed at by both; a caller may have any tags."""
+    lists = ((first.callers, second.callers), (first.models, second.models))
+    return all(not a or not b or not set(a).isdisjoint(b) for a, b in lists)
+
+
+# --- what is odd
+
+
+def _warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[Finding]:
     """What a reviewer would ask about; ``now`` has a time zone."""
-    for path, message in _about_itself(policy, served, now):
+    for path, message in _own_warnings(policy, engine, now):
         yield Finding(policy.name, path, message)
-    if policy.target.models and served.model_name not in policy.target.models:
+    if not is_for(policy, engine):
         return
+    context = engine.model.max_context
     for path, scope in _scopes(policy):
-        if scope.start >= served.max_context:
-            yield Finding(policy.name, f"{path}.start", f"is never reached: a request has {served.max_context} tokens")
-    for path, one in _edits(policy):
-        if one.affine(1.0) == IDENTITY:
-            yield Finding(policy.name, f"{path}.{one.kind}", "changes nothing")
-        if not _has_label(one.ref, served):
-            where = f"feature {one.feature} of {one.sae!r}"
-            yield Finding(policy.name, f"{path}.feature", f"{where} has no label in the catalogue")
+        if scope.start >= context:
+            yield Finding(policy.name, f"{path}.start", f"is never reached: a request has {context} tokens")
+    for path, edit in _edits(policy):
+        if edit.affine(1.0) == IDENTITY:
+            yield Finding(policy.name, f"{path}.{edit.kind}", "changes nothing")
+        if not _has_label(edit.ref, engine):
+            message = f"feature {edit.feature} of {edit.sae!r} has no label in the catalogue"
+            yield Finding(policy.name, f"{path}.feature", message)
 
 
-def _about_itself(policy: Policy, served: Served, now: datetime) -> Iterator[tuple[str, str]]:
+def _own_warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[tuple[str, str]]:
     if policy.mode == "off":
         yield "mode", "is off: the policy does nothing"
     if policy.mode == "shadow" and policy.limits != PolicyLimits():
         yield "limits", "are not enforced in shadow"
     if policy.rollout.share == 0:
         yield "rollout.share", "is 0: only requests that name the policy are under it"
-    if policy.target.models and served.model_name not in policy.target.models:
-        yield (
-            "target.models",
-            f"{served.model_name!r} is not among them: the policy never acts here, and is not checked",
-        )
+    if not is_for(policy, engine):
+        message = f"{engine.model.name!r} is not among them: the policy never acts here, and is not checked"
+        yield "target.models", message
     if policy.expires is not None and policy.expires <= now:
         yield "expires", "is over: the policy does nothing"
     if policy.counterfactual_share and policy.mode != "enforce":
@@ -94,230 +283,37 @@ def _edits(policy: Policy) -> Iterator[tuple[str, Intervention]]:
     for index, rule in enumerate(policy.rules):
         yield f"rules[{index}]", rule.intervention
     for index, trigger in enumerate(policy.triggers):
-        for number, one in enumerate(trigger_edits(trigger)):
-            yield f"triggers[{index}].apply.interventions[{number}]", one
+        for number, edit in enumerate(trigger_edits(trigger)):
+            yield f"triggers[{index}].apply.interventions[{number}]", edit
 
 
 def _scopes(policy: Policy) -> Iterator[tuple[str, Scope]]:
-    for path, one in _edits(policy):
-        yield f"{path}.scope", one.scope
-        if one.when is not None:
-            yield f"{path}.when.scope", one.when.scope
+    for path, edit in _edits(policy):
+        yield f"{path}.scope", edit.scope
+        if edit.when is not None:
+            yield f"{path}.when.scope", edit.when.scope
     for index, trigger in enumerate(policy.triggers):
         yield f"triggers[{index}].when.scope", trigger.when.scope
 
 
-def _has_label(ref: FeatureRef, served: Served) -> bool:
+def _has_label(ref: FeatureRef, engine: Engine) -> bool:
     try:
-        sae = served.feature(ref, "feature")
+        sae = find_feature(engine, ref, "feature")
     except (InvalidRequest, UnknownName):
         return True
     return bool(sae.catalogue.feature(ref.feature).label)
 
 
-LISTED = 20
-"""Problems in one message; what there are more is counted."""
-
-
-class CannotServe(ValueError):
-    """Policies that cannot be enforced here; ``problems`` lists why."""
-
-    def __init__(self, problems: Sequence[Finding]) -> None:
-        said = [str(one) for one in problems[:LISTED]]
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        super().__init__("; ".join(said + more))
-        self.problems = tuple(problems)
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyReport:
-    """What was found of a set of policies."""
-
-    problems: tuple[Finding, ...]
-    """Why it cannot be enforced here."""
-    warnings: tuple[Finding, ...]
-    """What is odd, and can be enforced all the same."""
-
-
-def check_policies(policies: Sequence[Policy], served: Served, now: datetime) -> PolicyReport:
-    """Everything that is wrong with a set of policies, and everything that is odd.
-
-    A policy for other models is not checked against this one. ``now`` has a time zone.
-    """
-    here = [policy for policy in policies if is_for(policy, served)]
-    problems = [problem for policy in here for problem in _problems(policy, served)]
-    broken = {problem.policy for problem in problems}
-    sound = [compile_policy(policy, served) for policy in here if policy.name not in broken]
-    problems += _clashes(sound, "enforce")
-    warnings = [warning for policy in policies for warning in lint_warnings(policy, served, now)]
-    warnings += _clashes(sound, "shadow")
-    return PolicyReport(tuple(problems), tuple(warnings))
-
-
-def check_or_refuse(policies: Sequence[Policy], served: Served, now: datetime) -> tuple[str, ...]:
-    """What is odd about policies that can be enforced here.
-
-    Raises:
-        InvalidRequest: they cannot; every problem is listed.
-    """
-    report = check_policies(policies, served, now)
-    if report.problems:
-        raise InvalidRequest("policies", str(CannotServe(report.problems)))
-    return tuple(map(str, report.warnings))
-
-
-def compile_policies(policies: Sequence[Policy], served: Served, now: datetime) -> dict[str, CompiledPolicy]:
-    """Those that can act on this model, prepared, in order: none that is off, nor one that has expired and is broken.
-
-    Raises:
-        CannotServe: one cannot be enforced here as it is written, or two cannot be kept together.
-    """
-    found: dict[str, CompiledPolicy] = {}
-    problems: list[Finding] = []
-    for policy in policies:
-        if policy.mode == "off" or not is_for(policy, served):
-            continue
-        wrong = list(_problems(policy, served))
-        if not wrong:
-            found[policy.name] = compile_policy(policy, served)
-        elif policy.expires is None or policy.expires > now:
-            problems += wrong
-    problems += _clashes(list(found.values()), "enforce")
-    if problems:
-        raise CannotServe(problems)
-    return found
-
-
-def is_for(policy: Policy, served: Served) -> bool:
-    """Whether it may act on this model."""
-    return not policy.target.models or served.model_name in policy.target.models
-
-
-def _problems(policy: Policy, served: Served) -> Iterator[Finding]:
-    """A policy's own; of one field the first."""
-    seen: set[str] = set()
-    for attempt in _attempts(policy, served):
-        try:
-            attempt()
-        except (InvalidRequest, UnknownName) as err:
-            if err.field not in seen:
-                seen.add(err.field)
-                yield Finding(policy.name, err.field, err.description)
-
-
-def _attempts(policy: Policy, served: Served) -> Iterator[Callable[[], object]]:
-    """Everything that is looked for in what is served: parts first, so that one problem does not hide another."""
-    for wanted in wanted_rules(policy):
-        one = wanted.intervention
-        if one.when is not None:
-            yield from _features(one.when, f"{wanted.field}.when", served)
-            yield partial(served.edit, replace(wanted, intervention=replace(one, when=None)))
-        yield partial(served.edit, wanted)
-    for trigger in wanted_triggers(policy):
-        yield from _features(trigger.trigger.when, f"{trigger.field}.when", served)
-        for index, edit in enumerate(trigger_edits(trigger.trigger)):
-            part = Wanted(intervention=edit, field=f"{trigger.field}.apply.interventions[{index}]")
-            yield partial(served.edit, part)
-        yield partial(served.trigger, trigger)
-    yield from _names(policy, served)
-    yield from (partial(look, policy, served) for look in (_check_pins, _check_kept, _check_own_edits))
-
-
-def _features(when: Condition, field: str, served: Served) -> Iterator[Callable[[], object]]:
-    for index, term in enumerate(when.terms):
-        yield partial(served.feature, term.ref, f"{field}.terms[{index}]")
-
-
-def _names(policy: Policy, served: Served) -> Iterator[Callable[[], object]]:
-    """A name in limits that nobody knows would silently limit nothing."""
-    limits = policy.limits
-    lists: tuple[tuple[str, Iterable[str | FeatureRef]], ...] = (
-        ("allowed_saes", limits.allowed_saes or ()),
-        ("denied_saes", limits.denied_saes),
-        ("allowed_features", limits.allowed_features or ()),
-        ("denied_features", limits.denied_features),
-    )
-    for name, listed in lists:
-        for index, one in enumerate(listed):
-            field = f"limits.{name}[{index}]"
-            yield partial(served.sae, one, field) if isinstance(one, str) else partial(served.feature, one, field)
-    for name, _ in policy.pins.saes:
-        yield partial(served.sae, name, f"pins.saes.{name}")
-
-
-def _check_pins(policy: Policy, served: Served) -> None:
-    if policy.pins.model not in (None, served.model_digest):
-        raise InvalidRequest("pins.model", f"the served model has {served.model_digest}, got {policy.pins.model}")
-    for name, digest in policy.pins.saes:
-        field = f"pins.saes.{name}"
-        has = served.sae(name, field).digest
-        if has != digest:
-            raise InvalidRequest(field, f"the served SAE has {has}, got {digest}")
-
-
-def _check_kept(policy: Policy, served: Served) -> None:
-    """What this server cannot do must not be promised."""
-    if policy.requires_audit and not served.keeps_audit:
-        raise InvalidRequest("requires_audit", "this server keeps no audit")
-    if policy.counterfactual_share and not served.compares:
-        raise InvalidRequest("counterfactual_share", "this server does not run requests without their policies")
-
-
-def _check_own_edits(policy: Policy, served: Served) -> None:
-    """Rules and triggers of one policy on one feature, whatever the mode: it could not be enforced."""
-    try:
-        found = compile_policy(policy, served)
-        combine(found.edits, found.triggers, served)
-    except Clash as err:
-        field = err.other.wanted.field
-        raise InvalidRequest(field, str(err)) from err
-
-
-def _clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]:
-    """Pairs of policies that cannot both be enforced on a request; shadows as if they were enforced."""
-    on_feature: dict[FeatureRef, list[tuple[Policy, CompiledRule]]] = {}
-    for one in policies:
-        if one.policy.mode != "off":
-            for edit in (*one.edits, *(edit for trigger in one.triggers for edit in trigger.edits)):
-                on_feature.setdefault(edit.target, []).append((one.policy, edit))
-    for rules in on_feature.values():
-        for (policy, edit), (other, other_edit) in combinations(rules, 2):
-            strongest = "shadow" if "shadow" in (policy.mode, other.mode) else "enforce"
-            if policy is other or strongest != mode or not may_meet(policy.target, other.target):
-                continue
-            if clash := clash_of(edit, other_edit):
-                said = f"{clash}, and both may be on one request"
-                yield Finding(
-                    other.name, other_edit.wanted.field, said + ("" if mode == "enforce" else " once enforced")
-                )
-
-
-def may_meet(one: Target, other: Target) -> bool:
-    """Whether a request can be aimed at by both; a caller may have any tags."""
-    lists = ((one.callers, other.callers), (one.models, other.models))
-    return all(not a or not b or not set(a).isdisjoint(b) for a, b in lists)
-
-
-# What is in force on this server: an activated revision with all its rules ready, and a lease that runs out.
-#
-# ``sync`` puts snapshots here; the flows take one for each request and keep it until the request ends.
-
-
-RETRY_S = 1.0
-"""When to come back to a server without policies."""
-ANSWER_S = 0.25
-"""Before a deadline, so that the caller still hears why."""
-MAX_SELECTIONS = 512
-"""Different sets of policies that are remembered: each costs a combination of rules."""
+# --- what is in force: an activated revision with all its rules compiled, and a lease that runs out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """One activation's policies, prepared for one served model. Immutable, but for what it remembers."""
+    """One activation's policies, compiled for one served model. Immutable, but for what it remembers."""
 
     activation: Activation
     revision: PolicyRevision
-    served: Served
+    engine: Engine
     policies: Mapping[str, Policy]
     """All of the revision's, by name."""
     ready: Mapping[str, CompiledPolicy]
@@ -332,11 +328,28 @@ class Snapshot:
         """
         known = self._selections.get(selection)
         if known is None:
-            known = select_policies(selection, self.ready, self.activation, self.served)
+            known = select_policies(selection, self.ready, self.activation, self.engine)
             if len(self._selections) >= MAX_SELECTIONS:
                 self._selections.clear()
             self._selections[selection] = known
         return known
+
+
+def build_snapshot(
+    activation: Activation, revision: PolicyRevision, engine: Engine, now: datetime, *, keeps_audit: bool = False
+) -> Snapshot:
+    """The revision, ready for requests.
+
+    Raises:
+        CannotServe: a rule cannot be applied here as it is written, or two cannot be kept together.
+    """
+    return Snapshot(
+        activation=activation,
+        revision=revision,
+        engine=engine,
+        policies={policy.name: policy for policy in revision.policies},
+        ready=compile_policies(revision.policies, engine, now, keeps_audit=keeps_audit),
+    )
 
 
 class Policies:
@@ -412,18 +425,3 @@ class Policies:
             since = "" if age is None else f" for {age:.1f} s"
             return f"policies could not be confirmed{since}; after {self._stale_after_s:g} s nothing is served"
         return None
-
-
-def build_snapshot(activation: Activation, revision: PolicyRevision, served: Served, now: datetime) -> Snapshot:
-    """The revision, ready for requests.
-
-    Raises:
-        CannotServe: a rule cannot be applied here as it is written, or two cannot be kept together.
-    """
-    return Snapshot(
-        activation=activation,
-        revision=revision,
-        served=served,
-        policies={policy.name: policy for policy in revision.policies},
-        ready=compile_policies(revision.policies, served, now),
-    )

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 from saeguard.requests import GenerateRequest
-from saeguard.results import PolicyFacts
 from saeguard.types import FeatureRef
 from saeguard_server.caller import Caller
-from saeguard_server.engine.protocol import Origin
+from saeguard_server.engine.protocol import CompiledEdit, Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
 from saeguard_server.policy.compile import Snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, Target
 from saeguard_server.policy.rules import (
     Clash,
-    CompiledRule,
-    CompiledTrigger,
+    EnforcedEdit,
     Selected,
     Selection,
     is_chosen,
     smallest,
     tighten,
-    trigger_edits,
+    without_edits,
 )
-from saeguard_server.steering import EditPart, TriggerPart, Wanted, WantedTrigger
+from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger, trigger_edits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resolution:
-    """What is done to one request: what is enforced, then what is only counted, then what it asks itself."""
+    """What is done to one request: what is enforced, then what is only counted, then what it asks for itself."""
 
-    edits: tuple[EditPart, ...]
-    triggers: tuple[TriggerPart, ...]
+    edits: tuple[CompiledEdit, ...]
+    triggers: tuple[CompiledTrigger, ...]
     max_relative_edit: float | None
     """Of its own edits."""
-    facts: PolicyFacts
-    requires_audit: bool
-    counterfactual: tuple[tuple[str, float], ...]
-    """Policies to be measured, and on which share of the requests."""
+    selected: Selected
 
 
 def resolve_policies(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Resolution:
@@ -55,15 +49,16 @@ def resolve_policies(request: GenerateRequest, caller: Caller, snapshot: Snapsho
         PoliciesUnavailable: two policies on it cannot be kept together.
     """
     selected = _selected(request, caller, snapshot, now)
-    if not request.interventions and not request.triggers:
-        return _resolution(selected, selected.edits, selected.triggers, request.max_relative_edit)
-    own = _Own(selected, snapshot)
+    own = _OwnSteering(selected, snapshot)
     own.add_edits(request)
     own.add_triggers(request)
-    edits = (*own.enforced(), *selected.shadow_edits, *(one.part for one in own.edits))
-    enforced = (one.part for one in selected.enforced.triggers)
-    triggers = (*enforced, *selected.shadow_triggers, *(one.part for one in own.triggers))
-    return _resolution(selected, edits, triggers, own.limit(request.max_relative_edit))
+    enforced = selected.enforced
+    return Resolution(
+        (*(own.tightened.get(id(edit), edit) for edit in enforced.edits), *selected.shadow_edits, *own.edits),
+        (*enforced.triggers, *selected.shadow_triggers, *own.triggers),
+        own.limit(request.max_relative_edit),
+        selected,
+    )
 
 
 def is_aimed_at(target: Target, caller: Caller, model: str) -> bool:
@@ -75,39 +70,33 @@ def is_aimed_at(target: Target, caller: Caller, model: str) -> bool:
     )
 
 
-def _resolution(
-    selected: Selected, edits: tuple[EditPart, ...], triggers: tuple[TriggerPart, ...], limit: float | None
-) -> Resolution:
-    return Resolution(edits, triggers, limit, selected.facts, selected.requires_audit, selected.counterfactual)
-
-
 def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selected:
     try:
         return snapshot.selected(_selection(request, caller, snapshot, now))
     except Clash as err:
         if request.policies:
-            raise PolicyRefusal("policies", str(err), policy=err.one.origin.policy, rule=err.one.origin.rule) from err
+            raise PolicyRefusal(
+                "policies", str(err), policy=err.first.origin.policy, rule=err.first.origin.rule
+            ) from err
         raise PoliciesUnavailable(str(err)) from err
 
 
 def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selection:
-    asked = set()
     for index, name in enumerate(request.policies):
-        _check_asked(name, f"policies[{index}]", snapshot, now)
-        asked.add(name)
-    model, conversation = snapshot.served.model_name, request.conversation
+        _check_named(name, f"policies[{index}]", snapshot, now)
+    model, conversation = snapshot.engine.model.name, request.conversation
     return tuple(
         name
-        for name, one in snapshot.ready.items()
-        if not _is_over(one.policy, now)
+        for name, (policy, _, _) in snapshot.ready.items()
+        if not _is_over(policy, now)
         and (
-            name in asked
-            or (is_aimed_at(one.policy.target, caller, model) and is_chosen(one.policy, caller.name, conversation))
+            name in request.policies
+            or (is_aimed_at(policy.target, caller, model) and is_chosen(policy, caller.name, conversation))
         )
     )
 
 
-def _check_asked(name: str, field: str, snapshot: Snapshot, now: datetime) -> None:
+def _check_named(name: str, field: str, snapshot: Snapshot, now: datetime) -> None:
     """Whoever asks for a policy must not get silently less."""
     if name not in snapshot.policies:
         raise UnknownName(field, f"no policy {name!r} is in force")
@@ -124,67 +113,63 @@ def _is_over(policy: Policy, now: datetime) -> bool:
     return policy.expires is not None and policy.expires <= now
 
 
-class _Own:
-    """A request's own edits and triggers, put beside what is enforced."""
+class _OwnSteering:
+    """A request's own edits and triggers beside what is enforced."""
 
     def __init__(self, selected: Selected, snapshot: Snapshot) -> None:
-        self.edits: list[CompiledRule] = []
+        self.edits: list[CompiledEdit] = []
         self.triggers: list[CompiledTrigger] = []
-        self._selected, self._served = selected, snapshot.served
-        self._in_place: dict[CompiledRule, CompiledRule] = {}
+        self.tightened: dict[int, CompiledEdit] = {}
+        """What takes the place of an enforced edit, by that one's id."""
+        self._selected, self._engine = selected, snapshot.engine
         self._became_rules = False
 
-    def enforced(self) -> Iterable[EditPart]:
-        """What is enforced, in its order, tightened where the request asks for it."""
-        return (self._in_place.get(rule, rule).part for rule in self._selected.enforced.edits)
-
-    def limit(self, asked: float | None) -> float | None:
+    def limit(self, max_relative_edit: float | None) -> float | None:
         """Of the request's own edits; none where each became part of a rule."""
-        if self.edits or any(one.edits for one in self.triggers):
-            return smallest((asked, self._selected.max_relative_edit))
-        return None if self._became_rules else asked
+        if self.edits or any(trigger.edits for trigger in self.triggers):
+            return smallest((max_relative_edit, self._selected.max_relative_edit))
+        return None if self._became_rules else max_relative_edit
 
     def add_edits(self, request: GenerateRequest) -> None:
-        for index, one in enumerate(request.interventions):
-            wanted = Wanted(intervention=one, field=f"interventions[{index}]")
-            self._check_allowed(one.ref, wanted.field)
-            asked = CompiledRule.of(wanted, self._served.edit(wanted))
-            change = tighten(self._rules(one.ref), asked, self._served)
+        for index, intervention in enumerate(request.interventions):
+            field = f"interventions[{index}]"
+            self._check_allowed(intervention.ref, field)
+            edit = compile_edit(self._engine, intervention, field)
+            change = tighten(self._enforced(edit.ref), edit, self._engine)
             if change is None:
-                self.edits.append(asked)
+                self.edits.append(edit)
                 continue
             self._became_rules = True
             rule, tighter = change
             if tighter is not None:
-                self._in_place[rule] = tighter
+                self.tightened[id(rule)] = tighter
 
     def add_triggers(self, request: GenerateRequest) -> None:
-        for index, one in enumerate(request.triggers):
-            wanted = WantedTrigger(trigger=one, field=f"triggers[{index}]", origin=Origin(rule=one.name))
-            for number, edit in enumerate(trigger_edits(one)):
-                self._check_allowed(edit.ref, f"{wanted.field}.apply.interventions[{number}]")
-            trigger = CompiledTrigger.of(wanted, self._served.trigger(wanted))
-            met = {
+        for index, trigger in enumerate(request.triggers):
+            field = f"triggers[{index}]"
+            for number, edit in enumerate(trigger_edits(trigger)):
+                self._check_allowed(edit.ref, f"{field}.apply.interventions[{number}]")
+            compiled = compile_trigger(self._engine, trigger, field, Origin(rule=trigger.name))
+            enforced = {
                 number
-                for number, edit in enumerate(trigger.edits)
-                if tighten(self._rules(edit.target), edit, self._served) is not None
+                for number, edit in enumerate(compiled.edits)
+                if tighten(self._enforced(edit.ref), edit, self._engine) is not None
             }
-            self._became_rules |= bool(met)
-            self.triggers.append(trigger.without(met, self._served))
+            self._became_rules |= bool(enforced)
+            self.triggers.append(without_edits(compiled, enforced))
 
-    def _rules(self, target: FeatureRef) -> tuple[CompiledRule, ...]:
-        return self._selected.enforced.by_feature.get(target, ())
+    def _enforced(self, ref: FeatureRef) -> tuple[EnforcedEdit, ...]:
+        return self._selected.enforced.by_feature.get(ref, ())
 
-    def _check_allowed(self, target: FeatureRef, field: str) -> None:
+    def _check_allowed(self, ref: FeatureRef, field: str) -> None:
         for policy, limits in self._selected.limits:
-            _check_limits(policy, limits, target, field)
+            _check_limits(policy, limits, ref, field)
 
 
-def _check_limits(policy: str, limits: PolicyLimits, target: FeatureRef, field: str) -> None:
+def _check_limits(policy: str, limits: PolicyLimits, ref: FeatureRef, field: str) -> None:
     saes, features = limits.allowed_saes, limits.allowed_features
-    if target.sae in limits.denied_saes or (saes is not None and target.sae not in saes):
-        raise PolicyRefusal(f"{field}.sae", f"callers may not edit features of {target.sae!r}", policy=policy)
-    if target in limits.denied_features or (features is not None and target not in features):
-        raise PolicyRefusal(
-            f"{field}.feature", f"callers may not edit feature {target.feature} of {target.sae!r}", policy=policy
-        )
+    if ref.sae in limits.denied_saes or (saes is not None and ref.sae not in saes):
+        raise PolicyRefusal(f"{field}.sae", f"callers may not edit features of {ref.sae!r}", policy=policy)
+    if ref in limits.denied_features or (features is not None and ref not in features):
+        problem = f"callers may not edit feature {ref.feature} of {ref.sae!r}"
+        raise PolicyRefusal(f"{field}.feature", problem, policy=policy)

@@ -1,134 +1,64 @@
-"""A policy's rules and triggers ready to be made, so that no request pays for it."""
+"""The rules of several policies on one request, and a request's own edits beside them, without weakening any rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import combinations
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from saeguard.catalog import Activation
 from saeguard.results import PolicyFacts
-from saeguard.types import Apply, FeatureRef, Flag, Intervention, Trigger
-from saeguard_server.engine.protocol import Origin
+from saeguard.types import FeatureRef, Scope
+from saeguard_server.engine.protocol import CompiledEdit, Engine, Origin
 from saeguard_server.errors import PolicyRefusal
 from saeguard_server.policy.model import Policy, PolicyLimits
 from saeguard_server.policy.tighten import NOTHING, Effect, Where, contains, meets, relation, strictness, tightened
-from saeguard_server.steering import EditPart, Served, TriggerPart, Wanted, WantedTrigger
+from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger, with_affine
+
+WEAKENS = "it would weaken what the rule does"
+ELSEWHERE = "an edit of that feature must have the rule's scope and condition"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CompiledRule:
-    """One edit, what it does in raw units, and where."""
-
-    wanted: Wanted
-    part: EditPart
-    effect: Effect
-    where: Where
-    members: tuple[CompiledRule, ...] = ()
-    """The rules that it was combined from, where it was."""
-
-    @classmethod
-    def of(cls, wanted: Wanted, part: EditPart, *, is_triggered: bool = False) -> CompiledRule:
-        """What somebody wants, as it was prepared."""
-        one = wanted.intervention
-        effect = Effect.of(one.kind, part.affine)
-        return cls(wanted, part, effect, Where(one.scope, one.when, is_triggered))
-
-    @property
-    def target(self) -> FeatureRef:
-        """What is edited."""
-        return self.wanted.intervention.ref
-
-    @property
-    def origin(self) -> Origin:
-        """Who wants it."""
-        return self.wanted.origin
-
-    @property
-    def rules(self) -> tuple[CompiledRule, ...]:
-        """The rules that it stands for."""
-        return self.members or (self,)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CompiledTrigger:
-    """One trigger with its edits."""
-
-    wanted: WantedTrigger
-    part: TriggerPart
-    edits: tuple[CompiledRule, ...]
-
-    @classmethod
-    def of(cls, wanted: WantedTrigger, part: TriggerPart) -> CompiledTrigger:
-        """What somebody wants, as it was prepared."""
-        made = zip(trigger_edits(wanted.trigger), part.edits, strict=True)
-        edits = (
-            CompiledRule.of(
-                Wanted(
-                    intervention=one,
-                    field=f"{wanted.field}.apply.interventions[{index}]",
-                    origin=wanted.origin,
-                    is_shadow=wanted.is_shadow,
-                    is_limited=wanted.is_limited,
-                ),
-                edit,
-                is_triggered=True,
-            )
-            for index, (one, edit) in enumerate(made)
-        )
-        return cls(wanted, part, tuple(edits))
-
-    def without(self, dropped: set[int], served: Served) -> CompiledTrigger:
-        """The trigger without some of its edits; it only flags where none is left."""
-        if not dropped:
-            return self
-        trigger = self.wanted.trigger
-        left = tuple(one for index, one in enumerate(trigger_edits(trigger)) if index not in dropped)
-        wanted = replace(self.wanted, trigger=replace(trigger, action=Apply(left) if left else Flag()))
-        return CompiledTrigger.of(wanted, served.trigger(wanted))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CompiledPolicy:
+class CompiledPolicy(NamedTuple):
     """A policy with everything that it may do to a request."""
 
     policy: Policy
-    edits: tuple[CompiledRule, ...]
+    edits: tuple[CompiledEdit, ...]
     triggers: tuple[CompiledTrigger, ...]
 
 
-def trigger_edits(trigger: Trigger) -> Sequence[Intervention]:
-    """The edits that a trigger makes."""
-    return trigger.action.interventions if isinstance(trigger.action, Apply) else ()
+class EnforcedEdit(NamedTuple):
+    """An edit that is made of everybody's requests, and the rules that it was combined from."""
+
+    edit: CompiledEdit
+    rules: tuple[CompiledEdit, ...]
 
 
-def wanted_rules(policy: Policy) -> Iterator[Wanted]:
-    """What the policy's rules want."""
-    for index, rule in enumerate(policy.rules):
-        yield Wanted(
-            intervention=rule.intervention,
-            field=f"rules[{index}]",
-            origin=Origin(policy.name, rule.name),
-            is_shadow=policy.mode == "shadow",
-            is_limited=False,
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """What is enforced on one request: at most one edit of each feature on each token."""
+
+    edits: tuple[CompiledEdit, ...]
+    triggers: tuple[CompiledTrigger, ...]
+    by_feature: dict[FeatureRef, tuple[EnforcedEdit, ...]]
+    """Every edit of a feature, those of triggers too."""
+
+
+class Clash(ValueError):
+    """Two rules on one feature that cannot both be kept."""
+
+    def __init__(self, first: CompiledEdit, second: CompiledEdit) -> None:
+        before, after = first.origin, second.origin
+        super().__init__(
+            f"feature {first.feature} of {first.sae!r}: rule {before.rule!r} of policy {before.policy!r} and rule "
+            f"{after.rule!r} of policy {after.policy!r} cannot both be kept"
         )
+        self.first, self.second = first, second
 
 
-def wanted_triggers(policy: Policy) -> Iterator[WantedTrigger]:
-    """What the policy's triggers want."""
-    for index, trigger in enumerate(policy.triggers):
-        yield WantedTrigger(
-            trigger=trigger,
-            field=f"triggers[{index}]",
-            origin=Origin(policy.name, trigger.name),
-            is_shadow=policy.mode == "shadow",
-            is_limited=False,
-        )
-
-
-def compile_policy(policy: Policy, served: Served) -> CompiledPolicy:
+def compile_policy(policy: Policy, engine: Engine) -> CompiledPolicy:
     """The policy, as the engine can make it.
 
     Raises:
@@ -136,192 +66,183 @@ def compile_policy(policy: Policy, served: Served) -> CompiledPolicy:
     """
     return CompiledPolicy(
         policy,
-        tuple(CompiledRule.of(one, served.edit(one)) for one in wanted_rules(policy)),
-        tuple(CompiledTrigger.of(one, served.trigger(one)) for one in wanted_triggers(policy)),
+        tuple(compile_rule(policy, index, engine) for index in range(len(policy.rules))),
+        tuple(compile_policy_trigger(policy, index, engine) for index in range(len(policy.triggers))),
     )
 
 
-# The rules of several policies on one request, and a request's own edits beside them, without weakening any rule.
+def compile_rule(policy: Policy, index: int, engine: Engine) -> CompiledEdit:
+    """One of its rules; raises UnknownName, InvalidRequest."""
+    rule, is_shadow = policy.rules[index], policy.mode == "shadow"
+    origin = Origin(policy.name, rule.name)
+    return compile_edit(engine, rule.intervention, f"rules[{index}]", origin, is_shadow=is_shadow, is_limited=False)
 
 
-WEAKENS = "it would weaken what the rule does"
-ELSEWHERE = "an edit of that feature must have the rule's scope and condition"
+def compile_policy_trigger(policy: Policy, index: int, engine: Engine) -> CompiledTrigger:
+    """One of its triggers; raises UnknownName, InvalidRequest."""
+    trigger, is_shadow = policy.triggers[index], policy.mode == "shadow"
+    origin = Origin(policy.name, trigger.name)
+    return compile_trigger(engine, trigger, f"triggers[{index}]", origin, is_shadow=is_shadow, is_limited=False)
 
 
-class Clash(ValueError):
-    """Two rules on one feature that cannot both be kept."""
-
-    def __init__(self, one: CompiledRule, other: CompiledRule) -> None:
-        first, second = one.origin, other.origin
-        where = f"feature {one.target.feature} of {one.target.sae!r}"
-        super().__init__(
-            f"{where}: rule {first.rule!r} of policy {first.policy!r} and rule {second.rule!r} of policy "
-            f"{second.policy!r} cannot both be kept"
-        )
-        self.one, self.other = one, other
-
-
-@dataclass(frozen=True, slots=True)
-class Combined:
-    """What is enforced on one request: at most one edit of each feature on each token."""
-
-    edits: tuple[CompiledRule, ...]
-    triggers: tuple[CompiledTrigger, ...]
-    by_feature: dict[FeatureRef, tuple[CompiledRule, ...]]
-    """Every edit of a feature, those of triggers too."""
-
-
-def combine(edits: Sequence[CompiledRule], triggers: Sequence[CompiledTrigger], served: Served) -> Combined:
+def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], engine: Engine) -> Combined:
     """Puts rules together; each is kept, whoever wrote it.
 
     Raises:
         Clash: two cannot be kept together.
     """
-    on_feature: dict[FeatureRef, list[CompiledRule]] = {}
-    for one in edits:
-        on_feature.setdefault(one.target, []).append(one)
-    by_feature = {target: _combined(rules, served) for target, rules in on_feature.items()}
-    kept = tuple(_trigger_beside(by_feature, one, served) for one in triggers)
-    made = tuple(one for rules in by_feature.values() for one in rules)
-    for trigger in kept:
-        for one in trigger.edits:
-            before = by_feature.setdefault(one.target, ())
-            _check_apart(one, before)
-            by_feature[one.target] = (*before, one)
-    return Combined(made, kept, by_feature)
+    on_feature: dict[FeatureRef, list[CompiledEdit]] = {}
+    for edit in edits:
+        on_feature.setdefault(edit.ref, []).append(edit)
+    by_feature = {ref: _combined(rules, engine) for ref, rules in on_feature.items()}
+    remaining = tuple(_trigger_beside(by_feature, trigger) for trigger in triggers)
+    combined = tuple(enforced.edit for group in by_feature.values() for enforced in group)
+    for trigger in remaining:
+        for edit in trigger.edits:
+            before = by_feature.setdefault(edit.ref, ())
+            _check_apart(edit, before)
+            by_feature[edit.ref] = (*before, EnforcedEdit(edit, (edit,)))
+    return Combined(combined, remaining, by_feature)
 
 
-def clash_of(one: CompiledRule, other: CompiledRule) -> Clash | None:
+def clash_of(first: CompiledEdit, second: CompiledEdit) -> Clash | None:
     """Why two rules of one feature cannot be kept together, if they cannot."""
-    if relation(one.where, other.where) == "apart" or _is_absorbed(one, other) or _is_absorbed(other, one):
+    between = relation(Where.of(first), Where.of(second))
+    if between == "apart" or _is_absorbed(first, second) or _is_absorbed(second, first):
         return None
-    if relation(one.where, other.where) == "same":
-        first, then = sorted((one.effect, other.effect), key=strictness)
-        if tightened(first, then) is not None:
+    if between == "same":
+        loose, strict = sorted((effect_of(first), effect_of(second)), key=strictness)
+        if tightened(loose, strict) is not None:
             return None
-    return Clash(one, other)
+    return Clash(first, second)
 
 
 def tighten(
-    rules: Iterable[CompiledRule], asked: CompiledRule, served: Served
-) -> tuple[CompiledRule, CompiledRule | None] | None:
-    """What becomes of a request's own edit where rules edit its feature: the rule and what takes its place.
+    group: Iterable[EnforcedEdit], edit: CompiledEdit, engine: Engine
+) -> tuple[CompiledEdit, CompiledEdit | None] | None:
+    """What becomes of a request's own edit where rules edit its feature: the rule's edit and what takes its place.
 
     Returns:
         None where no rule is on its tokens: it is made beside them. A pair without a second where the rule alone does
-        what was asked already.
+        what the request asks for already.
 
     Raises:
         PolicyRefusal: it would weaken a rule; the field, policy and rule are named.
     """
-    for rule in rules:
-        if relation(rule.where, asked.where) == "apart":
+    where = Where.of(edit)
+    for enforced in group:
+        rule = enforced.edit
+        between = relation(Where.of(rule), where)
+        if between == "apart":
             continue
-        if _is_absorbed(rule, asked):
+        if _is_absorbed(rule, edit):
             return rule, None
-        if relation(rule.where, asked.where) != "same":
-            raise _refusal(asked, rule, _field_elsewhere(rule.where, asked.where), ELSEWHERE)
-        effect = tightened(rule.effect, asked.effect)
+        if between != "same":
+            raise _refusal(edit, enforced.rules[-1], _field_elsewhere(rule.scope, edit.scope), ELSEWHERE)
+        effect = tightened(effect_of(rule), effect_of(edit))
         if effect is None:
-            raise _refusal(asked, _refusing(rule, asked), asked.wanted.intervention.kind, WEAKENS)
-        return rule, rule if effect == rule.effect else _made(rule, effect, served)
+            raise _refusal(edit, _refusing(enforced, edit), edit.kind, WEAKENS)
+        return rule, rule if effect == effect_of(rule) else with_affine(engine, rule, effect.kind, effect.affine)
     return None
 
 
-def _combined(rules: list[CompiledRule], served: Served) -> tuple[CompiledRule, ...]:
+def effect_of(edit: CompiledEdit) -> Effect:
+    """What the edit demands of the feature's value."""
+    return Effect.of(edit.kind, edit.affine)
+
+
+def without_edits(trigger: CompiledTrigger, dropped: set[int]) -> CompiledTrigger:
+    """The trigger without some of its edits; it only flags where none is left."""
+    if not dropped:
+        return trigger
+    return replace(trigger, edits=tuple(edit for index, edit in enumerate(trigger.edits) if index not in dropped))
+
+
+def _combined(rules: list[CompiledEdit], engine: Engine) -> tuple[EnforcedEdit, ...]:
     """At most one edit for each group of tokens.
 
     Raises:
         Clash: two cannot be kept together.
     """
     if len(rules) == 1:
-        return tuple(rules)
-    groups: dict[Where, list[CompiledRule]] = {}
+        return (EnforcedEdit(rules[0], (rules[0],)),)
+    groups: dict[Where, list[CompiledEdit]] = {}
     for rule in rules:
-        groups.setdefault(rule.where, []).append(rule)
-    folded = [_folded(group, served) for group in groups.values()]
+        groups.setdefault(Where.of(rule), []).append(rule)
+    folded = [_folded(group, engine) for group in groups.values()]
     absorbed: set[int] = set()
-    for one, other in combinations(range(len(folded)), 2):
-        outer, inner = folded[one], folded[other]
-        if relation(outer.where, inner.where) == "apart":
+    for first, second in combinations(range(len(folded)), 2):
+        outer, inner = folded[first], folded[second]
+        if relation(Where.of(outer.edit), Where.of(inner.edit)) == "apart":
             continue
         if _absorbs(outer, inner):
-            absorbed.add(other)
+            absorbed.add(second)
         elif _absorbs(inner, outer):
-            absorbed.add(one)
+            absorbed.add(first)
         else:
             raise Clash(outer.rules[-1], inner.rules[-1])
-    return tuple(one for index, one in enumerate(folded) if index not in absorbed)
+    return tuple(enforced for index, enforced in enumerate(folded) if index not in absorbed)
 
 
-def _folded(group: list[CompiledRule], served: Served) -> CompiledRule:
+def _folded(group: list[CompiledEdit], engine: Engine) -> EnforcedEdit:
     """One edit that counts as the strictest rule's: the last one that made a difference."""
-    if len(group) == 1:
-        return group[0]
-    ordered = sorted(group, key=lambda rule: strictness(rule.effect))
+    ordered = sorted(group, key=lambda rule: strictness(effect_of(rule)))
     effect, strictest = NOTHING, ordered[0]
     for index, rule in enumerate(ordered):
-        both = tightened(effect, rule.effect)
+        both = tightened(effect, effect_of(rule))
         if both is None:
             # What refuses it is one of those before: which bounds or map it met does not matter.
-            before = next((one for one in ordered[:index] if tightened(one.effect, rule.effect) is None), ordered[0])
-            raise Clash(before, rule)
+            refusing = (before for before in ordered[:index] if tightened(effect_of(before), effect_of(rule)) is None)
+            raise Clash(next(refusing, ordered[0]), rule)
         if both != effect:
             effect, strictest = both, rule
-    return replace(_made(strictest, effect, served), members=tuple(ordered))
+    if len(group) > 1:
+        strictest = with_affine(engine, strictest, effect.kind, effect.affine)
+    return EnforcedEdit(strictest, tuple(ordered))
 
 
-def _absorbs(outer: CompiledRule, inner: CompiledRule) -> bool:
-    return all(_is_absorbed(outer, rule) for rule in inner.rules)
+def _absorbs(outer: EnforcedEdit, inner: EnforcedEdit) -> bool:
+    return all(_is_absorbed(outer.edit, rule) for rule in inner.rules)
 
 
-def _is_absorbed(rule: CompiledRule, asked: CompiledRule) -> bool:
-    """Whether the rule alone does, wherever ``asked`` would be made, what it asks."""
-    return relation(rule.where, asked.where) in ("within", "same") and meets(rule.effect, asked.effect)
+def _is_absorbed(rule: CompiledEdit, edit: CompiledEdit) -> bool:
+    """Whether the rule alone does, wherever the edit would be made, what it demands."""
+    return relation(Where.of(rule), Where.of(edit)) in ("within", "same") and meets(effect_of(rule), effect_of(edit))
 
 
 def _trigger_beside(
-    by_feature: dict[FeatureRef, tuple[CompiledRule, ...]], trigger: CompiledTrigger, served: Served
+    by_feature: dict[FeatureRef, tuple[EnforcedEdit, ...]], trigger: CompiledTrigger
 ) -> CompiledTrigger:
     """A trigger without those edits that rules make anyway."""
     dropped = {
         index
-        for index, one in enumerate(trigger.edits)
-        if any(_is_absorbed(rule, one) for rule in by_feature.get(one.target, ()))
+        for index, edit in enumerate(trigger.edits)
+        if any(_is_absorbed(enforced.edit, edit) for enforced in by_feature.get(edit.ref, ()))
     }
-    return trigger.without(dropped, served)
+    return without_edits(trigger, dropped)
 
 
-def _check_apart(one: CompiledRule, others: Iterable[CompiledRule]) -> None:
+def _check_apart(edit: CompiledEdit, others: Iterable[EnforcedEdit]) -> None:
     for other in others:
-        if relation(other.where, one.where) != "apart":
-            raise Clash(other.rules[-1], one)
+        if relation(Where.of(other.edit), Where.of(edit)) != "apart":
+            raise Clash(other.rules[-1], edit)
 
 
-def _made(rule: CompiledRule, effect: Effect, served: Served) -> CompiledRule:
-    """The rule's edit with another effect. It counts as the rule's."""
-    one = rule.wanted.intervention
-    edit = effect.edit_of(one)
-    wanted = replace(rule.wanted, intervention=edit, affine=effect.affine)
-    return replace(rule, wanted=wanted, part=served.edit(wanted), effect=effect)
-
-
-def _refusing(rule: CompiledRule, asked: CompiledRule) -> CompiledRule:
+def _refusing(enforced: EnforcedEdit, edit: CompiledEdit) -> CompiledEdit:
     """Of the rules that were combined, one that does not allow it."""
-    return next((one for one in rule.rules if tightened(one.effect, asked.effect) is None), rule.rules[-1])
+    refusing = (rule for rule in enforced.rules if tightened(effect_of(rule), effect_of(edit)) is None)
+    return next(refusing, enforced.rules[-1])
 
 
-def _field_elsewhere(rule: Where, asked: Where) -> str:
-    return "when" if rule.scope == asked.scope or contains(rule.scope, asked.scope) else "scope"
+def _field_elsewhere(rule: Scope, edit: Scope) -> str:
+    return "when" if rule == edit or contains(rule, edit) else "scope"
 
 
-def _refusal(asked: CompiledRule, rule: CompiledRule, field: str, why: str) -> PolicyRefusal:
-    named = rule.rules[-1].origin
-    return PolicyRefusal(f"{asked.wanted.field}.{field}", why, policy=named.policy, rule=named.rule)
+def _refusal(edit: CompiledEdit, rule: CompiledEdit, field: str, why: str) -> PolicyRefusal:
+    return PolicyRefusal(f"{edit.field}.{field}", why, policy=rule.origin.policy, rule=rule.origin.rule)
 
 
-# Which policies are on a request, and what they come to together: worked out once for each set of them.
-
+# --- which policies are on a request, and what they come to together: worked out once for each set of them
 
 Selection: TypeAlias = tuple[str, ...]
 """Names of policies, in order."""
@@ -332,12 +253,9 @@ class Selected:
     """Several policies as one."""
 
     enforced: Combined
-    edits: tuple[EditPart, ...]
-    """Of a request without its own: what is enforced, then what is only counted."""
-    triggers: tuple[TriggerPart, ...]
-    """In the same order."""
-    shadow_edits: tuple[EditPart, ...]
-    shadow_triggers: tuple[TriggerPart, ...]
+    shadow_edits: tuple[CompiledEdit, ...]
+    """What is only counted."""
+    shadow_triggers: tuple[CompiledTrigger, ...]
     limits: tuple[tuple[str, PolicyLimits], ...]
     """What each enforced policy lets callers do, by the policy's name; those without limits are left out."""
     max_relative_edit: float | None
@@ -349,7 +267,7 @@ class Selected:
 
 
 def select_policies(
-    names: Selection, ready: Mapping[str, CompiledPolicy], activation: Activation, served: Served
+    names: Selection, ready: Mapping[str, CompiledPolicy], activation: Activation, engine: Engine
 ) -> Selected:
     """The rules of these policies together.
 
@@ -358,51 +276,44 @@ def select_policies(
             request's own ``policies`` can bring them together.
     """
     chosen = [ready[name] for name in names]
-    enforcing = [one for one in chosen if one.policy.mode == "enforce"]
-    shadows = [one for one in chosen if one.policy.mode == "shadow"]
-    enforced = combine(
-        [edit for one in enforcing for edit in one.edits],
-        [trigger for one in enforcing for trigger in one.triggers],
-        served,
-    )
-    shadow_edits = tuple(edit.part for one in shadows for edit in one.edits)
-    shadow_triggers = tuple(trigger.part for one in shadows for trigger in one.triggers)
-    limits = tuple((one.policy.name, one.policy.limits) for one in enforcing if one.policy.limits != PolicyLimits())
+    enforcing = [compiled for compiled in chosen if compiled.policy.mode == "enforce"]
+    shadows = [compiled for compiled in chosen if compiled.policy.mode == "shadow"]
+    policies = [compiled.policy for compiled in enforcing]
+    limits = tuple((policy.name, policy.limits) for policy in policies if policy.limits != PolicyLimits())
     return Selected(
-        enforced=enforced,
-        edits=(*(one.part for one in enforced.edits), *shadow_edits),
-        triggers=(*(one.part for one in enforced.triggers), *shadow_triggers),
-        shadow_edits=shadow_edits,
-        shadow_triggers=shadow_triggers,
+        enforced=combine(
+            [edit for compiled in enforcing for edit in compiled.edits],
+            [trigger for compiled in enforcing for trigger in compiled.triggers],
+            engine,
+        ),
+        shadow_edits=tuple(edit for compiled in shadows for edit in compiled.edits),
+        shadow_triggers=tuple(trigger for compiled in shadows for trigger in compiled.triggers),
         limits=limits,
-        max_relative_edit=smallest(one.max_relative_edit for _, one in limits),
+        max_relative_edit=smallest(limit.max_relative_edit for _, limit in limits),
         facts=PolicyFacts(
             activation=activation.number,
             revision=activation.revision,
-            enforced=tuple(one.policy.name for one in enforcing),
-            shadowed=tuple(one.policy.name for one in shadows),
+            enforced=tuple(policy.name for policy in policies),
+            shadowed=tuple(compiled.policy.name for compiled in shadows),
         ),
-        requires_audit=any(one.policy.requires_audit for one in chosen),
+        requires_audit=any(compiled.policy.requires_audit for compiled in chosen),
         counterfactual=tuple(
-            (one.policy.name, one.policy.counterfactual_share) for one in enforcing if one.policy.counterfactual_share
+            (policy.name, policy.counterfactual_share) for policy in policies if policy.counterfactual_share
         ),
     )
 
 
 def smallest(limits: Iterable[float | None]) -> float | None:
     """The smallest limit that is one."""
-    return min((one for one in limits if one is not None), default=None)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
-# Which requests a share holds: by a stable hash, so that replicas agree and a share that grows keeps everyone.
-
-
-_BYTES = 8
+# --- which requests a share holds: by a stable hash, so that replicas agree and a share that grows keeps everyone
 
 
 def rollout_position(policy: str, by: str, key: str) -> float:
     """Where a caller or conversation stands in a policy's rollout, in [0, 1): in the share exactly if below it."""
-    digest = blake2b(f"{policy}\0{by}\0{key}".encode(errors="surrogatepass"), digest_size=_BYTES).digest()
+    digest = blake2b(f"{policy}\0{by}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     # The 53 bits that a float holds: rounding all 64 could give 1.
     return (int.from_bytes(digest, "big") >> 11) / 2.0**53
 

@@ -16,9 +16,8 @@ from datetime import UTC, datetime
 
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
-from saeguard_server.policy import compile
 from saeguard_server.policy.administration import Administration
-from saeguard_server.policy.compile import Policies, Snapshot, check_or_refuse
+from saeguard_server.policy.compile import Policies, Snapshot, build_snapshot, check_or_refuse
 from saeguard_server.policy.model import Policy
 from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import (
@@ -31,7 +30,6 @@ from saeguard_server.policy.store.protocol import (
     WentBack,
 )
 from saeguard_server.settings import NO_STORE, BadSettings, PolicySettings
-from saeguard_server.steering import ServedModel
 
 LOG = logging.getLogger("saeguard.policies")
 
@@ -169,12 +167,12 @@ class PolicySync:
         self._synced_at = looked
 
     def _count(self, active: Active) -> None:
-        made = active.activation.time
+        time_of = active.activation.time
         self._metrics.policy_revision.set(active.revision.number)
         self._metrics.policy_activation.set(active.activation.number)
-        self._metrics.policy_activation_time.set(made.timestamp())
+        self._metrics.policy_activation_time.set(time_of.timestamp())
         if self._applied is not None:
-            self._metrics.policy_apply_lag.observe(max(0.0, (datetime.now(UTC) - made).total_seconds()))
+            self._metrics.policy_apply_lag.observe(max(0.0, (datetime.now(UTC) - time_of).total_seconds()))
 
     def _say(self, reason: str, message: str) -> None:
         if message != self._said:
@@ -191,7 +189,7 @@ class PolicySync:
         }
 
 
-# Policies while the server runs: their store, the snapshot that follows it, and what people may do to them.
+# --- policies while the server runs: their store, the snapshot that follows it, and what people may do to them
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +233,13 @@ async def enforcing(
     if store is None:
         yield None
         return
-    served = ServedModel(engine, keeps_audit=keeps_audit)
 
     def build(active: Active) -> Snapshot:
-        return compile.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
+        now = datetime.now(UTC)
+        return build_snapshot(active.activation, active.revision, engine, now, keeps_audit=keeps_audit)
 
     def check(policies: Sequence[Policy]) -> tuple[str, ...]:
-        return check_or_refuse(policies, served, datetime.now(UTC))
+        return check_or_refuse(policies, engine, datetime.now(UTC), keeps_audit=keeps_audit)
 
     policies = Policies(settings.stale_after_s)
     sync = PolicySync(store, policies, build, metrics, poll_s=settings.poll_s)

@@ -1,17 +1,18 @@
-"""Whether what somebody asks would weaken what a policy enforces, and what both together come to. Pure, in raw units.
+"""Whether a request's edit would weaken what a policy enforces, and what both together come to. Pure, in raw units.
 
-Each kind of edit makes a demand on the feature's value: a constant, a factor, a difference, or bounds. What is asked is
-accepted where one map is at least as tight as the rule and keeps the asked demand.
+Each kind of edit makes a demand on the feature's value: a constant, a factor, a difference, or bounds. An edit is
+accepted where one map is at least as tight as the rule and keeps the edit's demand.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from saeguard.types import Add, Cap, Clamp, Condition, Floor, Intervention, Scale, Scope, Zero
+from saeguard.types import Scope
 from saeguard_sae.edits import Affine
+from saeguard_server.engine.protocol import CompiledEdit
 
 Base: TypeAlias = Literal["free", "constant", "scale", "add"]
 Relation: TypeAlias = Literal["apart", "same", "within", "across"]
@@ -35,10 +36,12 @@ class Effect:
         match kind:
             case "zero" | "clamp":
                 return cls("constant", affine.beta)
+            case "scale" if affine.alpha == 0:
+                return cls("constant", 0.0)
             case "scale":
-                return cls("scale", affine.alpha) if affine.alpha else cls("constant", 0.0)
+                return cls("scale", affine.alpha, affine.lo, affine.hi)
             case "add":
-                return cls("add", affine.beta)
+                return cls("add", affine.beta, affine.lo, affine.hi)
             case "cap" | "floor":
                 return cls(low=affine.lo, high=affine.hi)
         raise AssertionError(f"a kind of edit without a demand: {kind}")
@@ -56,18 +59,16 @@ class Effect:
             case "add":
                 return Affine(beta=self.value, lo=self.low, hi=self.high)
 
-    def edit_of(self, like: Intervention) -> Intervention:
-        """An edit of the same tokens, of the kind that says best what this is; ``affine`` says exactly."""
-        place: dict[str, Any] = {"sae": like.sae, "feature": like.feature, "scope": like.scope, "when": like.when}
+    @property
+    def kind(self) -> str:
+        """The kind that says best what it is; ``affine`` says exactly."""
         match self.base:
             case "free":
-                return Cap(value=self.high, **place) if self.high < inf else Floor(value=self.low, **place)
+                return "cap" if self.high < inf else "floor"
             case "constant":
-                return Clamp(value=self.value, **place) if self.value else Zero(**place)
-            case "scale":
-                return Scale(factor=self.value, **place)
-            case "add":
-                return Add(value=self.value, **place)
+                return "clamp" if self.value else "zero"
+            case base:
+                return base
 
     @property
     def may_be_capped(self) -> bool:
@@ -86,33 +87,33 @@ class Effect:
 NOTHING = Effect()
 
 
-def tightened(enforced: Effect, asked: Effect) -> Effect | None:
-    """The effect that is at least as tight as ``enforced`` and keeps the demand of ``asked``; None where there is none.
+def tightened(enforced: Effect, requested: Effect) -> Effect | None:
+    """The effect that is as tight as ``enforced`` and keeps the demand of ``requested``; None where there is none.
 
     Args:
-        asked: of one edit. A factor or difference under enforced bounds is kept within them.
+        requested: of one edit. A factor or difference under enforced bounds is kept within them.
     """
     if enforced.base == "constant":
-        return enforced if meets(enforced, asked) else None
-    match asked.base:
+        return enforced if meets(enforced, requested) else None
+    match requested.base:
         case "free":
-            return _bounded(enforced, asked)
+            return _bounded(enforced, requested)
         case "constant":
-            return _pinned(enforced, asked)
+            return _pinned(enforced, requested)
         case "scale" | "add":
-            return _moved(enforced, asked)
+            return _moved(enforced, requested)
 
 
-def meets(enforced: Effect, asked: Effect) -> bool:
-    """Whether ``enforced`` alone keeps the demand of ``asked``, whatever the feature's value."""
+def meets(enforced: Effect, requested: Effect) -> bool:
+    """Whether ``enforced`` alone keeps the demand of ``requested``, whatever the feature's value."""
     low, high = (enforced.value,) * 2 if enforced.base == "constant" else (enforced.low, enforced.high)
-    match asked.base:
+    match requested.base:
         case "free":
-            return asked.low <= low and high <= asked.high
+            return requested.low <= low and high <= requested.high
         case "constant":
-            return low == high == asked.value
+            return low == high == requested.value
         case "scale" | "add":
-            return enforced == asked
+            return enforced == requested
 
 
 def strictness(effect: Effect) -> tuple[int, float]:
@@ -128,26 +129,26 @@ def strictness(effect: Effect) -> tuple[int, float]:
             return 2, 0.0
 
 
-def _bounded(enforced: Effect, asked: Effect) -> Effect | None:
-    if (asked.high < inf and not enforced.may_be_capped) or (asked.low > -inf and not enforced.may_be_floored):
+def _bounded(enforced: Effect, requested: Effect) -> Effect | None:
+    if (requested.high < inf and not enforced.may_be_capped) or (requested.low > -inf and not enforced.may_be_floored):
         return None
-    low, high = max(enforced.low, asked.low), min(enforced.high, asked.high)
+    low, high = max(enforced.low, requested.low), min(enforced.high, requested.high)
     return replace(enforced, low=low, high=high) if low <= high else None
 
 
-def _pinned(enforced: Effect, asked: Effect) -> Effect | None:
-    is_within = enforced.low <= asked.value <= enforced.high
+def _pinned(enforced: Effect, requested: Effect) -> Effect | None:
+    is_within = enforced.low <= requested.value <= enforced.high
     is_tight = enforced.base == "free" or (
-        enforced.base == "scale" and 0 <= enforced.value <= 1 and asked.value == 0
+        enforced.base == "scale" and 0 <= enforced.value <= 1 and requested.value == 0
     )  # fmt: skip
-    return asked if is_within and is_tight else None
+    return requested if is_within and is_tight else None
 
 
-def _moved(enforced: Effect, asked: Effect) -> Effect | None:
+def _moved(enforced: Effect, requested: Effect) -> Effect | None:
     if enforced.base == "free":
-        return replace(asked, low=enforced.low, high=enforced.high)
-    old, new = enforced.value, asked.value
-    if enforced.base != asked.base:
+        return replace(requested, low=enforced.low, high=enforced.high)
+    old, new = enforced.value, requested.value
+    if enforced.base != requested.base:
         return None
     if enforced.base == "scale":
         is_tight = 0 <= new <= old <= 1 or new >= old >= 1 or new == old
@@ -161,32 +162,40 @@ class Where:
     """The tokens on which an edit is made: those of a scope, while a condition holds, from when a trigger fired."""
 
     scope: Scope
-    when: Condition | None = None
+    condition: str = ""
+    """Its digest."""
     is_triggered: bool = False
+
+    @classmethod
+    def of(cls, edit: CompiledEdit) -> Where:
+        """Where the edit is made."""
+        if edit.condition is None:
+            return cls(edit.scope)
+        return cls(edit.scope, edit.condition.digest, edit.condition.is_trigger)
 
     @property
     def is_conditional(self) -> bool:
         """Whether it may be on none of the scope's tokens."""
-        return self.when is not None or self.is_triggered
+        return bool(self.condition)
 
 
-def relation(enforced: Where, asked: Where) -> Relation:
-    """``apart``: no token is in both; ``same``: the same tokens; ``within``: all of ``asked`` are always enforced."""
-    if are_apart(enforced.scope, asked.scope):
+def relation(enforced: Where, requested: Where) -> Relation:
+    """``apart``: no token is in both; ``same``: the same tokens; ``within``: all ``requested`` are always enforced."""
+    if are_apart(enforced.scope, requested.scope):
         return "apart"
-    if enforced == asked and not enforced.is_triggered:
+    if enforced == requested and not enforced.is_triggered:
         return "same"
-    if not enforced.is_conditional and contains(enforced.scope, asked.scope):
+    if not enforced.is_conditional and contains(enforced.scope, requested.scope):
         return "within"
     return "across"
 
 
-def are_apart(one: Scope, other: Scope) -> bool:
+def are_apart(first: Scope, second: Scope) -> bool:
     """Whether no token of any prompt is in both."""
     return (
-        {one.phase, other.phase} == {"prompt", "generated"}
-        or _ends_before(one, max(_first(one), _first(other)))
-        or _ends_before(other, max(_first(one), _first(other)))
+        {first.phase, second.phase} == {"prompt", "generated"}
+        or _ends_before(first, max(_first(first), _first(second)))
+        or _ends_before(second, max(_first(first), _first(second)))
     )
 
 

@@ -1,4 +1,4 @@
-"""PolicyService: policies are read and written, revisions put in force. Whose role allows what is the doorman's."""
+"""PolicyService: policies are read and written, revisions put in force. Whose role allows what is decided before."""
 
 from __future__ import annotations
 

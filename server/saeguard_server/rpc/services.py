@@ -27,7 +27,7 @@ from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import RpcLimiter
 from saeguard_server.catalog import Catalog
 from saeguard_server.errors import InternalFailure, InvalidRequest
-from saeguard_server.generation import Compare, Generation
+from saeguard_server.generation import Generation
 from saeguard_server.rpc import interceptor
 from saeguard_server.rpc.interceptor import closing
 from saeguard_server.settings import LimitSettings
@@ -45,10 +45,8 @@ ENTRY_BYTES = 9
 class GenerationServicer(GenerationServiceServicer):
     """Text, as a stream, whole, or compared."""
 
-    def __init__(
-        self, generation: Generation, comparison: Compare, admission: RpcLimiter, limits: LimitSettings
-    ) -> None:
-        self._generation, self._comparison, self._admission, self._limits = generation, comparison, admission, limits
+    def __init__(self, generation: Generation, limiter: RpcLimiter, limits: LimitSettings) -> None:
+        self._generation, self._limiter, self._limits = generation, limiter, limits
 
     async def Generate(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.GenerateResponse:
         """The whole completion in one reply."""
@@ -73,13 +71,13 @@ class GenerationServicer(GenerationServiceServicer):
     async def Compare(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.CompareResponse:
         """Both completions in one reply."""
         generation, call = generate_request(request, self._limits), interceptor.current_call()
-        with self._admission.work(call.caller):
-            comparison = await self._comparison.run(generation, call)
+        with self._limiter.work(call.caller):
+            comparison = await self._generation.compare(generation, call)
         return to_message(generation_pb.CompareResponse, comparison)
 
     async def _chunks(self, request: generation_pb.GenerateRequest) -> AsyncIterator[StreamChunk]:
         generation, call = generate_request(request, self._limits), interceptor.current_call()
-        with self._admission.work(call.caller):
+        with self._limiter.work(call.caller):
             async with closing(self._generation.stream(generation, call)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -88,15 +86,15 @@ class GenerationServicer(GenerationServiceServicer):
 class ActivationServicer(ActivationServiceServicer):
     """Which features fire on which token, in messages of bounded size."""
 
-    def __init__(self, activations: ReadActivations, admission: RpcLimiter, limits: LimitSettings) -> None:
-        self._activations, self._admission, self._limits = activations, admission, limits
+    def __init__(self, activations: ReadActivations, limiter: RpcLimiter, limits: LimitSettings) -> None:
+        self._activations, self._limiter, self._limits = activations, limiter, limits
 
     async def GetActivations(
         self, request: activation_pb.GetActivationsRequest, context: object
     ) -> AsyncIterator[activation_pb.GetActivationsResponse]:
         """Reads the inputs once and streams what fired."""
         reading, call = activation_request(request, self._limits), interceptor.current_call()
-        with self._admission.work(call.caller):
+        with self._limiter.work(call.caller):
             async with closing(self._activations.stream(reading, call)) as parts:
                 async for part in parts:
                     for piece in split_part(part):

@@ -31,10 +31,10 @@ from saeguard.requests import Sampling
 from saeguard.types import Cap, Clamp, Condition, FeatureRef, Intervention, Scale, Term, Trigger, Window, Zero
 from saeguard_server.caller import Call
 from saeguard_server.engine.choice import load_engine
-from saeguard_server.engine.protocol import GenerateTask, Origin
+from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, Origin
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import ServedSaeSettings
-from saeguard_server.steering import TokenRange, Wanted, WantedTrigger, prepare_edit, prepare_trigger, steer
+from saeguard_server.steering import CompiledTrigger, TokenRange, compile_edit, compile_trigger, steer
 from support.saes import plain_sae, save_sae
 
 STREAMS, NEW = 64, 48
@@ -66,27 +66,29 @@ def condition(index: int, first: int, terms: int = 1) -> Condition:
     )
 
 
-def rules() -> tuple[list[Wanted], list[WantedTrigger]]:
+def compiled_rules(engine: Any) -> tuple[list[CompiledEdit], list[CompiledTrigger]]:
     """40 edits, half of them under a condition, and 60 triggers, a third of them on sums over both layers."""
     edits = [
-        Wanted(
-            intervention=replace(
+        compile_edit(
+            engine,
+            replace(
                 _KINDS[at % len(_KINDS)],
                 sae=feature(at).sae,
                 feature=feature(at).feature,
                 when=condition(at, at % EACH) if at % 2 else None,
             ),
-            field=f"rules[{at}]",
-            origin=Origin("bench", f"rule-{at}"),
+            f"rules[{at}]",
+            Origin("bench", f"rule-{at}"),
             is_limited=False,
         )
         for at in range(EDITS)
     ]
     triggers = [
-        WantedTrigger(
-            trigger=Trigger(f"trigger-{at}", condition(at, at, terms=5 if at % 3 == 0 else 1)),
-            field=f"triggers[{at}]",
-            origin=Origin("bench", f"trigger-{at}"),
+        compile_trigger(
+            engine,
+            Trigger(f"trigger-{at}", condition(at, at, terms=5 if at % 3 == 0 else 1)),
+            f"triggers[{at}]",
+            Origin("bench", f"trigger-{at}"),
         )
         for at in range(TRIGGERS)
     ]
@@ -104,9 +106,7 @@ class Side:
         made = settings(folder, args.dtype, args.compile, STREAMS)
         saes = tuple(ServedSaeSettings(name=name, path=str(folder / name)) for name in LAYERS)
         self.engine: Any = load_engine(msgspec.structs.replace(made, saes=saes), Metrics(CollectorRegistry()))
-        edits, triggers = rules()
-        self.edits = [prepare_edit(self.engine, one) for one in edits]
-        self.triggers = [prepare_trigger(self.engine, one) for one in triggers]
+        self.edits, self.triggers = compiled_rules(self.engine)
 
     async def together(self, turn: int, *, ruled: bool) -> tuple[float, float]:
         """Tokens per second of 64 requests at once, and per second of this process' work."""

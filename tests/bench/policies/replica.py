@@ -31,7 +31,6 @@ from saeguard_server.policy.compile import Policies, Snapshot
 from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import Active
 from saeguard_server.policy.sync import PolicySync
-from saeguard_server.steering import ServedModel
 
 LAYERS = (1, 2)
 D_MODEL, D_SAE = 16, 64
@@ -61,7 +60,7 @@ def say(**line: object) -> None:
 
 async def follow(url: str, poll_s: float, stale_after_s: float) -> None:
     """Until its process is ended."""
-    served = ServedModel(cast(Any, Engine()))
+    served = cast(Any, Engine())
     policies = Policies(stale_after_s)
 
     def build(active: Active) -> Snapshot:

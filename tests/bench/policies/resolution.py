@@ -32,7 +32,7 @@ from saeguard_server.engine.protocol import Capabilities
 from saeguard_server.policy.compile import Snapshot, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyRevision, Rollout, Rule, Target
 from saeguard_server.policy.resolve import resolve_policies
-from saeguard_server.steering import ServedModel, TokenRange, prepared_parts, steer
+from saeguard_server.steering import TokenRange, steer
 
 NOW = datetime.now(UTC)
 SITES = (Site(3, "resid_post"), Site(8, "resid_post"))
@@ -83,7 +83,7 @@ def snapshot(rollout: Rollout = EVERYBODY) -> Snapshot:
     """All of them in force."""
     revision = PolicyRevision(number=1, policies=policies(rollout), author="bench", time=NOW, reason="bench")
     activation = Activation(number=1, revision=1, actor="bench", time=NOW, reason="bench")
-    return build_snapshot(activation, revision, ServedModel(engine()), NOW)
+    return build_snapshot(activation, revision, engine(), NOW)
 
 
 def own(count: int) -> tuple[Intervention, ...]:
@@ -112,7 +112,7 @@ def measure(name: str, found: Snapshot, request: GenerateRequest) -> bool:
 
     def whole() -> None:
         one = resolve_policies(request, CALLER, found, NOW)
-        steer(*prepared_parts(one.edits, one.triggers), one.max_relative_edit, reach)
+        steer(one.edits, one.triggers, one.max_relative_edit, reach)
 
     alone = microseconds(lambda: resolve_policies(request, CALLER, found, NOW))
     is_met = alone["median_us"] < TARGET_US

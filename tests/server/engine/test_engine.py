@@ -125,7 +125,7 @@ def logits_of(world: World, *, with_saes: bool) -> list[torch.Tensor]:
     steer = (Clamp("resid_post", 4, 4.0), Add("attn_z", 2, 3.0)) if with_saes else ()
     for index in range(4):
         request = greedy(prompt(9, 8), 9, interventions=steer if index % 2 else ())
-        task = flow._prepare(request, Call("test", time.monotonic() + 60), None).task
+        task = flow._compile(request, Call("test", time.monotonic() + 60), None).task
         core.scheduler.add(Sequence(index, task, RequestState.of(task, engine.tokenizer), lambda event: None))
     with torch.inference_mode():
         while core.scheduler.has_work:
@@ -205,7 +205,7 @@ async def _poison(one: Running, request: GenerateRequest, way: str) -> None:
         with pytest.raises(NonFiniteOutput):
             await one.ask(request)
         return
-    task = one.flow._prepare(request, Call("test", time.monotonic() + 60), None).task
+    task = one.flow._compile(request, Call("test", time.monotonic() + 60), None).task
     if way == "inspected":
         read = InspectTask(call=task.call, index=0, tokens=task.tokens, offsets=(None,) * 60,
                            selections=(("embed", TopKSelection(1)),), steering=task.steering)  # fmt: skip

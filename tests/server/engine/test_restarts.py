@@ -147,7 +147,7 @@ async def test_a_request_that_was_already_on_its_way_is_refused_during_the_wait(
         first = asyncio.create_task(one.ask(greedy(prompt(1, 9), 4)))
         while one.engine.is_ready():
             await asyncio.sleep(0)
-        task = one.flow._prepare(requests()[1], Call("test", time.monotonic() + 9), None).task
+        task = one.flow._compile(requests()[1], Call("test", time.monotonic() + 9), None).task
         late = Sequence(999, task, None, lambda _: None)
         told: list[Event | None] = []
         late.send = told.append

@@ -13,8 +13,15 @@ from saeguard.requests import GenerateRequest, Sampling
 from saeguard.results import StoppedBy, StreamChunk
 from saeguard.types import Apply, Clamp, Condition, FeatureRef, Scope, Stop, Term, Trigger
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import GenerateTask, Origin
-from saeguard_server.steering import TokenRange, Wanted, WantedTrigger, own_edits, prepare_edit, prepare_trigger, steer
+from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, Origin
+from saeguard_server.steering import (
+    CompiledTrigger,
+    TokenRange,
+    compile_edit,
+    compile_edits,
+    compile_trigger,
+    steer,
+)
 from support.engines import Answer, World, greedy, make_world, prompt
 from support.models import EOS
 from support.stepping import Asked, Loaded, Stepped
@@ -163,11 +170,12 @@ def test_eos_needs_no_reading(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -
     assert watched.completion.finish_reason == "stop"
 
 
-def policy_task(core: Stepped, request: GenerateRequest, wants: list[Wanted], triggers: list[WantedTrigger]) -> Asked:
+def policy_task(
+    core: Stepped, request: GenerateRequest, edits: list[CompiledEdit], triggers: list[CompiledTrigger]
+) -> Asked:
     """A request on which policies act."""
     prompt_ids, new = request.input.ids, request.sampling.max_new_tokens or 0  # type: ignore[union-attr]
-    edits = [prepare_edit(core.engine, one) for one in [*wants, *own_edits(request.interventions)]]
-    made = [prepare_trigger(core.engine, one) for one in triggers]
+    every = [*edits, *compile_edits(core.engine, request.interventions)]
     reach = TokenRange(prompt_ids, len(prompt_ids) + new, core.core.model.tokenizer.special_ids)
     task = GenerateTask(
         call=Call("test", time.monotonic() + 60),
@@ -175,7 +183,7 @@ def policy_task(core: Stepped, request: GenerateRequest, wants: list[Wanted], tr
         sampling=request.sampling,
         max_new_tokens=new,
         seed=1,
-        steering=steer(edits, made, request.max_relative_edit, reach),
+        steering=steer(every, triggers, request.max_relative_edit, reach),
     )
     return core.submit(task)
 
@@ -190,9 +198,9 @@ def test_shadows_change_nothing_and_are_counted(loaded: Loaded) -> None:
     plain = core.answer(ask())
     asked = policy_task(
         core, ask(),
-        [Wanted(intervention=clamp, field="p", origin=origin, is_shadow=True, is_limited=False)],
-        [WantedTrigger(trigger=one, field="p", origin=Origin("safety", one.name), is_shadow=True)
-         for one in (watch, applies)],
+        [compile_edit(core.engine, clamp, "p", origin, is_shadow=True, is_limited=False)],
+        [compile_trigger(core.engine, trigger, "p", Origin("safety", trigger.name), is_shadow=True)
+         for trigger in (watch, applies)],
     )  # fmt: skip
     core.finish()
     got = asked.answer
@@ -223,10 +231,9 @@ def _prompt_values(core: Stepped) -> list[float]:
 
 
 def test_a_requests_limit_never_shortens_a_policys_edit(loaded: Loaded) -> None:
-    enforced = Wanted(
-        intervention=Clamp("resid_post", 4, 9.0), field="p", origin=Origin("safety", "rule"), is_limited=False
-    )
     core = loaded.core(reuse=False)
+    clamp = Clamp("resid_post", 4, 9.0)
+    enforced = compile_edit(core.engine, clamp, "p", Origin("safety", "rule"), is_limited=False)
     only = policy_task(core, ask(), [enforced], [])
     core.finish()
     own = ask(interventions=(Clamp("resid_post", 7, 9.0),), max_relative_edit=1e-9)

@@ -28,23 +28,22 @@ from saeguard.types import (
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.policy.compile import CannotServe, Snapshot, check_or_refuse, check_policies
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
-from saeguard_server.steering import ServedModel
 from support.policy_shapes import NOW, policy, rule, when
 
 GOOD = rule("less", Cap("mid", 2, 2.0))
 
 
-def problems(served: ServedModel, *policies: Policy) -> list[str]:
+def problems(served: Any, *policies: Policy) -> list[str]:
     return [str(one) for one in check_policies(policies, served, NOW).problems]
 
 
-def warnings(served: ServedModel, *policies: Policy) -> list[str]:
+def warnings(served: Any, *policies: Policy) -> list[str]:
     report = check_policies(policies, served, NOW)
     assert not report.problems
     return [str(one) for one in report.warnings]
 
 
-def test_a_sound_policy_has_nothing(served: ServedModel) -> None:
+def test_a_sound_policy_has_nothing(served: Any) -> None:
     one = policy(
         "a", GOOD, rule("half", Scale("mid", 5, 0.5, when=when(2))), rule("late", Zero("late", 0, when=when())),
         triggers=(Trigger("end", when(scope=Scope(phase="generated")), Stop()),),
@@ -57,7 +56,7 @@ def test_a_sound_policy_has_nothing(served: ServedModel) -> None:
     assert check_or_refuse([one], served, NOW) == ()
 
 
-def test_every_problem_is_listed_by_its_field(served: ServedModel) -> None:
+def test_every_problem_is_listed_by_its_field(served: Any) -> None:
     late = Condition(terms=(Term("late", 0), Term("mid", 99), Term("no", 1)), threshold=1)  # fmt: skip
     one = policy(
         "a",
@@ -87,14 +86,14 @@ def test_every_problem_is_listed_by_its_field(served: ServedModel) -> None:
     assert found[-1].startswith("b: ")
 
 
-def test_a_condition_must_be_decided_before_its_edit(served: ServedModel) -> None:
+def test_a_condition_must_be_decided_before_its_edit(served: Any) -> None:
     assert problems(served, policy("a", rule("none", Zero("mid", 2, when=when(0, sae="late"))))) == [
         "a: rules[0].when: is decided at mlp_out.2, after resid_post.1, where 'mid' edits; it must read that site or "
         "an earlier one"
     ]
 
 
-def test_an_engine_that_cannot_is_found_out(engine: Any, served: ServedModel) -> None:
+def test_an_engine_that_cannot_is_found_out(engine: Any, served: Any) -> None:
     engine.capabilities = replace(engine.capabilities, conditions=False, kinds=frozenset({"zero"}))
     one = policy("a", GOOD, rule("b", Zero("mid", 3, when=when())), triggers=(Trigger("t", when(), Flag()),))
     assert [text.split(": ")[1] for text in problems(served, one)] == [
@@ -116,7 +115,7 @@ def test_an_engine_that_cannot_is_found_out(engine: Any, served: ServedModel) ->
     ],
 )
 def test_rules_of_two_policies_on_one_feature(
-    one: Intervention, other: Intervention, is_fine: bool, served: ServedModel
+    one: Intervention, other: Intervention, is_fine: bool, served: Any
 ) -> None:
     pair = policy("a", rule("r", one)), policy("b", rule("s", other))
     found = problems(served, *pair)
@@ -128,7 +127,7 @@ def test_rules_of_two_policies_on_one_feature(
         ]
 
 
-def test_policies_that_never_meet_may_contradict(served: ServedModel) -> None:
+def test_policies_that_never_meet_may_contradict(served: Any) -> None:
     def aimed(first: Target, second: Target) -> list[str]:
         return problems(
             served, policy("a", GOOD, target=first), policy("b", rule("more", Clamp("mid", 2, 9.0)), target=second)
@@ -141,7 +140,7 @@ def test_policies_that_never_meet_may_contradict(served: ServedModel) -> None:
     assert problems(served, policy("a", GOOD), policy("b", rule("more", Clamp("mid", 2, 9.0)), mode="off")) == []
 
 
-def test_scopes_of_two_rules(served: ServedModel) -> None:
+def test_scopes_of_two_rules(served: Any) -> None:
     def both(first: Rule, second: Rule) -> int:
         return len(problems(served, policy("a", first), policy("b", second)))
 
@@ -155,7 +154,7 @@ def test_scopes_of_two_rules(served: ServedModel) -> None:
     assert both(rule("r", Cap("mid", 2, 1.0, when=when())), rule("s", Cap("mid", 2, 2.0))) == 1
 
 
-def test_a_triggers_edits_and_rules(served: ServedModel) -> None:
+def test_a_triggers_edits_and_rules(served: Any) -> None:
     def with_trigger(name: str, *edits: Intervention, **more: Any) -> Policy:
         made = tuple(replace(one, sae="mid", feature=2) for one in edits)
         return policy(name, triggers=(Trigger("t", when(), Apply(made)),), **more)
@@ -170,7 +169,7 @@ def test_a_triggers_edits_and_rules(served: ServedModel) -> None:
     ]
 
 
-def test_what_a_reviewer_should_look_at(served: ServedModel) -> None:
+def test_what_a_reviewer_should_look_at(served: Any) -> None:
     found = warnings(
         served,
         policy("a", rule("r", Cap("mid", 1, 1.0)), owner=""),
@@ -203,7 +202,7 @@ def test_what_a_reviewer_should_look_at(served: ServedModel) -> None:
     ]
 
 
-def test_a_refusal_lists_them_and_counts_the_rest(served: ServedModel) -> None:
+def test_a_refusal_lists_them_and_counts_the_rest(served: Any) -> None:
     many = policy("a", *(rule(f"r{number}", Zero("mid", number)) for number in range(10, 40)))
     with pytest.raises(InvalidRequest, match=r"a: rules\[0\].feature: .*rules\[19\].* and 10 more") as caught:
         check_or_refuse([many], served, NOW)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard.types import Cap, Clamp, Floor, Intervention, Scale, Scope, Zero
+from saeguard.types import Cap, Clamp, FeatureRef, Floor, Intervention, Scale, Scope, Zero
 from saeguard_sae.edits import Affine
-from saeguard_server.engine.protocol import Origin
-from saeguard_server.policy.rules import Clash, CompiledRule, clash_of, combine
-from saeguard_server.policy.tighten import relation
-from saeguard_server.steering import Wanted
-from support.policy_shapes import when
+from saeguard_server.engine.protocol import CompiledEdit, Origin
+from saeguard_server.policy.rules import Clash, clash_of, combine
+from saeguard_server.policy.tighten import Where, relation
 
 EDITS: list[Intervention] = [
     Zero("mid", 2),
@@ -40,25 +37,22 @@ SCOPES = [
 PROMPT, TOKENS = 4, 8
 
 
-def prepared(wanted: Wanted) -> Any:
-    affine = Affine(*wanted.intervention.affine(1.0)) if wanted.affine is None else wanted.affine
-    return SimpleNamespace(affine=affine)
+ENGINE: Any = SimpleNamespace(saes={"mid": SimpleNamespace(digest="d", site="here", writes=())})
 
 
-SERVED: Any = SimpleNamespace(edit=prepared)
-
-
-def ready(number: int, edit: Intervention, scope: Scope, is_conditional: bool) -> CompiledRule:
-    one = replace(edit, sae="mid", feature=2, scope=scope, when=when() if is_conditional else None)
-    wanted = Wanted(intervention=one, field="rules[0]", origin=Origin(f"p{number}", "r"), is_limited=False)
-    return CompiledRule.of(wanted, prepared(wanted))
+def ready(number: int, edit: Intervention, scope: Scope, is_conditional: bool) -> CompiledEdit:
+    condition: Any = SimpleNamespace(digest="when", is_trigger=False) if is_conditional else None
+    return CompiledEdit(
+        "mid", 2, edit.kind, Affine(*edit.affine(1.0)), 0, 0, False, is_limited=False, origin=Origin(f"p{number}", "r"),
+        scope=scope, condition=condition, field="rules[0]",
+    )  # fmt: skip
 
 
 rules = st.tuples(st.sampled_from(EDITS), st.sampled_from(SCOPES), st.sampled_from([False, False, False, True]))
 
 
-def covers(edit: CompiledRule, token: int) -> bool:
-    first, last = edit.where.scope.positions(PROMPT)
+def covers(edit: CompiledEdit, token: int) -> bool:
+    first, last = edit.scope.positions(PROMPT)
     return first <= token and (last is None or token < last)
 
 
@@ -68,24 +62,26 @@ def test_pairs_decide_and_every_rule_is_kept(drawn: list[tuple[Intervention, Sco
     wanted = [ready(number, *one) for number, one in enumerate(drawn)]
     is_fine = not any(clash_of(one, other) for one, other in combinations(wanted, 2))
     try:
-        found = combine(wanted, (), SERVED)
+        found = combine(wanted, (), ENGINE)
     except Clash:
         assert not is_fine
         return
     for one, other in combinations(found.edits, 2):
-        assert relation(one.where, other.where) == "apart"
-    for rule, token in ((rule, token) for rule in wanted for token in range(TOKENS)):
+        assert relation(Where.of(one), Where.of(other)) == "apart"
+    for (rule, (edit, *_)), token in (
+        (pair, token) for pair in zip(wanted, drawn, strict=True) for token in range(TOKENS)
+    ):
         if covers(rule, token):
             (made,) = (one for one in found.edits if covers(one, token))
-            assert not made.where.is_conditional or made.where == rule.where
-            assert_kept(rule, made)
+            assert not Where.of(made).is_conditional or Where.of(made) == Where.of(rule)
+            assert_kept(edit, made)
 
 
-def assert_kept(rule: CompiledRule, made: CompiledRule) -> None:
+def assert_kept(rule: Intervention, made: CompiledEdit) -> None:
     values = np.linspace(0.0, 10.0, 41)
-    alpha, beta, low, high = made.part.affine
+    alpha, beta, low, high = made.affine
     given = np.minimum(np.maximum(alpha * values + beta, low), high)
-    match rule.wanted.intervention:
+    match rule:
         case Cap(value=bound):
             assert (given <= bound).all()
         case Floor(value=bound):
@@ -103,13 +99,13 @@ def test_a_clash_names_both() -> None:
     with pytest.raises(
         Clash, match="rule 'r' of policy 'p0' and rule 'r' of policy 'p1' cannot both be kept"
     ) as caught:
-        combine(pair, (), SERVED)
-    assert {caught.value.one, caught.value.other} == set(pair)
+        combine(pair, (), ENGINE)
+    assert {caught.value.first, caught.value.second} == set(pair)
 
 
 def test_what_was_combined_knows_its_rules_and_is_the_strictest_ones() -> None:
     three = [ready(number, Cap("mid", 2, bound), Scope(), False) for number, bound in enumerate([3.0, 1.0, 2.0])]
-    (made,) = combine(three, (), SERVED).edits
-    assert set(made.rules) == set(three)
-    assert made.part.affine.hi == 1.0
+    ((made, of),) = combine(three, (), ENGINE).by_feature[FeatureRef("mid", 2)]
+    assert set(of) == set(three)
+    assert made.affine.hi == 1.0
     assert made.origin.policy == "p1"

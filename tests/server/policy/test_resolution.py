@@ -49,9 +49,9 @@ def test_what_is_enforced_comes_first_then_shadows_then_the_requests_own(in_forc
         ("~b", "none", 3, "zero", NONE),
         ("", "", 7, "add", Affine(beta=1.0)),
     ]
-    assert [one.edit.is_limited for one in found.edits] == [False, False, False, True]
-    assert (found.facts.activation, found.facts.revision) == (3, 7)
-    assert (found.facts.enforced, found.facts.shadowed) == (("a", "c"), ("b",))
+    assert [one.is_limited for one in found.edits] == [False, False, False, True]
+    assert (found.selected.facts.activation, found.selected.facts.revision) == (3, 7)
+    assert (found.selected.facts.enforced, found.selected.facts.shadowed) == (("a", "c"), ("b",))
     assert found.max_relative_edit == 0.5
 
 
@@ -148,7 +148,7 @@ def test_a_policys_triggers_are_decided_and_their_features_left_alone(in_force: 
     snapshot = in_force(watch, policy("b", triggers=(Trigger("seen", when(), Flag()),), mode="shadow"))
     own = Trigger("mine", when(), Flag())
     found = resolved(snapshot, Cap("mid", 2, 1.0, scope=Scope(phase="prompt")), triggers=(own,))
-    guards = [one.guard.guard for one in found.triggers]
+    guards = [one.condition for one in found.triggers]
     assert [(one.origin, one.is_shadow, one.stops) for one in guards] == [
         (Origin("a", "calm"), False, False),
         (Origin("a", "end"), False, True),
@@ -230,16 +230,16 @@ def test_nothing_is_worked_out_twice(in_force: InForce) -> None:
     snapshot = in_force(policy("a", rule("less", Cap("mid", 2, 2.0))), policy("b", rule("none", Zero("mid", 3))))
     first, second = resolved(snapshot), resolved(snapshot, Add("mid", 7, 1.0))
     assert first.edits == second.edits[:2]
-    assert first.edits is resolved(snapshot).edits
+    assert all(edit is again for edit, again in zip(first.edits, resolved(snapshot).edits, strict=True))
 
 
-def test_what_else_a_resolution_says(in_force: InForce, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saeguard_server.steering.ServedModel.keeps_audit", True)
-    monkeypatch.setattr("saeguard_server.steering.ServedModel.compares", True)
+def test_what_else_a_resolution_says(in_force: InForce, served: Any) -> None:
+    served.capabilities = replace(served.capabilities, compares=True)
     snapshot = in_force(
         policy("a", rule("less", Cap("mid", 2, 2.0)), counterfactual_share=0.25),
         policy("b", rule("none", Zero("mid", 3)), requires_audit=True, mode="shadow"),
+        keeps_audit=True,
     )
     found = resolved(snapshot)
-    assert found.counterfactual == (("a", 0.25),)
-    assert found.requires_audit
+    assert found.selected.counterfactual == (("a", 0.25),)
+    assert found.selected.requires_audit

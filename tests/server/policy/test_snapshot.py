@@ -110,4 +110,4 @@ def test_only_so_many_sets_of_policies_are_remembered(in_force: InForce, monkeyp
     for names in (("b",), ("c",), ("a", "b")):
         snapshot.selected(names)
     assert len(snapshot._selections) <= 2
-    assert snapshot.selected(("a",)).edits == first.edits
+    assert snapshot.selected(("a",)).enforced.edits == first.enforced.edits

@@ -56,11 +56,8 @@ class FakeGenerate:
             async for chunk in chunks:
                 yield finished(chunk, call, None)
 
-
-class FakeCompare:
-    """Both answers are the same."""
-
-    async def run(self, request: GenerateRequest, call: Call) -> Comparison:
+    async def compare(self, request: GenerateRequest, call: Call) -> Comparison:
+        """Both answers are the same."""
         same = Completion(
             text="text", tokens=(Token(1),), finish_reason="length", usage=Usage(2, 1), timings=Timings(0.0, 0.0, 0.0),
             seed=7, request_id=call.request_id,
@@ -124,7 +121,7 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
     health, generate, read = Health(edge.SERVICES), FakeGenerate(engine), FakeRead()
     settings = Settings(limits=limits, server=ServerSettings(listen="127.0.0.1:0"))
     servicers = edge.Servicers(
-        generation=GenerationServicer(generate, FakeCompare(), admission, limits),
+        generation=GenerationServicer(generate, admission, limits),
         activation=ActivationServicer(read, admission, limits),
         catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
         policy=PolicyServicer(None, Audit()),

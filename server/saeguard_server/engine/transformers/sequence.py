@@ -15,11 +15,11 @@ from torch import Tensor
 from saeguard.results import Token
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import (
+    CompiledCondition,
+    CompiledEdit,
     Event,
     GenerateTask,
     InspectTask,
-    ResolvedEdit,
-    ResolvedGuard,
     Steering,
 )
 from saeguard_server.engine.tables import Tallies
@@ -39,7 +39,7 @@ class Sequence:
     send: Callable[[Event | None], None]
     """Takes an event for the request's owner; called on the engine's thread."""
     tokens: list[int] = field(init=False)
-    stops: tuple[ResolvedGuard, ...] = field(init=False)
+    stops: tuple[CompiledCondition, ...] = field(init=False)
     """The guards that can end it."""
     computed: int = 0
     slot: int = -1
@@ -253,7 +253,7 @@ def can_reuse(sequence: Sequence) -> bool:
 def is_steered(sequence: Sequence, end: int) -> bool:
     """Whether an edit's or guard's scope holds any of the tokens before position ``end``."""
     steering = sequence.task.steering
-    scopes: tuple[ResolvedEdit | ResolvedGuard, ...] = (*steering.edits, *steering.guards)
+    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.guards)
     return any(scope.first < min(end, scope.last) for scope in scopes)
 
 
@@ -272,6 +272,6 @@ def _active(steering: Steering, start: int) -> bytes:
     return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
 
 
-def _part(edit: ResolvedEdit, start: int) -> tuple[object, ...]:
+def _part(edit: CompiledEdit, start: int) -> tuple[object, ...]:
     first, last = max(edit.first - start, 0), min(edit.last - start, BLOCK)
     return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited
