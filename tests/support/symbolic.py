@@ -77,7 +77,7 @@ def fingerprints(tokens: list[int], steering: Steering) -> list[int]:
 
 def _seen(steering: Steering, gate: int | None, at: int) -> object:
     """What a guard's state follows from, beside the tokens: what it is, and which of them it has seen."""
-    one = None if gate is None else steering.guards[gate]
+    one = None if gate is None else steering.conditions[gate]
     return None if one is None else (one.probe, one.threshold, one.first, min(at + 1, one.last))
 
 
@@ -91,7 +91,7 @@ def _applies(edit: CompiledEdit | CompiledCondition, at: int, token: int) -> boo
 
 
 def _scopes(sequence: Sequence) -> list[CompiledEdit | CompiledCondition]:
-    return [*sequence.task.steering.edits, *sequence.task.steering.guards]
+    return [*sequence.task.steering.edits, *sequence.task.steering.conditions]
 
 
 class Symbolic:

@@ -112,23 +112,23 @@ class OutputProcessor:
         *,
         read: Sequence[int],
         forward_passes: int,
-        conditions: Sequence[ConditionCounts] = (),
+        condition_counts: Sequence[ConditionCounts] = (),
     ) -> Receipt | None:
         """The receipt of a request that had edits or triggers; None for others.
 
         Args:
             counts: what each edit did, in the order of the steering.
             read: the tokens that the model read for this request, prompt first.
-            conditions: what each guard saw, in the order of the steering.
+            condition_counts: what each condition saw, in the order of the steering.
 
         Raises:
-            InternalFailure: an edit or guard was not offered every token in its scope exactly once.
+            InternalFailure: an edit or condition was not offered every token in its scope exactly once.
         """
-        if not steering.edits and not steering.guards:
+        if not steering.edits and not steering.conditions:
             return None
-        _check_counts(steering, counts, conditions, read, self._tokenizer.special_ids)
-        pairs = zip(steering.guards, conditions, strict=True)
-        triggers = tuple(_trigger_receipt(guard, count) for guard, count in pairs if guard.is_trigger)
+        _check_counts(steering, counts, condition_counts, read, self._tokenizer.special_ids)
+        pairs = zip(steering.conditions, condition_counts, strict=True)
+        triggers = tuple(_trigger_receipt(condition, count) for condition, count in pairs if condition.is_trigger)
         if not steering.edits and not triggers:
             return None
         edits = zip(steering.edits, counts, strict=True)
@@ -175,12 +175,12 @@ def check_finite(logprobs: Sequence[float]) -> None:
         raise NonFiniteOutput(NOT_FINITE)
 
 
-def stopped_by(steering: Steering, conditions: Sequence[ConditionCounts]) -> StoppedBy:
+def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) -> StoppedBy:
     """The trigger that ended a generation: the first to be on, and of those the first of the request."""
     fired = [
-        (count.first, guard.origin)
-        for guard, count in zip(steering.guards, conditions, strict=True)
-        if guard.stops and count.first is not None
+        (count.first, condition.origin)
+        for condition, count in zip(steering.conditions, condition_counts, strict=True)
+        if condition.stops and count.first is not None
     ]
     _, origin = min(fired, key=lambda pair: pair[0])
     return StoppedBy(origin.policy, origin.rule)
@@ -189,7 +189,7 @@ def stopped_by(steering: Steering, conditions: Sequence[ConditionCounts]) -> Sto
 def _check_counts(
     steering: Steering,
     counts: Sequence[EditCounts],
-    conditions: Sequence[ConditionCounts],
+    condition_counts: Sequence[ConditionCounts],
     read: Sequence[int],
     special_ids: frozenset[int],
 ) -> None:
@@ -201,10 +201,10 @@ def _check_counts(
                 f"{edit.kind} of feature {edit.feature} of {edit.sae!r} was applied to {edited.eligible} tokens "
                 f"instead of {expected}"
             )
-    for guard, decided in zip(steering.guards, conditions, strict=True):
-        expected = _in_scope(guard, len(read), special_at)
+    for condition, decided in zip(steering.conditions, condition_counts, strict=True):
+        expected = _in_scope(condition, len(read), special_at)
         if decided.evaluated != expected:
-            name = f"trigger {guard.origin.rule!r}" if guard.is_trigger else "a condition"
+            name = f"trigger {condition.origin.rule!r}" if condition.is_trigger else "a condition"
             raise InternalFailure(f"{name} was decided on {decided.evaluated} tokens instead of {expected}")
 
 
@@ -214,11 +214,11 @@ def _in_scope(scope: CompiledEdit | CompiledCondition, length: int, special_at: 
     return last - first - skipped
 
 
-def _trigger_receipt(guard: CompiledCondition, count: ConditionCounts) -> TriggerReceipt:
+def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> TriggerReceipt:
     return TriggerReceipt(
-        policy=guard.origin.policy,
-        name=guard.origin.rule,
-        is_shadow=guard.is_shadow,
+        policy=condition.origin.policy,
+        name=condition.origin.rule,
+        is_shadow=condition.is_shadow,
         tokens_evaluated=count.evaluated,
         tokens_on=count.on,
         first_position=count.first,

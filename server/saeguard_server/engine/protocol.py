@@ -86,7 +86,7 @@ class Capabilities:
     sites: frozenset[Site]
     kinds: frozenset[str]
     conditions: bool = False
-    """Whether it decides conditions: guards, and edits that depend on one."""
+    """Whether it decides conditions: triggers, and edits that depend on one."""
     compares: bool = False
     """Whether two tasks can be measured against each other."""
 
@@ -182,12 +182,12 @@ class CompiledEdit:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """All edits and guards of one request, the limit on ``|edit| / |x|`` per site, and their digest (hex SHA-256)."""
+    """One request's edits and conditions, the limit on ``|edit| / |x|`` per site, and their digest (hex SHA-256)."""
 
     edits: tuple[CompiledEdit, ...] = ()
     max_relative_edit: float = float("inf")
     digest: str = ""
-    guards: tuple[CompiledCondition, ...] = ()
+    conditions: tuple[CompiledCondition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,10 +27,10 @@ _REMEMBERED = 2048
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tallies:
-    """What a request's edits and guards counted and remember so far, on the device."""
+    """What a request's edits and conditions counted and remember so far, on the device."""
 
     edits: dict[Site, dict[Hashable, Tally]] = field(default_factory=dict)
-    guards: ConditionMemory = field(default_factory=dict)
+    conditions: ConditionMemory = field(default_factory=dict)
 
 
 class SteeringTables:
@@ -47,7 +47,7 @@ class SteeringTables:
         self._saes = saes
         widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
         self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
-        self._guards = ConditionTable(slots, device)
+        self._conditions = ConditionTable(slots, device)
         self._compiled: dict[int, tuple[CompiledCondition, ConditionColumn]] = {}
         self._read_by = _readers(saes)
         self._sources: dict[Site, Tensor] = {}
@@ -56,8 +56,8 @@ class SteeringTables:
         self._passes: dict[Site, int] = dict.fromkeys(self.sites, 0)
 
     def write(self, slot: int, steering: Steering, watch: Iterable[tuple[str, int]] = ()) -> None:
-        """Gives a free slot its request's guards, edits and watched features."""
-        guards = self._guards.write(slot, [self._condition(guard) for guard in steering.guards])
+        """Gives a free slot its request's conditions, edits and watched features."""
+        numbers = self._conditions.write(slot, [self._column(condition) for condition in steering.conditions])
         columns: dict[Site, list[EditColumn]] = defaultdict(list)
         for edit in steering.edits:
             sae = self._saes[edit.sae]
@@ -66,7 +66,7 @@ class SteeringTables:
                     EditColumn(
                         sae.dictionary, edit.feature, edit.affine, edit.first, edit.last, edit.special,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
-                        guard=None if edit.gate is None else guards[edit.gate],
+                        guard=None if edit.gate is None else numbers[edit.gate],
                         is_shadow=edit.is_shadow, is_limited=edit.is_limited,
                     )
                 )  # fmt: skip
@@ -78,7 +78,7 @@ class SteeringTables:
 
     def clear(self, slot: int) -> None:
         """Frees a slot."""
-        self._guards.clear(slot)
+        self._conditions.clear(slot)
         for table in self._tables.values():
             table.clear(slot)
 
@@ -87,7 +87,7 @@ class SteeringTables:
         self.rows = rows
         self._passes = dict.fromkeys(self._passes, 0)
         self._sources.clear()
-        self._guards.begin(rows)
+        self._conditions.begin(rows)
 
     def edit(self, site: Site, x: Tensor, see: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """x [N, width] as the model made it -> as it goes on with it; x itself where nobody edits.
@@ -100,8 +100,8 @@ class SteeringTables:
             self.watch(site, x if see is None else see(x))
         table, edited = self._tables.get(site), x
         if table is not None:
-            self._guards.see(site, x, self.rows, self._sources)
-            edited = table.apply(x, self.rows, self._sources, self._guards.held)
+            self._conditions.see(site, x, self.rows, self._sources)
+            edited = table.apply(x, self.rows, self._sources, self._conditions.held)
         if any(self._is_read(site, target) for target in self._read_by.get(site, ())):
             self._sources[site] = edited if see is None else see(edited)
         return edited
@@ -117,7 +117,7 @@ class SteeringTables:
             InternalFailure: its answer would have been unsteered.
         """
         for site in self.missed():
-            if self._tables[site].holds(slot) or self._guards.reads_at(site, slot):
+            if self._tables[site].holds(slot) or self._conditions.reads_at(site, slot):
                 raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
 
     def counts(self, slot: int, steering: Steering) -> list[EditCounts]:
@@ -127,20 +127,20 @@ class SteeringTables:
         return [first for first, *_ in every]
 
     def seen(self, slot: int) -> list[ConditionCounts]:
-        """What each guard saw so far, in the order of the request."""
-        return self._guards.seen(slot)
+        """What each condition saw so far, in the order of the request."""
+        return self._conditions.seen(slot)
 
     def stopped(self, slots: tuple[int, ...]) -> Tensor | None:
-        """bool [B], for which of these slots a guard has come on that stops; None where none of them has one."""
-        return self._guards.stopped(slots) if self._guards.can_stop(slots) else None
+        """bool [B], for which of these slots a condition has come on that stops; None where none of them has one."""
+        return self._conditions.stopped(slots) if self._conditions.can_stop(slots) else None
 
     def tally(self, slot: int) -> Tallies:
-        """What the slot's edits counted and its guards remember, to ``resume`` from in a slot with the same ones."""
-        return Tallies({site: table.tally(slot) for site, table in self._tables.items()}, self._guards.tally(slot))
+        """What the slot's edits counted and its conditions remember, to ``resume`` with in a slot that has the same."""
+        return Tallies({site: table.tally(slot) for site, table in self._tables.items()}, self._conditions.tally(slot))
 
     def resume(self, slot: int, tallies: Tallies) -> None:
         """Goes on from there."""
-        self._guards.resume(slot, tallies.guards)
+        self._conditions.resume(slot, tallies.conditions)
         for site, tally in tallies.edits.items():
             self._tables[site].resume(slot, tally)
 
@@ -159,35 +159,35 @@ class SteeringTables:
 
     def _is_read(self, site: Site, target: Site) -> bool:
         """Whether what the model goes on with after a site is read at a later one."""
-        return self._tables[target].reads(site, self.rows) or self._guards.reads(target, site, self.rows)
+        return self._tables[target].reads(site, self.rows) or self._conditions.reads(target, site, self.rows)
 
-    def _condition(self, guard: CompiledCondition) -> ConditionColumn:
-        """A guard as the table takes it; a policy's come with every request."""
-        if id(guard) not in self._compiled or self._compiled[id(guard)][0] is not guard:
+    def _column(self, condition: CompiledCondition) -> ConditionColumn:
+        """A condition as the table takes it; a policy's come with every request."""
+        if id(condition) not in self._compiled or self._compiled[id(condition)][0] is not condition:
             if len(self._compiled) >= _REMEMBERED:
                 self._compiled.clear()
-            self._compiled[id(guard)] = guard, self._compile(guard)
-        return self._compiled[id(guard)][1]
+            self._compiled[id(condition)] = condition, self._compile(condition)
+        return self._compiled[id(condition)][1]
 
-    def _compile(self, guard: CompiledCondition) -> ConditionColumn:
+    def _compile(self, condition: CompiledCondition) -> ConditionColumn:
         terms: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        for name, feature, weight in guard.probe.terms:
+        for name, feature, weight in condition.probe.terms:
             terms[name].append((feature, weight))
         saes = sorted((self._saes[name] for name in terms), key=lambda sae: depth(sae.write_sites[0]))
         return ConditionColumn(
             summands=tuple(_summand(sae, terms[sae.name]) for sae in saes),
-            bias=guard.probe.bias,
-            comparison=guard.comparison,
-            threshold=guard.threshold,
-            release=guard.release,
-            window=guard.window.kind,
-            tokens=guard.window.tokens,
-            k=guard.window.k,
-            first=guard.first,
-            last=guard.last,
-            special=guard.special,
-            latches=guard.latches,
-            stops=guard.stops,
+            bias=condition.probe.bias,
+            comparison=condition.comparison,
+            threshold=condition.threshold,
+            release=condition.release,
+            window=condition.window.kind,
+            tokens=condition.window.tokens,
+            k=condition.window.k,
+            first=condition.first,
+            last=condition.last,
+            special=condition.special,
+            latches=condition.latches,
+            stops=condition.stops,
         )
 
 

@@ -34,11 +34,11 @@ STEERINGS = (
     Steering((change(feature=2),), digest="9"),
     Steering((change(sae="b"),), digest="10"),
     Steering((change(is_shadow=True),), digest="11"),
-    Steering((change(gate=0),), digest="12", guards=(guard(),)),
-    Steering((change(gate=0),), digest="13", guards=(guard(40),)),
-    Steering((change(50, gate=0),), digest="14", guards=(guard(0, 30),)),
-    Steering(digest="15", guards=(guard(),)),
-    Steering(digest="16", guards=(guard(threshold=0.7),)),
+    Steering((change(gate=0),), digest="12", conditions=(guard(),)),
+    Steering((change(gate=0),), digest="13", conditions=(guard(40),)),
+    Steering((change(50, gate=0),), digest="14", conditions=(guard(0, 30),)),
+    Steering(digest="15", conditions=(guard(),)),
+    Steering(digest="16", conditions=(guard(threshold=0.7),)),
 )
 
 
@@ -107,7 +107,7 @@ def test_a_steered_prefix_is_shared_from_where_its_counts_were_kept(budget: int,
 def test_a_steering_shares_nothing_with_another_from_its_first_token_on(other: Steering) -> None:
     for one in STEERINGS:
         found = reused(generation(0, TOKENS[:100], 3, other), generation(1, TOKENS[:100], 3, one))
-        scopes = [*one.edits, *other.edits, *one.guards, *other.guards]
+        scopes = [*one.edits, *other.edits, *one.conditions, *other.conditions]
         first = min([scope.first for scope in scopes], default=96)
         assert found <= first - first % 16 or one == other
 

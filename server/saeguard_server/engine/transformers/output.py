@@ -101,7 +101,7 @@ class StepOutputProcessor(OutputProcessor):
 
         Raises:
             NonFiniteOutput: the logits were not finite.
-            InternalFailure: an edit or guard was not offered every token in its scope exactly once.
+            InternalFailure: an edit or condition was not offered every token in its scope exactly once.
         """
         readings: tuple[FeatureReading, ...] = ()
         if sequence.reported < sequence.computed:  # the pass read the token before it
@@ -172,7 +172,7 @@ class StepOutputProcessor(OutputProcessor):
             self._tables.counts(sequence.slot, steering),
             read=sequence.tokens[: sequence.computed],
             forward_passes=sequence.forward_passes,
-            conditions=self._tables.seen(sequence.slot),
+            condition_counts=self._tables.seen(sequence.slot),
         )
 
 

@@ -40,7 +40,7 @@ class Sequence:
     """Takes an event for the request's owner; called on the engine's thread."""
     tokens: list[int] = field(init=False)
     stops: tuple[CompiledCondition, ...] = field(init=False)
-    """The guards that can end it."""
+    """The conditions that can end it."""
     computed: int = 0
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.task.tokens)
-        self.stops = tuple(guard for guard in self.task.steering.guards if guard.stops)
+        self.stops = tuple(condition for condition in self.task.steering.conditions if condition.stops)
 
     @property
     def prompt_tokens(self) -> int:
@@ -76,7 +76,10 @@ class Sequence:
 
     def must_be_read(self, position: int, *, is_special: bool) -> bool:
         """Whether a trigger could stop the token at a position: then it is sent only when the model has read it."""
-        return any(guard.first <= position < guard.last and (guard.special or not is_special) for guard in self.stops)
+        return any(
+            condition.first <= position < condition.last and (condition.special or not is_special)
+            for condition in self.stops
+        )
 
 
 def block_key(parent: bytes, tokens: abc.Sequence[int], steering: bytes) -> bytes:
@@ -251,9 +254,9 @@ def can_reuse(sequence: Sequence) -> bool:
 
 
 def is_steered(sequence: Sequence, end: int) -> bool:
-    """Whether an edit's or guard's scope holds any of the tokens before position ``end``."""
+    """Whether an edit's or condition's scope holds any of the tokens before position ``end``."""
     steering = sequence.task.steering
-    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.guards)
+    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.conditions)
     return any(scope.first < min(end, scope.last) for scope in scopes)
 
 
@@ -261,10 +264,10 @@ def _active(steering: Steering, start: int) -> bytes:
     """What is applied to the tokens of the block that begins at ``start``; empty where nothing is."""
     end = start + BLOCK
     here = [edit for edit in steering.edits if edit.first < end and edit.last > start]
-    guards = [(guard.first, min(guard.last, end)) for guard in steering.guards]
-    if any(first < end and last > start for first, last in guards) or any(edit.gate is not None for edit in here):
-        # What a guard holds in this block follows from all that it has seen since it began.
-        what: object = steering.digest, guards, [(edit.first, min(edit.last, end)) for edit in here]
+    decided = [(condition.first, min(condition.last, end)) for condition in steering.conditions]
+    if any(first < end and last > start for first, last in decided) or any(edit.gate is not None for edit in here):
+        # What a condition is in this block follows from all that it has seen since it began.
+        what: object = steering.digest, decided, [(edit.first, min(edit.last, end)) for edit in here]
     elif here:
         what = [_part(edit, start) for edit in here], steering.max_relative_edit
     else:

@@ -82,7 +82,7 @@ class WorkerOutput(msgspec.Struct, frozen=True, array_like=True):
 
 def worker_request(uid: int, task: GenerateTask | InspectTask) -> bytes | None:
     """A task as it travels; None where the workers have nothing to do for it."""
-    assert not task.steering.guards, "a condition is refused at admission"
+    assert not task.steering.conditions, "a condition is refused at admission"
     if isinstance(task, InspectTask):
         request = WorkerRequest(VERSION, uid, task.steering, selected=tuple(_pack(*each) for each in task.selections))
     else:
