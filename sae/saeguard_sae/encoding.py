@@ -135,7 +135,7 @@ def frames(x: Tensor, kinds: frozenset[str]) -> Tensor | None:
     return torch.stack([torch.cat(parts, dim=-1) for parts in zip(*each, strict=True)])
 
 
-def topk_features(by_kind: Tensor, kind: Tensor) -> Tensor:
+def of_kind(by_kind: Tensor, kind: Tensor) -> Tensor:
     """by_kind [B, T, kinds], kind int64 [B or 1, E] -> [B, T, E]."""
     return by_kind.gather(-1, kind[:, None].expand(*by_kind.shape[:2], -1))
 
@@ -150,7 +150,7 @@ def values(x: Tensor, q: Tensor, cells: Cells, framed: Tensor | None, needs: Nee
     """
     if framed is not None:
         kind = cells["normalisation"]
-        q = (q - topk_features(framed[0], kind) * cells["total"][:, None]) / topk_features(framed[1], kind)
+        q = (q - of_kind(framed[0], kind) * cells["total"][:, None]) / of_kind(framed[1], kind)
     pre = q * cells["gain"][:, None] + cells["bias"][:, None]
     f = pre.relu() * (q + cells["gate"][:, None] > cells["threshold"][:, None])
     if needs.is_squashed:

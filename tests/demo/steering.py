@@ -18,10 +18,11 @@ from demo.corpus import END, EOS
 from demo.harvest import PASS_TOKENS
 from demo.lm import BOS_ID, N_SPECIAL, PAD_ID, Tokens, as_row, decode, token_id
 from saeguard_client import ChatMessage
-from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable, Rows, RowSpan
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
 from saeguard_sae.edits import KINDS, Affine, Scale, Zero
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, hooked
+from saeguard_sae.rows import Rows, RowSpan
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.quality.metrics import EvaluationBatch, Loss, evaluation_batches, padded
 from saeguard_server.demo.scenarios import SCORERS, Lexicon, NeutralChange, ScenarioEdit, Side, interval, repetition

@@ -15,11 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saeguard_sae.conditions import CompiledCondition, ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
-from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Rows, Tally
+from saeguard_sae.conditions import CompiledCondition, ConditionCounts, ConditionMemory, ConditionTable
+from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Tally
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
+from saeguard_sae.feature_sums import WeightedFeature
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
+from saeguard_sae.rows import Rows
 from saeguard_server.engine.protocol import ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
 from saeguard_server.reply import InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
@@ -69,7 +71,7 @@ class SteeringTables:
                     EditColumn(
                         sae.dictionary, one.feature, one.affine, one.first, one.last, one.special,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
-                        guard=None if one.gate is None else guards[one.gate],
+                        condition=None if one.gate is None else guards[one.gate],
                         is_shadow=one.is_shadow, is_limited=one.is_limited,
                     )
                 )  # fmt: skip
@@ -103,8 +105,8 @@ class SteeringTables:
             self.watch(site, x if see is None else see(x))
         table, edited = self._tables.get(site), x
         if table is not None:
-            self._guards.see(site, x, self.rows, self._sources)
-            edited = table.apply(x, self.rows, self._sources, self._guards.held)
+            self._guards.decide(site, x, self.rows, self._sources)
+            edited = table.apply(x, self.rows, self._sources, self._guards.on)
         if any(self._is_read(site, target) for target in self._read_by.get(site, ())):
             self._sources[site] = edited if see is None else see(edited)
         return edited
@@ -131,7 +133,7 @@ class SteeringTables:
 
     def seen(self, slot: int) -> list[ConditionCounts]:
         """What each guard saw so far, in the order of the request."""
-        return self._guards.seen(slot)
+        return self._guards.counts(slot)
 
     def stopped(self, slots: tuple[int, ...]) -> Tensor | None:
         """bool [B], for which of these slots a guard has come on that stops; None where none of them has one."""

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.conditions import NEVER, Comparison, CompiledCondition, ConditionTable, WeightedFeature, WindowKind
+from saeguard_sae.conditions import NEVER, Comparison, CompiledCondition, ConditionTable, WindowKind
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.edit_table import Rows, RowSpan
+from saeguard_sae.feature_sums import WeightedFeature
+from saeguard_sae.rows import Rows, RowSpan
 from support.guarding import PlainGuard
 
 D = 6
@@ -117,9 +118,9 @@ class Live:
         rows = Rows.of(spans, positions, torch.cat([self.traces[slot].special[at] for slot, at in now.items()]))
         self.guards.begin(rows)
         for place in PLACES:
-            self.guards.see(place, joined(place, None), rows, {"aside": joined("late", "aside")})
+            self.guards.decide(place, joined(place, None), rows, {"aside": joined("late", "aside")})
         found = {}
-        for group, held in zip(rows.groups, self.guards.held, strict=True):
+        for group, held in zip(rows.groups, self.guards.on, strict=True):
             for row, (slot, length) in enumerate(zip(group.slots, group.lengths, strict=True)):
                 columns = [1 + column for column in self.columns[slot]]
                 empty = torch.zeros(length, 0, dtype=torch.bool)
@@ -136,7 +137,7 @@ def plainly(trace: Trace, guards: list[CompiledCondition], until: int) -> tuple[
 
 
 def check_seen(live: Live, slot: int, plain: list[PlainGuard], trace: Trace) -> None:
-    for seen, one in zip(live.guards.seen(slot), plain, strict=True):
+    for seen, one in zip(live.guards.counts(slot), plain, strict=True):
         assert (seen.evaluated, seen.on) == (len(one.values), len(one.positions))
         assert seen.first == (one.positions[0] if one.positions else None)
         assert seen.maximum == max(one.values, default=-torch.inf)
@@ -223,7 +224,7 @@ def test_long_means_do_not_drift() -> None:
     live.join(0, trace, [guard])
     for part in (1, 4, 1, 34):
         assert live.step({0: part})[0].all()
-    assert live.guards.seen(0)[0].on == 40
+    assert live.guards.counts(0)[0].on == 40
 
 
 def test_equal_sums_of_many_requests_are_held_once() -> None:
@@ -232,11 +233,10 @@ def test_equal_sums_of_many_requests_are_held_once() -> None:
     for slot in range(4):
         live.join(slot, Trace(draw, 3), [replace(one, threshold=one.threshold + slot) for one in guards])
     live.step(dict.fromkeys(range(4), 3))
-    for sources in live.guards._probes.values():
-        for probes in sources.values():
-            assert len(probes._known) <= 5
+    every = [sums for by_source in live.guards._sums.values() for sums in by_source.values()]
+    assert all(len(sums._sums) <= 5 for sums in every)
     live.guards.clear(2)
-    assert all(one.users == 3 for probes in live.guards._probes["early"].values() for one in probes._known.values())
+    assert all(sums._sums.keys() == sums._used() - {()} for sums in every)
 
 
 def test_a_neighbours_feature_that_overflows_changes_nothing() -> None:

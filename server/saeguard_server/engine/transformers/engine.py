@@ -17,10 +17,10 @@ from typing import TypeAlias
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelLoadError, sites
+from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine import load
 from saeguard_server.engine.load import Backoff, LoadedModel, load_model, load_saes
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo

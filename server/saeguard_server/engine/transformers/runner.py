@@ -21,10 +21,10 @@ from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
 from saeguard_sae.coders import Temporal, is_signed
-from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelLoadError, Site, depth, free_bytes, hook, locate
+from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.tables import SteeringTables, Tallies, select_activations, select_features

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from saeguard_sae.coders import Temporal, is_signed
-from saeguard_sae.edit_table import Rows, RowSpan
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig, Point, Site, depth, layout, locate, sites
+from saeguard_sae.rows import Rows, RowSpan
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.tables import SteeringTables, Tallies, select_activations, select_features
 from saeguard_server.engine.vllm.orders import (
