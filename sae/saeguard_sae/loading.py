@@ -239,7 +239,8 @@ def as_unprocessed(
     if site.point == "mlp_in":
         return dictionary, Site(site.layer, "mlp_normalized")  # with the gain folded into the MLP
     if site.point == "attn_z":
-        return _shifted(dictionary, value_bias(model, config, site.layer)), site
+        bias = value_bias(model, config, site.layer)
+        return dictionary if bias is None else shifted(dictionary, bias), site
     return dictionary, site
 
 
@@ -259,10 +260,12 @@ def _centred(dictionary: Dictionary) -> Dictionary:
     return replace(dictionary, normalisation="centred")
 
 
-def _shifted(dictionary: Dictionary, shift: Tensor | None) -> Dictionary:
-    """The SAE of ``x - shift`` as an SAE of x."""
-    if shift is None:
-        return dictionary
+def shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
+    """The SAE of ``x - shift`` as an SAE of x.
+
+    Raises:
+        ValueError: it normalises x, or writes somewhere else.
+    """
     if dictionary.normalisation != "none" or dictionary.is_transcoder:
         raise ValueError("a value bias under a normalisation is not supported")
     shift = shift.to(dictionary.W_enc)

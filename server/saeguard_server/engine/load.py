@@ -244,8 +244,8 @@ def _checked(sae: LoadedSae, given: ServedSaeSettings, model: LoadedModel, token
     found = report.measured
     facts = {"sae": sae.name, "l0": found.l0, "fvu": found.fvu, "seconds": round(time.monotonic() - started, 2)}
     _log.info("checked", extra={"fields": facts})
-    for doubt in report.doubts:
-        fields = {"sae": sae.name, "reading": doubt.what, "fvu": doubt.fvu, "setting": doubt.setting}
+    for warning in report.warnings:
+        fields = {"sae": sae.name, "reading": warning.what, "fvu": warning.fvu, "setting": warning.setting}
         _log.warning("an SAE is within its bounds, but another reading fits it better", extra={"fields": fields})
     return replace(sae, measured=quality_of(report))
 

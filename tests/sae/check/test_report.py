@@ -105,8 +105,10 @@ def test_the_check_looks_for_reasons_only_where_it_fails(
     failed = check_sae(*arguments, CheckBounds(max_l0=own.l0 / 2))
     assert failed.measured == own
     assert failed.violations
-    monkeypatch.setitem(check_sae.__globals__, "suspects", None)
+    searches: list[bool] = []
+    monkeypatch.setitem(check_sae.__globals__, "hypotheses", lambda *_, near: searches.append(near) or [])
     assert check_sae(*arguments, bounds) == CheckReport(own, bounds)
+    assert searches == [True], "one that passes is compared with its neighbours alone"
 
 
 def test_the_text() -> None:
