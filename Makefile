@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
 REFERENCE_VENV := .venv-reference
 REFERENCE_READY := $(REFERENCE_VENV)/.ready
@@ -24,10 +25,14 @@ help: ## Show this list
 
 setup: $(READY) ## Create the virtual environment with everything in it
 
-# torch first and pinned: without the pin, pip takes a build with gigabytes of CUDA libraries.
-$(READY): pyproject.toml constraints.txt
+# What serving needs and no more. torch first and pinned: without the pin, pip takes a build with gigabytes of CUDA libraries.
+$(SERVING): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server]'
+	touch $@
+
+$(READY): $(SERVING)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  --editable '.[server,postgres,train,dev]'
 	touch $@
@@ -58,13 +63,13 @@ $(VLLM_READY): tests/vllm/requirements.txt constraints.txt pyproject.toml
 	  vllm.model_executor.models.gemma3, vllm.model_executor.models.gpt2, vllm.model_executor.models.llama' >/dev/null
 	touch $@
 
-demo: $(READY) ## Serve the bundled model, steer it through the client, print what changed
+demo: $(SERVING) ## Serve the bundled model, steer it through the client, print what changed
 	$(BIN)/python -m saeguard_server.demo.show
 
-demo-policy: $(READY) ## A policy's life on the bundled model: shadow, half of the traffic, all of it, rolled back
+demo-policy: $(SERVING) ## A policy's life on the bundled model: shadow, half of the traffic, all of it, rolled back
 	$(BIN)/python -m saeguard_server.demo.policy_life
 
-serve: $(READY) ## Serve the bundled model on 127.0.0.1:50051 until Ctrl-C
+serve: $(SERVING) ## Serve the bundled model on 127.0.0.1:50051 until Ctrl-C
 	$(BIN)/saeguard serve
 
 # A file's tests stay together: they share what is expensive to make. One thread each, as there is a process for each core.

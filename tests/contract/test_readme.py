@@ -1,55 +1,132 @@
-"""README tells the truth: its tree is the tree, its Python runs."""
+"""READMEs tell the truth: what stands in them as ``sh`` or ``python`` runs when pasted into a new shell."""
 
 from __future__ import annotations
 
-import asyncio
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from support.served import serving_demo
+import grpc
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+READMES = [
+    ROOT / "README.md",
+    *(ROOT / folder / "README.md" for folder in ("proto", "server", "sae", "client", "tests")),
+]
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+PORT = re.compile(r"127\.0\.0\.1:(50\d\d\d)")
+START_S = 120.0
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+class Shells:
+    """New shells in a fresh copy of the tree, with ports of their own instead of those in the text."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports: dict[str, int] = {}
+        self._servers: list[subprocess.Popen[bytes]] = []
+        for path in ROOT.iterdir():
+            if path.name not in (".git", ".venv"):
+                (folder / path.name).symlink_to(path)
+        (folder / ".venv").symlink_to(sys.prefix)
 
-def test_the_tree_is_the_tree() -> None:
-    """Every path that the tree names exists, and every package of ours is in it."""
-    tree = next(block for block in blocks("text") if "saeguard_server/" in block)
-    path: list[str] = []
-    named = set()
-    for line in tree.splitlines():
-        match = re.match(r"^(\s*)([\w./-]+)(\s{2,}|$)", line)
-        if not match:
-            continue
-        depth, name = len(match[1]) // 4, match[2]
-        path = [*path[:depth], name.rstrip("/")]
-        named.add("/".join(path))
-    missing = [one for one in named if not (ROOT / one).exists()]
-    assert not missing
-    folders = {
-        str(one.parent.relative_to(ROOT))
-        for top in ("sae/saeguard_sae", "server/saeguard_server", "client/saeguard_client")
-        for one in (ROOT / top).glob("*/__init__.py")
-    }
-    unnamed = {one for one in folders if one not in named and not one.rsplit("/", 1)[1].startswith("_")}
-    assert not unnamed
+    def run(self, language: str, text: str) -> None:
+        """One block; one that serves goes on in the background once its port answers."""
+        text = PORT.sub(lambda match: f"127.0.0.1:{self._port(match[1])}", text)
+        if language == "python":
+            self._run([sys.executable, "-c", text])
+        elif re.search(r"\bserve\b(?!r)", text):
+            self._serve(text)
+        else:
+            self._run(["bash", "-euo", "pipefail", "-c", text])
 
+    def close(self) -> None:
+        """Ends what serves."""
+        for server in self._servers:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+        for server in self._servers:
+            server.wait(60)
 
-async def test_the_python_runs() -> None:
-    programs = blocks("python")
-    assert programs
-    async with serving_demo() as app:
-        for program in programs:
-            here = program.replace("127.0.0.1:50051", f"127.0.0.1:{app.port}")
-            done = await asyncio.to_thread(
-                subprocess.run, [sys.executable, "-c", here], capture_output=True, text=True, timeout=60, check=False
+    @property
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {"SAEGUARD_TARGET": f"127.0.0.1:{self._port('50051')}"}
+
+    def _port(self, name: str) -> int:
+        if name not in self._ports:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self._ports[name] = probe.getsockname()[1]
+        return self._ports[name]
+
+    def _run(self, command: list[str]) -> None:
+        done = subprocess.run(
+            command, cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+
+    def _serve(self, text: str) -> None:
+        text = text.replace(
+            "make serve", f".venv/bin/saeguard serve --metrics-listen '' --listen 127.0.0.1:{self._port('50051')}"
+        )
+        serving = re.search(r"--listen 127\.0\.0\.1:(\d+)", text)
+        assert serving, text
+        with (self._folder / "serve.log").open("ab") as log:
+            server = subprocess.Popen(
+                ["bash", "-euo", "pipefail", "-c", text],
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
-            assert done.returncode == 0, done.stderr
-            assert done.stdout
+        self._servers.append(server)
+        until = time.monotonic() + START_S
+        with grpc.insecure_channel(f"127.0.0.1:{serving[1]}") as channel:
+            ready = grpc.channel_ready_future(channel)
+            while not ready.done() and server.poll() is None and time.monotonic() < until:
+                time.sleep(0.1)
+            assert ready.done(), (self._folder / "serve.log").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def shells(tmp_path: Path) -> Iterator[Shells]:
+    shells = Shells(tmp_path)
+    yield shells
+    shells.close()
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("readme", READMES, ids=named)
+def test_what_stands_in_it_runs(readme: Path, shells: Shells) -> None:
+    blocks = BLOCK.findall(readme.read_text(encoding="utf-8"))
+    if not any("serve" in text for _, text in blocks):
+        shells.run("sh", "make serve")
+    for language, text in blocks:
+        shells.run(language, text)
+
+
+@pytest.mark.parametrize("readme", [*READMES, ROOT / "deploy" / "README.md"], ids=named)
+def test_its_links_lead_somewhere(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = (readme.parent / path).resolve() if path else readme
+        assert target.startswith("https://") or linked.exists(), target
+        if anchor and not target.startswith("https://"):
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, target
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180

@@ -79,7 +79,7 @@ def test_there_and_back(one: Policy) -> None:
 
 
 def test_readmes_example_is_one() -> None:
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[3] / "server" / "README.md").read_text(encoding="utf-8")
     section = readme.partition("\n## Policies\n")[2].partition("\n## ")[0]
     text = section.partition("```yaml\n")[2].partition("```")[0]
     (one,) = document.read_policy_files({"a.yaml": text, "secret-probe.json": PROBE})
