@@ -13,7 +13,7 @@ from torch import Tensor
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU
 from saeguard_sae.train.parallel import Mesh
 from saeguard_sae.train.settings import SaeSettings
-from saeguard_sae.train.tracking import Progress, Scaling, Tracking, unit_rows
+from saeguard_sae.train.tracking import LearnerMetrics, Scaling, Tracking, unit_rows
 
 # A layer whose features lie in several processes, for autograd; as Megatron-LM does it (Shoeybi et al. 2019).
 
@@ -71,7 +71,7 @@ class DenseRead(NamedTuple):
 
 
 class DenseLearner:
-    """See ``Learner``; made by ``make_learner``."""
+    """A ``Learner``; ``make_learner`` makes it."""
 
     def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None, mesh: Mesh) -> None:
         self.settings, self.steps, self._mesh = settings, 0, mesh
@@ -92,7 +92,6 @@ class DenseLearner:
         self._read: Callable[[Tensor, Tensor], DenseRead] = getattr(self, f"_{settings.architecture}")
 
     def step(self, x: Tensor, target: Tensor | None = None, before: Tensor | None = None) -> None:
-        """See ``Learner.step``."""
         if (target is not None) != self.settings.is_transcoder:
             raise ValueError("a transcoder needs a target, and nothing else has one")
         loss, features, error = self._loss(x, target)
@@ -102,9 +101,8 @@ class DenseLearner:
         self._track(loss.detach(), features.detach(), error.detach())
         self.steps += 1
 
-    def progress(self) -> Progress:
-        """See ``Learner.progress``."""
-        return self.tracking.progress(self.steps)
+    def metrics(self) -> LearnerMetrics:
+        return self.tracking.metrics(self.steps)
 
     @torch.no_grad()
     def export(self) -> Dictionary:
@@ -119,7 +117,6 @@ class DenseLearner:
         return self.scaling.fold(W_enc, b_enc, W_dec, weights["b_dec"], self._activation(weights, size), centre=centre)
 
     def state(self) -> dict[str, Tensor]:
-        """See ``Learner.state``."""
         own = {"steps": torch.tensor(self.steps)} | self.scaling.state()
         for name, tensor in self.weights.items():
             own[name] = self._whole(name, tensor.detach())
@@ -130,13 +127,11 @@ class DenseLearner:
 
     @torch.no_grad()
     def align(self) -> None:
-        """See ``Learner.align``."""
         moments = (kept[name] for kept in self._optimiser.state.values() for name in ("exp_avg", "exp_avg_sq"))
         for tensor in (*self.weights.values(), *moments, *self.tracking.state().values()):
-            self._mesh.as_first(tensor)
+            self._mesh.broadcast_rows(tensor)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Learner.load_state``."""
         self.steps = int(state["steps"])
         self.scaling = Scaling.from_state(state, self.scaling.mean.device)
         features = self._mesh.features(self.settings.d_sae)
@@ -230,7 +225,7 @@ class DenseLearner:
         fired = mesh.all_features(mesh.any_row(fires.any(0).byte()), dim=0)
         l0 = mesh.sum_features(fires.sum() / len(features))
         fvu = error.square().sum(1).mean() / self.scaling.variance
-        self.tracking.note(fired, *(mesh.sum_rows(one) / mesh.data for one in (loss, l0, fvu)))
+        self.tracking.add(fired, *(mesh.sum_rows(one) / mesh.data for one in (loss, l0, fvu)))
 
     def _activation(self, weights: dict[str, Tensor], size: Tensor) -> ActivationFunction:
         match self.settings.architecture:

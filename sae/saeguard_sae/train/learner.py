@@ -14,7 +14,7 @@ from saeguard_sae.train.dense import DenseLearner
 from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Rates, TorchKernels, choose
 from saeguard_sae.train.parallel import ALONE, Mesh, check_parts
 from saeguard_sae.train.settings import SaeSettings
-from saeguard_sae.train.tracking import Progress, Scaling, Tracking, unit_rows
+from saeguard_sae.train.tracking import LearnerMetrics, Scaling, Tracking, unit_rows
 
 # Which features fire on a batch: proposed by one dense product, decided by their values in float32.
 #
@@ -217,7 +217,7 @@ _CUTS = 20
 
 
 class SparseLearner:
-    """See ``Learner``; made by ``make_learner``."""
+    """A ``Learner``; ``make_learner`` makes it."""
 
     def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None, mesh: Mesh) -> None:
         self.settings, self.steps, self._mesh = settings, 0, mesh
@@ -242,7 +242,6 @@ class SparseLearner:
 
     @torch.no_grad()
     def step(self, x: Tensor, target: Tensor | None = None, before: Tensor | None = None) -> None:
-        """See ``Learner.step``."""
         if (target is not None) != self.settings.is_transcoder:
             raise ValueError("a transcoder needs a target, and nothing else has one")
         seen = x / self.scaling.read if target is not None else x / self.scaling.read - self.b_dec
@@ -259,12 +258,11 @@ class SparseLearner:
             earlier = before / self.scaling.read - self.b_dec
             loss = loss + self._smooth.add(seen, earlier, self.rows)
         self._update(bias)
-        self.tracking.note(fired, loss, l0, fvu)
+        self.tracking.add(fired, loss, l0, fvu)
         self.steps += 1
 
-    def progress(self) -> Progress:
-        """See ``Learner.progress``."""
-        return self.tracking.progress(self.steps)
+    def metrics(self) -> LearnerMetrics:
+        return self.tracking.metrics(self.steps)
 
     def export(self) -> Dictionary:
         """See ``Learner.export``: JumpReLU by the running threshold; TopK stays what it is, but for transcoders, of
@@ -278,18 +276,15 @@ class SparseLearner:
         return self.scaling.fold(W_enc, b_enc, W_dec, b_dec, activation, centre=centre)
 
     def state(self) -> dict[str, Tensor]:
-        """See ``Learner.state``."""
         rows = {name: self._mesh.whole(tensor) for name, tensor in self.rows.state().items()}
         return {"steps": torch.tensor(self.steps)} | self._small_state() | self.scaling.state() | rows
 
     def align(self) -> None:
-        """See ``Learner.align``."""
         for tensor in (self._small_state() | self.rows.state()).values():
-            self._mesh.as_first(tensor)
+            self._mesh.broadcast_rows(tensor)
         self.rows.rough.write(slice(None), self.rows.W_enc)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Learner.load_state``."""
         self.scaling = Scaling.from_state(state, self.b_dec.device)
         self.steps = int(state["steps"])
         for name, tensor in self._small_state().items():
@@ -391,7 +386,7 @@ class Learner(Protocol):
         """
         ...
 
-    def progress(self) -> Progress:
+    def metrics(self) -> LearnerMetrics:
         """How it goes; waits for the device."""
         ...
 

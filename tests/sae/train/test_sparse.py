@@ -61,7 +61,7 @@ def test_a_step_is_that_of_dense_autograd_and_adam(kind: dict[str, Any], precisi
     for name, tensor in (("W_enc", mine.rows.W_enc), ("b_enc", mine.rows.b_enc), ("W_dec", mine.rows.W_dec)):
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-3, atol=2e-5)
     torch.testing.assert_close(mine.b_dec.double(), wanted["b_dec"], rtol=1e-3, atol=2e-5)
-    now = mine.progress()
+    now = mine.metrics()
     assert now.loss == pytest.approx(float(wanted["loss"]), rel=1e-4)
     assert now.l0 == pytest.approx(float(wanted["l0"]), rel=1e-4)
 
@@ -173,7 +173,7 @@ def test_auxk_learns_the_error_by_the_formula_of_its_paper() -> None:
     aux = (error[:128] - rebuilt).square().sum() / error[:128].square().sum() / 32
     main = error.square().sum(1).mean() / mine.scaling.variance
     mine.step(x[:256])
-    assert mine.progress().loss == pytest.approx(float(main + aux), rel=1e-4)
+    assert mine.metrics().loss == pytest.approx(float(main + aux), rel=1e-4)
 
 
 def test_export_folds_the_scale_and_reads_the_same_numbers() -> None:

@@ -18,7 +18,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import ModelSettings
+from saeguard_sae.train.lm import LanguageModelSettings
 from saeguard_sae.train.settings import DataSettings, SaeSettings, StreamSettings, TrainError
 
 # How a run ends when it does not end well. What a user got wrong beforehand is a TrainError.
@@ -56,7 +56,7 @@ def names_of(kind: type) -> tuple[str, ...]:
     if issubclass(kind, msgspec.Struct):
         return kind.__struct_fields__
     assert dataclasses.is_dataclass(kind)
-    return tuple(one.name for one in dataclasses.fields(kind))
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def table(name: str, value: object) -> Mapping[str, Any]:
@@ -70,14 +70,14 @@ def table(name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def refuse_unknown(where: str, found: Iterable[str], allowed: Iterable[str]) -> None:
+def refuse_unknown(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
     """Looks at keys.
 
     Raises:
         BadConfig: one is not among those allowed.
     """
     names = list(allowed)
-    for key in found:
+    for key in keys:
         if key not in names:
             close = get_close_matches(key, names, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
@@ -96,10 +96,10 @@ def converted(where: str, value: object, hint: Any) -> Any:
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as err:
-        raise BadConfig(said(where, err)) from err
+        raise BadConfig(conversion_error(where, err)) from err
 
 
-def said(name: str, err: msgspec.ValidationError) -> str:
+def conversion_error(name: str, err: msgspec.ValidationError) -> str:
     """What msgspec, or a check of our own under it, objects to in a table, with the key in front."""
     text, _, where = str(err).partition(" - at `$")
     key = ".".join(filter(None, (name, where.rstrip("`").lstrip("."))))
@@ -194,11 +194,11 @@ def entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
     """
     if not isinstance(tables, list | tuple):
         raise BadConfig("saes: must be tables, written [[saes]]")
-    return tuple(one for index, found in enumerate(tables) for one in _of_table(f"saes[{index}]", found, seed))
+    return tuple(entry for index, value in enumerate(tables) for entry in _of_table(f"saes[{index}]", value, seed))
 
 
-def _of_table(where: str, found: object, seed: int) -> Iterator[SaeEntry]:
-    keys = dict(table(where, found))
+def _of_table(where: str, value: object, seed: int) -> Iterator[SaeEntry]:
+    keys = dict(table(where, value))
     keys.setdefault("seed", seed)
     for name in sorted(_NEEDS_ORDER & keys.keys()):
         raise BadConfig(f"{where}.{name}: needs each token's predecessor, which a mixed stream does not keep")
@@ -224,10 +224,10 @@ def _is_list(name: str) -> bool:
     return get_origin(_HINTS.get(name)) is tuple
 
 
-def _values(where: str, name: str, value: Any) -> list[Any]:
-    values = list(value)
-    if not values or any(values.count(one) > 1 for one in values):
-        raise BadConfig(f"{where}.{name}: a sweep needs values, each once; got {value!r}")
+def _values(where: str, name: str, sweep: Any) -> list[Any]:
+    values = list(sweep)
+    if not values or any(values.count(value) > 1 for value in values):
+        raise BadConfig(f"{where}.{name}: a sweep needs values, each once; got {sweep!r}")
     return values
 
 
@@ -260,7 +260,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokens: Count
     """Tokens that every SAE learns from, rounded up to whole batches."""
     log_every: Count = 100
-    """Steps between two lines of figures."""
+    """Steps between two lines of metrics."""
     checkpoint_every: Count = 1000
     """Steps between two checkpoints."""
     keep: Count = 2
@@ -286,7 +286,7 @@ class ParallelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run: a model, a stream of its activations, and all SAEs that learn from it."""
 
-    model: ModelSettings | None
+    model: LanguageModelSettings | None
     """None where the data is cached activations."""
     data: DataSettings
     stream: StreamSettings
@@ -297,10 +297,15 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         if not self.saes:
             raise ValueError("saes: at least one [[saes]] is needed")
-        names = [one.name for one in self.saes]
+        names = [entry.name for entry in self.saes]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"saes: the name {name!r} is given twice")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All that activations are needed of."""
+        return tuple(dict.fromkeys(site for entry in self.saes for site in entry.sites))
 
     @property
     def training_data(self) -> DataSettings:
@@ -319,7 +324,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 _TABLES: dict[str, type] = {
-    "model": ModelSettings,
+    "model": LanguageModelSettings,
     "data": DataSettings,
     "stream": StreamSettings,
     "run": RunSettings,
@@ -333,7 +338,7 @@ def load_run_config(path: Path, overrides: Mapping[str, Any] | None = None) -> R
     Raises:
         BadConfig: it cannot be read, an unknown key, a wrong type, a value out of range.
     """
-    tree = _read(path)
+    tree = _read_toml(path)
     for name, above in (overrides or {}).items():
         tree[name] = {**table(name, tree.get(name, {})), **above}
     try:
@@ -353,11 +358,10 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
     for name, part in parts.items():
         refuse_unknown(name, part, names_of(_TABLES[name]))
     run = _convert("run", parts["run"], RunSettings)
-    if "seed" in names_of(StreamSettings):
-        parts["stream"].setdefault("seed", run.seed)
+    parts["stream"].setdefault("seed", run.seed)
     try:
         return RunConfig(
-            model=_convert("model", parts["model"], ModelSettings) if "model" in tree else None,
+            model=_convert("model", parts["model"], LanguageModelSettings) if "model" in tree else None,
             data=_convert("data", parts["data"], DataSettings),
             stream=_convert("stream", parts["stream"], StreamSettings),
             run=run,
@@ -370,37 +374,37 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
         raise BadConfig(str(err)) from err
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
+def config_as_json(config: RunConfig) -> dict[str, Any]:
     """As JSON gives it back, SAEs by their names."""
     tree: dict[str, Any] = {name: msgspec.to_builtins(getattr(config, name)) for name in _TABLES}
-    tree["saes"] = {one.name: msgspec.to_builtins(one) for one in config.saes}
+    tree["saes"] = {entry.name: msgspec.to_builtins(entry) for entry in config.saes}
     return dict(json.loads(json.dumps(tree)))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What decides the outcome of a run and is not the same in two ``plain`` configurations, a sentence each."""
+    """What decides the outcome of a run and is not the same in two configurations as JSON, a sentence each."""
     old, new = _flat(before), _flat(now)
     keys = [key for key in sorted(old | new) if key not in _WITHOUT_EFFECT and old.get(key) != new.get(key)]
-    return [f"{key} was {_shown(old, key)}, now is {_shown(new, key)}" for key in keys]
+    return [f"{key} was {_repr(old, key)}, now is {_repr(new, key)}" for key in keys]
 
 
 _WITHOUT_EFFECT = {
     "model.device",
     "model.threads",
     "parallel.shards",
-    *(f"run.{one}" for one in ("out", "log_every", "checkpoint_every", "keep", "threads")),
+    *(f"run.{name}" for name in ("out", "log_every", "checkpoint_every", "keep", "threads")),
 }
 """Keys that may change when a run is resumed."""
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
 
 
-def _shown(flat: Mapping[str, Any], key: str) -> str:
+def _repr(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "not given"
 
 
@@ -413,7 +417,7 @@ def _convert(name: str, part: Mapping[str, Any], kind: type[T]) -> T:
     return whole
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as err:

@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saeguard_sae.train.quality import metrics
-from saeguard_sae.train.quality.metrics import agreement, max_cosines
+from saeguard_sae.train.quality import features as metrics
+from saeguard_sae.train.quality.features import decoder_agreement, max_cosines
 
 
 def rows(n: int, width: int, seed: int) -> Tensor:
@@ -39,7 +39,7 @@ def test_the_best_matching_of_all() -> None:
     one, two = rows(6, 5, 2), rows(7, 5, 3)
     both = cosines(one, two)
     best = max(sum(float(both[at, to]) for at, to in enumerate(order)) for order in permutations(range(7), 6))
-    found = agreement(one, two, seed=0)
+    found = decoder_agreement(one, two, seed=0)
     assert found.mcc == pytest.approx(best / 6, abs=1e-6)
     assert found.mean_max_cosine == pytest.approx(float(both.max(1).values.mean()), abs=1e-6)
     assert (found.matched, found.is_sample) == (6, False)
@@ -48,9 +48,9 @@ def test_the_best_matching_of_all() -> None:
 def test_the_same_features_in_another_order_agree() -> None:
     one = rows(300, 16, 4)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-    found = agreement(one, one[order] * 7, seed=0)
+    found = decoder_agreement(one, one[order] * 7, seed=0)
     assert (found.mcc, found.mean_max_cosine, found.share_above_09) == pytest.approx((1, 1, 1))
-    opposite = agreement(one, -one, seed=0)
+    opposite = decoder_agreement(one, -one, seed=0)
     assert opposite.mcc < 0.9, "a feature and its opposite are not the same"
 
 
@@ -58,10 +58,10 @@ def test_wide_dictionaries_are_matched_by_a_sample(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(metrics, "MATCHED", 400)
     one = rows(500, 8, 5)
     two = one[torch.randperm(500, generator=torch.Generator().manual_seed(2))] + 0.8 * rows(500, 8, 6)
-    found = agreement(one, two, seed=9)
+    found = decoder_agreement(one, two, seed=9)
     assert (found.matched, found.is_sample) == (100, True)
     both = cosines(one, two).numpy()
     row, column = linear_sum_assignment(both, maximize=True)
     # Rivals outside the sample leave it more to choose from.
     assert both[row, column].mean() - 0.02 < found.mcc <= found.mean_max_cosine + 0.05
-    assert found == agreement(one, two, seed=9)
+    assert found == decoder_agreement(one, two, seed=9)

@@ -9,14 +9,14 @@ import torch
 
 from saeguard_sae.models import Site
 from saeguard_sae.train.run.config import BadConfig, parse_run_config
-from saeguard_sae.train.run.jobs import plans, rehearse_export
+from saeguard_sae.train.run.jobs import plan_saes, rehearse_export
 
 WIDTHS = {Site(1, "resid_post"): 12, Site(1, "mlp_in"): 12, Site(1, "mlp_act"): 30, Site(1, "mlp_raw"): 12}
 
 
 def planned(tree: dict[str, Any], **changes: Any) -> Any:
     tree["saes"] = [{"name": "one", "site": "resid_post.1", "k": 2, **changes}]
-    (plan,) = plans(parse_run_config(tree), WIDTHS)
+    (plan,) = plan_saes(parse_run_config(tree), WIDTHS)
     return plan
 
 
