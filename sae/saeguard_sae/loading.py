@@ -172,7 +172,7 @@ def read_sae(source: Source, facts: Choices | None = None) -> tuple[str, ParsedS
     """
     path, known = _find(source.path)
     given = {name for name, value in source.choices.given().items() if value is not None}
-    found = known.load(replace(source, path=path, choices=_merged(source.choices, facts)))
+    found = known.parse(replace(source, path=path, choices=_merged(source.choices, facts)))
     if unused := sorted(given - found.used):
         raise ValueError(f"{unused[0]}: the {known.NAME} format, or this SAE in it, leaves no such choice")
     return known.NAME, found

@@ -9,20 +9,8 @@ from typing import Any
 from torch.nn.functional import pad
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Place,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    choice,
-    place,
-    safetensors,
-    text,
-    yaml_object,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
 
 NAME = "circuit_tracer_clt"
 CONFIG = "config.yaml"
@@ -38,7 +26,7 @@ def recognises(path: Path) -> bool:
     return _layer(path) is not None
 
 
-def load(source: Source) -> ParsedSae:
+def parse(source: Source) -> ParsedSae:
     """One layer: what it reads there, and what it writes there and at every later layer.
 
     Raises:
@@ -52,13 +40,13 @@ def load(source: Source) -> ParsedSae:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {_names(files)}")
     config, notes = _config(files[2]), Conventions()
-    dictionary, n_writes = _dictionary(safetensors(files[0]), safetensors(files[1]), layer, notes)
+    dictionary, n_writes = _dictionary(parsed.safetensors(files[0]), parsed.safetensors(files[1]), layer, notes)
     return ParsedSae(
         dictionary=dictionary,
         files=files,
         reads=_reads(config, layer, notes),
         writes=_writes(config, range(layer, layer + n_writes), notes),
-        model=text(config, "model_name", CONFIG) if "model_name" in config else None,
+        model=parsed.text(config, "model_name", CONFIG) if "model_name" in config else None,
         conventions=notes.all(),
     )
 
@@ -74,15 +62,15 @@ def _names(files: tuple[Path, ...]) -> str:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    config = yaml_object(file)
-    check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
-    choice(config, "model_kind", ("cross_layer_transcoder",), CONFIG)
+    config = parsed.yaml_object(file)
+    parsed.check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
+    parsed.choice(config, "model_kind", ("cross_layer_transcoder",), CONFIG)
     return config
 
 
 def _place(config: dict[str, Any], key: str, layer: int) -> Place:
-    hook = text(config, key, CONFIG)
-    found = place(f"blocks.{layer}.{hook}")
+    hook = parsed.text(config, key, CONFIG)
+    found = parsed.place(f"blocks.{layer}.{hook}")
     if found is None:
         raise ValueError(f"{CONFIG}: {key} {hook!r} is not a place that is known")
     return found
@@ -111,10 +99,10 @@ def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventio
     decoder.close()
     d_sae, d_model = b_enc.numel(), b_dec.numel()
     n_writes = W_dec.shape[1] if W_dec.ndim == 3 else 1
-    check_shapes({f"W_dec_{layer}": (W_dec, (d_sae, n_writes, d_model))}, decoder.file.name)
+    parsed.check_shapes({f"W_dec_{layer}": (W_dec, (d_sae, n_writes, d_model))}, decoder.file.name)
     shapes = {"W_enc": (W_enc, (d_sae, d_model)), "b_enc": (b_enc, (d_sae,)), "b_dec": (b_dec, (d_model,))}
     shapes |= {"W_skip": (skip, (d_model, d_model))} if skip is not None else {}
-    check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
+    parsed.check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
     _note(skip is not None, notes)
     # The bias and the skip connection belong to the layer that reads, the first of those that are written.
     later = (n_writes - 1) * d_model

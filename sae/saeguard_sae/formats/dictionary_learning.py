@@ -17,20 +17,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU, TopK
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ModulePlace,
-    ParsedSae,
-    Place,
-    Source,
-    Tensors,
-    check_shapes,
-    check_size,
-    choice,
-    json_object,
-    state_dict,
-    whole,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ModulePlace, ParsedSae, Place, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "dictionary_learning"
@@ -65,15 +53,15 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> ParsedSae:
+def parse(source: Source) -> ParsedSae:
     """The SAE or transcoder in the folder.
 
     Raises:
         ValueError: a class that is not supported, missing or surplus weights, or settings that contradict them.
     """
     trainer, buffer = _tables(source.path / CONFIG)
-    kind = choice(trainer, "dict_class", _READERS, _TRAINER)
-    weights, notes = state_dict(source.path / WEIGHTS), Conventions()
+    kind = parsed.choice(trainer, "dict_class", _READERS, _TRAINER)
+    weights, notes = parsed.state_dict(source.path / WEIGHTS), Conventions()
     if "optimizer" in weights:
         raise ValueError(f"{WEIGHTS}: a backup of unfinished training, with biases in other units; take a finished one")
     dictionary = _READERS[kind](_Trained(weights, trainer, notes))
@@ -97,7 +85,7 @@ def load(source: Source) -> ParsedSae:
 
 def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The trainer's settings, and the buffer's, which are missing where it kept none."""
-    config = json_object(file)
+    config = parsed.json_object(file)
     trainer, buffer = config.get("trainer"), config.get("buffer", {})
     if not isinstance(trainer, dict) or not isinstance(buffer, dict):
         raise ValueError(f"{CONFIG}: trainer must be a table of settings, and so must buffer where it is there")
@@ -111,9 +99,9 @@ def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_sizes(dictionary: Dictionary, trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> None:
-    check_size(trainer, "activation_dim", dictionary.d_in, _TRAINER)
-    check_size(trainer, "dict_size", dictionary.d_sae, _TRAINER)
-    check_size(buffer, "d_submodule", dictionary.d_in, _BUFFER)
+    parsed.check_size(trainer, "activation_dim", dictionary.d_in, _TRAINER)
+    parsed.check_size(trainer, "dict_size", dictionary.d_sae, _TRAINER)
+    parsed.check_size(buffer, "d_submodule", dictionary.d_in, _BUFFER)
 
 
 def _layers(weights: Tensors, b_enc: str, b_dec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,13 +109,13 @@ def _layers(weights: Tensors, b_enc: str, b_dec: str) -> tuple[Tensor, Tensor, T
     rows, bias = weights.take("encoder.weight"), weights.take(b_enc)
     columns, centre = weights.take("decoder.weight"), weights.take(b_dec)
     d_in, d_sae = centre.numel(), bias.numel()
-    wanted = {
+    shapes = {
         "encoder.weight": (rows, (d_sae, d_in)),
         b_enc: (bias, (d_sae,)),
         "decoder.weight": (columns, (d_in, d_sae)),
         b_dec: (centre, (d_in,)),
     }
-    check_shapes(wanted, WEIGHTS)
+    parsed.check_shapes(shapes, WEIGHTS)
     return rows.T, bias, columns.T, centre
 
 
@@ -195,8 +183,8 @@ def _above_threshold(trained: _Trained, b_enc: Tensor) -> ActivationFunction:
         )
     threshold = trained.weights.scalar("threshold")
     if threshold < 0:
-        said = f"threshold {threshold:g}: never calibrated, so the SAE is a plain ReLU"
-        trained.notes.note("threshold", said, WEIGHTS)
+        text = f"threshold {threshold:g}: never calibrated, so the SAE is a plain ReLU"
+        trained.notes.note("threshold", text, WEIGHTS)
         return ReLU()
     trained.notes.note("threshold", threshold, WEIGHTS)
     return JumpReLU(torch.full(b_enc.shape, threshold))
@@ -204,12 +192,14 @@ def _above_threshold(trained: _Trained, b_enc: Tensor) -> ActivationFunction:
 
 def _k(trained: _Trained) -> int:
     """Of the settings and of the weights, which must agree; older weights do not have it."""
-    said = whole(trained.trainer, "k", _TRAINER) if "k" in trained.trainer or "k" not in trained.weights else None
-    kept = whole({"k": trained.weights.scalar("k")}, "k", WEIGHTS) if "k" in trained.weights else None
-    if said and kept and said != kept:
-        raise ValueError(f"{_TRAINER}: k is {said}, but {WEIGHTS} has {kept}")
-    k = said or kept or 0
-    trained.notes.note("k", k, f"{_TRAINER}.k" if said else WEIGHTS)
+    stated = (
+        parsed.whole(trained.trainer, "k", _TRAINER) if "k" in trained.trainer or "k" not in trained.weights else None
+    )
+    stored = parsed.whole({"k": trained.weights.scalar("k")}, "k", WEIGHTS) if "k" in trained.weights else None
+    if stated and stored and stated != stored:
+        raise ValueError(f"{_TRAINER}: k is {stated}, but {WEIGHTS} has {stored}")
+    k = stated or stored or 0
+    trained.notes.note("k", k, f"{_TRAINER}.k" if stated else WEIGHTS)
     return k
 
 
@@ -227,7 +217,7 @@ _BATCHED = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 
 def _io(buffer: Mapping[str, Any], notes: Conventions) -> str:
     """Whether it reads the input of the submodule, its output, or one to write the other."""
-    io = choice({"io": "out"} | dict(buffer), "io", ("in", "out", "in_and_out"), _BUFFER)
+    io = parsed.choice({"io": "out"} | dict(buffer), "io", ("in", "out", "in_and_out"), _BUFFER)
     notes.note("side of the submodule", io, f"{_BUFFER}.io" if "io" in buffer else "the library's default")
     return io
 

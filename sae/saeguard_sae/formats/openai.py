@@ -6,17 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Source,
-    Tensors,
-    check_shapes,
-    checkpoint,
-    choice,
-    shapes,
-    whole,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
 
 NAME = "openai"
 
@@ -35,16 +26,16 @@ _BESIDES = (
 
 def recognises(path: Path) -> bool:
     """A torch file with names that this format alone has."""
-    return {"pre_bias", "latent_bias"} <= shapes(path).keys()
+    return {"pre_bias", "latent_bias"} <= parsed.shapes(path).keys()
 
 
-def load(source: Source) -> ParsedSae:
+def parse(source: Source) -> ParsedSae:
     """The SAE in the file, which does not say where in the model it belongs.
 
     Raises:
         ValueError: an activation that is not supported, missing or surplus weights.
     """
-    held, notes = checkpoint(source.path), Conventions()
+    held, notes = parsed.checkpoint(source.path), Conventions()
     tensors = Tensors(source.path, (str(name) for name in held), held.__getitem__)
     tensors.ignore(*_BESIDES)
     activation = _activation(held, source.path.name, notes)
@@ -62,20 +53,20 @@ def _dictionary(tensors: Tensors, activation: ActivationFunction, normed: bool) 
     tensors.close()
     d_in, d_sae = b_dec.numel(), b_enc.numel()
     wanted = {"encoder.weight": (rows, (d_sae, d_in)), "decoder.weight": (columns, (d_in, d_sae))}
-    check_shapes(wanted, tensors.file.name)
+    parsed.check_shapes(wanted, tensors.file.name)
     return Dictionary(rows.T, b_enc, columns.T, b_dec, activation, normalisation="layer_norm" if normed else "none")
 
 
 def _activation(held: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
-    name = choice({"activation": "ReLU"} | held, "activation", ("ReLU", "TopK"), file)
+    name = parsed.choice({"activation": "ReLU"} | held, "activation", ("ReLU", "TopK"), file)
     notes.note("activation", name, f"{file}: activation" if "activation" in held else "the library's default")
     if name == "ReLU":
         return ReLU()
     state, key = held.get(_STATE), f"{file}: {_STATE}"
     if not isinstance(state, dict):
         raise ValueError(f"{key} must hold k and postact_fn, got {state!r}")
-    k = whole(state, "k", key)
-    after = choice(state, "postact_fn", ("ReLU", "Identity"), key)
+    k = parsed.whole(state, "k", key)
+    after = parsed.choice(state, "postact_fn", ("ReLU", "Identity"), key)
     notes.note("k", k, key)
     notes.note("negative values", "kept" if after == "Identity" else "0", f"{key}: postact_fn")
     return TopK(k, keeps_negative=after == "Identity")

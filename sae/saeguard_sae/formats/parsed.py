@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saeguard_sae.coders import SparseCoder
-from saeguard_sae.dictionary import Normalisation
 from saeguard_sae.models import Point, Site
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -388,18 +387,18 @@ class Conventions:
     """Collects conventions while a loader decides."""
 
     def __init__(self) -> None:
-        self._found: list[Convention] = []
+        self._notes: list[Convention] = []
 
     def note(self, name: str, value: object, source: str) -> None:
         """``value`` as people read it."""
-        self._found.append(Convention(name, _said(value), source))
+        self._notes.append(Convention(name, _as_text(value), source))
 
     def all(self) -> tuple[Convention, ...]:
         """In the order in which they were decided."""
-        return tuple(self._found)
+        return tuple(self._notes)
 
 
-def _said(value: object) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -489,19 +488,3 @@ def hook_name(site: Site) -> str:
     if not hooks:
         raise ValueError(f"TransformerLens has no hook at {site}")
     return f"blocks.{site.layer}.{hooks[0]}"
-
-
-# What OpenMOSS' formats share: the factors of training, and folding them into rows of weights.
-
-
-class NormScales(NamedTuple):
-    """What takes activations to the scale of training, where it reads and where it writes; or how each token is."""
-
-    inward: float
-    outward: float
-    normalisation: Normalisation = "none"
-
-
-def scaled(rows: Tensor, by: Tensor) -> Tensor:
-    """rows [d_sae, d] times by [d_sae], each row contiguous: copied once, whatever their layout in the file."""
-    return torch.mul(rows, by[:, None], out=torch.empty(rows.shape))

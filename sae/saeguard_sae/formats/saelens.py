@@ -75,24 +75,24 @@ class InputNormalization:
     """Names of the choices that it was taken from."""
 
 
-def input_normalization(source: Source, settings: SaelensConfig, said: Conventions) -> InputNormalization:
+def input_normalization(source: Source, settings: SaelensConfig, notes: Conventions) -> InputNormalization:
     """What the config, the checkpoint's other files and the user say together.
 
     Raises:
         ValueError: a normalisation that is not supported, or one whose numbers are not known.
     """
     mode, who = _mode(source, settings)
-    said.note("normalisation", mode, who)
+    notes.note("normalisation", mode, who)
     scaler = _Scaler(source.path)
     if mode == _SCALED:
-        return _scaled(source, scaler, said)
+        return _scaled(source, scaler, notes)
     if mode == _WHITENED:
-        return _whitened(scaler, said)
+        return _whitened(scaler, notes)
     scaler.must_be_idle(mode)
     if mode == _FACTOR:
         table = {"activation_normalization_factor": 1.0} | dict(settings.table)
         factor = parsed.number(table, "activation_normalization_factor", CONFIG)
-        said.note("activation scale", factor, settings.source("activation_normalization_factor"))
+        notes.note("activation scale", factor, settings.source("activation_normalization_factor"))
         return InputNormalization(
             scale=_positive(factor, f"{CONFIG}: activation_normalization_factor"), files=scaler.files
         )
@@ -140,7 +140,7 @@ class _Scaler:
             raise ValueError(f"{SCALER}: {key} is {self._table[key]!r}, but {CONFIG} says {_KEY} {mode!r}")
 
 
-def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> InputNormalization:
+def _scaled(source: Source, scaler: _Scaler, notes: Conventions) -> InputNormalization:
     if scaler.factor is not None:
         factor, who = parsed.number({"scaling_factor": scaler.factor}, "scaling_factor", SCALER), SCALER
     elif source.choices.scale is not None:
@@ -149,12 +149,12 @@ def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> InputNormaliz
         raise ValueError(
             f"{CONFIG}: {_KEY} is {_SCALED}, but the factor is not in the files; give scale = sqrt(d_in) / mean |x|"
         )
-    said.note("activation scale", factor, who)
+    notes.note("activation scale", factor, who)
     used = frozenset({"scale"}) if who == source.choices.scale_said_by else frozenset()
     return InputNormalization(scale=_positive(factor, "scale"), files=scaler.files, used=used)
 
 
-def _whitened(scaler: _Scaler, said: Conventions) -> InputNormalization:
+def _whitened(scaler: _Scaler, notes: Conventions) -> InputNormalization:
     if not scaler.whitening.is_file():
         raise ValueError(
             f"{CONFIG}: {_KEY} is {_WHITENED}, but {WHITENING} is not in the folder; SAELens writes it beside a "
@@ -164,7 +164,7 @@ def _whitened(scaler: _Scaler, said: Conventions) -> InputNormalization:
     parts = [tensors.take(name, keep_dtype=True).to(torch.float64) for name in ("mean", "matrix", "inverse_matrix")]
     tensors.close()
     _check_square(parts)
-    said.note("input whitening", "folded into the weights", WHITENING)
+    notes.note("input whitening", "folded into the weights", WHITENING)
     return InputNormalization(whitening=Whitening(*parts), files=(*scaler.files, scaler.whitening))
 
 
@@ -261,9 +261,9 @@ class Parts:
 
     settings: SaelensConfig
     weights: Tensors
-    arrives: InputNormalization
+    input: InputNormalization
     choices: Choices
-    said: Conventions
+    notes: Conventions
 
     @property
     def table(self) -> Mapping[str, Any]:
@@ -272,7 +272,7 @@ class Parts:
 
     def note(self, name: str, value: object, key: str) -> None:
         """A convention that ``key`` of the config, or its default, decides."""
-        self.said.note(name, value, self.settings.source(key))
+        self.notes.note(name, value, self.settings.source(key))
 
 
 def build_coder(parts: Parts) -> SparseCoder:
@@ -310,15 +310,15 @@ def _centre(parts: Parts) -> bool:
 
 def _linear(parts: Parts) -> Dictionary:
     """In SAELens' order: its own folds come before rescaling, which they change, and whitening after it."""
-    dictionary, arrives, rescales = _unfolded(parts), parts.arrives, _rescales(parts)
+    dictionary, normalization, rescales = _unfolded(parts), parts.input, _rescales(parts)
     if (factors := _finetuning(parts, dictionary.d_sae)) is not None:
         dictionary = finetuned(dictionary, factors)
-    if arrives.scale != 1:
-        dictionary = scaled(dictionary, arrives.scale, rescales=rescales)
+    if normalization.scale != 1:
+        dictionary = scaled(dictionary, normalization.scale, rescales=rescales)
     if rescales:
         dictionary = rescaled(dictionary)
-    if arrives.whitening is not None:
-        dictionary = unwhitened(dictionary, arrives.whitening)
+    if normalization.whitening is not None:
+        dictionary = unwhitened(dictionary, normalization.whitening)
     return dictionary
 
 
@@ -333,7 +333,7 @@ def _unfolded(parts: Parts) -> Dictionary:
         weights.take("b_dec"),
         activation,
         centre=_centre(parts),
-        normalisation=parts.arrives.normalisation,
+        normalisation=parts.input.normalisation,
         is_transcoder=settings.is_transcoder,
         W_skip=weights.take("W_skip") if "skip" in settings.architecture else None,
     )
@@ -368,7 +368,7 @@ def _threshold(weights: Tensors) -> Tensor:
 def _batch_threshold(parts: Parts) -> Tensor:
     """[d_sae] what stands in for the choice among a whole training batch when SAELens exports the SAE."""
     threshold = parts.weights.scalar("topk_threshold")
-    parts.said.note("selection", f"above {threshold:g}, not among a batch", f"{WEIGHTS}: topk_threshold")
+    parts.notes.note("selection", f"above {threshold:g}, not among a batch", f"{WEIGHTS}: topk_threshold")
     return torch.full_like(parts.weights.take("b_enc"), threshold)
 
 
@@ -380,7 +380,7 @@ def _k(parts: Parts) -> int:
         return k
     if choice is None:
         raise ValueError(f"{CONFIG}: no k, the number of features kept per token; give k")
-    parts.said.note("k", choice, "the user")
+    parts.notes.note("k", choice, "the user")
     return choice
 
 
@@ -408,13 +408,13 @@ def _finetuning(parts: Parts, d_sae: int) -> Tensor | None:
         return None
     if parts.settings.is_finetuned is False:
         raise ValueError(f"{WEIGHTS}: {name} is not 1, but {CONFIG} does not say finetuning_scaling_factor")
-    parts.said.note("decoder scaled per feature", True, f"{WEIGHTS}: {name}")
+    parts.notes.note("decoder scaled per feature", True, f"{WEIGHTS}: {name}")
     return factors
 
 
 def _pursuit(parts: Parts) -> MatchingPursuit:
     W_dec, b_dec = parts.weights.take("W_dec"), parts.weights.take("b_dec")
-    table, scale = {"residual_threshold": 1e-2} | dict(parts.table), parts.arrives.scale
+    table, scale = {"residual_threshold": 1e-2} | dict(parts.table), parts.input.scale
     most = table.get("max_iterations")
     return MatchingPursuit(
         W_dec,
@@ -424,7 +424,7 @@ def _pursuit(parts: Parts) -> MatchingPursuit:
         residual_threshold=parsed.number(table, "residual_threshold", CONFIG) / scale,
         stop_on_duplicate_support=parsed.flag(table, "stop_on_duplicate_support", True, CONFIG),
         centre=_centre(parts),
-        normalisation=parts.arrives.normalisation,
+        normalisation=parts.input.normalisation,
     )
 
 
@@ -439,7 +439,7 @@ def _temporal(parts: Parts) -> Temporal:
         tuple(_attention(weights, index) for index in range(parsed.whole(table, "n_attn_layers", CONFIG))),
         n_heads=parsed.whole(table, "n_heads", CONFIG),
         k=_temporal_k(table),
-        scale=parts.arrives.scale,
+        scale=parts.input.scale,
         centre=_centre(parts),
         tied=tied,
     )
@@ -550,11 +550,11 @@ def _take_k(flat: dict[str, Any], spelled: dict[str, str]) -> set[str]:
     return {"architecture", "k"}
 
 
-def _normalisation(said: object) -> object:
+def _normalisation(value: object) -> object:
     # Until May 2024 it was a question with one possible answer.
-    if isinstance(said, bool):
-        return "expected_average_only_in" if said else "none"
-    return "none" if said is None else said
+    if isinstance(value, bool):
+        return "expected_average_only_in" if value else "none"
+    return "none" if value is None else value
 
 
 def _finetuned(flat: dict[str, Any]) -> bool | None:
@@ -571,28 +571,28 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> ParsedSae:
+def parse(source: Source) -> ParsedSae:
     """The SAE in the folder, in float32.
 
     Raises:
         ValueError: a convention that is not supported, an unknown key, missing or surplus weights.
     """
-    path, said = source.path, Conventions()
+    path, notes = source.path, Conventions()
     settings = _settings(path)
-    place = hook_point(settings, source.origin, said)
-    arrives = input_normalization(source, settings, said)
-    coder = build_coder(Parts(settings, parsed.safetensors(path / WEIGHTS), arrives, source.choices, said))
-    chose_k = {one.name for one in said.all() if one.source == "the user"} & {"k"}
+    place = hook_point(settings, source.origin, notes)
+    normalization = input_normalization(source, settings, notes)
+    coder = build_coder(Parts(settings, parsed.safetensors(path / WEIGHTS), normalization, source.choices, notes))
+    chose_k = {note.name for note in notes.all() if note.source == "the user"} & {"k"}
     return ParsedSae(
         dictionary=coder,
-        files=(path / CONFIG, path / WEIGHTS, *arrives.files),
+        files=(path / CONFIG, path / WEIGHTS, *normalization.files),
         reads=place.reads,
         writes=place.writes,
         processing=place.processing,
         model=place.model,
         stated_l0=place.stated_l0,
-        conventions=said.all(),
-        used=arrives.used | chose_k,
+        conventions=notes.all(),
+        used=normalization.used | chose_k,
     )
 
 

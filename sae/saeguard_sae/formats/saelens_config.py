@@ -140,26 +140,26 @@ class HookPoint:
     stated_l0: float | None
 
 
-def hook_point(settings: SaelensConfig, origin: SaeOrigin | None, said: Conventions) -> HookPoint:
+def hook_point(settings: SaelensConfig, origin: SaeOrigin | None, notes: Conventions) -> HookPoint:
     """What the metadata say; a place that is none of ours is left open.
 
     Raises:
         ValueError: an SAE of a single head, or a model processed in a way that is not supported.
     """
     _refuse_heads(settings)
-    reads = _place(settings, "", said)
-    writes = _place(settings, "_out", said) if settings.is_transcoder else None
-    _note_heads(settings, said)
+    reads = _place(settings, "", notes)
+    writes = _place(settings, "_out", notes) if settings.is_transcoder else None
+    _note_heads(settings, notes)
     return HookPoint(
         reads,
         () if writes is None else (writes,),
-        _processing(settings, origin, said),
+        _processing(settings, origin, notes),
         _text(settings, "model_name"),
         None if settings.metadata.get("l0") is None else parsed.number(settings.metadata, "l0", settings.where + "l0"),
     )
 
 
-def _place(settings: SaelensConfig, suffix: str, said: Conventions) -> Place | None:
+def _place(settings: SaelensConfig, suffix: str, notes: Conventions) -> Place | None:
     """The place of ``hook_name``, else that of ``hf_hook_name``."""
     ours, theirs = f"hook_name{suffix}", f"hf_hook_name{suffix}"
     name, module = _text(settings, ours), _text(settings, theirs)
@@ -170,14 +170,14 @@ def _place(settings: SaelensConfig, suffix: str, said: Conventions) -> Place | N
         chosen = theirs
     for key, text in ((ours, name), (theirs, module)):
         if text and (key != chosen or found[key] is None):
-            said.note(key, text, settings.where + key)
+            notes.note(key, text, settings.where + key)
     place = found.get(chosen)
     if place is not None:
-        said.note("writes" if suffix else "reads", place, settings.where + settings.spelled.get(chosen, chosen))
+        notes.note("writes" if suffix else "reads", place, settings.where + settings.spelled.get(chosen, chosen))
     return place
 
 
-def _processing(settings: SaelensConfig, origin: SaeOrigin | None, said: Conventions) -> Processing:
+def _processing(settings: SaelensConfig, origin: SaeOrigin | None, notes: Conventions) -> Processing:
     given = settings.metadata.get("model_from_pretrained_kwargs")
     key = f"{settings.where}model_from_pretrained_kwargs"
     given = {} if given is None else given
@@ -198,7 +198,7 @@ def _processing(settings: SaelensConfig, origin: SaeOrigin | None, said: Convent
             "alone, and with fold_ln and fold_value_biases"
         )
     if on:
-        said.note("processing", known[frozenset(on)], key)
+        notes.note("processing", known[frozenset(on)], key)
     return known[frozenset(on)]
 
 
@@ -209,13 +209,13 @@ def _refuse_heads(settings: SaelensConfig) -> None:
             raise ValueError(f"{name}: SAEs of a single attention head are not supported")
 
 
-def _note_heads(settings: SaelensConfig, said: Conventions) -> None:
+def _note_heads(settings: SaelensConfig, notes: Conventions) -> None:
     """Activations at attn_z are flat here already, head after head, as the flag would make them."""
     key = "reshape_activations"
     if settings.table.get(key) is None:
         return
     if parsed.choice(settings.table, key, ("none", "hook_z"), CONFIG) == "hook_z":
-        said.note("heads", "side by side", settings.source(key))
+        notes.note("heads", "side by side", settings.source(key))
 
 
 def _text(settings: SaelensConfig, key: str) -> str | None:

@@ -29,7 +29,7 @@ CLASSES = (
 
 
 def load(path: Path) -> ParsedSae:
-    return dictionary_learning.load(Source(path))
+    return dictionary_learning.parse(Source(path))
 
 
 def said(found: ParsedSae, name: str) -> str:
