@@ -29,34 +29,11 @@ _KINDS = {
 _KNOWN = {"act_size", "dict_size", "hook_point", "input_unit_norm", "model_name", "sae_type", "top_k"}
 # What only training reads. Configurations of the first version have keys of their own, which changed what is computed.
 _TRAINING = {
-    "aux_penalty",
-    "bandwidth",
-    "batch_size",
-    "beta1",
-    "beta2",
-    "checkpoint_freq",
-    "dataset_path",
-    "device",
-    "dtype",
-    "group_sizes",
-    "l1_coeff",
-    "layer",
-    "lr",
-    "max_grad_norm",
-    "model_batch_size",
-    "model_dtype",
-    "n_batches_to_dead",
-    "name",
-    "num_batches_in_buffer",
-    "num_tokens",
-    "perf_log_freq",
-    "seed",
-    "seq_len",
-    "site",
-    "top_k_aux",
-    "top_k_matryoshka",
-    "wandb_project",
-}
+    "aux_penalty", "bandwidth", "batch_size", "beta1", "beta2", "checkpoint_freq", "dataset_path", "device",
+    "dtype", "group_sizes", "l1_coeff", "layer", "lr", "max_grad_norm", "model_batch_size", "model_dtype",
+    "n_batches_to_dead", "name", "num_batches_in_buffer", "num_tokens", "perf_log_freq", "seed", "seq_len", "site",
+    "top_k_aux", "top_k_matryoshka", "wandb_project",
+}  # fmt: skip
 
 
 def recognises(path: Path) -> bool:

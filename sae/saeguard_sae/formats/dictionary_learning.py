@@ -106,17 +106,7 @@ def _check_sizes(dictionary: Dictionary, trainer: Mapping[str, Any], buffer: Map
 
 def _layers(weights: Tensors, b_enc: str, b_dec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W_enc, b_enc, W_dec, b_dec of the classes that are made of two linear layers."""
-    rows, bias = weights.take("encoder.weight"), weights.take(b_enc)
-    columns, centre = weights.take("decoder.weight"), weights.take(b_dec)
-    d_in, d_sae = centre.numel(), bias.numel()
-    shapes = {
-        "encoder.weight": (rows, (d_sae, d_in)),
-        b_enc: (bias, (d_sae,)),
-        "decoder.weight": (columns, (d_in, d_sae)),
-        b_dec: (centre, (d_in,)),
-    }
-    parsed.check_shapes(shapes, WEIGHTS)
-    return rows.T, bias, columns.T, centre
+    return parsed.linear_layers(weights, "encoder.weight", b_enc, "decoder.weight", b_dec)
 
 
 def _parameters(weights: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -48,13 +48,9 @@ def parse(source: Source) -> ParsedSae:
 
 
 def _dictionary(tensors: Tensors, activation: ActivationFunction, normed: bool) -> Dictionary:
-    names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
-    rows, b_enc, columns, b_dec = (tensors.take(name) for name in names)
+    layers = parsed.linear_layers(tensors, "encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
     tensors.close()
-    d_in, d_sae = b_dec.numel(), b_enc.numel()
-    wanted = {"encoder.weight": (rows, (d_sae, d_in)), "decoder.weight": (columns, (d_in, d_sae))}
-    parsed.check_shapes(wanted, tensors.file.name)
-    return Dictionary(rows.T, b_enc, columns.T, b_dec, activation, normalisation="layer_norm" if normed else "none")
+    return Dictionary(*layers, activation, normalisation="layer_norm" if normed else "none")
 
 
 def _activation(held: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:

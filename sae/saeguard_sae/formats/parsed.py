@@ -224,6 +224,20 @@ def check_shapes(shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]], file: str
             raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
+def linear_layers(
+    tensors: Tensors, encoder: str, b_enc: str, decoder: str, b_dec: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in] and b_dec of two layers that are stored as torch does, by name.
+
+    Raises:
+        ValueError: one is missing, or their shapes disagree.
+    """
+    rows, bias, columns, centre = (tensors.take(name) for name in (encoder, b_enc, decoder, b_dec))
+    d_in, d_sae = centre.numel(), bias.numel()
+    check_shapes({encoder: (rows, (d_sae, d_in)), decoder: (columns, (d_in, d_sae))}, tensors.file.name)
+    return rows.T, bias, columns.T, centre
+
+
 def number(config: Mapping[str, Any], key: str, file: str) -> float:
     """A finite number.
 

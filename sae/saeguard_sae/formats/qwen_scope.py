@@ -91,13 +91,11 @@ def _k(known: _Stated | None, source: Source, notes: Conventions) -> int:
 
 
 def _dictionary(tensors: Tensors, config: dict[str, Any], k: int) -> Dictionary:
-    rows, columns, b_enc, b_dec = (tensors.take(name) for name in WEIGHTS)
+    W_enc, b_enc, W_dec, b_dec = parsed.linear_layers(tensors, "W_enc", "b_enc", "W_dec", "b_dec")
     tensors.close()
-    d_in, d_sae = b_dec.numel(), b_enc.numel()
-    parsed.check_shapes({"W_enc": (rows, (d_sae, d_in)), "W_dec": (columns, (d_in, d_sae))}, tensors.file.name)
-    parsed.check_size(config, "d_model", d_in, CONFIG)
-    parsed.check_size(config, "d_sae", d_sae, CONFIG)
-    return Dictionary(rows.T, b_enc, columns.T, b_dec, TopK(k), centre=False)
+    parsed.check_size(config, "d_model", b_dec.numel(), CONFIG)
+    parsed.check_size(config, "d_sae", b_enc.numel(), CONFIG)
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, TopK(k), centre=False)
 
 
 def _reads(source: Source, config: dict[str, Any], notes: Conventions) -> Site | None:

@@ -18,17 +18,9 @@ CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
 
 _KNOWN = {
-    "activation",
-    "d_in",
-    "expansion_factor",
-    "k",
-    "multi_topk",
-    "normalize_decoder",
-    "num_latents",
-    "signed",
-    "skip_connection",
-    "transcode",
-}
+    "activation", "d_in", "expansion_factor", "k", "multi_topk", "normalize_decoder", "num_latents", "signed",
+    "skip_connection", "transcode",
+}  # fmt: skip
 # With several seeds the SAEs lie one folder deeper.
 _SEED = re.compile(r"seed\d+")
 

@@ -19,16 +19,9 @@ WEIGHTS = "latest_ckpt.safetensors"
 
 _SAE = f"{CONFIG}: sae"
 _KNOWN = {
-    "bottleneck_factor",
-    "exp_factor",
-    "kval_topk",
-    "n_attn_layers",
-    "n_heads",
-    "sae_diff_type",
-    "sae_type",
-    "scaling_factor",
-    "tied_weights",
-}
+    "bottleneck_factor", "exp_factor", "kval_topk", "n_attn_layers", "n_heads", "sae_diff_type", "sae_type",
+    "scaling_factor", "tied_weights",
+}  # fmt: skip
 # What only training reads, or another kind of SAE.
 _OTHERS = {"block_id", "gamma_reg", "inference_mode_batchtopk", "min_act_regularizer_batchtopk"}
 _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
