@@ -10,10 +10,9 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.catalogue import CatalogueFeature
+from saeguard_sae.catalogue import CatalogueFeature, write_catalogue
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine, Cap, Clamp, Zero
-from saeguard_sae.metadata import write_catalogue
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest, UnknownName

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from saeguard_client.cli.terminal import table
 from saeguard_sae import releases
+from saeguard_sae.catalogue import merge_entries, write_catalogue
+from saeguard_sae.catalogue import write_catalogue as write_features
 from saeguard_sae.check import CheckReport
 from saeguard_sae.coders import SparseCoder
 from saeguard_sae.formats import Convention, ParsedSae, Source, saelens_save
 from saeguard_sae.formats.parsed import Place
 from saeguard_sae.formats.saelens_config import CONFIG
 from saeguard_sae.loading import OpenedSae, detect_format, read_sae
-from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
-from saeguard_sae.metadata import write_catalogue as write_features
+from saeguard_sae.metadata import Dropped, import_features
 from saeguard_sae.models import DTYPES, Site, torch_dtype
 from saeguard_server import app
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
