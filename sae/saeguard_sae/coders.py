@@ -154,7 +154,9 @@ class Temporal:
     def __post_init__(self) -> None:
         d_sae, d_in = self.W_dec.shape if self.W_dec.ndim == 2 else (0, 0)
         if tuple(self.W_enc.shape) != (d_in, d_sae) or tuple(self.b_dec.shape) != (d_in,):
-            shapes = ", ".join(f"{name} {tuple(one.shape)}" for name, one in self.tensors().items() if "." not in name)
+            shapes = ", ".join(
+                f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors().items() if "." not in name
+            )
             raise BadDictionary(f"shapes disagree: {shapes}")
         if self.k is not None and not 1 <= self.k <= d_sae:
             raise BadDictionary(f"k must be 1 to d_sae ({d_sae}), got {self.k}")
@@ -205,7 +207,7 @@ class Temporal:
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Temporal:
         """The same dictionary elsewhere."""
-        attention = tuple({name: one.to(device, dtype) for name, one in part.items()} for part in self.attention)
+        attention = tuple({name: tensor.to(device, dtype) for name, tensor in part.items()} for part in self.attention)
         W_dec = self.W_dec.to(device, dtype)
         W_enc = W_dec.T if self.tied else self.W_enc.to(device, dtype)
         return replace(self, attention=attention, W_enc=W_enc, W_dec=W_dec, b_dec=self.b_dec.to(device, dtype))
@@ -216,8 +218,8 @@ class Temporal:
             raise BadDictionary(f"an attention layer has no {missing[0]}.weight")
         narrow = len(layer["q_target.weight"])
         rows = {"k_ctx": narrow, "q_target": narrow, "v_ctx": self.d_sae, "c_proj": self.d_sae}
-        wanted = {f"{name}.weight": (rows[name], self.d_sae) for name in ATTENTION}
-        for name, shape in (wanted | {f"{name}.bias": (rows[name],) for name in ATTENTION}).items():
+        shapes = {f"{name}.weight": (rows[name], self.d_sae) for name in ATTENTION}
+        for name, shape in (shapes | {f"{name}.bias": (rows[name],) for name in ATTENTION}).items():
             if name in layer and tuple(layer[name].shape) != shape:
                 raise BadDictionary(f"{name} has shape {tuple(layer[name].shape)}, expected {shape}")
         if narrow % self.n_heads or self.d_sae % self.n_heads:

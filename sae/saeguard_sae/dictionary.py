@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeGuard, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
 # What turns one feature's pre-activation into its value, and what is common to every such function.
 #
-# Those that compare a feature with its rivals (TopK and its kin) are in ``selections``.
+# Those that compare a feature with its competitors (TopK and its kin) follow below.
 
 
 class ActivationFunction(Protocol):
@@ -51,8 +51,21 @@ class Columns:
     squashed: bool = False
 
 
+class _Parameters:
+    """The tensors among an activation's fields, by name."""
+
+    __slots__ = ()
+
+    def parameters(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> Self:
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, slots=True)
-class ReLU:
+class ReLU(_Parameters):
     """``max(p, 0)``: the classic SAE."""
 
     name: ClassVar[str] = "relu"
@@ -65,15 +78,9 @@ class ReLU:
         never = torch.full_like(b_enc, -torch.inf)
         return Columns(torch.ones_like(b_enc), b_enc, b_enc, never)
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {}
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class TanhReLU:
+class TanhReLU(_Parameters):
     """``tanh(max(p, 0))``: what SAELens before 6.0 calls ``tanh-relu``; its later versions load it as ReLU."""
 
     name: ClassVar[str] = "tanh_relu"
@@ -86,15 +93,9 @@ class TanhReLU:
         never = torch.full_like(b_enc, -torch.inf)
         return Columns(torch.ones_like(b_enc), b_enc, b_enc, never, squashed=True)
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {}
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class JumpReLU:
+class JumpReLU(_Parameters):
     """``max(p, 0) where p > threshold`` (Rajamanoharan et al. 2024); also BatchTopK with its stored threshold."""
 
     threshold: Tensor
@@ -107,15 +108,9 @@ class JumpReLU:
     def columns(self, b_enc: Tensor) -> Columns:
         return Columns(torch.ones_like(b_enc), b_enc, b_enc, self.threshold)
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {"threshold": self.threshold}
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return JumpReLU(**tensors)
-
 
 @dataclass(frozen=True, slots=True)
-class Gated:
+class Gated(_Parameters):
     """``relu(q * exp(r_mag) + b_mag) where q + b_gate > 0`` (Rajamanoharan et al. 2024); there is no ``b_enc``."""
 
     b_gate: Tensor
@@ -132,28 +127,22 @@ class Gated:
         gain = self.r_mag.exp()
         return Columns(gain, self.b_mag + gain * b_enc, self.b_gate + b_enc, torch.zeros_like(b_enc))
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {"b_gate": self.b_gate, "b_mag": self.b_mag, "r_mag": self.r_mag}
 
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return Gated(**tensors)
-
-
-# Activations that let a feature through only if it beats its rivals: TopK, AbsTopK, GroupMax.
+# Activations that let a feature through only if it beats its competitors: TopK, AbsTopK, GroupMax.
 #
-# A feature's value needs its rank, not its rivals' values. So one feature is computed from its own pre-activation and
-# a count of how many rivals score higher, which can stop early (``ranking``).
+# A feature's value needs its rank, not its competitors' values. So one feature is computed from its own pre-activation
+# and a count of how many score higher, which can stop early (``ranks``).
 
 
 class Selection(ActivationFunction, Protocol):
-    """An activation under which a feature is ``value(p)`` if fewer than ``limit`` rivals score above it, else 0."""
+    """A feature is ``value(p)`` if fewer than ``limit`` of its competitors score above it, else 0."""
 
     @property
     def limit(self) -> int: ...
 
     @property
     def groups(self) -> int:
-        """Into how many contiguous blocks of features the rivals are split."""
+        """Into how many contiguous blocks of features the competitors are split."""
         ...
 
     def score(self, pre: Tensor) -> Tensor:
@@ -170,7 +159,7 @@ def is_selection(activation: ActivationFunction) -> TypeGuard[Selection]:
     return isinstance(activation, TopK | AbsTopK | GroupMax)
 
 
-class _Competing:
+class _Competing(_Parameters):
     """What the three share: no columns of their own, an optional gain per feature."""
 
     gain: Tensor | None
@@ -180,9 +169,6 @@ class _Competing:
         """The pre-activation alone: never let through until its rank is known."""
         ones = torch.ones_like(b_enc)
         return Columns(ones, b_enc, b_enc, torch.full_like(b_enc, torch.inf))
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {} if self.gain is None else {"gain": self.gain}
 
     def _scaled(self, features: Tensor) -> Tensor:
         return features if self.gain is None else features * self.gain
@@ -217,9 +203,6 @@ class TopK(_Competing):
         values, index = pre.topk(self.k, dim=-1)
         return self._scaled(torch.zeros_like(pre).scatter_(-1, index, self.value(values)))
 
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return TopK(self.k, self.keeps_negative, gain=tensors.get("gain"))
-
 
 @dataclass(frozen=True, slots=True)
 class AbsTopK(_Competing):
@@ -243,9 +226,6 @@ class AbsTopK(_Competing):
     def __call__(self, pre: Tensor) -> Tensor:
         index = pre.abs().topk(self.k, dim=-1).indices
         return self._scaled(torch.zeros_like(pre).scatter_(-1, index, pre.gather(-1, index)))
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return AbsTopK(self.k, gain=tensors.get("gain"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +252,6 @@ class GroupMax(_Competing):
         values, index = blocks.relu().max(dim=-1, keepdim=True)
         return self._scaled(torch.zeros_like(blocks).scatter_(-1, index, values).flatten(-2))
 
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return GroupMax(self.k, gain=tensors.get("gain"))
-
 
 # What a token goes through before it is encoded, and how a decoded vector comes back: per-token shift and scales.
 #
@@ -289,7 +266,7 @@ _EPS = 1e-5
 _TINY = 1e-30
 
 
-class InputFrame(NamedTuple):
+class InputScaling(NamedTuple):
     """Per token [..., 1]: it is encoded as ``(x - shift) / divisor``; a decoded r means ``r * scale + shift``."""
 
     shift: Tensor
@@ -297,8 +274,8 @@ class InputFrame(NamedTuple):
     scale: Tensor
 
 
-def frame(kind: Normalisation, x: Tensor) -> InputFrame:
-    """x [..., d_in] -> its frame.
+def input_scaling(kind: Normalisation, x: Tensor) -> InputScaling:
+    """x [..., d_in] -> its shift and scales.
 
     ``layer_norm`` takes the standard deviation with Bessel's correction and adds 1e-5 on the way in alone, as SAELens,
     OpenAI and Bussmann do. A token of zeros has no direction: under ``constant_norm_rescale`` it stays zeros, where
@@ -307,32 +284,32 @@ def frame(kind: Normalisation, x: Tensor) -> InputFrame:
     zeros, ones = torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
     match kind:
         case "none":
-            return InputFrame(zeros, ones, ones)
+            return InputScaling(zeros, ones, ones)
         case "layer_norm":
             shift = x.mean(dim=-1, keepdim=True)
             deviation = (x - shift).std(dim=-1, keepdim=True)
-            return InputFrame(shift, deviation + _EPS, deviation)
+            return InputScaling(shift, deviation + _EPS, deviation)
         case "constant_norm_rescale":
             norm = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-            return InputFrame(zeros, norm.clamp_min(_TINY), norm)
+            return InputScaling(zeros, norm.clamp_min(_TINY), norm)
         case "centred":
-            return InputFrame(x.mean(dim=-1, keepdim=True), ones, ones)
+            return InputScaling(x.mean(dim=-1, keepdim=True), ones, ones)
 
 
 def normalise(kind: Normalisation, x: Tensor) -> Tensor:
     """x [..., d_in] as it is encoded."""
     if kind == "none":
         return x
-    found = frame(kind, x)
-    return (x - found.shift) / found.divisor
+    token = input_scaling(kind, x)
+    return (x - token.shift) / token.divisor
 
 
 def restore(kind: Normalisation, decoded: Tensor, x: Tensor) -> Tensor:
     """What was decoded for token ``x``, in the model's units."""
     if kind == "none":
         return decoded
-    found = frame(kind, x)
-    return decoded * found.scale + found.shift
+    token = input_scaling(kind, x)
+    return decoded * token.scale + token.shift
 
 
 class BadDictionary(ValueError):
@@ -458,15 +435,15 @@ class Dictionary:
 
     def _check_shapes(self) -> None:
         for name in ("W_enc", "W_dec"):
-            if (found := getattr(self, name)).ndim != 2:
-                raise BadDictionary(f"{name} must have two dimensions, has shape {tuple(found.shape)}")
+            if (tensor := getattr(self, name)).ndim != 2:
+                raise BadDictionary(f"{name} must have two dimensions, has shape {tuple(tensor.shape)}")
         d_sae, d_out = self.W_dec.shape
         d_in = self.W_enc.shape[0] if self.is_transcoder else d_out
-        wanted: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)
         }  # fmt: skip
         for name, tensor in self.tensors().items():
-            shape = wanted.get(name, (d_sae,))
+            shape = shapes.get(name, (d_sae,))
             if tuple(tensor.shape) != shape:
                 raise BadDictionary(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         if not d_sae or not d_in or not d_out:
@@ -503,5 +480,5 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """
     # Turned the way it lies in memory: of a turned matrix aminmax makes a copy.
     flat = tensor.T if tensor.ndim == 2 and tensor.T.is_contiguous() else tensor
-    if flat.numel() and not all(torch.isfinite(one) for one in torch.aminmax(flat.detach())):
+    if flat.numel() and not all(torch.isfinite(limit) for limit in torch.aminmax(flat.detach())):
         raise BadDictionary(f"{name} holds values that are not finite")

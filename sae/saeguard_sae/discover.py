@@ -110,11 +110,11 @@ def rank(data: Labelled, top: int = 16) -> list[int]:
 
 def search(train: Labelled, heldout: Labelled, top: int = 16) -> list[Candidate]:
     """The ``top`` units by F1 on ``train``, each re-scored on ``heldout``."""
-    found = best_detectors(train.values, train.labels)
-    units = found.f1.argsort(descending=True)[:top]
-    again = f1_of(heldout.values[:, units], heldout.labels, found.cut[units])
+    detectors = best_detectors(train.values, train.labels)
+    units = detectors.f1.argsort(descending=True)[:top]
+    again = f1_of(heldout.values[:, units], heldout.labels, detectors.cut[units])
     contrast = _contrast(heldout, units)
-    rows = zip(units, found.cut[units], found.f1[units], again, contrast, strict=True)
+    rows = zip(units, detectors.cut[units], detectors.f1[units], again, contrast, strict=True)
     return [
         Candidate(int(u), float(cut), float(f1), float(f1_again), float(area)) for u, cut, f1, f1_again, area in rows
     ]

@@ -295,14 +295,14 @@ class EditColumns:
         """
         live = self._needs(group.slots)
         cells = live.cells
-        framed = encoding.frames(x, live.needs.kinds)
-        f = encoding.values(x, live.product.read(x), cells, framed, live.needs, self._coders)
+        scalings = encoding.input_scalings(x, live.needs.kinds)
+        f = encoding.values(x, live.product.read(x), cells, scalings, live.needs, self._coders)
         eligible = applied = in_scope(group, cells)
         if live.is_conditional:
             assert on is not None, "an edit waits for a condition that nobody decides"
             applied = eligible & on.gather(-1, cells["condition"][:, None].expand_as(f))
         change = torch.where(applied, _target(f, cells) - f, 0.0)
-        size = change if framed is None else change * encoding.of_kind(framed[2], cells["restores"])
+        size = change if scalings is None else change * encoding.of_kind(scalings[2], cells["restores"])
         is_edited = applied & cells["edits"][:, None]
         written = torch.where(is_edited, size, 0.0)
         delta, free = written, None

@@ -53,10 +53,10 @@ def needed(names: Set[str], inside: str) -> set[str]:
     if not any(name.startswith(folder) for name in names):
         raise ValueError(f"there is no such file or folder in the repository{_close_to(inside, names)}")
     weights = [name for name in _weights(names) if name.startswith(folder)]
-    found = _one_sae(folder, weights)
-    if found is None:
+    file = _one_sae(folder, weights)
+    if file is None:
         raise ValueError(f"holds {_counted(folder, weights)}")
-    return _with_its_own(names, found) | _settings(names, inside)
+    return _with_its_own(names, file) | _settings(names, inside)
 
 
 def _weights(names: Set[str]) -> list[str]:
@@ -224,13 +224,13 @@ def _address(path: str, revision: str | None) -> _Address:
 def _listed(path: str, revision: str | None) -> _Address:
     release, _, sae_id = path.strip("/").partition("/")
     try:
-        found = releases.find_release(release, sae_id)
+        published = releases.find_release(release, sae_id)
     except ValueError as err:
         raise HubError(
             f"{path or 'an empty path'}: no such file or folder here, and {err}; "
             f"what is on the hub is written {SCHEME}org/name/path/in/repo"
         ) from err
-    return _Address(found.repo, found.path, revision, found)
+    return _Address(published.repo, published.path, revision, published)
 
 
 @contextmanager
@@ -268,7 +268,7 @@ def _from_cache(address: _Address, home: Path, why: str) -> HubSae:
     ref = home / "refs" / revision
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
     snapshot = home / "snapshots" / commit
-    names = {one.relative_to(snapshot).as_posix() for one in snapshot.rglob("*") if one.is_file()}
+    names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
     if not names:
         raise HubError(f"{address}: nothing of {revision} is there; {looked}")
     try:

@@ -1,7 +1,7 @@
 """Which features of a competing activation are let through, without encoding more than that takes. All of it exact.
 
-A feature of TopK is on when fewer than k rivals score above it. Three shortcuts: a value of 0 needs no rank (a negative
-pre-activation under ReLU); the dictionary is encoded in blocks and a token is done when k rivals are above each of its
+A feature of TopK is on when fewer than k others score above it. Three shortcuts: a value of 0 needs no rank (a negative
+pre-activation under ReLU); the dictionary is encoded in blocks and a token is done when k others are above each of its
 features; GroupMax compares within its group alone. Ties at the k-th place count as let through, where ``torch.topk``
 takes one of them.
 """
@@ -49,15 +49,15 @@ class Competitors:
 
     @classmethod
     def of(cls, dictionary: Dictionary, features: Iterable[int]) -> Competitors:
-        """The rivals of these features. Groups' rows are copied; everything else is a view."""
+        """The competitors of these features. Groups' rows are copied; everything else is a view."""
         selection = dictionary.activation
-        assert is_selection(selection), "only competing features have rivals"
+        assert is_selection(selection), "only competing features have competitors"
         first = torch.full((selection.groups,), -1, dtype=torch.int64, device=dictionary.W_enc.device)
         if not isinstance(selection, GroupMax):
             first[:] = 0
             return cls(dictionary, selection, dictionary.W_enc, dictionary.centred_bias(), first)
         size = dictionary.d_sae // selection.groups
-        groups = torch.tensor(sorted({one // size for one in features}), device=first.device)
+        groups = torch.tensor(sorted({feature // size for feature in features}), device=first.device)
         first[groups] = torch.arange(len(groups), device=first.device) * size
         rows = (groups[:, None] * size + torch.arange(size, device=first.device)).flatten()
         W_enc, bias = dictionary.W_enc.T[rows].T.float(), dictionary.b_enc[rows].float()
@@ -196,7 +196,7 @@ class UpperBound:
         near = z.bfloat16()
         norm = z.norm(dim=1, keepdim=True)
         errors = [(near.float() - z).norm(dim=1, keepdim=True), norm]
-        columns = [_up(one * (1 + _ROUGH) + _TINY) for one in errors]
+        columns = [_up(error * (1 + _ROUGH) + _TINY) for error in errors]
         ones = near.new_ones(len(near), 2)
         zeros = near.new_zeros(len(near), EXTRA - 4)
         product = self._product(torch.cat([near, *columns, ones, zeros], dim=1))
@@ -216,8 +216,8 @@ class UpperBound:
     def _product(self, x: Tensor) -> Tensor:
         """x [N, d_in + EXTRA] -> bfloat16 [N, rows], negative ones as 0."""
         if x.device.type == "cpu":
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.rows, None, "relu", [], "")
-            return found
+            bounds: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.rows, None, "relu", [], "")
+            return bounds
         # Summed and returned in float32: partial sums in bfloat16 would break the bound.
         wide: Tensor = torch.ops.aten.mm.dtype(x, self.rows.T, torch.float32)
         return wide.relu_().bfloat16()

@@ -32,7 +32,7 @@ class Variant:
     scale_out: float = 1.0
     """Divides what is decoded."""
     before: Tensor | None = None
-    """[d_sae] multiplies pre-activations: what thresholds and rivals are compared with."""
+    """[d_sae] multiplies pre-activations: what thresholds and competitors are compared with."""
     after: Tensor | None = None
     """[d_sae] multiplies features before they are decoded."""
 
@@ -200,12 +200,12 @@ class _Splice:
         self.sites = {site for site in (sae.site, self.target, self._writes) if site is not None}
         self._ordinary: Tensor | None = None
         self._reconstruction: Tensor | None = None
-        self._wanted: Tensor | None = None
+        self._target_rows: Tensor | None = None
 
     def begin(self, ordinary: Tensor) -> None:
         """Before a text is read: which of its tokens are ordinary."""
         self._ordinary = ordinary
-        self._reconstruction = self._wanted = None
+        self._reconstruction = self._target_rows = None
 
     def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> SaeMeasurements:
         """Of all the texts that were read."""
@@ -231,16 +231,16 @@ class _Splice:
             decodes = self.target is not None
             self._reconstruction = reconstruct_text(self._reader, seen[0], rows, self.metrics, decodes=decodes)
         if site == self.target:
-            self._wanted = seen[0, rows].float()
+            self._target_rows = seen[0, rows].float()
         return self._written(x, rows) if site == self._writes else None
 
     def _written(self, x: Tensor, rows: Tensor) -> Tensor:
         assert self._reconstruction is not None, "what is written was read before"
-        assert self._wanted is not None, "and what it must reproduce is at the same place or before"
-        self.metrics.compare(self._reconstruction, self._wanted)
+        assert self._target_rows is not None, "and what it must reproduce is at the same place or before"
+        self.metrics.compare(self._reconstruction, self._target_rows)
         new = self._reconstruction
         if self._writes != self.target:
-            error = new - self._wanted
+            error = new - self._target_rows
             gain = self._sae.write_gain
             new = x[0, rows].float() + (error if gain is None else error * gain.to(error))
         out = x.clone()

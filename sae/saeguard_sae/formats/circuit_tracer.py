@@ -56,7 +56,7 @@ def parse(source: Source) -> ParsedSae:
 def _file(path: Path) -> Path | None:
     if not path.is_dir():
         return path if path.is_file() and _FILE.fullmatch(path.name) else None
-    inside = [one for one in path.iterdir() if _FILE.fullmatch(one.name)]
+    inside = [file for file in path.iterdir() if _FILE.fullmatch(file.name)]
     return inside[0] if len(inside) == 1 else None
 
 

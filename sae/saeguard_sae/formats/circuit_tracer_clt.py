@@ -52,7 +52,7 @@ def parse(source: Source) -> ParsedSae:
 
 
 def _layer(path: Path) -> int | None:
-    names = [one.name for one in path.iterdir()] if path.is_dir() else [path.name] if path.is_file() else []
+    names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name] if path.is_file() else []
     layers = {int(match[1]) for name in names if (match := _FILE.fullmatch(name))}
     return layers.pop() if len(layers) == 1 else None
 
@@ -70,24 +70,24 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _place(config: dict[str, Any], key: str, layer: int) -> Place:
     hook = parsed.text(config, key, CONFIG)
-    found = parsed.place(f"blocks.{layer}.{hook}")
-    if found is None:
+    place = parsed.place(f"blocks.{layer}.{hook}")
+    if place is None:
         raise ValueError(f"{CONFIG}: {key} {hook!r} is not a place that is known")
-    return found
+    return place
 
 
 def _reads(config: dict[str, Any], layer: int, notes: Conventions) -> Place:
     key = "feature_input_hook"
-    found = _place(config, key, layer)
-    notes.note("reads", found, f"{CONFIG}: {key}")
-    return found
+    place = _place(config, key, layer)
+    notes.note("reads", place, f"{CONFIG}: {key}")
+    return place
 
 
 def _writes(config: dict[str, Any], layers: range, notes: Conventions) -> tuple[Place, ...]:
     key = "feature_output_hook"
-    found = tuple(_place(config, key, layer) for layer in layers)
+    places = tuple(_place(config, key, layer) for layer in layers)
     notes.note("writes", f"at layers {layers[0]} to {layers[-1]}: {config[key]}", f"{CONFIG}: {key}")
-    return found
+    return places
 
 
 def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventions) -> tuple[Dictionary, int]:

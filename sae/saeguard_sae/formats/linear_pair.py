@@ -19,8 +19,8 @@ _LAYER = re.compile(r"-l(\d+)$")
 
 def recognises(path: Path) -> bool:
     """A torch file with layers of these names; the more common ones must be there with weights and biases."""
-    held = shapes(path).keys()
-    return f"{_GOODFIRE[0]}.weight" in held or held >= set(_names(*_QRESEARCH))
+    names = shapes(path).keys()
+    return f"{_GOODFIRE[0]}.weight" in names or names >= set(_names(*_QRESEARCH))
 
 
 def parse(source: Source) -> ParsedSae:

@@ -35,10 +35,10 @@ def parse(source: Source) -> ParsedSae:
     Raises:
         ValueError: an activation that is not supported, missing or surplus weights.
     """
-    held, notes = parsed.checkpoint(source.path), Conventions()
-    tensors = Tensors(source.path, (str(name) for name in held), held.__getitem__)
+    content, notes = parsed.checkpoint(source.path), Conventions()
+    tensors = Tensors(source.path, (str(name) for name in content), content.__getitem__)
     tensors.ignore(*_BESIDES)
-    activation = _activation(held, source.path.name, notes)
+    activation = _activation(content, source.path.name, notes)
     # The library's own rule: it keeps no other record of whether tokens were normalised.
     normed = isinstance(activation, TopK)
     notes.note("normalisation", "layer_norm" if normed else "none", "the format: TopK alone has it")
@@ -53,12 +53,12 @@ def _dictionary(tensors: Tensors, activation: ActivationFunction, normed: bool) 
     return Dictionary(*layers, activation, normalisation="layer_norm" if normed else "none")
 
 
-def _activation(held: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
-    name = parsed.choice({"activation": "ReLU"} | held, "activation", ("ReLU", "TopK"), file)
-    notes.note("activation", name, f"{file}: activation" if "activation" in held else "the library's default")
+def _activation(content: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
+    name = parsed.choice({"activation": "ReLU"} | content, "activation", ("ReLU", "TopK"), file)
+    notes.note("activation", name, f"{file}: activation" if "activation" in content else "the library's default")
     if name == "ReLU":
         return ReLU()
-    state, key = held.get(_STATE), f"{file}: {_STATE}"
+    state, key = content.get(_STATE), f"{file}: {_STATE}"
     if not isinstance(state, dict):
         raise ValueError(f"{key} must hold k and postact_fn, got {state!r}")
     k = parsed.whole(state, "k", key)

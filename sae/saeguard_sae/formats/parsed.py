@@ -57,18 +57,18 @@ class Tensors:
             there = ", ".join(sorted(self.names)) or "nothing"
             raise ValueError(f"{self.file.name}: no {name}; it holds {there}")
         self._left.discard(name)
-        found = self._get(name)
-        if not isinstance(found, Tensor):
+        tensor = self._get(name)
+        if not isinstance(tensor, Tensor):
             raise ValueError(f"{self.file.name}: {name} is not a tensor")
-        found = found.detach()
+        tensor = tensor.detach()
         if keep_dtype:
-            return found
-        if found.dtype not in _FLOATS:
-            raise ValueError(f"{self.file.name}: {name} is {found.dtype}, not a float")
-        if found.ndim < 2 and not torch.isfinite(found).all():
+            return tensor
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{self.file.name}: {name} is {tensor.dtype}, not a float")
+        if tensor.ndim < 2 and not torch.isfinite(tensor).all():
             # Matrices are looked at once they are a dictionary; what a loader takes the exponential of is seen here.
             raise ValueError(f"{self.file.name}: {name} holds values that are not finite")
-        return found.float()
+        return tensor.float()
 
     def take_if(self, name: str) -> Tensor | None:
         """The tensor, or None where the file has none of that name."""
@@ -80,10 +80,10 @@ class Tensors:
         Raises:
             ValueError: it is not there or has more.
         """
-        found = self.take(name, keep_dtype=True)
-        if found.numel() != 1:
-            raise ValueError(f"{self.file.name}: {name} must hold one number, has shape {tuple(found.shape)}")
-        return float(found)
+        tensor = self.take(name, keep_dtype=True)
+        if tensor.numel() != 1:
+            raise ValueError(f"{self.file.name}: {name} must hold one number, has shape {tuple(tensor.shape)}")
+        return float(tensor)
 
     def ignore(self, *names: str) -> None:
         """Names that are known to make no difference."""
@@ -110,10 +110,10 @@ def safetensors(file: Path) -> Tensors:
     def get(name: str) -> Tensor:
         try:
             with safe_open(file, framework="pt") as opened:
-                found: Tensor = opened.get_tensor(name)
+                tensor: Tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as err:
             raise ValueError(f"{file.name}: {err}") from err
-        return found
+        return tensor
 
     return Tensors(file, names, get)
 
@@ -141,7 +141,7 @@ def checkpoint(file: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a plain pickle's version before it refuses the pickle
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as err:
         raise ValueError(
             f"{file.name}: holds Python objects besides tensors, which could run any code, and is not read. Where you "
@@ -149,15 +149,15 @@ def checkpoint(file: Path) -> dict[str, Any]:
         ) from err
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
         raise ValueError(f"{file.name}: not a readable torch file: {err}") from err
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name}: holds a {type(found).__name__}, not a state dict")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name}: holds a {type(content).__name__}, not a state dict")
+    return content
 
 
 def state_dict(file: Path) -> Tensors:
     """A state dict that ``torch.save`` wrote."""
-    found = checkpoint(file)
-    return Tensors(file, (str(name) for name in found), found.__getitem__)
+    content = checkpoint(file)
+    return Tensors(file, (str(name) for name in content), content.__getitem__)
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -168,28 +168,28 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     if file.suffix not in (".pt", ".pth") or not file.is_file():
         return {}
     try:
-        found = checkpoint(file)
+        content = checkpoint(file)
     except ValueError:
         return {}
-    return {str(name): tuple(one.shape) if isinstance(one, Tensor) else () for name, one in found.items()}
+    return {str(name): tuple(value.shape) if isinstance(value, Tensor) else () for name, value in content.items()}
 
 
 def json_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
     try:
-        found = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (ValueError, OSError, RecursionError) as err:
         raise ValueError(f"{file.name}: not JSON: {err}") from err
-    return _table(found, file)
+    return _table(content, file)
 
 
 def yaml_object(file: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping; tags that build Python objects are refused."""
     try:
-        found = yaml.safe_load(file.read_bytes())
+        content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as err:
         raise ValueError(f"{file.name}: not YAML: {err}") from err
-    return _table(found, file)
+    return _table(content, file)
 
 
 def check_keys(config: Mapping[str, Any], known: Iterable[str], file: str) -> None:
@@ -298,10 +298,10 @@ def text(config: Mapping[str, Any], key: str, file: str) -> str:
     return value
 
 
-def _table(found: Any, file: Path) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name}: must hold a table of keys, holds a {type(found).__name__}")
-    return found
+def _table(content: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name}: must hold a table of keys, holds a {type(content).__name__}")
+    return content
 
 
 # What a format's loader is given and what it returns.

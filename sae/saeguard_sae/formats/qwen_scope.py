@@ -32,11 +32,11 @@ class _Stated(NamedTuple):
 
 def recognises(path: Path) -> bool:
     """A torch file with these weights, the encoder's one row for each feature."""
-    held = parsed.shapes(path)
-    if not held.keys() >= set(WEIGHTS) or held["W_enc"] != (*held["b_enc"], *held["b_dec"]):
+    stored = parsed.shapes(path)
+    if not stored.keys() >= set(WEIGHTS) or stored["W_enc"] != (*stored["b_enc"], *stored["b_dec"]):
         return False
     # Square weights fit either way round: then settings of its own beside the file make it another format's.
-    return held["b_enc"] != held["b_dec"] or not (path.parent / f"{path.stem}_cfg.json").is_file()
+    return stored["b_enc"] != stored["b_dec"] or not (path.parent / f"{path.stem}_cfg.json").is_file()
 
 
 def parse(source: Source) -> ParsedSae:

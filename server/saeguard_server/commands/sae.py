@@ -153,7 +153,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     opened = open_sae_source(settings).sae
     _print(_recognised(opened))
     if arguments.model is None:
-        _print(("", *_conventions(opened.found.conventions)))
+        _print(("", *_conventions(opened.parsed.conventions)))
         return 0
     return _check(arguments)
 
@@ -177,7 +177,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _recognised(opened: OpenedSae) -> Iterator[str]:
-    coder, found = opened.found.dictionary, opened.found
+    coder, found = opened.parsed.dictionary, opened.parsed
     size = sum(one.numel() * one.element_size() for one in coder.tensors().values()) / MIB
     yield f"format        {opened.format}"
     yield f"architecture  {coder.architecture}, {coder.d_sae} features"
@@ -258,7 +258,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if (arguments.out / CONFIG).exists():
         raise ValueError(f"{arguments.out} holds an SAE already")
     opened = open_sae_source(settings).sae
-    found = opened.found
+    found = opened.parsed
     saelens_save.save_saelens(
         found.dictionary,
         arguments.out,
@@ -327,7 +327,7 @@ def run_labels(arguments: argparse.Namespace) -> int:
     """Imports, merges with what is there, writes."""
     source = open_sae_source(sae_settings_of(arguments))
     opened, path = source.sae, source.path
-    coder = opened.found.dictionary
+    coder = opened.parsed.dictionary
     norms = coder.W_dec.float().norm(dim=1) if arguments.units == "unit_decoder" else None
     imported = import_features(
         arguments.files, coder.d_sae, decoder_norms=norms, units=arguments.units, source=arguments.source
