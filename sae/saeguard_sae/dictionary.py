@@ -3,38 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeGuard, get_args
+from typing import ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-
-# What turns one feature's pre-activation into its value, and what is common to every such function.
-#
-# Those that compare a feature with its competitors (TopK and its kin) follow below.
-
-
-class ActivationFunction(Protocol):
-    """Pre-activations ``p = x @ W_enc + b_enc`` to feature values."""
-
-    name: ClassVar[str]
-    local: ClassVar[bool]
-    """True when a feature's value depends on its own pre-activation alone, so that it can be computed alone."""
-
-    def __call__(self, pre: Tensor) -> Tensor:
-        """pre [..., d_sae] -> features [..., d_sae]."""
-        ...
-
-    def columns(self, b_enc: Tensor) -> Columns:
-        """The scalars by which one feature is computed from ``q = x . w_j``; only when ``local``."""
-        ...
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Tensors of length d_sae by the name they have on disk."""
-        ...
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        """The same activation with these in place of its ``parameters``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,57 +22,67 @@ class Columns:
     threshold: Tensor
     squashed: bool = False
 
+    @classmethod
+    def of(cls, b_enc: Tensor, threshold: float | Tensor, *, squashed: bool = False) -> Columns:
+        """Of what is not scaled."""
+        return cls(torch.ones_like(b_enc), b_enc, b_enc, torch.zeros_like(b_enc) + threshold, squashed)
 
-class _Parameters:
-    """The tensors among an activation's fields, by name."""
+
+class ActivationFunction:
+    """Pre-activations ``p = x @ W_enc + b_enc`` to feature values."""
 
     __slots__ = ()
+    name: ClassVar[str]
+    local: ClassVar[bool] = True
+    """True when a feature's value depends on its own pre-activation alone, so that it can be computed alone."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        """pre [..., d_sae] -> features [..., d_sae]."""
+        raise NotImplementedError
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        """The scalars by which one feature is computed from ``q = x . w_j``; only when ``local``."""
+        return Columns.of(b_enc, -torch.inf)
 
     def parameters(self) -> dict[str, Tensor]:
+        """Tensors of length d_sae by the name they have on disk."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def with_parameters(self, tensors: dict[str, Tensor]) -> Self:
+        """The same activation with these in place of its ``parameters``."""
         return replace(self, **tensors)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)
-class ReLU(_Parameters):
+class ReLU(ActivationFunction):
     """``max(p, 0)``: the classic SAE."""
 
     name: ClassVar[str] = "relu"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu()
 
-    def columns(self, b_enc: Tensor) -> Columns:
-        never = torch.full_like(b_enc, -torch.inf)
-        return Columns(torch.ones_like(b_enc), b_enc, b_enc, never)
-
 
 @dataclass(frozen=True, slots=True)
-class TanhReLU(_Parameters):
+class TanhReLU(ActivationFunction):
     """``tanh(max(p, 0))``: what SAELens before 6.0 calls ``tanh-relu``; its later versions load it as ReLU."""
 
     name: ClassVar[str] = "tanh_relu"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu().tanh()
 
     def columns(self, b_enc: Tensor) -> Columns:
-        never = torch.full_like(b_enc, -torch.inf)
-        return Columns(torch.ones_like(b_enc), b_enc, b_enc, never, squashed=True)
+        return Columns.of(b_enc, -torch.inf, squashed=True)
 
 
 @dataclass(frozen=True, slots=True)
-class JumpReLU(_Parameters):
+class JumpReLU(ActivationFunction):
     """``max(p, 0) where p > threshold`` (Rajamanoharan et al. 2024); also BatchTopK with its stored threshold."""
 
     threshold: Tensor
     name: ClassVar[str] = "jumprelu"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu() * (pre > self.threshold)
@@ -110,14 +92,13 @@ class JumpReLU(_Parameters):
 
 
 @dataclass(frozen=True, slots=True)
-class Gated(_Parameters):
+class Gated(ActivationFunction):
     """``relu(q * exp(r_mag) + b_mag) where q + b_gate > 0`` (Rajamanoharan et al. 2024); there is no ``b_enc``."""
 
     b_gate: Tensor
     b_mag: Tensor
     r_mag: Tensor
     name: ClassVar[str] = "gated"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return (pre * self.r_mag.exp() + self.b_mag).relu() * (pre + self.b_gate > 0)
@@ -128,54 +109,50 @@ class Gated(_Parameters):
         return Columns(gain, self.b_mag + gain * b_enc, self.b_gate + b_enc, torch.zeros_like(b_enc))
 
 
-# Activations that let a feature through only if it beats its competitors: TopK, AbsTopK, GroupMax.
-#
-# A feature's value needs its rank, not its competitors' values. So one feature is computed from its own pre-activation
-# and a count of how many score higher, which can stop early (``ranks``).
+class CompetingActivation(ActivationFunction):
+    """A feature is ``value(p)``, times an optional gain, if fewer than ``limit`` others of its group score above it.
 
+    Its value needs its rank, not the others' values. So one feature is computed from its own pre-activation and a count
+    of how many score higher, which can stop early (``ranks``).
+    """
 
-class Selection(ActivationFunction, Protocol):
-    """A feature is ``value(p)`` if fewer than ``limit`` of its competitors score above it, else 0."""
-
-    @property
-    def limit(self) -> int: ...
-
-    @property
-    def groups(self) -> int:
-        """Into how many contiguous blocks of features the competitors are split."""
-        ...
-
-    def score(self, pre: Tensor) -> Tensor:
-        """What is compared."""
-        ...
-
-    def value(self, pre: Tensor) -> Tensor:
-        """What a feature is worth when it is let through, before its ``gain``."""
-        ...
-
-
-def is_selection(activation: ActivationFunction) -> TypeGuard[Selection]:
-    """Whether its features compete."""
-    return isinstance(activation, TopK | AbsTopK | GroupMax)
-
-
-class _Competing(_Parameters):
-    """What the three share: no columns of their own, an optional gain per feature."""
-
+    __slots__ = ()
+    k: int
     gain: Tensor | None
     local: ClassVar[bool] = False
 
+    @property
+    def limit(self) -> int:
+        """How many of a group are let through."""
+        return self.k
+
+    @property
+    def groups(self) -> int:
+        """Into how many contiguous blocks the features are split."""
+        return 1
+
+    def score(self, pre: Tensor) -> Tensor:
+        """What is compared."""
+        return pre
+
+    def value(self, pre: Tensor) -> Tensor:
+        """What a feature is worth when it is let through, before its ``gain``."""
+        return pre.relu()
+
     def columns(self, b_enc: Tensor) -> Columns:
         """The pre-activation alone: never let through until its rank is known."""
-        ones = torch.ones_like(b_enc)
-        return Columns(ones, b_enc, b_enc, torch.full_like(b_enc, torch.inf))
+        return Columns.of(b_enc, torch.inf)
 
-    def _scaled(self, features: Tensor) -> Tensor:
+    def __call__(self, pre: Tensor) -> Tensor:
+        blocks = pre.reshape(*pre.shape[:-1], self.groups, -1)
+        index = self.score(blocks).topk(self.limit, dim=-1).indices
+        values = self.value(blocks.gather(-1, index))
+        features = torch.zeros_like(blocks).scatter_(-1, index, values).flatten(-2)
         return features if self.gain is None else features * self.gain
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(_Competing):
+class TopK(CompetingActivation):
     """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024).
 
     Args:
@@ -187,35 +164,18 @@ class TopK(_Competing):
     keeps_negative: bool = False
     gain: Tensor | None = field(default=None, kw_only=True)
     name: ClassVar[str] = "topk"
-    groups: ClassVar[int] = 1
-
-    @property
-    def limit(self) -> int:
-        return self.k
-
-    def score(self, pre: Tensor) -> Tensor:
-        return pre
 
     def value(self, pre: Tensor) -> Tensor:
         return pre if self.keeps_negative else pre.relu()
 
-    def __call__(self, pre: Tensor) -> Tensor:
-        values, index = pre.topk(self.k, dim=-1)
-        return self._scaled(torch.zeros_like(pre).scatter_(-1, index, self.value(values)))
-
 
 @dataclass(frozen=True, slots=True)
-class AbsTopK(_Competing):
+class AbsTopK(CompetingActivation):
     """The k pre-activations of largest magnitude of each token, with their sign."""
 
     k: int
     gain: Tensor | None = field(default=None, kw_only=True)
     name: ClassVar[str] = "abstopk"
-    groups: ClassVar[int] = 1
-
-    @property
-    def limit(self) -> int:
-        return self.k
 
     def score(self, pre: Tensor) -> Tensor:
         return pre.abs()
@@ -223,34 +183,22 @@ class AbsTopK(_Competing):
     def value(self, pre: Tensor) -> Tensor:
         return pre
 
-    def __call__(self, pre: Tensor) -> Tensor:
-        index = pre.abs().topk(self.k, dim=-1).indices
-        return self._scaled(torch.zeros_like(pre).scatter_(-1, index, pre.gather(-1, index)))
-
 
 @dataclass(frozen=True, slots=True)
-class GroupMax(_Competing):
+class GroupMax(CompetingActivation):
     """The largest of each of k contiguous blocks of d_sae / k features, negative ones as 0 (EleutherAI sparsify)."""
 
     k: int
     gain: Tensor | None = field(default=None, kw_only=True)
     name: ClassVar[str] = "groupmax"
-    limit: ClassVar[int] = 1
+
+    @property
+    def limit(self) -> int:
+        return 1
 
     @property
     def groups(self) -> int:
         return self.k
-
-    def score(self, pre: Tensor) -> Tensor:
-        return pre
-
-    def value(self, pre: Tensor) -> Tensor:
-        return pre.relu()
-
-    def __call__(self, pre: Tensor) -> Tensor:
-        blocks = pre.view(*pre.shape[:-1], self.k, -1)
-        values, index = blocks.relu().max(dim=-1, keepdim=True)
-        return self._scaled(torch.zeros_like(blocks).scatter_(-1, index, values).flatten(-2))
 
 
 # What a token goes through before it is encoded, and how a decoded vector comes back: per-token shift and scales.
@@ -455,7 +403,7 @@ class Dictionary:
         self._check_selection(d_sae)
 
     def _check_selection(self, d_sae: int) -> None:
-        if not is_selection(self.activation):
+        if not isinstance(self.activation, CompetingActivation):
             return
         k = max(self.activation.limit, self.activation.groups)
         if min(self.activation.limit, self.activation.groups) < 1 or k > d_sae:
@@ -473,11 +421,7 @@ def feature_major(W_enc: Tensor) -> Tensor:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuses NaN and infinity without a copy of the tensor.
-
-    Raises:
-        BadDictionary: there is one.
-    """
+    """Refuses NaN and infinity without a copy of the tensor. Raises BadDictionary: there is one."""
     # Turned the way it lies in memory: of a turned matrix aminmax makes a copy.
     flat = tensor.T if tensor.ndim == 2 and tensor.T.is_contiguous() else tensor
     if flat.numel() and not all(torch.isfinite(limit) for limit in torch.aminmax(flat.detach())):

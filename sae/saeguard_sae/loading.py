@@ -264,11 +264,7 @@ def _centred(dictionary: Dictionary) -> Dictionary:
 
 
 def shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
-    """The SAE of ``x - shift`` as an SAE of x.
-
-    Raises:
-        ValueError: it normalises x, or writes somewhere else.
-    """
+    """The SAE of ``x - shift`` as an SAE of x. Raises ValueError: it normalises x, or writes somewhere else."""
     if dictionary.normalisation != "none" or dictionary.is_transcoder:
         raise ValueError("a value bias under a normalisation is not supported")
     shift = shift.to(dictionary.W_enc)

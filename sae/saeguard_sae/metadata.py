@@ -136,11 +136,7 @@ class Collector:
         self._take(entry, self._known.setdefault(entry.index, _Known()))
 
     def features(self) -> dict[int, CatalogueFeature]:
-        """Everything, by index.
-
-        Raises:
-            BadCatalogue: nothing was of the chosen source.
-        """
+        """Everything, by index. Raises BadCatalogue: nothing was of the chosen source."""
         if self._taken is None and self._left:
             raise BadCatalogue(
                 f"no record of source {self._source!r}; the files hold {', '.join(list(self._left)[:5])}"

@@ -19,13 +19,12 @@ from torch.nn.functional import pad
 from saeguard_sae.dictionary import (
     ActivationFunction,
     Columns,
+    CompetingActivation,
     Dictionary,
     GroupMax,
     ReLU,
-    Selection,
     TanhReLU,
     TopK,
-    is_selection,
     normalise,
 )
 
@@ -39,7 +38,7 @@ class Competitors:
     """Those that the features of a dictionary compete with: all of it, or only the groups of ``features``."""
 
     dictionary: Dictionary
-    selection: Selection
+    selection: CompetingActivation
     W_enc: Tensor
     """[d_in, n]"""
     bias: Tensor
@@ -51,7 +50,7 @@ class Competitors:
     def of(cls, dictionary: Dictionary, features: Iterable[int]) -> Competitors:
         """The competitors of these features. Groups' rows are copied; everything else is a view."""
         selection = dictionary.activation
-        assert is_selection(selection), "only competing features have competitors"
+        assert isinstance(selection, CompetingActivation), "only competing features have competitors"
         first = torch.full((selection.groups,), -1, dtype=torch.int64, device=dictionary.W_enc.device)
         if not isinstance(selection, GroupMax):
             first[:] = 0

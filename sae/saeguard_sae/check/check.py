@@ -24,7 +24,7 @@ from saeguard_sae.check.measure import (
     target,
 )
 from saeguard_sae.coders import SparseCoder, Temporal
-from saeguard_sae.dictionary import NORMALISATIONS, Dictionary, JumpReLU, Normalisation, is_selection
+from saeguard_sae.dictionary import NORMALISATIONS, CompetingActivation, Dictionary, JumpReLU, Normalisation
 from saeguard_sae.formats.parsed import Choices, Convention, Processing
 from saeguard_sae.loading import USER, LoadedSae, as_unprocessed, matters, shifted, value_bias
 from saeguard_sae.metrics import SaeMetrics
@@ -140,7 +140,7 @@ def decoder_norms(sae: LoadedSae, dictionary: Dictionary) -> Iterator[Convention
         return
     dtype = dictionary.W_dec.dtype
     norms = rows.to(dtype).clamp_min(torch.finfo(dtype).tiny)
-    competes = is_selection(dictionary.activation)
+    competes = isinstance(dictionary.activation, CompetingActivation)
     # Features that do not compete only change by the factor, whether it comes before or after.
     side = "before" if competes else "after"
     yield ConventionChange(

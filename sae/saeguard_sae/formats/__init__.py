@@ -38,11 +38,7 @@ class Format(Protocol):
         ...
 
     def parse(self, source: Source) -> ParsedSae:
-        """The SAE.
-
-        Raises:
-            ValueError: something in it is not understood or not supported, named.
-        """
+        """The SAE. Raises ValueError: something in it is not understood or not supported, named."""
         ...
 
 

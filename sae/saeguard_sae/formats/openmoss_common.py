@@ -28,11 +28,7 @@ class NormScales(NamedTuple):
 
 
 def read_config(file: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The settings of an SAE.
-
-    Raises:
-        ValueError: an unknown key, an activation or an encoder that is not supported.
-    """
+    """The settings of an SAE. Raises ValueError: an unknown key, an activation or an encoder that is not supported."""
     config = parsed.json_object(file)
     if "sae_type" in config:
         parsed.choice(config, "sae_type", ("sae", "transcoder"), file.name)

@@ -48,11 +48,7 @@ class Tensors:
         return name in self.names
 
     def take(self, name: str, *, keep_dtype: bool = False) -> Tensor:
-        """The tensor, in float32 unless ``keep_dtype``.
-
-        Raises:
-            ValueError: it is not there, or not floating point.
-        """
+        """The tensor, in float32 unless ``keep_dtype``. Raises ValueError: it is not there, or not floating point."""
         if name not in self.names:
             there = ", ".join(sorted(self.names)) or "nothing"
             raise ValueError(f"{self.file.name}: no {name}; it holds {there}")
@@ -75,11 +71,7 @@ class Tensors:
         return self.take(name) if name in self.names else None
 
     def scalar(self, name: str) -> float:
-        """A tensor of one element.
-
-        Raises:
-            ValueError: it is not there or has more.
-        """
+        """A tensor of one element. Raises ValueError: it is not there or has more."""
         tensor = self.take(name, keep_dtype=True)
         if tensor.numel() != 1:
             raise ValueError(f"{self.file.name}: {name} must hold one number, has shape {tuple(tensor.shape)}")
@@ -90,11 +82,7 @@ class Tensors:
         self._left -= set(names)
 
     def close(self) -> None:
-        """Says that everything was taken.
-
-        Raises:
-            ValueError: a tensor is left whose meaning is not known.
-        """
+        """Says that everything was taken. Raises ValueError: a tensor is left whose meaning is not known."""
         if self._left:
             raise ValueError(f"{self.file.name}: unexpected {sorted(self._left)[0]!r}: what it changes is not known")
 
@@ -204,11 +192,7 @@ def check_keys(config: Mapping[str, Any], known: Iterable[str], file: str) -> No
 
 
 def check_size(config: Mapping[str, Any], key: str, size: int, file: str) -> None:
-    """Compares a size that a file states with the weights' own.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Compares a size that a file states with the weights' own. Raises ValueError: they differ."""
     if key in config and config[key] is not None and config[key] != size:
         raise ValueError(f"{file}: {key} is {config[key]}, but the weights have {size}")
 
@@ -239,11 +223,7 @@ def linear_layers(
 
 
 def number(config: Mapping[str, Any], key: str, file: str) -> float:
-    """A finite number.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """A finite number. Raises ValueError: it is missing or something else."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
         raise ValueError(f"{file}: {key} must be a number, got {value!r}")
@@ -251,11 +231,7 @@ def number(config: Mapping[str, Any], key: str, file: str) -> float:
 
 
 def whole(config: Mapping[str, Any], key: str, file: str) -> int:
-    """A whole number above zero.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """A whole number above zero. Raises ValueError: it is missing or something else."""
     value = number(config, key, file)
     if value < 1 or value != int(value):
         raise ValueError(f"{file}: {key} must be a whole number above 0, got {config[key]!r}")
@@ -275,11 +251,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool | None, file: str) -
 
 
 def choice(config: Mapping[str, Any], key: str, allowed: Iterable[str], file: str) -> str:
-    """One of these words.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """One of these words. Raises ValueError: it is missing or something else."""
     value, words = config.get(key), list(allowed)
     if value not in words:
         raise ValueError(f"{file}: {key} {value!r} is not supported; supported are {', '.join(words)}")
@@ -287,11 +259,7 @@ def choice(config: Mapping[str, Any], key: str, allowed: Iterable[str], file: st
 
 
 def text(config: Mapping[str, Any], key: str, file: str) -> str:
-    """A piece of text that is not empty.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """A piece of text that is not empty. Raises ValueError: it is missing or something else."""
     value = config.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{file}: {key} must be text, got {value!r}")
@@ -491,11 +459,7 @@ def in_and_out(inward: object, outward: object, key: str) -> tuple[Place | None,
 
 
 def hook_name(site: Site) -> str:
-    """A site as TransformerLens spells it.
-
-    Raises:
-        ValueError: it has no hook there.
-    """
+    """A site as TransformerLens spells it. Raises ValueError: it has no hook there."""
     if site.point == "embed":
         return "hook_embed"
     hooks = [hook for hook, point in _POINTS.items() if point == site.point]

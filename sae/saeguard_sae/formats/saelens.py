@@ -444,11 +444,7 @@ def rescaled(dictionary: Dictionary) -> Dictionary:
 
 
 def unwhitened(dictionary: Dictionary, whitening: Whitening) -> Dictionary:
-    """For inputs that are not whitened, and outputs not taken back.
-
-    Raises:
-        ValueError: it is of another width.
-    """
+    """For inputs that are not whitened, and outputs not taken back. Raises ValueError: it is of another width."""
     if whitening.mean.shape != dictionary.b_dec.shape:
         raise ValueError(f"{WHITENING}: mean has {whitening.mean.numel()} values, but the SAE reads {dictionary.d_in}")
     # Transposed, the product comes out feature by feature as Dictionary keeps it.

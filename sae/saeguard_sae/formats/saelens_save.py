@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeguard_sae.coders import ATTENTION, MatchingPursuit, SparseCoder, Temporal
-from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, TopK, is_selection
+from saeguard_sae.dictionary import AbsTopK, CompetingActivation, Dictionary, Gated, TopK
 from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Processing
 from saeguard_sae.formats.saelens_config import CONFIG, PROCESSED, WEIGHTS
@@ -107,7 +107,7 @@ def _sae(dictionary: Dictionary) -> str:
     _refuse(dictionary.W_skip is not None, "a skip connection in an SAE")
     _refuse(act.name not in _SAES, f"a {act.name} SAE")
     _refuse(isinstance(act, TopK) and act.keeps_negative, "a TopK that keeps negative values")
-    _refuse(is_selection(act) and bool(act.parameters()), "a gain on what was selected")
+    _refuse(isinstance(act, CompetingActivation) and bool(act.parameters()), "a gain on what was selected")
     return _SAES[act.name]
 
 
