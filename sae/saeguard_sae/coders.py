@@ -20,8 +20,6 @@ from saeguard_sae.dictionary import (
     restore,
 )
 
-# Matching pursuit SAEs: features are found one after another, each from what the ones before left over.
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatchingPursuit:
@@ -120,9 +118,6 @@ class MatchingPursuit:
         if self.residual_threshold > 0:
             goes_on &= residual[running].norm(dim=-1) >= self.residual_threshold
         return goes_on
-
-
-# Temporal SAEs: what the prefix predicts is taken out before a token is encoded, so features need the whole prefix.
 
 
 ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")

@@ -201,13 +201,9 @@ class GroupMax(CompetingActivation):
         return self.k
 
 
-# What a token goes through before it is encoded, and how a decoded vector comes back: per-token shift and scales.
-#
-# The names are SAELens' own, besides ``centred``: what TransformerLens' ``center_writing_weights`` does to the
-# stream.
-
-
 Normalisation: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale", "centred"]
+"""What a token goes through before it is encoded, as SAELens calls it; ``centred`` is what TransformerLens'
+``center_writing_weights`` does to the stream."""
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 _EPS = 1e-5

@@ -165,12 +165,11 @@ def values(x: Tensor, q: Tensor, cells: Cells, scalings: Tensor | None, needs: N
     return f
 
 
-# The n largest of each row, several times faster on a CPU than ``topk`` over a wide row: the columns are split into
-# tiles, the n tiles with the largest maxima hold the n largest, and only they are looked into.
-
-
 def largest_per_row(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """values [N, size] -> values and columns as ``topk(n)`` gives them, but for which of equal ones it takes."""
+    """values [N, size] -> values and columns as ``topk(n)`` gives them, but for which of equal ones it takes.
+
+    Several times faster on a CPU over a wide row: the n tiles of columns with the largest maxima hold the n largest.
+    """
     size = values.shape[1]
     height = _height(size, n)
     if height == 1:
@@ -194,11 +193,9 @@ def _height(size: int, n: int) -> int:
 
 
 # Features of many tokens: the largest, those above a threshold, named ones. The values are float32's own.
-#
 # Only candidates are computed exactly. They come from upper bounds (``UpperBound``): a feature that is not among them
 # is proven to lose, because the worst that was selected is at least the bound of the best that was not. For a token of
 # which that proves nothing more are computed, and in the end all.
-
 
 SPARE = 16
 """Candidates beyond those asked for; half as many again where more than twice this are asked for."""

@@ -27,9 +27,6 @@ from saeguard_sae import releases
 from saeguard_sae.formats.parsed import SaeOrigin
 from saeguard_sae.releases import PublishedSae
 
-# Which files of a repository make up one SAE, so that nothing else is downloaded.
-
-
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 _SETTINGS = (".json", ".yaml", ".yml")
 # Weights by the names that say a folder is one SAE, whatever else lies in it.

@@ -212,11 +212,9 @@ def _find(path: Path) -> tuple[Path, Format]:
 
 
 # SAEs of models that TransformerLens had changed, on the model as Hugging Face runs it.
-#
 # TransformerLens folds norms into the weights after them, centres what writes to the residual stream, and moves value
 # biases; the model computes the same, but the activations that an SAE saw differ. Each difference is exact and has an
 # exact counterpart on our side.
-
 
 _CENTRED = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_read", "mlp_out", "resid_post")
 """Points whose activations lose their mean under ``center_writing_weights``."""

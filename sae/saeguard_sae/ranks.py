@@ -132,15 +132,11 @@ def _with_own(every: Tensor, features: Tensor, score: Tensor, part: slice) -> Te
 
 # Upper bounds of every pre-activation of many tokens, by one bfloat16 product: what is below one need not be
 # computed.
-#
 # Let a token z and a feature's row w be z' and w' in bfloat16. By Cauchy-Schwarz,
-#
 # ``z . w <= z' . w' + |z' - z| |w'| + |z| |w' - w|``.
-#
 # The last two terms and the bias are columns of the same product, each rounded up, so that the product is the bound
 # itself. Summing in float32 can add ``d_in`` roundings; the bound has room for four times as many, which also covers
 # those of the float32 product that it stands in for.
-
 
 EXTRA = 8
 """Columns beside the input's own: two error terms, the bias in two parts, and zeros that keep rows aligned."""

@@ -30,9 +30,6 @@ from saeguard_sae.loading import USER, LoadedSae, as_unprocessed, matters, shift
 from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import ModelConfig, Site, depth, sites
 
-# One thing about an SAE done otherwise, with what to write into its settings for it.
-
-
 Kind: TypeAlias = Literal["site", "bias", "normalisation", "decoder norms", "scale", "processing"]
 
 
@@ -84,9 +81,6 @@ def of_variant(**fields: Any) -> Callable[[Setup], Setup]:
     return apply
 
 
-# What a loaded SAE's conventions say that its weights do not.
-
-
 _SCALE = "activation scale"
 """What formats call the factor that is folded into the weights."""
 
@@ -123,9 +117,6 @@ def gating(sae: LoadedSae) -> str | None:
     """Whose rule decides what fires, where there are two."""
     known = convention(sae, "gating")
     return None if known is None else known.value.partition(":")[0]
-
-
-# The units of an SAE's inputs and features, each got wrong: decoder norms and the scale of activations.
 
 
 _ALIKE = 0.01
@@ -177,9 +168,6 @@ def scales(sae: LoadedSae, x: Tensor, target: Tensor | None) -> Iterator[Convent
 
 def _factor(x: Tensor) -> float:
     return float(x.shape[-1] ** 0.5 / x.float().norm(dim=-1).mean())
-
-
-# The conventions by which an activation reaches the encoder, each got wrong: bias, normalisation, processing.
 
 
 def conventions(
@@ -277,9 +265,6 @@ def _processing(
     what = f"the model it was trained on had its value biases {'in place' if is_folded else 'folded'}"
     setting = f'processing = "{"none" if is_folded else "transformer_lens"}"'
     yield ConventionChange("processing", what, setting, of_coder(partial(shifted, shift=shift)))
-
-
-# The other places that an SAE may belong to, nearest first: the neighbouring layers, this layer's other points.
 
 
 def relocations(sae: LoadedSae, config: ModelConfig) -> list[ConventionChange]:

@@ -15,8 +15,6 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss, SaeMetrics
 from saeguard_sae.models import ModelConfig, Site, hooked
 
-# A dictionary read by other conventions than its own, without a copy of its weights.
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Variant:
@@ -246,9 +244,6 @@ class _Splice:
         out = x.clone()
         out[0, rows] = new.to(x.dtype)
         return out
-
-
-# Activations of a sample of the text at every site that an SAE may belong to, from one pass over it.
 
 
 SAMPLE = 256

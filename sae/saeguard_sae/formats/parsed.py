@@ -272,9 +272,6 @@ def _table(content: Any, file: Path) -> dict[str, Any]:
     return content
 
 
-# What a format's loader is given and what it returns.
-
-
 Processing: TypeAlias = Literal["none", "centred", "transformer_lens"]
 """How TransformerLens changed the model that the SAE was trained on: not at all; ``center_writing_weights`` alone; all
 of its defaults (folded norms, centred weights, folded value biases)."""
@@ -384,9 +381,6 @@ def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# Places in a model as other libraries spell them: TransformerLens' hooks and Hugging Face's module paths.
 
 
 _POINTS: dict[str, Point] = {

@@ -71,9 +71,6 @@ def parse(source: Source) -> ParsedSae:
     )
 
 
-# What SAELens does to an activation before it is encoded: its ``normalize_activations`` and the files behind it.
-
-
 @dataclass(frozen=True, slots=True)
 class Whitening:
     """``z = (x - mean) @ matrix`` and back, in float64: ``mean`` [d_in], both matrices [d_in, d_in]."""
@@ -196,9 +193,6 @@ def _positive(factor: float, name: str) -> float:
     if not 0 < factor < float("inf"):
         raise ValueError(f"{name} must be above 0, got {factor}")
     return factor
-
-
-# The SAE that SAELens' weights describe.
 
 
 _BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
@@ -402,9 +396,6 @@ def _temporal_k(table: Mapping[str, Any]) -> int | None:
     if kind == "relu" or table.get("kval_topk") is None:
         return None
     return parsed.whole(table, "kval_topk", CONFIG)
-
-
-# Folds of SAELens that leave what is computed as it is and rid the weights of one convention each.
 
 
 def finetuned(dictionary: Dictionary, factors: Tensor) -> Dictionary:

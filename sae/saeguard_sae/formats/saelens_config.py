@@ -123,9 +123,6 @@ def _current(config: Mapping[str, Any]) -> SaelensConfig:
     return SaelensConfig(table=table, metadata=metadata, stated=frozenset(table))
 
 
-# Flat ``cfg.json`` of SAELens before 6.0, which held the settings of the whole training run beside the SAE's own.
-
-
 _NOW_CALLED = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
