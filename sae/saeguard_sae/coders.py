@@ -21,8 +21,30 @@ from saeguard_sae.dictionary import (
 )
 
 
+class _Autoencoder:
+    """Reads what it writes: W_dec [d_sae, d_in]."""
+
+    __slots__ = ()
+    W_dec: Tensor
+
+    @property
+    def d_in(self) -> int:
+        """Width of what is encoded."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is decoded."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_dec.shape[0]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class MatchingPursuit:
+class MatchingPursuit(_Autoencoder):
     """Tied weights ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in]; SAELens' variant of Mallat and Zhang (1993).
 
     Each round takes the feature that fits the residual best, adds ``max(residual . d_j, 0)`` to it and takes it out of
@@ -47,21 +69,6 @@ class MatchingPursuit:
             raise BadDictionary(f"max_iterations must be at least 1, got {self.max_iterations}")
         for name, tensor in self.tensors().items():
             check_finite(name, tensor)
-
-    @property
-    def d_in(self) -> int:
-        """Width of what is encoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is decoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> features [..., d_sae], in the dictionary's dtype."""
@@ -126,7 +133,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Temporal:
+class Temporal(_Autoencoder):
     """``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in], and attention layers over the prefix.
 
     ``attention``: per layer, ``{"k_ctx.weight": ..., ...}`` for every name of ``ATTENTION``; a bias may be missing.
@@ -162,21 +169,6 @@ class Temporal:
         for name, tensor in self.tensors().items():
             check_finite(name, tensor)
 
-    @property
-    def d_in(self) -> int:
-        """Width of what is encoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is decoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
-
     def encode(self, x: Tensor) -> Tensor:
         """x [..., T, d_in], a whole prefix -> features [..., T, d_sae]."""
         return self._split(x)[0]
@@ -194,9 +186,9 @@ class Temporal:
     def tensors(self) -> dict[str, Tensor]:
         """Every weight by its name."""
         named = {
-            f"attn_layers.{index}.{name}": one
+            f"attn_layers.{index}.{name}": tensor
             for index, part in enumerate(self.attention)
-            for name, one in part.items()
+            for name, tensor in part.items()
         }
         return {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_dec": self.b_dec} | named
 

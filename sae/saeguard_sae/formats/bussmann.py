@@ -92,24 +92,9 @@ def _activation(
         case "topk":
             activation = TopK(parsed.whole(config, "top_k", CONFIG))
         case _:
-            activation = _above_threshold(tensors, d_sae, notes)
+            activation = parsed.above_threshold(tensors, d_sae, notes)
     notes.note("activation", activation.name, f"{CONFIG}: sae_type")
     return activation
-
-
-def _above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> ActivationFunction:
-    """BatchTopK as it encodes outside training."""
-    if "threshold" not in tensors:
-        raise ValueError(
-            f"{WEIGHTS}: no threshold: without one a feature depends on which other tokens are in the batch. Calibrate "
-            "one, the mean over batches of the smallest value that the batch's top k keeps, and add it as 'threshold'"
-        )
-    threshold = tensors.scalar("threshold")
-    if threshold <= 0:
-        notes.note("threshold", f"{threshold:g}: never calibrated, so the SAE is a plain ReLU", WEIGHTS)
-        return ReLU()
-    notes.note("threshold", threshold, WEIGHTS)
-    return JumpReLU(torch.full((d_sae,), threshold))
 
 
 def _reads(config: dict[str, Any], notes: Conventions) -> Site | None:

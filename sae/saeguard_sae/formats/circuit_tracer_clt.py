@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch.nn.functional import pad
-
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
 from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
@@ -104,19 +102,7 @@ def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventio
     shapes |= {"W_skip": (skip, (d_model, d_model))} if skip is not None else {}
     parsed.check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
     _note(skip is not None, notes)
-    # The bias and the skip connection belong to the layer that reads, the first of those that are written.
-    later = (n_writes - 1) * d_model
-    dictionary = Dictionary(
-        W_enc=W_enc.T,
-        b_enc=b_enc,
-        W_dec=W_dec.flatten(1),
-        b_dec=pad(b_dec, (0, later)),
-        activation=activation,
-        centre=False,
-        is_transcoder=True,
-        W_skip=None if skip is None else pad(skip.T, (0, 0, 0, later)),
-    )
-    return dictionary, n_writes
+    return parsed.cross_layer(W_enc.T, b_enc, W_dec, b_dec, activation, skip), n_writes
 
 
 def _activation(encoder: Tensors, layer: int, notes: Conventions) -> ActivationFunction:

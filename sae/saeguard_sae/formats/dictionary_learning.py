@@ -164,20 +164,8 @@ def _matryoshka(trained: _Trained) -> Dictionary:
 
 
 def _above_threshold(trained: _Trained, b_enc: Tensor) -> ActivationFunction:
-    """BatchTopK as it encodes outside training: what is above the threshold that training settled on."""
     _k(trained)
-    if "threshold" not in trained.weights:
-        raise ValueError(
-            f"{WEIGHTS}: no threshold: without one a feature depends on which other tokens are in the batch. Calibrate "
-            "one, the mean over batches of the smallest value that the batch's top k keeps, and add it as 'threshold'"
-        )
-    threshold = trained.weights.scalar("threshold")
-    if threshold < 0:
-        text = f"threshold {threshold:g}: never calibrated, so the SAE is a plain ReLU"
-        trained.notes.note("threshold", text, WEIGHTS)
-        return ReLU()
-    trained.notes.note("threshold", threshold, WEIGHTS)
-    return JumpReLU(torch.full(b_enc.shape, threshold))
+    return parsed.above_threshold(trained.weights, b_enc.numel(), trained.notes)
 
 
 def _k(trained: _Trained) -> int:

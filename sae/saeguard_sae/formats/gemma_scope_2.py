@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU, check_finite, feature_major
 from saeguard_sae.formats import parsed
@@ -244,18 +243,7 @@ def _dictionary(weights: Tensors, w_dec: Tensor, kind: Kind, stated: _Stated, no
     parsed.check_shapes(shapes if skip is None else shapes | {SKIP: (skip, (d_in, d_out))}, weights.file.name)
     notes.note("activation", "jumprelu", "the format")
     notes.note("centring", False, "the format")
-    # The bias and the skip connection belong to the layer that reads, the first of those that are written.
-    later = w_dec.shape[1:].numel() - d_out
-    return Dictionary(
-        W_enc=w_enc,
-        b_enc=b_enc,
-        W_dec=w_dec.flatten(1),
-        b_dec=pad(b_dec, (0, later)),
-        activation=JumpReLU(threshold),
-        centre=False,
-        is_transcoder=kind != "sae",
-        W_skip=None if skip is None else pad(skip.T, (0, 0, 0, later)),
-    )
+    return parsed.cross_layer(w_enc, b_enc, w_dec, b_dec, JumpReLU(threshold), skip, is_transcoder=kind != "sae")
 
 
 def _skip(weights: Tensors, stated: _Stated, notes: Conventions) -> Tensor | None:

@@ -22,8 +22,10 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saeguard_sae.coders import SparseCoder
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
 from saeguard_sae.models import Point, Site
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -220,6 +222,46 @@ def linear_layers(
     d_in, d_sae = centre.numel(), bias.numel()
     check_shapes({encoder: (rows, (d_sae, d_in)), decoder: (columns, (d_in, d_sae))}, tensors.file.name)
     return rows.T, bias, columns.T, centre
+
+
+def above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> ActivationFunction:
+    """BatchTopK as it encodes outside training: what is above the threshold that training settled on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = tensors.file.name
+    if "threshold" not in tensors:
+        raise ValueError(
+            f"{file}: no threshold: without one a feature depends on which other tokens are in the batch. Calibrate "
+            "one, the mean over batches of the smallest value that the batch's top k keeps, and add it as 'threshold'"
+        )
+    threshold = tensors.scalar("threshold")
+    if threshold <= 0:
+        notes.note("threshold", f"{threshold:g}: never calibrated, so the SAE is a plain ReLU", file)
+        return ReLU()
+    notes.note("threshold", threshold, file)
+    return JumpReLU(torch.full((d_sae,), threshold))
+
+
+def cross_layer(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    activation: ActivationFunction,
+    W_skip: Tensor | None,
+    *,
+    is_transcoder: bool = True,
+) -> Dictionary:
+    """One layer of a cross-layer transcoder: W_dec [d_sae, d] or [d_sae, layers, d], side by side in what is returned.
+
+    The bias and the skip connection [d_in, d] belong to the layer that reads, the first of those that are written.
+    """
+    later = W_dec.shape[1:].numel() - b_dec.numel()
+    skip = None if W_skip is None else pad(W_skip.T, (0, 0, 0, later))
+    b_dec, W_dec = pad(b_dec, (0, later)), W_dec.flatten(1)
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, activation, centre=False, is_transcoder=is_transcoder, W_skip=skip)
 
 
 def number(config: Mapping[str, Any], key: str, file: str) -> float:
