@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from saeguard.requests import ActivationRequest, FeatureSelection, ModelInput, ThresholdSelection, TopKSelection
+from saeguard.results import ActivationPart
 from saeguard_server.admission import Admission
+from saeguard_server.caller import Call
 from saeguard_server.catalog import find_feature, find_sae
 from saeguard_server.engine.protocol import Engine, InspectTask, Pick
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.generation import check_length, encode_prompt
-from saeguard_server.reply import ActivationPart
-from saeguard_server.request import ActivationRequest, Call, ModelInput, Named, Threshold, TopK
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import TokenRange, resolve_steering
 
@@ -62,15 +63,15 @@ class ReadActivations:
         for index, name in enumerate(request.saes):
             find_sae(self._engine, name, f"saes[{index}]")
         chosen = request.selection
-        if isinstance(chosen, Named):
+        if isinstance(chosen, FeatureSelection):
             return self._named(request.saes, chosen)
-        if isinstance(chosen, TopK):
+        if isinstance(chosen, TopKSelection):
             self._check_values("top_k", chosen.k)
             return tuple(Pick(sae=name, top_k=chosen.k) for name in request.saes)
-        assert isinstance(chosen, Threshold), "a selection is one of three"
+        assert isinstance(chosen, ThresholdSelection), "a selection is one of three"
         return tuple(Pick(sae=name, threshold=chosen.value) for name in request.saes)
 
-    def _named(self, saes: tuple[str, ...], chosen: Named) -> tuple[Pick, ...]:
+    def _named(self, saes: Sequence[str], chosen: FeatureSelection) -> tuple[Pick, ...]:
         self._check_values("features.features", len(chosen.features))
         features: dict[str, list[int]] = {name: [] for name in saes}
         for index, ref in enumerate(chosen.features):

@@ -12,13 +12,13 @@ from itertools import chain
 from types import TracebackType
 from typing import Protocol
 
+from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest
+from saeguard.types import Apply, Condition, FeatureRef, Intervention, Trigger
 from saeguard_server.caller import UNLIMITED, Caller, Quota, Role
 from saeguard_server.errors import Overloaded, QuotaExceeded, Unavailable
 from saeguard_server.fair_queue import EngineQueue, FairQueue
 from saeguard_server.identity import auth
-from saeguard_server.interventions import Apply, Condition, FeatureRef, Intervention, Trigger
 from saeguard_server.observe import Metrics
-from saeguard_server.request import ActivationRequest, GenerationRequest, Named
 
 # A count of what is going on, and a way to wait until nothing is.
 
@@ -293,14 +293,14 @@ class Admission:
         self._quotas = Quotas(metrics)
 
     @contextmanager
-    def request(self, caller: Caller, request: GenerationRequest | ActivationRequest) -> Iterator[Spending]:
+    def request(self, caller: Caller, request: GenerateRequest | ActivationRequest) -> Iterator[Spending]:
         """Around everything that is done for a request.
 
         Raises:
             PermissionDenied: it steers, and the caller may not.
             QuotaExceeded: it names too many features, or too many of the caller's requests run.
         """
-        triggers = request.triggers if isinstance(request, GenerationRequest) else ()
+        triggers = request.triggers if isinstance(request, GenerateRequest) else ()
         if request.interventions or triggers:
             auth.check_role(caller, Role.STEER, "a request with interventions or triggers")
         with self._quotas.request(caller, len(named_features(request))) as spending:
@@ -311,16 +311,16 @@ class Admission:
         return self.turns.turn(caller.name, tokens)
 
 
-def named_features(request: GenerationRequest | ActivationRequest) -> set[FeatureRef]:
+def named_features(request: GenerateRequest | ActivationRequest) -> set[FeatureRef]:
     """Every feature that the request names: edited, watched, read by itself, or in a condition."""
     found = set(chain.from_iterable(map(_of_edit, request.interventions)))
-    if isinstance(request, GenerationRequest):
+    if isinstance(request, GenerateRequest):
         return found.union(request.watch, *map(_of_trigger, request.triggers))
-    return found.union(request.selection.features if isinstance(request.selection, Named) else ())
+    return found.union(request.selection.features if isinstance(request.selection, FeatureSelection) else ())
 
 
 def _of_edit(one: Intervention) -> set[FeatureRef]:
-    return {one.target} | (_of_condition(one.when) if one.when is not None else set())
+    return {one.ref} | (_of_condition(one.when) if one.when is not None else set())
 
 
 def _of_trigger(one: Trigger) -> set[FeatureRef]:
@@ -329,4 +329,4 @@ def _of_trigger(one: Trigger) -> set[FeatureRef]:
 
 
 def _of_condition(one: Condition) -> set[FeatureRef]:
-    return {term.feature for term in one.terms}
+    return {term.ref for term in one.terms}

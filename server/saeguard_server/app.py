@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import Admission, RpcLimiter
 from saeguard_server.audit.log import Audit
-from saeguard_server.catalog import Catalog, describe_server
+from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.choice import LoadedEngine, load_engine
 from saeguard_server.generation import Compare, Counterfactuals, Generation, RequestRecorder
 from saeguard_server.identity import auth
@@ -205,7 +205,7 @@ def _servicers(
     return edge.Servicers(
         generation=GenerationServicer(generate, Compare(engine, generate, gate, keeping), admission, limits),
         activation=ActivationServicer(read, admission, limits),
-        catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
+        catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
         policy=PolicyServicer(enforced, audit),
         server_info=ServerInfoServicer(describe_server(engine, settings)),
         health=health,

@@ -1,8 +1,9 @@
-"""Who calls: a name, what it may do, and how much of it at once."""
+"""Who calls: a name, what it may do, and how much of it at once; and one call of theirs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, TypeAlias
 
@@ -80,3 +81,16 @@ LOCAL = Caller.local()
 
 NOBODY = Caller("nobody", frozenset())
 """Who calls an RPC that is open to all, and whoever is not recognised yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One RPC: its id for logs and receipts, ``deadline`` on the ``time.monotonic`` clock in seconds, and who calls.
+
+    ``arrived`` is on the same clock: what waits before the engine is part of how long an answer took.
+    """
+
+    request_id: str
+    deadline: float
+    caller: Caller = LOCAL
+    arrived: float = field(default_factory=time.monotonic, compare=False)

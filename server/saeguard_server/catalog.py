@@ -6,17 +6,32 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
+from typing import TypeAlias
 
-from saeguard_sae.catalogue import CatalogueFeature
+from msgspec import structs
+
+from saeguard.catalog import (
+    Feature,
+    FeatureExample,
+    FeaturePage,
+    Limits,
+    Model,
+    PromotedToken,
+    Quantile,
+    Sae,
+    SaeConvention,
+    SaeQuality,
+    ServerInfo,
+)
+from saeguard.types import FeatureRef, Unit
+from saeguard_sae.catalogue import CatalogueFeature, Quality
 from saeguard_sae.coders import why_not_editable
-from saeguard_sae.edits import Unit
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.errors import InvalidRequest, UnknownName
-from saeguard_server.interventions import FeatureRef
 from saeguard_server.settings import Settings
 
 DEFAULT_PAGE = 50
@@ -25,20 +40,8 @@ PAGE_CHARS = 500_000
 """A page ends early here: a character can take four bytes, and a message may have 4 MiB."""
 
 
-@dataclass(frozen=True, slots=True)
-class ListedFeature:
-    """A feature and the SAE it belongs to."""
-
-    sae: str
-    entry: CatalogueFeature
-
-
-@dataclass(frozen=True, slots=True)
-class FeaturePage:
-    """Some features and where to go on; an empty token on the last page."""
-
-    features: tuple[ListedFeature, ...]
-    next_page_token: str
+Entry: TypeAlias = tuple[str, CatalogueFeature]
+"""The name of an SAE, and a line of its catalogue."""
 
 
 class Catalog:
@@ -46,14 +49,14 @@ class Catalog:
 
     def __init__(self, saes: Mapping[str, LoadedSae]) -> None:
         self._saes = dict(saes)
-        listed = [ListedFeature(name, entry) for name, sae in saes.items() for entry in sae.catalogue.features.values()]
-        self._listed = sorted(listed, key=_rank)
+        entries = [(name, entry) for name, sae in saes.items() for entry in sae.catalogue.features.values()]
+        self._entries = sorted(entries, key=_rank)
 
-    def saes(self) -> tuple[LoadedSae, ...]:
+    def saes(self) -> tuple[Sae, ...]:
         """Every SAE, by name."""
-        return tuple(self._saes[name] for name in sorted(self._saes))
+        return tuple(_describe_sae(self._saes[name]) for name in sorted(self._saes))
 
-    def feature(self, sae: str, index: int) -> ListedFeature:
+    def feature(self, sae: str, index: int) -> Feature:
         """What is known of one feature.
 
         Raises:
@@ -63,7 +66,7 @@ class Catalog:
         loaded = self._sae(sae)
         if not 0 <= index < loaded.dictionary.d_sae:
             raise InvalidRequest("feature", f"{sae!r} has features 0 to {loaded.dictionary.d_sae - 1}, got {index}")
-        return ListedFeature(sae, loaded.catalogue.feature(index))
+        return _feature(sae, loaded.catalogue.feature(index))
 
     def features(self, sae: str, query: str, page_size: int, page_token: str) -> FeaturePage:
         """Features that hold every word of ``query``, of one SAE or ("") of all; labelled ones first, then by density.
@@ -77,42 +80,79 @@ class Catalog:
         if sae:
             self._sae(sae)
         start = _position(page_token, sae, query)
-        found = islice(self._search(sae, query), start, None)
-        return _cut(found, start, page_size or DEFAULT_PAGE, _search_key(sae, query))
+        entries = islice(self._search(sae, query), start, None)
+        return _page(entries, start, page_size or DEFAULT_PAGE, _search_key(sae, query))
 
     def _sae(self, name: str) -> LoadedSae:
         if name not in self._saes:
             raise UnknownName("sae", f"no SAE is called {name!r}; served are {', '.join(sorted(self._saes)) or 'none'}")
         return self._saes[name]
 
-    def _search(self, sae: str, query: str) -> Iterator[ListedFeature]:
+    def _search(self, sae: str, query: str) -> Iterator[Entry]:
         words = query.casefold().split()
-        for one in self._listed:
-            if not sae or one.sae == sae:
-                text = _text(one.entry).casefold() if words else ""
+        for name, entry in self._entries:
+            if not sae or name == sae:
+                text = _text(entry).casefold() if words else ""
                 if all(word in text for word in words):
-                    yield one
+                    yield name, entry
 
 
-def _rank(one: ListedFeature) -> tuple[bool, float, str, int]:
-    return (not one.entry.label, -(one.entry.density or 0.0), one.sae, one.entry.index)
+def _rank(listed: Entry) -> tuple[bool, float, str, int]:
+    name, entry = listed
+    return (not entry.label, -(entry.density or 0.0), name, entry.index)
 
 
 def _text(entry: CatalogueFeature) -> str:
     """Everything a search looks at."""
-    tokens = [one.token for one in entry.top_tokens]
-    return "\n".join([entry.label or "", *tokens, *(one.text for one in entry.examples)])
+    tokens = [promoted.token for promoted in entry.top_tokens]
+    return "\n".join([entry.label or "", *tokens, *(example.text for example in entry.examples)])
 
 
-def _cut(found: Iterator[ListedFeature], start: int, page_size: int, key: bytes) -> FeaturePage:
-    features: list[ListedFeature] = []
+def _page(entries: Iterator[Entry], start: int, page_size: int, key: bytes) -> FeaturePage:
+    features: list[Feature] = []
     chars = 0
-    for one in found:
+    for name, entry in entries:
         if len(features) == page_size or chars > PAGE_CHARS:
             return FeaturePage(tuple(features), _page_token(start + len(features), key))
-        features.append(one)
-        chars += len(_text(one.entry))
-    return FeaturePage(tuple(features), "")
+        features.append(_feature(name, entry))
+        chars += len(_text(entry))
+    return FeaturePage(tuple(features))
+
+
+def _feature(sae: str, entry: CatalogueFeature) -> Feature:
+    return Feature(
+        sae=sae,
+        index=entry.index,
+        label=entry.label or "",
+        label_metric=entry.label_metric or "",
+        quantiles=tuple(Quantile(q, value) for q, value in sorted((float(q), v) for q, v in entry.quantiles.items())),
+        top_tokens=tuple(PromotedToken(promoted.token, promoted.logit) for promoted in entry.top_tokens),
+        examples=tuple(FeatureExample(example.text, example.token_index, example.value) for example in entry.examples),
+        label_score=entry.label_score,
+        maximum=entry.maximum,
+        density=entry.density,
+    )
+
+
+def _describe_sae(sae: LoadedSae) -> Sae:
+    return Sae(
+        name=sae.name,
+        site=str(sae.site),
+        d_in=sae.dictionary.d_in,
+        d_sae=sae.dictionary.d_sae,
+        architecture=sae.dictionary.architecture,
+        digest=sae.digest,
+        num_labelled=sum(bool(entry.label) for entry in sae.catalogue.features.values()),
+        quality=_describe_quality(sae.catalogue.quality),
+        write_sites=tuple(map(str, sae.write_sites)),
+        format=sae.format,
+        conventions=tuple(SaeConvention(stated.name, stated.value, stated.source) for stated in sae.conventions),
+        measured=_describe_quality(sae.measured),
+    )
+
+
+def _describe_quality(quality: Quality | None) -> SaeQuality | None:
+    return None if quality is None else SaeQuality(**structs.asdict(quality))
 
 
 def _search_key(sae: str, query: str) -> bytes:
@@ -136,45 +176,19 @@ def _position(page_token: str, sae: str, query: str) -> int:
     return int.from_bytes(raw[6:], "big")
 
 
-# ServerInfo: what this server is and what it allows, so that a caller need not find out by being refused.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    """The limits that a caller can run into; names as on the wire."""
-
-    max_slots: int
-    max_queue: int
-    max_context: int
-    max_interventions: int
-    max_watch: int
-    default_max_new_tokens: int
-    max_deadline_s: float
-    max_activation_inputs: int
-    max_triggers: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerInfo:
-    """What GetServerInfo says."""
-
-    version: str
-    engine: str
-    model: str
-    limits: ServerLimits
-    intervention_kinds: tuple[str, ...]
-    conditions: bool
-    """Whether the engine decides conditions."""
+def describe_model(engine: Engine) -> Model:
+    """The model, with the sites that the engine reaches from the first layer to the last."""
+    return replace(engine.model, sites=tuple(str(site) for site in sorted(engine.capabilities.sites)))
 
 
 def describe_server(engine: Engine, settings: Settings) -> ServerInfo:
-    """The facts, which do not change while the server runs."""
+    """What this server is and allows, so that a caller need not find out by being refused."""
     limits = settings.limits
     return ServerInfo(
         version=version("saeguard"),
         engine=engine.capabilities.engine,
         model=engine.model.name,
-        limits=ServerLimits(
+        limits=Limits(
             max_slots=settings.engine.max_slots,
             max_queue=limits.max_queue,
             max_context=engine.model.max_context,

@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 
+from saeguard.requests import ChatInput, GenerateRequest, ModelInput, Sampling
+from saeguard.results import Comparison, PolicyFacts, StreamChunk, join_chunks
 from saeguard_server.admission import Admission
 from saeguard_server.audit.log import Audit, RequestAudit
+from saeguard_server.caller import Call
 from saeguard_server.catalog import check_watchable, find_feature
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, Side, Steering
 from saeguard_server.engine.tokenizer import EncodedText, Tokenizer
@@ -22,14 +25,11 @@ from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigure
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy import resolve
 from saeguard_server.policy.compile import Policies, Snapshot
-from saeguard_server.reply import Chunk, PolicyFacts
-from saeguard_server.request import Call, ChatInput, GenerationRequest, ModelInput, Sampling, TextInput
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import (
     PreparedEdit,
     PreparedTrigger,
     TokenRange,
-    check_terms,
     may_stop,
     own_edits,
     own_triggers,
@@ -62,7 +62,7 @@ def check_length(prompt: ModelInput, tokens: int, most: int, prefix: str = "") -
         InvalidRequest: more than ``most`` tokens.
     """
     if tokens > most:
-        name = "text" if isinstance(prompt, TextInput) else "chat" if isinstance(prompt, ChatInput) else "tokens"
+        name = "text" if isinstance(prompt, str) else "chat" if isinstance(prompt, ChatInput) else "tokens"
         raise InvalidRequest(f"{prefix}{name}", f"has {tokens} tokens, at most {most} fit")
 
 
@@ -103,7 +103,7 @@ async def measure_divergence(
     return measure.result()
 
 
-async def whole(engine: Engine, task: GenerateTask) -> tuple[Chunk, ...]:
+async def whole(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, ...]:
     """Every chunk of a task.
 
     Raises:
@@ -116,7 +116,7 @@ async def whole(engine: Engine, task: GenerateTask) -> tuple[Chunk, ...]:
     return tuple(found)
 
 
-def token_ids(chunks: Sequence[Chunk]) -> tuple[int, ...]:
+def token_ids(chunks: Sequence[StreamChunk]) -> tuple[int, ...]:
     """The tokens of an answer."""
     return tuple(token.id for chunk in chunks for token in chunk.tokens)
 
@@ -231,7 +231,7 @@ class RequestRecorder:
 
     @contextmanager
     def request(
-        self, request: GenerationRequest, call: Call, *, is_comparison: bool = False
+        self, request: GenerateRequest, call: Call, *, is_comparison: bool = False
     ) -> Iterator[RecordedRequest]:
         """Around one generation; what is raised in it is its outcome."""
         audit = self._audit.request(call, request, is_comparison=is_comparison)
@@ -244,7 +244,7 @@ class RequestRecorder:
             audit.fail(CANCELLED)
             raise
 
-    def finished(self, ready: CompiledRequest, last: Chunk, answer: list[int]) -> None:
+    def finished(self, ready: CompiledRequest, last: StreamChunk, answer: list[int]) -> None:
         """A request was answered to its end."""
         assert last.completion is not None, "the last chunk has the completion"
         if self._rules is not None:
@@ -270,7 +270,7 @@ class RecordedRequest:
         self._ready = ready
         await self._audit.admit(ready.facts, ready.task.seed, required=ready.requires_audit)
 
-    async def tell(self, chunk: Chunk) -> None:
+    async def tell(self, chunk: StreamChunk) -> None:
         """Before a chunk is sent.
 
         Raises:
@@ -300,7 +300,7 @@ class Generation:
         self._engine, self._tokenizer, self._limits, self._gate = engine, tokenizer, limits, gate
         self._policies = policies
 
-    async def stream(self, request: GenerationRequest, call: Call) -> AsyncGenerator[Chunk]:
+    async def stream(self, request: GenerateRequest, call: Call) -> AsyncGenerator[StreamChunk]:
         """Chunks as they are made; the last has a completion. Closing it frees the slot at the next step.
 
         Raises:
@@ -319,11 +319,11 @@ class Generation:
                 spending.use(len(task.tokens))
                 async for chunk in chunks:
                     spending.use(len(chunk.tokens))
-                    told = chunk if facts is None else with_facts(chunk, facts)
-                    await kept.tell(told)
-                    yield told
+                    whole_chunk = finished(chunk, call, facts)
+                    await kept.tell(whole_chunk)
+                    yield whole_chunk
 
-    async def prepare(self, request: GenerationRequest, call: Call) -> CompiledRequest:
+    async def prepare(self, request: GenerateRequest, call: Call) -> CompiledRequest:
         """What the engine is asked to do, under the policies that are in force now: the request keeps them.
 
         Raises:
@@ -332,7 +332,7 @@ class Generation:
         snapshot = await self._snapshot(request, call)
         return await asyncio.to_thread(self._prepare, request, call, snapshot)
 
-    async def _snapshot(self, request: GenerationRequest, call: Call) -> Snapshot | None:
+    async def _snapshot(self, request: GenerateRequest, call: Call) -> Snapshot | None:
         if self._policies is not None:
             least = request.min_policy_activation
             return self._policies.current() if least is None else await self._policies.at_least(least, call.deadline)
@@ -342,15 +342,14 @@ class Generation:
             raise NotConfigured("min_policy_activation: this server has no policies")
         return None
 
-    def _prepare(self, request: GenerationRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
+    def _prepare(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
         watch = []
         for index, ref in enumerate(request.watch):
             check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
             watch.append((ref.sae, ref.feature))
-        check_terms(request.interventions, request.triggers, self._limits.max_condition_terms)
-        tokens = encode_prompt(self._tokenizer, request.prompt).ids
+        tokens = encode_prompt(self._tokenizer, request.input).ids
         context = self._engine.model.max_context
-        check_length(request.prompt, len(tokens), context - 1)
+        check_length(request.input, len(tokens), context - 1)
         asked = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         new = min(asked, context - len(tokens))
         edits, triggers, limit, found = self._wanted(request, call, snapshot)
@@ -373,7 +372,7 @@ class Generation:
         return CompiledRequest(task, found.facts, found.requires_audit, found.counterfactual)
 
     def _wanted(
-        self, request: GenerationRequest, call: Call, snapshot: Snapshot | None
+        self, request: GenerateRequest, call: Call, snapshot: Snapshot | None
     ) -> tuple[list[PreparedEdit], list[PreparedTrigger], float | None, resolve.Resolution | None]:
         """Edits, triggers, the limit of those that are limited, and what policies had to do with it."""
         if snapshot is None:
@@ -384,26 +383,14 @@ class Generation:
         return *prepared_parts(found.edits, found.triggers), found.max_relative_edit, found
 
 
-def with_facts(chunk: Chunk, facts: PolicyFacts) -> Chunk:
-    """The chunk; the last one says which policies decided."""
+def finished(chunk: StreamChunk, call: Call, facts: PolicyFacts | None) -> StreamChunk:
+    """The chunk; the last one says whose request it was, and which policies decided."""
     if chunk.completion is None:
         return chunk
-    return replace(chunk, completion=replace(chunk.completion, policy=facts))
+    return replace(chunk, completion=replace(chunk.completion, request_id=call.request_id, policy=facts))
 
 
 # Compare: one request with everything that is done to it and without any of that, side by side in one batch.
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Both answers, chunk by chunk, and how far they are apart."""
-
-    steered: tuple[Chunk, ...]
-    unsteered: tuple[Chunk, ...]
-    first_divergence: int | None
-    """Index of the first token that differs; None where both are the same."""
-    kl_nats: tuple[float, ...]
-    """For each token of the steered answer, after the same tokens: KL(steered || unsteered)."""
 
 
 class Compare:
@@ -415,7 +402,7 @@ class Compare:
         self._engine, self._generate, self._gate = engine, generate, gate
         self._keeping = keeping or RequestRecorder()
 
-    async def run(self, request: GenerationRequest, call: Call) -> Comparison:
+    async def run(self, request: GenerateRequest, call: Call) -> Comparison:
         """The comparison.
 
         Raises:
@@ -438,12 +425,14 @@ class Compare:
                 steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
                 kl = await measure_divergence(self._engine, task, token_ids(steered), Steering())
             spending.use(4 * len(task.tokens) + 3 * len(token_ids(steered)) + len(token_ids(unsteered)))
-            told = steered if ready.facts is None else tuple(with_facts(one, ready.facts) for one in steered)
-            for chunk in told:
+            steered = tuple(finished(chunk, call, ready.facts) for chunk in steered)
+            unsteered = tuple(finished(chunk, call, None) for chunk in unsteered)
+            for chunk in steered:
                 await kept.tell(chunk)
-        return Comparison(told, unsteered, first_divergence(token_ids(steered), token_ids(unsteered)), kl)
+        divergence = first_divergence(token_ids(steered), token_ids(unsteered))
+        return Comparison(join_chunks(steered), join_chunks(unsteered), divergence, kl)
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerateRequest) -> None:
         if not self._engine.capabilities.compares:
             raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
         if request.sampling.prompt_logprobs:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from saeguard_server.reply import Completion, InterventionReceipt, TriggerReceipt
+from saeguard.results import Completion, InterventionReceipt, TriggerReceipt
 from saeguard_server.settings import Address, BadSettings
 
 # What policies' rules do, counted from receipts. Labels are names of rules in force, and so many at most.

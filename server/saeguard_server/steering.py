@@ -13,25 +13,43 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Protocol
 
+from saeguard.types import Apply, Condition, FeatureRef, Intervention, Scope, Stop, Trigger, Unit
 from saeguard_sae.edit_table import FOREVER
-from saeguard_sae.edits import FLOAT32_MAX, Affine, Unit
+from saeguard_sae.edits import FLOAT32_MAX, Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
 from saeguard_server.catalog import check_editable, check_watchable, find_feature, find_sae, raw_per_unit
-from saeguard_server.engine.protocol import Engine, Probe, ResolvedEdit, ResolvedGuard, Steering
+from saeguard_server.engine.protocol import OWN, Engine, Origin, Probe, ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.interventions import (
-    Apply,
-    Condition,
-    FeatureRef,
-    Intervention,
-    Origin,
-    Scope,
-    Stop,
-    Trigger,
-    Wanted,
-    WantedTrigger,
-)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An intervention that shall be made on one request, and who wants it."""
+
+    intervention: Intervention
+    field: str
+    """How refusals name it, such as ``interventions[2]``."""
+    affine: Affine | None = None
+    """What is done instead of the intervention's edit, in raw units: an edit tightened by another."""
+    origin: Origin = OWN
+    is_shadow: bool = False
+    """Counted as if it were made, and not made."""
+    is_limited: bool = True
+    """Whether the request's ``max_relative_edit`` may shorten it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedTrigger:
+    """A trigger that shall watch one request; ``is_shadow`` and ``is_limited`` are its edits' too."""
+
+    trigger: Trigger
+    field: str
+    """How refusals name it, such as ``triggers[2]``."""
+    origin: Origin = OWN
+    is_shadow: bool = False
+    is_limited: bool = True
+
 
 # Which tokens a model will read for one request, and whether a scope holds any of them.
 
@@ -120,7 +138,7 @@ def prepare_condition(
     read = [_read(engine, when, index, field) for index in range(len(when.terms))]
     threshold, release = _in_raw_units(when, read[0], field)
     guard = ResolvedGuard(
-        probe=Probe(tuple((one.feature.sae, one.feature.feature, one.weight) for one in when.terms), when.bias),
+        probe=Probe(tuple((one.sae, one.feature, one.weight) for one in when.terms), when.bias),
         comparison=when.comparison,
         threshold=threshold,
         release=release,
@@ -138,25 +156,13 @@ def prepare_condition(
     return PreparedCondition(guard, when.scope, deepest, field, _condition_part(guard, when.scope, read))
 
 
-def check_terms(interventions: Sequence[Intervention], triggers: Sequence[Trigger], most: int) -> None:
-    """Refuses a request's own conditions where they read too much together: all who run beside it would wait.
-
-    Raises:
-        InvalidRequest: more than ``most`` terms.
-    """
-    conditions = [one.when for one in interventions if one.when is not None] + [one.when for one in triggers]
-    if (given := sum(len(one.terms) for one in conditions)) > most:
-        field = "triggers" if triggers else "interventions"
-        raise InvalidRequest(field, f"all conditions together may have {most} terms, got {given}")
-
-
 def steering_digest(parts: object) -> str:
     """SHA-256 of anything that JSON can hold, hex."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _read(engine: Engine, when: Condition, index: int, field: str) -> LoadedSae:
-    ref, where = when.terms[index].feature, f"{field}.terms[{index}]"
+    ref, where = when.terms[index].ref, f"{field}.terms[{index}]"
     sae = find_feature(engine, ref, where)
     check_watchable(sae, f"{where}.sae")
     check_editable(engine, sae, f"{where}.sae")
@@ -165,7 +171,7 @@ def _read(engine: Engine, when: Condition, index: int, field: str) -> LoadedSae:
 
 def _in_raw_units(when: Condition, sae: LoadedSae, field: str) -> tuple[float, float]:
     """Threshold and release."""
-    unit = raw_per_unit(sae, when.terms[0].feature.feature, when.unit, f"{field}.terms[0]", f"{field}.unit")
+    unit = raw_per_unit(sae, when.terms[0].feature, when.unit, f"{field}.terms[0]", f"{field}.unit")
     threshold = when.threshold * unit
     release = threshold if when.release is None else when.release * unit
     for name, value in (("threshold", threshold), ("release", release)):
@@ -297,10 +303,10 @@ def steer(
 
 def resolve_steering(
     engine: Engine,
-    interventions: tuple[Intervention, ...],
+    interventions: Sequence[Intervention],
     max_relative_edit: float | None,
     reach: TokenRange,
-    triggers: tuple[Trigger, ...] = (),
+    triggers: Sequence[Trigger] = (),
 ) -> Steering:
     """The steering of a request on which no policy acts.
 
@@ -355,7 +361,7 @@ class _Guards:
 
 def _prepare(engine: Engine, wanted: Wanted, gate: PreparedCondition | None) -> PreparedEdit:
     one, field = wanted.intervention, wanted.field
-    sae, kind = find_feature(engine, one.target, field), one.edit.kind
+    sae, kind = find_feature(engine, one.ref, field), one.kind
     if kind not in engine.capabilities.kinds:
         raise InvalidRequest(f"{field}.{kind}", f"the {engine.capabilities.engine} engine cannot apply it")
     check_editable(engine, sae, f"{field}.sae")
@@ -364,7 +370,7 @@ def _prepare(engine: Engine, wanted: Wanted, gate: PreparedCondition | None) -> 
     affine = _affine(one, sae, field) if wanted.affine is None else wanted.affine
     last = FOREVER if one.scope.end is None else one.scope.end
     edit = ResolvedEdit(
-        one.target.sae, one.target.feature, kind, affine, one.scope.start, last, one.scope.include_special_tokens,
+        one.sae, one.feature, kind, affine, one.scope.start, last, one.scope.include_special_tokens,
         is_shadow=wanted.is_shadow, is_limited=wanted.is_limited, origin=wanted.origin,
     )  # fmt: skip
     return PreparedEdit(edit, one.scope, gate, field, _edit_part(edit, one.scope, sae, gate))
@@ -397,9 +403,9 @@ def _check_disjoint(placed: Sequence[ResolvedEdit], prepared: Sequence[PreparedE
 
 
 def _affine(one: Intervention, sae: LoadedSae, field: str) -> Affine:
-    kind = one.edit.kind
-    unit: Unit = getattr(one.edit, "unit", "raw")
-    affine = one.edit.affine(raw_per_unit(sae, one.target.feature, unit, field, f"{field}.{kind}.unit"))
+    kind = one.kind
+    unit: Unit = getattr(one, "unit", "raw")
+    affine = Affine(*one.affine(raw_per_unit(sae, one.feature, unit, field, f"{field}.{kind}.unit")))
     given = [value for value in (affine.beta, affine.lo, affine.hi) if isfinite(value)]
     if any(abs(value) > FLOAT32_MAX for value in given):
         raise InvalidRequest(f"{field}.{kind}.value", "is not finite in float32 once it is in raw units")

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.report import figure
-from saeguard_sae.edits import Clamp, Scale, Zero
+from saeguard.requests import ActivationRequest, GenerateRequest, Sampling, TokenInput, TopKSelection
+from saeguard.types import Clamp, Scale, Zero
 from saeguard_server.activations import ReadActivations
+from saeguard_server.caller import Call
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.interventions import FeatureRef, Intervention
 from saeguard_server.observe import Metrics
-from saeguard_server.request import ActivationRequest, Call, GenerationRequest, Sampling, TokenInput, TopK
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
 from support.engines import Running, open_gate, prompt
 from support.models import VOCAB, tokenizer
@@ -105,7 +106,7 @@ async def serve(folder: Path, args: argparse.Namespace) -> None:
 
     async def activations(saes: tuple[str, ...]) -> float:
         start = time.perf_counter()
-        asked = ActivationRequest(inputs=(TokenInput(tuple(long)),), saes=saes, selection=TopK(16))
+        asked = ActivationRequest(inputs=(TokenInput(tuple(long)),), saes=saes, selection=TopKSelection(16))
         async for _ in reader.stream(asked, Call("bench", time.monotonic() + 300)):
             pass
         return (time.perf_counter() - start) * 1000
@@ -151,20 +152,20 @@ def peak() -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
-def request(ids: list[int], new: int, sae: str | None, index: int, d_sae: int) -> GenerationRequest:
+def request(ids: list[int], new: int, sae: str | None, index: int, d_sae: int) -> GenerateRequest:
     """A greedy request; with an SAE's name, under eight edits of its own."""
-    kinds = (Zero(), Clamp(1.0), Scale(0.5))
+    kinds = (Zero("mid", 2), Clamp("mid", 2, 1.0), Scale("mid", 2, 0.5))
     steer = tuple(
-        Intervention(FeatureRef(sae, (index * 997 + j * 131) % d_sae), kinds[j % 3])
+        replace(kinds[j % 3], sae=sae, feature=(index * 997 + j * 131) % d_sae)
         for j in range(EDITS_EACH if sae else 0)
         if sae
     )
     sampling = Sampling(max_new_tokens=new, temperature=0.0, ignore_eos=True)
-    return GenerationRequest(prompt=TokenInput(tuple(ids)), sampling=sampling, interventions=steer)
+    return GenerateRequest(input=TokenInput(tuple(ids)), sampling=sampling, interventions=steer)
 
 
 def write_world(folder: Path, args: argparse.Namespace) -> Settings:
-    """The model, and the same dictionary as JumpReLU and as TopK."""
+    """The model, and the same dictionary as JumpReLU and as TopKSelection."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=args.d_in, num_hidden_layers=2, num_attention_heads=args.d_in // 128,

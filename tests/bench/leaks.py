@@ -21,11 +21,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from saeguard_sae.edits import Clamp
-from saeguard_server.interventions import Condition, FeatureRef, Intervention, Scope, Stop, Term, Trigger
-from saeguard_server.reply import Chunk
-from saeguard_server.request import GenerationRequest
-from support.engines import edit, greedy, make_world, prompt
+from saeguard.requests import GenerateRequest
+from saeguard.results import StreamChunk
+from saeguard.types import Clamp, Condition, FeatureRef, Scope, Stop, Term, Trigger
+from support.engines import greedy, make_world, prompt
 from support.stepping import Asked, Loaded, Stepped
 
 NEW, LENGTHS, BATCH = 24, (3, 9, 15, 29, 40, 61), 200
@@ -36,7 +35,7 @@ PROBE = FeatureRef("resid_post", 4)
 class Case:
     """A request, and all that it may be sent."""
 
-    request: GenerationRequest
+    request: GenerateRequest
     ids: tuple[int, ...]
     text: str
     last: int
@@ -54,7 +53,11 @@ def cases(core: Stepped, seeds: int) -> list[Case]:
         for at, value in enumerate(values):
             before = max(values[:at], default=0.0)
             if value > before + 1e-3:
-                when = Condition(terms=(Term(PROBE),), threshold=(before + value) / 2, scope=Scope("generated"))
+                when = Condition(
+                    terms=(Term(PROBE.sae, PROBE.feature),),
+                    threshold=(before + value) / 2,
+                    scope=Scope(phase="generated"),
+                )
                 request = replace(base, triggers=(Trigger("secret", when, Stop()),))
                 ids = tuple(answer.ids[:at])
                 safe = core.answer(replace(base, sampling=replace(base.sampling, max_new_tokens=at))).text if at else ""
@@ -62,11 +65,11 @@ def cases(core: Stepped, seeds: int) -> list[Case]:
     return found
 
 
-def neighbour(draw: random.Random) -> GenerationRequest:
+def neighbour(draw: random.Random) -> GenerateRequest:
     """Somebody else, steered under a condition."""
-    when = Condition(terms=(Term(FeatureRef("resid_pre", draw.randrange(96))),), threshold=0.3)
-    gated = Intervention(FeatureRef("mlp_out", draw.randrange(96)), Clamp(4.0), when=when)
-    return greedy(prompt(draw.randrange(9), 12), 6, interventions=(gated, edit("resid_post", 4, Clamp(9.0))))
+    when = Condition(terms=(Term("resid_pre", draw.randrange(96)),), threshold=0.3)
+    gated = Clamp("mlp_out", draw.randrange(96), 4.0, when=when)
+    return greedy(prompt(draw.randrange(9), 12), 6, interventions=(gated, Clamp("resid_post", 4, 9.0)))
 
 
 def batch(loaded: Loaded, known: list[Case], draw: random.Random, told: Counter[str]) -> None:
@@ -94,7 +97,7 @@ def batch(loaded: Loaded, known: list[Case], draw: random.Random, told: Counter[
 
 def judge(one: Asked, case: Case) -> str:
     """What became of a request: stopped, cancelled, or what went wrong."""
-    chunks = [event for event in one.events if isinstance(event, Chunk)]
+    chunks = [event for event in one.events if isinstance(event, StreamChunk)]
     ids = tuple(token.id for chunk in chunks for token in chunk.tokens)
     text = "".join(chunk.text for chunk in chunks)
     positions = [reading.position for chunk in chunks for reading in chunk.readings]

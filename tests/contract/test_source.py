@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("saeguard_sae", "saeguard_server", "saeguard_client")
+PACKAGES = ("saeguard", "saeguard_sae", "saeguard_server", "saeguard_client")
 FOREIGN = re.compile(r"\bhook_(resid|mlp|attn|embed|z\b)|\bblocks\.\d|attn\.hook_z|ln2\.hook")
 
 

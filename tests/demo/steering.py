@@ -17,9 +17,10 @@ from transformers import LlamaForCausalLM
 from demo.corpus import END, EOS
 from demo.harvest import PASS_TOKENS
 from demo.lm import BOS_ID, N_SPECIAL, PAD_ID, Tokens, as_row, decode, token_id
+from saeguard.types import KINDS
 from saeguard_client import ChatMessage
 from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
-from saeguard_sae.edits import KINDS, Affine, Scale, Zero
+from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss
 from saeguard_sae.models import Site, hooked
@@ -68,12 +69,12 @@ def affine(edit: ScenarioEdit, maximum: float) -> Affine:
     """The edit as a map of raw activations."""
     scale = maximum if edit.unit == "max" else 1.0
     if edit.kind == "zero":
-        return Zero().affine(scale)
+        return Affine(alpha=0.0)
     if edit.value is None:
         raise ValueError(f"{edit.kind} of feature {edit.feature} needs a value")
     if edit.kind == "scale":
-        return Scale(edit.value).affine(scale)
-    return KINDS[edit.kind](edit.value).affine(scale)  # type: ignore[call-arg]
+        return Affine(alpha=edit.value)
+    return Affine(*KINDS[edit.kind](edit.sae, edit.feature, edit.value).affine(scale))  # type: ignore[call-arg]
 
 
 @contextmanager

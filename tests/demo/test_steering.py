@@ -13,7 +13,7 @@ from demo.lm import N_SPECIAL, Tokens, as_row
 from demo.steering import affine, continuation_nll, cross_entropy, sample, steered
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edit_table import FOREVER, EditColumn
-from saeguard_sae.edits import Affine, Clamp, Zero
+from saeguard_sae.edits import Affine
 from saeguard_sae.models import Site
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.quality.material import pad_rows
@@ -46,7 +46,7 @@ def full_formula(d: Dictionary, x: Tensor, edits: dict[int, Affine]) -> Tensor:
 
 
 def test_edits_are_the_full_formula_on_ordinary_tokens_only(model: LlamaForCausalLM) -> None:
-    d, maps = dictionary(), {4: Zero().affine(1.0), 17: Clamp(0.7).affine(2.0)}
+    d, maps = dictionary(), {4: Affine(alpha=0.0), 17: Affine(alpha=0.0, beta=1.4)}
     ids = pad_rows([as_row(row) for row in ROWS]).ids
     columns = {Site(1, "resid_post"): [EditColumn(d, feature, map, last=FOREVER) for feature, map in maps.items()]}
 
@@ -68,7 +68,7 @@ def test_edits_are_the_full_formula_on_ordinary_tokens_only(model: LlamaForCausa
 
 
 def test_greedy_sampling_with_a_cache_is_greedy_without(model: LlamaForCausalLM) -> None:
-    columns = {Site(1, "resid_post"): [EditColumn(dictionary(), 2, Clamp(0.5).affine(1.0), last=FOREVER)]}
+    columns = {Site(1, "resid_post"): [EditColumn(dictionary(), 2, Affine(alpha=0.0, beta=0.5), last=FOREVER)]}
     with steered(model, columns):
         new = sample(model, [1, 9, 12], 2, 6, 1e-4, (2,), seed=1)[0]
         ids = [1, 9, 12]

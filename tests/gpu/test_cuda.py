@@ -9,9 +9,10 @@ import msgspec
 import pytest
 import torch
 
+from saeguard.types import Clamp, Scale, Zero
 from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
-from saeguard_sae.edits import Clamp, Scale, Zero
-from support.engines import Answer, World, edit, greedy, make_world, prompt, running
+from saeguard_sae.edits import Affine
+from support.engines import Answer, World, greedy, make_world, prompt, running
 from support.tables import edited
 
 pytestmark = [
@@ -23,7 +24,7 @@ pytestmark = [
 async def answers(world: World, device: str) -> list[Answer]:
     settings = world.settings()
     settings = msgspec.structs.replace(settings, model=msgspec.structs.replace(settings.model, device=device))
-    steer = (edit("resid_post", 4, Clamp(4.0)), edit("mlp_out", 9, Scale(-2.0)), edit("attn_z", 3, Zero()))
+    steer = (Clamp("resid_post", 4, 4.0), Scale("mlp_out", 9, -2.0), Zero("attn_z", 3))
     with running(settings) as one:
         asked = (one.ask(greedy(prompt(i, 5 + i), 12, interventions=steer[: i % 4])) for i in range(16))
         return list(await asyncio.gather(*asked))
@@ -41,7 +42,7 @@ def test_idle_rows_are_bit_identical(tmp_path: Path) -> None:
     make_world("llama", tmp_path)
     dictionary = load_sae("one", tmp_path / "resid_post").dictionary.to("cuda:0")
     table = EditTable(4, dictionary.d_in, "cuda:0")
-    table.write(2, [EditColumn(dictionary, 3, Clamp(5.0).affine(1.0), 0, FOREVER)])
+    table.write(2, [EditColumn(dictionary, 3, Affine(alpha=0.0, beta=5.0), 0, FOREVER)])
     x = torch.randn(4, 3, dictionary.d_in, device="cuda:0")
     out = edited(table, x)
     others = [0, 1, 3]

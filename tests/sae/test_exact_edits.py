@@ -26,12 +26,19 @@ from saeguard_sae.dictionary import (
     TopK,
 )
 from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
-from saeguard_sae.edits import Add, Affine, Cap, Clamp, Floor, Scale, Zero
+from saeguard_sae.edits import Affine
 from support.near import close
 from support.tables import edited, rows
 
 D, F, K = 22, 60, 5
-EDITS = [Zero(), Clamp(-2.5), Scale(-2.0), Add(1.5), Cap(0.3), Floor(1.25)]
+EDITS = [
+    Affine(alpha=0.0),
+    Affine(alpha=0.0, beta=-2.5),
+    Affine(alpha=-2.0),
+    Affine(beta=1.5),
+    Affine(hi=0.3),
+    Affine(lo=1.25),
+]
 ACTIVATIONS = ("relu", "tanh_relu", "jumprelu", "gated", "topk", "topk_signed", "topk_gain", "abstopk", "groupmax")
 
 
@@ -118,7 +125,7 @@ def formula(d: Dictionary, x: Tensor, read: Tensor, edits: list[tuple[int, Affin
 def some_edits(seed: int, count: int) -> list[tuple[int, Affine]]:
     g = torch.Generator().manual_seed(seed)
     return [
-        (int(j), EDITS[int(torch.randint(len(EDITS), (1,), generator=g))].affine(1.0))
+        (int(j), EDITS[int(torch.randint(len(EDITS), (1,), generator=g))])
         for j in torch.randperm(F, generator=g)[:count]
     ]
 
@@ -221,7 +228,11 @@ def test_matching_pursuit_is_edited_from_its_whole_encoding(normalisation: Any) 
     f = d.encode(x[1]).double()
     fired = int((f > 0).sum(0).argmax())
     table.write(
-        1, [EditColumn(d, fired, Zero().affine(1.0), 0, FOREVER), EditColumn(d, 3, Add(2.0).affine(1.0), 0, FOREVER)]
+        1,
+        [
+            EditColumn(d, fired, Affine(alpha=0.0), 0, FOREVER),
+            EditColumn(d, 3, Affine(beta=2.0), 0, FOREVER),
+        ],
     )
     out = apply(table, x)
     wide = x[1].double()

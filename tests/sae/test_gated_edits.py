@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edit_table import FOREVER, EditColumn, EditCounts, EditTable
-from saeguard_sae.edits import Add, Affine, Clamp, Zero
+from saeguard_sae.edits import Affine
 from support.saes import PlainSae, plain_sae
 from support.tables import rows
 
@@ -40,7 +40,7 @@ def what(x: Tensor, edits: dict[int, Affine]) -> Tensor:
     return PLAIN.decode(wanted) - PLAIN.decode(f)
 
 
-CLAMP, ADD = Clamp(3.0).affine(1.0), Add(1.5).affine(1.0)
+CLAMP, ADD = Affine(alpha=0.0, beta=3.0), Affine(beta=1.5)
 
 
 def test_an_edit_is_made_only_where_its_guard_is_on() -> None:
@@ -64,7 +64,7 @@ def test_an_edit_is_made_only_where_its_guard_is_on() -> None:
 
 def test_a_shadow_edit_counts_as_made_and_changes_nothing() -> None:
     """Beside an applied edit of the same feature: each measures from the same value."""
-    x, edits = tokens(3, 2, 20), [column(1, CLAMP), column(2, Zero().affine(1.0), condition=0)]
+    x, edits = tokens(3, 2, 20), [column(1, CLAMP), column(2, Affine(alpha=0.0), condition=0)]
     held = torch.rand(2, 20, 2, generator=torch.Generator().manual_seed(4)) < 0.5
     held[..., 0] = True
     made, shadow, both = EditTable(2, D), EditTable(2, D), EditTable(2, D)

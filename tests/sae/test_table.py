@@ -12,14 +12,21 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
-from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
+from saeguard_sae.edits import Affine
 from saeguard_sae.loading import load_sae
 from saeguard_sae.rows import Rows, RowSpan
 from support.saes import ARCHITECTURES, PlainSae, plain_sae, save_sae
 from support.tables import edited, rows
 
 D, F, SLOTS = 24, 64, 5
-EDITS: list[Edit] = [Zero(), Clamp(3.0), Scale(-2.0), Add(1.5), Cap(0.3), Floor(1.25)]
+EDITS = [
+    Affine(alpha=0.0),
+    Affine(alpha=0.0, beta=3.0),
+    Affine(alpha=-2.0),
+    Affine(beta=1.5),
+    Affine(hi=0.3),
+    Affine(lo=1.25),
+]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -44,7 +51,7 @@ def columns(dictionary: Dictionary, edits: list[tuple[int, Affine]]) -> list[Edi
 
 def some_edits(seed: int, count: int) -> list[tuple[int, Affine]]:
     chosen = random.Random(seed)
-    return [(feature, chosen.choice(EDITS).affine(1.0)) for feature in chosen.sample(range(F), count)]
+    return [(feature, chosen.choice(EDITS)) for feature in chosen.sample(range(F), count)]
 
 
 def apply(table: EditTable, x: Tensor) -> Tensor:
@@ -136,7 +143,7 @@ def test_requests_lie_in_any_order_and_length(lengths: dict[int, int], steered: 
     special = torch.rand(start + 1, generator=torch.Generator().manual_seed(9)) < 0.2
     together = EditTable(8, D)
     for slot in steered:
-        together.write(slot, [EditColumn(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
+        together.write(slot, [EditColumn(dictionary, j, Affine(alpha=0.0, beta=2.0), 2, 7) for j in range(slot + 1)])
     rows = Rows.of(spans, positions, special)
     out = together.apply(x, rows)
     owned = torch.zeros(start + 1, dtype=torch.bool)
@@ -145,7 +152,7 @@ def test_requests_lie_in_any_order_and_length(lengths: dict[int, int], steered: 
         owned[here] = True
         alone = EditTable(8, D)
         if slot in steered:
-            alone.write(slot, [EditColumn(dictionary, j, Clamp(2.0).affine(1.0), 2, 7) for j in range(slot + 1)])
+            alone.write(slot, [EditColumn(dictionary, j, Affine(alpha=0.0, beta=2.0), 2, 7) for j in range(slot + 1)])
         wanted = alone.apply(x[here], Rows.of([RowSpan(slot, 0, length)], positions[here], special[here]))
         torch.testing.assert_close(out[here], wanted, rtol=0, atol=1e-6)
         assert [one.eligible for one in together.counts(slot)] == [one.eligible for one in alone.counts(slot)]
@@ -174,7 +181,7 @@ def test_counting_goes_on_where_it_stopped() -> None:
 def test_scope_and_special_tokens(pair: tuple[PlainSae, Dictionary]) -> None:
     plain, dictionary = pair
     table, x = EditTable(1, D), tokens(5, 1, 6)
-    clamp = Clamp(4.0).affine(1.0)
+    clamp = Affine(alpha=0.0, beta=4.0)
     table.write(0, [EditColumn(dictionary, 3, clamp, 2, 5), EditColumn(dictionary, 8, clamp, 0, FOREVER, special=True)])
     special = torch.tensor([[True, False, False, True, False, False]])
     out = edited(table, x, special=special)
@@ -187,7 +194,7 @@ def test_scope_and_special_tokens(pair: tuple[PlainSae, Dictionary]) -> None:
 def test_the_counts_are_the_receipt(pair: tuple[PlainSae, Dictionary]) -> None:
     plain, dictionary = pair
     table, x = EditTable(2, D), tokens(6, 2, 40)
-    table.write(1, [EditColumn(dictionary, j, Zero().affine(1.0), 0, FOREVER) for j in (1, 2)])
+    table.write(1, [EditColumn(dictionary, j, Affine(alpha=0.0), 0, FOREVER) for j in (1, 2)])
     apply(table, x[:, :25])
     edited(table, x[:, 25:], positions=torch.arange(25, 40).expand(2, -1))
     f = plain.encode(x[1])
@@ -204,7 +211,7 @@ def test_the_counts_are_the_receipt(pair: tuple[PlainSae, Dictionary]) -> None:
 def test_the_limit_shortens_the_whole_edit_and_is_counted(pair: tuple[PlainSae, Dictionary]) -> None:
     plain, dictionary = pair
     table, x = EditTable(1, D), tokens(7, 1, 30)
-    edits = [(1, Clamp(2.0).affine(1.0)), (2, Add(0.3).affine(1.0))]
+    edits = [(1, Affine(alpha=0.0, beta=2.0)), (2, Affine(beta=0.3))]
     table.write(0, columns(dictionary, edits), max_relative_edit=0.2)
     out = apply(table, x)
     capped = 0

@@ -11,24 +11,26 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.catalogue import Catalogue, CatalogueFeature, CatalogueToken, Example, Quality
-from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.edits import KINDS
-from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import Site
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo, ResolvedEdit
-from saeguard_server.observe import Metrics
-from saeguard_server.reply import (
+from saeguard.catalog import Model
+from saeguard.results import (
     ActivationPart,
-    Chunk,
     Completion,
     FeatureReading,
     InterventionReceipt,
     Receipt,
+    StreamChunk,
     Timings,
     Token,
     TokenText,
+    Usage,
 )
+from saeguard.types import KINDS
+from saeguard_sae.catalogue import Catalogue, CatalogueFeature, CatalogueToken, Example, Quality
+from saeguard_sae.dictionary import Dictionary, ReLU
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.models import Site
+from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ResolvedEdit
+from saeguard_server.observe import Metrics
 
 D_MODEL, D_SAE, VOCABULARY = 4, 8, 128
 
@@ -74,7 +76,7 @@ class FakeEngine:
     tasks: list[GenerateTask | InspectTask] = field(default_factory=list)
     is_stopped: bool = False
 
-    model = ModelInfo("fake", "counter", "digest-of-model", 3, D_MODEL, VOCABULARY, 64, "float32", True)
+    model = Model("fake", "counter", "digest-of-model", 3, D_MODEL, VOCABULARY, 64, "float32", True)
     capabilities = Capabilities("fake", frozenset({Site(1, "resid_post"), Site(2, "mlp_out")}), frozenset(KINDS))
     tokenizer: object = None
 
@@ -90,7 +92,7 @@ class FakeEngine:
     def stop(self) -> None:
         self.is_stopped = True
 
-    async def generate(self, task: GenerateTask) -> AsyncIterator[Chunk]:
+    async def generate(self, task: GenerateTask) -> AsyncIterator[StreamChunk]:
         self.tasks.append(task)
         self.running += 1
         try:
@@ -102,7 +104,7 @@ class FakeEngine:
                     raise self.error
                 number = (task.tokens[-1] + step + 1) % VOCABULARY
                 is_last = step + 1 == task.max_new_tokens
-                yield Chunk(
+                yield StreamChunk(
                     text=f"w{number} ",
                     tokens=(Token(number, -0.5),),
                     readings=(FeatureReading(len(task.tokens) + step, (0.5,) * len(task.watch)),) if task.watch else (),
@@ -118,14 +120,17 @@ class FakeEngine:
             features = pick.features if pick.features is not None else (0,)
             rows, width = len(tokens), len(features)
             yield ActivationPart(
-                task.index, pick.sae, 0, tokens, array("I", range(0, rows * width + 1, width)),
-                array("I", list(features) * rows), array("f", [0.5] * (rows * width)), True,
+                task.index, pick.sae, tokens, array("I", range(0, rows * width + 1, width)),
+                array("I", list(features) * rows), array("f", [0.5] * (rows * width)), 0, True,
             )  # fmt: skip
 
     def _completion(self, task: GenerateTask, generated: int) -> Completion:
         edits = tuple(self._receipt(one, len(task.tokens)) for one in task.steering.edits)
         receipt = Receipt(self.model.digest, task.steering.digest, edits, generated) if edits else None
-        return Completion("length", "", len(task.tokens), generated, Timings(0.0, 0.1, 0.2), receipt, task.seed)
+        return Completion(
+            finish_reason="length", usage=Usage(len(task.tokens), generated), timings=Timings(0.0, 0.1, 0.2),
+            receipt=receipt, seed=task.seed,
+        )  # fmt: skip
 
     def _receipt(self, edit: ResolvedEdit, tokens: int) -> InterventionReceipt:
         sae = self.saes[edit.sae]

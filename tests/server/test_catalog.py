@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.catalogue import CatalogueFeature
+from saeguard.catalog import Feature, FeaturePage
 from saeguard_server import catalog as flow
-from saeguard_server.catalog import Catalog, FeaturePage
+from saeguard_server.catalog import Catalog
 from saeguard_server.errors import InvalidRequest, UnknownName
 
 
@@ -20,7 +20,7 @@ def catalog(saes: Any) -> Catalog:
 
 
 def found(page: FeaturePage) -> list[tuple[str, int]]:
-    return [(one.sae, one.entry.index) for one in page.features]
+    return [(one.sae, one.index) for one in page.features]
 
 
 def test_labelled_features_come_first_then_the_densest(catalog: Catalog) -> None:
@@ -85,4 +85,4 @@ def test_names_and_numbers_that_are_not_served(catalog: Catalog) -> None:
         catalog.feature("mid", 8)
     with pytest.raises(InvalidRequest, match="page_size"):
         catalog.features("", "", 1001, "")
-    assert catalog.feature("mid", 7).entry == CatalogueFeature(index=7)
+    assert catalog.feature("mid", 7) == Feature("mid", 7)

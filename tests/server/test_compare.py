@@ -15,10 +15,12 @@ import torch
 from prometheus_client import CollectorRegistry
 from scipy.special import rel_entr
 
-from saeguard_sae.edits import Clamp, Scale
+from saeguard.requests import GenerateRequest
+from saeguard.results import Completion
+from saeguard.types import Clamp, Scale, Stop, Trigger
 from saeguard_server.audit.chain import read_audit
 from saeguard_server.audit.log import Audit
-from saeguard_server.caller import LOCAL
+from saeguard_server.caller import LOCAL, Call
 from saeguard_server.engine.protocol import Origin
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest
@@ -34,16 +36,14 @@ from saeguard_server.generation import (
     whole,
     without_policy,
 )
-from saeguard_server.interventions import Stop, Trigger
 from saeguard_server.observe import Metrics
-from saeguard_server.request import Call, GenerationRequest
 from saeguard_server.settings import AuditSettings, LimitSettings
 from support.alone import Alone
-from support.engines import World, edit, greedy, make_world, open_gate, prompt
+from support.engines import World, greedy, make_world, open_gate, prompt
 from support.policy_shapes import when
 
 SAE, NEW = "resid_post", 7
-EDITS = (edit(SAE, 4, Clamp(9.0)), edit("mlp_out", 7, Scale(-3.0)))
+EDITS = (Clamp(SAE, 4, 9.0), Scale("mlp_out", 7, -3.0))
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Side:
     engine: TransformersEngine
     flow: Generation
 
-    async def compare(self, request: GenerationRequest) -> Comparison:
+    async def compare(self, request: GenerateRequest) -> Comparison:
         return await Compare(self.engine, self.flow, open_gate(self.engine)).run(request, call())
 
 
@@ -79,10 +79,14 @@ async def side(world: World, engine: TransformersEngine) -> AsyncIterator[Side]:
     engine.stop()
 
 
-def wanted_kl(world: World, request: GenerationRequest, tokens: tuple[int, ...]) -> list[float]:
+def ids(completion: Completion) -> tuple[int, ...]:
+    return tuple(token.id for token in completion.tokens)
+
+
+def wanted_kl(world: World, request: GenerateRequest, tokens: tuple[int, ...]) -> list[float]:
     """From the reference's steered log-probabilities, and one plain pass over the same tokens."""
     steered = Alone(world).answer(request).logprobs[: len(tokens)].double().numpy()
-    whole_text = torch.tensor([[*request.prompt.ids, *tokens]])  # type: ignore[union-attr]
+    whole_text = torch.tensor([[*request.input.ids, *tokens]])  # type: ignore[union-attr]
     with torch.no_grad():
         logits = world.model(whole_text).logits[0, -len(tokens) - 1 : -1]
     plain = logits.double().log_softmax(-1).numpy()
@@ -94,17 +98,17 @@ async def test_both_answers_and_their_distance_are_the_references(side: Side) ->
     found = await side.compare(request)
     reference = Alone(side.world)
     steered, plain = reference.answer(request).tokens, reference.answer(replace(request, interventions=())).tokens
-    assert list(token_ids(found.steered)) == steered
-    assert list(token_ids(found.unsteered)) == plain
+    assert list(ids(found.steered)) == steered
+    assert list(ids(found.unsteered)) == plain
     assert found.first_divergence == first_divergence(steered, plain)
     assert steered != plain
-    assert found.kl_nats == pytest.approx(wanted_kl(side.world, request, token_ids(found.steered)), abs=1e-4)
+    assert found.kl_nats == pytest.approx(wanted_kl(side.world, request, ids(found.steered)), abs=1e-4)
     assert max(found.kl_nats) > 0.01
 
 
 async def test_nothing_done_is_nothing_changed(side: Side) -> None:
     found = await side.compare(greedy(prompt(3, 8), NEW))
-    assert token_ids(found.steered) == token_ids(found.unsteered)
+    assert ids(found.steered) == ids(found.unsteered)
     assert (found.first_divergence, found.kl_nats) == (None, pytest.approx([0.0] * NEW, abs=1e-6))
 
 
@@ -113,16 +117,15 @@ async def test_many_at_once_are_as_one(side: Side) -> None:
     together = await asyncio.gather(*(side.compare(one) for one in requests))
     for request, found in zip(requests, together, strict=True):
         alone = await side.compare(request)
-        assert token_ids(found.steered) == token_ids(alone.steered)
+        assert ids(found.steered) == ids(alone.steered)
         assert found.kl_nats == pytest.approx(alone.kl_nats, abs=1e-5)
 
 
 async def test_an_answer_that_a_trigger_ended_is_compared_up_to_there(side: Side) -> None:
     stop = Trigger("end", when(3, -1e9, SAE), Stop())
     found = await side.compare(greedy(prompt(3, 8), NEW, triggers=(stop,)))
-    assert found.steered[-1].completion is not None
-    assert found.steered[-1].completion.finish_reason == "feature"
-    assert (token_ids(found.steered), found.kl_nats, found.first_divergence) == ((), (), 0)
+    assert found.steered.finish_reason == "feature"
+    assert (ids(found.steered), found.kl_nats, found.first_divergence) == ((), (), 0)
 
 
 async def test_a_comparison_is_audited_as_one(side: Side, tmp_path: Path) -> None:

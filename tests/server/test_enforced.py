@@ -10,17 +10,17 @@ from typing import Any, TypeAlias
 import pytest
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.edits import Add, Cap, Clamp, Edit, Scale
+from saeguard.catalog import Activation
+from saeguard.results import InterventionReceipt, StoppedBy
+from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope, Stop, Trigger, Window
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.generation import Generation
-from saeguard_server.interventions import Scope, Stop, Trigger, Window
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.compile import Policies, build_snapshot
-from saeguard_server.policy.model import Activation, Limits, Policy, Revision
-from saeguard_server.reply import InterventionReceipt, StoppedBy
+from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import ServedModel
-from support.engines import Answer, Running, edit, greedy, make_world, open_gate, prompt
+from support.engines import Answer, Running, greedy, make_world, open_gate, prompt
 from support.policy_shapes import NOW, policy, rule, when
 
 SAE, NEW = "resid_post", 6
@@ -42,7 +42,7 @@ async def ask(engine: TransformersEngine) -> Any:
     runs.flow = Generation(engine, engine.tokenizer, LimitSettings(), open_gate(engine), policies)
 
     async def run(*found: Policy, **more: Any) -> Answer:
-        revision = Revision(number=1, policies=found, author="ada", time=NOW, reason="test")
+        revision = PolicyRevision(number=1, policies=found, author="ada", time=NOW, reason="test")
         activation = Activation(number=1, revision=1, actor="ada", time=NOW, reason="test")
         policies.replace(build_snapshot(activation, revision, ServedModel(engine), NOW))
         policies.renew()
@@ -57,15 +57,15 @@ def made(answer: Answer) -> list[InterventionReceipt]:
     return list(answer.completion.receipt.interventions) if answer.completion.receipt else []
 
 
-STRONG: list[Edit] = [Clamp(9.0), Scale(-4.0), Add(-6.0)]
+STRONG: list[Intervention] = [Clamp(SAE, 4, 9.0), Scale(SAE, 4, -4.0), Add(SAE, 4, -6.0)]
 
 
 @pytest.mark.parametrize("kind", STRONG, ids=str)
-async def test_a_rule_does_what_a_request_would_and_a_shadow_nothing(ask: Ask, kind: Edit) -> None:
+async def test_a_rule_does_what_a_request_would_and_a_shadow_nothing(ask: Ask, kind: Intervention) -> None:
     plain = await ask()
-    asked = await ask(interventions=(edit(SAE, 4, kind),))
-    enforced = await ask(policy("a", rule("r", kind, 4, SAE)))
-    shadow = await ask(policy("a", rule("r", kind, 4, SAE), mode="shadow"))
+    asked = await ask(interventions=(kind,))
+    enforced = await ask(policy("a", rule("r", kind)))
+    shadow = await ask(policy("a", rule("r", kind), mode="shadow"))
     assert asked.tokens == enforced.tokens
     assert asked.tokens != plain.tokens == shadow.tokens
     (own,), (rules,), (shadows,) = made(asked), made(enforced), made(shadow)
@@ -75,30 +75,30 @@ async def test_a_rule_does_what_a_request_would_and_a_shadow_nothing(ask: Ask, k
 
 
 async def test_a_tightened_rule_is_the_tighter_edit(ask: Ask) -> None:
-    cap = policy("a", rule("less", Cap(0.5), 4, SAE))
-    both = await ask(cap, interventions=(edit(SAE, 4, Cap(0.1)),))
-    alone = await ask(interventions=(edit(SAE, 4, Cap(0.1)),))
+    cap = policy("a", rule("less", Cap(SAE, 4, 0.5)))
+    both = await ask(cap, interventions=(Cap(SAE, 4, 0.1),))
+    alone = await ask(interventions=(Cap(SAE, 4, 0.1),))
     assert both.tokens == alone.tokens
     assert made(both) == [replace(made(alone)[0], policy="a", rule="less")]
 
 
 async def test_a_requests_limit_is_not_a_rules_and_a_policys_is_a_requests(ask: Ask) -> None:
-    clamp = policy("a", rule("r", Clamp(9.0), 4, SAE))
-    rules, own = made(await ask(clamp, interventions=(edit(SAE, 5, Clamp(9.0)),), max_relative_edit=0.01))
+    clamp = policy("a", rule("r", Clamp(SAE, 4, 9.0)))
+    rules, own = made(await ask(clamp, interventions=(Clamp(SAE, 5, 9.0),), max_relative_edit=0.01))
     assert (rules.tokens_capped, own.tokens_capped) == (0, own.tokens_edited)
     assert rules.mean_relative_edit > 0.01 >= own.mean_relative_edit - 1e-6
     (limited,) = made(
-        await ask(policy("b", limits=Limits(max_relative_edit=0.01)), interventions=(edit(SAE, 5, Clamp(9.0)),))
+        await ask(policy("b", limits=PolicyLimits(max_relative_edit=0.01)), interventions=(Clamp(SAE, 5, 9.0),))
     )
     assert limited.tokens_capped == limited.tokens_edited > 0
 
 
 async def test_a_policys_triggers_and_conditions_do_what_a_requests_would(ask: Ask) -> None:
-    always, held = when(5, -1.0, SAE), when(6, -1.0, SAE, scope=Scope("generated"))
+    always, held = when(5, -1.0, SAE), when(6, -1.0, SAE, scope=Scope(phase="generated"))
     stop = Trigger("end", replace(held, window=Window("k_of_n", 2, 2)), Stop())
-    rules = policy("a", rule("r", Clamp(9.0), 4, SAE, when=always), triggers=(stop,))
+    rules = policy("a", rule("r", Clamp(SAE, 4, 9.0, when=always)), triggers=(stop,))
     enforced = await ask(rules)
-    asked = await ask(interventions=(replace(edit(SAE, 4, Clamp(9.0)), when=always),), triggers=(stop,))
+    asked = await ask(interventions=(replace(Clamp(SAE, 4, 9.0), when=always),), triggers=(stop,))
     assert enforced.tokens == asked.tokens
     assert len(enforced.tokens) == 1
     done, other = enforced.completion, asked.completion

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.edits import Zero
+from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest, TopKSelection
+from saeguard.types import Apply, Condition, FeatureRef, Term, Trigger, Zero
 from saeguard_server.admission import Admission, named_features
 from saeguard_server.caller import Caller, Quota, Role
 from saeguard_server.errors import PermissionDenied, QuotaExceeded
-from saeguard_server.interventions import Apply, Condition, FeatureRef, Intervention, Term, Trigger
-from saeguard_server.request import ActivationRequest, GenerationRequest, Named, TextInput, TopK
 
-TEXT = TextInput("hi")
+TEXT = "hi"
 
 
 def ref(number: int) -> FeatureRef:
@@ -21,20 +20,22 @@ def ref(number: int) -> FeatureRef:
 
 
 def when(*numbers: int) -> Condition:
-    return Condition(terms=tuple(Term(ref(one)) for one in numbers), threshold=1.0)
+    return Condition(terms=tuple(Term("mid", number) for number in numbers), threshold=1.0)
 
 
-EDIT = Intervention(ref(1), Zero())
+EDIT = Zero("mid", 1)
 TRIGGER = Trigger("t", when(2))
 STEERED: dict[str, Any] = {
-    "edit": GenerationRequest(prompt=TEXT, interventions=(EDIT,)),
-    "trigger": GenerationRequest(prompt=TEXT, triggers=(TRIGGER,)),
-    "reading under edits": ActivationRequest(inputs=(TEXT,), saes=("mid",), selection=TopK(1), interventions=(EDIT,)),
+    "edit": GenerateRequest(input=TEXT, interventions=(EDIT,)),
+    "trigger": GenerateRequest(input=TEXT, triggers=(TRIGGER,)),
+    "reading under edits": ActivationRequest(
+        inputs=(TEXT,), saes=("mid",), selection=TopKSelection(1), interventions=(EDIT,)
+    ),
 }
 PLAIN: dict[str, Any] = {
-    "watching": GenerationRequest(prompt=TEXT, watch=(ref(1),)),
-    "asking for a policy": GenerationRequest(prompt=TEXT, policies=("safe",)),
-    "reading": ActivationRequest(inputs=(TEXT,), saes=("mid",), selection=TopK(1)),
+    "watching": GenerateRequest(input=TEXT, watch=(ref(1),)),
+    "asking for a policy": GenerateRequest(input=TEXT, policies=("safe",)),
+    "reading": ActivationRequest(inputs=(TEXT,), saes=("mid",), selection=TopKSelection(1)),
 }
 
 
@@ -60,15 +61,17 @@ def test_what_changes_nothing_needs_none(gate: Admission, request_: Any) -> None
 
 
 def test_every_feature_of_a_request_counts_once(gate: Admission) -> None:
-    applied = Apply((Intervention(ref(7), Zero()),))
-    request = GenerationRequest(
-        prompt=TEXT,
-        interventions=(EDIT, Intervention(ref(3), Zero(), when=when(1, 4))),
+    applied = Apply((Zero("mid", 7),))
+    request = GenerateRequest(
+        input=TEXT,
+        interventions=(EDIT, Zero("mid", 3, when=when(1, 4))),
         triggers=(TRIGGER, Trigger("u", when(5, 6), applied)),
         watch=(ref(1), ref(8)),
     )
     assert named_features(request) == {ref(one) for one in range(1, 9)}
-    named = ActivationRequest(inputs=(TEXT,), saes=(), selection=Named((ref(1), ref(2))), interventions=(EDIT,))
+    named = ActivationRequest(
+        inputs=(TEXT,), saes=(), selection=FeatureSelection((ref(1), ref(2))), interventions=(EDIT,)
+    )
     assert named_features(named) == {ref(1), ref(2)}
     for most in (7, 8):
         caller = Caller("a", frozenset(Role), quota=Quota(max_features=most))

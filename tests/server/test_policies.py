@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.edits import Affine, Cap, Floor, Zero
+from saeguard.catalog import Activation
+from saeguard.requests import GenerateRequest, Sampling
+from saeguard.results import PolicyFacts, StreamChunk
+from saeguard.types import Cap, Floor, Intervention, Stop, Trigger, Zero
+from saeguard_sae.edits import Affine
 from saeguard_server.admission import Admission
-from saeguard_server.caller import LOCAL, Caller, Role
+from saeguard_server.caller import LOCAL, Call, Caller, Role
 from saeguard_server.engine.protocol import GenerateTask
 from saeguard_server.engine.tokenizer import EncodedText
 from saeguard_server.errors import (
@@ -23,12 +27,9 @@ from saeguard_server.errors import (
     UnknownName,
 )
 from saeguard_server.generation import Generation
-from saeguard_server.interventions import FeatureRef, Intervention, Stop, Trigger
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.compile import Policies, build_snapshot
-from saeguard_server.policy.model import Activation, Policy, Revision
-from saeguard_server.reply import Chunk, PolicyFacts
-from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput
+from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import ServedModel
 from support.policy_shapes import NOW, policy, rule, when
@@ -52,17 +53,15 @@ class Server:
     generate: Generation
 
     def put_in_force(self, *policies: Policy, number: int = 1) -> None:
-        revision = Revision(number=number + 1, policies=policies, author="ada", time=NOW, reason="test")
+        revision = PolicyRevision(number=number + 1, policies=policies, author="ada", time=NOW, reason="test")
         activation = Activation(number=number, revision=number + 1, actor="ada", time=NOW, reason="test")
         self.policies.replace(build_snapshot(activation, revision, ServedModel(self.engine), NOW))
         self.policies.renew()
 
     async def run(
         self, *edits: Intervention, caller: Caller = LOCAL, within_s: float = 60.0, **more: Any
-    ) -> tuple[list[Chunk], GenerateTask]:
-        request = GenerationRequest(
-            prompt=TextInput("x"), interventions=edits, sampling=Sampling(max_new_tokens=3), **more
-        )
+    ) -> tuple[list[StreamChunk], GenerateTask]:
+        request = GenerateRequest(input="x", interventions=edits, sampling=Sampling(max_new_tokens=3), **more)
         call = Call("request-1", time.monotonic() + within_s, caller)
         chunks = [chunk async for chunk in self.generate.stream(request, call)]
         return chunks, self.engine.tasks[-1]
@@ -81,17 +80,19 @@ def bare(engine: Any, metrics: Metrics) -> Server:
     return Server(engine, Policies(30.0), Generation(engine, Words(), LimitSettings(), Admission(engine, metrics, 4)))
 
 
-def facts(chunks: list[Chunk]) -> PolicyFacts | None:
+def facts(chunks: list[StreamChunk]) -> PolicyFacts | None:
     assert chunks[-1].completion is not None
     return chunks[-1].completion.policy
 
 
 def edit(value: float) -> Intervention:
-    return Intervention(FeatureRef("mid", 2), Cap(value))
+    return Cap("mid", 2, value)
 
 
 async def test_everybody_is_steered_and_the_reply_says_by_what(server: Server) -> None:
-    server.put_in_force(policy("a", rule("less", Cap(2.0))), policy("b", rule("none", Zero(), 3), mode="shadow"))
+    server.put_in_force(
+        policy("a", rule("less", Cap("mid", 2, 2.0))), policy("b", rule("none", Zero("mid", 3)), mode="shadow")
+    )
     chunks, task = await server.run()
     assert [(one.origin.policy, one.affine, one.is_shadow, one.is_limited) for one in task.steering.edits] == [
         ("a", Affine(hi=2.0), False, False),
@@ -103,22 +104,22 @@ async def test_everybody_is_steered_and_the_reply_says_by_what(server: Server) -
     _, task = await server.run(edit(1.0))
     assert [one.affine.hi for one in task.steering.edits if not one.is_shadow] == [1.0]
     with pytest.raises(PolicyRefusal, match=r"interventions\[0\].floor: rule 'less' of policy 'a'"):
-        await server.run(replace(edit(1.0), edit=Floor(3.0)))
+        await server.run(Floor("mid", 2, 3.0))
 
 
 async def test_callers_need_no_role_to_be_steered(server: Server) -> None:
-    server.put_in_force(policy("a", rule("less", Cap(2.0))))
+    server.put_in_force(policy("a", rule("less", Cap("mid", 2, 2.0))))
     _, task = await server.run(caller=Caller("bot", frozenset({Role.GENERATE})))
     assert len(task.steering.edits) == 1
 
 
 async def test_a_request_keeps_what_was_in_force_when_it_was_admitted(server: Server) -> None:
     server.engine.gate = asyncio.Event()
-    server.put_in_force(policy("a", rule("less", Cap(2.0))), number=1)
+    server.put_in_force(policy("a", rule("less", Cap("mid", 2, 2.0))), number=1)
     running = asyncio.create_task(server.run())
     while not server.engine.tasks:
         await asyncio.sleep(0.001)
-    server.put_in_force(policy("a", rule("less", Cap(1.0))), number=2)
+    server.put_in_force(policy("a", rule("less", Cap("mid", 2, 1.0))), number=2)
     server.policies.withdraw("gone")
     server.engine.gate.set()
     chunks, task = await running
@@ -144,7 +145,7 @@ async def test_a_policys_stop_has_the_last_token_read(server: Server) -> None:
     _, task = await server.run()
     assert task.steering.guards[0].stops
     # One position more than without: a scope that holds only the last token then holds one.
-    last = Intervention(FeatureRef("mid", 2), Zero(), replace(edit(1.0).scope, start=5))
+    last = Zero("mid", 2, scope=replace(edit(1.0).scope, start=5))
     await server.run(last)
     server.put_in_force(number=2)
     with pytest.raises(InvalidRequest, match=r"interventions\[0\].scope: selects no token"):

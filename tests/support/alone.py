@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saeguard_sae.edits import Add, Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_server.interventions import Intervention, Scope
-from saeguard_server.request import GenerationRequest, TokenInput
+from saeguard.requests import GenerateRequest, TokenInput
+from saeguard.types import Add, Cap, Clamp, Floor, Intervention, Scale, Scope, Zero
 from support import reference
 from support.engines import Answer, World
 from support.models import BOS, EOS, PAD, SITES
@@ -30,18 +29,18 @@ class Alone:
         self._world, self._least = world, least
         self._made: dict[tuple[tuple[int, ...], tuple[Intervention, ...]], reference.Answer] = {}
 
-    def answer(self, request: GenerationRequest) -> reference.Answer:
+    def answer(self, request: GenerateRequest) -> reference.Answer:
         """A request without a limit on its edits, for at least as many tokens as it asks for."""
-        assert isinstance(request.prompt, TokenInput)
+        assert isinstance(request.input, TokenInput)
         assert request.max_relative_edit is None, "plain edits have no limit"
-        new, key = max(request.sampling.max_new_tokens or 0, self._least), (request.prompt.ids, request.interventions)
+        new, key = max(request.sampling.max_new_tokens or 0, self._least), (request.input.ids, request.interventions)
         if key not in self._made or len(self._made[key].tokens) < new:
-            ids = list(request.prompt.ids)
+            ids = list(request.input.ids)
             edits = [self._plain(one, len(ids)) for one in request.interventions]
             self._made[key] = reference.generate(self._world.model, ids, new, edits, set())
         return self._made[key]
 
-    def check(self, request: GenerationRequest, got: Answer) -> None:
+    def check(self, request: GenerateRequest, got: Answer) -> None:
         """Tokens, log-probabilities and receipt of a finished answer.
 
         Raises:
@@ -50,21 +49,21 @@ class Alone:
         wanted, count = self.answer(request), request.sampling.max_new_tokens
         assert got.ids == wanted.tokens[:count]
         assert got.completion is not None
-        assert got.completion.generated_tokens == count
+        assert got.completion.usage.generated_tokens == count
         own = [float(row[token]) for row, token in zip(wanted.logprobs, got.ids, strict=False)]
         given = [token.logprob for token in got.tokens]
         torch.testing.assert_close(torch.tensor(given), torch.tensor(own), rtol=0, atol=NEAR)
-        assert isinstance(request.prompt, TokenInput)
-        read = [*request.prompt.ids, *got.ids[:-1]]
+        assert isinstance(request.input, TokenInput)
+        read = [*request.input.ids, *got.ids[:-1]]
         receipt = got.completion.receipt
         counted = [one.tokens_eligible for one in receipt.interventions] if receipt else []
-        assert counted == [eligible(one, read, len(request.prompt.ids)) for one in request.interventions]
+        assert counted == [eligible(one, read, len(request.input.ids)) for one in request.interventions]
 
     def _plain(self, one: Intervention, prompt_tokens: int) -> reference.PlainEdit:
-        point = one.target.sae
+        point = one.sae
         module, side = SITES[self._world.model_type][point]
         return reference.PlainEdit(
-            self._world.saes[point], module, side, one.target.feature, change(one.edit),
+            self._world.saes[point], module, side, one.feature, change(one),
             lambda position, token: in_scope(one.scope, position, token, prompt_tokens),
         )  # fmt: skip
 
@@ -85,18 +84,18 @@ def eligible(one: Intervention, read: list[int], prompt_tokens: int) -> int:
     return sum(in_scope(one.scope, at, token, prompt_tokens) for at, token in enumerate(read))
 
 
-def change(edit: Edit) -> Callable[[Tensor], Tensor]:
+def change(edit: Intervention) -> Callable[[Tensor], Tensor]:
     """What the edit makes of a feature's value."""
     match edit:
         case Zero():
             return torch.zeros_like
-        case Clamp(value):
+        case Clamp(value=value):
             return lambda f: torch.full_like(f, value)
-        case Scale(factor):
+        case Scale(factor=factor):
             return lambda f: f * factor
-        case Add(value):
+        case Add(value=value):
             return lambda f: f + value
-        case Cap(value):
+        case Cap(value=value):
             return lambda f: f.clamp_max(value)
-        case Floor(value):
+        case Floor(value=value):
             return lambda f: f.clamp_min(value)

@@ -11,14 +11,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.edits import Edit
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.results import Completion, FeatureReading, Token
 from saeguard_server.admission import Admission
+from saeguard_server.caller import Call
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.generation import Generation
-from saeguard_server.interventions import FeatureRef, Intervention, Scope
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import Completion, FeatureReading, Token
-from saeguard_server.request import Call, GenerationRequest, Sampling, TokenInput
 from saeguard_server.settings import EngineSettings, LimitSettings, ModelSettings, ServedSaeSettings, Settings
 from support.models import SITES, save_model
 from support.saes import PlainSae, plain_sae, save_sae
@@ -106,7 +105,7 @@ class Running:
         self.engine = engine
         self.flow = Generation(engine, engine.tokenizer, limits, open_gate(engine))
 
-    async def ask(self, request: GenerationRequest, deadline_s: float = 60.0, stop_after: int | None = None) -> Answer:
+    async def ask(self, request: GenerateRequest, deadline_s: float = 60.0, stop_after: int | None = None) -> Answer:
         """One generation; ``stop_after`` closes the stream after that many tokens."""
         answer = Answer()
         call = Call("test", time.monotonic() + deadline_s)
@@ -133,17 +132,12 @@ def running(settings: Settings) -> Iterator[Running]:
         engine.stop()
 
 
-def greedy(prompt: list[int], new: int, **more: Any) -> GenerationRequest:
+def greedy(prompt: list[int], new: int, **more: Any) -> GenerateRequest:
     """A greedy request for exactly ``new`` tokens, with log-probabilities."""
     sampling = Sampling(max_new_tokens=new, temperature=0.0, logprobs=0, ignore_eos=True)
-    return GenerationRequest(prompt=TokenInput(tuple(prompt)), sampling=sampling, **more)
+    return GenerateRequest(input=TokenInput(tuple(prompt)), sampling=sampling, **more)
 
 
 def prompt(seed: int, length: int) -> list[int]:
     """BOS and some bytes."""
     return [256] + [(seed * 37 + at * 11 + at * at) % 256 for at in range(length - 1)]
-
-
-def edit(sae: str, feature: int, kind: Edit, scope: Scope | None = None) -> Intervention:
-    """One intervention, on every token by default."""
-    return Intervention(FeatureRef(sae, feature), kind, scope or Scope())

@@ -13,21 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeguard_sae.edits import Clamp
-from saeguard_server.interventions import (
-    Apply,
-    Condition,
-    FeatureRef,
-    Intervention,
-    Scope,
-    Stop,
-    Term,
-    Trigger,
-    Window,
-)
-from saeguard_server.request import GenerationRequest, TokenInput
+from saeguard.requests import GenerateRequest, TokenInput
+from saeguard.types import Apply, Clamp, Condition, Intervention, Scope, Stop, Term, Trigger, Window
 from support.alone import SPECIAL, change, in_scope
-from support.engines import World, edit
+from support.engines import World
 from support.models import SITES
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -38,11 +27,11 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-_OFTEN = Condition(terms=(Term(FeatureRef("resid_pre", 2)), Term(FeatureRef("attn_z", 5), -0.5)), threshold=0.1)
+_OFTEN = Condition(terms=(Term("resid_pre", 2), Term("attn_z", 5, -0.5)), threshold=0.1)
 TRIGGERS = (
     Trigger("flag", _OFTEN),
-    Trigger("apply", _OFTEN, Apply((edit("resid_post", 11, Clamp(4.0)),))),
-    Trigger("stop", replace(_OFTEN, window=Window("k_of_n", 8, 6), scope=Scope("generated")), Stop()),
+    Trigger("apply", _OFTEN, Apply((Clamp("resid_post", 11, 4.0),))),
+    Trigger("stop", replace(_OFTEN, window=Window("k_of_n", 8, 6), scope=Scope(phase="generated")), Stop()),
 )
 """One of each kind."""
 
@@ -109,12 +98,12 @@ class Plain:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def answer(self, request: GenerationRequest) -> Outcome:
+    def answer(self, request: GenerateRequest) -> Outcome:
         """A request without limits and shadows, for exactly as many tokens as it asks for unless it is stopped."""
-        assert isinstance(request.prompt, TokenInput)
-        tokens, new = list(request.prompt.ids), request.sampling.max_new_tokens or 0
+        assert isinstance(request.input, TokenInput)
+        tokens, new = list(request.input.ids), request.sampling.max_new_tokens or 0
         while True:
-            run, done = _Run(self._world, request, tokens), len(tokens) - len(request.prompt.ids)
+            run, done = _Run(self._world, request, tokens), len(tokens) - len(request.input.ids)
             fired = [
                 (plain.positions[0], at)
                 for at, (trigger, plain) in enumerate(zip(request.triggers, run.triggers, strict=True))
@@ -127,7 +116,7 @@ class Plain:
                 return self._outcome(request, tokens, run, "")
             tokens = [*tokens, int(run.logits[-1].argmax())]
             if done + 1 == new and not any(
-                self._stops(one, tokens, len(request.prompt.ids)) for one in request.triggers
+                self._stops(one, tokens, len(request.input.ids)) for one in request.triggers
             ):
                 return self._outcome(request, tokens, run, "")
 
@@ -137,17 +126,17 @@ class Plain:
         return isinstance(one.action, Stop) and in_scope(one.when.scope, len(tokens) - 1, tokens[-1], prompt_tokens)
 
     @staticmethod
-    def _outcome(request: GenerationRequest, tokens: list[int], run: _Run, stopped_by: str) -> Outcome:
-        assert isinstance(request.prompt, TokenInput)
-        return Outcome(tokens[len(request.prompt.ids) :], stopped_by, run.tokens, run.triggers, run.edited)
+    def _outcome(request: GenerateRequest, tokens: list[int], run: _Run, stopped_by: str) -> Outcome:
+        assert isinstance(request.input, TokenInput)
+        return Outcome(tokens[len(request.input.ids) :], stopped_by, run.tokens, run.triggers, run.edited)
 
 
 class _Run:
     """One pass over all tokens, with plain hooks."""
 
-    def __init__(self, world: World, request: GenerationRequest, tokens: list[int]) -> None:
-        assert isinstance(request.prompt, TokenInput)
-        self.tokens, self._saes, self._prompt = list(tokens), world.saes, len(request.prompt.ids)
+    def __init__(self, world: World, request: GenerateRequest, tokens: list[int]) -> None:
+        assert isinstance(request.input, TokenInput)
+        self.tokens, self._saes, self._prompt = list(tokens), world.saes, len(request.input.ids)
         self.triggers = [self._guard(one.when, latches=isinstance(one.action, Apply)) for one in request.triggers]
         self._guards = list(self.triggers)
         self._edits: list[tuple[Intervention, PlainGuard | None]] = []
@@ -196,19 +185,19 @@ class _Run:
         wanted = f.clone()
         for number, (one, gate) in enumerate(self._edits):
             held = None if gate is None else self._held.get(id(gate))
-            for at, token in enumerate(self.tokens if one.target.sae == point else ()):
+            for at, token in enumerate(self.tokens if one.sae == point else ()):
                 if (held is None or held[at]) and in_scope(one.scope, at, token, self._prompt):
-                    value = f[at, one.target.feature]
-                    wanted[at, one.target.feature] = change(one.edit)(value)
-                    self.edited[number] += bool(wanted[at, one.target.feature] != value)
+                    value = f[at, one.feature]
+                    wanted[at, one.feature] = change(one)(value)
+                    self.edited[number] += bool(wanted[at, one.feature] != value)
         return x if torch.equal(wanted, f) else x + sae.decode(wanted) - sae.decode(f)
 
     def _read(self, guard: PlainGuard, point: str, f: Tensor) -> None:
         """Adds up a guard's features of this site, and decides it if none comes later."""
         for term in guard.rule.terms:
-            if term.feature.sae == point:
-                column, sums = f[:, term.feature.feature].tolist(), self._sums[id(guard)]
+            if term.sae == point:
+                column, sums = f[:, term.feature].tolist(), self._sums[id(guard)]
                 self._sums[id(guard)] = [a + term.weight * b for a, b in zip(sums, column, strict=True)]
-        if max(POINTS.index(term.feature.sae) for term in guard.rule.terms) == POINTS.index(point):
+        if max(POINTS.index(term.sae) for term in guard.rule.terms) == POINTS.index(point):
             values = enumerate(zip(self._sums[id(guard)], self.tokens, strict=True))
             self._held[id(guard)] = [guard.read(value, at, token in SPECIAL) for at, (value, token) in values]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import string
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 from hypothesis import strategies as st
 
-from saeguard_sae.edits import UNITS, Add, Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_server.interventions import (
-    COMPARISONS,
+from saeguard.types import (
+    EDITS,
+    OPERATORS,
     PHASES,
+    UNITS,
     Apply,
     Condition,
     FeatureRef,
@@ -23,7 +25,7 @@ from saeguard_server.interventions import (
     Trigger,
     Window,
 )
-from saeguard_server.policy.model import Limits, Pins, Policy, Rollout, Rule, Target
+from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
 
 NOW = datetime(2026, 11, 27, tzinfo=UTC)
 
@@ -35,12 +37,12 @@ refs = st.builds(FeatureRef, texts, st.integers(0, 10**6))
 
 
 def _scope(phase: Any, start: int, length: int | None, special: bool) -> Scope:
-    return Scope(phase, start, None if length is None else start + length, special)
+    return Scope(
+        phase=phase, start=start, end=None if length is None else start + length, include_special_tokens=special
+    )
 
 
 scopes = st.builds(_scope, st.sampled_from(PHASES), st.integers(0, 99), st.none() | st.integers(1, 99), st.booleans())
-valued = [st.builds(kind, numbers, st.sampled_from(UNITS)) for kind in (Clamp, Add, Cap, Floor)]
-edits: st.SearchStrategy[Edit] = st.one_of(st.just(Zero()), st.builds(Scale, numbers), *valued)
 windows = st.one_of(
     st.sampled_from([Window(), Window("any_so_far"), Window("maximum")]),
     st.integers(1, 128).map(lambda tokens: Window("rolling_mean", tokens)),
@@ -54,11 +56,11 @@ def conditions(draw: st.DrawFn) -> Condition:
     found = draw(st.lists(refs, min_size=1, max_size=3, unique=True))
     is_plain = len(found) == 1 and draw(st.booleans())
     weights = st.just(1.0) if is_plain else numbers.filter(bool)
-    window, threshold, comparison = draw(windows), draw(numbers), draw(st.sampled_from(COMPARISONS))
+    window, threshold, comparison = draw(windows), draw(numbers), draw(st.sampled_from(OPERATORS))
     has_release = window.kind not in ("any_so_far", "k_of_n") and draw(st.booleans())
     distance = draw(st.floats(0, 1e3)) * (-1 if comparison in ("above", "at_least") else 1)
     return Condition(
-        terms=tuple(Term(ref, draw(weights)) for ref in found),
+        terms=tuple(Term(ref.sae, ref.feature, draw(weights)) for ref in found),
         threshold=threshold,
         comparison=comparison,
         bias=0.0 if is_plain else draw(numbers),
@@ -69,9 +71,18 @@ def conditions(draw: st.DrawFn) -> Condition:
     )
 
 
-plain_edits = st.builds(Intervention, refs, edits, scopes)
-interventions = st.builds(Intervention, refs, edits, scopes, st.none() | conditions())
-applies = st.lists(plain_edits, min_size=1, max_size=2).map(lambda found: Apply(tuple(found)))
+def edits(whens: st.SearchStrategy[Condition | None]) -> st.SearchStrategy[Intervention]:
+    """An edit of any kind."""
+    arguments = {
+        "sae": texts, "feature": st.integers(0, 10**6), "scope": scopes, "when": whens,
+        "value": numbers, "factor": numbers, "unit": st.sampled_from(UNITS),
+    }  # fmt: skip
+    return st.one_of(
+        [st.builds(kind, **{field.name: arguments[field.name] for field in fields(kind)}) for kind in EDITS]
+    )
+
+
+applies = st.lists(edits(st.none()), min_size=1, max_size=2).map(lambda found: Apply(tuple(found)))
 actions = st.just(Flag()) | st.just(Stop()) | applies
 some_texts = st.lists(texts, max_size=2).map(tuple)
 
@@ -88,7 +99,7 @@ def policies(draw: st.DrawFn) -> Policy:
     """A policy of any form."""
     own = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     cut = draw(st.integers(0, len(own)))
-    targets = draw(st.lists(interventions, min_size=cut, max_size=cut, unique_by=lambda one: one.target))
+    targets = draw(st.lists(edits(st.none() | conditions()), min_size=cut, max_size=cut, unique_by=lambda one: one.ref))
     pinned = draw(st.dictionaries(texts, texts, max_size=2))
     return Policy(
         name=draw(names),
@@ -99,7 +110,7 @@ def policies(draw: st.DrawFn) -> Policy:
         rollout=Rollout(share=draw(st.floats(0, 1)) + 0.0, by=draw(st.sampled_from(["caller", "conversation"]))),
         rules=tuple(Rule(name, one) for name, one in zip(own[:cut], targets, strict=True)),
         triggers=tuple(Trigger(name, draw(conditions()), draw(actions)) for name in own[cut:]),
-        limits=Limits(
+        limits=PolicyLimits(
             max_relative_edit=draw(st.none() | st.floats(1e-6, 1e6)),
             allowed_saes=draw(st.none() | some_texts),
             denied_saes=draw(some_texts),
@@ -113,9 +124,9 @@ def policies(draw: st.DrawFn) -> Policy:
     )
 
 
-def rule(name: str, edit: Edit, feature: int = 2, sae: str = "mid", **more: Any) -> Rule:
-    """An edit of a feature that the fake engine's SAE has."""
-    return Rule(name, Intervention(FeatureRef(sae, feature), edit, **more))
+def rule(name: str, edit: Intervention, **more: Any) -> Rule:
+    """A rule that makes the edit, with other values for some of its fields."""
+    return Rule(name, replace(edit, **more))
 
 
 def policy(name: str, *rules: Rule, **more: Any) -> Policy:
@@ -125,4 +136,4 @@ def policy(name: str, *rules: Rule, **more: Any) -> Policy:
 
 def when(feature: int = 5, above: float = 1.0, sae: str = "mid", **more: Any) -> Condition:
     """A condition on one feature."""
-    return Condition(terms=(Term(FeatureRef(sae, feature)),), threshold=above, **more)
+    return Condition(terms=(Term(sae, feature),), threshold=above, **more)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from saeguard_sae.edits import Affine, Edit
+from saeguard.requests import GenerateRequest
+from saeguard.types import Intervention
+from saeguard_sae.edits import Affine
 from saeguard_server.caller import Caller, Role
-from saeguard_server.interventions import FeatureRef, Intervention
 from saeguard_server.policy.compile import Snapshot
 from saeguard_server.policy.resolve import Resolution, resolve_policies
-from saeguard_server.request import GenerationRequest, TextInput
 from support.policy_shapes import NOW
 
 InForce: TypeAlias = Callable[..., Snapshot]
@@ -18,14 +18,9 @@ InForce: TypeAlias = Callable[..., Snapshot]
 BOT = Caller("bot", frozenset({Role.GENERATE, Role.STEER}), tags=frozenset({"public"}))
 
 
-def edit(kind: Edit, feature: int = 2, sae: str = "mid", **more: Any) -> Intervention:
-    """An edit of a feature that the fake engine's SAE has."""
-    return Intervention(FeatureRef(sae, feature), kind, **more)
-
-
-def asks(*edits: Intervention, caller: Caller = BOT, **more: Any) -> tuple[GenerationRequest, Caller]:
+def asks(*edits: Intervention, caller: Caller = BOT, **more: Any) -> tuple[GenerateRequest, Caller]:
     """A request and who makes it."""
-    return GenerationRequest(prompt=TextInput("x"), interventions=edits, **more), caller
+    return GenerateRequest(input="x", interventions=edits, **more), caller
 
 
 def resolved(snapshot: Snapshot, *edits: Intervention, caller: Caller = BOT, **more: Any) -> Resolution:

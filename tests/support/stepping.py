@@ -11,8 +11,11 @@ from typing import Any, cast
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.edits import KINDS
+from saeguard.requests import GenerateRequest
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard.types import KINDS
 from saeguard_sae.models import sites
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, Pick
 from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.engine.transformers import load_engine
@@ -20,8 +23,6 @@ from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.sequence import BLOCK, Event, Sequence
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk
-from saeguard_server.request import Call, GenerationRequest
 from saeguard_server.settings import LimitSettings
 from support.engines import Answer, World, open_gate
 
@@ -45,7 +46,7 @@ class Asked:
         """What a generation got."""
         answer = Answer()
         for chunk in self.events:
-            assert isinstance(chunk, Chunk), chunk
+            assert isinstance(chunk, StreamChunk), chunk
             answer.text += chunk.text
             answer.tokens += chunk.tokens
             answer.readings += chunk.readings
@@ -60,7 +61,7 @@ class Asked:
 
 
 def _is_end(event: Event | None) -> bool:
-    if isinstance(event, Chunk):
+    if isinstance(event, StreamChunk):
         return event.completion is not None
     return not isinstance(event, ActivationPart)
 
@@ -96,7 +97,7 @@ class Stepped:
         self.engine = cast(Any, SimpleNamespace(model=info, saes=loaded.saes, capabilities=can))
         self.flow = Generation(self.engine, loaded.model.tokenizer, LimitSettings(), open_gate(self.engine))
 
-    def ask(self, request: GenerationRequest, deadline_s: float = _LONG_S) -> Asked:
+    def ask(self, request: GenerateRequest, deadline_s: float = _LONG_S) -> Asked:
         """A generation joins the queue."""
         task = self.flow._prepare(request, Call("test", time.monotonic() + deadline_s), None).task
         return self.submit(task)
@@ -134,7 +135,7 @@ class Stepped:
             self.step()
         raise AssertionError(f"still at work: {self.core.scheduler.everyone()}")
 
-    def answer(self, request: GenerationRequest) -> Answer:
+    def answer(self, request: GenerateRequest) -> Answer:
         """What a request gets when nothing else is asked meanwhile."""
         asked = self.ask(request)
         self.finish()

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-from saeguard_sae.edits import Clamp
+from saeguard.requests import Sampling
+from saeguard.types import Window
+from saeguard_sae.edits import Affine
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import (
     GenerateTask,
     InspectTask,
@@ -18,8 +21,6 @@ from saeguard_server.engine.protocol import (
 )
 from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler, StepBudget
 from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, PrefixCache, PrefixHit, Sequence
-from saeguard_server.interventions import Window
-from saeguard_server.request import Call, Sampling
 
 SPECIAL = 7
 """The token that is special here."""
@@ -38,7 +39,7 @@ def change(
     **more: Any,
 ) -> ResolvedEdit:
     """An edit of the tokens at positions ``[first, last)``; ``more`` is of it."""
-    return ResolvedEdit(sae, feature, "clamp", Clamp(value).affine(1.0), first, last, special, **more)
+    return ResolvedEdit(sae, feature, "clamp", Affine(alpha=0.0, beta=value), first, last, special, **more)
 
 
 def guard(first: int = 0, last: int = 10**9, threshold: float = 0.5) -> ResolvedGuard:

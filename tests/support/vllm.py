@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from saeguard.results import Receipt
 from saeguard_server.engine.vllm.engine import load_engine
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import Receipt
 from saeguard_server.settings import CheckSettings, Settings, VllmSettings
 from support import models, reference
 from support.engines import Answer, Running, World, make_world

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from saeguard.requests import Sampling
 from saeguard_sae.edits import Affine
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, Steering
 from saeguard_server.engine.vllm import output
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.request import Call, Sampling
 
 STEERING = Steering((ResolvedEdit("sae", 1, "zero", Affine(alpha=0.0), 0, 9, special=False),), digest="abc")
 AFTER = replace(STEERING, edits=(replace(STEERING.edits[0], first=2),))

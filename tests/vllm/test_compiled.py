@@ -7,10 +7,10 @@ import asyncio
 import pytest
 import torch
 
-from saeguard_sae.edits import Clamp
+from saeguard.types import Clamp
 from saeguard_server.settings import VllmSettings
 from support import reference, vllm
-from support.engines import World, edit, greedy, prompt
+from support.engines import World, greedy, prompt
 from support.models import BOS, EOS, PAD, SITES
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("default")]
@@ -23,7 +23,7 @@ async def test_edits_at_every_site_equal_plain_hooks(llama: World) -> None:
         got = await asyncio.gather(
             one.ask(greedy(prompt(99, 30), 10)),
             *(
-                one.ask(greedy(prompt(index, 20), 10, interventions=(edit(name, 3 + index, Clamp(4.0)),)))
+                one.ask(greedy(prompt(index, 20), 10, interventions=(Clamp(name, 3 + index, 4.0),)))
                 for index, name in enumerate(names)
             ),
         )

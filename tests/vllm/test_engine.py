@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard_sae.edits import Clamp, Scale
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.types import Clamp, Scale, Scope
 from saeguard_server.errors import DeadlineExceeded, InvalidRequest, NonFiniteOutput
-from saeguard_server.interventions import Scope
-from saeguard_server.request import GenerationRequest, Sampling, TokenInput
 from support import reference
-from support.engines import Answer, Running, World, edit, greedy, prompt
+from support.engines import Answer, Running, World, greedy, prompt
 from support.models import BOS
 from support.vllm import SPECIAL, plain, receipt
 
@@ -22,7 +21,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarni
 
 async def test_steered_and_unsteered_requests_share_a_batch_and_keep_to_themselves(llama: World, one: Running) -> None:
     lengths = [3, 40, 5, 61, 17, 29, 4, 90, 11, 50]
-    edits = (edit("resid_post", 4, Clamp(4.0)), edit("mlp_out", 9, Scale(-2.0)))
+    edits = (Clamp("resid_post", 4, 4.0), Scale("mlp_out", 9, -2.0))
 
     async def ask(index: int) -> Answer:
         await asyncio.sleep(0.01 * index)
@@ -43,13 +42,13 @@ async def test_steered_and_unsteered_requests_share_a_batch_and_keep_to_themselv
 @pytest.mark.parametrize(
     ("scope", "applies"),
     [
-        (Scope("prompt"), lambda position, token: position < 20),
-        (Scope("generated"), lambda position, token: position >= 20),
+        (Scope(phase="prompt"), lambda position, token: position < 20),
+        (Scope(phase="generated"), lambda position, token: position >= 20),
         (Scope(start=5, end=24), lambda position, token: 5 <= position < 24),
     ],
 )
 async def test_scopes_select_the_tokens_they_say(llama: World, one: Running, scope: Scope, applies: Any) -> None:
-    got = await one.ask(greedy(prompt(3, 20), 12, interventions=(edit("resid_post", 4, Clamp(6.0), scope),)))
+    got = await one.ask(greedy(prompt(3, 20), 12, interventions=(Clamp("resid_post", 4, 6.0, scope=scope),)))
     steered = plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 6.0), applies)
     assert got.ids == reference.generate(llama.model, prompt(3, 20), 12, [steered], SPECIAL).tokens
     read = [*prompt(3, 20), *got.ids][:-1]
@@ -58,7 +57,7 @@ async def test_scopes_select_the_tokens_they_say(llama: World, one: Running, sco
 
 
 async def test_special_tokens_are_edited_only_when_asked(llama: World, one: Running) -> None:
-    everywhere = edit("resid_post", 4, Clamp(9.0), Scope(include_special_tokens=True))
+    everywhere = Clamp("resid_post", 4, 9.0, scope=Scope(include_special_tokens=True))
     got = await one.ask(greedy(prompt(1, 9), 6, interventions=(everywhere,)))
     steered = plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 9.0))
     assert got.ids == reference.generate(llama.model, prompt(1, 9), 6, [steered], set()).tokens
@@ -66,15 +65,15 @@ async def test_special_tokens_are_edited_only_when_asked(llama: World, one: Runn
 
 
 async def test_a_seed_gives_the_same_tokens_in_any_company(llama: World, one: Running) -> None:
-    def sampled(seed: int, **more: Any) -> GenerationRequest:
+    def sampled(seed: int, **more: Any) -> GenerateRequest:
         sampling = Sampling(
             max_new_tokens=16, temperature=1.1, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.2, seed=seed,
             ignore_eos=True,
         )  # fmt: skip
-        return GenerationRequest(prompt=TokenInput(tuple(prompt(seed, 9))), sampling=sampling, **more)
+        return GenerateRequest(input=TokenInput(tuple(prompt(seed, 9))), sampling=sampling, **more)
 
     alone = (await one.ask(sampled(7))).ids
-    steer = (edit("resid_pre", 1, Clamp(5.0)),)
+    steer = (Clamp("resid_pre", 1, 5.0),)
     crowd = await asyncio.gather(
         *(one.ask(sampled(40 + index, interventions=steer if index % 2 else ())) for index in range(6)),
         one.ask(sampled(7)),
@@ -87,11 +86,11 @@ async def test_what_vllm_does_not_sample_is_refused_by_name(one: Running) -> Non
     for temperature in (2.5, 0.005):
         sampling = Sampling(max_new_tokens=2, temperature=temperature)
         with pytest.raises(InvalidRequest, match=r"sampling\.temperature: must be 0 .* 0\.01 to 2 with the vllm"):
-            await one.ask(GenerationRequest(prompt=TokenInput((BOS, 5)), sampling=sampling))
+            await one.ask(GenerateRequest(input=TokenInput((BOS, 5)), sampling=sampling))
 
 
 async def test_closing_the_stream_frees_the_slots(llama: World, one: Running) -> None:
-    steer = (edit("resid_post", 4, Clamp(4.0)),)
+    steer = (Clamp("resid_post", 4, 4.0),)
     await asyncio.gather(*(one.ask(greedy(prompt(i, 20), 100, interventions=steer), stop_after=3) for i in range(12)))
     got = await asyncio.gather(*(one.ask(greedy(prompt(i, 20), 4)) for i in range(8)))
     assert got[0].ids == reference.generate(llama.model, prompt(0, 20), 4, [], SPECIAL).tokens
@@ -107,7 +106,7 @@ async def test_a_deadline_ends_its_request_alone(llama: World, one: Running) -> 
 
 
 async def test_a_request_whose_values_blow_up_fails_alone(llama: World, one: Running) -> None:
-    wild = (edit("resid_post", 4, Clamp(3e38)), edit("resid_pre", 3, Scale(-3e38)))
+    wild = (Clamp("resid_post", 4, 3e38), Scale("resid_pre", 3, -3e38))
     good = [one.ask(greedy(prompt(index, 12), 20)) for index in range(3)]
     bad = [one.ask(greedy(prompt(9, 60), 20, interventions=wild)) for _ in range(5)]
     results = await asyncio.gather(*good, *bad, return_exceptions=True)

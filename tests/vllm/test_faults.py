@@ -10,10 +10,10 @@ import time
 import psutil
 import pytest
 
-from saeguard_sae.edits import Clamp
+from saeguard.types import Clamp
 from saeguard_server.errors import Unavailable
 from support import reference, vllm
-from support.engines import World, edit, greedy, prompt
+from support.engines import World, greedy, prompt
 from support.models import BOS, EOS, PAD
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("default")]
@@ -23,7 +23,7 @@ RESTART_S = 120.0
 async def test_a_dead_worker_fails_its_requests_and_comes_back(llama: World) -> None:
     with vllm.running(vllm.served(llama)) as one:
         await _until(one.engine.is_ready)
-        steer = (edit("resid_post", 4, Clamp(4.0)),)
+        steer = (Clamp("resid_post", 4, 4.0),)
         running = [asyncio.create_task(one.ask(greedy(prompt(i, 20), 100, interventions=steer))) for i in range(3)]
         await asyncio.sleep(0.2)
         os.kill(_worker(), signal.SIGKILL)

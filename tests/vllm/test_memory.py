@@ -8,21 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard_sae.edits import Clamp, Scale
+from saeguard.types import Clamp, FeatureRef, Scale, Scope
 from saeguard_server.errors import NonFiniteOutput
-from saeguard_server.interventions import FeatureRef, Scope
 from support import reference
-from support.engines import Running, World, edit, greedy, prompt
+from support.engines import Running, World, greedy, prompt
 from support.vllm import SPECIAL, plain, receipt
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
 
 
-@pytest.mark.parametrize("scope", [Scope(), Scope("generated")])
+@pytest.mark.parametrize("scope", [Scope(), Scope(phase="generated")])
 async def test_preempted_requests_are_counted_once(llama: World, one: Running, scope: Scope) -> None:
     """Eight requests that need more KV memory than there is: 1,008 tokens of 682."""
     before = one.engine._metrics.preemptions._value.get()
-    steer = (edit("resid_post", 4, Clamp(4.0), scope),)
+    steer = (Clamp("resid_post", 4, 4.0, scope=scope),)
     # Who watches is read again from its first token; who is edited after its prompt goes on from what was kept.
     watch = (FeatureRef("resid_post", 7),) if scope.phase == "all" else ()
     began = 30 if scope.phase == "generated" else 0
@@ -45,7 +44,7 @@ def reused(one: Running) -> float:
 
 async def test_a_prompt_before_the_first_edit_is_read_once(llama: World, one: Running) -> None:
     text, before = prompt(8, 50), reused(one)
-    steer = (edit("resid_post", 4, Clamp(9.0), Scope("generated")),)
+    steer = (Clamp("resid_post", 4, 9.0, scope=Scope(phase="generated")),)
 
     async def check(text: list[int]) -> Any:
         got = await one.ask(greedy(text, 30, interventions=steer))
@@ -65,8 +64,8 @@ async def test_a_prompt_before_the_first_edit_is_read_once(llama: World, one: Ru
 
 
 async def test_a_poisoned_request_leaves_its_prompt_as_it_was(llama: World, one: Running) -> None:
-    after = Scope("generated")
-    wild = (edit("resid_post", 4, Clamp(3e38), after), edit("resid_pre", 3, Scale(-3e38), after))
+    after = Scope(phase="generated")
+    wild = (Clamp("resid_post", 4, 3e38, scope=after), Scale("resid_pre", 3, -3e38, scope=after))
     request, before = greedy(prompt(9, 60), 20, interventions=wild), reused(one)
     with pytest.raises(NonFiniteOutput):
         await one.ask(request)
@@ -79,7 +78,7 @@ async def test_a_poisoned_request_leaves_its_prompt_as_it_was(llama: World, one:
 
 async def test_kv_of_one_steering_is_not_read_under_another(llama: World, one: Running) -> None:
     text = prompt(5, 80)
-    steer = (edit("resid_pre", 4, Clamp(8.0)),)
+    steer = (Clamp("resid_pre", 4, 8.0),)
     # Steered first: what it wrote is what an unsteered request would find.
     steered = await one.ask(greedy(text, 5, interventions=steer))
     before = await one.ask(greedy(text, 5))

@@ -10,11 +10,10 @@ import random
 
 import pytest
 
-from saeguard_sae.edits import Add, Cap, Clamp, Scale, Zero
-from saeguard_server.interventions import Intervention, Scope
-from saeguard_server.request import GenerationRequest, Sampling, TokenInput
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope, Zero
 from support.alone import Alone
-from support.engines import Running, World, edit, prompt
+from support.engines import Running, World, prompt
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
 
@@ -22,19 +21,22 @@ NEW = 45
 LENGTHS = (60, 80)
 STEERINGS: tuple[tuple[Intervention, ...], ...] = (
     (),
-    (edit("resid_post", 4, Clamp(4.0)),),
-    (edit("resid_post", 4, Clamp(4.0), Scope("prompt")), edit("attn_z", 2, Scale(-3.0), Scope("generated"))),
-    (edit("mlp_out", 9, Add(3.0), Scope("generated")), edit("resid_post", 7, Zero(), Scope("generated"))),
-    (edit("resid_post", 4, Clamp(4.0), Scope(include_special_tokens=True)), edit("attn_out", 3, Cap(0.1))),
-    (edit("resid_pre", 4, Clamp(4.0), Scope(start=20)),),
+    (Clamp("resid_post", 4, 4.0),),
+    (
+        Clamp("resid_post", 4, 4.0, scope=Scope(phase="prompt")),
+        Scale("attn_z", 2, -3.0, scope=Scope(phase="generated")),
+    ),
+    (Add("mlp_out", 9, 3.0, scope=Scope(phase="generated")), Zero("resid_post", 7, scope=Scope(phase="generated"))),
+    (Clamp("resid_post", 4, 4.0, scope=Scope(include_special_tokens=True)), Cap("attn_out", 3, 0.1)),
+    (Clamp("resid_pre", 4, 4.0, scope=Scope(start=20)),),
 )
 
 
-def drawn(draw: random.Random) -> GenerationRequest:
+def drawn(draw: random.Random) -> GenerateRequest:
     """Prompts of one length begin alike, as all of them do."""
     sampling = Sampling(max_new_tokens=draw.randint(35, NEW), temperature=0.0, logprobs=0, ignore_eos=True)
     tokens = tuple(prompt(11, draw.choice(LENGTHS)))
-    return GenerationRequest(prompt=TokenInput(tokens), sampling=sampling, interventions=draw.choice(STEERINGS))
+    return GenerateRequest(input=TokenInput(tokens), sampling=sampling, interventions=draw.choice(STEERINGS))
 
 
 async def test_everybody_is_answered_as_if_alone(llama: World, one: Running) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from saeguard_sae.edits import Clamp
+from saeguard.types import Clamp
 from support import reference, vllm
-from support.engines import Answer, edit, greedy, prompt
+from support.engines import Answer, greedy, prompt
 from support.models import BOS, EOS, PAD, SITES
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("default")]
@@ -34,7 +34,7 @@ async def test_edits_at_every_site_equal_plain_hooks(model_type: str, tmp_path: 
 
 
 def _steered(index: int, name: str):  # type: ignore[no-untyped-def]
-    return greedy(prompt(index, 20), 10, interventions=(edit(name, 3 + index, Clamp(4.0)),))
+    return greedy(prompt(index, 20), 10, interventions=(Clamp(name, 3 + index, 4.0),))
 
 
 def _check_counted(answer: Answer, index: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from saeguard.requests import Sampling
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, Pick, ResolvedEdit, Steering
 from saeguard_server.engine.vllm import orders
 from saeguard_server.errors import InternalFailure
-from saeguard_server.request import Call, Sampling
 
 SAES = ("first", "second")
 EDITS = (

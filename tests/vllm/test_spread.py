@@ -7,12 +7,11 @@ import asyncio
 import pytest
 import torch
 
-from saeguard_sae.edits import Clamp, Scale
+from saeguard.types import Clamp, FeatureRef, Scale
 from saeguard_sae.loading import LoadError
-from saeguard_server.interventions import FeatureRef
 from saeguard_server.settings import VllmSettings
 from support import reference, vllm
-from support.engines import World, edit, greedy, prompt
+from support.engines import World, greedy, prompt
 from support.models import BOS, EOS, PAD, SITES
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("default")]
@@ -22,7 +21,7 @@ TWO = VllmSettings(eager=True, tensor_parallel=2)
 async def test_two_tensor_parallel_processes_answer_as_one(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
     # One CPU each; vLLM's default gives each process a memory node of its own.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    edits = (edit("resid_post", 4, Clamp(4.0)), edit("mlp_out", 9, Scale(-2.0)), edit("attn_out", 2, Clamp(3.0)))
+    edits = (Clamp("resid_post", 4, 4.0), Scale("mlp_out", 9, -2.0), Clamp("attn_out", 2, 3.0))
     with vllm.running(vllm.served(llama, "attn_z", "mlp_act", vllm=TWO)) as one:
         got = await asyncio.gather(
             *(
@@ -33,8 +32,8 @@ async def test_two_tensor_parallel_processes_answer_as_one(llama: World, monkeyp
     changes = {"resid_post": lambda f: torch.full_like(f, 4.0), "mlp_out": lambda f: -2 * f,
                "attn_out": lambda f: torch.full_like(f, 3.0)}  # fmt: skip
     plain = [
-        reference.PlainEdit(llama.saes[e.target.sae], *SITES["llama"][e.target.sae], e.target.feature,
-                            changes[e.target.sae]) for e in edits
+        reference.PlainEdit(llama.saes[e.sae], *SITES["llama"][e.sae], e.feature,
+                            changes[e.sae]) for e in edits
     ]  # fmt: skip
     for index, answer in enumerate(got):
         wanted = reference.generate(llama.model, prompt(index, 20), 8, plain, {BOS, EOS, PAD})

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeguard.requests import Sampling
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae, load_sae
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import GenerateTask, ResolvedEdit, Steering
 from saeguard_server.engine.vllm import orders
 from saeguard_server.engine.vllm.steering import MAX_PAST, BatchPart, SteeredModel
-from saeguard_server.request import Call, Sampling
 from support.saes import PlainSae, plain_sae, save_sae
 
 WIDTH = 12

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard_sae.edits import Add, Affine, Clamp, Scale
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.types import Add, Clamp, FeatureRef, Scale, Scope
+from saeguard_sae.edits import Affine
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import InspectTask, Pick, ResolvedEdit, Steering
-from saeguard_server.interventions import FeatureRef, Scope
-from saeguard_server.request import Call, GenerationRequest, Sampling, TokenInput
 from support import engines, reference, vllm
-from support.engines import Running, World, edit, greedy, prompt
+from support.engines import Running, World, greedy, prompt
 from support.vllm import SPECIAL, plain, receipt
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
@@ -23,9 +24,9 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarni
 
 async def test_receipts_and_readings_are_the_embedded_engines(llama: World, one: Running) -> None:
     steer = (
-        edit("resid_post", 4, Clamp(4.0), Scope("generated")),
-        edit("mlp_in", 9, Scale(-2.0)),
-        edit("attn_z", 3, Add(50.0)),
+        Clamp("resid_post", 4, 4.0, scope=Scope(phase="generated")),
+        Scale("mlp_in", 9, -2.0),
+        Add("attn_z", 3, 50.0),
     )
     request = greedy(
         prompt(2, 25), 12, interventions=steer, max_relative_edit=0.5,
@@ -93,14 +94,14 @@ async def test_inspections_see_what_the_embedded_engine_sees(llama: World, one: 
 async def test_log_probabilities_of_the_prompt_and_of_other_tokens(llama: World, one: Running) -> None:
     ids = prompt(6, 21)
     sampling = Sampling(max_new_tokens=4, temperature=0.0, logprobs=3, prompt_logprobs=True, ignore_eos=True)
-    steer = (edit("resid_post", 4, Clamp(4.0)),)
-    got = await one.ask(GenerationRequest(prompt=TokenInput(tuple(ids)), sampling=sampling, interventions=steer))
+    steer = (Clamp("resid_post", 4, 4.0),)
+    got = await one.ask(GenerateRequest(input=TokenInput(tuple(ids)), sampling=sampling, interventions=steer))
     change = [plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 4.0))]
     wanted = reference.generate(llama.model, ids, 4, change, SPECIAL)
     for at, token in enumerate(got.tokens):
         best = wanted.logprobs[at].topk(3)
-        assert [other.id for other in token.top] == best.indices.tolist()
-        assert [other.logprob for other in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [other.id for other in token.top_logprobs] == best.indices.tolist()
+        assert [other.logprob for other in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
     for at in (1, 9, 20):
         before = reference.generate(llama.model, ids[:at], 1, change, SPECIAL).logprobs[0, ids[at]]
         assert got.prompt_logprobs[at - 1] == pytest.approx(before.item(), abs=1e-4)

@@ -12,22 +12,23 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 from cryptography.fernet import Fernet
 
-from saeguard_sae.edits import KINDS
+from saeguard.requests import GenerateRequest, ModelInput, Sampling
+from saeguard.results import Completion, PolicyFacts
+from saeguard.types import KINDS, Action, Apply, Condition, FeatureRef, Flag, Intervention, Scope, Stop, Trigger
 from saeguard_server.audit.chain import AuditFailed, AuditFolder, AuditWriter, BrokenChain
+from saeguard_server.caller import Call
 from saeguard_server.errors import Unavailable
-from saeguard_server.interventions import Action, Apply, Condition, FeatureRef, Flag, Intervention, Scope, Stop, Trigger
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import Completion, PolicyFacts
-from saeguard_server.request import Call, GenerationRequest, ModelInput, Sampling
 from saeguard_server.settings import AuditSettings, BadSettings
 
 # What a record says of a request: everything that is needed to run it again, but the text.
 
 
 _ACTIONS: dict[str, Action] = {"flag": Flag(), "stop": Stop()}
+_SHARED = {field.name for field in fields(Intervention)}
 
 
-def request_record(request: GenerationRequest) -> dict[str, Any]:
+def request_record(request: GenerateRequest) -> dict[str, Any]:
     """What was asked for, without the prompt; ``again`` reads it back."""
     return {
         "sampling": msgspec.to_builtins(request.sampling),
@@ -40,15 +41,15 @@ def request_record(request: GenerationRequest) -> dict[str, Any]:
     }
 
 
-def request_from_record(told: dict[str, Any], prompt: ModelInput) -> GenerationRequest:
+def request_from_record(told: dict[str, Any], input: ModelInput) -> GenerateRequest:
     """The same request with the prompt put back.
 
     Raises:
         ValueError: that is not what ``asked`` gave.
     """
     try:
-        return GenerationRequest(
-            prompt=prompt,
+        return GenerateRequest(
+            input=input,
             sampling=msgspec.convert(told["sampling"], Sampling),
             interventions=tuple(_intervention_of(one) for one in told["interventions"]),
             max_relative_edit=told["max_relative_edit"],
@@ -61,7 +62,7 @@ def request_from_record(told: dict[str, Any], prompt: ModelInput) -> GenerationR
         raise ValueError(f"not a record of a request: {err}") from err
 
 
-def intent_record(call: Call, request: GenerationRequest, *, is_comparison: bool) -> dict[str, Any]:
+def intent_record(call: Call, request: GenerateRequest, *, is_comparison: bool) -> dict[str, Any]:
     """Who asked for what; a comparison also shows what policies suppress."""
     told = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
     return {**told, "is_comparison": True} if is_comparison else told
@@ -79,8 +80,8 @@ def outcome_record(told: dict[str, Any], done: Completion) -> dict[str, Any]:
         **told,
         "outcome": done.finish_reason,
         "stopped_by": None if done.stopped_by is None else msgspec.to_builtins(done.stopped_by),
-        "prompt_tokens": done.prompt_tokens,
-        "generated_tokens": done.generated_tokens,
+        "prompt_tokens": done.usage.prompt_tokens,
+        "generated_tokens": done.usage.generated_tokens,
         "model": None if receipt is None else receipt.model_digest,
         "steering": None if receipt is None else receipt.steering_digest,
         "edits": [] if receipt is None else [_finite(msgspec.to_builtins(one)) for one in receipt.interventions],
@@ -91,10 +92,10 @@ def outcome_record(told: dict[str, Any], done: Completion) -> dict[str, Any]:
 
 def _intervention(one: Intervention) -> dict[str, Any]:
     return {
-        "sae": one.target.sae,
-        "feature": one.target.feature,
-        "kind": one.edit.kind,
-        "edit": {field.name: getattr(one.edit, field.name) for field in fields(one.edit)},
+        "sae": one.sae,
+        "feature": one.feature,
+        "kind": one.kind,
+        "edit": {field.name: getattr(one, field.name) for field in fields(one) if field.name not in _SHARED},
         "scope": msgspec.to_builtins(one.scope),
         "when": None if one.when is None else msgspec.to_builtins(one.when),
     }
@@ -102,12 +103,19 @@ def _intervention(one: Intervention) -> dict[str, Any]:
 
 def _intervention_of(told: dict[str, Any]) -> Intervention:
     when = told["when"]
-    return Intervention(
-        FeatureRef(told["sae"], told["feature"]),
-        KINDS[told["kind"]](**told["edit"]),
-        msgspec.convert(told["scope"], Scope),
-        None if when is None else msgspec.convert(when, Condition),
+    return KINDS[told["kind"]](
+        told["sae"],
+        told["feature"],
+        **told["edit"],
+        scope=msgspec.convert(told["scope"], Scope),
+        when=None if when is None else _condition_of(when),
     )
+
+
+def _condition_of(told: dict[str, Any]) -> Condition:
+    # Older records have a term's feature as {"feature": {"sae": ..., "feature": ...}}.
+    terms = [{**term, **term["feature"]} if "sae" not in term else term for term in told["terms"]]
+    return msgspec.convert({**told, "terms": terms}, Condition)
 
 
 def _trigger(one: Trigger) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def _trigger_of(told: dict[str, Any]) -> Trigger:
     action = told["action"]
     return Trigger(
         told["name"],
-        msgspec.convert(told["when"], Condition),
+        _condition_of(told["when"]),
         _ACTIONS[action] if isinstance(action, str) else Apply(tuple(_intervention_of(one) for one in action)),
     )
 
@@ -231,7 +239,7 @@ class Audit:
             raise BadSettings(f"audit: {err}") from err
         return cls(AuditWriter(folder, metrics), text, required=settings.required)
 
-    def request(self, call: Call, request: GenerationRequest, *, is_comparison: bool = False) -> RequestAudit:
+    def request(self, call: Call, request: GenerateRequest, *, is_comparison: bool = False) -> RequestAudit:
         """A request as it came; nothing is written yet."""
         begun = {} if self._writer is None else intent_record(call, request, is_comparison=is_comparison)
         return RequestAudit(self._writer, begun, self._text, required=self._required)

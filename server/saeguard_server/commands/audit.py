@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import saeguard_client as client
+from saeguard.types import Action, Apply, Condition, Intervention, Scope, Stop
 from saeguard_client import SaeguardError
 from saeguard_client.cli.terminal import add_connection, connect
 from saeguard_client.interventions import KINDS
 from saeguard_server.audit.log import request_from_record, tokens_digest
-from saeguard_server.interventions import Action, Apply, Condition, Intervention, Scope, Stop
-from saeguard_server.request import TextInput
 
 GOOD, BROKEN, USAGE = 0, 1, 2
 
@@ -148,7 +147,7 @@ def request_of(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the record is not of a request.
     """
-    asked = request_from_record(record["asked"], TextInput("-"))
+    asked = request_from_record(record["asked"], "-")
     sampling = {field.name: getattr(asked.sampling, field.name) for field in fields(asked.sampling)}
     return {
         **sampling,
@@ -187,16 +186,17 @@ def _differences(record: Mapping[str, Any], done: client.Completion) -> Iterator
 
 
 def _intervention(one: Intervention) -> client.Intervention:
-    operands = {field.name: getattr(one.edit, field.name) for field in fields(one.edit)}
-    when = None if one.when is None else _condition(one.when)
-    kind: Any = KINDS[one.edit.kind]
-    made: client.Intervention = kind(one.target.sae, one.target.feature, **operands, scope=_scope(one.scope), when=when)
-    return made
+    values = {field.name: getattr(one, field.name) for field in fields(one)}
+    kind: Any = KINDS[one.kind]
+    edit: client.Intervention = kind(
+        **values | {"scope": _scope(one.scope), "when": None if one.when is None else _condition(one.when)}
+    )
+    return edit
 
 
 def _condition(one: Condition) -> client.Condition:
     return client.Condition(
-        terms=tuple(client.Term(term.feature.sae, term.feature.feature, term.weight) for term in one.terms),
+        terms=tuple(client.Term(term.sae, term.feature, term.weight) for term in one.terms),
         threshold=one.threshold,
         comparison=one.comparison,
         bias=one.bias,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from saeguard.catalog import Model
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, calibration_text, check_sae
 from saeguard_sae.loading import LoadedSae, LoadError, bind, weights_digest, with_settings
@@ -26,10 +27,8 @@ from saeguard_sae.models import (
     open_model,
     torch_dtype,
 )
-from saeguard_server.engine.protocol import ModelInfo
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
-from saeguard_server.request import TextInput
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings
 from saeguard_server.sources import open_sae_source
 
@@ -41,7 +40,7 @@ class ModelFiles:
     folder: ModelFolder
     tokenizer: Tokenizer
     eos_ids: frozenset[int]
-    info: ModelInfo
+    info: Model
 
 
 def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
@@ -62,7 +61,7 @@ def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
         )
     config = folder.config
     tokenizer = Tokenizer(folder.tokenizer, config.vocab_size)
-    info = ModelInfo(
+    info = Model(
         name=settings.name or Path(settings.path).name,
         architecture=config.model_type,
         digest=digest,
@@ -95,7 +94,7 @@ class LoadedModel:
     network: Any
     tokenizer: Tokenizer
     eos_ids: frozenset[int]
-    info: ModelInfo
+    info: Model
     device: torch.device
 
 
@@ -266,7 +265,7 @@ def quality_of(report: CheckReport) -> Quality:
 def _passages(text: str, model: LoadedModel, budget: int) -> Iterator[Tensor]:
     size = min(PASSAGE_TOKENS, model.info.max_context)
     for passage in text.split("\n\n"):
-        ids = model.tokenizer.encode(TextInput(passage)).ids if passage.strip() else ()
+        ids = model.tokenizer.encode(passage).ids if passage.strip() else ()
         for start in range(0, len(ids), size):
             part = ids[start : start + min(size, budget)]
             budget -= len(part)

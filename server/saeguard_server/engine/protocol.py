@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from saeguard.catalog import Model
+from saeguard.requests import Sampling
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard.types import Operator, Window
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
+from saeguard_server.caller import Call
 from saeguard_server.errors import NonFiniteOutput
-from saeguard_server.interventions import OWN, Comparison, Origin, Window
-from saeguard_server.reply import ActivationPart, Chunk
-from saeguard_server.request import Call, Sampling
 
 # How far one steering takes the model from another on the same tokens, measured from the logits as they are made.
 #
@@ -76,22 +78,6 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """The served model as callers see it."""
-
-    name: str
-    architecture: str
-    digest: str
-    num_layers: int
-    d_model: int
-    vocab_size: int
-    max_context: int
-    """Tokens one request may hold: the model's own limit or the engine's, whichever is smaller."""
-    dtype: str
-    has_chat_template: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an engine can do; read at admission, so that what it cannot do is refused by name."""
 
@@ -102,6 +88,18 @@ class Capabilities:
     """Whether it decides conditions: guards, and edits that depend on one."""
     compares: bool = False
     """Whether two tasks can be measured against each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who wants an edit or a condition: a policy's rule or trigger by its name, the request itself where empty."""
+
+    policy: str = ""
+    rule: str = ""
+
+
+OWN: Final = Origin()
+"""The request's own interventions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +136,11 @@ class Probe:
 class ResolvedGuard:
     """A condition as the engine decides it on every token at positions ``[first, last)``, in raw feature units.
 
-    ``comparison`` and ``window`` as in ``interventions.Condition``. Other tokens leave it as it is.
+    ``comparison`` and ``window`` as in ``Condition``. Other tokens leave it as it is.
     """
 
     probe: Probe
-    comparison: Comparison
+    comparison: Operator
     threshold: float
     release: float
     """Equal to the threshold where there is no hysteresis."""
@@ -211,7 +209,7 @@ class Engine(Protocol):
     """A model that runs. Its methods are called on the event loop; its work happens elsewhere."""
 
     @property
-    def model(self) -> ModelInfo: ...
+    def model(self) -> Model: ...
 
     @property
     def saes(self) -> Mapping[str, LoadedSae]: ...
@@ -227,7 +225,7 @@ class Engine(Protocol):
         """Tasks that wait for a slot."""
         ...
 
-    def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
+    def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
         """Chunks as they are made; the last has a completion. Closing the iterator cancels the task.
 
         Raises:

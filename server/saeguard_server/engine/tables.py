@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saeguard.results import InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
 from saeguard_sae.conditions import CompiledCondition, ConditionCounts, ConditionMemory, ConditionTable
 from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Tally
 from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
@@ -24,7 +25,6 @@ from saeguard_sae.models import Site, depth
 from saeguard_sae.rows import Rows
 from saeguard_server.engine.protocol import ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.errors import InternalFailure
-from saeguard_server.reply import InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
 
 _REMEMBERED = 2048
 """Guards that are kept as the table takes them."""

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from saeguard_server.request import ChatInput, ModelInput, TextInput
+from saeguard.requests import ChatInput, ModelInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class Tokenizer:
         Raises:
             ValueError: the message begins with the field of the prompt that is wrong.
         """
-        if isinstance(prompt, TextInput):
-            return self._encode(prompt.text, add_special_tokens=True, field="text")
+        if isinstance(prompt, str):
+            return self._encode(prompt, add_special_tokens=True, field="text")
         if isinstance(prompt, ChatInput):
             return self._encode(self._layout(prompt), add_special_tokens=False, field="chat")
         for index, one in enumerate(prompt.ids):
             if not 0 <= one < self.vocab_size:
                 raise ValueError(f"tokens.ids[{index}]: must be 0 to {self.vocab_size - 1}, got {one}")
-        return EncodedText(prompt.ids, (None,) * len(prompt.ids))
+        return EncodedText(tuple(prompt.ids), (None,) * len(prompt.ids))
 
     def text(self, token: int) -> str:
         """The text of one token, spaces included; a part of a character shows as the replacement character."""
@@ -102,7 +102,7 @@ class TokenDecoder(Protocol):
 class Assembler:
     """The text of one request. What could still become a stop string is held back until it is decided."""
 
-    def __init__(self, decoder: TokenDecoder, stops: tuple[str, ...]) -> None:
+    def __init__(self, decoder: TokenDecoder, stops: Sequence[str]) -> None:
         self._decoder, self._stops = decoder, stops
         self._held = ""
         self.stopped_by = ""

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from saeguard.catalog import Activation
 from saeguard_server.caller import Caller, Role
 from saeguard_server.errors import Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
-from saeguard_server.policy.document import PolicyChange, policy_changes
-from saeguard_server.policy.model import Activation, Policy, Revision
+from saeguard_server.policy.document import PolicyDiff, policy_changes
+from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store.protocol import (
     MAX_POLICIES,
     MAX_REASON_CHARS,
@@ -33,9 +34,9 @@ RETRY_S = 1.0
 class Written:
     """What a change came to."""
 
-    revision: Revision | None
+    revision: PolicyRevision | None
     """The newest one: new if there are changes; None for a trial."""
-    changes: tuple[PolicyChange, ...]
+    changes: tuple[PolicyDiff, ...]
     warnings: tuple[str, ...]
     etag: str
     """What the next write must name."""
@@ -133,7 +134,7 @@ class Administration:
                 raise InvalidRequest("revision", f"must be older than {present}, which is in force, got {number}")
         return await self.activate(number, caller=caller, reason=reason, expected_activation=activation)
 
-    async def diff(self, before: int, after: int) -> tuple[PolicyChange, ...]:
+    async def diff(self, before: int, after: int) -> tuple[PolicyDiff, ...]:
         """What differs between two revisions; 0 is the empty set before the first.
 
         Raises:
@@ -143,7 +144,7 @@ class Administration:
             sides = [_policies(await self._store.revision(one) if one else None) for one in (before, after)]
             return policy_changes(*sides)
 
-    async def revision(self, number: int | None = None) -> Revision | None:
+    async def revision(self, number: int | None = None) -> PolicyRevision | None:
         """One revision, or the newest; None if there is none yet.
 
         Raises:
@@ -172,14 +173,14 @@ class Administration:
         async with self._stored():
             return await self._store.activations(limit=limit, before=before)
 
-    async def _newest(self, etag: str | None) -> Revision | None:
+    async def _newest(self, etag: str | None) -> PolicyRevision | None:
         newest = await self._store.latest()
         if etag not in (None, etag_of(newest)):
             raise Conflict(f"etag: the newest revision is {etag_of(newest)}, not {etag!r}; read it and try again")
         return newest
 
     async def _write(
-        self, before: Revision | None, policies: dict[str, Policy], *, caller: Caller, reason: str, is_trial: bool
+        self, before: PolicyRevision | None, policies: dict[str, Policy], *, caller: Caller, reason: str, is_trial: bool
     ) -> Written:
         after = tuple(policies[name] for name in sorted(policies))
         if len(after) > MAX_POLICIES:
@@ -222,12 +223,12 @@ class Administration:
             raise Unavailable(f"the policy store cannot be used: {err}", RETRY_S) from err
 
 
-def etag_of(revision: Revision | None) -> str:
+def etag_of(revision: PolicyRevision | None) -> str:
     """What a write must name to be built on this revision."""
     return NO_REVISION if revision is None else str(revision.number)
 
 
-def _policies(revision: Revision | None) -> tuple[Policy, ...]:
+def _policies(revision: PolicyRevision | None) -> tuple[Policy, ...]:
     return () if revision is None else revision.policies
 
 

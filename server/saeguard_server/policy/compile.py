@@ -13,10 +13,11 @@ from datetime import datetime
 from functools import partial
 from itertools import combinations
 
-from saeguard_sae.edits import Add, Scale
+from saeguard.catalog import Activation
+from saeguard.types import Condition, FeatureRef, Intervention, Scope
+from saeguard_sae.edits import IDENTITY
 from saeguard_server.errors import ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
-from saeguard_server.interventions import Condition, FeatureRef, Intervention, Scope, Wanted
-from saeguard_server.policy.model import Activation, Limits, Policy, Revision, Target
+from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Target
 from saeguard_server.policy.rules import (
     Clash,
     CompiledPolicy,
@@ -31,7 +32,7 @@ from saeguard_server.policy.rules import (
     wanted_rules,
     wanted_triggers,
 )
-from saeguard_server.steering import Served
+from saeguard_server.steering import Served, Wanted
 
 # What is found of a policy, for the people who write it.
 
@@ -62,17 +63,17 @@ def lint_warnings(policy: Policy, served: Served, now: datetime) -> Iterator[Fin
         if scope.start >= served.max_context:
             yield Finding(policy.name, f"{path}.start", f"is never reached: a request has {served.max_context} tokens")
     for path, one in _edits(policy):
-        if (one.edit == Scale(1.0)) or (isinstance(one.edit, Add) and one.edit.value == 0):
-            yield Finding(policy.name, f"{path}.{one.edit.kind}", "changes nothing")
-        if not _has_label(one.target, served):
-            where = f"feature {one.target.feature} of {one.target.sae!r}"
+        if one.affine(1.0) == IDENTITY:
+            yield Finding(policy.name, f"{path}.{one.kind}", "changes nothing")
+        if not _has_label(one.ref, served):
+            where = f"feature {one.feature} of {one.sae!r}"
             yield Finding(policy.name, f"{path}.feature", f"{where} has no label in the catalogue")
 
 
 def _about_itself(policy: Policy, served: Served, now: datetime) -> Iterator[tuple[str, str]]:
     if policy.mode == "off":
         yield "mode", "is off: the policy does nothing"
-    if policy.mode == "shadow" and policy.limits != Limits():
+    if policy.mode == "shadow" and policy.limits != PolicyLimits():
         yield "limits", "are not enforced in shadow"
     if policy.rollout.share == 0:
         yield "rollout.share", "is 0: only requests that name the policy are under it"
@@ -224,7 +225,7 @@ def _attempts(policy: Policy, served: Served) -> Iterator[Callable[[], object]]:
 
 def _features(when: Condition, field: str, served: Served) -> Iterator[Callable[[], object]]:
     for index, term in enumerate(when.terms):
-        yield partial(served.feature, term.feature, f"{field}.terms[{index}]")
+        yield partial(served.feature, term.ref, f"{field}.terms[{index}]")
 
 
 def _names(policy: Policy, served: Served) -> Iterator[Callable[[], object]]:
@@ -315,7 +316,7 @@ class Snapshot:
     """One activation's policies, prepared for one served model. Immutable, but for what it remembers."""
 
     activation: Activation
-    revision: Revision
+    revision: PolicyRevision
     served: Served
     policies: Mapping[str, Policy]
     """All of the revision's, by name."""
@@ -413,7 +414,7 @@ class Policies:
         return None
 
 
-def build_snapshot(activation: Activation, revision: Revision, served: Served, now: datetime) -> Snapshot:
+def build_snapshot(activation: Activation, revision: PolicyRevision, served: Served, now: datetime) -> Snapshot:
     """The revision, ready for requests.
 
     Raises:

@@ -15,26 +15,41 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 import yaml
 
-from saeguard_sae.edits import KINDS, UNITS, Edit, Scale, Unit, Zero
-from saeguard_server.interventions import (
-    COMPARISONS,
+from saeguard.types import (
+    KINDS,
+    OPERATORS,
     PHASES,
+    UNITS,
     Action,
     Apply,
-    Comparison,
     Condition,
     FeatureRef,
     Flag,
     Intervention,
+    Operator,
     Phase,
+    Scale,
     Scope,
     Stop,
     Term,
     Trigger,
+    Unit,
+    ValuedIntervention,
     Window,
 )
 from saeguard_server.policy import probe
-from saeguard_server.policy.model import HASHED_BY, MODES, HashBy, Limits, Mode, Pins, Policy, Rollout, Rule, Target
+from saeguard_server.policy.model import (
+    HASHED_BY,
+    MODES,
+    HashBy,
+    Mode,
+    Pins,
+    Policy,
+    PolicyLimits,
+    Rollout,
+    Rule,
+    Target,
+)
 from saeguard_server.policy.probe import LinearProbe
 
 # What a policy looks like when it is written down: field for field what YAML and JSON hold.
@@ -151,7 +166,7 @@ class RolloutShape(Shape, frozen=True, kw_only=True):
 
 
 class LimitsShape(Shape, frozen=True, kw_only=True):
-    """As ``model.Limits``."""
+    """As ``model.PolicyLimits``."""
 
     max_relative_edit: float | None = None
     allowed_saes: tuple[str, ...] | None = None
@@ -207,7 +222,7 @@ def policy_from_shape(shape: PolicyShape, probes: ProbeReader = no_probes) -> Po
     """
     rules = tuple(_rule(one, f"rules[{index}]", probes) for index, one in enumerate(shape.rules))
     triggers = tuple(_trigger(one, f"triggers[{index}]", probes) for index, one in enumerate(shape.triggers))
-    limits = Limits() if shape.limits is None else _limits(shape.limits)
+    limits = PolicyLimits() if shape.limits is None else _limits(shape.limits)
     with _at("rollout"):
         rollout = Rollout() if shape.rollout is None else Rollout(share=shape.rollout.share, by=shape.rollout.by)
     target, pins = shape.target, shape.pins
@@ -264,36 +279,31 @@ def _is_said(first: bool | None, first_path: str, other: bool | None, other_path
 
 
 def _intervention(shape: EditShape, path: str, when: Condition | None) -> Intervention:
-    edit = _edit(shape, path)
     scope = _scope(shape.scope, f"{path}.scope")
-    with _at(path):
-        return Intervention(FeatureRef(shape.sae, shape.feature), edit, scope, when)
-
-
-def _edit(shape: EditShape, path: str) -> Edit:
-    given = [kind for kind in KINDS if getattr(shape, kind) is not None]
-    if len(given) != 1:
-        raise ValueError(f"{path}: must have one of {', '.join(KINDS)}{', not ' if given else ''}{' and '.join(given)}")
-    kind = given[0]
-    said = getattr(shape, kind)
-    if said is False:
-        raise ValueError(f"{path}.{kind}: must be true, or left out")
-    make: Callable[..., Edit] = KINDS[kind]
-    with _at(f"{path}.{kind}"):
-        match said:
-            case True:
-                return make()
-            case ValueShape():
-                return make(value=said.value, unit=said.unit)
-            case number:
-                return make(number)
+    kinds = [kind for kind in KINDS if getattr(shape, kind) is not None]
+    if len(kinds) != 1:
+        raise ValueError(f"{path}: must have one of {', '.join(KINDS)}{', not ' if kinds else ''}{' and '.join(kinds)}")
+    kind = kinds[0]
+    match getattr(shape, kind):
+        case False:
+            raise ValueError(f"{path}.{kind}: must be true, or left out")
+        case True:
+            operands: dict[str, Any] = {}
+        case ValueShape() as valued:
+            operands = {"value": valued.value, "unit": valued.unit}
+        case number:
+            operands = {"factor" if kind == "scale" else "value": number}
+    with _at(path, {name: f"{kind}.{name}" for name in operands}):
+        return KINDS[kind](shape.sae, shape.feature, **operands, scope=scope, when=when)
 
 
 def _scope(shape: ScopeShape | None, path: str) -> Scope:
     if shape is None:
         return Scope()
     with _at(path):
-        return Scope(shape.phase, shape.start, shape.end, shape.include_special_tokens)
+        return Scope(
+            phase=shape.phase, start=shape.start, end=shape.end, include_special_tokens=shape.include_special_tokens
+        )
 
 
 def _condition(shape: ConditionShape, path: str, probes: ProbeReader) -> Condition:
@@ -334,13 +344,13 @@ def _probe(shape: ConditionShape, path: str, probes: ProbeReader) -> tuple[tuple
 
 def _term(shape: TermShape, path: str) -> Term:
     with _at(path):
-        return Term(FeatureRef(shape.sae, shape.feature), shape.weight)
+        return Term(shape.sae, shape.feature, shape.weight)
 
 
-def _comparison(shape: ConditionShape, path: str) -> tuple[Comparison, float]:
-    given = [(name, getattr(shape, name)) for name in COMPARISONS if getattr(shape, name) is not None]
+def _comparison(shape: ConditionShape, path: str) -> tuple[Operator, float]:
+    given = [(name, getattr(shape, name)) for name in OPERATORS if getattr(shape, name) is not None]
     if len(given) != 1:
-        raise ValueError(f"{path}: must have one of {', '.join(COMPARISONS)}")
+        raise ValueError(f"{path}: must have one of {', '.join(OPERATORS)}")
     return given[0]
 
 
@@ -358,12 +368,12 @@ def _window(shape: str | OverShape, path: str) -> Window:
     raise ValueError(f"{path}: must be this_token, any_so_far, maximum, or have rolling_mean, or k and of")
 
 
-def _limits(shape: LimitsShape) -> Limits:
+def _limits(shape: LimitsShape) -> PolicyLimits:
     allowed = shape.allowed_features
     found = None if allowed is None else _features(allowed, "limits.allowed_features")
     denied = _features(shape.denied_features, "limits.denied_features")
     with _at("limits"):
-        return Limits(
+        return PolicyLimits(
             max_relative_edit=shape.max_relative_edit,
             allowed_saes=shape.allowed_saes,
             denied_saes=shape.denied_saes,
@@ -410,7 +420,7 @@ def policy_shape(policy: Policy) -> PolicyShape:
         rollout=None if rollout == Rollout() else RolloutShape(share=float(rollout.share), by=rollout.by),
         rules=tuple(map(_rule_shape, policy.rules)),
         triggers=tuple(map(_trigger_shape, policy.triggers)),
-        limits=None if policy.limits == Limits() else _limits_shape(policy.limits),
+        limits=None if policy.limits == PolicyLimits() else _limits_shape(policy.limits),
         pins=None if pins == Pins() else PinsShape(model=pins.model, saes=dict(pins.saes)),
         expires=None if policy.expires is None else policy.expires.astimezone(UTC),
         counterfactual_share=float(policy.counterfactual_share),
@@ -436,19 +446,17 @@ def _trigger_shape(trigger: Trigger) -> TriggerShape:
 
 def _edited(one: Intervention) -> dict[str, Any]:
     return {
-        "sae": one.target.sae,
-        "feature": one.target.feature,
-        one.edit.kind: _unless_default(one.edit),
+        "sae": one.sae,
+        "feature": one.feature,
+        one.kind: _operand(one),
         "scope": _scope_shape(one.scope),
     }
 
 
-def _unless_default(edit: Edit) -> bool | Valued:
-    if isinstance(edit, Zero):
-        return True
-    if isinstance(edit, Scale):
-        return float(edit.factor)
-    return float(edit.value) if edit.unit == "raw" else ValueShape(value=float(edit.value), unit=edit.unit)
+def _operand(edit: Intervention) -> bool | Valued:
+    if isinstance(edit, ValuedIntervention):
+        return float(edit.value) if edit.unit == "raw" else ValueShape(value=float(edit.value), unit=edit.unit)
+    return float(edit.factor) if isinstance(edit, Scale) else True
 
 
 def _scope_shape(scope: Scope) -> ScopeShape | None:
@@ -477,10 +485,8 @@ def _condition_shape(when: Condition) -> ConditionShape:
 def _terms(when: Condition) -> dict[str, Any]:
     first = when.terms[0]
     if len(when.terms) == 1 and first.weight == 1:
-        return {"sae": first.feature.sae, "feature": first.feature.feature}
-    terms = (
-        TermShape(sae=one.feature.sae, feature=one.feature.feature, weight=float(one.weight)) for one in when.terms
-    )
+        return {"sae": first.sae, "feature": first.feature}
+    terms = (TermShape(sae=term.sae, feature=term.feature, weight=float(term.weight)) for term in when.terms)
     return {"terms": tuple(terms)}
 
 
@@ -494,7 +500,7 @@ def _over(window: Window) -> Any:
             return other
 
 
-def _limits_shape(limits: Limits) -> LimitsShape:
+def _limits_shape(limits: PolicyLimits) -> LimitsShape:
     allowed = limits.allowed_features
     return LimitsShape(
         max_relative_edit=None if limits.max_relative_edit is None else float(limits.max_relative_edit),
@@ -752,7 +758,7 @@ ChangeKind: TypeAlias = Literal["created", "changed", "deleted"]
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyChange:
+class PolicyDiff:
     """One policy that was made, changed or deleted."""
 
     name: str
@@ -761,7 +767,7 @@ class PolicyChange:
     """Unified, of the policy's YAML."""
 
 
-def policy_changes(before: Sequence[Policy], after: Sequence[Policy]) -> tuple[PolicyChange, ...]:
+def policy_changes(before: Sequence[Policy], after: Sequence[Policy]) -> tuple[PolicyDiff, ...]:
     """The policies that differ, in the order of their names."""
     old, new = ({policy.name: policy for policy in side} for side in (before, after))
     pairs = ((name, old.get(name), new.get(name)) for name in sorted(old | new))
@@ -775,10 +781,10 @@ def _differ(old: Policy | None, new: Policy | None) -> bool:
     return old != new and canonical_json(old) != canonical_json(new)
 
 
-def _change(name: str, old: Policy | None, new: Policy | None) -> PolicyChange:
+def _change(name: str, old: Policy | None, new: Policy | None) -> PolicyDiff:
     kind: ChangeKind = "created" if old is None else "deleted" if new is None else "changed"
     lines = unified_diff(_lines(old), _lines(new), f"{name} before", f"{name} after")
-    return PolicyChange(name, kind, "".join(lines))
+    return PolicyDiff(name, kind, "".join(lines))
 
 
 def _lines(policy: Policy | None) -> list[str]:

@@ -12,8 +12,8 @@ from datetime import datetime
 from math import isfinite
 from typing import Literal, TypeAlias, get_args
 
+from saeguard.types import FeatureRef, Intervention, Trigger, check_edited_once
 from saeguard_sae.edits import FLOAT32_MAX
-from saeguard_server.interventions import FeatureRef, Intervention, Trigger, check_one_edit_per_feature
 
 Mode: TypeAlias = Literal["off", "shadow", "enforce"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -63,7 +63,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class PolicyLimits:
     """What callers under the policy may do themselves. None allows all that ``denied`` does not name."""
 
     max_relative_edit: float | None = None
@@ -105,7 +105,7 @@ class Policy:
     rollout: Rollout = Rollout()
     rules: tuple[Rule, ...] = ()
     triggers: tuple[Trigger, ...] = ()
-    limits: Limits = Limits()
+    limits: PolicyLimits = PolicyLimits()
     pins: Pins = Pins()
     expires: datetime | None = None
     """Not in force from then on; with a time zone."""
@@ -122,10 +122,10 @@ class Policy:
             raise ValueError(f"counterfactual_share: must be 0 to 1, got {self.counterfactual_share}")
         if self.expires is not None and self.expires.tzinfo is None:
             raise ValueError("expires: must have a time zone, such as 2027-01-31T00:00:00Z")
-        if not (self.rules or self.triggers or self.limits != Limits()):
+        if not (self.rules or self.triggers or self.limits != PolicyLimits()):
             raise ValueError("rules: a policy must have rules, triggers or limits")
         self._check_names()
-        check_one_edit_per_feature(tuple(rule.intervention for rule in self.rules))
+        check_edited_once(tuple(rule.intervention for rule in self.rules))
 
     def _check_names(self) -> None:
         names = [rule.name for rule in self.rules] + [trigger.name for trigger in self.triggers]
@@ -139,24 +139,13 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Revision:
+class PolicyRevision:
     """All policies as they were after one change; ``number`` counts from 1 without gaps."""
 
     number: int
     policies: tuple[Policy, ...]
     """In the order of their names."""
     author: str
-    time: datetime
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activation:
-    """An act that made a revision the one in force; ``number`` counts from 1 without gaps."""
-
-    number: int
-    revision: int
-    actor: str
     time: datetime
     reason: str
 

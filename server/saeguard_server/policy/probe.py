@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from saeguard_server.interventions import MAX_TERMS, FeatureRef, Term
+from saeguard.types import MAX_TERMS, Term
 
 
 class BadProbe(ValueError):
@@ -84,6 +84,6 @@ def _listed(probe: _Probe) -> tuple[Term, ...]:
 
 def _term(where: str, sae: str, feature: int, weight: float) -> Term:
     try:
-        return Term(FeatureRef(sae, feature), weight)
+        return Term(sae, feature, weight)
     except ValueError as err:
         raise BadProbe(f"{where}.{err}") from err

@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
+from saeguard.requests import GenerateRequest
+from saeguard.results import PolicyFacts
+from saeguard.types import FeatureRef
 from saeguard_server.caller import Caller
+from saeguard_server.engine.protocol import Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
-from saeguard_server.interventions import FeatureRef, Origin, Wanted, WantedTrigger
 from saeguard_server.policy.compile import Snapshot
-from saeguard_server.policy.model import Limits, Policy, Target
+from saeguard_server.policy.model import Policy, PolicyLimits, Target
 from saeguard_server.policy.rules import (
     Clash,
     CompiledRule,
@@ -22,9 +25,7 @@ from saeguard_server.policy.rules import (
     tighten,
     trigger_edits,
 )
-from saeguard_server.reply import PolicyFacts
-from saeguard_server.request import GenerationRequest
-from saeguard_server.steering import EditPart, TriggerPart
+from saeguard_server.steering import EditPart, TriggerPart, Wanted, WantedTrigger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +42,7 @@ class Resolution:
     """Policies to be measured, and on which share of the requests."""
 
 
-def resolve_policies(request: GenerationRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Resolution:
+def resolve_policies(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Resolution:
     """The policies on this request, and its own wishes as far as they weaken none of them.
 
     Args:
@@ -80,7 +81,7 @@ def _resolution(
     return Resolution(edits, triggers, limit, selected.facts, selected.requires_audit, selected.counterfactual)
 
 
-def _selected(request: GenerationRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selected:
+def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selected:
     try:
         return snapshot.selected(_selection(request, caller, snapshot, now))
     except Clash as err:
@@ -89,7 +90,7 @@ def _selected(request: GenerationRequest, caller: Caller, snapshot: Snapshot, no
         raise PoliciesUnavailable(str(err)) from err
 
 
-def _selection(request: GenerationRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selection:
+def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selection:
     asked = set()
     for index, name in enumerate(request.policies):
         _check_asked(name, f"policies[{index}]", snapshot, now)
@@ -143,12 +144,12 @@ class _Own:
             return smallest((asked, self._selected.max_relative_edit))
         return None if self._became_rules else asked
 
-    def add_edits(self, request: GenerationRequest) -> None:
+    def add_edits(self, request: GenerateRequest) -> None:
         for index, one in enumerate(request.interventions):
             wanted = Wanted(intervention=one, field=f"interventions[{index}]")
-            self._check_allowed(one.target, wanted.field)
+            self._check_allowed(one.ref, wanted.field)
             asked = CompiledRule.of(wanted, self._served.edit(wanted))
-            change = tighten(self._rules(one.target), asked, self._served)
+            change = tighten(self._rules(one.ref), asked, self._served)
             if change is None:
                 self.edits.append(asked)
                 continue
@@ -157,11 +158,11 @@ class _Own:
             if tighter is not None:
                 self._in_place[rule] = tighter
 
-    def add_triggers(self, request: GenerationRequest) -> None:
+    def add_triggers(self, request: GenerateRequest) -> None:
         for index, one in enumerate(request.triggers):
             wanted = WantedTrigger(trigger=one, field=f"triggers[{index}]", origin=Origin(rule=one.name))
             for number, edit in enumerate(trigger_edits(one)):
-                self._check_allowed(edit.target, f"{wanted.field}.apply.interventions[{number}]")
+                self._check_allowed(edit.ref, f"{wanted.field}.apply.interventions[{number}]")
             trigger = CompiledTrigger.of(wanted, self._served.trigger(wanted))
             met = {
                 number
@@ -179,7 +180,7 @@ class _Own:
             _check_limits(policy, limits, target, field)
 
 
-def _check_limits(policy: str, limits: Limits, target: FeatureRef, field: str) -> None:
+def _check_limits(policy: str, limits: PolicyLimits, target: FeatureRef, field: str) -> None:
     saes, features = limits.allowed_saes, limits.allowed_features
     if target.sae in limits.denied_saes or (saes is not None and target.sae not in saes):
         raise PolicyRefusal(f"{field}.sae", f"callers may not edit features of {target.sae!r}", policy=policy)

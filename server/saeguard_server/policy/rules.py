@@ -8,12 +8,14 @@ from hashlib import blake2b
 from itertools import combinations
 from typing import TypeAlias
 
+from saeguard.catalog import Activation
+from saeguard.results import PolicyFacts
+from saeguard.types import Apply, FeatureRef, Flag, Intervention, Trigger
+from saeguard_server.engine.protocol import Origin
 from saeguard_server.errors import PolicyRefusal
-from saeguard_server.interventions import Apply, FeatureRef, Flag, Intervention, Origin, Trigger, Wanted, WantedTrigger
-from saeguard_server.policy.model import Activation, Limits, Policy
+from saeguard_server.policy.model import Policy, PolicyLimits
 from saeguard_server.policy.tighten import NOTHING, Effect, Where, contains, meets, relation, strictness, tightened
-from saeguard_server.reply import PolicyFacts
-from saeguard_server.steering import EditPart, Served, TriggerPart
+from saeguard_server.steering import EditPart, Served, TriggerPart, Wanted, WantedTrigger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,13 +33,13 @@ class CompiledRule:
     def of(cls, wanted: Wanted, part: EditPart, *, is_triggered: bool = False) -> CompiledRule:
         """What somebody wants, as it was prepared."""
         one = wanted.intervention
-        effect = Effect.of(one.edit.kind, part.affine)
+        effect = Effect.of(one.kind, part.affine)
         return cls(wanted, part, effect, Where(one.scope, one.when, is_triggered))
 
     @property
     def target(self) -> FeatureRef:
         """What is edited."""
-        return self.wanted.intervention.target
+        return self.wanted.intervention.ref
 
     @property
     def origin(self) -> Origin:
@@ -97,7 +99,7 @@ class CompiledPolicy:
     triggers: tuple[CompiledTrigger, ...]
 
 
-def trigger_edits(trigger: Trigger) -> tuple[Intervention, ...]:
+def trigger_edits(trigger: Trigger) -> Sequence[Intervention]:
     """The edits that a trigger makes."""
     return trigger.action.interventions if isinstance(trigger.action, Apply) else ()
 
@@ -221,7 +223,7 @@ def tighten(
             raise _refusal(asked, rule, _field_elsewhere(rule.where, asked.where), ELSEWHERE)
         effect = tightened(rule.effect, asked.effect)
         if effect is None:
-            raise _refusal(asked, _refusing(rule, asked), asked.wanted.intervention.edit.kind, WEAKENS)
+            raise _refusal(asked, _refusing(rule, asked), asked.wanted.intervention.kind, WEAKENS)
         return rule, rule if effect == rule.effect else _made(rule, effect, served)
     return None
 
@@ -299,7 +301,7 @@ def _check_apart(one: CompiledRule, others: Iterable[CompiledRule]) -> None:
 def _made(rule: CompiledRule, effect: Effect, served: Served) -> CompiledRule:
     """The rule's edit with another effect. It counts as the rule's."""
     one = rule.wanted.intervention
-    edit = Intervention(one.target, effect.edit, one.scope, one.when)
+    edit = effect.edit_of(one)
     wanted = replace(rule.wanted, intervention=edit, affine=effect.affine)
     return replace(rule, wanted=wanted, part=served.edit(wanted), effect=effect)
 
@@ -336,7 +338,7 @@ class Selected:
     """In the same order."""
     shadow_edits: tuple[EditPart, ...]
     shadow_triggers: tuple[TriggerPart, ...]
-    limits: tuple[tuple[str, Limits], ...]
+    limits: tuple[tuple[str, PolicyLimits], ...]
     """What each enforced policy lets callers do, by the policy's name; those without limits are left out."""
     max_relative_edit: float | None
     """The smallest of them."""
@@ -365,7 +367,7 @@ def select_policies(
     )
     shadow_edits = tuple(edit.part for one in shadows for edit in one.edits)
     shadow_triggers = tuple(trigger.part for one in shadows for trigger in one.triggers)
-    limits = tuple((one.policy.name, one.policy.limits) for one in enforcing if one.policy.limits != Limits())
+    limits = tuple((one.policy.name, one.policy.limits) for one in enforcing if one.policy.limits != PolicyLimits())
     return Selected(
         enforced=enforced,
         edits=(*(one.part for one in enforced.edits), *shadow_edits),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_server.interventions import Condition, Scope
+from saeguard.types import Add, Cap, Clamp, Condition, Floor, Intervention, Scale, Scope, Zero
+from saeguard_sae.edits import Affine
 
 Base: TypeAlias = Literal["free", "constant", "scale", "add"]
 Relation: TypeAlias = Literal["apart", "same", "within", "across"]
@@ -56,18 +56,18 @@ class Effect:
             case "add":
                 return Affine(beta=self.value, lo=self.low, hi=self.high)
 
-    @property
-    def edit(self) -> Edit:
-        """The kind that says best what it is; ``affine`` says exactly."""
+    def edit_of(self, like: Intervention) -> Intervention:
+        """An edit of the same tokens, of the kind that says best what this is; ``affine`` says exactly."""
+        place: dict[str, Any] = {"sae": like.sae, "feature": like.feature, "scope": like.scope, "when": like.when}
         match self.base:
             case "free":
-                return Cap(self.high) if self.high < inf else Floor(self.low)
+                return Cap(value=self.high, **place) if self.high < inf else Floor(value=self.low, **place)
             case "constant":
-                return Clamp(self.value) if self.value else Zero()
+                return Clamp(value=self.value, **place) if self.value else Zero(**place)
             case "scale":
-                return Scale(self.value)
+                return Scale(factor=self.value, **place)
             case "add":
-                return Add(self.value)
+                return Add(value=self.value, **place)
 
     @property
     def may_be_capped(self) -> bool:

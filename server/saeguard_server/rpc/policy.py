@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from saeguard.catalog import (
+    Activation,
+    PolicyChange,
+    PolicyFinding,
+    PolicyHistory,
+    PolicySet,
+    PolicySummary,
+    Revision,
+)
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
+from saeguard.wire import to_message
 from saeguard_server.audit.log import Audit
 from saeguard_server.errors import InvalidRequest, NotConfigured
 from saeguard_server.policy import document
 from saeguard_server.policy.administration import Administration, Written, etag_of
-from saeguard_server.policy.model import Activation, Policy
+from saeguard_server.policy.document import PolicyDiff
+from saeguard_server.policy.model import Policy, PolicyRevision
+from saeguard_server.policy.store.protocol import Change
 from saeguard_server.policy.sync import Enforcement
 from saeguard_server.rpc import interceptor
-from saeguard_server.rpc.wire import policy_messages
 
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
@@ -32,13 +44,14 @@ class PolicyServicer(PolicyServiceServicer):
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
         policies = revision.policies if revision else ()
-        return pb.ListPoliciesResponse(
-            policies=[policy_messages.summary(policy) for policy in policies],
-            etag=etag_of(newest),
-            revision=None if revision is None else policy_messages.revision(revision),
-            active=None if active is None else policy_messages.activation_message(active.activation),
+        policy_set = PolicySet(
+            policies=tuple(map(_summary, policies)),
             yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
+            etag=etag_of(newest),
+            revision=None if revision is None else _revision(revision),
+            active=None if active is None else active.activation,
         )
+        return to_message(pb.ListPoliciesResponse, policy_set)
 
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
         """A revision with one policy less."""
@@ -48,7 +61,7 @@ class PolicyServicer(PolicyServiceServicer):
             [request.name], caller=interceptor.current_call().caller, reason=request.reason, etag=request.etag
         )
         await self._record("delete", request.reason, name=request.name, revision=_number(written))
-        return pb.DeletePolicyResponse(revision=policy_messages.written(written), etag=written.etag)
+        return to_message(pb.DeletePolicyResponse, _change(written))
 
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         """A revision made of documents."""
@@ -65,9 +78,7 @@ class PolicyServicer(PolicyServiceServicer):
         if not request.dry_run:
             changed = [change.name for change in written.changes]
             await self._record("write", request.reason, policies=changed, revision=_number(written))
-        return pb.ApplyPoliciesResponse(
-            revision=policy_messages.written(written), etag=written.etag, findings=policy_messages.findings(written)
-        )
+        return to_message(pb.ApplyPoliciesResponse, _change(written))
 
     async def ActivateRevision(
         self, request: pb.ActivateRevisionRequest, context: object
@@ -102,10 +113,10 @@ class PolicyServicer(PolicyServiceServicer):
         activations = await self._administration.activations(
             limit=limit, before=request.before_activation if request.HasField("before_activation") else None
         )
-        return pb.ListHistoryResponse(
-            revisions=[policy_messages.change(change) for change in changes],
-            activations=[policy_messages.activation_message(activation) for activation in activations],
+        history = PolicyHistory(
+            revisions=tuple(_revision(change, change.policies) for change in changes), activations=activations
         )
+        return to_message(pb.ListHistoryResponse, history)
 
     @property
     def _enforcement(self) -> Enforcement:
@@ -121,11 +132,38 @@ class PolicyServicer(PolicyServiceServicer):
         # So that whoever put it in force finds it so here; other servers follow on their own.
         await self._enforcement.look_now()
         await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
-        return policy_messages.activation_message(activation)
+        return to_message(pb.Activation, activation)
 
     async def _record(self, act: str, reason: str, **facts: object) -> None:
         # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.
         await self._audit.act(interceptor.current_call(), act, reason=reason, **facts)
+
+
+def _summary(policy: Policy) -> PolicySummary:
+    return PolicySummary(
+        name=policy.name,
+        mode=policy.mode,
+        owner=policy.owner,
+        share=policy.rollout.share,
+        rules=tuple(rule.name for rule in policy.rules),
+        triggers=tuple(trigger.name for trigger in policy.triggers),
+        expires=policy.expires,
+    )
+
+
+def _revision(of: PolicyRevision | Change, diffs: Iterable[PolicyDiff] = ()) -> Revision:
+    diff = "".join(policy.diff for policy in diffs)
+    return Revision(number=of.number, author=of.author, time=of.time, reason=of.reason, diff=diff)
+
+
+def _change(written: Written) -> PolicyChange:
+    """What a change came to; of a trial only what would change."""
+    diff = "".join(change.diff for change in written.changes)
+    return PolicyChange(
+        revision=replace(Revision() if written.revision is None else _revision(written.revision), diff=diff),
+        etag=written.etag,
+        findings=tuple(PolicyFinding("", warning) for warning in written.warnings),
+    )
 
 
 def _number(written: Written) -> int | None:

@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from saeguard.catalog import ServerInfo
 from saeguard.v1 import (
     activation_service_pb2,
     activation_service_pb2_grpc,
@@ -26,12 +27,11 @@ from saeguard.v1 import (
 )
 from saeguard.v1 import server_info_service_pb2 as pb
 from saeguard.v1.server_info_service_pb2_grpc import ServerInfoServiceServicer
-from saeguard_server.catalog import ServerInfo
+from saeguard.wire import to_message
 from saeguard_server.errors import UnknownName
 from saeguard_server.rpc.interceptor import RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
-from saeguard_server.rpc.wire.info import info_response
 from saeguard_server.settings import Address, BadSettings, ServerSettings
 from saeguard_server.watched import Stamp, stamp
 
@@ -172,7 +172,7 @@ class ServerInfoServicer(ServerInfoServiceServicer):
     """Says what this server is and allows."""
 
     def __init__(self, info: ServerInfo) -> None:
-        self._reply = info_response(info)
+        self._reply = to_message(pb.GetServerInfoResponse, info)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: object) -> pb.GetServerInfoResponse:
         """The same for as long as the server runs."""

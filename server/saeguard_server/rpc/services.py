@@ -1,130 +1,115 @@
-"""GenerationService: the stream, and the stream gathered into one reply."""
+"""The services of generations, activations and the catalogue: each call parses, is admitted, and streams."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Protocol
+from array import array
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
+from typing import TypeVar
 
+from google.protobuf.message import Message
+
+from saeguard.catalog import Model
+from saeguard.checks import FieldError
+from saeguard.requests import ActivationRequest, GenerateRequest
+from saeguard.results import ActivationPart, StreamChunk, join_chunks
 from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import catalog_service_pb2 as catalog_pb
+from saeguard.v1 import condition_pb2
 from saeguard.v1 import generation_service_pb2 as generation_pb
+from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard.v1.activation_service_pb2_grpc import ActivationServiceServicer
 from saeguard.v1.catalog_service_pb2_grpc import CatalogServiceServicer
 from saeguard.v1.generation_service_pb2_grpc import GenerationServiceServicer
+from saeguard.wire import chunk_message, from_message, to_message
+from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import RpcLimiter
 from saeguard_server.catalog import Catalog
-from saeguard_server.engine.protocol import Capabilities, ModelInfo
-from saeguard_server.errors import InternalFailure
-from saeguard_server.generation import Comparison
-from saeguard_server.reply import ActivationPart, Chunk
-from saeguard_server.request import ActivationRequest, Call, GenerationRequest
+from saeguard_server.errors import InternalFailure, InvalidRequest
+from saeguard_server.generation import Compare, Generation
 from saeguard_server.rpc import interceptor
 from saeguard_server.rpc.interceptor import closing
-from saeguard_server.rpc.wire import activations
-from saeguard_server.rpc.wire import catalog as catalog_wire
-from saeguard_server.rpc.wire import generation as generation_wire
 from saeguard_server.settings import LimitSettings
 
+T = TypeVar("T")
 
-class Generates(Protocol):
-    """The flow behind both RPCs."""
-
-    def stream(self, request: GenerationRequest, call: Call) -> AsyncIterator[Chunk]:
-        """Chunks, the last with a completion."""
-        ...
-
-
-class Compares(Protocol):
-    """The flow behind Compare."""
-
-    async def run(self, request: GenerationRequest, call: Call) -> Comparison:
-        """The request with and without all that is done to it."""
-        ...
+MESSAGE_BYTES = 1_000_000
+"""About what a message of activations may hold (4 MiB is gRPC's default); one token's are never cut."""
+TOKEN_BYTES = 24
+"""Of a token besides its text: id, offset, a row pointer, and the framing of each."""
+ENTRY_BYTES = 9
+"""Of one activation: a float, and an index of at most five bytes."""
 
 
 class GenerationServicer(GenerationServiceServicer):
-    """Parses, admits, streams."""
+    """Text, as a stream, whole, or compared."""
 
-    def __init__(self, flow: Generates, comparison: Compares, admission: RpcLimiter, limits: LimitSettings) -> None:
-        self._flow, self._comparison = flow, comparison
-        self._admission = admission
-        self._limits = limits
+    def __init__(
+        self, generation: Generation, comparison: Compare, admission: RpcLimiter, limits: LimitSettings
+    ) -> None:
+        self._generation, self._comparison, self._admission, self._limits = generation, comparison, admission, limits
 
     async def Generate(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.GenerateResponse:
         """The whole completion in one reply."""
         chunks = [chunk async for chunk in self._chunks(request)]
-        return generation_wire.whole_response(chunks, interceptor.current_call().request_id)
+        try:
+            return to_message(generation_pb.GenerateResponse, join_chunks(chunks))
+        except ValueError as err:
+            raise InternalFailure(str(err)) from err
 
     async def GenerateStream(
         self, request: generation_pb.GenerateRequest, context: object
     ) -> AsyncIterator[generation_pb.GenerateResponse]:
         """The completion as it is made."""
-        request_id = interceptor.current_call().request_id
         is_complete = False
         async with closing(self._chunks(request)) as chunks:
             async for chunk in chunks:
                 is_complete = chunk.completion is not None
-                yield generation_wire.chunk_response(chunk, request_id)
+                yield chunk_message(chunk)
         if not is_complete:
             raise InternalFailure("a generation ended without its completion")
 
     async def Compare(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.CompareResponse:
         """Both completions in one reply."""
-        generation = generation_wire.generation_request(request, self._limits)
-        with self._admission.work(interceptor.current_call().caller):
-            comparison = await self._comparison.run(generation, interceptor.current_call())
-        return generation_wire.compare_response(comparison, interceptor.current_call().request_id)
+        generation, call = generate_request(request, self._limits), interceptor.current_call()
+        with self._admission.work(call.caller):
+            comparison = await self._comparison.run(generation, call)
+        return to_message(generation_pb.CompareResponse, comparison)
 
-    async def _chunks(self, request: generation_pb.GenerateRequest) -> AsyncIterator[Chunk]:
-        generation = generation_wire.generation_request(request, self._limits)
-        with self._admission.work(interceptor.current_call().caller):
-            async with closing(self._flow.stream(generation, interceptor.current_call())) as chunks:
+    async def _chunks(self, request: generation_pb.GenerateRequest) -> AsyncIterator[StreamChunk]:
+        generation, call = generate_request(request, self._limits), interceptor.current_call()
+        with self._admission.work(call.caller):
+            async with closing(self._generation.stream(generation, call)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
 
-# ActivationService: which features fire on which token.
-
-
-class Reads(Protocol):
-    """The flow behind GetActivations."""
-
-    def stream(self, request: ActivationRequest, call: Call) -> AsyncIterator[ActivationPart]:
-        """Parts of whole tokens."""
-        ...
-
-
 class ActivationServicer(ActivationServiceServicer):
-    """Parses, admits, streams in messages of bounded size."""
+    """Which features fire on which token, in messages of bounded size."""
 
-    def __init__(self, flow: Reads, admission: RpcLimiter, limits: LimitSettings) -> None:
-        self._flow = flow
-        self._admission = admission
-        self._limits = limits
+    def __init__(self, activations: ReadActivations, admission: RpcLimiter, limits: LimitSettings) -> None:
+        self._activations, self._admission, self._limits = activations, admission, limits
 
     async def GetActivations(
         self, request: activation_pb.GetActivationsRequest, context: object
     ) -> AsyncIterator[activation_pb.GetActivationsResponse]:
         """Reads the inputs once and streams what fired."""
-        asked = activations.activation_request(request, self._limits)
-        with self._admission.work(interceptor.current_call().caller):
-            async with closing(self._flow.stream(asked, interceptor.current_call())) as parts:
+        reading, call = activation_request(request, self._limits), interceptor.current_call()
+        with self._admission.work(call.caller):
+            async with closing(self._activations.stream(reading, call)) as parts:
                 async for part in parts:
-                    for message in activations.responses(part):
-                        yield message
-
-
-# CatalogService: the model, its SAEs, their features.
+                    for piece in split_part(part):
+                        yield to_message(activation_pb.GetActivationsResponse, piece)
 
 
 class CatalogServicer(CatalogServiceServicer):
-    """Looks things up."""
+    """The model, its SAEs, their features."""
 
-    def __init__(self, catalog: Catalog, model: ModelInfo, capabilities: Capabilities) -> None:
+    def __init__(self, catalog: Catalog, model: Model) -> None:
         self._catalog = catalog
-        self._model = catalog_wire.model_response(model, capabilities)
-        self._saes = catalog_pb.ListSaesResponse(saes=[catalog_wire.sae(one) for one in catalog.saes()])
+        self._model = to_message(catalog_pb.GetModelResponse, model)
+        self._saes = catalog_pb.ListSaesResponse(saes=[to_message(catalog_pb.Sae, sae) for sae in catalog.saes()])
 
     async def GetModel(self, request: catalog_pb.GetModelRequest, context: object) -> catalog_pb.GetModelResponse:
         """The served model."""
@@ -136,8 +121,8 @@ class CatalogServicer(CatalogServiceServicer):
 
     async def GetFeature(self, request: catalog_pb.GetFeatureRequest, context: object) -> catalog_pb.GetFeatureResponse:
         """One feature."""
-        found = self._catalog.feature(request.sae, request.feature)
-        return catalog_pb.GetFeatureResponse(feature=catalog_wire.feature(found))
+        feature = self._catalog.feature(request.sae, request.feature)
+        return catalog_pb.GetFeatureResponse(feature=to_message(catalog_pb.Feature, feature))
 
     async def ListFeatures(
         self, request: catalog_pb.ListFeaturesRequest, context: object
@@ -147,4 +132,88 @@ class CatalogServicer(CatalogServiceServicer):
         page = await asyncio.to_thread(
             self._catalog.features, request.sae, request.query, request.page_size, request.page_token
         )
-        return catalog_wire.page_response(page)
+        return to_message(catalog_pb.ListFeaturesResponse, page)
+
+
+def generate_request(message: generation_pb.GenerateRequest, limits: LimitSettings) -> GenerateRequest:
+    """What a generation asks for; what is too long is refused before any of it is read.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    _check_count("watch", message.watch, limits.max_watch)
+    _check_count("interventions", message.interventions, limits.max_interventions)
+    _check_count("triggers", message.triggers, limits.max_triggers)
+    for index, trigger in enumerate(message.triggers):
+        path = f"triggers[{index}].apply.interventions"
+        _check_count(path, trigger.apply.interventions, limits.max_interventions)
+    _check_count("policies", message.policies, limits.max_policies)
+    _check_terms(message.interventions, message.triggers, limits.max_condition_terms)
+    return _parse(GenerateRequest, message)
+
+
+def activation_request(message: activation_pb.GetActivationsRequest, limits: LimitSettings) -> ActivationRequest:
+    """What GetActivations asks for, likewise.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    _check_count("inputs", message.inputs, limits.max_activation_inputs)
+    _check_count("interventions", message.interventions, limits.max_interventions)
+    _check_count("features.features", message.features.features, limits.max_activation_values)
+    _check_terms(message.interventions, (), limits.max_condition_terms)
+    if message.top_k > limits.max_activation_values:
+        raise InvalidRequest("top_k", f"at most {limits.max_activation_values}, got {message.top_k}")
+    return _parse(ActivationRequest, message)
+
+
+def _parse(cls: type[T], message: Message) -> T:
+    try:
+        return from_message(cls, message)
+    except FieldError as err:
+        raise InvalidRequest(err.field, err.problem) from err
+
+
+def _check_count(field: str, items: Sized, limit: int) -> None:
+    if len(items) > limit:
+        raise InvalidRequest(field, f"at most {limit}, got {len(items)}")
+
+
+def _check_terms(edits: Iterable[edit_pb.Intervention], triggers: Sequence[condition_pb2.Trigger], limit: int) -> None:
+    """A request's own conditions must not read too much together: all who run beside it would wait."""
+    applied = (edit for trigger in triggers for edit in trigger.apply.interventions)
+    conditions = [edit.when for edit in (*edits, *applied)] + [trigger.when for trigger in triggers]
+    terms = sum(len(condition.terms) for condition in conditions)
+    if terms > limit:
+        field = "triggers" if triggers else "interventions"
+        raise InvalidRequest(field, f"all conditions together may have {limit} terms, got {terms}")
+
+
+def split_part(part: ActivationPart) -> Iterator[ActivationPart]:
+    """The part, or several of consecutive tokens where it is too large for a message."""
+    first = 0
+    for after in _cuts(part):
+        low, high = part.indptr[first], part.indptr[after]
+        yield replace(
+            part,
+            tokens=part.tokens[first:after],
+            indptr=array("q", [pointer - low for pointer in part.indptr[first : after + 1]]),
+            indices=part.indices[low:high],
+            values=part.values[low:high],
+            start=part.start + first,
+            last=part.last and after == len(part.tokens),
+        )
+        first = after
+
+
+def _cuts(part: ActivationPart) -> Iterator[int]:
+    """Ends of the runs of rows that fit a message; the last one is the number of rows."""
+    size, rows = 0, len(part.tokens)
+    for row, token in enumerate(part.tokens):
+        entries = part.indptr[row + 1] - part.indptr[row]
+        cost = TOKEN_BYTES + 4 * len(token.text) + ENTRY_BYTES * entries
+        if size and size + cost > MESSAGE_BYTES:
+            yield row
+            size = 0
+        size += cost
+    yield rows

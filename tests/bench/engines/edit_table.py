@@ -15,7 +15,7 @@ from bench.worker import serve
 from bench.world import WIDTH
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
-from saeguard_sae.edits import Clamp
+from saeguard_sae.edits import Affine
 from saeguard_sae.rows import Group, Rows
 from support.saes import plain_sae
 
@@ -46,7 +46,7 @@ def _table(d_sae: int) -> EditTable:
     spread = d_sae // (SLOTS * EDITS_EACH)
     for slot in range(SLOTS):
         features = [(slot * EDITS_EACH + j) * spread for j in range(EDITS_EACH)]
-        table.write(slot, [EditColumn(dictionary, one, Clamp(2.0).affine(1.0), 0, FOREVER) for one in features])
+        table.write(slot, [EditColumn(dictionary, one, Affine(alpha=0.0, beta=2.0), 0, FOREVER) for one in features])
     return table
 
 

@@ -15,11 +15,12 @@ from bench.engines import first_token, profile
 from bench.engines.requests import generation, settings
 from bench.work import batch, tokens
 from bench.worker import serve
+from saeguard.requests import GenerateRequest
 from saeguard_server.admission import Admission
+from saeguard_server.caller import Call
 from saeguard_server.engine.choice import load_engine
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
-from saeguard_server.request import Call, GenerationRequest
 
 DEADLINE_S = 300.0
 
@@ -38,7 +39,7 @@ class Own:
             engine, engine.tokenizer, limits, Admission(engine, Metrics(CollectorRegistry()), 2**31)
         )
 
-    async def times(self, request: GenerationRequest, began: asyncio.Event | None = None) -> list[float]:
+    async def times(self, request: GenerateRequest, began: asyncio.Event | None = None) -> list[float]:
         """When each token came, in seconds of ``time.perf_counter``; ``began`` is set when the first has."""
         came: list[float] = []
         async for chunk in self._flow.stream(request, Call("bench", time.monotonic() + DEADLINE_S)):

@@ -9,15 +9,13 @@ from typing import Any
 import msgspec
 
 from bench.work import MODEL, SAE, Edit
-from saeguard_sae.edits import Add, Clamp, Scale, Zero
-from saeguard_sae.edits import Edit as Kind
-from saeguard_server.interventions import FeatureRef, Intervention
-from saeguard_server.request import GenerationRequest, Sampling, TokenInput
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.types import Add, Clamp, Intervention, Scale, Zero
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
 
 CONTEXT = 2304
 KV_MB = 2048
-_VALUED: dict[str, Callable[[float], Kind]] = {"clamp": Clamp, "scale": Scale, "add": Add}
+_VALUED: dict[str, Callable[[str, int, float], Intervention]] = {"clamp": Clamp, "scale": Scale, "add": Add}
 
 
 def settings(folder: Path, dtype: str, compiled: str, slots: int, kind: str = "transformers", **more: Any) -> Settings:
@@ -32,12 +30,12 @@ def settings(folder: Path, dtype: str, compiled: str, slots: int, kind: str = "t
     )
 
 
-def generation(prompt: list[int], new: int, edits: list[Edit]) -> GenerationRequest:
+def generation(prompt: list[int], new: int, edits: list[Edit]) -> GenerateRequest:
     """A greedy request for exactly ``new`` tokens."""
     sampling = Sampling(max_new_tokens=new, temperature=0.0, ignore_eos=True)
-    steer = tuple(Intervention(FeatureRef(SAE, feature), _kind(kind, value)) for kind, feature, value in edits)
-    return GenerationRequest(prompt=TokenInput(tuple(prompt)), sampling=sampling, interventions=steer)
+    steer = tuple(_edit(kind, feature, value) for kind, feature, value in edits)
+    return GenerateRequest(input=TokenInput(tuple(prompt)), sampling=sampling, interventions=steer)
 
 
-def _kind(kind: str, value: float) -> Kind:
-    return Zero() if kind == "zero" else _VALUED[kind](value)
+def _edit(kind: str, feature: int, value: float) -> Intervention:
+    return Zero(SAE, feature) if kind == "zero" else _VALUED[kind](SAE, feature, value)

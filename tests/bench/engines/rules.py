@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import astuple, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,14 @@ from bench.engines.parts import Recorder, full, split
 from bench.engines.requests import settings
 from bench.work import batch, tokens
 from bench.world import WIDTH
-from saeguard_sae.edits import Cap, Clamp, Edit, Scale, Zero
+from saeguard.requests import Sampling
+from saeguard.types import Cap, Clamp, Condition, FeatureRef, Intervention, Scale, Term, Trigger, Window, Zero
+from saeguard_server.caller import Call
 from saeguard_server.engine.choice import load_engine
-from saeguard_server.engine.protocol import GenerateTask
-from saeguard_server.interventions import (
-    Condition,
-    FeatureRef,
-    Intervention,
-    Origin,
-    Term,
-    Trigger,
-    Wanted,
-    WantedTrigger,
-    Window,
-)
+from saeguard_server.engine.protocol import GenerateTask, Origin
 from saeguard_server.observe import Metrics
-from saeguard_server.request import Call, Sampling
 from saeguard_server.settings import ServedSaeSettings
-from saeguard_server.steering import TokenRange, prepare_edit, prepare_trigger, steer
+from saeguard_server.steering import TokenRange, Wanted, WantedTrigger, prepare_edit, prepare_trigger, steer
 from support.saes import plain_sae, save_sae
 
 STREAMS, NEW = 64, 48
@@ -51,7 +42,7 @@ LAYERS = {"low": 4, "high": 8}
 EACH, FEATURES = 20, 4096
 """Features in use at a layer, of so many."""
 EDITS, TRIGGERS = 40, 60
-_KINDS: tuple[Edit, ...] = (Zero(), Clamp(1.0), Scale(0.5), Cap(0.4))
+_KINDS: tuple[Intervention, ...] = (Zero("mid", 2), Clamp("mid", 2, 1.0), Scale("mid", 2, 0.5), Cap("mid", 2, 0.4))
 _WINDOWS = (
     Window(), Window("any_so_far"), Window("maximum"), Window("rolling_mean", 8), Window("k_of_n", 16, 4)
 )  # fmt: skip
@@ -68,7 +59,7 @@ def condition(index: int, first: int, terms: int = 1) -> Condition:
     window = _WINDOWS[index % len(_WINDOWS)]
     has_release = window.kind not in ("any_so_far", "k_of_n") and index % 2 == 0
     return Condition(
-        terms=tuple(Term(feature(first + at), 1.0 if terms == 1 else 0.5) for at in range(terms)),
+        terms=tuple(Term(*astuple(feature(first + at)), 1.0 if terms == 1 else 0.5) for at in range(terms)),
         threshold=0.3,
         release=0.1 if has_release else None,
         window=window,
@@ -79,8 +70,11 @@ def rules() -> tuple[list[Wanted], list[WantedTrigger]]:
     """40 edits, half of them under a condition, and 60 triggers, a third of them on sums over both layers."""
     edits = [
         Wanted(
-            intervention=Intervention(
-                feature(at), _KINDS[at % len(_KINDS)], when=condition(at, at % EACH) if at % 2 else None
+            intervention=replace(
+                _KINDS[at % len(_KINDS)],
+                sae=feature(at).sae,
+                feature=feature(at).feature,
+                when=condition(at, at % EACH) if at % 2 else None,
             ),
             field=f"rules[{at}]",
             origin=Origin("bench", f"rule-{at}"),

@@ -17,12 +17,13 @@ from typing import Any, cast
 import torch
 from prometheus_client import CollectorRegistry
 
+from saeguard.catalog import Model
+from saeguard.types import KINDS
 from saeguard_sae.catalogue import Catalogue
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.edits import KINDS
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_server.engine.protocol import Capabilities, ModelInfo
+from saeguard_server.engine.protocol import Capabilities
 from saeguard_server.errors import PoliciesUnavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.policy import compile
@@ -40,7 +41,7 @@ WATCH_S = 0.02
 class Engine:
     """What of an engine policies are prepared for: two layers with an SAE each."""
 
-    model = ModelInfo("bench", "none", "digest", 4, D_MODEL, 128, 64, "float32", False)
+    model = Model("bench", "none", "digest", 4, D_MODEL, 128, 64, "float32", False)
     capabilities = Capabilities("bench", frozenset(Site(n, "resid_post") for n in LAYERS), frozenset(KINDS))
 
     def __init__(self) -> None:

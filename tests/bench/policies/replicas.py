@@ -26,8 +26,7 @@ from typing import Any
 
 from bench.policies.replica import LAYERS
 from bench.report import met, say
-from saeguard_sae.edits import Cap
-from saeguard_server.interventions import FeatureRef, Intervention
+from saeguard.types import Cap
 from saeguard_server.policy.model import Policy, Rule
 from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import PolicyStore
@@ -90,7 +89,7 @@ def a_set(change: int) -> list[Policy]:
     rules = [
         Rule(
             f"rule-{n}",
-            Intervention(FeatureRef(f"layer{LAYERS[n % 2]}", n % FEATURES // 2), Cap(1.0 + n + change / 1e4)),
+            Cap(f"layer{LAYERS[n % 2]}", n % FEATURES // 2, 1.0 + n + change / 1e4),
         )
         for n in range(RULES)
     ]

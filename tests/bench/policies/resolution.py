@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -19,18 +20,18 @@ from typing import Any
 import torch
 
 from bench.report import say
+from saeguard.catalog import Activation
+from saeguard.requests import GenerateRequest
+from saeguard.types import KINDS, Cap, Intervention, Scale
 from saeguard_sae.catalogue import Catalogue, CatalogueFeature
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.edits import KINDS, Cap, Scale
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import Capabilities
-from saeguard_server.interventions import FeatureRef, Intervention
 from saeguard_server.policy.compile import Snapshot, build_snapshot
-from saeguard_server.policy.model import Activation, Policy, Revision, Rollout, Rule, Target
+from saeguard_server.policy.model import Policy, PolicyRevision, Rollout, Rule, Target
 from saeguard_server.policy.resolve import resolve_policies
-from saeguard_server.request import GenerationRequest, TextInput
 from saeguard_server.steering import ServedModel, TokenRange, prepared_parts, steer
 
 NOW = datetime.now(UTC)
@@ -59,7 +60,7 @@ def engine() -> Any:
 
 def policies(rollout: Rollout = EVERYBODY) -> tuple[Policy, ...]:
     """100 caps, in units of features' maxima: 40 features, each with two or three of them."""
-    refs = [FeatureRef(f"sae-{site.layer}", index) for site in SITES for index in range(FEATURES)]
+    edits = [Cap(f"sae-{site.layer}", index, 1.0, unit="max") for site in SITES for index in range(FEATURES)]
     return tuple(
         Policy(
             name=f"policy-{number}",
@@ -67,7 +68,10 @@ def policies(rollout: Rollout = EVERYBODY) -> tuple[Policy, ...]:
             target=Target(tags=("public",)),
             rollout=rollout,
             rules=tuple(
-                Rule(f"rule-{index}", Intervention(refs[(number * RULES + index) % len(refs)], Cap(1.0 + index, "max")))
+                Rule(
+                    f"rule-{index}",
+                    replace(edits[(number * RULES + index) % len(edits)], value=1.0 + index),
+                )
                 for index in range(RULES)
             ),
         )
@@ -77,7 +81,7 @@ def policies(rollout: Rollout = EVERYBODY) -> tuple[Policy, ...]:
 
 def snapshot(rollout: Rollout = EVERYBODY) -> Snapshot:
     """All of them in force."""
-    revision = Revision(number=1, policies=policies(rollout), author="bench", time=NOW, reason="bench")
+    revision = PolicyRevision(number=1, policies=policies(rollout), author="bench", time=NOW, reason="bench")
     activation = Activation(number=1, revision=1, actor="bench", time=NOW, reason="bench")
     return build_snapshot(activation, revision, ServedModel(engine()), NOW)
 
@@ -87,8 +91,7 @@ def own(count: int) -> tuple[Intervention, ...]:
     edits = []
     for index in range(count):
         is_ruled = index % 2 == 0
-        ref = FeatureRef("sae-3", index if is_ruled else FEATURES + index)
-        edits.append(Intervention(ref, Cap(0.5) if is_ruled else Scale(2.0)))
+        edits.append(Cap("sae-3", index, 0.5) if is_ruled else Scale("sae-3", FEATURES + index, 2.0))
     return tuple(edits)
 
 
@@ -103,7 +106,7 @@ def microseconds(work: Callable[[], object], rounds: int = ROUNDS) -> dict[str, 
     return {"median_us": round(cuts[49], 1), "p99_us": round(cuts[98], 1)}
 
 
-def measure(name: str, found: Snapshot, request: GenerationRequest) -> bool:
+def measure(name: str, found: Snapshot, request: GenerateRequest) -> bool:
     """Prints one line; whether it is what was aimed at."""
     reach = TokenRange((1,) * 64, 192, frozenset())
 
@@ -121,8 +124,8 @@ def measure(name: str, found: Snapshot, request: GenerationRequest) -> bool:
 def main() -> None:
     """Ends with 1 where a figure is missed."""
     found = snapshot()
-    plain = GenerationRequest(prompt=TextInput("x"))
-    asking = GenerationRequest(prompt=TextInput("x"), interventions=own(4))
+    plain = GenerateRequest(input="x")
+    asking = GenerateRequest(input="x", interventions=own(4))
     results = [
         measure("a request without edits", found, plain),
         measure("a request without edits, rollout by half", snapshot(Rollout(share=0.5)), plain),

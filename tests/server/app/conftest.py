@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from saeguard.requests import ModelInput, TokenInput
 from saeguard_server.app import App
 from saeguard_server.engine.tokenizer import EncodedText
-from saeguard_server.request import ModelInput, TextInput, TokenInput
 from saeguard_server.settings import Settings, load_settings
 
 
@@ -24,7 +24,7 @@ class FakeTokenizer:
     def encode(self, prompt: ModelInput) -> EncodedText:
         if isinstance(prompt, TokenInput):
             return EncodedText(prompt.ids, (None,) * len(prompt.ids))
-        text = prompt.text if isinstance(prompt, TextInput) else "".join(one.content for one in prompt.messages)
+        text = prompt if isinstance(prompt, str) else "".join(one.content for one in prompt.messages)
         return EncodedText((0, *(ord(one) % 128 for one in text)), (None, *range(len(text))))
 
 

@@ -12,19 +12,19 @@ import pytest
 from cryptography.fernet import Fernet
 from prometheus_client import CollectorRegistry
 
+from saeguard.requests import GenerateRequest, Sampling
+from saeguard.results import Completion, PolicyFacts, Timings, Usage
 from saeguard_server.audit.chain import AuditWriter, read_audit
 from saeguard_server.audit.log import Audit, EncryptedText, HashedText
-from saeguard_server.caller import LOCAL
+from saeguard_server.caller import LOCAL, Call
 from saeguard_server.errors import Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import Completion, PolicyFacts, Timings
-from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput
 from saeguard_server.settings import AuditSettings, BadSettings
 
 CALL = Call("r-1", 0.0, LOCAL)
-REQUEST = GenerationRequest(prompt=TextInput("my secret prompt"), sampling=Sampling(seed=5, temperature=0.0))
+REQUEST = GenerateRequest(input="my secret prompt", sampling=Sampling(seed=5, temperature=0.0))
 FACTS = PolicyFacts(activation=4, revision=3, enforced=("calm",), shadowed=())
-DONE = Completion("stop", "", 3, 2, Timings(0.0, 0.1, 0.2), None, 5, policy=FACTS)
+DONE = Completion(finish_reason="stop", usage=Usage(3, 2), timings=Timings(0.0, 0.1, 0.2), seed=5, policy=FACTS)
 
 
 @pytest.fixture

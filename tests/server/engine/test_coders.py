@@ -15,13 +15,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saeguard_sae.edits import Add, Clamp, Zero
+from saeguard.types import Add, Clamp, FeatureRef, Zero
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.interventions import FeatureRef
-from saeguard_server.request import Call
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
-from support.engines import Running, edit, greedy, prompt, running
+from support.engines import Running, greedy, prompt, running
 from support.models import BOS, LAYERS, WIDTH, save_model
 
 F = 40
@@ -105,7 +104,7 @@ async def test_one_layer_of_a_cross_layer_transcoder_steers_every_later_mlp(worl
         loaded = one.engine.saes["clt"]
         assert [str(site) for site in loaded.write_sites] == ["mlp_out.1", "mlp_out.2"]
         assert (str(loaded.site), loaded.write_width) == ("resid_mid.1", WIDTH)
-        steer = (edit("clt", 7, Clamp(4.0)), edit("clt", 9, Zero()))
+        steer = (Clamp("clt", 7, 4.0), Zero("clt", 9))
         answer = await one.ask(greedy(PROMPT, 8, interventions=steer, watch=(FeatureRef("clt", 7),)))
     assert PROMPT + answer.ids == generate(model, PROMPT, 8, hooks)
     assert answer.completion is not None
@@ -133,7 +132,7 @@ async def test_what_a_norm_makes_before_its_gain_is_edited_behind_the_gain(world
     norm = "model.layers.1.post_attention_layernorm"
     hooks = [(norm, "in", lambda x: (seen.append(x), x)[1]), (norm, "out", write)]
     with running(settings(path, ServedSaeSettings(name="one", path=str(folder)))) as one:
-        answer = await one.ask(greedy(PROMPT, 8, interventions=(edit("one", 4, Clamp(5.0)),)))
+        answer = await one.ask(greedy(PROMPT, 8, interventions=(Clamp("one", 4, 5.0),)))
     assert PROMPT + answer.ids == generate(model, PROMPT, 8, hooks)
     assert PROMPT + answer.ids != generate(model, PROMPT, 8, [])
 
@@ -195,7 +194,7 @@ async def test_a_temporal_sae_is_read_over_the_whole_prefix_and_never_edited(wor
     with running(settings(path, ServedSaeSettings(name="t", path=str(path / "temporal")))) as one:
         found = await inspect(one, "t")
         with pytest.raises(InvalidRequest, match=r"interventions\[0\].sae: 't' is a temporal SAE: .*whole prefix"):
-            await one.ask(greedy(PROMPT, 2, interventions=(edit("t", 1, Add(1.0)),)))
+            await one.ask(greedy(PROMPT, 2, interventions=(Add("t", 1, 1.0),)))
         with pytest.raises(InvalidRequest, match=r"watch\[0\].sae: .*GetActivations"):
             await one.ask(greedy(PROMPT, 2, watch=(FeatureRef("t", 1),)))
         stream = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[2][0]
@@ -209,7 +208,7 @@ async def test_an_sae_held_in_half_precision_is_served(world: tuple[Path, Any]) 
     with running(settings(path, ServedSaeSettings(name="h", path=str(path / "half"), dtype="bfloat16"))) as one:
         found = await inspect(one, "h")
         stream = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[2][0]
-        answer = await one.ask(greedy(PROMPT, 6, interventions=(edit("h", 4, Clamp(5.0)),)))
+        answer = await one.ask(greedy(PROMPT, 6, interventions=(Clamp("h", 4, 5.0),)))
     W_enc, W_dec = normal(30, WIDTH, F, by=WIDTH**-0.5).bfloat16(), normal(31, F, WIDTH).bfloat16().float()
     torch.testing.assert_close(found, (stream.bfloat16() @ W_enc).relu().float(), rtol=0.02, atol=0.05)
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.types import Add, Clamp, Scale, Scope, Zero
 from saeguard_sae.edit_table import EditColumns
-from saeguard_sae.edits import Add, Clamp, Scale, Zero
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import DeadlineExceeded, InternalFailure, InvalidRequest, NonFiniteOutput
-from saeguard_server.interventions import Scope
 from saeguard_server.observe import Metrics
-from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput, TokenInput
 from saeguard_server.settings import LimitSettings
 from support import reference
-from support.engines import Running, World, edit, greedy, make_world, prompt, running
+from support.engines import Running, World, greedy, make_world, prompt, running
 from support.models import BOS, EOS, PAD, SITES
 
 SPECIAL = {BOS, EOS, PAD}
@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 async def test_prompts_longer_than_a_chunk_join_while_others_run(world: World) -> None:
     lengths = [3, 40, 5, 61, 17, 29, 4, 90, 11, 50, 7, 33]
-    edits = (edit("resid_post", 4, Clamp(4.0)), edit("mlp_out", 9, Scale(-2.0)))
+    edits = (Clamp("resid_post", 4, 4.0), Scale("mlp_out", 9, -2.0))
     with running(world.settings(max_slots=4)) as one:
 
         async def ask(index: int) -> list[int]:
@@ -62,15 +62,15 @@ def _plain(world: World, point: str, feature: int, change: Any, applies: Any = N
 @pytest.mark.parametrize(
     ("scope", "applies"),
     [
-        (Scope("prompt"), lambda position, token: position < 20),
-        (Scope("generated"), lambda position, token: position >= 20),
+        (Scope(phase="prompt"), lambda position, token: position < 20),
+        (Scope(phase="generated"), lambda position, token: position >= 20),
         (Scope(start=5, end=24), lambda position, token: 5 <= position < 24),
-        (Scope("generated", start=22), lambda position, token: position >= 22),
+        (Scope(phase="generated", start=22), lambda position, token: position >= 22),
     ],
 )
 async def test_scopes_select_the_tokens_they_say(world: World, scope: Scope, applies: Any) -> None:
     with running(world.settings()) as one:
-        got = await one.ask(greedy(prompt(3, 20), 12, interventions=(edit("resid_post", 4, Clamp(6.0), scope),)))
+        got = await one.ask(greedy(prompt(3, 20), 12, interventions=(Clamp("resid_post", 4, 6.0, scope=scope),)))
     plain = _plain(world, "resid_post", 4, lambda f: torch.full_like(f, 6.0), applies)
     wanted = reference.generate(world.model, prompt(3, 20), 12, [plain], SPECIAL)
     assert got.ids == wanted.tokens
@@ -85,20 +85,20 @@ async def test_special_tokens_are_edited_only_when_asked(world: World) -> None:
     with running(world.settings()) as one:
         everywhere = Scope(include_special_tokens=True)
         with_bos = await one.ask(
-            greedy(prompt(1, 9), 6, interventions=(edit("resid_post", 4, Clamp(9.0), everywhere),))
+            greedy(prompt(1, 9), 6, interventions=(Clamp("resid_post", 4, 9.0, scope=everywhere),))
         )
     plain = _plain(world, "resid_post", 4, lambda f: torch.full_like(f, 9.0))
     assert with_bos.ids == reference.generate(world.model, prompt(1, 9), 6, [plain], set()).tokens
 
 
 async def test_the_same_seed_gives_the_same_tokens_in_any_company(world: World) -> None:
-    def sampled(seed: int, **more: Any) -> GenerationRequest:
+    def sampled(seed: int, **more: Any) -> GenerateRequest:
         sampling = Sampling(max_new_tokens=20, temperature=1.1, top_p=0.9, seed=seed, ignore_eos=True)
-        return GenerationRequest(prompt=TokenInput(tuple(prompt(seed, 9))), sampling=sampling, **more)
+        return GenerateRequest(input=TokenInput(tuple(prompt(seed, 9))), sampling=sampling, **more)
 
     with running(world.settings()) as one:
         alone = (await one.ask(sampled(7))).ids
-        steer = (edit("resid_pre", 1, Clamp(5.0)),)
+        steer = (Clamp("resid_pre", 1, 5.0),)
         crowd = await asyncio.gather(
             *(one.ask(sampled(40 + index, interventions=steer if index % 2 else ())) for index in range(9)),
             one.ask(sampled(7)),
@@ -121,7 +121,7 @@ def logits_of(world: World, *, with_saes: bool) -> list[torch.Tensor]:
         return logits
 
     core.runner.network.forward = watched  # type: ignore[method-assign]
-    steer = (edit("resid_post", 4, Clamp(4.0)), edit("attn_z", 2, Add(3.0))) if with_saes else ()
+    steer = (Clamp("resid_post", 4, 4.0), Add("attn_z", 2, 3.0)) if with_saes else ()
     for index in range(4):
         request = greedy(prompt(9, 8), 9, interventions=steer if index % 2 else ())
         task = flow._prepare(request, Call("test", time.monotonic() + 60), None).task
@@ -171,7 +171,7 @@ async def test_a_deadline_ends_the_request_and_frees_its_slot(world: World) -> N
 
 
 async def test_a_request_whose_values_blow_up_fails_alone(world: World) -> None:
-    wild = (edit("resid_post", 4, Clamp(3e38)), edit("resid_pre", 3, Scale(-3e38)))
+    wild = (Clamp("resid_post", 4, 3e38), Scale("resid_pre", 3, -3e38))
     with running(world.settings(max_slots=4)) as one:
         good = [one.ask(greedy(prompt(index, 12), 20)) for index in range(3)]
         bad = [one.ask(greedy(prompt(9, 12), 20, interventions=wild)) for _ in range(3)]
@@ -187,7 +187,7 @@ async def test_a_request_whose_values_blow_up_fails_alone(world: World) -> None:
 @pytest.mark.parametrize("way", ["failed", "cancelled", "inspected"])
 async def test_nothing_of_a_poisoned_request_stays_in_its_slot(world: World, way: str) -> None:
     """A short request in that memory beside a long one: the step reads it up to the long one's length, masked."""
-    wild = (edit("resid_post", 4, Clamp(3e38)), edit("resid_pre", 3, Scale(-3e38)))
+    wild = (Clamp("resid_post", 4, 3e38), Scale("resid_pre", 3, -3e38))
     with running(world.settings(max_slots=2)) as one:
         await _poison(one, greedy(prompt(9, 60), 4, interventions=wild), way)
         await _idle(one)
@@ -198,7 +198,7 @@ async def test_nothing_of_a_poisoned_request_stays_in_its_slot(world: World, way
         assert (await short).ids == reference.generate(world.model, prompt(1, 5), 40, [], SPECIAL).tokens
 
 
-async def _poison(one: Running, request: GenerationRequest, way: str) -> None:
+async def _poison(one: Running, request: GenerateRequest, way: str) -> None:
     """Fills slot 0 with values that are not finite, and leaves it."""
     if way == "failed":
         with pytest.raises(NonFiniteOutput):
@@ -222,14 +222,14 @@ async def test_a_receipt_that_does_not_add_up_fails_the_request(world: World, mo
     monkeypatch.setattr(EditColumns, "count", lambda *_: None)
     with running(world.settings()) as one:
         with pytest.raises(InternalFailure, match="applied to 0 tokens instead of 8"):
-            await one.ask(greedy(prompt(1, 5), 5, interventions=(edit("resid_post", 4, Clamp(1.0)),)))
+            await one.ask(greedy(prompt(1, 5), 5, interventions=(Clamp("resid_post", 4, 1.0),)))
         assert len((await one.ask(greedy(prompt(1, 5), 5))).ids) == 5
 
 
 async def test_an_exception_in_one_requests_text_fails_it_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     push = Assembler.push
     monkeypatch.setattr(Assembler, "push", lambda self, token: 1 / 0 if self._stops == ("boom",) else push(self, token))
-    broken = GenerationRequest(prompt=TextInput("hello"), sampling=Sampling(max_new_tokens=9, stop=("boom",)))
+    broken = GenerateRequest(input="hello", sampling=Sampling(max_new_tokens=9, stop=("boom",)))
     with running(world.settings()) as one:
         results = await asyncio.gather(
             one.ask(greedy(prompt(1, 7), 15)),
@@ -248,7 +248,7 @@ async def test_an_edit_that_was_not_applied_fails_the_request(world: World) -> N
     with running(world.settings()) as one:
         one.engine._core.runner.network.close()  # as if the model no longer passed the site
         with pytest.raises(InternalFailure, match="0 times in one step"):
-            await one.ask(greedy(prompt(1, 5), 5, interventions=(edit("resid_post", 4, Zero()),)))
+            await one.ask(greedy(prompt(1, 5), 5, interventions=(Zero("resid_post", 4),)))
         assert len((await one.ask(greedy(prompt(1, 5), 5))).ids) == 5
 
 
@@ -263,7 +263,7 @@ async def test_the_engine_starts_again_after_a_failure_of_a_whole_step(world: Wo
             await one.ask(greedy(prompt(1, 5), 5))
         while not one.engine.is_ready():
             await asyncio.sleep(0.01)
-        steer = (edit("resid_post", 4, Clamp(4.0)),)
+        steer = (Clamp("resid_post", 4, 4.0),)
         assert len((await one.ask(greedy(prompt(1, 5), 5, interventions=steer))).ids) == 5
         assert one.engine._core.metrics.engine_restarts._value.get() == 1
 
@@ -272,13 +272,13 @@ async def test_generation_ends_at_eos_and_at_stop_strings(world: World) -> None:
     with running(world.settings()) as one:
         free = await one.ask(greedy(prompt(2, 9), 30))
         stop = free.text[4:7]
-        request = GenerationRequest(
-            prompt=TokenInput(tuple(prompt(2, 9))), sampling=Sampling(max_new_tokens=30, temperature=0.0, stop=(stop,))
+        request = GenerateRequest(
+            input=TokenInput(tuple(prompt(2, 9))), sampling=Sampling(max_new_tokens=30, temperature=0.0, stop=(stop,))
         )
         stopped = await one.ask(request)
         object.__setattr__(one.engine._core.model, "eos_ids", frozenset({free.ids[6]}))
         ended = await one.ask(
-            GenerationRequest(prompt=request.prompt, sampling=Sampling(max_new_tokens=30, temperature=0.0))
+            GenerateRequest(input=request.input, sampling=Sampling(max_new_tokens=30, temperature=0.0))
         )
     assert stopped.completion is not None
     assert (stopped.completion.finish_reason, stopped.completion.stop_string) == ("stop", stop)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeguard.requests import GenerateRequest
+from saeguard.types import Clamp
 from saeguard_sae import models
-from saeguard_sae.edits import Clamp
 from saeguard_sae.models import ModelLoadError, free_bytes
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import Pick
@@ -19,9 +20,8 @@ from saeguard_server.engine.transformers import engine, runner
 from saeguard_server.engine.transformers.runner import ForwardPass, is_out_of_memory, kv_blocks
 from saeguard_server.engine.transformers.sequence import BLOCK
 from saeguard_server.errors import InvalidRequest, Overloaded
-from saeguard_server.request import GenerationRequest
 from support.alone import Alone
-from support.engines import World, edit, greedy, make_world, prompt, running
+from support.engines import World, greedy, make_world, prompt, running
 from support.stepping import Loaded, Stepped
 
 BLOCK_BYTES = 2 * 3 * 2 * 12 * 4 * BLOCK
@@ -143,8 +143,8 @@ def run_out(one: Stepped, step: int, error: Exception) -> list[int]:
     return inside
 
 
-def crowd() -> list[GenerationRequest]:
-    steer = (edit("resid_post", 4, Clamp(4.0)), edit("mlp_out", 9, Clamp(1.0)))
+def crowd() -> list[GenerateRequest]:
+    steer = (Clamp("resid_post", 4, 4.0), Clamp("mlp_out", 9, 1.0))
     lengths = (40, 12, 33, 64, 5)
     return [greedy(prompt(seed, n), 20, interventions=steer[: seed % 3]) for seed, n in enumerate(lengths)]
 

@@ -17,14 +17,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.edits import Add, Cap, Clamp, Scale, Zero
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.types import Add, Cap, Clamp, FeatureRef, Intervention, Scale, Scope, Zero
 from saeguard_server.engine.protocol import Pick
 from saeguard_server.engine.transformers import engine
 from saeguard_server.engine.transformers.sequence import BLOCK
-from saeguard_server.interventions import FeatureRef, Intervention, Scope
-from saeguard_server.request import GenerationRequest, Sampling, TokenInput
 from support.alone import Alone
-from support.engines import Answer, World, edit, make_world, prompt, running
+from support.engines import Answer, World, make_world, prompt, running
 from support.models import SITES
 from support.stepping import Asked, Loaded, Stepped
 
@@ -37,11 +36,14 @@ WATCHED = "resid_pre"
 
 STEERINGS: tuple[tuple[Intervention, ...], ...] = (
     (),
-    (edit("resid_post", 4, Clamp(4.0)),),
-    (edit("resid_post", 4, Clamp(4.0), Scope("prompt")), edit("attn_z", 2, Scale(-3.0), Scope("generated"))),
-    (edit("mlp_out", 9, Add(3.0), Scope(start=14, end=20)), edit("resid_post", 7, Zero())),
-    (edit("resid_post", 4, Clamp(4.0), Scope(include_special_tokens=True)), edit("attn_out", 3, Cap(0.1))),
-    (edit("resid_post", 4, Clamp(4.0), Scope(start=40)),),
+    (Clamp("resid_post", 4, 4.0),),
+    (
+        Clamp("resid_post", 4, 4.0, scope=Scope(phase="prompt")),
+        Scale("attn_z", 2, -3.0, scope=Scope(phase="generated")),
+    ),
+    (Add("mlp_out", 9, 3.0, scope=Scope(start=14, end=20)), Zero("resid_post", 7)),
+    (Clamp("resid_post", 4, 4.0, scope=Scope(include_special_tokens=True)), Cap("attn_out", 3, 0.1)),
+    (Clamp("resid_post", 4, 4.0, scope=Scope(start=40)),),
 )
 
 
@@ -49,7 +51,7 @@ STEERINGS: tuple[tuple[Intervention, ...], ...] = (
 class Joining:
     """A request that joins before a step, and is dropped before another."""
 
-    request: GenerationRequest | tuple[int, ...]
+    request: GenerateRequest | tuple[int, ...]
     """What to generate, or the tokens to inspect."""
     at: int
     dropped_at: int | None
@@ -71,10 +73,10 @@ def _joining(draw: random.Random) -> Joining:
     return Joining(_request(tokens, new, steer, draw.choice((0, 0, 0, 1, 2))), at, dropped_at)
 
 
-def _request(tokens: tuple[int, ...], new: int, steer: tuple[Intervention, ...], looks: int) -> GenerationRequest:
+def _request(tokens: tuple[int, ...], new: int, steer: tuple[Intervention, ...], looks: int) -> GenerateRequest:
     sampling = Sampling(max_new_tokens=new, temperature=0.0, logprobs=0, ignore_eos=True, prompt_logprobs=looks == 1)
     watch = (FeatureRef(WATCHED, 7), FeatureRef(WATCHED, 1)) if looks == 2 else ()
-    return GenerationRequest(prompt=TokenInput(tokens), sampling=sampling, interventions=steer, watch=watch)
+    return GenerateRequest(input=TokenInput(tokens), sampling=sampling, interventions=steer, watch=watch)
 
 
 def _reaches(scope: Scope, prompt_tokens: int, new: int) -> bool:
@@ -111,23 +113,23 @@ class Truth:
             rows = self.world.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         return [float(row[token]) for row, token in zip(rows, ids[1:], strict=False)]
 
-    def check(self, request: GenerationRequest, got: Answer) -> None:
+    def check(self, request: GenerateRequest, got: Answer) -> None:
         """A finished generation: tokens, log-probabilities, receipt, readings.
 
         Raises:
             AssertionError: it would have been another answer alone.
         """
         self.alone.check(request, got)
-        assert isinstance(request.prompt, TokenInput)
-        read = (*request.prompt.ids, *got.ids[:-1])
+        assert isinstance(request.input, TokenInput)
+        read = (*request.input.ids, *got.ids[:-1])
         if request.watch:
             assert [one.position for one in got.readings] == list(range(len(read)))
             wanted = self.activations(WATCHED, read)[:, [one.feature for one in request.watch]]
             near(torch.tensor([one.values for one in got.readings]), wanted)
         if request.sampling.prompt_logprobs:
-            assert len(got.prompt_logprobs) == len(request.prompt.ids) - 1
+            assert len(got.prompt_logprobs) == len(request.input.ids) - 1
             if not request.interventions:
-                near(torch.tensor(got.prompt_logprobs), torch.tensor(self.prompt_logprobs(request.prompt.ids)))
+                near(torch.tensor(got.prompt_logprobs), torch.tensor(self.prompt_logprobs(request.input.ids)))
 
     def check_inspection(self, tokens: tuple[int, ...], got: Asked) -> None:
         """A finished inspection: every token once, in order, with the features that fired.
@@ -227,8 +229,8 @@ def test_who_gave_its_memory_up_within_its_prompt_is_told_everything_once(truth:
     first = one.ask(_request(tuple(prompt(SEEDS[0], 14)), 40, (), 0))
     one.step()
     sampling = Sampling(max_new_tokens=NEW, temperature=0.0, logprobs=0, ignore_eos=True, prompt_logprobs=True)
-    request = GenerationRequest(
-        prompt=TokenInput(tuple(prompt(SEEDS[0], 60))), sampling=sampling, watch=(FeatureRef(WATCHED, 7),)
+    request = GenerateRequest(
+        input=TokenInput(tuple(prompt(SEEDS[0], 60))), sampling=sampling, watch=(FeatureRef(WATCHED, 7),)
     )
     watching = one.ask(request)
     while not one.metric("saeguard_preemptions_total"):
@@ -246,8 +248,8 @@ def test_who_gave_its_memory_up_draws_what_it_would_have_drawn(truth: Truth, loa
         max_new_tokens=40, temperature=1.3, top_p=0.95, repetition_penalty=1.3, logprobs=2, ignore_eos=True, seed=77
     )
     requests = [
-        GenerationRequest(
-            prompt=TokenInput(tuple(prompt(seed, 12 + 8 * index))), sampling=sampling, interventions=STEERINGS[index]
+        GenerateRequest(
+            input=TokenInput(tuple(prompt(seed, 12 + 8 * index))), sampling=sampling, interventions=STEERINGS[index]
         )
         for index, seed in enumerate((11, 11, 12, 12))
     ]

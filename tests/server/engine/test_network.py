@@ -12,11 +12,10 @@ import shutil
 import pytest
 import torch
 
-from saeguard_sae.edits import Clamp, Scale
-from saeguard_server.interventions import Scope
-from saeguard_server.request import GenerationRequest
+from saeguard.requests import GenerateRequest
+from saeguard.types import Clamp, Scale, Scope
 from support.alone import Alone
-from support.engines import World, edit, greedy, make_world, prompt
+from support.engines import World, greedy, make_world, prompt
 from support.stepping import Loaded
 
 ASKED = os.environ.get("SAEGUARD_TEST_COMPILE", "all").split(",")
@@ -32,12 +31,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world("llama", tmp_path_factory.mktemp("llama"))
 
 
-def requests() -> list[GenerationRequest]:
+def requests() -> list[GenerateRequest]:
     """Prompts in parts, single tokens, several groups; steered and not."""
     steers = (
         (),
-        (edit("resid_post", 4, Clamp(4.0)), edit("attn_z", 2, Scale(-3.0), Scope("generated"))),
-        (edit("mlp_out", 9, Clamp(1.0), Scope("prompt")), edit("resid_mid", 3, Scale(2.0))),
+        (Clamp("resid_post", 4, 4.0), Scale("attn_z", 2, -3.0, scope=Scope(phase="generated"))),
+        (Clamp("mlp_out", 9, 1.0, scope=Scope(phase="prompt")), Scale("resid_mid", 3, 2.0)),
     )
     lengths = (1, 40, 7, 17, 33, 2, 64)
     return [greedy(prompt(60 + seed, n), 6 + seed, interventions=steers[seed % 3]) for seed, n in enumerate(lengths)]

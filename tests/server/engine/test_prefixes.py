@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.edits import Add, Cap, Clamp, Scale
+from saeguard.requests import GenerateRequest, Sampling
+from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.transformers.sequence import can_reuse, is_steered
 from saeguard_server.errors import NonFiniteOutput
-from saeguard_server.interventions import Intervention, Scope
-from saeguard_server.request import GenerationRequest, Sampling
 from support.alone import NEAR, Alone
-from support.engines import Answer, World, edit, greedy, make_world, prompt
+from support.engines import Answer, World, greedy, make_world, prompt
 from support.stepping import Loaded
 from support.symbolic import SPECIAL, Symbolic, change, generation, guard, inspection
 
@@ -145,25 +144,25 @@ def alone(world: World) -> Alone:
 
 
 def clamp(value: float = 6.0, feature: int = 4, **scope: Any) -> Intervention:
-    return edit("resid_post", feature, Clamp(value), Scope(**scope))
+    return Clamp("resid_post", feature, value, scope=Scope(**scope))
 
 
-def ask(length: int, *steer: Intervention, **more: Any) -> GenerationRequest:
+def ask(length: int, *steer: Intervention, **more: Any) -> GenerateRequest:
     return greedy(prompt(3, length), 6, interventions=steer, **more)
 
 
-PAIRS: dict[str, tuple[GenerationRequest, GenerationRequest, int]] = {
+PAIRS: dict[str, tuple[GenerateRequest, GenerateRequest, int]] = {
     "steered, then not": (ask(100, clamp()), ask(100), 0),
     "not, then steered": (ask(100), ask(100, clamp()), 0),
     "another value": (ask(100, clamp(6.0)), ask(100, clamp(-6.0)), 0),
     "another feature": (ask(100, clamp()), ask(100, clamp(feature=5)), 0),
-    "another kind": (ask(100, clamp()), ask(100, edit("resid_post", 4, Add(6.0))), 0),
-    "another site": (ask(100, clamp()), ask(100, edit("mlp_out", 4, Clamp(6.0))), 0),
+    "another kind": (ask(100, clamp()), ask(100, Add("resid_post", 4, 6.0)), 0),
+    "another site": (ask(100, clamp()), ask(100, Clamp("mlp_out", 4, 6.0)), 0),
     "another start": (ask(100, clamp(start=40)), ask(100, clamp(start=41)), 32),
     "another end": (ask(100, clamp(end=40)), ask(100, clamp(end=41)), 0),
     "special tokens too": (ask(100, clamp()), ask(100, clamp(include_special_tokens=True)), 0),
-    "one edit more": (ask(100, clamp()), ask(100, clamp(), edit("attn_z", 2, Scale(-3.0))), 0),
-    "one edit more, later": (ask(100, clamp()), ask(100, clamp(), edit("attn_z", 2, Scale(-3.0), Scope(start=70))), 0),
+    "one edit more": (ask(100, clamp()), ask(100, clamp(), Scale("attn_z", 2, -3.0)), 0),
+    "one edit more, later": (ask(100, clamp()), ask(100, clamp(), Scale("attn_z", 2, -3.0, scope=Scope(start=70))), 0),
     "a longer prompt": (ask(64, clamp(phase="prompt")), ask(100, clamp(phase="prompt")), 0),
     "a shorter prompt": (ask(100, clamp(phase="prompt")), ask(60, clamp(phase="prompt")), 0),
     "generated, a longer prompt": (ask(60, clamp(phase="generated")), ask(100, clamp(phase="generated")), 48),
@@ -209,8 +208,8 @@ def _same_receipts(got: Answer, cold: Answer) -> None:
 @pytest.mark.parametrize(
     "steer",
     [
-        (clamp(), edit("attn_z", 2, Scale(-3.0), Scope(phase="prompt")), edit("mlp_out", 9, Cap(0.2))),
-        (clamp(start=20, end=90), edit("resid_post", 5, Add(1.0), Scope(phase="generated"))),
+        (clamp(), Scale("attn_z", 2, -3.0, scope=Scope(phase="prompt")), Cap("mlp_out", 9, 0.2)),
+        (clamp(start=20, end=90), Add("resid_post", 5, 1.0, scope=Scope(phase="generated"))),
     ],
 )
 def test_receipts_after_a_hit_are_those_without_reuse(
@@ -256,7 +255,7 @@ def test_what_was_forgotten_is_read_again(loaded: Loaded, alone: Alone) -> None:
 
 
 def test_whose_values_blew_up_gives_nobody_else_its_memory(loaded: Loaded, alone: Alone) -> None:
-    wild = (clamp(3e38), edit("resid_pre", 3, Scale(-3e38)))
+    wild = (clamp(3e38), Scale("resid_pre", 3, -3e38))
     one = loaded.core(prefill_tokens=200)
     broken = one.ask(ask(100, *wild))
     one.finish()

@@ -22,27 +22,27 @@ import pytest_asyncio
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard_sae.edits import Clamp, Scale
+from saeguard.requests import GenerateRequest, Sampling
+from saeguard.results import ActivationPart
+from saeguard.types import Clamp, FeatureRef, Scale
 from saeguard_sae.loading import LoadError
+from saeguard_server.caller import Call
 from saeguard_server.engine import transformers
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.worker import engine, load_engine
 from saeguard_server.engine.worker import engine as child
 from saeguard_server.errors import DeadlineExceeded, NonFiniteOutput, Unavailable
-from saeguard_server.interventions import FeatureRef
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart
-from saeguard_server.request import Call, GenerationRequest, Sampling, TextInput
 from saeguard_server.settings import Settings
 from support import reference
-from support.engines import Answer, Running, World, edit, greedy, make_world, prompt, running
+from support.engines import Answer, Running, World, greedy, make_world, prompt, running
 from support.guarding import TRIGGERS
 from support.models import BOS, EOS, PAD, SITES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-STEER = (edit("resid_post", 4, Clamp(4.0)), edit("mlp_out", 9, Clamp(2.0)))
-WILD = (edit("resid_post", 4, Clamp(3e38)), edit("resid_pre", 3, Scale(-3e38)))
+STEER = (Clamp("resid_post", 4, 4.0), Clamp("mlp_out", 9, 2.0))
+WILD = (Clamp("resid_post", 4, 3e38), Scale("resid_pre", 3, -3e38))
 SLOTS = 4
 
 
@@ -101,10 +101,10 @@ async def read(one: Running, **pick: Any) -> list[ActivationPart]:
 
 async def everything(one: Running) -> list[Any]:
     """Answers to requests of every kind, without what differs from one time to the next."""
-    text = GenerationRequest(prompt=TextInput("héllo  wörld"), sampling=Sampling(max_new_tokens=9, seed=71, logprobs=3))
+    text = GenerateRequest(input="héllo  wörld", sampling=Sampling(max_new_tokens=9, seed=71, logprobs=3))
     watched = greedy(prompt(5, 20), 8, interventions=STEER, watch=(FeatureRef("resid_post", 7),), triggers=TRIGGERS)
     sampling = Sampling(max_new_tokens=3, seed=5, prompt_logprobs=True)
-    scored = GenerationRequest(prompt=TextInput("abc"), sampling=sampling)
+    scored = GenerateRequest(input="abc", sampling=sampling)
     asked = [text, watched, scored, *(greedy(prompt(index, 11), 12, interventions=STEER) for index in range(5))]
     # One after another: in another batch the last digits of a log-probability differ.
     answers: list[Answer] = [await one.ask(request) for request in asked]
@@ -122,10 +122,10 @@ async def test_answers_are_those_of_the_engine_without_a_process(world: World, a
         assert apart.engine.model == same.engine.model
         # Two tasks are measured in one process only.
         assert apart.engine.capabilities == replace(same.engine.capabilities, compares=False)
-        assert apart.engine.tokenizer.encode(TextInput("ünï")) == same.engine.tokenizer.encode(TextInput("ünï"))
+        assert apart.engine.tokenizer.encode("ünï") == same.engine.tokenizer.encode("ünï")
     assert await everything(apart) == wanted
     edits = [
-        reference.PlainEdit(world.saes[one.target.sae], *SITES["llama"][one.target.sae], one.target.feature, change)
+        reference.PlainEdit(world.saes[one.sae], *SITES["llama"][one.sae], one.feature, change)
         for one, change in zip(
             STEER, (lambda f: torch.full_like(f, 4.0), lambda f: torch.full_like(f, 2.0)), strict=True
         )

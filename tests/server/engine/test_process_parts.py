@@ -16,12 +16,28 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from saeguard.catalog import Model
+from saeguard.requests import Sampling
+from saeguard.results import (
+    ActivationPart,
+    Completion,
+    FeatureReading,
+    InterventionReceipt,
+    Receipt,
+    StreamChunk,
+    Timings,
+    Token,
+    TokenLogprob,
+    TokenText,
+    Usage,
+)
 from saeguard_sae.catalogue import Catalogue, CatalogueFeature
 from saeguard_sae.coders import is_signed, why_not_editable
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server import errors
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, ModelInfo
+from saeguard_server.caller import Call
+from saeguard_server.engine.protocol import Capabilities, GenerateTask
 from saeguard_server.engine.worker import engine, messages
 from saeguard_server.engine.worker.messages import (
     Cancel,
@@ -36,19 +52,6 @@ from saeguard_server.engine.worker.messages import (
 )
 from saeguard_server.errors import SaeguardError, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import (
-    ActivationPart,
-    Chunk,
-    Completion,
-    FeatureReading,
-    InterventionReceipt,
-    Receipt,
-    Timings,
-    Token,
-    TokenLogprob,
-    TokenText,
-)
-from saeguard_server.request import Call, Sampling
 from saeguard_server.settings import BadSettings, Settings
 from support.coders import SAVEABLE, Maker
 
@@ -85,11 +88,14 @@ def test_every_error_arrives_with_all_it_says(kind: type[SaeguardError]) -> None
 
 def test_events_arrive_as_they_are() -> None:
     receipt = Receipt("m", "s", (InterventionReceipt("a", 1, "zero", "d", "embed.0", 5, 4, 1.5, 2.5, 0.1, 3),), 7)
-    done = Completion("stop", "\n", 3, 4, Timings(0.1, 0.2, 0.3), receipt, 2**63 - 1)
+    done = Completion(
+        finish_reason="stop", stop_string="\n", usage=Usage(3, 4), timings=Timings(0.1, 0.2, 0.3), receipt=receipt,
+        seed=2**63 - 1,
+    )  # fmt: skip
     reading = FeatureReading(9, (0.5, -1.0))
-    chunk = Chunk("é", (Token(5, -0.5, (TokenLogprob(6, -0.75),)), Token(7)), (reading,), (-0.25,), done)
+    chunk = StreamChunk("é", (Token(5, -0.5, (TokenLogprob(6, -0.75),)), Token(7)), (reading,), (-0.25,), done)
     token = TokenText(3, "x", None)
-    part = ActivationPart(1, "a", 2, (token,), array("I", [0, 1]), array("I", [4]), array("f", [0.5]), True)
+    part = ActivationPart(1, "a", (token,), array("I", [0, 1]), array("I", [4]), array("f", [0.5]), 2, True)
     for event in (chunk, part):
         for field in fields(event):
             assert getattr(event, field.name), f"{field.name} is not tested"
@@ -160,7 +166,7 @@ def test_counts_of_all_processes_are_added_up() -> None:
     assert [one.value for family in some.collect() for one in family.samples] == [12.0]
 
 
-INFO = ModelInfo("m", "llama", "digest", 3, 8, 100, 64, "float32", False)
+INFO = Model("m", "llama", "digest", 3, 8, 100, 64, "float32", False)
 READY = WorkerReady(0.0, INFO, Capabilities("fake", frozenset(), frozenset()), {}, None)  # type: ignore[arg-type]
 
 

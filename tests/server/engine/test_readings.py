@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard_sae.edits import Clamp
+from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.types import Clamp, FeatureRef
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import InspectTask, Pick
-from saeguard_server.interventions import FeatureRef
-from saeguard_server.request import Call, GenerationRequest, Sampling, TokenInput
-from support.engines import World, edit, greedy, make_world, prompt, running
+from support.engines import World, greedy, make_world, prompt, running
 from support.models import SITES
 
 
@@ -24,8 +24,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 async def test_prompt_logprobs_equal_the_models(world: World) -> None:
     ids = prompt(5, 40)
-    request = GenerationRequest(
-        prompt=TokenInput(tuple(ids)), sampling=Sampling(max_new_tokens=1, prompt_logprobs=True, logprobs=3)
+    request = GenerateRequest(
+        input=TokenInput(tuple(ids)), sampling=Sampling(max_new_tokens=1, prompt_logprobs=True, logprobs=3)
     )
     with running(world.settings()) as one:
         got = await one.ask(request)
@@ -33,7 +33,7 @@ async def test_prompt_logprobs_equal_the_models(world: World) -> None:
         own = world.model(torch.tensor([ids])).logits[0].log_softmax(-1)
     wanted = own[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
     torch.testing.assert_close(torch.tensor(got.prompt_logprobs), wanted, rtol=1e-4, atol=1e-4)
-    assert [one.id for one in got.tokens[0].top] == own[-1].topk(3).indices.tolist()
+    assert [one.id for one in got.tokens[0].top_logprobs] == own[-1].topk(3).indices.tolist()
 
 
 async def test_watched_features_are_read_on_every_token(world: World) -> None:
@@ -43,7 +43,7 @@ async def test_watched_features_are_read_on_every_token(world: World) -> None:
         FeatureRef("resid_post", 4),
         FeatureRef("mlp_out", 1),
     )
-    steer = (edit("resid_post", 4, Clamp(5.0)),)
+    steer = (Clamp("resid_post", 4, 5.0),)
     with running(world.settings()) as one:
         crowd = [one.ask(greedy(prompt(index, 9), 8, interventions=steer)) for index in range(3)]
         got = (await asyncio.gather(*crowd, one.ask(greedy(prompt(5, 20), 8, watch=watch))))[-1]
@@ -81,9 +81,7 @@ async def test_activations_equal_the_plain_encoder(world: World, point: str) -> 
     )  # fmt: skip
     found = torch.zeros(33, world.saes[point].weights["W_dec"].shape[0])
     with running(world.settings()) as one:
-        busy = asyncio.create_task(
-            one.ask(greedy(prompt(1, 9), 20, interventions=(edit("resid_post", 4, Clamp(9.0)),)))
-        )
+        busy = asyncio.create_task(one.ask(greedy(prompt(1, 9), 20, interventions=(Clamp("resid_post", 4, 9.0),))))
         async for part in one.engine.inspect(task):
             for row in range(len(part.tokens)):
                 cells = slice(part.indptr[row], part.indptr[row + 1])

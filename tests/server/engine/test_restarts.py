@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.edits import Clamp
+from saeguard.requests import GenerateRequest
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard.types import Clamp
+from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import InspectTask, Pick
 from saeguard_server.engine.transformers.engine import _Add
 from saeguard_server.engine.transformers.sequence import Event, Sequence
 from saeguard_server.errors import SaeguardError, Unavailable
-from saeguard_server.reply import ActivationPart, Chunk
-from saeguard_server.request import Call, GenerationRequest
 from support.alone import Alone
-from support.engines import Answer, Running, World, edit, greedy, make_world, prompt, running
+from support.engines import Answer, Running, World, greedy, make_world, prompt, running
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,9 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Event | None]]:
 
     def watched(self: Sequence, uid: int, task: Any, text: Any, send: Callable[[Event | None], None]) -> None:
         def note(event: Event | None) -> None:
-            is_on_its_way = isinstance(event, ActivationPart) or (isinstance(event, Chunk) and not event.completion)
+            is_on_its_way = isinstance(event, ActivationPart) or (
+                isinstance(event, StreamChunk) and not event.completion
+            )
             if not is_on_its_way:
                 found[uid].append(event)
             send(event)
@@ -53,9 +56,9 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Event | None]]:
     return found
 
 
-def requests() -> list[GenerationRequest]:
+def requests() -> list[GenerateRequest]:
     """Enough for the queue, for prompts in the middle and for running ones; every other one steered."""
-    steer = (edit("resid_post", 4, Clamp(4.0)),)
+    steer = (Clamp("resid_post", 4, 4.0),)
     return [greedy(prompt(seed, 10 + 9 * seed), 12, interventions=steer if seed % 2 else ()) for seed in range(9)]
 
 
@@ -189,7 +192,7 @@ async def test_an_engine_that_cannot_be_built_at_first_comes_back_later(
             await one.ask(request)
         await ready(one)
         alone.check(request, await one.ask(request))
-    assert [[type(end) for end in one] for one in ends.values()] == [[Unavailable], [Chunk]]
+    assert [[type(end) for end in one] for one in ends.values()] == [[Unavailable], [StreamChunk]]
 
 
 async def test_the_old_memory_is_free_before_the_new_is_taken(world: World) -> None:

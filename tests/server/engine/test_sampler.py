@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from saeguard.requests import Sampling
 from saeguard_server.engine.transformers.sampler import Sampler
-from saeguard_server.request import Sampling
 
 VOCAB, SLOTS, STEPS = 50, 6, 400
 

@@ -9,25 +9,13 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.edits import Clamp
-from saeguard_server.engine.protocol import GenerateTask
-from saeguard_server.interventions import (
-    Apply,
-    Condition,
-    FeatureRef,
-    Intervention,
-    Origin,
-    Scope,
-    Stop,
-    Term,
-    Trigger,
-    Wanted,
-    WantedTrigger,
-)
-from saeguard_server.reply import Chunk, StoppedBy
-from saeguard_server.request import Call, GenerationRequest, Sampling
-from saeguard_server.steering import TokenRange, own_edits, prepare_edit, prepare_trigger, steer
-from support.engines import Answer, World, edit, greedy, make_world, prompt
+from saeguard.requests import GenerateRequest, Sampling
+from saeguard.results import StoppedBy, StreamChunk
+from saeguard.types import Apply, Clamp, Condition, FeatureRef, Scope, Stop, Term, Trigger
+from saeguard_server.caller import Call
+from saeguard_server.engine.protocol import GenerateTask, Origin
+from saeguard_server.steering import TokenRange, Wanted, WantedTrigger, own_edits, prepare_edit, prepare_trigger, steer
+from support.engines import Answer, World, greedy, make_world, prompt
 from support.models import EOS
 from support.stepping import Asked, Loaded, Stepped
 
@@ -45,23 +33,23 @@ def loaded(world: World) -> Loaded:
     return Loaded(world)
 
 
-def ask(seed: int = 3, length: int = 20, new: int = NEW, **more: Any) -> GenerationRequest:
+def ask(seed: int = 3, length: int = 20, new: int = NEW, **more: Any) -> GenerateRequest:
     return greedy(prompt(seed, length), new, **more)
 
 
 def above(threshold: float, **scope: Any) -> Condition:
-    return Condition(terms=(Term(PROBE),), threshold=threshold, scope=Scope(**scope))
+    return Condition(terms=(Term(PROBE.sae, PROBE.feature),), threshold=threshold, scope=Scope(**scope))
 
 
 def stop(threshold: float, **scope: Any) -> Trigger:
     return Trigger("enough", above(threshold, **scope), Stop())
 
 
-def free_run(core: Stepped, request: GenerationRequest) -> tuple[Answer, list[float]]:
+def free_run(core: Stepped, request: GenerateRequest) -> tuple[Answer, list[float]]:
     """A request without triggers, and the probe's value on each of its generated tokens, the last one's too."""
     longer = replace(request.sampling, max_new_tokens=(request.sampling.max_new_tokens or 0) + 1)
     got = core.answer(replace(request, sampling=longer, watch=(PROBE,)))
-    values = [one.values[0] for one in got.readings if one.position >= len(request.prompt.ids)]  # type: ignore[union-attr]
+    values = [one.values[0] for one in got.readings if one.position >= len(request.input.ids)]  # type: ignore[union-attr]
     return got, values
 
 
@@ -99,7 +87,7 @@ def test_a_request_that_nothing_stops_gets_what_others_get(loaded: Loaded) -> No
         assert plain.completion is not None
         assert watched.completion.finish_reason == plain.completion.finish_reason
         assert watched.completion.stop_string == plain.completion.stop_string
-        assert watched.completion.generated_tokens == plain.completion.generated_tokens
+        assert watched.completion.usage.generated_tokens == plain.completion.usage.generated_tokens
         assert watched.completion.stopped_by is None
 
 
@@ -115,7 +103,7 @@ def test_the_token_that_fires_and_what_follows_is_never_sent(loaded: Loaded) -> 
             assert max((one.position for one in got.readings), default=0) == 19 + at
             done = got.completion
             assert done is not None
-            assert (done.finish_reason, done.generated_tokens, done.stopped_by) == (
+            assert (done.finish_reason, done.usage.generated_tokens, done.stopped_by) == (
                 "feature", at, StoppedBy("", "enough")
             )  # fmt: skip
             assert done.receipt is not None
@@ -142,7 +130,7 @@ def test_a_prompt_that_fires_is_answered_by_nothing(loaded: Loaded) -> None:
         assert all(one.position < 4 for one in answer.readings)
         assert len(answer.prompt_logprobs) <= 4
         assert answer.completion is not None
-        assert (answer.completion.finish_reason, answer.completion.generated_tokens) == ("feature", 0)
+        assert (answer.completion.finish_reason, answer.completion.usage.generated_tokens) == ("feature", 0)
         assert answer.completion.timings.time_to_first_token_s == 0
         assert answer.completion.receipt is not None
         assert answer.completion.receipt.triggers[0].first_position == 4
@@ -175,9 +163,9 @@ def test_eos_needs_no_reading(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -
     assert watched.completion.finish_reason == "stop"
 
 
-def policy_task(core: Stepped, request: GenerationRequest, wants: list[Wanted], triggers: list[WantedTrigger]) -> Asked:
+def policy_task(core: Stepped, request: GenerateRequest, wants: list[Wanted], triggers: list[WantedTrigger]) -> Asked:
     """A request on which policies act."""
-    prompt_ids, new = request.prompt.ids, request.sampling.max_new_tokens or 0  # type: ignore[union-attr]
+    prompt_ids, new = request.input.ids, request.sampling.max_new_tokens or 0  # type: ignore[union-attr]
     edits = [prepare_edit(core.engine, one) for one in [*wants, *own_edits(request.interventions)]]
     made = [prepare_trigger(core.engine, one) for one in triggers]
     reach = TokenRange(prompt_ids, len(prompt_ids) + new, core.core.model.tokenizer.special_ids)
@@ -195,9 +183,9 @@ def policy_task(core: Stepped, request: GenerationRequest, wants: list[Wanted], 
 def test_shadows_change_nothing_and_are_counted(loaded: Loaded) -> None:
     """Beside their enforced twins: what they say is what enforcing would have done to the same text."""
     origin = Origin("safety", "rule")
-    clamp = Intervention(FeatureRef("resid_post", 9), Clamp(4.0), when=above(0.4))
+    clamp = Clamp("resid_post", 9, 4.0, when=above(0.4))
     watch = Trigger("watch", above(0.4), Stop())
-    applies = Trigger("apply", above(0.4), Apply((edit("resid_post", 30, Clamp(9.0)),)))
+    applies = Trigger("apply", above(0.4), Apply((Clamp("resid_post", 30, 9.0),)))
     core = loaded.core(reuse=False)
     plain = core.answer(ask())
     asked = policy_task(
@@ -236,12 +224,12 @@ def _prompt_values(core: Stepped) -> list[float]:
 
 def test_a_requests_limit_never_shortens_a_policys_edit(loaded: Loaded) -> None:
     enforced = Wanted(
-        intervention=edit("resid_post", 4, Clamp(9.0)), field="p", origin=Origin("safety", "rule"), is_limited=False
+        intervention=Clamp("resid_post", 4, 9.0), field="p", origin=Origin("safety", "rule"), is_limited=False
     )
     core = loaded.core(reuse=False)
     only = policy_task(core, ask(), [enforced], [])
     core.finish()
-    own = ask(interventions=(edit("resid_post", 7, Clamp(9.0)),), max_relative_edit=1e-9)
+    own = ask(interventions=(Clamp("resid_post", 7, 9.0),), max_relative_edit=1e-9)
     both = policy_task(core, own, [enforced], [])
     core.finish()
     assert both.answer.ids == only.answer.ids
@@ -274,7 +262,7 @@ def test_nothing_leaks_whatever_the_company(loaded: Loaded) -> None:
     assert core.metric("saeguard_preemptions_total") > 0
     assert core.metric("saeguard_prompt_tokens_reused_total") > 0
     for one, safe in asked:
-        sent = [token.id for chunk in one.events if isinstance(chunk, Chunk) for token in chunk.tokens]
+        sent = [token.id for chunk in one.events if isinstance(chunk, StreamChunk) for token in chunk.tokens]
         if one.ends:
             assert (sent, one.answer.completion.finish_reason) == (safe, "feature")  # type: ignore[union-attr]
         assert sent == safe[: len(sent)]

@@ -9,28 +9,30 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.edits import Add, Clamp, Scale, Zero
-from saeguard_server.interventions import (
+from saeguard.requests import GenerateRequest
+from saeguard.types import (
+    Add,
     Apply,
-    Comparison,
+    Clamp,
     Condition,
     FeatureRef,
     Flag,
-    Intervention,
+    Operator,
+    Scale,
     Scope,
     Stop,
     Term,
     Trigger,
     Window,
     WindowKind,
+    Zero,
 )
-from saeguard_server.request import GenerationRequest
-from support.engines import Answer, World, edit, greedy, make_world, prompt
+from support.engines import Answer, World, greedy, make_world, prompt
 from support.guarding import POINTS, Outcome, Plain
 from support.stepping import Asked, Loaded
 
 NEW = 10
-COMPARISONS: tuple[Comparison, ...] = ("above", "at_least", "below", "at_most")
+COMPARISONS: tuple[Operator, ...] = ("above", "at_least", "below", "at_most")
 WINDOWS: tuple[WindowKind, ...] = ("this_token", "any_so_far", "maximum", "rolling_mean", "k_of_n")
 PROMPTS = (prompt(11, 31), prompt(11, 47), prompt(12, 15), prompt(12, 20))
 
@@ -51,7 +53,7 @@ def plain(world: World) -> Plain:
 
 
 def when(point: str, feature: int, threshold: float = 0.4, **more: Any) -> Condition:
-    return Condition(terms=(Term(FeatureRef(point, feature)),), threshold=threshold, **more)
+    return Condition(terms=(Term(point, feature),), threshold=threshold, **more)
 
 
 def some_condition(draw: random.Random, deepest: int) -> Condition:
@@ -65,47 +67,52 @@ def some_condition(draw: random.Random, deepest: int) -> Condition:
         slack = None
     release = None if slack is None else threshold + (slack if comparison == "below" else -slack)
     return Condition(
-        terms=tuple(Term(ref, draw.choice((1.0, 0.7, -0.4))) for ref in sorted(refs, key=repr)),
+        terms=tuple(Term(ref.sae, ref.feature, draw.choice((1.0, 0.7, -0.4))) for ref in sorted(refs, key=repr)),
         bias=draw.choice((0.0, 0.15)),
         threshold=threshold if comparison != "below" else -0.2,
         comparison=comparison,
         release=release if comparison != "below" else (None if slack is None else 0.1),
         window=Window(kind, tokens, draw.randint(1, tokens)),
-        scope=Scope(draw.choice(("all", "all", "prompt", "generated")), start=draw.choice((0, 0, 5))),
+        scope=Scope(phase=draw.choice(("all", "all", "prompt", "generated")), start=draw.choice((0, 0, 5))),
     )
 
 
 _SOMETIMES: dict[str, Any] = {"window": Window("k_of_n", 8, 2), "release": None}
 
 
-def some_request(draw: random.Random) -> GenerationRequest:
+def some_request(draw: random.Random) -> GenerateRequest:
     features = draw.sample(range(96), 3)
-    kinds = (Clamp(3.0), Scale(-2.0), Add(2.0), Zero())
+    kinds = (
+        Clamp("resid_post", 0, 3.0),
+        Scale("resid_post", 0, -2.0),
+        Add("resid_post", 0, 2.0),
+        Zero("resid_post", 0),
+    )
     gated = tuple(
-        Intervention(FeatureRef(point, feature), draw.choice(kinds), when=some_condition(draw, POINTS.index(point)))
+        replace(draw.choice(kinds), sae=point, feature=feature, when=some_condition(draw, POINTS.index(point)))
         for point, feature in zip(draw.sample(POINTS, 2), features[:2], strict=True)
     )
-    applied = edit("resid_post", features[2], draw.choice(kinds), Scope(draw.choice(("all", "generated"))))
+    applied = replace(draw.choice(kinds), feature=features[2], scope=Scope(phase=draw.choice(("all", "generated"))))
     triggers = (
         Trigger("flag", some_condition(draw, 4), Flag()),
         Trigger("apply", some_condition(draw, 4), Apply((applied,))),
         Trigger(
             "stop",
-            replace(some_condition(draw, 4), scope=Scope(draw.choice(("all", "generated"))), **_SOMETIMES),
+            replace(some_condition(draw, 4), scope=Scope(phase=draw.choice(("all", "generated"))), **_SOMETIMES),
             Stop(),
         ),
     )
     chosen = draw.sample(triggers, draw.randint(0, 3))
-    if any(one.target == applied.target for one in gated):
+    if any(one.ref == applied.ref for one in gated):
         gated = ()
     return greedy(draw.choice(PROMPTS), NEW, interventions=gated, triggers=tuple(chosen))
 
 
-def check(request: GenerationRequest, got: Answer, wanted: Outcome) -> None:
+def check(request: GenerateRequest, got: Answer, wanted: Outcome) -> None:
     assert got.ids == wanted.ids
     done = got.completion
     assert done is not None
-    assert done.generated_tokens == len(wanted.ids)
+    assert done.usage.generated_tokens == len(wanted.ids)
     assert (done.stopped_by.name if done.stopped_by else "") == wanted.stopped_by
     assert done.finish_reason == ("feature" if wanted.stopped_by else "length")
     if not request.triggers and not request.interventions:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
+from saeguard.results import Completion, InterventionReceipt, Receipt, StoppedBy, Timings, TriggerReceipt, Usage
 from saeguard_server.observe import PolicyMetrics
-from saeguard_server.reply import Completion, InterventionReceipt, Receipt, StoppedBy, Timings, TriggerReceipt
 
 
 def edit(policy: str, rule: str, *, edited: int = 2, shadow: bool = False) -> InterventionReceipt:
@@ -17,7 +17,10 @@ def edit(policy: str, rule: str, *, edited: int = 2, shadow: bool = False) -> In
 
 def done(edits: list[InterventionReceipt], triggers: list[TriggerReceipt], by: StoppedBy | None = None) -> Completion:
     receipt = Receipt("m", "s", tuple(edits), 3, tuple(triggers))
-    return Completion("feature" if by else "stop", "", 3, 7, Timings(0, 0, 0), receipt, 1, stopped_by=by)
+    return Completion(
+        finish_reason="feature" if by else "stop", usage=Usage(3, 7), timings=Timings(0, 0, 0), receipt=receipt, seed=1,
+        stopped_by=by,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def test_rules_are_counted_by_what_their_receipts_say(registry: CollectorRegistr
 
 
 def test_a_request_without_a_receipt_counts_nothing(registry: CollectorRegistry) -> None:
-    PolicyMetrics(registry).observe(Completion("stop", "", 3, 7, Timings(0, 0, 0), None, 1))
+    PolicyMetrics(registry).observe(done([], []))
 
 
 def test_series_of_rules_that_are_gone_go_too(registry: CollectorRegistry) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from saeguard.catalog import Activation
 from saeguard_server.policy.compile import Snapshot, build_snapshot
-from saeguard_server.policy.model import Activation, Policy, Revision
+from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.steering import ServedModel
 from support.policy_shapes import NOW
 
@@ -25,7 +26,7 @@ def in_force(served: ServedModel) -> Callable[..., Snapshot]:
     """A snapshot of some policies."""
 
     def make(*policies: Policy, number: int = 3) -> Snapshot:
-        revision = Revision(number=number + 4, policies=policies, author="ada", time=NOW, reason="test")
+        revision = PolicyRevision(number=number + 4, policies=policies, author="ada", time=NOW, reason="test")
         activation = Activation(number=number, revision=revision.number, actor="ada", time=NOW, reason="test")
         return build_snapshot(activation, revision, served, NOW)
 

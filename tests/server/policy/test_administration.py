@@ -25,7 +25,7 @@ WRITER = Caller("writer", WRITE)
 def check(policies: Sequence[Policy]) -> tuple[str, ...]:
     """As if features from 9.0 on did not exist."""
     for index, policy in enumerate(policies):
-        if policy.rules[0].intervention.edit.value == 9.0:  # type: ignore[union-attr]
+        if policy.rules[0].intervention.value == 9.0:  # type: ignore[union-attr]
             raise InvalidRequest(f"policies[{index}].rules[0].feature", "must be below 8, got 9")
     return tuple(f"{policy.name}: mode is off" for policy in policies if policy.mode == "off")
 

@@ -9,25 +9,29 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.edits import Add, Cap, Clamp, Edit, Scale, Zero
-from saeguard_server.errors import InvalidRequest
-from saeguard_server.interventions import (
+from saeguard.types import (
+    Add,
     Apply,
+    Cap,
+    Clamp,
     Condition,
     FeatureRef,
     Flag,
     Intervention,
+    Scale,
     Scope,
     Stop,
     Term,
     Trigger,
+    Zero,
 )
+from saeguard_server.errors import InvalidRequest
 from saeguard_server.policy.compile import CannotServe, Snapshot, check_or_refuse, check_policies
-from saeguard_server.policy.model import Limits, Pins, Policy, Rollout, Rule, Target
+from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
 from saeguard_server.steering import ServedModel
 from support.policy_shapes import NOW, policy, rule, when
 
-GOOD = rule("less", Cap(2.0))
+GOOD = rule("less", Cap("mid", 2, 2.0))
 
 
 def problems(served: ServedModel, *policies: Policy) -> list[str]:
@@ -42,9 +46,9 @@ def warnings(served: ServedModel, *policies: Policy) -> list[str]:
 
 def test_a_sound_policy_has_nothing(served: ServedModel) -> None:
     one = policy(
-        "a", GOOD, rule("half", Scale(0.5), 5, when=when(2, sae="mid")), rule("late", Zero(), 0, "late", when=when()),
-        triggers=(Trigger("end", when(scope=Scope("generated")), Stop()),),
-        limits=Limits(denied_saes=("late",)),
+        "a", GOOD, rule("half", Scale("mid", 5, 0.5, when=when(2))), rule("late", Zero("late", 0, when=when())),
+        triggers=(Trigger("end", when(scope=Scope(phase="generated")), Stop()),),
+        limits=PolicyLimits(denied_saes=("late",)),
         pins=Pins(model="digest-of-model", saes=(("mid", "digest-of-mid"),)),
         expires=NOW + timedelta(days=1),
     )  # fmt: skip
@@ -54,23 +58,23 @@ def test_a_sound_policy_has_nothing(served: ServedModel) -> None:
 
 
 def test_every_problem_is_listed_by_its_field(served: ServedModel) -> None:
-    late = Condition(terms=(Term(FeatureRef("late", 0)), Term(FeatureRef("mid", 99)), Term(FeatureRef("no", 1))), threshold=1)  # fmt: skip  # noqa: E501
+    late = Condition(terms=(Term("late", 0), Term("mid", 99), Term("no", 1)), threshold=1)  # fmt: skip
     one = policy(
         "a",
-        rule("one", Zero(), 99), rule("two", Zero(), sae="nope"), rule("three", Cap(1.0, "max"), 1),
-        rule("four", Clamp(3e38, "max"), 5), rule("five", Zero(), 7, when=late),
+        rule("one", Zero("mid", 99)), rule("two", Zero("nope", 2)), rule("three", Cap("mid", 1, 1.0, unit="max")),
+        rule("four", Clamp("mid", 5, 3e38, unit="max")), rule("five", Zero("mid", 7, when=late)),
         triggers=(
             Trigger("t", when(9), Flag()),
-            Trigger("u", when(above=0.5, unit="max", feature=1), Apply((Intervention(FeatureRef("mid", 33), Zero()),))),
+            Trigger("u", when(above=0.5, unit="max", feature=1), Apply((Zero("mid", 33),))),
         ),
-        limits=Limits(
+        limits=PolicyLimits(
             allowed_saes=("mid", "x"), denied_saes=("y",), allowed_features=(FeatureRef("mid", 44),),
             denied_features=(FeatureRef("z", 1),),
         ),
         pins=Pins(model="other", saes=(("gone", "digest"), ("mid", "digest"))),
         requires_audit=True, counterfactual_share=0.5,
     )  # fmt: skip
-    found = problems(served, one, policy("b", rule("six", Zero(), sae="gone")))
+    found = problems(served, one, policy("b", rule("six", Zero("gone", 2))))
     assert [text.split(": ")[1] for text in found] == [
         "rules[0].feature", "rules[1].sae", "rules[2].cap.unit", "rules[3].clamp.value",
         "rules[4].when.terms[1].feature", "rules[4].when.terms[2].sae",
@@ -84,7 +88,7 @@ def test_every_problem_is_listed_by_its_field(served: ServedModel) -> None:
 
 
 def test_a_condition_must_be_decided_before_its_edit(served: ServedModel) -> None:
-    assert problems(served, policy("a", rule("none", Zero(), when=when(0, sae="late")))) == [
+    assert problems(served, policy("a", rule("none", Zero("mid", 2, when=when(0, sae="late"))))) == [
         "a: rules[0].when: is decided at mlp_out.2, after resid_post.1, where 'mid' edits; it must read that site or "
         "an earlier one"
     ]
@@ -92,7 +96,7 @@ def test_a_condition_must_be_decided_before_its_edit(served: ServedModel) -> Non
 
 def test_an_engine_that_cannot_is_found_out(engine: Any, served: ServedModel) -> None:
     engine.capabilities = replace(engine.capabilities, conditions=False, kinds=frozenset({"zero"}))
-    one = policy("a", GOOD, rule("b", Zero(), 3, when=when()), triggers=(Trigger("t", when(), Flag()),))
+    one = policy("a", GOOD, rule("b", Zero("mid", 3, when=when())), triggers=(Trigger("t", when(), Flag()),))
     assert [text.split(": ")[1] for text in problems(served, one)] == [
         "rules[0].cap",
         "rules[1].when",
@@ -103,15 +107,17 @@ def test_an_engine_that_cannot_is_found_out(engine: Any, served: ServedModel) ->
 @pytest.mark.parametrize(
     ("one", "other", "is_fine"),
     [
-        (Zero(), Clamp(1.0), False),
-        (Zero(), Cap(1.0), True),
-        (Cap(1.0), Zero(), True),
-        (Scale(0.5), Scale(2.0), False),
-        (Scale(0.5), Cap(2.0), True),
-        (Add(1.0), Scale(1.0), False),
+        (Zero("mid", 2), Clamp("mid", 2, 1.0), False),
+        (Zero("mid", 2), Cap("mid", 2, 1.0), True),
+        (Cap("mid", 2, 1.0), Zero("mid", 2), True),
+        (Scale("mid", 2, 0.5), Scale("mid", 2, 2.0), False),
+        (Scale("mid", 2, 0.5), Cap("mid", 2, 2.0), True),
+        (Add("mid", 2, 1.0), Scale("mid", 2, 1.0), False),
     ],
 )
-def test_rules_of_two_policies_on_one_feature(one: Edit, other: Edit, is_fine: bool, served: ServedModel) -> None:
+def test_rules_of_two_policies_on_one_feature(
+    one: Intervention, other: Intervention, is_fine: bool, served: ServedModel
+) -> None:
     pair = policy("a", rule("r", one)), policy("b", rule("s", other))
     found = problems(served, *pair)
     assert bool(found) != is_fine
@@ -124,38 +130,40 @@ def test_rules_of_two_policies_on_one_feature(one: Edit, other: Edit, is_fine: b
 
 def test_policies_that_never_meet_may_contradict(served: ServedModel) -> None:
     def aimed(first: Target, second: Target) -> list[str]:
-        return problems(served, policy("a", GOOD, target=first), policy("b", rule("more", Clamp(9.0)), target=second))
+        return problems(
+            served, policy("a", GOOD, target=first), policy("b", rule("more", Clamp("mid", 2, 9.0)), target=second)
+        )
 
     assert aimed(Target(callers=("x",)), Target(callers=("y",))) == []
     assert len(aimed(Target(callers=("x",)), Target(callers=("x", "y")))) == 1
     # A caller may have any tags.
     assert len(aimed(Target(tags=("x",)), Target(tags=("y",)))) == 1
-    assert problems(served, policy("a", GOOD), policy("b", rule("more", Clamp(9.0)), mode="off")) == []
+    assert problems(served, policy("a", GOOD), policy("b", rule("more", Clamp("mid", 2, 9.0)), mode="off")) == []
 
 
 def test_scopes_of_two_rules(served: ServedModel) -> None:
     def both(first: Rule, second: Rule) -> int:
         return len(problems(served, policy("a", first), policy("b", second)))
 
-    prompt, generated = Scope("prompt"), Scope("generated")
-    assert both(rule("r", Zero(), scope=prompt), rule("s", Clamp(1.0), scope=generated)) == 0
-    assert both(rule("r", Zero()), rule("s", Cap(1.0), scope=generated)) == 0
-    assert both(rule("r", Cap(1.0), scope=generated), rule("s", Zero())) == 0
-    assert both(rule("r", Cap(2.0)), rule("s", Cap(1.0), scope=generated)) == 1
-    assert both(rule("r", Zero(), when=when()), rule("s", Zero())) == 0
-    assert both(rule("r", Cap(2.0), when=when()), rule("s", Cap(1.0))) == 0
-    assert both(rule("r", Cap(1.0), when=when()), rule("s", Cap(2.0))) == 1
+    prompt, generated = Scope(phase="prompt"), Scope(phase="generated")
+    assert both(rule("r", Zero("mid", 2, scope=prompt)), rule("s", Clamp("mid", 2, 1.0, scope=generated))) == 0
+    assert both(rule("r", Zero("mid", 2)), rule("s", Cap("mid", 2, 1.0, scope=generated))) == 0
+    assert both(rule("r", Cap("mid", 2, 1.0, scope=generated)), rule("s", Zero("mid", 2))) == 0
+    assert both(rule("r", Cap("mid", 2, 2.0)), rule("s", Cap("mid", 2, 1.0, scope=generated))) == 1
+    assert both(rule("r", Zero("mid", 2, when=when())), rule("s", Zero("mid", 2))) == 0
+    assert both(rule("r", Cap("mid", 2, 2.0, when=when())), rule("s", Cap("mid", 2, 1.0))) == 0
+    assert both(rule("r", Cap("mid", 2, 1.0, when=when())), rule("s", Cap("mid", 2, 2.0))) == 1
 
 
 def test_a_triggers_edits_and_rules(served: ServedModel) -> None:
-    def with_trigger(name: str, *edits: Edit, **more: Any) -> Policy:
-        made = tuple(Intervention(FeatureRef("mid", 2), one) for one in edits)
+    def with_trigger(name: str, *edits: Intervention, **more: Any) -> Policy:
+        made = tuple(replace(one, sae="mid", feature=2) for one in edits)
         return policy(name, triggers=(Trigger("t", when(), Apply(made)),), **more)
 
-    assert problems(served, policy("a", rule("none", Zero())), with_trigger("b", Cap(1.0))) == []
-    assert len(problems(served, policy("a", GOOD), with_trigger("b", Cap(1.0)))) == 1
-    assert len(problems(served, with_trigger("a", Cap(1.0)), with_trigger("b", Cap(1.0)))) == 1
-    own = replace(with_trigger("a", Zero()), rules=(GOOD,))
+    assert problems(served, policy("a", rule("none", Zero("mid", 2))), with_trigger("b", Cap("mid", 2, 1.0))) == []
+    assert len(problems(served, policy("a", GOOD), with_trigger("b", Cap("mid", 2, 1.0)))) == 1
+    assert len(problems(served, with_trigger("a", Cap("mid", 2, 1.0)), with_trigger("b", Cap("mid", 2, 1.0)))) == 1
+    own = replace(with_trigger("a", Zero("mid", 2)), rules=(GOOD,))
     assert problems(served, own) == [
         "a: triggers[0].apply.interventions[0]: feature 2 of 'mid': rule 'less' of policy 'a' and rule 't' of policy "
         "'a' cannot both be kept"
@@ -165,14 +173,20 @@ def test_a_triggers_edits_and_rules(served: ServedModel) -> None:
 def test_what_a_reviewer_should_look_at(served: ServedModel) -> None:
     found = warnings(
         served,
-        policy("a", rule("r", Cap(1.0), 1), owner=""),
-        policy("b", rule("r", Scale(1.0)), mode="off"),
+        policy("a", rule("r", Cap("mid", 1, 1.0)), owner=""),
+        policy("b", rule("r", Scale("mid", 2, 1.0)), mode="off"),
         policy(
-            "c", rule("r", Zero(), 5), mode="shadow", limits=Limits(max_relative_edit=0.1), rollout=Rollout(share=0)
+            "c",
+            rule("r", Zero("mid", 5)),
+            mode="shadow",
+            limits=PolicyLimits(max_relative_edit=0.1),
+            rollout=Rollout(share=0),
         ),
-        policy("d", rule("r", Zero(), 99), target=Target(models=("other",)), expires=NOW),
-        policy("e", rule("r", Clamp(1.0), 5)),
-        policy("f", rule("r", Zero(), scope=Scope(start=63)), rule("s", Zero(), 0, "late", scope=Scope(start=64))),
+        policy("d", rule("r", Zero("mid", 99)), target=Target(models=("other",)), expires=NOW),
+        policy("e", rule("r", Clamp("mid", 5, 1.0))),
+        policy(
+            "f", rule("r", Zero("mid", 2, scope=Scope(start=63))), rule("s", Zero("late", 0, scope=Scope(start=64)))
+        ),
     )
     assert found == [
         "a: owner: is empty: nobody to ask",
@@ -190,24 +204,24 @@ def test_what_a_reviewer_should_look_at(served: ServedModel) -> None:
 
 
 def test_a_refusal_lists_them_and_counts_the_rest(served: ServedModel) -> None:
-    many = policy("a", *(rule(f"r{number}", Zero(), number) for number in range(10, 40)))
+    many = policy("a", *(rule(f"r{number}", Zero("mid", number)) for number in range(10, 40)))
     with pytest.raises(InvalidRequest, match=r"a: rules\[0\].feature: .*rules\[19\].* and 10 more") as caught:
         check_or_refuse([many], served, NOW)
     assert caught.value.field == "policies"
 
 
 def test_a_snapshot_holds_what_can_act_and_fails_closed(in_force: Callable[..., Snapshot]) -> None:
-    broken = rule("gone", Zero(), sae="gone")
+    broken = rule("gone", Zero("gone", 2))
     snapshot = in_force(
         policy("a", GOOD),
         policy("b", broken, mode="off"),
         policy("c", broken, target=Target(models=("other",))),
         policy("d", broken, expires=NOW),
-        policy("e", rule("none", Zero(), 3), mode="shadow"),
+        policy("e", rule("none", Zero("mid", 3)), mode="shadow"),
     )
     assert list(snapshot.ready) == ["a", "e"]
     assert list(snapshot.policies) == list("abcde")
-    for wrong in (broken, rule("more", Clamp(9.0))):
+    for wrong in (broken, rule("more", Clamp("mid", 2, 9.0))):
         with pytest.raises(CannotServe, match="b: rules"):
             in_force(policy("a", GOOD), policy("b", wrong))
     with pytest.raises(CannotServe, match=r"pins\.model"):

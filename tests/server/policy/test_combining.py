@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
@@ -11,27 +12,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.edits import Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_server.interventions import FeatureRef, Intervention, Origin, Scope, Wanted
+from saeguard.types import Cap, Clamp, Floor, Intervention, Scale, Scope, Zero
+from saeguard_sae.edits import Affine
+from saeguard_server.engine.protocol import Origin
 from saeguard_server.policy.rules import Clash, CompiledRule, clash_of, combine
 from saeguard_server.policy.tighten import relation
+from saeguard_server.steering import Wanted
 from support.policy_shapes import when
 
-EDITS: list[Edit] = [Zero(), Clamp(1.0), Cap(1.0), Cap(2.0), Floor(0.5), Scale(0.5), Scale(0.25), Scale(3.0)]
-SCOPES = [Scope(), Scope("prompt"), Scope("generated"), Scope(start=2), Scope("prompt", 0, 2)]
+EDITS: list[Intervention] = [
+    Zero("mid", 2),
+    Clamp("mid", 2, 1.0),
+    Cap("mid", 2, 1.0),
+    Cap("mid", 2, 2.0),
+    Floor("mid", 2, 0.5),
+    Scale("mid", 2, 0.5),
+    Scale("mid", 2, 0.25),
+    Scale("mid", 2, 3.0),
+]
+SCOPES = [
+    Scope(),
+    Scope(phase="prompt"),
+    Scope(phase="generated"),
+    Scope(start=2),
+    Scope(phase="prompt", start=0, end=2),
+]
 PROMPT, TOKENS = 4, 8
 
 
 def prepared(wanted: Wanted) -> Any:
-    affine = wanted.intervention.edit.affine(1.0) if wanted.affine is None else wanted.affine
+    affine = Affine(*wanted.intervention.affine(1.0)) if wanted.affine is None else wanted.affine
     return SimpleNamespace(affine=affine)
 
 
 SERVED: Any = SimpleNamespace(edit=prepared)
 
 
-def ready(number: int, edit: Edit, scope: Scope, is_conditional: bool) -> CompiledRule:
-    one = Intervention(FeatureRef("mid", 2), edit, scope, when() if is_conditional else None)
+def ready(number: int, edit: Intervention, scope: Scope, is_conditional: bool) -> CompiledRule:
+    one = replace(edit, sae="mid", feature=2, scope=scope, when=when() if is_conditional else None)
     wanted = Wanted(intervention=one, field="rules[0]", origin=Origin(f"p{number}", "r"), is_limited=False)
     return CompiledRule.of(wanted, prepared(wanted))
 
@@ -46,7 +64,7 @@ def covers(edit: CompiledRule, token: int) -> bool:
 
 @settings(max_examples=120, deadline=None)
 @given(st.lists(rules, min_size=2, max_size=4))
-def test_pairs_decide_and_every_rule_is_kept(drawn: list[tuple[Edit, Scope, bool]]) -> None:
+def test_pairs_decide_and_every_rule_is_kept(drawn: list[tuple[Intervention, Scope, bool]]) -> None:
     wanted = [ready(number, *one) for number, one in enumerate(drawn)]
     is_fine = not any(clash_of(one, other) for one, other in combinations(wanted, 2))
     try:
@@ -67,21 +85,21 @@ def assert_kept(rule: CompiledRule, made: CompiledRule) -> None:
     values = np.linspace(0.0, 10.0, 41)
     alpha, beta, low, high = made.part.affine
     given = np.minimum(np.maximum(alpha * values + beta, low), high)
-    match rule.wanted.intervention.edit:
-        case Cap(bound):
+    match rule.wanted.intervention:
+        case Cap(value=bound):
             assert (given <= bound).all()
-        case Floor(bound):
+        case Floor(value=bound):
             assert (given >= bound).all()
-        case Scale(factor) if not np.isfinite([low, high]).any():
+        case Scale(factor=factor) if not np.isfinite([low, high]).any():
             assert (given <= factor * values).all() if factor < 1 else (given >= factor * values).all()
-        case Clamp(value):
+        case Clamp(value=value):
             assert (given == value).all()
         case Zero():
             assert (given == 0).all()
 
 
 def test_a_clash_names_both() -> None:
-    pair = [ready(0, Zero(), Scope(), False), ready(1, Clamp(1.0), Scope(), False)]
+    pair = [ready(0, Zero("mid", 2), Scope(), False), ready(1, Clamp("mid", 2, 1.0), Scope(), False)]
     with pytest.raises(
         Clash, match="rule 'r' of policy 'p0' and rule 'r' of policy 'p1' cannot both be kept"
     ) as caught:
@@ -90,7 +108,7 @@ def test_a_clash_names_both() -> None:
 
 
 def test_what_was_combined_knows_its_rules_and_is_the_strictest_ones() -> None:
-    three = [ready(number, Cap(bound), Scope(), False) for number, bound in enumerate([3.0, 1.0, 2.0])]
+    three = [ready(number, Cap("mid", 2, bound), Scope(), False) for number, bound in enumerate([3.0, 1.0, 2.0])]
     (made,) = combine(three, (), SERVED).edits
     assert set(made.rules) == set(three)
     assert made.part.affine.hi == 1.0

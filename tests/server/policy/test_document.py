@@ -9,8 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
-from saeguard_sae.edits import Cap, Scale, Zero
-from saeguard_server.interventions import Apply, FeatureRef, Scope, Stop, Window
+from saeguard.types import Apply, Cap, Scale, Scope, Stop, Term, Window, Zero
 from saeguard_server.policy import document
 from saeguard_server.policy.document import BadDocument
 from saeguard_server.policy.model import Policy, Rollout
@@ -50,18 +49,14 @@ TRIGGER = "name: a\nmode: enforce\ntriggers: [{name: t, when: {sae: m, feature: 
 def test_the_format_means_what_it_says() -> None:
     (one,) = document.policies_from_yaml(EXAMPLE)
     assert (one.name, one.mode, one.rollout) == ("no-flattery", "off", Rollout(share=0.1, by="conversation"))
-    assert one.rules[0].intervention.edit == Cap(2.0, "max")
-    assert one.rules[0].intervention.scope == Scope("generated")
-    assert one.rules[1].intervention.edit == Zero()
+    assert one.rules[0].intervention == Cap("mid", 12, 2.0, unit="max", scope=Scope(phase="generated"))
+    assert one.rules[1].intervention == Zero("mid", 13)
     secret, calm = one.triggers
     assert (secret.action, secret.when.comparison, secret.when.window) == (Stop(), "above", Window("k_of_n", 3, 2))
-    assert [(term.feature, term.weight) for term in calm.when.terms] == [
-        (FeatureRef("mid", 3), 1.0),
-        (FeatureRef("late", 0), -2.0),
-    ]
+    assert calm.when.terms == (Term("mid", 3, 1.0), Term("late", 0, -2.0))
     assert (calm.when.bias, calm.when.threshold, calm.when.release) == (0.5, 3.0, 3.5)
     assert isinstance(calm.action, Apply)
-    assert calm.action.interventions[0].edit == Scale(0.5)
+    assert calm.action.interventions[0] == Scale("mid", 2, 0.5)
     assert one.expires == datetime(2027, 1, 31, tzinfo=UTC)
 
 

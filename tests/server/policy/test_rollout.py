@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from saeguard_sae.edits import Zero
+from saeguard.types import Zero
 from saeguard_server.policy.model import Rollout
 from saeguard_server.policy.rules import is_chosen, rollout_position
 from support.policy_shapes import policy, rule
 
-ONE = policy("calm", rule("none", Zero()))
+ONE = policy("calm", rule("none", Zero("mid", 2)))
 CALLERS = [f"caller-{number}" for number in range(4000)]
 
 

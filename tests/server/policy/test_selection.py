@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from saeguard_sae.edits import Clamp, Edit, Zero
+from saeguard.types import Clamp, Intervention, Zero
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
 from saeguard_server.policy.model import Policy, Rollout, Target
 from saeguard_server.policy.resolve import resolve_policies
@@ -29,12 +29,12 @@ from support.resolving import InForce, asks, resolved
     ],
 )
 def test_whose_requests(target: Target, is_hit: bool, in_force: InForce) -> None:
-    found = resolved(in_force(policy("a", rule("none", Zero()), target=target)))
+    found = resolved(in_force(policy("a", rule("none", Zero("mid", 2)), target=target)))
     assert found.facts.enforced == (("a",) if is_hit else ())
 
 
 def test_a_policy_ends_when_it_expires(in_force: InForce) -> None:
-    snapshot = in_force(policy("a", rule("none", Zero()), expires=NOW + timedelta(seconds=1)))
+    snapshot = in_force(policy("a", rule("none", Zero("mid", 2)), expires=NOW + timedelta(seconds=1)))
     assert resolve_policies(*asks(), snapshot, NOW).edits
     assert not resolve_policies(*asks(), snapshot, NOW + timedelta(seconds=1)).edits
     with pytest.raises(InvalidRequest, match=r"policies\[0\]: 'a' has expired"):
@@ -44,10 +44,10 @@ def test_a_policy_ends_when_it_expires(in_force: InForce) -> None:
 def test_callers_may_ask_for_policies(in_force: InForce) -> None:
     elsewhere = Rollout(share=0.0)
     snapshot = in_force(
-        policy("a", rule("none", Zero()), rollout=elsewhere),
-        policy("b", rule("none", Zero(), 3), rollout=elsewhere, mode="shadow"),
-        policy("c", rule("none", Zero(), 5), mode="off"),
-        policy("d", rule("none", Zero(), 5), target=Target(models=("other",))),
+        policy("a", rule("none", Zero("mid", 2)), rollout=elsewhere),
+        policy("b", rule("none", Zero("mid", 3)), rollout=elsewhere, mode="shadow"),
+        policy("c", rule("none", Zero("mid", 5)), mode="off"),
+        policy("d", rule("none", Zero("mid", 5)), target=Target(models=("other",))),
     )
     assert not resolved(snapshot).edits
     found = resolved(snapshot, policies=("b", "a"))
@@ -60,10 +60,10 @@ def test_callers_may_ask_for_policies(in_force: InForce) -> None:
 
 
 def test_two_that_cannot_be_kept_together_fail_closed(in_force: InForce) -> None:
-    def one(name: str, kind: Edit, caller: str) -> Policy:
+    def one(name: str, kind: Intervention, caller: str) -> Policy:
         return policy(name, rule("r", kind), target=Target(callers=(caller,)))
 
-    snapshot = in_force(one("a", Zero(), "bot"), one("b", Clamp(2.0), "human"))
+    snapshot = in_force(one("a", Zero("mid", 2), "bot"), one("b", Clamp("mid", 2, 2.0), "human"))
     assert resolved(snapshot).facts.enforced == ("a",)
     with pytest.raises(PolicyRefusal, match=r"policies: .*rule 'r' of policy 'a' and rule 'r' of policy 'b'"):
         resolved(snapshot, policies=("b",))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from saeguard_sae.edits import Zero
+from saeguard.types import Zero
 from saeguard_server.errors import ActivationNotReached, PoliciesUnavailable
 from saeguard_server.policy import compile
 from saeguard_server.policy.compile import Policies, Snapshot
@@ -45,7 +45,7 @@ def test_without_a_snapshot_nothing_is_served(policies: Policies) -> None:
 
 
 def test_a_lease_runs_out_and_is_renewed(policies: Policies, clock: Clock, in_force: InForce) -> None:
-    first = in_force(policy("a", rule("none", Zero())))
+    first = in_force(policy("a", rule("none", Zero("mid", 2))))
     policies.replace(first)
     with pytest.raises(PoliciesUnavailable, match="could not be confirmed"):
         policies.current()
@@ -104,7 +104,7 @@ async def test_an_activation_that_does_not_come(
 
 def test_only_so_many_sets_of_policies_are_remembered(in_force: InForce, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "MAX_SELECTIONS", 2)
-    snapshot = in_force(*(policy(name, rule("none", Zero(), index)) for index, name in enumerate("abc")))
+    snapshot = in_force(*(policy(name, rule("none", Zero("mid", index))) for index, name in enumerate("abc")))
     first = snapshot.selected(("a",))
     assert snapshot.selected(("a",)) is first
     for names in (("b",), ("c",), ("a", "b")):

@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import pytest
 
+from saeguard.catalog import Activation
 from saeguard_server.errors import ActivationNotReached, PoliciesUnavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.compile import Policies, Snapshot
-from saeguard_server.policy.model import Activation, Revision
+from saeguard_server.policy.model import PolicyRevision
 from saeguard_server.policy.store.protocol import Active, ContentRefused, NothingActive, PolicyStore, StoreUnreachable
 from saeguard_server.policy.sync import PolicySync
 from support.policies import a_policy
@@ -28,7 +29,7 @@ def active(number: int, revision: int | None = None, digest: str | None = None) 
     time_of = datetime.now(UTC)
     act = Activation(number=number, revision=of, actor="eve", time=time_of, reason="now")
     policies = (a_policy(value=float(of)),)
-    made = Revision(number=of, policies=policies, author="ann", time=time_of, reason="because")
+    made = PolicyRevision(number=of, policies=policies, author="ann", time=time_of, reason="because")
     return Active(act, made, digest or f"digest-{number}-{of}")
 
 

@@ -10,62 +10,65 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.edits import Add, Affine, Cap, Clamp, Edit, Floor, Scale, Zero
-from saeguard_server.interventions import PHASES, Phase, Scope
+from saeguard.types import PHASES, Add, Cap, Clamp, Floor, Intervention, Phase, Scale, Scope, Zero
+from saeguard_sae.edits import Affine
 from saeguard_server.policy.tighten import NOTHING, Effect, Where, meets, relation, strictness, tightened
 from support.policy_shapes import when
 
 VALUES = (-3.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
-EDITS: list[Edit] = [Zero(), *(kind(value) for kind in (Clamp, Scale, Add, Cap, Floor) for value in VALUES)]
+EDITS: list[Intervention] = [
+    Zero("mid", 2),
+    *(kind("mid", 2, value) for kind in (Clamp, Scale, Add, Cap, Floor) for value in VALUES),
+]
 POSITIVE = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61)])
 GRID = np.concatenate([-POSITIVE[::-1], POSITIVE])
 
 
-def effect(edit: Edit) -> Effect:
-    return Effect.of(edit.kind, edit.affine(1.0))
+def effect(edit: Intervention) -> Effect:
+    return Effect.of(edit.kind, Affine(*edit.affine(1.0)))
 
 
 def mapped(affine: Affine, values: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(affine.alpha * values + affine.beta, affine.lo), affine.hi)
 
 
-def constant(edit: Edit) -> float | None:
-    if isinstance(edit, Zero) or edit == Scale(0.0):
+def constant(edit: Intervention) -> float | None:
+    if isinstance(edit, Zero) or edit == Scale("mid", 2, 0.0):
         return 0.0
     return edit.value if isinstance(edit, Clamp) else None
 
 
-def is_accepted(rule: Edit, asked: Edit) -> bool:  # noqa: C901
+def is_accepted(rule: Intervention, asked: Intervention) -> bool:  # noqa: C901
     """The table as it was agreed, case by case."""
     pinned, wanted = constant(rule), constant(asked)
     if pinned is not None:
         match asked:
-            case Cap(value):
+            case Cap(value=value):
                 return value >= pinned
-            case Floor(value):
+            case Floor(value=value):
                 return value <= pinned
         return wanted == pinned
     match rule:
-        case Cap(bound):
+        case Cap(value=bound):
             if wanted is not None:
                 return wanted <= bound
             return asked.value <= bound if isinstance(asked, Floor) else True
-        case Floor(bound):
+        case Floor(value=bound):
             if wanted is not None:
                 return wanted >= bound
             return asked.value >= bound if isinstance(asked, Cap) else True
-        case Scale(a):
+        case Scale(factor=a):
             match asked:
-                case Scale(b) if wanted is None:
+                case Scale(factor=b) if wanted is None:
                     return 0 <= b <= a <= 1 or b >= a >= 1 or b == a
                 case Cap():
                     return 0 <= a <= 1
                 case Floor():
                     return a >= 1
             return wanted == 0 and 0 <= a <= 1
-        case Add(v):
+        case Add(value=v):
             match asked:
-                case Add(w):
+                case Add(value=w):
                     return w <= v < 0 or w >= v > 0 or w == v
                 case Cap():
                     return v < 0
@@ -75,40 +78,40 @@ def is_accepted(rule: Edit, asked: Edit) -> bool:  # noqa: C901
     raise AssertionError(rule)
 
 
-def is_tight(rule: Edit, result: Affine) -> bool:
+def is_tight(rule: Intervention, result: Affine) -> bool:
     """Whether nothing that the result gives is weaker than what the rule gives."""
-    given, mine = mapped(result, GRID), mapped(rule.affine(1.0), GRID)
+    given, mine = mapped(result, GRID), mapped(Affine(*rule.affine(1.0)), GRID)
     match rule:
-        case Cap(bound):
+        case Cap(value=bound):
             return bool((given <= bound).all())
-        case Floor(bound):
+        case Floor(value=bound):
             return bool((given >= bound).all())
-        case Scale(a) if 0 < a < 1:
+        case Scale(factor=a) if 0 < a < 1:
             return bool((given <= mine)[GRID >= 0].all())
-        case Scale(a) if a > 1:
+        case Scale(factor=a) if a > 1:
             return bool((given >= mine)[GRID >= 0].all())
-        case Add(v) if v < 0:
+        case Add(value=v) if v < 0:
             return bool((given <= mine).all())
-        case Add(v) if v > 0:
+        case Add(value=v) if v > 0:
             return bool((given >= mine).all())
-        case Scale(1.0):
+        case Scale(factor=1.0):
             return True
     return bool((given == mine).all())
 
 
-def keeps(asked: Edit, result: Affine, within: tuple[float, float] = (-inf, inf)) -> bool:
+def keeps(asked: Intervention, result: Affine, within: tuple[float, float] = (-inf, inf)) -> bool:
     """Whether the result does what was asked, a factor or difference within a rule's bounds."""
     given = mapped(result, GRID)
     match asked:
-        case Cap(value):
+        case Cap(value=value):
             return bool((given <= value).all())
-        case Floor(value):
+        case Floor(value=value):
             return bool((given >= value).all())
-    return bool((given == np.clip(mapped(asked.affine(1.0), GRID), *within)).all())
+    return bool((given == np.clip(mapped(Affine(*asked.affine(1.0)), GRID), *within)).all())
 
 
 @pytest.mark.parametrize("rule", EDITS, ids=str)
-def test_every_pair_of_kinds(rule: Edit) -> None:
+def test_every_pair_of_kinds(rule: Intervention) -> None:
     for asked in EDITS:
         found = tightened(effect(rule), effect(asked))
         assert (found is not None) == is_accepted(rule, asked), asked
@@ -123,36 +126,36 @@ def test_every_pair_of_kinds(rule: Edit) -> None:
 def test_what_is_met_already_is_exactly_what_changes_nothing_in_the_result() -> None:
     for rule, asked in product(EDITS, EDITS):
         if meets(effect(rule), effect(asked)):
-            assert keeps(asked, rule.affine(1.0)), (rule, asked)
+            assert keeps(asked, Affine(*rule.affine(1.0))), (rule, asked)
             assert tightened(effect(rule), effect(asked)) == effect(rule), (rule, asked)
 
 
-EXAMPLES: list[tuple[Edit, Edit, Affine | None]] = [
-    (Zero(), Clamp(3.0), None),
-    (Zero(), Cap(3.0), Affine(alpha=0.0)),
-    (Cap(2.0), Cap(1.0), Affine(hi=1.0)),
-    (Cap(1.0), Cap(2.0), Affine(hi=1.0)),
-    (Cap(2.0), Floor(0.5), Affine(lo=0.5, hi=2.0)),
-    (Cap(2.0), Zero(), Affine(alpha=0.0)),
-    (Cap(2.0), Clamp(3.0), None),
-    (Cap(2.0), Scale(3.0), Affine(alpha=3.0, hi=2.0)),
-    (Floor(2.0), Add(-1.0), Affine(beta=-1.0, lo=2.0)),
-    (Scale(0.5), Scale(0.2), Affine(alpha=0.2)),
-    (Scale(0.5), Scale(0.8), None),
-    (Scale(0.5), Scale(-1.0), None),
-    (Scale(0.5), Zero(), Affine(alpha=0.0)),
-    (Scale(0.5), Cap(1.0), Affine(alpha=0.5, hi=1.0)),
-    (Scale(2.0), Floor(1.0), Affine(alpha=2.0, lo=1.0)),
-    (Scale(-1.0), Cap(1.0), None),
-    (Add(-1.0), Add(-2.0), Affine(beta=-2.0)),
-    (Add(-1.0), Add(2.0), None),
-    (Add(-1.0), Cap(1.0), Affine(beta=-1.0, hi=1.0)),
-    (Add(-1.0), Zero(), None),
+EXAMPLES: list[tuple[Intervention, Intervention, Affine | None]] = [
+    (Zero("mid", 2), Clamp("mid", 2, 3.0), None),
+    (Zero("mid", 2), Cap("mid", 2, 3.0), Affine(alpha=0.0)),
+    (Cap("mid", 2, 2.0), Cap("mid", 2, 1.0), Affine(hi=1.0)),
+    (Cap("mid", 2, 1.0), Cap("mid", 2, 2.0), Affine(hi=1.0)),
+    (Cap("mid", 2, 2.0), Floor("mid", 2, 0.5), Affine(lo=0.5, hi=2.0)),
+    (Cap("mid", 2, 2.0), Zero("mid", 2), Affine(alpha=0.0)),
+    (Cap("mid", 2, 2.0), Clamp("mid", 2, 3.0), None),
+    (Cap("mid", 2, 2.0), Scale("mid", 2, 3.0), Affine(alpha=3.0, hi=2.0)),
+    (Floor("mid", 2, 2.0), Add("mid", 2, -1.0), Affine(beta=-1.0, lo=2.0)),
+    (Scale("mid", 2, 0.5), Scale("mid", 2, 0.2), Affine(alpha=0.2)),
+    (Scale("mid", 2, 0.5), Scale("mid", 2, 0.8), None),
+    (Scale("mid", 2, 0.5), Scale("mid", 2, -1.0), None),
+    (Scale("mid", 2, 0.5), Zero("mid", 2), Affine(alpha=0.0)),
+    (Scale("mid", 2, 0.5), Cap("mid", 2, 1.0), Affine(alpha=0.5, hi=1.0)),
+    (Scale("mid", 2, 2.0), Floor("mid", 2, 1.0), Affine(alpha=2.0, lo=1.0)),
+    (Scale("mid", 2, -1.0), Cap("mid", 2, 1.0), None),
+    (Add("mid", 2, -1.0), Add("mid", 2, -2.0), Affine(beta=-2.0)),
+    (Add("mid", 2, -1.0), Add("mid", 2, 2.0), None),
+    (Add("mid", 2, -1.0), Cap("mid", 2, 1.0), Affine(beta=-1.0, hi=1.0)),
+    (Add("mid", 2, -1.0), Zero("mid", 2), None),
 ]
 
 
 @pytest.mark.parametrize(("rule", "asked", "result"), EXAMPLES, ids=str)
-def test_examples(rule: Edit, asked: Edit, result: Affine | None) -> None:
+def test_examples(rule: Intervention, asked: Intervention, result: Affine | None) -> None:
     found = tightened(effect(rule), effect(asked))
     assert (None if found is None else found.affine) == result
 
@@ -160,9 +163,9 @@ def test_examples(rule: Edit, asked: Edit, result: Affine | None) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(EDITS), min_size=2, max_size=4), st.randoms())
 def test_several_rules_hold_together_exactly_if_each_two_do_and_in_any_order_if_in_one(
-    rules: list[Edit], random
+    rules: list[Intervention], random
 ) -> None:
-    def folded(ordered: list[Edit]) -> Effect | None:
+    def folded(ordered: list[Intervention]) -> Effect | None:
         total: Effect | None = NOTHING
         for one in ordered:
             total = None if total is None else tightened(total, effect(one))
@@ -188,7 +191,9 @@ def test_several_rules_hold_together_exactly_if_each_two_do_and_in_any_order_if_
 
 
 def _scope(phase: Phase, start: int, length: int | None, special: bool) -> Scope:
-    return Scope(phase, start, None if length is None else start + length, special)
+    return Scope(
+        phase=phase, start=start, end=None if length is None else start + length, include_special_tokens=special
+    )
 
 
 scopes = st.builds(_scope, st.sampled_from(PHASES), st.integers(0, 8), st.none() | st.integers(1, 8), st.booleans())

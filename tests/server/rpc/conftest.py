@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
+from saeguard.requests import ActivationRequest, GenerateRequest
+from saeguard.results import ActivationPart, Comparison, Completion, StreamChunk, Timings, Token, TokenText, Usage
 from saeguard.v1 import (
     activation_service_pb2_grpc,
     catalog_service_pb2_grpc,
@@ -18,15 +20,14 @@ from saeguard.v1 import (
 )
 from saeguard_server.admission import RpcLimiter
 from saeguard_server.audit.log import Audit
-from saeguard_server.catalog import Catalog, describe_server
+from saeguard_server.caller import Call
+from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.protocol import Engine, GenerateTask
 from saeguard_server.fair_queue import FairQueue
-from saeguard_server.generation import Comparison
+from saeguard_server.generation import finished
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk, Completion, Timings, Token, TokenText
-from saeguard_server.request import ActivationRequest, Call, GenerationRequest
 from saeguard_server.rpc import server as edge
 from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
@@ -41,9 +42,9 @@ class FakeGenerate:
 
     engine: Engine
     calls: list[Call] = field(default_factory=list)
-    requests: list[GenerationRequest] = field(default_factory=list)
+    requests: list[GenerateRequest] = field(default_factory=list)
 
-    async def stream(self, request: GenerationRequest, call: Call) -> AsyncIterator[Chunk]:
+    async def stream(self, request: GenerateRequest, call: Call) -> AsyncIterator[StreamChunk]:
         self.calls.append(call)
         self.requests.append(request)
         task = GenerateTask(
@@ -53,15 +54,17 @@ class FakeGenerate:
         )  # fmt: skip
         async with aclosing(self.engine.generate(task)) as chunks:
             async for chunk in chunks:
-                yield chunk
+                yield finished(chunk, call, None)
 
 
 class FakeCompare:
     """Both answers are the same."""
 
-    async def run(self, request: GenerationRequest, call: Call) -> Comparison:
-        done = Completion("length", "", 2, 1, Timings(0.0, 0.0, 0.0), None, 7)
-        same = (Chunk("text", (Token(1),), completion=done),)
+    async def run(self, request: GenerateRequest, call: Call) -> Comparison:
+        same = Completion(
+            text="text", tokens=(Token(1),), finish_reason="length", usage=Usage(2, 1), timings=Timings(0.0, 0.0, 0.0),
+            seed=7, request_id=call.request_id,
+        )  # fmt: skip
         return Comparison(same, same, None, (0.0,))
 
 
@@ -77,10 +80,10 @@ class FakeRead:
         self.requests.append(request)
         total = self.tokens * self.entries
         yield ActivationPart(
-            0, "mid", 0, tuple(TokenText(index, f"w{index}", index) for index in range(self.tokens)),
+            0, "mid", tuple(TokenText(index, f"w{index}", index) for index in range(self.tokens)),
             array("I", range(0, total + 1, self.entries)),
             array("I", [index % self.entries for index in range(total)]),
-            array("f", [float(index) for index in range(total)]), True,
+            array("f", [float(index) for index in range(total)]), 0, True,
         )  # fmt: skip
 
 
@@ -123,7 +126,7 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
     servicers = edge.Servicers(
         generation=GenerationServicer(generate, FakeCompare(), admission, limits),
         activation=ActivationServicer(read, admission, limits),
-        catalog=CatalogServicer(Catalog(engine.saes), engine.model, engine.capabilities),
+        catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
         policy=PolicyServicer(None, Audit()),
         server_info=ServerInfoServicer(describe_server(engine, settings)),
         health=health,

@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
+from saeguard.results import StreamChunk
 from saeguard.v1 import generation_service_pb2 as pb
+from saeguard_server.caller import Call
 from saeguard_server.errors import DeadlineExceeded
-from saeguard_server.reply import Chunk
-from saeguard_server.request import Call
 
 DEADLINE_S = 0.05
 
@@ -48,7 +48,7 @@ def core_logs(caplog: pytest.LogCaptureFixture) -> Any:
 async def test_the_servers_deadline_on_the_headers_reaches_the_caller(running: Any, ask: Any, core_logs: Any) -> None:
     real = running.generate.stream
 
-    async def held(*asked: Any) -> AsyncIterator[Chunk]:
+    async def held(*asked: Any) -> AsyncIterator[StreamChunk]:
         async for chunk in real(*asked):
             # Holds the event loop until the time is over: the deadline's turn comes when the headers have just begun.
             time.sleep(DEADLINE_S)
@@ -63,7 +63,7 @@ async def test_the_servers_deadline_on_the_headers_reaches_the_caller(running: A
 
 
 async def test_the_callers_deadline_is_left_to_the_core(running: Any, ask: Any, core_logs: Any) -> None:
-    async def just_before(_: Any, call: Call) -> AsyncIterator[Chunk]:
+    async def just_before(_: Any, call: Call) -> AsyncIterator[StreamChunk]:
         await asyncio.sleep(call.deadline - time.monotonic() - 0.004)
         raise DeadlineExceeded("an answer that would race with the core's")
         yield

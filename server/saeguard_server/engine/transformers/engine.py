@@ -17,13 +17,15 @@ from typing import TypeAlias
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from saeguard_sae.edits import KINDS
+from saeguard.catalog import Model
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard.types import KINDS
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelLoadError, sites
 from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine import load
 from saeguard_server.engine.load import Backoff, LoadedModel, load_model, load_saes
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
+from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask
 from saeguard_server.engine.tokenizer import Assembler, Tokenizer
 from saeguard_server.engine.transformers.attention import Reading
 from saeguard_server.engine.transformers.core import Core
@@ -31,7 +33,6 @@ from saeguard_server.engine.transformers.runner import ForwardPass, Network, kv_
 from saeguard_server.engine.transformers.sequence import BLOCK, Event, Sequence
 from saeguard_server.errors import SaeguardError, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class TransformersEngine:
         self._capabilities = Capabilities(NAME, reached, frozenset(KINDS), conditions=True, compares=True)
 
     @property
-    def model(self) -> ModelInfo:
+    def model(self) -> Model:
         """The served model."""
         return self._core.model.info
 
@@ -120,12 +121,12 @@ class TransformersEngine:
             self._thread.join()
             self._thread = None
 
-    async def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
+    async def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
         """Chunks as they are made; closing the iterator cancels the task."""
         text = Assembler(self.tokenizer.stream(), task.sampling.stop)
         async with aclosing(self._events(task, text)) as events:
             async for event in events:
-                assert isinstance(event, Chunk), "a generation gets chunks"
+                assert isinstance(event, StreamChunk), "a generation gets chunks"
                 yield event
                 if event.completion is not None:
                     return
@@ -139,7 +140,7 @@ class TransformersEngine:
 
     async def _events(
         self, task: GenerateTask | InspectTask, text: Assembler | None
-    ) -> AsyncGenerator[Chunk | ActivationPart]:
+    ) -> AsyncGenerator[StreamChunk | ActivationPart]:
         if not self.is_ready():
             raise Unavailable("the engine is not running", _RETRY_S)
         uid, inbox = next(self._uids), _Inbox()

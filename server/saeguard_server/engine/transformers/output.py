@@ -9,6 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from saeguard.results import (
+    ActivationPart,
+    Completion,
+    FeatureReading,
+    FinishReason,
+    Receipt,
+    StreamChunk,
+    Token,
+    TokenLogprob,
+    TokenText,
+    Usage,
+)
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
@@ -19,17 +31,6 @@ from saeguard_server.engine.transformers.scheduler import PromptPart
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import NonFiniteOutput
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import (
-    ActivationPart,
-    Chunk,
-    Completion,
-    FeatureReading,
-    FinishReason,
-    Receipt,
-    Token,
-    TokenLogprob,
-    TokenText,
-)
 
 # From a step's tensors to what a request is told: tokens with log-probabilities, and readings.
 
@@ -122,9 +123,9 @@ class OutputProcessor:
         read = self._readings(sequence, task, part.start)[new - part.start :]
         sequence.reported = max(sequence.reported, part.end)
         if read or scored:
-            sequence.send(Chunk(readings=read, prompt_logprobs=scored))
+            sequence.send(StreamChunk(readings=read, prompt_logprobs=scored))
 
-    def token(self, sequence: Sequence, picked: HostTokens, row: int, *, is_read: bool) -> Chunk | None:
+    def token(self, sequence: Sequence, picked: HostTokens, row: int, *, is_read: bool) -> StreamChunk | None:
         """What a chosen token lets a request be told; has a completion when that is the last.
 
         A token that a trigger could stop is kept back until the next pass has read it.
@@ -154,19 +155,20 @@ class OutputProcessor:
             sequence.held = token
         sequence.tokens.append(token.id)
         if sequence.held is not None:
-            return before or (Chunk(readings=read) if read else None)
+            return before or (StreamChunk(readings=read) if read else None)
         now = self._tell(sequence, task, token, read)
         return now if before is None else _joined(before, now)
 
-    def stopped(self, sequence: Sequence) -> Chunk:
+    def stopped(self, sequence: Sequence) -> StreamChunk:
         """The last chunk of a request that a trigger ended: what is safe of the text, and which trigger."""
         task, text = sequence.task, sequence.text
         assert isinstance(task, GenerateTask), "only generations can be stopped"
         assert text is not None, "a generation has text"
         trigger = stopped_by(task.steering, self._tables.seen(sequence.slot))
         sent = sequence.generated_tokens - (sequence.held is not None)
-        completion = replace(self._complete(sequence, task, "feature", ""), generated_tokens=sent, stopped_by=trigger)
-        return Chunk(text.flush(), completion=completion)
+        completion = self._complete(sequence, task, "feature", "")
+        completion = replace(completion, usage=replace(completion.usage, generated_tokens=sent), stopped_by=trigger)
+        return StreamChunk(text.flush(), completion=completion)
 
     def activations(
         self, sequence: Sequence, task: InspectTask, part: PromptPart, found: Found
@@ -182,7 +184,9 @@ class OutputProcessor:
             self._receipt(sequence)
         return parts
 
-    def _tell(self, sequence: Sequence, task: GenerateTask, token: Token, read: tuple[FeatureReading, ...]) -> Chunk:
+    def _tell(
+        self, sequence: Sequence, task: GenerateTask, token: Token, read: tuple[FeatureReading, ...]
+    ) -> StreamChunk:
         """The chunk of the sequence's last token."""
         text = sequence.text
         assert text is not None, "a generation has text"
@@ -191,9 +195,9 @@ class OutputProcessor:
         piece = "" if ends else text.push(token.id)
         reason = self._finish_reason(sequence, task, ends=ends or bool(text.stopped_by))
         if reason is None:
-            return Chunk(piece, (token,), read)
+            return StreamChunk(piece, (token,), read)
         completion = self._complete(sequence, task, reason, text.stopped_by)
-        return Chunk(piece + text.flush(), (token,), read, completion=completion)
+        return StreamChunk(piece + text.flush(), (token,), read, completion=completion)
 
     def _activations(
         self, task: InspectTask, sae: str, found: SparseValues | Exception, part: PromptPart
@@ -206,7 +210,7 @@ class OutputProcessor:
         text = self._model.tokenizer.text
         tokens = tuple(TokenText(task.tokens[i], text(task.tokens[i]), task.offsets[i]) for i in where)
         return ActivationPart(
-            task.index, sae, part.start, tokens, found.indptr, found.indices, found.values, part.is_last
+            task.index, sae, tokens, found.indptr, found.indices, found.values, part.start, part.is_last
         )
 
     def _readings(self, sequence: Sequence, task: GenerateTask, start: int) -> tuple[FeatureReading, ...]:
@@ -224,11 +228,10 @@ class OutputProcessor:
         return Completion(
             finish_reason=reason,
             stop_string=stop,
-            prompt_tokens=sequence.prompt_tokens,
-            generated_tokens=sequence.generated_tokens,
             timings=sequence.timings(),
             receipt=self._receipt(sequence),
             seed=task.seed,
+            usage=Usage(sequence.prompt_tokens, sequence.generated_tokens),
         )
 
     def _receipt(self, sequence: Sequence) -> Receipt | None:
@@ -260,7 +263,7 @@ class OutputProcessor:
         sequence.last_token = now
 
 
-def _joined(first: Chunk, second: Chunk) -> Chunk:
+def _joined(first: StreamChunk, second: StreamChunk) -> StreamChunk:
     """What two tokens of one step let a request be told."""
     return replace(
         second,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeguard_server.request import Sampling
+from saeguard.requests import Sampling
 
 _REMEMBERED = 8
 """Sets of slots whose settings are kept at hand."""

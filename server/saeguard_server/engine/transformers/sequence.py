@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from saeguard.results import ActivationPart, StreamChunk, Timings, Token
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, ResolvedEdit, ResolvedGuard, Steering
 from saeguard_server.engine.tables import Tallies
 from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.errors import SaeguardError
-from saeguard_server.reply import ActivationPart, Chunk, Timings, Token
 
-Event: TypeAlias = Chunk | ActivationPart | SaeguardError
+Event: TypeAlias = StreamChunk | ActivationPart | SaeguardError
 """What a request's owner gets; an error, a completion, or None after the last activation part ends it."""
 
 

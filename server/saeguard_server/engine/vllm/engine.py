@@ -14,12 +14,14 @@ from typing import Any
 import msgspec
 import torch
 
-from saeguard_sae.edits import KINDS
+from saeguard.catalog import Model
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard.types import KINDS
 from saeguard_sae.loading import LoadedSae, LoadError
 from saeguard_sae.models import ModelLoadError, Site
 from saeguard_server.engine import load
 from saeguard_server.engine.load import Backoff, ModelFiles, load_model, load_saes, open_files
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
+from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask
 from saeguard_server.engine.tables import build_receipt
 from saeguard_server.engine.tokenizer import Assembler, Tokenizer
 from saeguard_server.engine.vllm import orders, steering
@@ -30,7 +32,6 @@ from saeguard_server.engine.vllm.output import RequestAnswer, activation_parts, 
 from saeguard_server.engine.worker.messages import remote_sae
 from saeguard_server.errors import DeadlineExceeded, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.settings import BadSettings, EngineSettings, ModelSettings, Settings
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class VllmEngine:
         self._capabilities = Capabilities(NAME, sites, frozenset(KINDS))
 
     @property
-    def model(self) -> ModelInfo:
+    def model(self) -> Model:
         """The served model."""
         return self._model.info
 
@@ -121,7 +122,7 @@ class VllmEngine:
             client.shut_down()
             asyncio.get_running_loop().call_soon(client.close)
 
-    async def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
+    async def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
         """Chunks as they are made; closing the iterator cancels the task.
 
         Raises:

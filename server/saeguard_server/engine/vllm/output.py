@@ -8,6 +8,19 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from saeguard.results import (
+    ActivationPart,
+    Completion,
+    FeatureReading,
+    FinishReason,
+    Receipt,
+    StreamChunk,
+    Timings,
+    Token,
+    TokenLogprob,
+    TokenText,
+    Usage,
+)
 from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.load import ModelFiles
@@ -17,18 +30,6 @@ from saeguard_server.engine.tokenizer import Assembler
 from saeguard_server.engine.vllm.orders import KEY, Activations, WorkerOutput, may_reuse
 from saeguard_server.errors import InternalFailure, InvalidRequest, NonFiniteOutput, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import (
-    ActivationPart,
-    Chunk,
-    Completion,
-    FeatureReading,
-    FinishReason,
-    Receipt,
-    Timings,
-    Token,
-    TokenLogprob,
-    TokenText,
-)
 
 _NOT_FINITE = "the model's output is not finite for this request; an edit may be too large"
 
@@ -50,7 +51,7 @@ class RequestAnswer:
         """Tokens that the model read for it: the last one is sampled and never read."""
         return len(self._task.tokens) + len(self.generated) - 1
 
-    def chunk(self, output: Any) -> Chunk:
+    def chunk(self, output: Any) -> StreamChunk:
         """An output's tokens and text; sets ``finish_reason`` at the end.
 
         Raises:
@@ -71,9 +72,9 @@ class RequestAnswer:
                 break
         if self.finish_reason is None:
             self.finish_reason = _reason(made.finish_reason)
-        return Chunk(text, tuple(tokens), prompt_logprobs=scored)
+        return StreamChunk(text, tuple(tokens), prompt_logprobs=scored)
 
-    def last(self, chunk: Chunk, report: WorkerOutput | None, saes: Mapping[str, LoadedSae]) -> Chunk:
+    def last(self, chunk: StreamChunk, report: WorkerOutput | None, saes: Mapping[str, LoadedSae]) -> StreamChunk:
         """The last chunk, with the completion.
 
         Args:
@@ -88,13 +89,12 @@ class RequestAnswer:
         completion = Completion(
             finish_reason=self.finish_reason,
             stop_string=self._text.stopped_by,
-            prompt_tokens=len(task.tokens),
-            generated_tokens=len(self.generated),
             timings=Timings(self._queued, self._first - self._submitted, time.monotonic() - self._submitted),
             receipt=self._receipt(report, saes) if report else None,
             seed=task.seed,
+            usage=Usage(len(task.tokens), len(self.generated)),
         )
-        return Chunk(chunk.text + self._text.flush(), chunk.tokens, readings, chunk.prompt_logprobs, completion)
+        return StreamChunk(chunk.text + self._text.flush(), chunk.tokens, readings, chunk.prompt_logprobs, completion)
 
     def _receipt(self, report: WorkerOutput, saes: Mapping[str, LoadedSae]) -> Receipt | None:
         made = build_receipt(
@@ -201,7 +201,7 @@ def _part(task: InspectTask, found: Activations, sae: str, model: ModelFiles) ->
         raise NonFiniteOutput("activations are not finite; an edit may be too large")
     where = range(found.start, found.start + len(indptr) - 1)
     tokens = tuple(TokenText(task.tokens[i], model.tokenizer.text(task.tokens[i]), task.offsets[i]) for i in where)
-    return ActivationPart(task.index, sae, found.start, tokens, indptr, indices, values, where.stop == len(task.tokens))
+    return ActivationPart(task.index, sae, tokens, indptr, indices, values, found.start, where.stop == len(task.tokens))
 
 
 def _readings(report: WorkerOutput, columns: int) -> tuple[FeatureReading, ...]:

@@ -20,8 +20,10 @@ from contextlib import aclosing
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
+from saeguard.catalog import Model
+from saeguard.results import ActivationPart, StreamChunk
 from saeguard_server.engine.load import Backoff
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, ModelInfo
+from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.engine.worker import messages
 from saeguard_server.engine.worker.messages import (
@@ -41,7 +43,6 @@ from saeguard_server.engine.worker.messages import (
 )
 from saeguard_server.errors import Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk
 from saeguard_server.settings import BadSettings, Settings
 
 # One engine process as its parent sees it: started, loaded, talked to, buried.
@@ -202,7 +203,7 @@ class WorkerEngine:
         """Held to replace the child, so that a stop ends the one there is and no other follows."""
 
     @property
-    def model(self) -> ModelInfo:
+    def model(self) -> Model:
         """The served model."""
         return self._model
 
@@ -257,11 +258,11 @@ class WorkerEngine:
         # After the last report, which may hold answers.
         self._loop.call_soon(self._lose, Unavailable("the server stopped"))
 
-    async def generate(self, task: GenerateTask) -> AsyncGenerator[Chunk]:
+    async def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
         """Chunks as they come; closing the iterator cancels the task."""
         async with aclosing(self._events(task)) as events:
             async for event in events:
-                assert isinstance(event, Chunk), "a generation gets chunks"
+                assert isinstance(event, StreamChunk), "a generation gets chunks"
                 yield event
                 if event.completion is not None:
                     return
@@ -273,7 +274,7 @@ class WorkerEngine:
                 assert isinstance(event, ActivationPart), "an inspection gets activations"
                 yield event
 
-    async def _events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk | ActivationPart]:
+    async def _events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
         child = self._up
         if child is None or not self.is_ready():
             raise Unavailable("the engine is not running", self._retry_s(0.0))
@@ -357,7 +358,7 @@ class WorkerEngine:
 
     # On the event loop.
 
-    def _rise(self, child: WorkerProcess, model: ModelInfo) -> None:
+    def _rise(self, child: WorkerProcess, model: Model) -> None:
         # Its context can be another one than before: what memory was free may decide it.
         self._up, self._is_well, self._model = child, True, model
         self._heard = time.monotonic()
@@ -370,7 +371,11 @@ class WorkerEngine:
             if inbox is None:
                 continue  # cancelled while this was on its way
             inbox.put_nowait(event)
-            if event is None or isinstance(event, WorkerFailure) or (isinstance(event, Chunk) and event.completion):
+            if (
+                event is None
+                or isinstance(event, WorkerFailure)
+                or (isinstance(event, StreamChunk) and event.completion)
+            ):
                 del self._inboxes[uid]
 
     def _lose(self, error: Unavailable) -> None:

@@ -19,12 +19,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from torch import Tensor
 
+from saeguard.catalog import Model
+from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
 from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask, ModelInfo
+from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import SaeguardError
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk, FeatureReading, Token, TokenLogprob, TokenText
 from saeguard_server.settings import Settings
 
 # What the front end knows of an SAE whose weights are in another process: everything but the weights.
@@ -114,7 +115,7 @@ class WorkerReady:
     """
 
     now: float
-    model: ModelInfo
+    model: Model
     capabilities: Capabilities
     saes: dict[str, RemoteSae]
     tokenizer: Tokenizer
@@ -177,7 +178,7 @@ class WorkerFailure:
         return made
 
 
-Event: TypeAlias = Chunk | ActivationPart | WorkerFailure | None
+Event: TypeAlias = StreamChunk | ActivationPart | WorkerFailure | None
 """What a task's owner gets; a failure, a completion, or None after the last activation part ends it."""
 
 
@@ -202,7 +203,7 @@ class StepOutput:
 
 
 _PROTOCOL = 5
-_EACH_STEP = (ActivationPart, Chunk, FeatureReading, Token, TokenLogprob, TokenText)
+_EACH_STEP = (ActivationPart, StreamChunk, FeatureReading, Token, TokenLogprob, TokenText)
 
 
 def _by_fields(kind: type[Any]) -> Callable[[Any], tuple[type[Any], tuple[Any, ...]]]:

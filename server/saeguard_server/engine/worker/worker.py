@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry
 
+from saeguard.results import ActivationPart, StreamChunk
 from saeguard_server import observe
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
@@ -42,7 +43,6 @@ from saeguard_server.engine.worker.messages import (
 )
 from saeguard_server.errors import InternalFailure, SaeguardError
 from saeguard_server.observe import Metrics
-from saeguard_server.reply import ActivationPart, Chunk
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class WorkerService:
         finally:
             del self._answers[uid]
 
-    def _stream(self, task: GenerateTask | InspectTask) -> AsyncGenerator[Chunk] | AsyncGenerator[ActivationPart]:
+    def _stream(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk] | AsyncGenerator[ActivationPart]:
         return self._engine.generate(task) if isinstance(task, GenerateTask) else self._engine.inspect(task)
 
     def _tell(self, uid: int, event: Event) -> None:

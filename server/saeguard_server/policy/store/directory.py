@@ -19,10 +19,11 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from saeguard.catalog import Activation
 from saeguard_server.errors import ReadOnlyStore, UnknownName
 from saeguard_server.policy import document
 from saeguard_server.policy.document import policy_changes
-from saeguard_server.policy.model import Activation, Policy, Revision
+from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store.protocol import Active, Change, ContentRefused, StoreUnreachable
 
 # Reads a directory's YAML files at one moment, or says that it could not.
@@ -166,11 +167,11 @@ class DirectoryStore:
             except ContentRefused as err:
                 raise ContentRefused(str(err), self._active) from err
 
-    async def latest(self) -> Revision | None:
+    async def latest(self) -> PolicyRevision | None:
         """What was read last."""
         return None if self._active is None else self._active.revision
 
-    async def revision(self, number: int) -> Revision:
+    async def revision(self, number: int) -> PolicyRevision:
         """What was read last, if it has this number.
 
         Raises:
@@ -192,7 +193,7 @@ class DirectoryStore:
         """Nobody: approval is where the directory is written."""
         return frozenset()
 
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> Revision:
+    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
         """Always refused."""
         self._refuse()
 
@@ -249,7 +250,7 @@ def _taken(files: StoreFiles) -> Active:
     except ValueError as err:
         raise ContentRefused(str(err)) from err
     _check_names(policies, about)
-    revision = Revision(
+    revision = PolicyRevision(
         number=UNNUMBERED if about is None else about.revision,
         policies=policies,
         author="" if about is None else about.author,
@@ -274,7 +275,7 @@ def _check_names(policies: Sequence[Policy], about: _About | None) -> None:
             raise ContentRefused(f"the policy {one.name!r} is given twice")
 
 
-def _act(revision: Revision | Change) -> Activation:
+def _act(revision: PolicyRevision | Change) -> Activation:
     """Files are in force as they are: writing them is the act."""
     return Activation(
         number=revision.number,
@@ -285,7 +286,7 @@ def _act(revision: Revision | Change) -> Activation:
     )
 
 
-def _change(before: Sequence[Policy], revision: Revision) -> Change:
+def _change(before: Sequence[Policy], revision: PolicyRevision) -> Change:
     return Change(
         number=revision.number,
         author=revision.author,

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import ClassVar, Protocol
 
-from saeguard_server.policy.document import PolicyChange
-from saeguard_server.policy.model import Activation, Policy, Revision
+from saeguard.catalog import Activation
+from saeguard_server.policy.document import PolicyDiff
+from saeguard_server.policy.model import Policy, PolicyRevision
 
 NO_REVISION = "0"
 """Etag of a store that holds no revision yet."""
@@ -33,7 +34,7 @@ class Active:
     """What is in force. Equal exactly when act and content are the same."""
 
     activation: Activation
-    revision: Revision
+    revision: PolicyRevision
     digest: str
     """SHA-256, hex, over the act, the content and, in a database, all acts before it."""
 
@@ -98,7 +99,7 @@ class Change:
     author: str
     time: datetime
     reason: str
-    policies: tuple[PolicyChange, ...]
+    policies: tuple[PolicyDiff, ...]
     """What it changed against the revision before it."""
 
 
@@ -113,11 +114,11 @@ class PolicyStore(Protocol):
         """Whether ``write`` and ``activate`` are always refused."""
         ...
 
-    async def latest(self) -> Revision | None:
+    async def latest(self) -> PolicyRevision | None:
         """The newest revision, in force or not; None before the first."""
         ...
 
-    async def revision(self, number: int) -> Revision:
+    async def revision(self, number: int) -> PolicyRevision:
         """One revision.
 
         Raises:
@@ -141,7 +142,7 @@ class PolicyStore(Protocol):
         """What is in force; None before the first activation."""
         ...
 
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> Revision:
+    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
         """Appends a revision that holds exactly these policies, and answers once it is durable.
 
         Raises:

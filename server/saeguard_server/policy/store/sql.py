@@ -39,10 +39,11 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from saeguard.catalog import Activation
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.document import PolicyChange, policy_changes
-from saeguard_server.policy.model import Activation, Policy, Revision
+from saeguard_server.policy.document import PolicyDiff, policy_changes
+from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store.databases import Database
 from saeguard_server.policy.store.protocol import Active, Change, SchemaMismatch, StoreCorrupted, StoreUnreachable
 
@@ -121,14 +122,14 @@ def read_members(text: str) -> dict[str, str]:
     return dict(json.loads(text))
 
 
-def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> Revision:
+def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> PolicyRevision:
     """A revision with its policies."""
-    return Revision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
+    return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
 
 
 def change_of_row(values: Mapping[str, Any]) -> Change:
     """A revision as the history lists it."""
-    policies = tuple(PolicyChange(*one) for one in json.loads(values["changes"]))
+    policies = tuple(PolicyDiff(*one) for one in json.loads(values["changes"]))
     return Change(policies=policies, **_act(values, "number", "author", "reason"))
 
 
@@ -137,7 +138,7 @@ def activation_of_row(values: Mapping[str, Any]) -> Activation:
     return Activation(**_act(values, "number", "revision", "actor", "reason"))
 
 
-def changes_text(changes: Sequence[PolicyChange]) -> str:
+def changes_text(changes: Sequence[PolicyDiff]) -> str:
     """As a revision's row holds them."""
     return json.dumps([[one.name, one.kind, one.diff] for one in changes], ensure_ascii=False)
 
@@ -297,13 +298,13 @@ class SqlStore:
             raise
         return store
 
-    async def latest(self) -> Revision | None:
+    async def latest(self) -> PolicyRevision | None:
         """The newest revision, in force or not; None before the first."""
         async with self._transaction() as connection:
             head = await self._head(connection)
             return await self._revision(connection, head.revision) if head.revision else None
 
-    async def revision(self, number: int) -> Revision:
+    async def revision(self, number: int) -> PolicyRevision:
         """One revision.
 
         Raises:
@@ -341,7 +342,7 @@ class SqlStore:
                 self._active = Active(activation_of_row(act), revision, act["seal"])
             return self._active
 
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> Revision:
+    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
         """Appends a revision that holds exactly these policies, and answers once it is durable.
 
         Raises:
@@ -448,7 +449,7 @@ class SqlStore:
             found = await connection.execute(query if before is None else query.where(table.c.number < before))
             return [check_seal(table, row) for row in found]
 
-    async def _revision(self, connection: AsyncConnection, number: int) -> Revision:
+    async def _revision(self, connection: AsyncConnection, number: int) -> PolicyRevision:
         values = await self._find(connection, REVISIONS, number)
         if values is None and not 0 < number <= (await self._head(connection)).revision:
             raise UnknownName("revision", f"there is no revision {number}")

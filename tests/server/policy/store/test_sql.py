@@ -21,7 +21,7 @@ from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import NO_REVISION, SchemaMismatch, StoreCorrupted
 from saeguard_server.policy.store.sql import SqlStore
 from support.policies import a_policy
-from support.strategies import policies
+from support.policy_shapes import policies
 
 
 async def write(store: SqlStore, *policies: object, etag: str, author: str = "ann") -> int:
@@ -229,7 +229,7 @@ async def test_every_policy_is_kept_as_it_is(new_database: Callable[[str], str])
     store = await open_store(new_database("sqlite"))
     examples: list[list[Policy]] = []
 
-    @given(st.lists(policies, min_size=1, max_size=3, unique_by=lambda policy: policy.name))
+    @given(st.lists(policies(), min_size=1, max_size=3, unique_by=lambda policy: policy.name))
     @settings(max_examples=6, deadline=None)
     def check(given_policies: list[Policy]) -> None:
         examples.append(given_policies)
