@@ -37,8 +37,8 @@ class SaeMetrics:
         """[d_sae] tokens on which each feature fired."""
         self._error = 0.0
         self._variance = _Variance()
-        self._cosine, self._norm_ratio = torch.zeros(2, dtype=torch.float64, device=device)
-        self._directed = torch.zeros((), dtype=torch.long, device=device)
+        self._directed = torch.zeros(3, dtype=torch.float64, device=device)
+        """Of tokens whose target is not 0: cosines, norm ratios, and their number."""
 
     def count(self, features: Tensor) -> None:
         """features [n, d_sae] of n more tokens."""
@@ -54,9 +54,10 @@ class SaeMetrics:
         length, target_length = reconstruction.norm(dim=1).double(), target.norm(dim=1).double()
         dot = (reconstruction.double() * target).sum(1)
         is_directed = target_length > 0  # a token of zeros has neither a direction nor a ratio
-        self._directed += is_directed.sum()
-        self._cosine += (dot / (length * target_length).clamp(min=1e-30))[is_directed].sum()
-        self._norm_ratio += (length / target_length.clamp(min=1e-30))[is_directed].sum()
+        cosines = (dot / (length * target_length).clamp(min=1e-30))[is_directed]
+        ratios = (length / target_length.clamp(min=1e-30))[is_directed]
+        sums = torch.stack([cosines.sum(), ratios.sum(), is_directed.sum().double()])
+        self._directed += sums.to(self._directed.device)
 
     @property
     def l0(self) -> float:
@@ -73,12 +74,12 @@ class SaeMetrics:
     @property
     def cosine(self) -> float:
         """Between a token's reconstruction and its target, mean; 0 for a reconstruction of zeros."""
-        return float(self._cosine / self._directed.clamp(min=1))
+        return float(self._directed[0] / self._directed[2].clamp(min=1))
 
     @property
     def norm_ratio(self) -> float:
         """Length of a token's reconstruction by that of its target, mean; below 1 is shrinkage."""
-        return float(self._norm_ratio / self._directed.clamp(min=1))
+        return float(self._directed[1] / self._directed[2].clamp(min=1))
 
     @property
     def dead_share(self) -> float:

@@ -126,8 +126,6 @@ def rows_per_pass(model: LanguageModel, settings: StreamSettings) -> int:
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One file."""
-
     file: str
     tokens: int
 
@@ -269,7 +267,6 @@ class Harvester:
         self._places = {site: locate(model.network, model.config, site) for site in self.sites}
 
     def widths(self) -> dict[Site, int]:
-        """Of the activations at each site."""
         rows = TokenRows(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool), (1,))
         return {site: x.shape[-1] for site, x in self._read(rows).items()}
 

@@ -211,7 +211,8 @@ class Documents:
 
     def __next__(self) -> str:
         while True:
-            text = None if self._is_at_limit() else next(self._texts, None)
+            is_at_limit = 0 < self._settings.limit <= self._taken
+            text = None if is_at_limit else next(self._texts, None)
             if text is None:
                 self._start_again()
                 continue
@@ -242,9 +243,6 @@ class Documents:
         self.epoch, self.number = state["epoch"], state["number"]
         self._seen, self._taken = state["seen"], state["taken"]
         self._texts = self._source.begin(state["source"])
-
-    def _is_at_limit(self) -> bool:
-        return 0 < self._settings.limit <= self._taken
 
     def _start_again(self) -> None:
         if not self._taken:

@@ -65,12 +65,10 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """Processes."""
         return self.data * self.shards
 
     @property
     def is_writer(self) -> bool:
-        """Whether this one writes files."""
         return self.rank == 0
 
     @property
@@ -108,7 +106,6 @@ class Mesh:
         return self._reduce(part, self.by_features, dist.ReduceOp.SUM)
 
     def sum(self, part: Tensor) -> Tensor:
-        """Over both, in place."""
         return self.sum_rows(self.sum_features(part))
 
     def least(self, part: Tensor) -> Tensor:
@@ -354,7 +351,6 @@ def mesh_of(shards: int, batch: int) -> Mesh:
 
 
 def _group(ranks: list[list[int]]) -> dist.ProcessGroup:
-    """Of all groups the one that this process is in."""
     mine, _ = dist.new_subgroups_by_enumeration(ranks, timeout=_PATIENCE)  # type: ignore[no-untyped-call]
     assert isinstance(mine, dist.ProcessGroup)
     return mine

@@ -17,13 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.activations import (
-    ActivationSource,
-    CachedActivations,
-    ModelActivations,
-    Shard,
-    ShardIndex,
-)
+from saeguard_sae.train.activations import ActivationSource, CachedActivations, ModelActivations, Shard, ShardIndex
 from saeguard_sae.train.data import INDEX, data_kind
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.parallel import ALONE, Mesh
@@ -379,9 +373,9 @@ class SharedActivations:
         if problem := next((theirs for _, theirs in reports if theirs), ""):
             raise TrainError(problem)
         for turn, ((kinds, _), (epoch, mark)) in enumerate(zip(reports, marks, strict=True)):
-            self._ahead.append((self._of(turn, kinds, mine), epoch, mark))
+            self._ahead.append((self._chunk_of(turn, kinds, mine), epoch, mark))
 
-    def _of(
+    def _chunk_of(
         self, turn: int, kinds: Sequence[tuple[torch.Size, torch.dtype]], mine: Mapping[Site, Tensor]
     ) -> dict[Site, Tensor]:
         """The chunk that process ``turn`` made."""

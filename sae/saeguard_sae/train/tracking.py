@@ -46,7 +46,6 @@ class Tracking:
         """Steps, losses, L0s and FVUs since they were asked for."""
 
     def dead(self) -> Tensor:
-        """bool [d_sae]"""
         return self.silent > self._settings.dead_after_steps
 
     def add(self, fired: Tensor, loss: Tensor, l0: Tensor, fvu: Tensor) -> None:
@@ -91,7 +90,6 @@ class Scaling:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], device: torch.device) -> Scaling:
-        """What ``state`` gave."""
         read, written, variance = state["scaling"].tolist()
         return cls(read, written, variance, state["mean"].to(device))
 

@@ -24,7 +24,7 @@ from saeguard_sae.coders import SparseCoder
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss, SaeMetrics, recovered
-from saeguard_sae.train.quality.features import (
+from saeguard_sae.train.quality.feature_stats import (
     Agreement,
     ExampleCollector,
     FeatureExamples,
@@ -115,8 +115,6 @@ class EvaluateSettings:
 
 
 class Subjects(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was evaluated."""
-
     model: str
     sae: str
     digest: str
@@ -220,7 +218,6 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
-    """``evaluation.json`` in the folder."""
     return write_whole(folder / FILE, msgspec.json.format(msgspec.json.encode(evaluation), indent=2) + b"\n")
 
 
@@ -322,7 +319,6 @@ class _Evaluator:
         self._loss_tokens = self._outliers = 0
 
     def measure(self, progress: Callable[[int], None] | None) -> None:
-        """Reads the text."""
         for batch in evaluation_batches(self._rest, self._pass_tokens):
             self._add(batch.to(self._model.device))
             if progress is not None:
@@ -460,7 +456,6 @@ def _quality_metrics(side: _Side, losses: Losses, seed: int) -> QualityMetrics:
 
 
 def _within(captured: CapturedSite, limits: tuple[float, float]) -> Tensor:
-    """bool [n] which tokens are no outliers."""
     first, second = captured.norms()
     return (first <= limits[0]) & (second <= limits[1])
 

@@ -113,7 +113,6 @@ class EvaluationBatch:
         return self.real[:, :-1] & self.real[:, 1:]
 
     def to(self, device: torch.device) -> EvaluationBatch:
-        """The same batch elsewhere."""
         return EvaluationBatch(self.ids.to(device), self.ordinary.to(device), self.real.to(device))
 
 

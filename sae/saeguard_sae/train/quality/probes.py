@@ -222,14 +222,14 @@ def _score(k: int, values: list[Tensor], split: Split) -> Score:
     return Score(k=k, auroc=sum(ranks) / len(ranks), accuracy=sum(hits) / len(hits))
 
 
-class LinearProbe(NamedTuple):
+class LogisticProbe(NamedTuple):
     """A score ``x @ weight + bias``; above 0 means yes."""
 
     weight: Tensor
     bias: Tensor
 
 
-def fit_logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> LinearProbe:
+def fit_logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> LogisticProbe:
     """x [n, d], y [n] bool -> the minimum of ``penalty / 2 * |weight|^2 + sum of losses``; in float64.
 
     The bias is not penalised. That is scikit-learn's ``LogisticRegression`` with ``C = 1 / penalty``.
@@ -244,7 +244,7 @@ def fit_logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> LinearProbe:
         w = w - _shortened(x, y, w, ridge, step) * step
         if float(step.abs().max()) < _STEADY:
             break
-    return LinearProbe(w[:-1], w[-1])
+    return LogisticProbe(w[:-1], w[-1])
 
 
 def _newton(x: Tensor, y: Tensor, w: Tensor, ridge: Tensor) -> Tensor:

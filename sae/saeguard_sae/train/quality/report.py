@@ -21,7 +21,7 @@ from saeguard_sae.train.data import context_length
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.quality import evaluate
 from saeguard_sae.train.quality.evaluate import DEAD_TOKENS, EvaluateSettings, Evaluation, evaluate_saes
-from saeguard_sae.train.quality.features import Histogram
+from saeguard_sae.train.quality.feature_stats import Histogram
 from saeguard_sae.train.quality.material import Material, labelled_rows, text_rows
 from saeguard_sae.train.quality.probes import Probes, read_labelled
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
@@ -51,12 +51,12 @@ class Line(NamedTuple):
 
 
 def table_lines(evaluation: Evaluation) -> list[Line]:
-    """The whole table."""
     sae, frozen, losses, tokens = evaluation.sae, evaluation.frozen, evaluation.losses, evaluation.text.tokens
 
     def line(group: str, name: str, field: str, form: str, good: str, warns: bool = False) -> Line:
-        cells = (getattr(side, field) for side in (sae, frozen))
-        return Line(group, name, *("does not apply" if x is None else f"{x:{form}}" for x in cells), good, warns)
+        values = getattr(sae, field), getattr(frozen, field)
+        own, baseline = ("does not apply" if value is None else f"{value:{form}}" for value in values)
+        return Line(group, name, own, baseline, good, warns)
 
     sparsity, fit, cost, features = "Sparsity", "Reconstruction", "Cost to the model, nats per token", "Features"
     is_low = sae.ce_recovered_zero is not None and sae.ce_recovered_zero < _GOOD_RECOVERED
@@ -118,7 +118,6 @@ def write_report(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
 
 
 def html(evaluation: Evaluation, pictures: Sequence[Plot]) -> str:
-    """The page."""
     # Here, because the command line asks every command to register before it knows which one runs.
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

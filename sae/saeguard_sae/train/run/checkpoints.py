@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -45,7 +45,6 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     def sae(self, name: str) -> Path:
-        """Of one SAE."""
         return self.path / "saes" / name
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
@@ -141,7 +140,10 @@ class Checkpoints:
         except OSError as err:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise RunFailed(self._not_written(checkpoint.step, err)) from err
+            raise RunFailed(
+                f"run.out: the checkpoint of step {checkpoint.step:,} could not be written to {self.folder} "
+                f"({err.strerror or err})"
+            ) from err
         self._forget_oldest()
         return path
 
@@ -177,10 +179,6 @@ class Checkpoints:
             except OSError as err:
                 raise RunFailed(f"run.out: {old} could not be deleted: {err.strerror}") from err
 
-    def _not_written(self, step: int, err: OSError) -> str:
-        reason = err.strerror or str(err)
-        return f"run.out: the checkpoint of step {step:,} could not be written to {self.folder} ({reason})"
-
 
 class _Sink:
     """Takes what torch writes, and remembers the first error.
@@ -193,17 +191,16 @@ class _Sink:
         self._file = file
 
     def write(self, data: bytes | memoryview) -> int:
-        if self.error is None:
-            try:
-                self._file.write(data)
-            except OSError as err:
-                self.error = err
+        self._try(self._file.write, data)
         return len(data)
 
     def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, operation: Callable[..., object], *arguments: object) -> None:
         if self.error is None:
             try:
-                self._file.flush()
+                operation(*arguments)
             except OSError as err:
                 self.error = err
 
@@ -211,8 +208,6 @@ class _Sink:
 def _write_checkpoint(checkpoint: Checkpoint, file: IO[bytes]) -> None:
     sink = _Sink(file)
     content = {"format": _FORMAT, **{field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}}
-    content |= {"learners": {name: dict(state) for name, state in checkpoint.learners.items()}}
-    content |= {"stream": dict(checkpoint.stream)}
     torch.save(content, cast(IO[bytes], sink))
     sink.flush()
     if sink.error is not None:
@@ -314,7 +309,7 @@ tags:
 # {plan.name}
 
 A {kind} on {place} of {model_name}: {settings.architecture}, {settings.d_sae:,} features of
-{plan.size.d_in:,} dimensions. Trained by Saeguard {version("saeguard")}.
+{plan.d_in:,} dimensions. Trained by Saeguard {version("saeguard")}.
 
 ## Use
 

@@ -90,7 +90,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:
-    """The same command, to resume."""
     values = [(flag, vars(arguments)[key]) for flag, (key, _, _) in FLAGS.items()]
     flags = [word for flag, value in values if value is not None for word in (flag, str(value))]
     return shlex.join(["saeguard", "train", str(arguments.config), "--resume", *flags])

@@ -1,8 +1,11 @@
-"""The configuration of a run: one frozen tree, built once from TOML and flags. Unknown keys are refused by name."""
+"""The configuration of a run: one frozen tree, built once from TOML and flags. Unknown keys are refused by name.
+
+``[[saes]]`` are the SAEs of a run; a list in place of a value is a sweep, each of its values an SAE. And how a run ends
+when it does not end well: what a user got wrong beforehand is a ``TrainError``.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import signal
@@ -21,7 +24,21 @@ from saeguard_sae.models import Site
 from saeguard_sae.train.lm import LanguageModelSettings
 from saeguard_sae.train.settings import DataSettings, SaeSettings, StreamSettings, TrainError
 
-# How a run ends when it does not end well. What a user got wrong beforehand is a TrainError.
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
+Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+T = TypeVar("T")
+
+_MISSING = "Object missing required field `"
+_OF_THE_RUN = {"steps", "batch", "is_transcoder"}
+"""Set by the run, the stream and write_site."""
+_NEEDS_ORDER = {"smooth_weight"}
+"""Asks for the token before each, which a mixing buffer has lost."""
+_HINTS: dict[str, Any] = {
+    name: hint for name, hint in get_type_hints(SaeSettings).items() if name not in _OF_THE_RUN | _NEEDS_ORDER
+}
+_KEYS = ("name", "site", "write_site", "expansion", *_HINTS)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class BadConfig(TrainError):
@@ -45,21 +62,7 @@ class RunStopped(Exception):
         self.number = number
 
 
-# Keys of a configuration: which there are, and refusing the others by name.
-
-
-_MISSING = "Object missing required field `"
-
-
-def names_of(kind: type) -> tuple[str, ...]:
-    """Fields of a msgspec struct or a dataclass."""
-    if issubclass(kind, msgspec.Struct):
-        return kind.__struct_fields__
-    assert dataclasses.is_dataclass(kind)
-    return tuple(field.name for field in dataclasses.fields(kind))
-
-
-def table(name: str, value: object) -> Mapping[str, Any]:
+def as_table(name: str, value: object) -> Mapping[str, Any]:
     """What must be a table.
 
     Raises:
@@ -85,7 +88,7 @@ def refuse_unknown(where: str, keys: Iterable[str], allowed: Iterable[str]) -> N
             raise BadConfig(f"{full}: no such key{meant}; there are {', '.join(names)}")
 
 
-def converted(where: str, value: object, hint: Any) -> Any:
+def convert_value(where: str, value: object, hint: Any) -> Any:
     """A value as ``hint`` wants it.
 
     Raises:
@@ -107,23 +110,6 @@ def conversion_error(name: str, err: msgspec.ValidationError) -> str:
         return f"{key}.{text.removeprefix(_MISSING).rstrip('`')}: must be given"
     # Settings that are also built without a file name their table themselves.
     return text if text.startswith(f"{name}.") else f"{key}: {text}"
-
-
-# ``[[saes]]``: the SAEs of a run. A list in place of a value is a sweep, each of its values an SAE.
-
-
-_OF_THE_RUN = {"steps", "batch", "is_transcoder"}
-"""Set by the run, the stream and write_site."""
-_NEEDS_ORDER = {"smooth_weight"}
-"""Asks for the token before each, which a mixing buffer has lost."""
-_HINTS: dict[str, Any] = {
-    name: hint
-    for name, hint in get_type_hints(SaeSettings).items()
-    if name in names_of(SaeSettings) and name not in _OF_THE_RUN | _NEEDS_ORDER
-}
-_KEYS = ("name", "site", "write_site", "expansion", *_HINTS)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_PLACEHOLDER_STEPS = 1
 
 
 class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,11 +140,10 @@ class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.write_site == self.site:
             raise ValueError(f"write_site is {self.site}, where it reads: leave it out for an SAE")
         if "d_sae" in self.settings:
-            self.complete(self.settings["d_sae"], _PLACEHOLDER_STEPS, 1)
+            self.sae_settings(d_in=1, steps=1, batch=1)
 
     @property
     def reads(self) -> Site:
-        """Where it reads."""
         return Site.parse(self.site)
 
     @property
@@ -171,22 +156,17 @@ class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """All that it needs activations of."""
         return (self.reads,) if self.writes is None else (self.reads, self.writes)
 
-    def complete(self, d_sae: int, steps: int, batch: int) -> SaeSettings:
-        """What the learner is made from.
+    def sae_settings(self, d_in: int, steps: int, batch: int) -> SaeSettings:
+        """What the learner is made from, for a site ``d_in`` wide.
 
         Raises:
             ValueError: names the field and what is allowed.
         """
-        fixed: dict[str, Any] = {"d_sae": d_sae, "steps": steps, "batch": batch}
-        return SaeSettings(**{**self.settings, **fixed}, is_transcoder=self.write_site is not None)
-
-    def sized(self, d_in: int, steps: int, batch: int) -> SaeSettings:
-        """As ``complete``, for what is ``d_in`` wide."""
-        d_sae: int = self.settings.get("d_sae", self.expansion * d_in)
-        return self.complete(d_sae, steps, batch)
+        of_run: dict[str, Any] = {"steps": steps, "batch": batch, "is_transcoder": self.write_site is not None}
+        return SaeSettings(**{"d_sae": self.expansion * d_in, **self.settings, **of_run})
 
 
-def entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
+def read_entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
     """The tables of the file -> every SAE of the run; ``seed`` is for those that name none.
 
     Raises:
@@ -198,7 +178,7 @@ def entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
 
 
 def _of_table(where: str, value: object, seed: int) -> Iterator[SaeEntry]:
-    keys = dict(table(where, value))
+    keys = dict(as_table(where, value))
     keys.setdefault("seed", seed)
     for name in sorted(_NEEDS_ORDER & keys.keys()):
         raise BadConfig(f"{where}.{name}: needs each token's predecessor, which a mixed stream does not keep")
@@ -216,7 +196,6 @@ def _of_table(where: str, value: object, seed: int) -> Iterator[SaeEntry]:
 
 
 def _is_swept(name: str, value: object) -> bool:
-    """Whether it is a list where one value is wanted."""
     return isinstance(value, list | tuple) and name not in ("name", "write_site") and not _is_list(name)
 
 
@@ -233,23 +212,17 @@ def _values(where: str, name: str, sweep: Any) -> list[Any]:
 
 def _entry(where: str, keys: Mapping[str, Any], swept: tuple[str, ...]) -> SaeEntry:
     settings = {
-        name: converted(f"{where}.{name}", value, _HINTS[name]) for name, value in keys.items() if name in _HINTS
+        name: convert_value(f"{where}.{name}", value, _HINTS[name]) for name, value in keys.items() if name in _HINTS
     }
     own: dict[str, Any] = {name: value for name, value in keys.items() if name not in _HINTS}
     if swept:
         own["name"] = "-".join([str(own["name"]), *(_suffix(name, keys[name]) for name in swept)])
-    entry: SaeEntry = converted(where, {**own, "settings": settings}, SaeEntry)
+    entry: SaeEntry = convert_value(where, {**own, "settings": settings}, SaeEntry)
     return entry
 
 
 def _suffix(name: str, value: object) -> str:
     return str(value) if isinstance(value, str) else f"{name}{value}"
-
-
-Text: TypeAlias = Annotated[str, Meta(min_length=1)]
-Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
-Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-T = TypeVar("T")
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -319,11 +292,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def steps(self) -> int:
-        """Steps of the run."""
         return -(-self.run.tokens // self.stream.batch)
 
 
-_TABLES: dict[str, type] = {
+_TABLES: dict[str, type[msgspec.Struct]] = {
     "model": LanguageModelSettings,
     "data": DataSettings,
     "stream": StreamSettings,
@@ -340,7 +312,7 @@ def load_run_config(path: Path, overrides: Mapping[str, Any] | None = None) -> R
     """
     tree = _read_toml(path)
     for name, above in (overrides or {}).items():
-        tree[name] = {**table(name, tree.get(name, {})), **above}
+        tree[name] = {**as_table(name, tree.get(name, {})), **above}
     try:
         return parse_run_config(tree)
     except BadConfig as err:
@@ -354,19 +326,19 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
         BadConfig: names the key.
     """
     refuse_unknown("", tree, [*_TABLES, "saes"])
-    parts = {name: dict(table(name, tree.get(name, {}))) for name in _TABLES}
+    parts = {name: dict(as_table(name, tree.get(name, {}))) for name in _TABLES}
     for name, part in parts.items():
-        refuse_unknown(name, part, names_of(_TABLES[name]))
-    run = _convert("run", parts["run"], RunSettings)
+        refuse_unknown(name, part, _TABLES[name].__struct_fields__)
+    run = _convert_table("run", parts["run"], RunSettings)
     parts["stream"].setdefault("seed", run.seed)
     try:
         return RunConfig(
-            model=_convert("model", parts["model"], LanguageModelSettings) if "model" in tree else None,
-            data=_convert("data", parts["data"], DataSettings),
-            stream=_convert("stream", parts["stream"], StreamSettings),
+            model=_convert_table("model", parts["model"], LanguageModelSettings) if "model" in tree else None,
+            data=_convert_table("data", parts["data"], DataSettings),
+            stream=_convert_table("stream", parts["stream"], StreamSettings),
             run=run,
-            parallel=_convert("parallel", parts["parallel"], ParallelSettings),
-            saes=entries(tree.get("saes", []), run.seed),
+            parallel=_convert_table("parallel", parts["parallel"], ParallelSettings),
+            saes=read_entries(tree.get("saes", []), run.seed),
         )
     except BadConfig:
         raise
@@ -408,12 +380,12 @@ def _repr(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "not given"
 
 
-def _convert(name: str, part: Mapping[str, Any], kind: type[T]) -> T:
+def _convert_table(name: str, part: Mapping[str, Any], kind: type[T]) -> T:
     hints = get_type_hints(kind)
     for key, value in part.items():
         if get_origin(hints[key]) is Literal:
-            converted(f"{name}.{key}", value, hints[key])
-    whole: T = converted(name, part, kind)
+            convert_value(f"{name}.{key}", value, hints[key])
+    whole: T = convert_value(name, part, kind)
     return whole
 
 

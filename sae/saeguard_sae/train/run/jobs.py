@@ -6,7 +6,7 @@ A run that needs more than there is is refused before work is lost.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ _FLOAT = 4
 _PRE_ACTIVATION_ROWS = 512
 """Tokens whose pre-activations an SAE that selects has room for, whatever the batch, and the copies made of them."""
 _PRE_ACTIVATION_COPIES = 2
-_ROUGH: Mapping[Precision, int] = {"int8": 1, "bfloat16": 2, "float32": 0}
+_PROPOSING_BYTES: Mapping[Precision, int] = {"int8": 1, "bfloat16": 2, "float32": 0}
 """Bytes of a number in the copy of the encoder that proposes features; float32 needs none."""
 _DENSE_COPIES = 6
 """Tensors [batch, d_sae] that an SAE which pays for firing holds between forward and backward."""
@@ -34,54 +34,40 @@ _REHEARSED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """One SAE: its settings, and the widths of what it reads and writes."""
+class SaePlan:
+    """One SAE that is to be trained, with the widths of what it reads and writes."""
 
+    name: str
+    reads: Site
+    writes: Site | None
+    """Of a transcoder."""
     settings: SaeSettings
     d_in: int
     d_out: int
 
     @property
     def weights(self) -> int:
-        """Numbers in its weights."""
         return self.settings.d_sae * (self.d_in + self.d_out + 1) + self.d_out
 
     def training_bytes(self, mesh: Mesh = ALONE) -> int:
-        """Weights, gradients, two moments, the rough copy of the encoder, and what one step holds besides: what of it
-        one of several processes has."""
+        """Weights, gradients, two moments, the encoder's copy that proposes, and what a step holds: of it the part of
+        one process of several."""
         settings = self.settings
-        rough = _ROUGH[settings.precision] * settings.d_sae * self.d_in
+        proposing = _PROPOSING_BYTES[settings.precision] * settings.d_sae * self.d_in
         batch = settings.batch // mesh.data
         if settings.is_selecting:
             step = _PRE_ACTIVATION_COPIES * _PRE_ACTIVATION_ROWS * settings.d_sae
         else:
             step = _DENSE_COPIES * batch * settings.d_sae
         tokens = 4 * batch * (self.d_in + self.d_out)
-        return (4 * _FLOAT * self.weights + rough + _FLOAT * step) // mesh.shards + _FLOAT * tokens
+        return (4 * _FLOAT * self.weights + proposing + _FLOAT * step) // mesh.shards + _FLOAT * tokens
 
     def checkpoint_bytes(self) -> int:
         """Weights and moments, and a clock for each feature."""
         return _FLOAT * (3 * self.weights + 2 * self.settings.d_sae)
 
     def export_bytes(self) -> int:
-        """Its files."""
         return _FLOAT * self.weights
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaePlan:
-    """One SAE that is to be trained."""
-
-    name: str
-    reads: Site
-    writes: Site | None
-    """Of a transcoder."""
-    size: Size
-
-    @property
-    def settings(self) -> SaeSettings:
-        """What its learner is made from."""
-        return self.size.settings
 
 
 def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE) -> tuple[SaePlan, ...]:
@@ -95,12 +81,13 @@ def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE)
         d_in = widths[entry.reads]
         d_out = d_in if entry.writes is None else widths[entry.writes]
         try:
-            settings = entry.sized(d_in, config.steps, config.stream.batch)
+            settings = entry.sae_settings(d_in, config.steps, config.stream.batch)
             check_parts(settings, mesh)
         except ValueError as err:
             raise BadConfig(f"saes.{entry.name}: {err}") from err
-        size = Size(settings=settings, d_in=d_in, d_out=d_out)
-        plans.append(SaePlan(name=entry.name, reads=entry.reads, writes=entry.writes, size=size))
+        plans.append(
+            SaePlan(name=entry.name, reads=entry.reads, writes=entry.writes, settings=settings, d_in=d_in, d_out=d_out)
+        )
     return tuple(plans)
 
 
@@ -124,7 +111,7 @@ def rehearse_export(plan: SaePlan, sample: Mapping[Site, Tensor], model_name: st
             raise BadConfig(f"saes.{plan.name}: its SAE could not be written: {err}") from err
 
 
-def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.device, mesh: Mesh = ALONE) -> None:
+def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.device, mesh: Mesh = ALONE) -> None:
     """The model is loaded by now, and so no longer part of what is available.
 
     Args:
@@ -134,37 +121,36 @@ def check_memory(sizes: Mapping[str, Size], stream_bytes: int, device: torch.dev
     Raises:
         BadConfig: more is needed than there is, with the numbers.
     """
-    there = free_bytes(device)
+    free = free_bytes(device)
     mesh.gather_objects(None)  # nobody takes memory before all have looked
     sharing = mesh.neighbours if device.type == "cpu" else 1
-    needs = {name: sharing * size.training_bytes(mesh) for name, size in sizes.items()}
+    needs = {plan.name: sharing * plan.training_bytes(mesh) for plan in plans}
     # A checkpoint holds a copy of the buffer while it is written; SAEs are copied one by one, after the buffer is gone,
     # but put together before that where they are in parts.
     rest = (sharing + 1) * stream_bytes
     if mesh.shards > 1 and device.type == "cpu":
-        rest += sum(size.checkpoint_bytes() for size in sizes.values())
+        rest += sum(plan.checkpoint_bytes() for plan in plans)
     needed = sum(needs.values()) + rest
-    if needed <= there:
+    if needed <= free:
         return
     parts = [f"{name} {gib(need)}" for name, need in sorted(needs.items(), key=lambda item: -item[1])[:5]]
     if len(needs) > 5:
         parts.append(f"{len(needs) - 5} more SAEs")
     parts.append(f"the buffer{' and checkpoints' if mesh.shards > 1 else ''} {gib(rest)}")
     raise BadConfig(
-        f"saes: training would need about {gib(needed)} on {device}, where {gib(there)} are available beside the model"
+        f"saes: training would need about {gib(needed)} on {device}, where {gib(free)} are available beside the model"
         f" ({', '.join(parts)}); lower d_sae or expansion, the number of SAEs, or stream.buffer"
     )
 
 
-def check_disk(sizes: Iterable[Size], stream_bytes: int, keep: int, folder: Path) -> None:
+def check_disk(plans: Sequence[SaePlan], stream_bytes: int, keep: int, folder: Path) -> None:
     """Room for the checkpoints that are kept, one more while it is written, and the SAEs; what is there counts as room.
 
     Raises:
         BadConfig: more is needed than there is, with the numbers.
     """
-    sizes = list(sizes)
-    checkpoint = sum(size.checkpoint_bytes() for size in sizes) + stream_bytes
-    needed = (keep + 1) * checkpoint + sum(size.export_bytes() for size in sizes)
+    checkpoint = sum(plan.checkpoint_bytes() for plan in plans) + stream_bytes
+    needed = (keep + 1) * checkpoint + sum(plan.export_bytes() for plan in plans)
     reusable = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free + reusable:
@@ -175,7 +161,6 @@ def check_disk(sizes: Iterable[Size], stream_bytes: int, keep: int, folder: Path
 
 
 def gib(size: int) -> str:
-    """For messages."""
     return f"{size / 2**30:,.2f} GiB"
 
 

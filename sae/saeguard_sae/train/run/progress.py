@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -56,55 +56,45 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """One JSON object a line for each SAE and report."""
+    """One JSON object a line for each SAE and report.
+
+    Raises:
+        RunFailed: it cannot be opened, or written.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
-        """``size``: bytes that belong to the run so far; what a killed run wrote after its checkpoint is cut off.
-
-        Raises:
-            RunFailed: it cannot be opened.
-        """
+        """``size``: bytes that belong to the run so far; what a killed run wrote after its checkpoint is cut off."""
         self._path = path
-        try:
+        with self._naming_errors():
             self._file = path.open("ab")
             if path.stat().st_size > size:
                 self._file.truncate(size)
-        except OSError as err:
-            raise self._failed(err) from err
 
     def add(self, metrics: StepMetrics) -> None:
-        """Appends.
-
-        Raises:
-            RunFailed: it could not be written.
-        """
-        try:
+        """Appends."""
+        with self._naming_errors():
             for line in metrics.lines():
                 self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
-        except OSError as err:
-            raise self._failed(err) from err
 
     def size(self) -> int:
-        """Bytes, all of them on the disk by then.
-
-        Raises:
-            RunFailed: they could not be written.
-        """
-        try:
+        """Bytes, all of them on the disk by then."""
+        with self._naming_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
             return os.fstat(self._file.fileno()).st_size
-        except OSError as err:
-            raise self._failed(err) from err
 
     def close(self) -> None:
         """What could not be written was reported when it was tried."""
         with suppress(OSError):
             self._file.close()
 
-    def _failed(self, err: OSError) -> RunFailed:
-        return RunFailed(f"run.out: {self._path} could not be written: {err.strerror}")
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise RunFailed(f"run.out: {self._path} could not be written: {err.strerror}") from err
 
 
 class TensorBoard:
@@ -115,7 +105,6 @@ class TensorBoard:
         self._writer = _tensorboard_writer(folder, step)
 
     def add(self, metrics: StepMetrics) -> None:
-        """Writes."""
         if self._writer is None:
             return
         for line in metrics.lines():
@@ -197,7 +186,6 @@ class Console:
 
 
 def format_metrics(metrics: LearnerMetrics) -> str:
-    """One SAE's, for a line."""
     return f"loss {metrics.loss:.4f}  L0 {metrics.l0:6.1f}  FVU {metrics.fvu:.4f}  dead {metrics.dead_share:6.1%}"
 
 
@@ -210,7 +198,6 @@ def format_rate(tokens_per_s: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
@@ -230,7 +217,6 @@ class Pace:
         self._tokens += tokens
 
     def elapsed_s(self) -> float:
-        """Of the whole run."""
         return self._before_s + self._clock() - self._begun
 
     def left_s(self, step: int, steps: int) -> float:

@@ -104,10 +104,9 @@ def _train(
     """The folders of the trained SAEs, by name; none in a process that does not write."""
     stream = ActivationStream(model, config.sites, config.training_data, config.stream, mesh)
     plans = plan_saes(config, stream.widths, mesh)
-    sizes = {plan.name: plan.size for plan in plans}
-    check_memory(sizes, stream.buffer_bytes, stream.device, mesh)
+    check_memory(plans, stream.buffer_bytes, stream.device, mesh)
     if mesh.is_writer:
-        check_disk(sizes.values(), stream.buffer_bytes, config.run.keep, folder.path)
+        check_disk(plans, stream.buffer_bytes, config.run.keep, folder.path)
     sample = stream.sample(_SAMPLE_BATCHES * config.stream.batch)
     trainers = [_trainer(plan, sample, stream.model_name, mesh) for plan in plans]
     resumed = checkpoints.latest() if resume else None
@@ -173,7 +172,6 @@ def _headline(config: RunConfig, model_name: str, resumed: Checkpoint | None, me
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """torch with so many threads while it lasts."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -185,8 +183,6 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class SaeTrainer:
-    """One SAE in the loop."""
-
     plan: SaePlan
     learner: Learner
 
@@ -331,11 +327,9 @@ class RunRecorder:
         return self._metrics.size()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """A state to go on from."""
         self._checkpoints.save(checkpoint)
 
     def close(self) -> None:
-        """No more will come."""
         self._console.clear()
         self._metrics.close()
         self._board.close()

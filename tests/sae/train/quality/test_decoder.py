@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saeguard_sae.train.quality import features as metrics
-from saeguard_sae.train.quality.features import decoder_agreement, max_cosines
+from saeguard_sae.train.quality import feature_stats
+from saeguard_sae.train.quality.feature_stats import decoder_agreement, max_cosines
 
 
 def rows(n: int, width: int, seed: int) -> Tensor:
@@ -24,7 +24,7 @@ def cosines(one: Tensor, two: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [7, 2048])
 def test_the_largest_cosine_with_another(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_ROWS", chunk)
+    monkeypatch.setattr(feature_stats, "_ROWS", chunk)
     decoder = rows(50, 12, 1)
     decoder[31] = 2 * decoder[4]
     whole = cosines(decoder, decoder).fill_diagonal_(-2)
@@ -55,7 +55,7 @@ def test_the_same_features_in_another_order_agree() -> None:
 
 
 def test_wide_dictionaries_are_matched_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "MATCHED", 400)
+    monkeypatch.setattr(feature_stats, "MATCHED", 400)
     one = rows(500, 8, 5)
     two = one[torch.randperm(500, generator=torch.Generator().manual_seed(2))] + 0.8 * rows(500, 8, 6)
     found = decoder_agreement(one, two, seed=9)

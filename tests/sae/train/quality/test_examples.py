@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeguard_sae.train.quality.features import ExampleCollector, spread_over_densities
+from saeguard_sae.train.quality.feature_stats import ExampleCollector, spread_over_densities
 from saeguard_sae.train.quality.material import EvaluationRow, pad_rows
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.train.quality.features import histogram_of_counts, histogram_of_values
+from saeguard_sae.train.quality.feature_stats import histogram_of_counts, histogram_of_values
 
 
 def test_values_are_counted_as_numpy_counts_them() -> None:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from saeguard_sae.train.quality import Evaluation
-from saeguard_sae.train.quality.features import Agreement, Context, FeatureExamples
+from saeguard_sae.train.quality.feature_stats import Agreement, Context, FeatureExamples
 from saeguard_sae.train.quality.report import html, plots, summary, table_lines, write_report
 
 VOID = {"meta", "img", "source", "br"}

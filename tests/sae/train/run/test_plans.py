@@ -26,10 +26,10 @@ def sample(plan: Any) -> dict[Site, torch.Tensor]:
 
 def test_widths_are_the_models(tree: dict[str, Any]) -> None:
     plan = planned(tree)
-    assert (plan.size.d_in, plan.size.d_out, plan.settings.d_sae) == (12, 12, 16 * 12)
+    assert (plan.d_in, plan.d_out, plan.settings.d_sae) == (12, 12, 16 * 12)
     assert (plan.settings.steps, plan.settings.batch) == (40, 64)
     coder = planned(tree, site="mlp_in.1", write_site="mlp_act.1")
-    assert (coder.size.d_in, coder.size.d_out, coder.settings.d_sae) == (12, 30, 16 * 12)
+    assert (coder.d_in, coder.d_out, coder.settings.d_sae) == (12, 30, 16 * 12)
 
 
 def test_a_k_above_the_width_is_refused(tree: dict[str, Any]) -> None:

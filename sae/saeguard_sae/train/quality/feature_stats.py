@@ -64,8 +64,8 @@ def decoder_agreement(first: Tensor, second: Tensor, seed: int) -> Agreement:
 def agreement_by_chance(width: int, first: int, second: int, seed: int) -> Agreement:
     """Of random directions, so many of this width in each of two dictionaries: what agreement starts from."""
     generator = torch.Generator().manual_seed(seed)
-    decoders = [torch.randn(count, width, generator=generator) for count in (first, second)]
-    return decoder_agreement(*decoders, seed)
+    decoder, other = (torch.randn(count, width, generator=generator) for count in (first, second))
+    return decoder_agreement(decoder, other, seed)
 
 
 @torch.no_grad()
@@ -168,8 +168,6 @@ def spread_over_densities(density: Tensor, count: int) -> list[int]:
 
 
 class _Peak(NamedTuple):
-    """A token on which a feature fires strongly."""
-
     value: float
     row: int
     """Of all rows of text."""
@@ -221,9 +219,7 @@ class ExampleCollector:
         """``density`` [d_sae]."""
         return tuple(
             FeatureExamples(
-                feature=feature,
-                density=float(density[feature]),
-                contexts=tuple(peak.context(decode) for peak in peaks),
+                feature=feature, density=float(density[feature]), contexts=tuple(peak.context(decode) for peak in peaks)
             )
             for feature, peaks in zip(self.features, self._peaks, strict=True)
         )
