@@ -279,7 +279,6 @@ class ConditionTable:
         )
 
     def _summands(self, conditions: Sequence[CompiledCondition]) -> dict[tuple[Hashable, Hashable], list[Sum]]:
-        """What the conditions read, place by place and tensor by tensor."""
         parts = [part for condition in conditions for part in condition.summands]
         widths = {(part.place, part.source): part.coder.d_in for part in parts}
         for (place, source), width in widths.items():

@@ -375,7 +375,6 @@ class EditColumns:
         )
 
     def _own(self, columns: Sequence[EditColumn]) -> Cells:
-        """What a column has of its own."""
         cells: dict[str, list[Any]] = {
             **{name: [getattr(column.affine, name) for column in columns] for name in Affine._fields},
             **{name: [getattr(column, name) for column in columns] for name in ("first", "last", "special")},
@@ -386,7 +385,6 @@ class EditColumns:
         return {name: torch.tensor(values, device=self.store.device) for name, values in cells.items()}
 
     def _rows(self, number: int, features: list[int]) -> Cells:
-        """What columns have from the weights of the coder that they share."""
         coder, block, gain = self._writers[number]
         cells = encoding.rows(coder, features, self._coders)
         index = cells["feature"]

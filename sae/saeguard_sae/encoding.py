@@ -413,7 +413,6 @@ def _finished(activation: ActivationFunction, values: Tensor, index: Tensor, k: 
 
 
 def _positive(pattern: Tensor) -> Tensor:
-    """[N] how many bounds are above 0."""
     return pattern.clamp(0, 1).sum(dim=-1, dtype=torch.int32)
 
 

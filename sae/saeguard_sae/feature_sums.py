@@ -113,7 +113,6 @@ class FeatureSums:
         return {key for keys in self._slots.values() for key in keys}
 
     def _point(self, slot: int, compiled: _Compiled) -> None:
-        """Where a slot's conditions find their sums."""
         nothing = len(compiled.columns)
         columns = [compiled.columns.get(key, nothing) for key in self._slots[slot]]
         if len(columns) > self._index.shape[1]:
@@ -121,7 +120,6 @@ class FeatureSums:
         self._index[slot, : len(columns)] = torch.tensor(columns, device=self._device)
 
     def _compile(self) -> _Compiled:
-        """After sums came or went."""
         used = self._used()
         self._sums = {key: parts for key, parts in self._sums.items() if key in used}
         parts = [part for summands in self._sums.values() for part in summands]

@@ -61,7 +61,6 @@ def _weights(names: Set[str]) -> list[str]:
 
 
 def _one_sae(folder: str, weights: list[str]) -> str | None:
-    """The weights of the folder's SAE, if it is the folder of one."""
     for name in _ONE_SAE:
         if f"{folder}{name}" in weights:
             return f"{folder}{name}"
@@ -72,12 +71,10 @@ def _one_sae(folder: str, weights: list[str]) -> str | None:
 
 
 def _with_its_own(names: Set[str], file: str) -> set[str]:
-    """A file of weights, the settings beside it, and the other half where there is one."""
     return {file} | _settings(names, file.rpartition("/")[0]) | ({_twin(file)} & names)
 
 
 def _settings(names: Set[str], folder: str) -> set[str]:
-    """What a format may want in that folder besides the weights."""
     here = {name for name in names if name.rpartition("/")[0] == folder}
     return {name for name in here if name.endswith((*_SETTINGS, _WHITENING))}
 
@@ -253,7 +250,6 @@ def _explained(address: _Address) -> Iterator[None]:
 
 
 def _listing(address: _Address, endpoint: str | None) -> tuple[str, Set[str]]:
-    """The commit that the revision names, and every file in it."""
     info = HfApi(endpoint=endpoint).model_info(address.repo, revision=address.revision, timeout=_TIMEOUT_S)
     if info.sha is None:
         raise HubError(f"{address}: the hub does not say which commit {address.revision or 'main'} is")

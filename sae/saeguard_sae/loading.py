@@ -194,7 +194,6 @@ def detect_format(path: Path) -> str | None:
 
 
 def _find(path: Path) -> tuple[Path, Format]:
-    """The format, and the file or folder that holds it."""
     if not path.exists():
         raise FileNotFoundError("no such file or folder")
     for known in FORMATS:
@@ -353,7 +352,6 @@ def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Ov
 
 
 def _meaning(overrides: Overrides) -> dict[str, object]:
-    """What the user says about the weights; its sites are part of every receipt anyway."""
     names = ("apply_b_dec_to_input", "normalize_activations", "processing")
     return {name: value for name in names if (value := getattr(overrides, name)) is not None}
 
@@ -394,7 +392,6 @@ def _place(place: Place | None, config: ModelConfig, setting: str) -> Site:
 
 
 def _writes(parsed: ParsedSae, overrides: Overrides, config: ModelConfig) -> tuple[Site, ...]:
-    """Where it writes; empty for the place it reads."""
     if overrides.write_site is not None:
         if len(parsed.writes) > 1:
             raise ValueError(f"write_site: it writes at {len(parsed.writes)} sites, which its files name")

@@ -185,8 +185,6 @@ def _score(label: ImportedLabel) -> float:
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of one feature so far."""
-
     label: ImportedLabel | None = None
     maximum: float | None = None
     density: float | None = None
@@ -313,8 +311,6 @@ class _Activation(msgspec.Struct):
 
 
 class _Record(msgspec.Struct):
-    """A row of any of the tables."""
-
     index: int | str
     layer: str
     model: str | None = msgspec.field(name="modelId", default=None)
@@ -340,7 +336,6 @@ _DECODER = msgspec.json.Decoder(_Record)
 
 
 def _neuronpedia_entries(file: Path) -> Iterator[ImportedFeature]:
-    """Every record of a file."""
     for where, data in _json_records(file):
         record = _decode(data, where)
         if record.says_nothing():
@@ -417,7 +412,6 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def _csv_entries(file: Path) -> Iterator[ImportedFeature]:
-    """Every row of a file."""
     rows = _rows(file)
     header = next(rows, (1, []))[1]
     _check_header(header, f"{file}:1")
@@ -489,7 +483,6 @@ def _json_records(file: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _text_lines(file: Path) -> Iterator[str]:
-    """Every line of a text file with its line end, decoded from UTF-8."""
     with _opened(file) as stream:
         for number, line in _numbered(file, stream):
             try:
@@ -543,21 +536,18 @@ _DIGITS = re.compile(r"[0-9]{1,18}")
 
 
 def _index(value: int | str, where: str) -> int:
-    """A feature's number, which some files write as text."""
     if isinstance(value, str) and not _DIGITS.fullmatch(value):
         raise BadCatalogue(f"{where}: index: must be a whole number, got {value[:40]!r}")
     return int(value)
 
 
 def _finite(value: float, name: str, where: str) -> float:
-    """The number."""
     if not isfinite(value):
         raise BadCatalogue(f"{where}: {name}: must be a finite number, got {value}")
     return value
 
 
 def _share(value: float, name: str, where: str) -> float:
-    """The number, which is a share of something."""
     if not 0.0 <= value <= 1.0:
         raise BadCatalogue(f"{where}: {name}: must be 0 to 1, got {value}")
     return value

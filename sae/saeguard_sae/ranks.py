@@ -90,7 +90,6 @@ class Competitors:
         return undecided & self._ranks(n, features, score, undecided)
 
     def _leads(self, n: Tensor, features: Tensor, score: Tensor) -> Tensor:
-        """Whether each feature is the largest of its group."""
         size = self.dictionary.d_sae // self.selection.groups
         every = self.selection.score(n @ self.W_enc.float() + self.bias)
         at = self.first[features // size] + features % size

@@ -84,7 +84,6 @@ def bounds_from(stated: Quality | None, stated_l0: float | None, settings: Check
 
 
 def _derived(stated: Quality, stated_l0: float | None) -> dict[str, tuple[float, str]]:
-    """Each bound that follows, and how."""
     bounds: dict[str, tuple[float, str]] = {}
     l0 = stated.l0 if stated.l0 is not None else stated_l0
     if l0 is not None and l0 > 0:

@@ -297,7 +297,6 @@ def _same_point(here: Site, config: ModelConfig) -> list[Site]:
 
 
 def _both(reads: Site, writes: Site, config: ModelConfig) -> Iterator[tuple[Site, Site]]:
-    """Reading and writing moved by as many layers."""
     known = sites(config)
     for moved in _same_point(reads, config):
         layer = writes.layer + moved.layer - reads.layer
@@ -426,8 +425,6 @@ def _pairs(moves: list[ConventionChange], rest: list[ConventionChange]) -> Itera
 
 
 class _Search:
-    """Tries changes of one SAE and keeps those that count."""
-
     def __init__(self, own: Setup, captured: Captured, bounds: CheckBounds) -> None:
         self._own = own
         self._captured = captured

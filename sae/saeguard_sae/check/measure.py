@@ -181,7 +181,6 @@ def measure_sae(
 
 
 def _add_text(loss: NextTokenLoss, logits: Tensor, ids: Tensor) -> None:
-    """Of one text: logits [T, vocabulary] from ids [T]."""
     ids = ids.to(logits.device)[None]
     loss.add(logits[None], ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
 

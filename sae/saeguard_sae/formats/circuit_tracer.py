@@ -86,7 +86,6 @@ def _places(layer: int, config: dict[str, Any] | None, notes: Conventions) -> tu
 def _activation(
     weights: Tensors, config: dict[str, Any] | None, choices: Choices, notes: Conventions
 ) -> tuple[ActivationFunction, frozenset[str]]:
-    """What decides which features fire, and which of the user's choices it took."""
     stated = (config or {}).get("activation")
     where = f"{CONFIG}: activation" if stated else "the format"
     silent = config is None and THRESHOLD not in weights and choices.k is not None

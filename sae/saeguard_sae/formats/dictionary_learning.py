@@ -84,7 +84,6 @@ def parse(source: Source) -> ParsedSae:
 
 
 def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The trainer's settings, and the buffer's, which are missing where it kept none."""
     config = parsed.json_object(file)
     trainer, buffer = config.get("trainer"), config.get("buffer", {})
     if not isinstance(trainer, dict) or not isinstance(buffer, dict):
@@ -105,7 +104,6 @@ def _check_sizes(dictionary: Dictionary, trainer: Mapping[str, Any], buffer: Map
 
 
 def _layers(weights: Tensors, b_enc: str, b_dec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc, b_enc, W_dec, b_dec of the classes that are made of two linear layers."""
     return parsed.linear_layers(weights, "encoder.weight", b_enc, "decoder.weight", b_dec)
 
 
@@ -194,14 +192,12 @@ _BATCHED = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 
 
 def _io(buffer: Mapping[str, Any], notes: Conventions) -> str:
-    """Whether it reads the input of the submodule, its output, or one to write the other."""
     io = parsed.choice({"io": "out"} | dict(buffer), "io", ("in", "out", "in_and_out"), _BUFFER)
     notes.note("side of the submodule", io, f"{_BUFFER}.io" if "io" in buffer else "the library's default")
     return io
 
 
 def _places(where: tuple[int, str] | None, io: str) -> tuple[Place | None, tuple[Place, ...]]:
-    """Where it reads, and where it writes if it is a transcoder."""
     if where is None:
         return None, ()
     reads = _side(*where, "out" if io == "out" else "in")
@@ -209,7 +205,6 @@ def _places(where: tuple[int, str] | None, io: str) -> tuple[Place | None, tuple
 
 
 def _submodule(trainer: Mapping[str, Any], notes: Conventions) -> tuple[int, str] | None:
-    """Layer and module inside it; None where that is not said or not in the usual words."""
     name, layer = trainer.get("submodule_name"), _layer(trainer)
     if not name:
         notes.note("submodule", "the layer's residual output", "the library's default: there is no submodule_name")

@@ -31,8 +31,6 @@ _POINTS: dict[str, Point] = {
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """What the repository and the path in it say."""
-
     reads: Site
     writes: tuple[Site, ...]
     model: str

@@ -166,7 +166,6 @@ def _width(kind: Kind, w_dec: Tensor) -> int:
 
 
 def _places(stated: _Stated, kind: Kind, notes: Conventions) -> Places:
-    """Of an SAE or a transcoder; unknown where nothing is said."""
     if HOOK_IN not in stated.config:
         return None, ()
     inward = parsed.text(stated.config, HOOK_IN, stated.source)
@@ -184,7 +183,6 @@ def _places(stated: _Stated, kind: Kind, notes: Conventions) -> Places:
 
 
 def _layer(file: Path, stated: _Stated, origin: SaeOrigin | None, notes: Conventions) -> int:
-    """Which layer of the cross-layer transcoder the file holds."""
     last = origin.path.rpartition("/")[2] if origin else ""
     hook = _HOOK_LAYER.search(str(stated.config.get(HOOK_IN)))
     matches = {

@@ -24,8 +24,6 @@ _REPO = re.compile(r"SAE-Res-(.+)-W\d+K-L0_(\d+)$")
 
 
 class _Stated(NamedTuple):
-    """A value and who says it."""
-
     value: Any
     source: str
 

@@ -118,7 +118,6 @@ def input_normalization(source: Source, settings: SaelensConfig, notes: Conventi
 
 
 def _mode(source: Source, settings: SaelensConfig) -> tuple[str, str]:
-    """Its name, and who says so."""
     published = releases.at(source.origin.repo, source.origin.path) if source.origin else None
     if published is not None and published.normalisation is not None:
         return published.normalisation, releases.source()
@@ -264,7 +263,6 @@ def _linear(parts: Parts) -> Dictionary:
 
 
 def _unfolded(parts: Parts) -> Dictionary:
-    """The weights as they are."""
     settings, weights = parts.settings, parts.weights
     activation = _coder_activation(parts)
     return Dictionary(
@@ -448,7 +446,6 @@ def unwhitened(dictionary: Dictionary, whitening: Whitening) -> Dictionary:
 
 
 def _shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
-    """Pre-activations less ``shift`` [d_sae]."""
     activation = dictionary.activation
     if isinstance(activation, Gated):
         b_mag = activation.b_mag - shift * activation.r_mag.exp()

@@ -112,7 +112,6 @@ def read_config(folder: Path) -> SaelensConfig:
 
 
 def _current(config: Mapping[str, Any]) -> SaelensConfig:
-    """Of SAELens 6, or of one of its training checkpoints."""
     metadata = config.get("metadata", {})
     if not isinstance(metadata, dict):
         raise ValueError(f"{CONFIG}: metadata must be a table, got {metadata!r}")
@@ -177,7 +176,6 @@ def _modernised(config: Mapping[str, Any]) -> SaelensConfig:
 
 
 def _renamed(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The table with today's names, and what the file called them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         now = _NOW_CALLED.get(key, key)

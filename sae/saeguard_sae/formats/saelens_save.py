@@ -68,7 +68,6 @@ def save_saelens(
 
 
 def _described(coder: SparseCoder, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The part of the config that decides the arithmetic, and the weights, as SAELens names them."""
     # TransformerLens keeps heads apart, and SAELens flattens them only if told to; its transcoders never do.
     is_transcoder = isinstance(coder, Dictionary) and coder.is_transcoder
     heads = {"reshape_activations": "hook_z" if site.point == "attn_z" and not is_transcoder else "none"}
