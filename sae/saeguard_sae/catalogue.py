@@ -63,6 +63,11 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tokens: int | None = None
     """Tokens these were measured on."""
 
+    @property
+    def ce_increase(self) -> float | None:
+        """By how much the model gets worse with reconstructions in place of the activations."""
+        return None if self.ce_base is None or self.ce_spliced is None else self.ce_spliced - self.ce_base
+
 
 class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     """Features by index; a feature without a line is known by its index alone."""

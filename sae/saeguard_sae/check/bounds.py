@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from math import isfinite, sqrt
 
 from saeguard_sae.catalogue import Quality
-from saeguard_sae.check.measure import SaeMeasurements
 
 L0_FACTOR = 3.0
 """L0 may be this many times what is stated, or as many times less."""
@@ -93,14 +92,13 @@ def _derived(stated: Quality, stated_l0: float | None) -> dict[str, tuple[float,
         value = max(stated.fvu * FVU_FACTOR, stated.fvu + FVU_MARGIN)
         by = f"{FVU_FACTOR:g} x" if value == stated.fvu * FVU_FACTOR else f"{FVU_MARGIN:g} more than"
         bounds["max_fvu"] = value, f"{by} the {stated.fvu:.4g} that its files state"
-    if stated.ce_base is not None and stated.ce_spliced is not None:
-        rise = stated.ce_spliced - stated.ce_base
+    if (rise := stated.ce_increase) is not None:
         why = f"{CE_FACTOR:g} x the {rise:.4g} that its files state, and {CE_MARGIN:g}"
         bounds["max_ce_increase"] = max(rise, 0.0) * CE_FACTOR + CE_MARGIN, why
     return bounds
 
 
-def violations(measured: SaeMeasurements, bounds: CheckBounds) -> list[str]:
+def violations(measured: Quality, bounds: CheckBounds) -> list[str]:
     """What lies outside, in words with both numbers."""
     problems = [
         f"{label} is {value}, not a number that means anything"

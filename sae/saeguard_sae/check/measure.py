@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from saeguard_sae.catalogue import Quality
 from saeguard_sae.coders import MatchingPursuit, SparseCoder, Temporal
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
@@ -111,31 +112,6 @@ def ordinary(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
     return ~is_special & (torch.arange(len(ids), device=ids.device) > 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaeMeasurements:
-    """Sums over ordinary tokens, which a text's first one is not.
-
-    None stands for what an SAE that writes at several sites has no part in alone.
-    """
-
-    tokens: int
-    l0: float
-    """Features that are not 0 on a token, mean."""
-    fvu: float | None
-    """Share of the variance of what it must reproduce that it leaves unexplained."""
-    ce_base: float | None
-    """The model's cross-entropy, in nats per token."""
-    ce_spliced: float | None
-    """The same with reconstructions in place of the activations of ordinary tokens."""
-    dead_share: float
-    """Share of features that were 0 on every token."""
-
-    @property
-    def ce_increase(self) -> float | None:
-        """By how much the model gets worse."""
-        return None if self.ce_base is None or self.ce_spliced is None else self.ce_spliced - self.ce_base
-
-
 def reader(coder: SparseCoder) -> Reader:
     """What is served, as it is measured."""
     return Variant(coder) if isinstance(coder, Dictionary) else coder
@@ -159,8 +135,10 @@ def target(sae: LoadedSae) -> Site | None:
 @torch.inference_mode()
 def measure_sae(
     model: nn.Module, config: ModelConfig, sae: LoadedSae, tokens: Sequence[Tensor], special_ids: frozenset[int]
-) -> SaeMeasurements:
-    """What the SAE does on these texts, each read on its own.
+) -> Quality:
+    """What the SAE does on these texts, each read on its own: sums over ordinary tokens, which a first one is not.
+
+    None stands for what an SAE that writes at several sites has no part in alone.
 
     Args:
         tokens: int64 ids [T] of each text.
@@ -204,14 +182,14 @@ class _Splice:
         self._ordinary = ordinary
         self._reconstruction = self._target_rows = None
 
-    def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> SaeMeasurements:
+    def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> Quality:
         """Of all the texts that were read."""
         metrics, alone = self.metrics, self.target is not None
         if metrics.tokens < 2:
             raise ValueError(
                 f"the text has {metrics.tokens} tokens to measure on, the first and special ones aside; give more"
             )
-        return SaeMeasurements(
+        return Quality(
             tokens=metrics.tokens,
             l0=metrics.l0,
             fvu=metrics.fvu if alone else None,

@@ -8,9 +8,10 @@ from importlib.resources import files
 
 from torch import Tensor, nn
 
+from saeguard_sae.catalogue import Quality
 from saeguard_sae.check.bounds import CheckBounds, violations
 from saeguard_sae.check.check import Hypothesis, hypotheses
-from saeguard_sae.check.measure import SaeMeasurements, measure_sae
+from saeguard_sae.check.measure import measure_sae
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig
 
@@ -29,7 +30,7 @@ _ONLY_LOSS = (
 class CheckReport:
     """What the check found; it is passed when there are no violations."""
 
-    measured: SaeMeasurements
+    measured: Quality
     bounds: CheckBounds
     violations: tuple[str, ...] = ()
     hypotheses: tuple[Hypothesis, ...] = ()
@@ -56,6 +57,7 @@ class CheckReport:
 
     def _diagnosis(self) -> Iterator[str]:
         if not self.hypotheses:
+            assert self.measured.l0 is not None
             yield _ONLY_LOSS if self.bounds.admits(self.measured.l0, self.measured.fvu) else _NONE_FITS
         leads = ("Nothing that was tried fits its bounds; closest", "Then")
         if any(self.bounds.admits(item.l0, item.fvu) for item in self.hypotheses):

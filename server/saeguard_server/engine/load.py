@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from saeguard.catalog import Model
-from saeguard_sae.catalogue import Quality
 from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, calibration_text, check_sae
 from saeguard_sae.loading import LoadedSae, LoadError, bind, weights_digest, with_settings
 from saeguard_sae.models import (
@@ -228,8 +227,8 @@ def record_checks(saes: dict[str, LoadedSae], metrics: Metrics) -> None:
         for gauge, value in ((metrics.sae_l0, found.l0), (metrics.sae_fvu, found.fvu)):
             if value is not None:
                 gauge.labels(name).set(value)
-        if found.ce_spliced is not None and found.ce_base is not None:
-            metrics.sae_ce_increase.labels(name).set(found.ce_spliced - found.ce_base)
+        if found.ce_increase is not None:
+            metrics.sae_ce_increase.labels(name).set(found.ce_increase)
 
 
 def _checked(sae: LoadedSae, given: ServedSaeSettings, model: LoadedModel, tokens: list[Tensor]) -> LoadedSae:
@@ -246,20 +245,7 @@ def _checked(sae: LoadedSae, given: ServedSaeSettings, model: LoadedModel, token
     for warning in report.warnings:
         fields = {"sae": sae.name, "reading": warning.what, "fvu": warning.fvu, "setting": warning.setting}
         _log.warning("an SAE is within its bounds, but another reading fits it better", extra={"fields": fields})
-    return replace(sae, measured=quality_of(report))
-
-
-def quality_of(report: CheckReport) -> Quality:
-    """What was measured, as the catalogue holds it."""
-    found = report.measured
-    return Quality(
-        l0=found.l0,
-        fvu=found.fvu,
-        ce_base=found.ce_base,
-        ce_spliced=found.ce_spliced,
-        dead_share=found.dead_share,
-        tokens=found.tokens,
-    )
+    return replace(sae, measured=report.measured)
 
 
 def _passages(text: str, model: LoadedModel, budget: int) -> Iterator[Tensor]:
