@@ -386,7 +386,7 @@ class EditColumns:
 
     def _rows(self, number: int, features: list[int]) -> Cells:
         coder, block, gain = self._writers[number]
-        cells = encoding.rows(coder, features, self._coders)
+        cells = encoding.feature_cells(coder, features, self._coders)
         index = cells["feature"]
         row = coder.W_dec[index, block * self._d_write : (block + 1) * self._d_write].float()
         row = row if gain is None else row * gain

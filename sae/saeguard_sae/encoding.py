@@ -103,7 +103,7 @@ def is_local(coder: SparseCoder) -> bool:
     return isinstance(coder, Dictionary) and coder.activation.local
 
 
-def rows(coder: SparseCoder, features: Sequence[int], coders: Coders) -> Cells:
+def feature_cells(coder: SparseCoder, features: Sequence[int], coders: Coders) -> Cells:
     """The columns ``READ`` of n features, [n] and [n, d_in], those that are not idle."""
     chosen = torch.tensor(features, device=coder.W_dec.device)
     cells: Cells = {"feature": chosen, "whole": torch.full_like(chosen, coders.number(coder))}

@@ -150,7 +150,7 @@ class FeatureSums:
         for index, coder in enumerate(coders):
             at = np.flatnonzero(features >> 32 == index)
             of_coder = (features[at] & 0xFFFFFFFF).tolist()
-            store.write(0, encoding.rows(coder, of_coder, self._coders), self._on_device(at))
+            store.write(0, encoding.feature_cells(coder, of_coder, self._coders), self._on_device(at))
             if not encoding.is_local(coder):
                 whole.append((self._coders.number(coder), of_coder))
         self._coders.note(whole)
