@@ -227,7 +227,8 @@ class FeatureSelector:
     def __init__(self, coder: SparseCoder, *, fast: bool = True) -> None:
         if isinstance(coder, Temporal):
             raise ValueError("a temporal SAE reads whole prefixes: encode them, then use top_of, above_of and named_of")
-        self._coder, self._signed = coder, is_signed(coder)
+        self._coder: Dictionary | MatchingPursuit = coder
+        self._signed = is_signed(coder)
         self._bound: UpperBound | None = None
         self._waits = fast and _is_bounded(coder)
 
@@ -267,7 +268,6 @@ class FeatureSelector:
 
     def _top(self, x: Tensor, k: int) -> SelectedFeatures:
         coder = self._coder
-        assert isinstance(coder, Dictionary | MatchingPursuit)
         n = k
         if isinstance(coder, Dictionary) and isinstance(coder.activation, TopK):
             n = min(k, coder.activation.k) if coder.activation.gain is None else coder.activation.k
@@ -282,7 +282,6 @@ class FeatureSelector:
 
     def _above(self, x: Tensor, threshold: float) -> SelectedFeatures:
         coder = self._coder
-        assert isinstance(coder, Dictionary | MatchingPursuit)
         if threshold < 0 or not self._pays(1):
             return above_of(coder.encode(x).float(), threshold, signed=self._signed)
         assert isinstance(coder, Dictionary)
@@ -302,7 +301,6 @@ class FeatureSelector:
 
     def _named(self, x: Tensor, features: Sequence[int]) -> SelectedFeatures:
         coder = self._coder
-        assert isinstance(coder, Dictionary | MatchingPursuit)
         if not isinstance(coder, Dictionary) or not coder.activation.local:
             return named_of(coder.encode(x).float(), features)
         index = torch.tensor(features, device=x.device, dtype=torch.int64)

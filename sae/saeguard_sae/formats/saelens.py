@@ -54,18 +54,14 @@ def parse(source: Source) -> ParsedSae:
     """
     path, notes = source.path, Conventions()
     settings = read_config(path)
-    place = hook_point(settings, source.origin, notes)
+    where = hook_point(settings, source.origin, notes)
     normalization = input_normalization(source, settings, notes)
     coder = build_coder(Parts(settings, parsed.safetensors(path / WEIGHTS), normalization, source.choices, notes))
     chose_k = {note.name for note in notes.all() if note.source == "the user"} & {"k"}
     return ParsedSae(
         dictionary=coder,
         files=(path / CONFIG, path / WEIGHTS, *normalization.files),
-        reads=place.reads,
-        writes=place.writes,
-        processing=place.processing,
-        model=place.model,
-        stated_l0=place.stated_l0,
+        **where._asdict(),
         conventions=notes.all(),
         used=normalization.used | chose_k,
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saeguard_sae import releases
 from saeguard_sae.formats import parsed
@@ -220,8 +220,7 @@ _CENTRED = {"center_writing_weights"}
 _PROCESSING = ("fold_ln", "center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
 
 
-@dataclass(frozen=True, slots=True)
-class HookPoint:
+class HookPoint(NamedTuple):
     """Where it reads and writes, and the model it was trained on."""
 
     reads: Place | None
