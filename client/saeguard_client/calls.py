@@ -1,97 +1,112 @@
-"""One call as data: its method, its request's bytes, how its replies are read. The shells send it, nothing more."""
+"""What a call is made of: its channel and credential, its request's bytes, how its replies are read.
+
+Both clients send what is built here; nothing here waits, and all that is read are certificates.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf import wrappers_pb2
+from google.protobuf.message import DecodeError, Message
 
-from saeguard_client import _checks
-
-# What a channel and a call are given: TLS, retries, deadlines, metadata. No I/O but reading certificates.
-
+from saeguard import requests
+from saeguard.catalog import Feature, FeaturePage
+from saeguard.checks import FieldError, check_bool, check_integer, check_number, check_sequence, check_text
+from saeguard.requests import ActivationRequest, GenerateRequest, Input, Selection, model_input
+from saeguard.results import ActivationPart, Comparison, Completion, StreamChunk, join_chunks
+from saeguard.types import FeatureRef, Intervention
+from saeguard.v1 import generation_service_pb2 as pb
+from saeguard.wire import RPCS, from_message, read_chunk, request_message, to_message
+from saeguard_client import errors
+from saeguard_client.errors import malformed
 
 DEFAULT_DEADLINE_S: Final = 600.0
 DEFAULT_RETRIES: Final = 3
 MAX_RETRIES: Final = 4
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+PAGE_SIZE: Final = 100
 REQUEST_ID: Final = "x-request-id"
 AUTHORIZATION: Final = "authorization"
+SAMPLING_FIELDS: Final = frozenset(field.name for field in fields(requests.Sampling))
 
 StrPath: TypeAlias = str | PathLike[str]
 ChannelOptions: TypeAlias = Sequence[tuple[str, Any]]
-Token: TypeAlias = str | Callable[[], str]
+AccessToken: TypeAlias = str | Callable[[], str]
 """A JSON Web Token, or what gives the one to use for the next call."""
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+PartOut = TypeVar("PartOut", covariant=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Paths of PEM files; with none of them the connection is plain text."""
-
-    root_certificates: StrPath | None = None
-    private_key: StrPath | None = None
-    certificate_chain: StrPath | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials | None:
-        """None for plain text.
-
-        Raises:
-            ValueError: a private key without its certificate chain, or the other way round.
-            OSError: a file cannot be read.
-        """
-        if (self.private_key is None) != (self.certificate_chain is None):
-            raise ValueError("private_key: goes together with certificate_chain")
-        files = (self.root_certificates, self.private_key, self.certificate_chain)
-        if files == (None, None, None):
-            return None
-        return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
+# --- the channel
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a channel goes, and how."""
+    """Where a channel goes, and how; without credentials in plain text."""
 
     target: str
     credentials: grpc.ChannelCredentials | None
     options: tuple[tuple[str, Any], ...]
 
 
-def endpoint(target: str | None, tls: Tls, retries: int, options: ChannelOptions) -> Endpoint:
-    """Where to open a channel.
+def endpoint(
+    target: str | None, channel: object, tls: tuple[StrPath | None, ...], retries: int, options: ChannelOptions
+) -> Endpoint | None:
+    """Where to open a channel; None where the caller brings one. ``tls`` are PEM files: authorities, key, chain.
 
     Raises:
-        ValueError: no target, or ``retries`` is not 0 to 4.
+        ValueError: neither a target nor a channel, or both; a key without its chain; ``retries`` is not 0 to 4.
         OSError: a certificate cannot be read.
     """
+    if channel is not None:
+        if target is not None or any(file is not None for file in tls) or options:
+            raise FieldError("channel", "brings its own target, TLS and options")
+        return None
     if target is None:
-        raise ValueError("target: give a target or a channel")
-    return Endpoint(_checks.text("target", target), tls.credentials(), (*channel_options(retries), *options))
+        raise FieldError("target", "give a target or a channel")
+    return Endpoint(check_text("target", target), _credentials(*tls), (*channel_options(retries), *options))
 
 
-def check_ready(target: str | None, tls: Tls, options: ChannelOptions) -> None:
-    """A channel that the caller opened has its own answer to all of these.
-
-    Raises:
-        ValueError: one of them is given too.
-    """
-    if target is not None or tls != Tls() or options:
-        raise ValueError("channel: brings its own target, TLS and options")
+def _credentials(
+    authorities: StrPath | None, private_key: StrPath | None, certificate_chain: StrPath | None
+) -> grpc.ChannelCredentials | None:
+    if (private_key is None) != (certificate_chain is None):
+        raise FieldError("private_key", "goes together with certificate_chain")
+    files = (authorities, private_key, certificate_chain)
+    if files == (None, None, None):
+        return None
+    return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
 
 
 def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
     """Options of every channel we open; the caller's come after and win.
 
+    gRPC repeats a call only before its first message arrived, and waits as long as the server's pushback says.
+
     Raises:
         ValueError: ``retries`` is not 0 to 4, which is as far as gRPC goes.
     """
     config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    if _checks.whole("retries", retries, most=MAX_RETRIES):
-        config["methodConfig"] = [{"name": [{}], "retryPolicy": _retry_policy(retries)}]
+    if check_integer("retries", retries, most=MAX_RETRIES):
+        policy = {
+            "maxAttempts": retries + 1,
+            "initialBackoff": "0.1s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+        }
+        config["methodConfig"] = [{"name": [{}], "retryPolicy": policy}]
     return (
         ("grpc.service_config", json.dumps(config)),
         ("grpc.enable_retries", 1 if retries else 0),
@@ -99,19 +114,11 @@ def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _retry_policy(retries: int) -> dict[str, Any]:
-    """gRPC repeats a call only before its first message arrived, and waits as long as the server's pushback says."""
-    return {
-        "maxAttempts": retries + 1,
-        "initialBackoff": "0.1s",
-        "maxBackoff": "2s",
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-    }
+# --- deadlines and metadata
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PerCall:
+@dataclass(frozen=True, slots=True)
+class CallOptions:
     """What one call may say about itself."""
 
     deadline_s: float | None = None
@@ -119,7 +126,7 @@ class PerCall:
 
     def __post_init__(self) -> None:
         if self.deadline_s is not None:
-            _checks.seconds("deadline_s", self.deadline_s)
+            _check_deadline(self.deadline_s)
         if self.request_id is not None:
             _check_header("request_id", self.request_id)
 
@@ -129,22 +136,18 @@ class Bearer:
     """What shows the server who calls, beside a certificate: nothing, an API key, or a token."""
 
     api_key: str | None = field(default=None, repr=False)
-    token: Token | None = field(default=None, repr=False)
+    token: AccessToken | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.api_key is not None and self.token is not None:
-            raise ValueError("api_key: the server takes one credential, not token as well")
+            raise FieldError("api_key", "the server takes one credential, not token as well")
         if self.api_key is not None:
             _check_secret("api_key", self.api_key)
         if self.token is not None and not callable(self.token):
             _check_secret("token", self.token)
 
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """For the next call.
-
-        Raises:
-            ValueError: the token that was given for it cannot be sent.
-        """
+    def metadata(self) -> Metadata:
+        """For the next call; raises ValueError where the token for it cannot be sent."""
         secret = self.token() if callable(self.token) else self.token or self.api_key
         if secret is None:
             return ()
@@ -157,65 +160,62 @@ class Defaults:
     """What a client says for every call that does not."""
 
     deadline_s: float | None
-    metadata: tuple[tuple[str, str], ...]
+    metadata: Metadata
     bearer: Bearer = Bearer()
 
     @classmethod
     def of(cls, deadline_s: float | None, metadata: Mapping[str, str], bearer: Bearer) -> Defaults:
-        """Checked.
-
-        Raises:
-            ValueError: a deadline that is not above 0, metadata that HTTP/2 cannot carry, or two credentials.
-        """
+        """Raises ValueError for a deadline not above 0, metadata that HTTP/2 cannot carry, or two credentials."""
         for key, value in metadata.items():
             _check_header(f"metadata[{key!r}]", value)
-        deadline = None if deadline_s is None else _checks.seconds("deadline_s", deadline_s)
         pairs = tuple((key.lower(), value) for key, value in metadata.items())
         if bearer != Bearer() and AUTHORIZATION in dict(pairs):
-            raise ValueError("metadata['authorization']: the server takes one credential, not api_key or token as well")
-        return cls(deadline, pairs, bearer)
+            problem = "the server takes one credential, not api_key or token as well"
+            raise FieldError("metadata['authorization']", problem)
+        return cls(None if deadline_s is None else _check_deadline(deadline_s), pairs, bearer)
 
-    def of_call(self, call: PerCall) -> tuple[float | None, tuple[tuple[str, str], ...]]:
+    def of_call(self, call: CallOptions) -> tuple[float | None, Metadata]:
         """``(timeout_s, metadata)``; None is no limit, and the call's request id replaces the client's."""
         timeout_s = self.deadline_s if call.deadline_s is None else call.deadline_s
         metadata = (*self.metadata, *self.bearer.metadata())
-        if call.request_id is None:
-            return timeout_s, metadata
-        return timeout_s, (*_without(metadata, REQUEST_ID), (REQUEST_ID, call.request_id))
+        if call.request_id is not None:
+            others = (pair for pair in metadata if pair[0] != REQUEST_ID)
+            metadata = (*others, (REQUEST_ID, call.request_id))
+        return timeout_s, metadata
 
 
-def _without(metadata: Iterable[tuple[str, str]], key: str) -> tuple[tuple[str, str], ...]:
-    return tuple(pair for pair in metadata if pair[0] != key)
+def _check_deadline(deadline_s: float) -> float:
+    number = check_number("deadline_s", deadline_s)
+    if not number > 0:
+        raise FieldError("deadline_s", f"must be above 0 seconds, got {number}")
+    return number
 
 
 def _check_secret(name: str, value: object) -> None:
     """Never quotes it."""
     if not isinstance(value, str) or not value or not (value.isascii() and value.isprintable()) or " " in value:
-        raise ValueError(f"{name}: must be printable ASCII without blanks")
+        raise FieldError(name, "must be printable ASCII without blanks")
 
 
 def _check_header(name: str, value: object) -> None:
     if not isinstance(value, str) or not value or not (value.isascii() and value.isprintable()):
-        raise ValueError(f"{name}: must be printable ASCII, got {value!r}")
+        raise FieldError(name, f"must be printable ASCII, got {value!r}")
 
 
-T = TypeVar("T")
-Whole = TypeVar("Whole")
-Part = TypeVar("Part")
-PartOut = TypeVar("PartOut", covariant=True)
+# --- one call as data
 
 
 @dataclass(frozen=True, slots=True)
 class UnaryCall(Generic[T]):
     """One request, one reply."""
 
-    method: str
+    path: str
     request: bytes
     read: Callable[[bytes], T]
-    options: PerCall
+    options: CallOptions
 
 
-class Reader(Protocol[PartOut]):
+class StreamReader(Protocol[PartOut]):
     """Reads one stream's messages in their order."""
 
     def read(self, message: bytes) -> PartOut:
@@ -226,57 +226,253 @@ class Reader(Protocol[PartOut]):
 
 
 @dataclass(frozen=True, slots=True)
-class StreamCall(Generic[Part]):
+class StreamCall(Generic[T]):
     """One request, many replies; every run of it needs a new reader."""
 
-    method: str
+    path: str
     request: bytes
-    reader: Callable[[], Reader[Part]]
-    options: PerCall
+    reader: Callable[[], StreamReader[T]]
+    options: CallOptions
 
 
-@dataclass(frozen=True, slots=True)
-class EitherCall(Generic[Whole, Part]):
-    """The same question with one reply or with a stream."""
+def unary(rpc: str, cls: type[T], options: CallOptions, *, part: str = "", **values: Any) -> UnaryCall[T]:
+    """A call whose request has these fields, and whose reply, or that ``part`` of it, is a ``cls``.
 
-    whole: UnaryCall[Whole]
-    parts: StreamCall[Part]
-
-
-@dataclass(frozen=True, slots=True)
-class GatheredCall(Generic[Whole, Part]):
-    """A stream whose parts make one answer."""
-
-    parts: StreamCall[Part]
-    gather: Callable[[Iterable[Part]], Whole]
+    Raises:
+        FieldError: a value that the wire cannot hold.
+    """
+    return _unary(
+        rpc,
+        request_message(rpc, **values),
+        lambda reply: from_message(cls, getattr(reply, part) if part else reply, part),
+        options,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """Some items of a listing and the token of the next page, empty on the last."""
+def unary_list(rpc: str, cls: type[T], options: CallOptions, *, part: str) -> UnaryCall[tuple[T, ...]]:
+    """A call whose reply's field ``part`` has several ``cls``."""
+    return _unary(
+        rpc,
+        request_message(rpc),
+        lambda reply: tuple(
+            from_message(cls, item, f"{part}[{index}]") for index, item in enumerate(getattr(reply, part))
+        ),
+        options,
+    )
 
-    items: tuple[T, ...]
-    next_token: str
+
+def health(service: str, options: CallOptions) -> UnaryCall[bool]:
+    """grpc.health.v1 Check. Its two messages are a string and an enum in field 1, as these wrappers are.
+
+    Its own stubs are a package that the thin client does not need.
+    """
+    request = wrappers_pb2.StringValue(value=check_text("service", service)).SerializeToString()
+    read = partial(_decode, wrappers_pb2.Int32Value, lambda reply: reply.value == 1)
+    return UnaryCall("/grpc.health.v1.Health/Check", request, read, options)
 
 
-class PagedCall(Generic[T]):
-    """A listing that comes in pages: what to ask next, what to hand on. Serves one walk."""
+def policy_documents(documents: Mapping[str, str]) -> list[dict[str, str]]:
+    """Those of ApplyPolicies, by the file's name."""
+    return [
+        {"name": check_text("documents", name), "content": check_text(f"documents[{name!r}]", content)}
+        for name, content in documents.items()
+    ]
 
-    def __init__(self, ask: Callable[[str, int | None], UnaryCall[Page[T]]], limit: int | None) -> None:
-        self._ask = ask
-        self._left = limit
-        self._token: str | None = ""
 
-    def next_call(self) -> UnaryCall[Page[T]] | None:
+def _unary(rpc: str, request: Message, read: Callable[[Any], T], options: CallOptions) -> UnaryCall[T]:
+    method = RPCS[rpc]
+    return UnaryCall(method.path, request.SerializeToString(), partial(_decode, method.response, read), options)
+
+
+def _decode(kind: type[M], read: Callable[[M], T], data: bytes) -> T:
+    try:
+        return read(kind.FromString(data))
+    except DecodeError as err:
+        raise malformed(f"not a {kind.DESCRIPTOR.name}") from err
+    except ValueError as err:
+        raise malformed(str(err)) from err
+
+
+class FeaturePages:
+    """One walk over a listing that comes in pages: what to ask next, what to hand on."""
+
+    def __init__(self, sae: str | None, query: str, limit: int | None, options: CallOptions) -> None:
+        self._left = None if limit is None else check_integer("limit", limit)
+        self._next: Callable[..., UnaryCall[FeaturePage]] = partial(
+            unary, "ListFeatures", FeaturePage, options, sae=sae, query=query
+        )
+        self._page_token: str | None = ""
+        self._next()  # what cannot be sent is refused before the walk begins
+
+    def next_call(self) -> UnaryCall[FeaturePage] | None:
         """None when there is nothing more to ask."""
-        if self._token is None or self._left == 0:
+        if self._page_token is None or self._left == 0:
             return None
-        return self._ask(self._token, self._left)
+        page_size = PAGE_SIZE if self._left is None else min(self._left, PAGE_SIZE)
+        return self._next(page_size=page_size, page_token=self._page_token)
 
-    def accept(self, page: Page[T]) -> tuple[T, ...]:
-        """The page's items, as many as the caller still wants."""
-        items = page.items[: self._left]
+    def accept(self, page: FeaturePage) -> tuple[Feature, ...]:
+        """The page's features, as many as the caller still wants."""
+        features = page.features[: self._left]
         if self._left is not None:
-            self._left -= len(items)
-        self._token = page.next_token or None
-        return items
+            self._left -= len(features)
+        self._page_token = page.next_page_token or None
+        return features
+
+
+# --- generations
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """A request of Generate, GenerateStream or Compare, and whether replies must account for it."""
+
+    request: GenerateRequest
+    check_receipt: bool
+    options: CallOptions
+
+    def generate(self) -> UnaryCall[Completion]:
+        return _unary("Generate", self._message(), self._completion, self.options)
+
+    def generate_stream(self) -> StreamCall[StreamChunk]:
+        path, request = RPCS["GenerateStream"].path, self._message().SerializeToString()
+        return StreamCall(path, request, lambda: ChunkReader(self._check), self.options)
+
+    def compare(self) -> UnaryCall[Comparison]:
+        return _unary("Compare", self._message(), self._comparison, self.options)
+
+    def _check(self, completion: Completion) -> Completion:
+        """Raises ReceiptMismatch where it does not account for what was asked."""
+        if self.check_receipt:
+            errors.check_receipt(completion, self.request)
+        return completion
+
+    def _message(self) -> pb.GenerateRequest:
+        return to_message(pb.GenerateRequest, self.request)
+
+    def _completion(self, reply: pb.GenerateResponse) -> Completion:
+        return self._check(from_message(Completion, reply))
+
+    def _comparison(self, reply: pb.CompareResponse) -> Comparison:
+        comparison = from_message(Comparison, reply)
+        self._check(comparison.steered)
+        return comparison
+
+
+def generation(
+    input: Input,
+    options: CallOptions,
+    *,
+    check_receipt: bool,
+    steer: Iterable[Intervention],
+    policies: str | Iterable[str],
+    stop: str | Iterable[str] = (),
+    **values: Any,
+) -> GenerateCall:
+    """``values`` are fields of the request or of its sampling; None is the server's choice.
+
+    Raises:
+        FieldError: the wire cannot hold a value; it names the request's field.
+    """
+    choices = {name: value for name, value in values.items() if value is not None}
+    sampling = {name: choices.pop(name) for name in SAMPLING_FIELDS & choices.keys()}
+    request = GenerateRequest(
+        input=model_input(input),
+        sampling=requests.Sampling(stop=_several("stop", stop), **sampling),
+        interventions=check_sequence("interventions", steer),
+        policies=_several("policies", policies),
+        **choices,
+    )
+    return GenerateCall(request, check_bool("check_receipt", check_receipt), options)
+
+
+def _several(field: str, values: str | Iterable[Any]) -> tuple[Any, ...]:
+    """A lone string is one value: taken as a sequence it would be one per character."""
+    return (values,) if isinstance(values, str) else check_sequence(field, values)
+
+
+class ChunkReader:
+    """Reads one stream and keeps what the completion at its end is made of, which ``check`` sees first."""
+
+    def __init__(self, check: Callable[[Completion], Completion]) -> None:
+        self._check = check
+        self._chunks: list[StreamChunk] = []
+        self._is_finished = False
+
+    def read(self, message: bytes) -> StreamChunk:
+        """One chunk; the last has the whole completion."""
+        if self._is_finished:
+            raise malformed("a message came after the completion")
+        chunk = _decode(pb.GenerateResponse, read_chunk, message)
+        self._chunks.append(chunk)
+        if chunk.completion is None:
+            return chunk
+        self._is_finished = True
+        return replace(chunk, completion=self._check(join_chunks(self._chunks)))
+
+    def finish(self) -> None:
+        """A stream that just stops must not pass for a finished text."""
+        if not self._is_finished:
+            raise malformed("the stream ended without a completion")
+
+
+# --- activations
+
+
+def activations(
+    inputs: str | Sequence[Input],
+    saes: Iterable[str],
+    options: CallOptions,
+    *,
+    top_k: int | None,
+    threshold: float | None,
+    features: Iterable[FeatureRef] | None,
+    steer: Iterable[Intervention],
+) -> StreamCall[ActivationPart]:
+    """Raises FieldError, naming the request's field, where the wire cannot hold a value."""
+    several = _several("inputs", inputs)
+    request = ActivationRequest(
+        inputs=tuple(model_input(input, f"inputs[{index}]") for index, input in enumerate(several)),
+        saes=check_sequence("saes", saes),
+        selection=_selection(top_k, threshold, features),
+        interventions=check_sequence("interventions", steer),
+    )
+    method = RPCS["GetActivations"]
+    message = to_message(method.request, request)
+    return StreamCall(method.path, message.SerializeToString(), lambda: PartReader(len(several)), options)
+
+
+def _selection(top_k: int | None, threshold: float | None, features: Iterable[FeatureRef] | None) -> Selection:
+    if sum(choice is not None for choice in (top_k, threshold, features)) != 1:
+        raise FieldError("top_k", "give one of top_k, threshold and features")
+    if top_k is not None:
+        return requests.TopKSelection(top_k)
+    if threshold is not None:
+        return requests.ThresholdSelection(threshold)
+    return requests.FeatureSelection(check_sequence("features", features))
+
+
+class PartReader:
+    """Reads one stream and sees to it that no part is missing."""
+
+    def __init__(self, num_inputs: int) -> None:
+        self._num_inputs = num_inputs
+        self._tokens_read: dict[tuple[int, str], int] = {}
+        self._open: set[tuple[int, str]] = set()
+
+    def read(self, message: bytes) -> ActivationPart:
+        """One part, which begins where the one before it ended."""
+        part = _decode(RPCS["GetActivations"].response, partial(from_message, ActivationPart), message)
+        pair = part.input, part.sae
+        if part.start != self._tokens_read.get(pair, 0):
+            raise malformed(f"a part of input {part.input} under {part.sae!r} is missing")
+        self._tokens_read[pair] = part.start + len(part)
+        self._open.add(pair)
+        if part.last:
+            self._open.remove(pair)
+        return part
+
+    def finish(self) -> None:
+        """Every pair that began has ended, and every input was read."""
+        if self._open or {input for input, _ in self._tokens_read} != set(range(self._num_inputs)):
+            raise malformed("the stream ended before the last activations")

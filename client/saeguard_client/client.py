@@ -1,42 +1,38 @@
-"""The blocking client: sends what ``_api`` builds, hands back what its readers read."""
+"""The blocking client: every method builds its call with ``calls`` and sends it; ``AsyncClient`` has the same ones."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 import grpc
 
-from saeguard_client import api
-from saeguard_client._method import method
+from saeguard.catalog import Activation, Feature, Model, PolicyChange, PolicyHistory, PolicySet, Sae, ServerInfo
+from saeguard.requests import Input
+from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge
+from saeguard.types import FeatureRef, Intervention, Trigger
+from saeguard_client import calls
 from saeguard_client.calls import (
     DEFAULT_DEADLINE_S,
     DEFAULT_RETRIES,
-    Bearer,
+    AccessToken,
+    CallOptions,
     ChannelOptions,
-    Defaults,
-    EitherCall,
-    Endpoint,
-    GatheredCall,
-    PagedCall,
     StreamCall,
     StrPath,
-    Tls,
-    Token,
     UnaryCall,
-    check_ready,
-    endpoint,
 )
 from saeguard_client.errors import DeadlineExceeded, NotFound, Unavailable, from_call
 
 T = TypeVar("T")
-Whole = TypeVar("Whole")
-Part = TypeVar("Part")
 
 
 class Client:
     """A connection to a Saeguard server; threads may share it. Use it with ``with``, or call ``close``.
+
+    Every method takes ``deadline_s`` (None: the client's) and ``request_id`` (sent as ``x-request-id``). It raises
+    SaeguardError where the call fails, and ValueError, which names the field, for what cannot be sent.
 
     Args:
         target: such as "localhost:50051" or "dns:///saeguard:50051"; calls are spread over all its addresses.
@@ -64,24 +60,20 @@ class Client:
         private_key: StrPath | None = None,
         certificate_chain: StrPath | None = None,
         api_key: str | None = None,
-        token: Token | None = None,
+        token: AccessToken | None = None,
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         retries: int = DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
-        tls = Tls(root_certificates, private_key, certificate_chain)
-        self._defaults = Defaults.of(deadline_s, metadata or {}, Bearer(api_key, token))
-        self._is_ours = channel is None
-        if channel is None:
-            channel = _open(endpoint(target, tls, retries, options))
-        else:
-            check_ready(target, tls, options)
-        self._channel = channel
+        tls = (root_certificates, private_key, certificate_chain)
+        self._defaults = calls.Defaults.of(deadline_s, metadata or {}, calls.Bearer(api_key, token))
+        self._endpoint = calls.endpoint(target, channel, tls, retries, options)
+        self._channel = channel or _open(self._endpoint)
 
     def close(self) -> None:
         """Ends running calls and the connection."""
-        if self._is_ours:
+        if self._endpoint is not None:
             self._channel.close()
 
     def __enter__(self) -> Client:
@@ -92,10 +84,353 @@ class Client:
     ) -> None:
         self.close()
 
+    # --- generations
+
+    def generate(
+        self,
+        input: Input,
+        *,
+        steer: Iterable[Intervention] = (),
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
+        prompt_logprobs: bool = False,
+        max_relative_edit: float | None = None,
+        watch: Iterable[FeatureRef] = (),
+        triggers: Iterable[Trigger] = (),
+        policies: str | Iterable[str] = (),
+        conversation: str | None = None,
+        min_policy_activation: int | None = None,
+        check_receipt: bool = True,
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Completion:
+        """Continues the prompt, steered by this request's edits.
+
+        Args:
+            input: text, chat messages (ChatMessage or dicts with role and content), or token ids.
+            steer: edits, at most one per feature. With any, the completion has a receipt of what was applied.
+            max_new_tokens: None is the server's default, as it is for everything below.
+            temperature: 0 is greedy.
+            top_p: smallest set of tokens with at least this probability.
+            top_k: most likely tokens kept; 0 is off.
+            min_p: share of the likeliest token's probability that a token must have.
+            repetition_penalty: above 0; 1 is off.
+            seed: the same request with the same seed gives the same tokens.
+            stop: strings where the text ends; they are not part of it.
+            logprobs: also give log-probabilities of this many likeliest tokens; 0 gives the chosen token's alone.
+            ignore_eos: go on after the end-of-sequence token.
+            prompt_logprobs: log-probability of every prompt token given those before it.
+            max_relative_edit: limit on an edit's size as a share of the activation's.
+            watch: features to read on every token without editing them.
+            triggers: what to do when features fire. With any, the completion has a receipt.
+            policies: names of policies that shall apply whether or not their target and rollout choose this request.
+            conversation: what a policy's rollout by conversation hashes.
+            min_policy_activation: the oldest activation of policies that may decide; waited for until the deadline.
+            check_receipt: raise ReceiptMismatch where the receipt does not tell of all the edits, triggers and
+                policies of the request.
+
+        Returns:
+            The text, its tokens and how it ended, with the receipt.
+        """
+        call = calls.generation(
+            input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+            seed=seed, stop=stop, logprobs=logprobs, ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs,
+            max_relative_edit=max_relative_edit, watch=watch, triggers=triggers, policies=policies,
+            conversation=conversation, min_policy_activation=min_policy_activation, check_receipt=check_receipt,
+        )  # fmt: skip
+        return self._unary(call.generate())
+
+    def generate_stream(
+        self,
+        input: Input,
+        *,
+        steer: Iterable[Intervention] = (),
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
+        prompt_logprobs: bool = False,
+        max_relative_edit: float | None = None,
+        watch: Iterable[FeatureRef] = (),
+        triggers: Iterable[Trigger] = (),
+        policies: str | Iterable[str] = (),
+        conversation: str | None = None,
+        min_policy_activation: int | None = None,
+        check_receipt: bool = True,
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Generator[StreamChunk, None, None]:
+        """Continues the prompt and gives the text as it is made. Arguments are as in ``generate``.
+
+        Returns:
+            Chunks, of which the last one has the completion that ``generate`` would have given. Closing the iterator
+            early cancels the generation.
+        """
+        call = calls.generation(
+            input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+            seed=seed, stop=stop, logprobs=logprobs, ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs,
+            max_relative_edit=max_relative_edit, watch=watch, triggers=triggers, policies=policies,
+            conversation=conversation, min_policy_activation=min_policy_activation, check_receipt=check_receipt,
+        )  # fmt: skip
+        return self._stream(call.generate_stream())
+
+    def compare(
+        self,
+        input: Input,
+        *,
+        steer: Iterable[Intervention] = (),
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        max_relative_edit: float | None = None,
+        triggers: Iterable[Trigger] = (),
+        policies: str | Iterable[str] = (),
+        conversation: str | None = None,
+        check_receipt: bool = True,
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Comparison:
+        """What policies and this request's edits change: the same generation with and without them, in one batch.
+
+        Needs the role policy-write: it shows what policies suppress. Arguments are as in ``generate``.
+        """
+        call = calls.generation(
+            input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed, max_relative_edit=max_relative_edit, triggers=triggers,
+            policies=policies, conversation=conversation, check_receipt=check_receipt,
+        )  # fmt: skip
+        return self._unary(call.compare())
+
+    # --- activations
+
+    def activations(
+        self,
+        inputs: str | Sequence[Input],
+        saes: Iterable[str] = (),
+        *,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        features: Iterable[FeatureRef] | None = None,
+        steer: Iterable[Intervention] = (),
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> list[Activations]:
+        """Which features fire on which token of each input, under each SAE.
+
+        Args:
+            inputs: a sequence of inputs as ``generate`` takes them; a lone string is one input.
+            saes: names of SAEs; may be left out with ``features``.
+            top_k: the largest activations of each token. Give exactly one of top_k, threshold and features.
+            threshold: every activation above it.
+            features: just these, zeros included.
+            steer: read under these edits; a feature is read before the edits of its own site.
+
+        Returns:
+            A sparse matrix for each input and SAE, by input and then by SAE.
+        """
+        return merge(
+            self.activations_stream(
+                inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer, deadline_s=deadline_s,
+                request_id=request_id,
+            )
+        )  # fmt: skip
+
+    def activations_stream(
+        self,
+        inputs: str | Sequence[Input],
+        saes: Iterable[str] = (),
+        *,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        features: Iterable[FeatureRef] | None = None,
+        steer: Iterable[Intervention] = (),
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Generator[ActivationPart, None, None]:
+        """``activations`` as they arrive. Arguments are as there.
+
+        Returns:
+            Runs of whole tokens, which ``merge`` joins. Closing the iterator early cancels the reading.
+        """
+        options = CallOptions(deadline_s, request_id)
+        call = calls.activations(
+            inputs, saes, options, top_k=top_k, threshold=threshold, features=features, steer=steer
+        )
+        return self._stream(call)
+
+    # --- what is served
+
+    def model(self, *, deadline_s: float | None = None, request_id: str | None = None) -> Model:
+        """The served model."""
+        return self._unary(calls.unary("GetModel", Model, CallOptions(deadline_s, request_id)))
+
+    def saes(self, *, deadline_s: float | None = None, request_id: str | None = None) -> tuple[Sae, ...]:
+        """Every served SAE."""
+        return self._unary(calls.unary_list("ListSaes", Sae, CallOptions(deadline_s, request_id), part="saes"))
+
+    def feature(
+        self, sae: str, index: int, *, deadline_s: float | None = None, request_id: str | None = None
+    ) -> Feature:
+        """One feature's catalogue entry.
+
+        Raises:
+            NotFound: there is no such SAE or index.
+        """
+        options = CallOptions(deadline_s, request_id)
+        return self._unary(calls.unary("GetFeature", Feature, options, part="feature", sae=sae, feature=index))
+
+    def features(
+        self,
+        sae: str | None = None,
+        query: str = "",
+        limit: int | None = None,
+        *,
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Generator[Feature, None, None]:
+        """Features, labelled ones first, in pages that are asked for as they are needed.
+
+        Args:
+            sae: None is every SAE.
+            query: words that the label, promoted tokens or examples must contain, in any case.
+            limit: None is all.
+            deadline_s: for each page.
+        """
+        return self._walk(calls.FeaturePages(sae, query, limit, CallOptions(deadline_s, request_id)))
+
+    def info(self, *, deadline_s: float | None = None, request_id: str | None = None) -> ServerInfo:
+        """The server's version, engine, limits and kinds of edit."""
+        return self._unary(calls.unary("GetServerInfo", ServerInfo, CallOptions(deadline_s, request_id)))
+
+    def healthy(self, service: str = "", *, deadline_s: float | None = None, request_id: str | None = None) -> bool:
+        """Whether the server, or one of its services by full name, is serving; False where it cannot be reached."""
+        call = calls.health(service, CallOptions(deadline_s, request_id))
+        try:
+            return self._unary(call)
+        except (Unavailable, DeadlineExceeded, NotFound):
+            return False
+
+    # --- policies
+
+    def policies(
+        self, revision: int | None = None, *, deadline_s: float | None = None, request_id: str | None = None
+    ) -> PolicySet:
+        """The policies of a revision; of the latest where none is named. Needs the role policy-read."""
+        options = CallOptions(deadline_s, request_id)
+        return self._unary(calls.unary("ListPolicies", PolicySet, options, revision=revision))
+
+    def apply_policies(
+        self,
+        documents: Mapping[str, str],
+        *,
+        etag: str = "",
+        reason: str = "",
+        prune: bool = False,
+        dry_run: bool = False,
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> PolicyChange:
+        """Makes a revision of YAML documents, checked completely before it is stored; in force once activated.
+
+        Args:
+            documents: content by file name; JSON files of probes that they name too.
+            etag: as ``policies`` gave it; "" is for the first.
+            reason: why, for the history.
+            prune: delete policies that the documents do not hold.
+            dry_run: check and compare only.
+
+        Raises:
+            Conflict: there is a newer revision than the etag's.
+        """
+        options = CallOptions(deadline_s, request_id)
+        call = calls.unary(
+            "ApplyPolicies", PolicyChange, options, documents=calls.policy_documents(documents), etag=etag,
+            reason=reason, prune=prune, dry_run=dry_run,
+        )  # fmt: skip
+        return self._unary(call)
+
+    def delete_policy(
+        self, name: str, *, etag: str, reason: str = "", deadline_s: float | None = None, request_id: str | None = None
+    ) -> PolicyChange:
+        """Makes a revision without this policy; as ``apply_policies``."""
+        options = CallOptions(deadline_s, request_id)
+        return self._unary(calls.unary("DeletePolicy", PolicyChange, options, name=name, etag=etag, reason=reason))
+
+    def activate_revision(
+        self,
+        revision: int,
+        *,
+        expected_activation: int,
+        reason: str = "",
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Activation:
+        """Puts a revision in force, a newer or an older one.
+
+        Args:
+            expected_activation: number of what the caller believes to be in force, 0 for nothing.
+
+        Raises:
+            Conflict: something else is in force.
+        """
+        call = calls.unary(
+            "ActivateRevision", Activation, CallOptions(deadline_s, request_id), part="activation", revision=revision,
+            expected_activation=expected_activation, reason=reason,
+        )  # fmt: skip
+        return self._unary(call)
+
+    def rollback_policies(
+        self,
+        revision: int | None = None,
+        *,
+        expected_activation: int,
+        reason: str = "",
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Activation:
+        """Puts an older revision in force; called again, it goes further back.
+
+        Args:
+            revision: None is, of those older than the present one, the one that was in force last.
+            expected_activation: as for ``activate_revision``: two who roll back at the same time do not go two steps.
+
+        Raises:
+            NotFound: there is no older revision.
+        """
+        call = calls.unary(
+            "Rollback", Activation, CallOptions(deadline_s, request_id), part="activation", revision=revision,
+            expected_activation=expected_activation, reason=reason,
+        )  # fmt: skip
+        return self._unary(call)
+
+    def policy_history(
+        self, limit: int | None = None, *, deadline_s: float | None = None, request_id: str | None = None
+    ) -> PolicyHistory:
+        """Revisions and activations, at most ``limit`` of each (None is the server's default), the latest first."""
+        return self._unary(calls.unary("ListHistory", PolicyHistory, CallOptions(deadline_s, request_id), limit=limit))
+
+    # --- sending
+
     def _unary(self, call: UnaryCall[T]) -> T:
-        ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(call.method)
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(call.path)
         timeout_s, metadata = self._defaults.of_call(call.options)
-        rpc = ask.future(call.request, timeout=timeout_s, metadata=metadata)
+        rpc = method.future(call.request, timeout=timeout_s, metadata=metadata)
         try:
             reply = rpc.result()
         except (grpc.RpcError, grpc.FutureCancelledError):
@@ -106,9 +441,9 @@ class Client:
         return call.read(reply)
 
     def _stream(self, call: StreamCall[T]) -> Generator[T, None, None]:
-        ask: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(call.method)
+        method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(call.path)
         timeout_s, metadata = self._defaults.of_call(call.options)
-        rpc, reader = ask(call.request, timeout=timeout_s, metadata=metadata), call.reader()
+        rpc, reader = method(call.request, timeout=timeout_s, metadata=metadata), call.reader()
         try:
             for message in rpc:
                 yield reader.read(message)
@@ -118,45 +453,13 @@ class Client:
             rpc.cancel()
         reader.finish()
 
-    def _whole(self, call: EitherCall[Whole, Part]) -> Whole:
-        return self._unary(call.whole)
-
-    def _parts(self, call: EitherCall[Whole, Part] | GatheredCall[Whole, Part]) -> Generator[Part, None, None]:
-        return self._stream(call.parts)
-
-    def _gathered(self, call: GatheredCall[Whole, Part]) -> Whole:
-        return call.gather(self._stream(call.parts))
-
-    def _paged(self, call: PagedCall[T]) -> Generator[T, None, None]:
-        while (asked := call.next_call()) is not None:
-            yield from call.accept(self._unary(asked))
-
-    def _probe(self, call: UnaryCall[bool]) -> bool:
-        try:
-            return self._unary(call)
-        except (Unavailable, DeadlineExceeded, NotFound):
-            return False
-
-    generate = method("generate", api.generate, _whole)
-    generate_stream = method("generate_stream", api.generate, _parts)
-    compare = method("compare", api.compare, _unary)
-    activations = method("activations", api.activations, _gathered)
-    activations_stream = method("activations_stream", api.activations, _parts)
-    model = method("model", api.model, _unary)
-    saes = method("saes", api.saes, _unary)
-    feature = method("feature", api.feature, _unary)
-    features = method("features", api.features, _paged)
-    policies = method("policies", api.policies, _unary)
-    apply_policies = method("apply_policies", api.apply_policies, _unary)
-    delete_policy = method("delete_policy", api.delete_policy, _unary)
-    activate_revision = method("activate_revision", api.activate_revision, _unary)
-    rollback_policies = method("rollback_policies", api.rollback_policies, _unary)
-    policy_history = method("policy_history", api.policy_history, _unary)
-    info = method("info", api.info, _unary)
-    healthy = method("healthy", api.healthy, _probe)
+    def _walk(self, pages: calls.FeaturePages) -> Generator[Feature, None, None]:
+        while (call := pages.next_call()) is not None:
+            yield from pages.accept(self._unary(call))
 
 
-def _open(where: Endpoint) -> grpc.Channel:
-    if where.credentials is None:
-        return grpc.insecure_channel(where.target, where.options)
-    return grpc.secure_channel(where.target, where.credentials, where.options)
+def _open(endpoint: calls.Endpoint | None) -> grpc.Channel:
+    assert endpoint is not None
+    if endpoint.credentials is None:
+        return grpc.insecure_channel(endpoint.target, endpoint.options)
+    return grpc.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)

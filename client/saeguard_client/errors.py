@@ -19,7 +19,7 @@ SaeguardError
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -27,9 +27,9 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc import StatusCode
 from grpc_status import rpc_status
 
-from saeguard_client.interventions import Intervention
-from saeguard_client.results import Completion, Receipt
-from saeguard_client.triggers import Apply, Trigger
+from saeguard.requests import GenerateRequest
+from saeguard.results import Completion, Receipt
+from saeguard.types import Apply, Intervention
 
 DOMAIN: Final = "saeguard.v1"
 
@@ -40,16 +40,6 @@ class FieldViolation:
 
     field: str
     description: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Details:
-    """What came with a status."""
-
-    reason: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    violations: tuple[FieldViolation, ...] = ()
-    retry_after_s: float | None = None
 
 
 class SaeguardError(Exception):
@@ -63,13 +53,17 @@ class SaeguardError(Exception):
         retry_after_s: when the server wants to see the request again, if it says so.
     """
 
-    def __init__(self, message: str, details: _Details = _Details()) -> None:
+    def __init__(
+        self,
+        message: str,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        violations: tuple[FieldViolation, ...] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
-        self.message = message
-        self.reason = details.reason
-        self.metadata: Mapping[str, str] = details.metadata
-        self.violations = details.violations
-        self.retry_after_s = details.retry_after_s
+        self.message, self.reason, self.metadata = message, reason, metadata or {}
+        self.violations, self.retry_after_s = violations, retry_after_s
 
 
 class InvalidRequest(SaeguardError):
@@ -147,18 +141,19 @@ BY_STATUS: Final[dict[StatusCode, type[SaeguardError]]] = {
 def from_call(call: Any) -> SaeguardError:
     """The exception for a call, sync or async, that ended with a status other than OK."""
     code: StatusCode = call.code()
-    details = _read(_rich_status(call), fallback=code.name)
-    return BY_STATUS[code](call.details() or code.name, details)
-
-
-def malformed(what: str) -> InternalError:
-    """The server said OK and sent something that cannot be right."""
-    return InternalError(f"the server's reply cannot be used: {what}", _Details(reason="MALFORMED_REPLY"))
-
-
-def receipt_mismatch(what: str) -> ReceiptMismatch:
-    """The text is there, and nothing proves that it was steered as asked."""
-    return ReceiptMismatch(f"the server's reply may be unsteered: {what}", _Details(reason="RECEIPT_MISMATCH"))
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for packed in _rich_status(call).details:
+        for message in (info, bad, retry):
+            packed.Unpack(message)
+    # A proxy on the way has reasons too, and they must not pass for the server's.
+    is_ours = info.domain == DOMAIN
+    return BY_STATUS[code](
+        call.details() or code.name,
+        info.reason if is_ours else code.name,
+        dict(info.metadata) if is_ours else {},
+        tuple(FieldViolation(violation.field, violation.description) for violation in bad.field_violations),
+        retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
+    )
 
 
 def _rich_status(call: Any) -> status_pb2.Status:
@@ -169,77 +164,68 @@ def _rich_status(call: Any) -> status_pb2.Status:
         return status_pb2.Status()
 
 
-def _read(status: status_pb2.Status, fallback: str) -> _Details:
-    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    for packed in status.details:
-        for message in (info, bad, retry):
-            packed.Unpack(message)
-    # A proxy on the way has reasons too, and they must not pass for the server's.
-    ours = info.domain == DOMAIN
-    return _Details(
-        reason=info.reason if ours else fallback,
-        metadata=dict(info.metadata) if ours else {},
-        violations=_violations(bad.field_violations),
-        retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
-    )
+def malformed(problem: str) -> InternalError:
+    """The server said OK and sent something that cannot be right."""
+    return InternalError(f"the server's reply cannot be used: {problem}", "MALFORMED_REPLY")
 
 
-def _violations(found: Iterable[error_details_pb2.BadRequest.FieldViolation]) -> tuple[FieldViolation, ...]:
-    return tuple(FieldViolation(one.field, one.description) for one in found)
+def receipt_mismatch(problem: str) -> ReceiptMismatch:
+    """The text is there, and nothing proves that it was steered as asked."""
+    return ReceiptMismatch(f"the server's reply may be unsteered: {problem}", "RECEIPT_MISMATCH")
 
 
-# Whether a reply's receipt tells of all that was asked for: nobody should find out later that a text was unsteered.
+# --- whether a reply's receipt tells of all that was asked for: nobody should find out later that a text was unsteered
 
 
-def check(
-    done: Completion, steer: Iterable[Intervention], triggers: Iterable[Trigger], policies: Iterable[str]
-) -> None:
-    """Whether ``done`` accounts for the edits, triggers and policies that were asked for.
+def check_receipt(completion: Completion, request: GenerateRequest) -> None:
+    """Whether the reply accounts for the request's edits, triggers and policies.
 
     Raises:
         ReceiptMismatch: something is missing, or the receipt contradicts the rest of the reply.
     """
-    edits, rules = tuple(steer), tuple(triggers)
-    facts = done.policy
-    for name in policies:
-        if facts is None or name not in (*facts.enforced, *facts.shadowed):
+    receipt, facts = completion.receipt, completion.policy
+    in_force = () if facts is None else (*facts.enforced, *facts.shadowed)
+    for name in request.policies:
+        if name not in in_force:
             raise receipt_mismatch(f"the policy {name!r} was asked for and not applied")
-    if done.receipt is None:
-        if edits or rules:
+    if receipt is None:
+        if request.interventions or request.triggers:
             raise receipt_mismatch("it has no receipt")
-        if facts is not None and done.stopped_by is not None:
+        if facts is not None and completion.stopped_by is not None:
             raise receipt_mismatch("a trigger ended it and it has no receipt")
         return
-    _check_edits(done.receipt, [*edits, *_applied(rules)])
-    _check_triggers(done, done.receipt, rules)
-    told = [one.policy for one in done.receipt.interventions] + [one.policy for one in done.receipt.triggers]
-    for name in filter(None, told):
-        if facts is None or name not in (*facts.enforced, *facts.shadowed):
-            raise receipt_mismatch(f"the receipt tells of a policy {name!r} that was not in force")
+    applied = [
+        edit
+        for trigger in request.triggers
+        if isinstance(trigger.action, Apply)
+        for edit in trigger.action.interventions
+    ]
+    _check_edits(receipt, [*request.interventions, *applied])
+    _check_triggers(completion, receipt, [trigger.name for trigger in request.triggers])
+    policies = {entry.policy for entry in receipt.interventions} | {entry.policy for entry in receipt.triggers}
+    for name in sorted(policies - {"", *in_force}):
+        raise receipt_mismatch(f"the receipt tells of a policy {name!r} that was not in force")
 
 
-def _applied(triggers: Iterable[Trigger]) -> list[Intervention]:
-    return [edit for one in triggers if isinstance(one.action, Apply) for edit in one.action.interventions]
-
-
-def _check_edits(receipt: Receipt, wanted: Iterable[Intervention]) -> None:
+def _check_edits(receipt: Receipt, edits: Iterable[Intervention]) -> None:
     """An edit of a feature that a policy edits too is told of by the policy's rule."""
-    made = [one for one in receipt.interventions if not one.is_shadow]
-    own = {(one.sae, one.feature, one.kind) for one in made if not one.policy}
-    by_policy = {(one.sae, one.feature) for one in made if one.policy}
-    for edit in wanted:
-        if (edit.sae, edit.feature, edit.kind) not in own and (edit.sae, edit.feature) not in by_policy:
-            raise receipt_mismatch(f"the receipt does not tell of {edit.kind} of {edit.sae}:{edit.feature}")
+    entries = [entry for entry in receipt.interventions if not entry.is_shadow]
+    of_request = {(entry.sae, entry.feature, entry.kind) for entry in entries if not entry.policy}
+    of_policies = {(entry.sae, entry.feature) for entry in entries if entry.policy}
+    for edit in edits:
+        if (edit.sae, edit.feature, edit.kind) not in of_request and (edit.sae, edit.feature) not in of_policies:
+            raise receipt_mismatch(f"the receipt does not tell of {edit.kind} of {edit.ref}")
 
 
-def _check_triggers(done: Completion, receipt: Receipt, wanted: Iterable[Trigger]) -> None:
-    told = {(one.policy, one.name): one for one in receipt.triggers}
-    for trigger in wanted:
-        if ("", trigger.name) not in told:
-            raise receipt_mismatch(f"the receipt does not tell of the trigger {trigger.name!r}")
-    if (done.finish_reason == "feature") != (done.stopped_by is not None):
-        raise receipt_mismatch(f"its finish reason is {done.finish_reason!r}, and stopped_by {done.stopped_by}")
-    if done.stopped_by is not None:
-        one = told.get((done.stopped_by.policy, done.stopped_by.name))
-        if one is None or one.is_shadow or one.first_position is None:
-            raise receipt_mismatch(f"the receipt does not tell that {done.stopped_by.name!r} fired")
+def _check_triggers(completion: Completion, receipt: Receipt, names: Iterable[str]) -> None:
+    entries = {(entry.policy, entry.name): entry for entry in receipt.triggers}
+    for name in names:
+        if ("", name) not in entries:
+            raise receipt_mismatch(f"the receipt does not tell of the trigger {name!r}")
+    by = completion.stopped_by
+    if (completion.finish_reason == "feature") != (by is not None):
+        raise receipt_mismatch(f"its finish reason is {completion.finish_reason!r}, and stopped_by {by}")
+    if by is not None:
+        entry = entries.get((by.policy, by.name))
+        if entry is None or entry.is_shadow or entry.first_position is None:
+            raise receipt_mismatch(f"the receipt does not tell that {by.name!r} fired")

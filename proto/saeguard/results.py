@@ -226,8 +226,8 @@ class Comparison:
 
     steered: Completion
     unsteered: Completion
-    first_divergence: int | None
-    kl_nats: tuple[float, ...]
+    first_divergence: int | None = None
+    kl_nats: tuple[float, ...] = ()
 
 
 # --- activations

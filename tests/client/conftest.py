@@ -82,7 +82,7 @@ class FakeServer:
         self, context: Any, code: grpc.StatusCode, message: str, *details: Message, pushback_ms: str = ""
     ) -> Any:
         """Ends the call with a rich status."""
-        status = status_pb2.Status(code=code.value[0], message=message, details=[_packed(one) for one in details])
+        status = status_pb2.Status(code=code.value[0], message=message, details=[_packed(detail) for detail in details])
         metadata: list[tuple[str, Any]] = [("grpc-status-details-bin", status.SerializeToString())]
         if pushback_ms:
             metadata.append(("grpc-retry-pushback-ms", pushback_ms))

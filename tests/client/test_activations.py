@@ -57,10 +57,12 @@ def test_any_split_in_any_interleaving_merges_to_the_original(
         queue = data.draw(st.sampled_from([queue for queue in waiting if queue]))
         arriving.append(queue.pop(0))
     merged = merge(arriving)
-    assert {(one.input, one.sae): [list(one.row(i)) for i in range(len(one))] for one in merged} == matrices
-    assert [one.input for one in merged] == sorted(one.input for one in merged)
-    for one in merged:
-        assert [token.id for token in one.tokens] == list(range(len(one)))
+    assert {
+        (matrix.input, matrix.sae): [list(matrix.row(i)) for i in range(len(matrix))] for matrix in merged
+    } == matrices
+    assert [matrix.input for matrix in merged] == sorted(matrix.input for matrix in merged)
+    for matrix in merged:
+        assert [token.id for token in matrix.tokens] == list(range(len(matrix)))
 
 
 def test_through_the_wire(server: Any, shell: Any) -> None:
@@ -69,15 +71,15 @@ def test_through_the_wire(server: Any, shell: Any) -> None:
     replies = [part(0, "a", 0, first, last=False), part(1, "a", 0, second), part(0, "a", 2, second)]
     server.on("GetActivations", replies)
     merged = shell.call("activations", ["x", [1, 2]], ["a"], top_k=2, steer=[Zero("a", 3)])
-    assert [(one.input, len(one)) for one in merged] == [(0, 3), (1, 1)]
+    assert [(matrix.input, len(matrix)) for matrix in merged] == [(0, 3), (1, 1)]
     assert merged[0].row(0) == ((3, 2.0), (1, 0.5))
     assert (merged[0].row(1), merged[0].row(-1)) == ((), ((7, 1.0),))
     parts = list(shell.stream("activations_stream", ["x", [1, 2]], ["a"], top_k=2, steer=[Zero("a", 3)]))
-    assert [(one.input, one.start, one.last) for one in parts] == [(0, 0, False), (1, 0, True), (0, 2, True)]
+    assert [(part.input, part.start, part.last) for part in parts] == [(0, 0, False), (1, 0, True), (0, 2, True)]
     assert merge(parts) == merged
     request = server.seen[0].request
     assert (request.top_k, list(request.saes)) == (2, ["a"])
-    assert [one.WhichOneof("input") for one in request.inputs] == ["text", "tokens"]
+    assert [item.WhichOneof("input") for item in request.inputs] == ["text", "tokens"]
     assert request.interventions[0].HasField("zero")
     assert server.seen[1].request == request
 
@@ -85,8 +87,8 @@ def test_through_the_wire(server: Any, shell: Any) -> None:
 @pytest.mark.parametrize(
     ("selection", "field", "expected"),
     [
-        ({"top_k": 3}, "top_k", 3),
-        ({"threshold": 0.0}, "threshold", 0.0),
+        ({"top_k": 3, "saes": ["a"]}, "top_k", 3),
+        ({"threshold": 0.0, "saes": ["a"]}, "threshold", 0.0),
         (
             {"features": [FeatureRef("a", 5)]},
             "features",
@@ -98,7 +100,7 @@ def test_selections(server: Any, shell: Any, selection: Any, field: str, expecte
     server.on("GetActivations", [part(0, "a", 0, [[]])])
     shell.call("activations", "one text", **selection)
     request = server.seen[0].request
-    assert [one.text for one in request.inputs] == ["one text"]
+    assert [item.text for item in request.inputs] == ["one text"]
     assert request.WhichOneof("selection") == field
     assert getattr(request, field) == expected
 
@@ -108,7 +110,8 @@ def test_selections(server: Any, shell: Any, selection: Any, field: str, expecte
     [
         ({}, "top_k: give one of"),
         ({"top_k": 1, "threshold": 0.5}, "top_k: give one of"),
-        ({"top_k": -1}, "top_k: must be 0 to"),
+        ({"top_k": -1}, "top_k: must be 1 to"),
+        ({"top_k": 1}, "saes: must not be empty unless features are named"),
         ({"top_k": 1, "saes": "a"}, "saes: must be a sequence"),
         ({"features": FeatureRef("a", 1)}, "features: must be a sequence"),
         ({"top_k": 1, "inputs": [3]}, r"inputs\[0\]: must be a sequence"),
@@ -150,16 +153,16 @@ def test_a_broken_stream_is_an_error(server: Any, shell: Any, replies: Any, mess
 
 
 def test_numpy_shares_the_memory() -> None:
-    (one,) = merge([domain(part(0, "a", 0, [[(3, 2.0), (1, 0.5)], [], [(0, -1.0)]]))])
-    indptr, indices, values = one.to_numpy()
+    (matrix,) = merge([domain(part(0, "a", 0, [[(3, 2.0), (1, 0.5)], [], [(0, -1.0)]]))])
+    indptr, indices, values = matrix.to_numpy()
     assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.uint32, np.float32)
     values[0] = 4.0
-    assert one.values[0] == 4.0
-    assert one.to_dense(4).tolist() == [[0, 0.5, 0, 4.0], [0, 0, 0, 0], [-1.0, 0, 0, 0]]
+    assert matrix.values[0] == 4.0
+    assert matrix.to_dense(4).tolist() == [[0, 0.5, 0, 4.0], [0, 0, 0, 0], [-1.0, 0, 0, 0]]
     with pytest.raises(ValueError, match="d_sae: must be above the largest index 3"):
-        one.to_dense(3)
+        matrix.to_dense(3)
     with pytest.raises(IndexError):
-        one.row(3)
+        matrix.row(3)
 
 
 def test_a_part_out_of_place_does_not_merge() -> None:

@@ -22,9 +22,9 @@ def paged(sizes: list[int]) -> Any:
     def script(request: Any, context: Any) -> Any:
         number = int(request.page_token or 0)
         start = sum(sizes[:number])
-        found = [pb.Feature(sae="a", index=i) for i in range(start, start + sizes[number])]
+        features = [pb.Feature(sae="a", index=i) for i in range(start, start + sizes[number])]
         more = str(number + 1) if number + 1 < len(sizes) else ""
-        return pb.ListFeaturesResponse(features=found, next_page_token=more)
+        return pb.ListFeaturesResponse(features=features, next_page_token=more)
 
     return script
 
@@ -44,8 +44,8 @@ def test_pages_are_one_walk(
     server: Any, shell: Any, sizes: list[int], limit: int | None, expected: int, pages: int
 ) -> None:
     server.on("ListFeatures", paged(sizes))
-    found = list(shell.stream("features", "a", "bridge", limit))
-    assert [one.index for one in found] == list(range(expected))
+    features = list(shell.stream("features", "a", "bridge", limit))
+    assert [feature.index for feature in features] == list(range(expected))
     assert len(server.seen) == pages
     assert all((call.request.sae, call.request.query) == ("a", "bridge") for call in server.seen)
     assert all(0 < call.request.page_size <= 100 for call in server.seen)
@@ -83,7 +83,10 @@ def test_a_feature(server: Any, shell: Any) -> None:
 def test_model_saes_and_info(server: Any, shell: Any) -> None:
     server.on("GetModel", pb.GetModelResponse(name="m", num_layers=2, sites=["resid_post.0", "resid_post.1"]))
     server.on("ListSaes", pb.ListSaesResponse(saes=[pb.Sae(name="a"), pb.Sae(name="b", quality=pb.SaeQuality(l0=32))]))
-    server.on("GetServerInfo", info_pb.GetServerInfoResponse(version="1", intervention_kinds=["zero", "cap"]))
+    server.on(
+        "GetServerInfo",
+        info_pb.GetServerInfoResponse(version="1", intervention_kinds=["zero", "cap"], limits=info_pb.Limits()),
+    )
     assert shell.call("model").sites == ("resid_post.0", "resid_post.1")
     first, second = shell.call("saes")
     assert (first.quality, second.quality) == (None, SaeQuality(l0=32.0))

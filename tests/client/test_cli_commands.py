@@ -90,12 +90,13 @@ def test_a_model_cannot_drive_the_terminal(server: Any, saeguard: Any, completio
 
 def compared(request: Any, context: Any) -> Any:
     text = "steered text" if request.interventions else "plain text"
-    made = [
-        receipt_pb2.InterventionReceipt(sae=one.sae, feature=one.feature, kind=one.WhichOneof("kind"))
-        for one in request.interventions
+    entries = [
+        receipt_pb2.InterventionReceipt(sae=edit.sae, feature=edit.feature, kind=edit.WhichOneof("kind"))
+        for edit in request.interventions
     ]
-    receipt = receipt_pb2.Receipt(interventions=made) if made else None
-    done = gen.Completion(finish_reason=2, seed=request.sampling.seed, receipt=receipt)
+    receipt = receipt_pb2.Receipt(interventions=entries) if entries else None
+    spent = {"usage": gen.Usage(), "timings": gen.Timings()}
+    done = gen.Completion(finish_reason=2, seed=request.sampling.seed, receipt=receipt, **spent)
     return gen.GenerateResponse(text=text, completion=done)
 
 
@@ -119,7 +120,7 @@ def test_compare_side_by_side(server: Any, saeguard: Any, tty: Tty) -> None:
 def test_compare_json(server: Any, saeguard: Any) -> None:
     server.on("Generate", compared)
     done = json.loads(saeguard("generate", "x", "--zero", "a:1", "--compare", "--json", "--seed", "5")[1])
-    assert {name: (one["text"], one["seed"]) for name, one in done.items()} == {
+    assert {name: (completion["text"], completion["seed"]) for name, completion in done.items()} == {
         "unsteered": ("plain text", 5),
         "steered": ("steered text", 5),
     }
@@ -138,8 +139,8 @@ def catalogue(server: Any) -> None:
         return catalog_service_pb2.GetFeatureResponse(feature=entry)
 
     def listed(request: Any, context: Any) -> Any:
-        found = [catalog_service_pb2.Feature(sae="a", index=17, label="golden", maximum=4, density=0.015625)]
-        return catalog_service_pb2.ListFeaturesResponse(features=[] if request.query == "none" else found)
+        features = [catalog_service_pb2.Feature(sae="a", index=17, label="golden", maximum=4, density=0.015625)]
+        return catalog_service_pb2.ListFeaturesResponse(features=[] if request.query == "none" else features)
 
     def fired(request: Any, context: Any) -> Any:
         reply = activation_service_pb2.GetActivationsResponse(sae="a", last=True, values=[4.0, 0.5])
@@ -191,8 +192,8 @@ def test_activations_in_colour(saeguard: Any, tty: Tty) -> None:
 
 @pytest.mark.usefixtures("catalogue")
 def test_activations_json(saeguard: Any) -> None:
-    (found,) = json.loads(saeguard("activations", "The gate", "--sae", "a", "--json")[1])["activations"]
-    assert (found["indptr"], found["indices"], found["values"]) == ([0, 0, 2], [17, 3], [4.0, 0.5])
+    (matrix,) = json.loads(saeguard("activations", "The gate", "--sae", "a", "--json")[1])["activations"]
+    assert (matrix["indptr"], matrix["indices"], matrix["values"]) == ([0, 0, 2], [17, 3], [4.0, 0.5])
 
 
 @pytest.mark.usefixtures("catalogue")
@@ -200,7 +201,7 @@ def test_features(server: Any, saeguard: Any) -> None:
     expected = "FEATURE  MAXIMUM  DENSITY  LABEL\na:17     4        0.0156   golden\n"
     assert saeguard("features", "list", "--sae", "a", "--limit", "3") == (0, expected, "")
     assert saeguard("features", "search", "gold")[1] == expected
-    assert [(one.request.sae, one.request.query, one.request.page_size) for one in server.seen] == [
+    assert [(call.request.sae, call.request.query, call.request.page_size) for call in server.seen] == [
         ("a", "", 3),
         ("", "gold", 50),
     ]

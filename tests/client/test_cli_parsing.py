@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saeguard.types import KINDS, UNITS
 from saeguard_client import Add, Clamp, FeatureRef, Scale, Scope, Zero
 from saeguard_client.cli import main, parser
 from saeguard_client.cli.generate import EditFlag, steering
-from saeguard_client.interventions import KINDS
-from saeguard_client.scopes import UNITS
 
 NAMES = st.text(st.characters(categories=["L", "N"], include_characters="_.:=-/"), min_size=1)
 REFS = st.builds(FeatureRef, NAMES, st.integers(0, 2**32 - 1))
@@ -46,7 +45,7 @@ def test_zero_has_no_operand_and_scale_no_unit(target: FeatureRef, factor: float
 @given(st.sampled_from(sorted(KINDS)), st.text())
 def test_no_text_breaks_the_parser(kind: str, text: str) -> None:
     try:
-        edit = EditFlag.parse(kind, text).build("raw", None)
+        edit = EditFlag.parse(kind, text).build("raw", Scope())
     except ValueError:
         return
     assert edit.kind == kind
@@ -81,7 +80,7 @@ def test_without_flags_edits_are_plain() -> None:
         (["generate", "x", "--deadline", "0"], "deadline_s: must be above 0"),
         (["generate", "x", "--tls-ca", "/nowhere/ca.pem"], "/nowhere/ca.pem: No such file"),
         (["generate", "x", "--tls-key", "key.pem"], "private_key: goes together with"),
-        (["activations", "x", "--sae", "a", "--top", "-1"], "top_k: must be 0 to"),
+        (["activations", "x", "--sae", "a", "--top", "-1"], "top_k: must be 1 to"),
         (["features"], "ACTION"),
         (["features", "show", "resid4"], "is not a feature"),
         (["features", "list", "--limit", "-1"], "limit: must be 0 to"),
@@ -120,8 +119,8 @@ def test_the_target_comes_from_the_environment(monkeypatch: Any) -> None:
 def installed(monkeypatch: Any) -> Any:
     """Installs commands for this test instead of the real ones."""
 
-    def install(*found: EntryPoint) -> None:
-        monkeypatch.setattr(parser, "entry_points", lambda group: found)
+    def install(*commands: EntryPoint) -> None:
+        monkeypatch.setattr(parser, "entry_points", lambda group: commands)
 
     return install
 
@@ -130,9 +129,9 @@ def plugin(monkeypatch: Any, run: Any) -> EntryPoint:
     module = ModuleType("a_plugin")
 
     def add(subparsers: Any) -> None:
-        one = subparsers.add_parser("serve")
-        one.add_argument("--port", type=int, default=1)
-        one.set_defaults(run=run)
+        command = subparsers.add_parser("serve")
+        command.add_argument("--port", type=int, default=1)
+        command.set_defaults(run=run)
 
     module.add = add  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_plugin", module)

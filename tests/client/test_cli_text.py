@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_client.cli.generate import as_json
-from saeguard_client.cli.terminal import SHADES, Terminal, beside, cells, fold, pad, safe, shade, shaded, table
+from saeguard_client.cli.terminal import SHADES, Terminal, as_json, beside, cells, fold, pad, safe, shade, shaded, table
 
 
 class Tty(io.StringIO):

@@ -1,60 +1,46 @@
-"""What must not drift: the two clients, the wire and the dataclasses, the exported names, the imports."""
+"""What must not drift: the two clients, what an editor shows of them, the exported names, the imports."""
 
 from __future__ import annotations
 
 import inspect
 import subprocess
 import sys
-from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import jedi
 import pytest
-from google.protobuf.descriptor import Descriptor
 
 import saeguard_client
-from saeguard.v1 import (
-    activation_service_pb2,
-    catalog_service_pb2,
-    condition_pb2,
-    generation_service_pb2,
-    intervention_pb2,
-    receipt_pb2,
-    server_info_service_pb2,
-)
-from saeguard_client import AsyncClient, Client, Completion, api
-from saeguard_client._wire.mirror import MIRRORS
-from saeguard_client.conditions import COMPARISONS, WINDOWS, Condition, Term, Window
-from saeguard_client.interventions import KINDS, Intervention
-from saeguard_client.sampling import Sampling
-from saeguard_client.scopes import PHASES, UNITS, Scope
-from saeguard_client.triggers import ACTIONS
+from saeguard.requests import GenerateRequest, Sampling
+from saeguard.types import KINDS
+from saeguard_client import AsyncClient, Client
 
-FILES = (
-    activation_service_pb2,
-    catalog_service_pb2,
-    generation_service_pb2,
-    receipt_pb2,
-    server_info_service_pb2,
-)
-MESSAGES: dict[str, Descriptor] = {k: v for file in FILES for k, v in file.DESCRIPTOR.message_types_by_name.items()}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def public_methods(cls: type) -> dict[str, Any]:
     return {name: value for name, value in vars(cls).items() if not name.startswith("_")}
 
 
-def names(cls: type) -> set[str]:
-    return {field.name for field in fields(cls)}
+def blocking(annotation: str) -> str:
+    """An asyncio method's annotation, as the blocking method has it."""
+    if not annotation.startswith("AsyncGenerator["):
+        return annotation
+    return annotation.removeprefix("Async").removesuffix("]") + ", None]"
 
 
-def test_both_clients_take_the_same_arguments() -> None:
+def test_both_clients_have_the_same_methods() -> None:
     sync, asynchronous = public_methods(Client), public_methods(AsyncClient)
     assert {"generate", "generate_stream", "activations", "features", "close"} <= sync.keys()
-    assert sync.keys() == asynchronous.keys()
-    for name in sync.keys() - {"close"}:
-        assert inspect.signature(sync[name]) == inspect.signature(asynchronous[name]), name
-        assert sync[name].__name__ == name
-        assert sync[name].__doc__ == asynchronous[name].__doc__
+    assert list(sync) == list(asynchronous)
+    for name in sync:
+        ours, theirs = inspect.signature(sync[name]), inspect.signature(asynchronous[name])
+        assert ours.parameters == theirs.parameters, name
+        assert ours.return_annotation == blocking(theirs.return_annotation), name
+        assert sync[name].__doc__ == asynchronous[name].__doc__, name
+        is_stream = theirs.return_annotation.startswith("AsyncGenerator[")
+        assert inspect.iscoroutinefunction(asynchronous[name]) is not is_stream, name
 
 
 def test_constructors_differ_in_the_channel_only() -> None:
@@ -65,51 +51,73 @@ def test_constructors_differ_in_the_channel_only() -> None:
     assert settings(Client) == settings(AsyncClient)
 
 
-def test_a_methods_signature_is_its_builders_for_bound_methods_too() -> None:
-    shown = inspect.signature(Client("127.0.0.1:1").generate)
-    assert list(shown.parameters) == list(inspect.signature(api.generate).parameters)
-    assert list(shown.parameters)[:2] == ["input", "steer"]
+def test_a_generation_takes_every_field_of_its_request() -> None:
+    arguments = inspect.signature(Client.generate).parameters
+    assert inspect.signature(Client.generate_stream).parameters == arguments
+    assert list(arguments)[:3] == ["self", "input", "steer"]
+    fields = {*inspect.signature(Sampling).parameters, *inspect.signature(GenerateRequest).parameters}
+    assert fields - {"sampling", "interventions"} == arguments.keys() - {
+        "self", "steer", "check_receipt", "deadline_s", "request_id",
+    }  # fmt: skip
+    assert inspect.signature(Client.compare).parameters.items() <= arguments.items()
 
 
-def test_every_wire_kind_has_an_edit_with_the_same_fields() -> None:
-    wire = {f.name: f.message_type for f in intervention_pb2.Intervention.DESCRIPTOR.oneofs_by_name["kind"].fields}
-    assert wire.keys() == KINDS.keys()
-    for name, message in wire.items():
-        assert {f.name for f in message.fields} == names(KINDS[name]) - names(Intervention), name
+@pytest.fixture
+def editor(tmp_path: Path, monkeypatch: Any) -> Any:
+    """Opens a program as an editor does that reads source and runs nothing."""
+    monkeypatch.setattr(jedi.settings, "cache_directory", str(tmp_path))
+    project = jedi.Project(ROOT, added_sys_path=[str(ROOT / "proto"), str(ROOT / "client")])
+
+    def opened(program: str) -> jedi.Script:
+        start = "from saeguard_client import AsyncClient, Client\nclient, remote = Client('h:1'), AsyncClient('h:1')\n"
+        return jedi.Script(start + program, project=project, environment=jedi.InterpreterEnvironment())
+
+    return opened
 
 
-def test_scope_sampling_units_and_phases_are_the_wires() -> None:
-    assert set(intervention_pb2.Scope.DESCRIPTOR.fields_by_name) == names(Scope)
-    assert set(generation_service_pb2.Sampling.DESCRIPTOR.fields_by_name) == names(Sampling)
-    assert {f"UNIT_{unit.upper()}" for unit in UNITS} == set(intervention_pb2.Unit.keys()) - {"UNIT_UNSPECIFIED"}
-    assert {f"PHASE_{phase.upper()}" for phase in PHASES} == set(intervention_pb2.Phase.keys()) - {"PHASE_UNSPECIFIED"}
+@pytest.mark.parametrize("client", ["client", "remote"])
+@pytest.mark.parametrize(
+    ("method", "parameters", "doc"),
+    [
+        ("generate", "input: Input, *, steer: Iterable[Intervention]=(), max_new_tokens:", "temperature: 0 is greedy"),
+        ("generate_stream", "input: Input, *, steer: Iterable[Intervention]=(),", "the text as it is made"),
+        ("compare", "input: Input, *, steer: Iterable[Intervention]=(),", "Needs the role policy-write"),
+        ("activations", "inputs: str | Sequence[Input], saes: Iterable[str]=(), *, top_k:", "a lone string is one"),
+        ("feature", "sae: str, index: int, *, deadline_s: float | None=None,", "NotFound: there is no such SAE"),
+        ("apply_policies", "documents: Mapping[str, str], *, etag: str=", "Conflict: there is a newer revision"),
+    ],
+)
+def test_an_editor_shows_signature_and_docs(editor: Any, client: str, method: str, parameters: str, doc: str) -> None:
+    (signature,) = editor(f"{client}.{method}(").get_signatures()
+    assert signature.to_string().startswith(f"{method}({parameters}")
+    assert doc in signature.docstring()
 
 
-def test_conditions_and_triggers_are_the_wires() -> None:
-    for message, cls in (("Condition", Condition), ("Term", Term), ("Window", Window)):
-        assert set(intervention_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name) == names(cls)
-    comparisons, windows = set(intervention_pb2.Comparison.keys()), set(intervention_pb2.WindowKind.keys())
-    assert {f"COMPARISON_{one.upper()}" for one in COMPARISONS} == comparisons - {"COMPARISON_UNSPECIFIED"}
-    assert {f"WINDOW_KIND_{one.upper()}" for one in WINDOWS} == windows - {"WINDOW_KIND_UNSPECIFIED"}
-    actions = condition_pb2.Trigger.DESCRIPTOR.oneofs_by_name["action"].fields
-    assert {one.message_type.name for one in actions} == {one.__name__ for one in ACTIONS}
+@pytest.mark.parametrize(
+    ("program", "result"),
+    [
+        ("result = client.generate('x')", "Completion"),
+        ("for result in client.generate_stream('x'): pass", "StreamChunk"),
+        ("result = client.generate('x').usage", "Usage"),
+        ("result = client.compare('x').steered", "Completion"),
+        ("result = client.activations('x', top_k=1)[0]", "Activations"),
+        ("result = client.feature('a', 1)", "Feature"),
+        ("result = client.apply_policies({})", "PolicyChange"),
+        ("async def run():\n    result = await remote.generate('x')\n    result", "Completion"),
+        ("async def run():\n    async for result in remote.generate_stream('x'):\n        result", "StreamChunk"),
+    ],
+)
+def test_an_editor_shows_the_result(editor: Any, program: str, result: str) -> None:
+    if "async" not in program:
+        program += "\nresult"
+    (value,) = editor(program).infer(*end_of(program))
+    assert value.name == result
 
 
-@pytest.mark.parametrize("name", sorted(MIRRORS))
-def test_every_result_has_the_fields_of_its_message(name: str) -> None:
-    message = MESSAGES[name]
-    assert set(message.fields_by_name) == names(MIRRORS[name])
-    optional = {f.name for f in fields(MIRRORS[name]) if f.default is None}
-    # Read as None when absent, so the wire must be able to say that they are.
-    assert all(message.fields_by_name[field].has_presence for field in optional)
-    nested = {f.message_type.name for f in message.fields if f.message_type is not None}
-    assert nested <= MIRRORS.keys()
-
-
-def test_the_completion_holds_the_wires_and_the_text() -> None:
-    assert names(Completion) == {"text", "tokens", "readings", "prompt_logprobs"} | set(
-        MESSAGES["Completion"].fields_by_name
-    )
+def end_of(program: str) -> tuple[int, int]:
+    """Line and column, after the two lines that the editor has before."""
+    lines = program.splitlines()
+    return len(lines) + 2, len(lines[-1])
 
 
 def test_all_is_complete_sorted_and_importable() -> None:
@@ -118,14 +126,14 @@ def test_all_is_complete_sorted_and_importable() -> None:
     assert exported == sorted(exported)
     for name in exported:
         getattr(saeguard_client, name)
-    modules = ("results", "catalog", "activations", "client", "async_client", "errors")
+    modules = [sys.modules[name] for name in ("saeguard_client.errors", "saeguard.results", "saeguard.catalog")]
     public = {
         name
         for module in modules
-        for name, value in vars(getattr(saeguard_client, module)).items()
-        if inspect.isclass(value) and value.__module__ == f"saeguard_client.{module}" and not name.startswith("_")
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
-    assert public - set(exported) == set()
+    assert public - {"FeaturePage"} <= set(exported)
     assert {kind.__name__ for kind in KINDS.values()} <= set(exported)
 
 

@@ -42,7 +42,7 @@ def test_a_function_gives_each_call_its_token(server: Any, open_shell: Any, whol
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("credentials", "problem"),
     [
         ({"api_key": KEY, "token": "a.b.c"}, "api_key: the server takes one credential"),
         ({"api_key": KEY, "metadata": {"Authorization": "Bearer x"}}, "the server takes one credential"),
@@ -52,9 +52,9 @@ def test_a_function_gives_each_call_its_token(server: Any, open_shell: Any, whol
         ({"token": 3}, "token: must be printable"),
     ],
 )
-def test_what_cannot_be_sent_is_refused_and_not_quoted(client: Any, given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said) as caught:
-        client("localhost:1", **given)
+def test_what_cannot_be_sent_is_refused_and_not_quoted(client: Any, credentials: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        client("localhost:1", **credentials)
     assert "Xyzzy" not in str(caught.value)
 
 
@@ -103,30 +103,32 @@ def test_files_and_the_environment(
 def test_wrong_usage(environment: Any, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "secret"
     file.write_text(f"{KEY} {KEY}")
-    for arguments, said in (
+    for arguments, problem in (
         (["--api-key-file", str(tmp_path / "none")], "No such file"),
         (["--api-key-file", str(file)], "api_key: must be printable ASCII without blanks"),
         (["--api-key-file", str(file), "--token-file", str(file)], "one credential"),
     ):
         assert main(["info", *arguments]) == 2
         err = capsys.readouterr().err
-        assert said in err
+        assert problem in err
         assert "Xyzzy" not in err
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "problem"),
     [
         (["TLS_CA"], "none-TLS_CA: No such file"),
         (["TLS_CERT"], "goes together with certificate_chain"),
         (["TLS_KEY", "TLS_CERT"], "none-TLS_KEY: No such file"),
     ],
 )
-def test_certificates_may_come_from_the_environment(environment: Any, capsys: Any, names: list[str], said: str) -> None:
+def test_certificates_may_come_from_the_environment(
+    environment: Any, capsys: Any, names: list[str], problem: str
+) -> None:
     for name in names:
         environment.setenv(f"SAEGUARD_{name}", f"none-{name}")
     assert main(["info"]) == 2
-    assert said in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
 
 
 def test_the_command_line_says_how_to_show_who_one_is(server: Any, environment: Any, capsys: Any) -> None:

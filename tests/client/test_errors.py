@@ -11,9 +11,8 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2 as details
 
 import saeguard_client
-from saeguard_client import errors
-from saeguard_client._wire import catalog
-from saeguard_client.calls import PerCall
+from saeguard_client import Model, errors
+from saeguard_client.calls import CallOptions, unary
 
 PAIRS = [(code, cls) for code, cls in errors.BY_STATUS.items()]
 
@@ -90,7 +89,7 @@ def test_details_that_contradict_the_status_are_left_out(server: Any, shell: Any
 def test_unreadable_replies_are_internal_errors() -> None:
     not_utf8 = b"\x0a\x01\xff"
     with pytest.raises(saeguard_client.InternalError, match="not a GetModelResponse"):
-        catalog.model(PerCall()).read(not_utf8)
+        unary("GetModel", Model, CallOptions()).read(not_utf8)
 
 
 def test_nobody_there(open_shell: Any) -> None:

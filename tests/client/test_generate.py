@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from saeguard.requests import GenerateRequest
 from saeguard.v1 import condition_pb2, input_pb2, intervention_pb2
 from saeguard.v1 import generation_service_pb2 as gen
+from saeguard.wire import from_message
 from saeguard_client import (
     Add,
     Apply,
@@ -45,11 +47,9 @@ ARGUMENTS: dict[str, Any] = {
     "max_relative_edit": 0.5,
     "watch": [FeatureRef("resid4", 5)],
     "triggers": [
-        Trigger("seen", Condition.on("resid4", 6, 1.5, unit="max"), Flag()),
+        Trigger("seen", Condition.on("resid4", 6, 1.5, release=1, unit="max"), Flag()),
         Trigger("over", Condition(terms=[Term("resid4", 6, -2), Term("resid2", 1)], threshold=0, bias=1), Stop()),  # type: ignore[arg-type]
-        Trigger(
-            "then", Condition.on("resid2", 7, 2, release=1, window=Window("k_of_n", 4, 2)), Apply([Zero("resid4", 7)])
-        ),
+        Trigger("then", Condition.on("resid2", 7, 2, window=Window("k_of_n", 4, 2)), Apply([Zero("resid4", 7)])),
     ],
     "policies": "calm",
     "conversation": "c-1",
@@ -96,6 +96,7 @@ EXPECTED = {
                 terms=[intervention_pb2.Term(sae="resid4", feature=6, weight=1)],
                 comparison=intervention_pb2.COMPARISON_ABOVE,
                 threshold=1.5,
+                release=1,
                 unit=intervention_pb2.UNIT_MAX,
                 window=intervention_pb2.Window(kind=intervention_pb2.WINDOW_KIND_THIS_TOKEN, tokens=1, k=1),
             ),
@@ -121,7 +122,6 @@ EXPECTED = {
                 terms=[intervention_pb2.Term(sae="resid2", feature=7, weight=1)],
                 comparison=intervention_pb2.COMPARISON_ABOVE,
                 threshold=2,
-                release=1,
                 unit=intervention_pb2.UNIT_RAW,
                 window=intervention_pb2.Window(kind=intervention_pb2.WINDOW_KIND_K_OF_N, tokens=4, k=2),
             ),
@@ -141,19 +141,19 @@ def test_the_request_holds_every_argument(server: Any, shell: Any, whole_reply: 
     server.on("GenerateStream", stream_replies)
     shell.call("generate", "Once", **ARGUMENTS)
     list(shell.stream("generate_stream", "Once", **ARGUMENTS))
-    assert [call.request for call in server.seen] == [gen.GenerateRequest(**EXPECTED)] * 2
+    expected = from_message(GenerateRequest, gen.GenerateRequest(**EXPECTED))
+    assert [from_message(GenerateRequest, call.request) for call in server.seen] == [expected] * 2
 
 
 def test_what_is_not_said_is_not_sent(server: Any, shell: Any, whole_reply: Any) -> None:
     server.on("Generate", whole_reply)
     shell.call("generate", "Once")
-    assert server.seen[0].request == gen.GenerateRequest(text="Once", sampling=gen.Sampling())
+    assert server.seen[0].request == gen.GenerateRequest(text="Once")
 
 
 @pytest.mark.parametrize(
-    ("given", "field", "expected"),
+    ("written", "field", "expected"),
     [
-        ("", "text", ""),
         (
             [ChatMessage("system", "be kind"), {"role": "user", "content": "hi"}],
             "chat",
@@ -168,9 +168,9 @@ def test_what_is_not_said_is_not_sent(server: Any, shell: Any, whole_reply: Any)
         (range(3), "tokens", input_pb2.TokenInput(ids=[0, 1, 2])),
     ],
 )
-def test_inputs(server: Any, shell: Any, whole_reply: Any, given: Any, field: str, expected: Any) -> None:
+def test_inputs(server: Any, shell: Any, whole_reply: Any, written: Any, field: str, expected: Any) -> None:
     server.on("Generate", whole_reply)
-    shell.call("generate", given)
+    shell.call("generate", written)
     request = server.seen[0].request
     assert request.WhichOneof("input") == field
     assert getattr(request, field) == expected
@@ -192,7 +192,8 @@ def test_the_completion_is_the_reply(server: Any, shell: Any, whole_reply: Any) 
 
 
 def test_absent_is_none(server: Any, shell: Any) -> None:
-    server.on("Generate", gen.GenerateResponse(tokens=[gen.Token(id=1)], completion=gen.Completion(finish_reason=77)))
+    end = gen.Completion(finish_reason=77, usage=gen.Usage(), timings=gen.Timings())
+    server.on("Generate", gen.GenerateResponse(tokens=[gen.Token(id=1)], completion=end))
     done = shell.call("generate", "Once")
     assert done.receipt is None
     assert done.tokens[0].logprob is None
@@ -221,7 +222,7 @@ def test_a_stream_that_just_stops_is_an_error(server: Any, shell: Any, stream_re
 
 def test_a_reply_without_completion_is_an_error(server: Any, shell: Any) -> None:
     server.on("Generate", gen.GenerateResponse(text="Once"))
-    with pytest.raises(InternalError, match="completion is missing"):
+    with pytest.raises(InternalError, match="completion: must be set"):
         shell.call("generate", "Once")
 
 
@@ -248,13 +249,14 @@ def test_closing_the_stream_cancels_the_call(server: Any, shell: Any, stream_rep
     ("arguments", "message"),
     [
         ({"input": []}, "input: must not be empty"),
+        ({"input": ""}, "input: must not be empty"),
         ({"input": 3}, "input: must be a sequence"),
         ({"input": [1, True]}, r"input\[1\]: must be an integer"),
         ({"input": [-1]}, r"input\[0\]: must be 0 to"),
         ({"input": [{"role": "user"}]}, r"input\[0\]: must be a ChatMessage or a dict"),
         ({"input": "\ud800"}, "input: holds a lone surrogate"),
-        ({"steer": Zero("a", 1)}, "steer: must be a sequence"),
-        ({"steer": ["zero"]}, r"steer\[0\]: must be an edit"),
+        ({"steer": Zero("a", 1)}, "interventions: must be a sequence"),
+        ({"steer": ["zero"]}, r"interventions\[0\]: must be an edit"),
         ({"watch": [("a", 1)]}, r"watch\[0\]: must be a FeatureRef"),
         ({"seed": -1}, "seed: must be 0 to 18446744073709551615"),
         ({"temperature": "hot"}, "temperature: must be a number"),
@@ -265,11 +267,12 @@ def test_closing_the_stream_cancels_the_call(server: Any, shell: Any, stream_rep
         ({"request_id": "a\nb"}, "request_id: must be printable ASCII"),
     ],
 )
-def test_what_cannot_be_sent_is_said_at_once(open_shell: Any, arguments: dict[str, Any], message: str) -> None:
-    client = open_shell().client
-    for name in ("generate", "generate_stream"):
-        with pytest.raises(ValueError, match=message):
-            getattr(client, name)(**{"input": "Once", **arguments})
+def test_what_cannot_be_sent_is_said_at_once(server: Any, shell: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shell.call("generate", **{"input": "Once", **arguments})
+    with pytest.raises(ValueError, match=message):
+        shell.client.generate_stream(**{"input": "Once", **arguments})
+    assert not server.seen
 
 
 def test_a_lone_stop_string_is_one(server: Any, shell: Any, whole_reply: Any) -> None:
@@ -281,13 +284,13 @@ def test_a_lone_stop_string_is_one(server: Any, shell: Any, whole_reply: Any) ->
 def test_a_comparison_is_both_answers_and_their_distance(server: Any, shell: Any, whole_reply: Any) -> None:
     reply = gen.CompareResponse(steered=whole_reply, unsteered=whole_reply, first_divergence=0, kl_nats=[0.5, 0.25, 0])
     server.on("Compare", reply)
-    found = shell.call(
+    comparison = shell.call(
         "compare", "Once", steer=[Clamp("resid4", 17, 2.0)], seed=3, policies="calm", check_receipt=False
     )
-    asked = server.seen[0].request
-    assert (asked.text, asked.sampling.seed, list(asked.policies)) == ("Once", 3, ["calm"])
-    assert (found.steered.text, found.unsteered.text) == ("Once upon a", "Once upon a")
-    assert (found.first_divergence, found.kl_nats) == (0, (0.5, 0.25, 0.0))
+    request = server.seen[0].request
+    assert (request.text, request.sampling.seed, list(request.policies)) == ("Once", 3, ["calm"])
+    assert (comparison.steered.text, comparison.unsteered.text) == ("Once upon a", "Once upon a")
+    assert (comparison.first_divergence, comparison.kl_nats) == (0, (0.5, 0.25, 0.0))
     server.on("Compare", gen.CompareResponse(steered=whole_reply, unsteered=whole_reply))
     assert shell.call("compare", "Once").first_divergence is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,24 @@ HISTORY = pb.ListHistoryResponse(
 
 def test_a_set_is_read(server: Any, shell: Any) -> None:
     server.on("ListPolicies", LISTED)
-    found = shell.call("policies", 7)
+    policies = shell.call("policies", 7)
     assert server.seen[0].request == pb.ListPoliciesRequest(revision=7)
-    assert found.policies[0] == PolicySummary("calm", "shadow", "safety", 0.5, ("flattery",), (), TIME)
-    assert (found.policies[1].share, found.policies[1].expires) == (1.0, None)
-    assert (found.etag, found.revision.number, found.active.revision, found.active.time) == ("7", 7, 6, TIME)
+    assert policies.policies[0] == PolicySummary(
+        name="calm", mode="shadow", owner="safety", share=0.5, rules=("flattery",), expires=TIME
+    )
+    assert (policies.policies[1].share, policies.policies[1].expires) == (1.0, None)
+    assert (policies.etag, policies.revision.number, policies.active.revision, policies.active.time) == (
+        "7",
+        7,
+        6,
+        TIME,
+    )
 
 
 def test_before_the_first_there_is_nothing(server: Any, shell: Any) -> None:
     server.on("ListPolicies", pb.ListPoliciesResponse(etag="0"))
-    found = shell.call("policies")
-    assert (found.policies, found.revision, found.active) == ((), None, None)
+    policies = shell.call("policies")
+    assert (policies.policies, policies.revision, policies.active) == ((), None, None)
 
 
 def test_changes_are_sent_whole(server: Any, shell: Any) -> None:
@@ -93,16 +101,16 @@ def test_changes_are_sent_whole(server: Any, shell: Any) -> None:
 def test_revisions_are_put_in_force(server: Any, shell: Any) -> None:
     server.on("ActivateRevision", pb.ActivateRevisionResponse(activation=activation(5, 7)))
     assert shell.call("activate_revision", 7, expected_activation=4, reason="go").number == 5
-    wanted = pb.ActivateRevisionRequest(revision=7, expected_activation=4, reason="go")
-    assert server.seen[0].request == wanted
+    expected = pb.ActivateRevisionRequest(revision=7, expected_activation=4, reason="go")
+    assert server.seen[0].request == expected
     server.on("Rollback", pb.RollbackResponse(activation=activation(6, 6)))
     assert shell.call("rollback_policies", expected_activation=5, reason="back").revision == 6
     assert server.seen[1].request == pb.RollbackRequest(expected_activation=5, reason="back")
     server.on("ListHistory", HISTORY)
-    found = shell.call("policy_history", 3)
+    history = shell.call("policy_history", 3)
     assert server.seen[2].request == pb.ListHistoryRequest(limit=3)
-    assert [one.number for one in found.revisions] == [7, 6]
-    assert [one.revision for one in found.activations] == [6, 6, 5]
+    assert [revision.number for revision in history.revisions] == [7, 6]
+    assert [activation.revision for activation in history.activations] == [6, 6, 5]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +156,9 @@ def test_list_and_show_and_history(saeguard: Any) -> None:
     code, out, _ = saeguard("history", "--diff")
     assert "2026-11-03 14:05:06 UTC  activation 4 puts revision 6 in force  bo: reviewed" in out
     assert "    +mode: shadow" in out
+    (_, out, _), (_, past, _) = saeguard("list", "--json"), saeguard("history", "--json")
+    assert json.loads(out)["active"]["time"] == "2026-11-03T14:05:06+00:00"
+    assert [activation["number"] for activation in json.loads(past)["activations"]] == [4, 3, 2]
 
 
 def test_apply_reads_folders_and_can_activate(server: Any, saeguard: Any, tmp_path: Path) -> None:
@@ -160,9 +171,9 @@ def test_apply_reads_folders_and_can_activate(server: Any, saeguard: Any, tmp_pa
     code, out, err = saeguard("apply", str(tmp_path), "--reason", "new", "--activate")
     assert (code, err) == (0, "")
     assert out == "+name: a\nstored as revision 8\nrevision 8 is in force (activation 5)\n"
-    asked = [call.request for call in server.seen]
-    assert [one.name for one in asked[1].documents] == ["a.yaml", "sub/probe.json"]
-    assert (asked[1].etag, asked[2].expected_activation) == ("7", 4)
+    requests = [call.request for call in server.seen]
+    assert [document.name for document in requests[1].documents] == ["a.yaml", "sub/probe.json"]
+    assert (requests[1].etag, requests[2].expected_activation) == ("7", 4)
 
 
 def test_diff_and_lint_store_nothing(server: Any, saeguard: Any, tmp_path: Path) -> None:
@@ -190,7 +201,9 @@ def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path)
         triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult")],
     )
     facts = gen.PolicyFacts(activation=4, revision=6, enforced=["calm"])
-    done = gen.Completion(finish_reason=gen.FINISH_REASON_STOP, receipt=receipt, policy=facts)
+    done = gen.Completion(
+        finish_reason=gen.FINISH_REASON_STOP, receipt=receipt, policy=facts, usage=gen.Usage(), timings=gen.Timings()
+    )
     server.on("Generate", gen.GenerateResponse(completion=done))
     cases = tmp_path / "cases.toml"
     cases.write_text(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from saeguard.requests import GenerateRequest
 from saeguard.v1 import generation_service_pb2 as gen
 from saeguard_client import (
     Apply,
@@ -40,20 +41,18 @@ DONE = Completion(
     timings=Timings(0, 0, 0), seed=1, request_id="r", receipt=RECEIPT, stopped_by=StoppedBy("", "secret"), policy=FACTS,
 )  # fmt: skip
 WHEN = Condition.on("a", 9, 1.0)
-ASKED: dict[str, Any] = {
-    "steer": (Clamp("a", 3, 1.0),),
-    "triggers": (Trigger("secret", WHEN, Stop()),),
-    "policies": ("calm",),
-}
+REQUEST = GenerateRequest(
+    input="x", interventions=[Clamp("a", 3, 1.0)], triggers=[Trigger("secret", WHEN, Stop())], policies=["calm"]
+)
 
 
 def test_a_reply_that_tells_of_everything_passes() -> None:
-    errors.check(DONE, **ASKED)
+    errors.check_receipt(DONE, REQUEST)
 
 
 def test_an_edit_that_a_policy_makes_too_is_told_of_by_its_rule() -> None:
     by_policy = replace(EDIT, kind="zero", policy="calm", rule="r")
-    errors.check(replace(DONE, receipt=replace(RECEIPT, interventions=(by_policy,))), **ASKED)
+    errors.check_receipt(replace(DONE, receipt=replace(RECEIPT, interventions=(by_policy,))), REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +72,14 @@ def test_an_edit_that_a_policy_makes_too_is_told_of_by_its_rule() -> None:
 )
 def test_what_is_missing_is_named(reply: Completion, missing: str) -> None:
     with pytest.raises(ReceiptMismatch, match=missing) as caught:
-        errors.check(reply, **ASKED)
+        errors.check_receipt(reply, REQUEST)
     assert caught.value.reason == "RECEIPT_MISMATCH"
 
 
 def test_a_triggers_edits_are_wanted_too() -> None:
     apply = Trigger("secret", WHEN, Apply([Zero("a", 8)]))
     with pytest.raises(ReceiptMismatch, match="zero of a:8"):
-        errors.check(DONE, (), (apply,), ())
+        errors.check_receipt(DONE, GenerateRequest(input="x", triggers=[apply]))
 
 
 @pytest.mark.parametrize("method", ["generate", "generate_stream"])
@@ -90,8 +89,8 @@ def test_both_ways_to_generate_check_unless_told_otherwise(
     server.on("Generate", whole_reply)
     server.on("GenerateStream", stream_replies)
 
-    def ask(**told: Any) -> Any:
-        arguments = {"steer": [Zero("resid4", 3)], **told}
+    def ask(**changes: Any) -> Any:
+        arguments = {"steer": [Zero("resid4", 3)], **changes}
         if method == "generate":
             return shell.call(method, "Once", **arguments)
         return list(shell.stream(method, "Once", **arguments))[-1].completion

@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
         terminal.note(f"saeguard: {err}")
         return USAGE
     except SaeguardError as err:
-        terminal.note(f"saeguard: {_told(err, args.target)}")
+        terminal.note(f"saeguard: {_explained(err, args.target)}")
         return UNREACHABLE if isinstance(err, Unavailable) else FAILED
     except ImportError as err:
         if not hasattr(args, "plugin"):
@@ -59,10 +59,12 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _told(error: SaeguardError, target: str) -> str:
+def _explained(error: SaeguardError, target: str) -> str:
     """The message, the fields that it does not name itself, and when to come back."""
     parts = [error.message]
-    parts.extend(f"{one.field}: {one.description}" for one in error.violations if one.field not in error.message)
+    for violation in error.violations:
+        if violation.field not in error.message:
+            parts.append(f"{violation.field}: {violation.description}")
     if error.retry_after_s is not None:
         parts.append(f"try again in {error.retry_after_s:g} s")
     if isinstance(error, Unauthenticated):

@@ -1,4 +1,4 @@
-"""``saeguard features``: the catalogue, listed, searched and shown."""
+"""``saeguard features``, ``activations`` and ``info``: what is served, and what fires where in a text."""
 
 from __future__ import annotations
 
@@ -6,152 +6,143 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from saeguard_client.activations import Activations, merge
-from saeguard_client.catalog import Feature, FeatureRef, Model, Sae, SaeQuality, ServerInfo
-from saeguard_client.cli.generate import add_steering, as_json, read_prompt, steering
-from saeguard_client.cli.terminal import Terminal, add_connection, as_argument, connect, safe, shaded, table, usage
+from saeguard.catalog import Feature, Model, Sae, SaeQuality, ServerInfo
+from saeguard.results import Activations, merge
+from saeguard.types import FeatureRef
+from saeguard_client.cli.generate import add_steering, read_prompt, steering
+from saeguard_client.cli.terminal import (
+    Terminal,
+    as_argument,
+    as_json,
+    command,
+    connect,
+    print_result,
+    safe,
+    shaded,
+    table,
+    usage,
+)
 from saeguard_client.client import Client
 
-FEATURE_EXAMPLES = """examples:
+_JSON = "print one JSON object"
+_FEATURE_EXAMPLES = """examples:
   saeguard features list --sae resid4 --limit 20
   saeguard features search "golden gate"
   saeguard features show resid4:4021
 """
-
-
-def add_features(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """The command's arguments."""
-    parser = subparsers.add_parser(
-        "features",
-        help="find features to steer",
-        description="What is known about the SAEs' features.",
-        epilog=FEATURE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="labelled features first, then the most frequent")
-    listing.set_defaults(query="", run=run_list)
-    search = actions.add_parser("search", help="features whose label, tokens or examples hold these words")
-    search.add_argument("query", metavar="QUERY", help="words to look for")
-    search.set_defaults(run=run_list)
-    for one in (listing, search):
-        one.add_argument("--sae", metavar="NAME", help="only this SAE's")
-        one.add_argument("--limit", type=int, default=50, metavar="N", help="at most this many (default: 50)")
-    show = actions.add_parser("show", help="everything about one feature")
-    show.add_argument("feature", metavar="SAE:FEATURE", type=as_argument(FeatureRef.parse))
-    show.set_defaults(run=run_show)
-    for one in (listing, search, show):
-        one.add_argument("--json", action="store_true", help="print one JSON object")
-        add_connection(one, with_defaults=False)
-
-
-def run_list(args: argparse.Namespace) -> int:
-    """A table of features; 0 also when there are none."""
-    terminal = Terminal()
-    with connect(args) as client:
-        with usage():
-            walk = client.features(args.sae, args.query, args.limit)
-        found = list(walk)
-    if args.json:
-        terminal.line(as_json({"features": found}))
-        return 0
-    if not found:
-        terminal.note("no features found")
-        return 0
-    rows = [(str(one.ref), _number(one.maximum), _number(one.density), one.label or "-") for one in found]
-    for line in table(_safe_rows([("FEATURE", "MAXIMUM", "DENSITY", "LABEL"), *rows])):
-        terminal.line(line)
-    return 0
-
-
-def run_show(args: argparse.Namespace) -> int:
-    """One feature's entry."""
-    terminal = Terminal()
-    with connect(args) as client:
-        entry = client.feature(args.feature.sae, args.feature.feature)
-    if args.json:
-        terminal.line(as_json(entry))
-        return 0
-    for line in _entry(entry):
-        terminal.line(safe(line, keep=""))
-    return 0
-
-
-def _entry(entry: Feature) -> Iterator[str]:
-    score = "" if entry.label_score is None else f" ({entry.label_metric} {entry.label_score:.2f})"
-    yield f"{entry.ref}  {entry.label or '(no label)'}{score}"
-    yield f"maximum {_number(entry.maximum)}, fires on {_share(entry.density)} of tokens"
-    if entry.quantiles:
-        yield "quantiles " + ", ".join(f"{one.q:g}: {one.value:.3g}" for one in entry.quantiles)
-    if entry.top_tokens:
-        yield "promotes " + ", ".join(f'"{one.token}" {one.logit:.2f}' for one in entry.top_tokens)
-    for one in entry.examples:
-        yield f"  {one.value:8.3g}  {one.text}"
-
-
-def _safe_rows(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    return [tuple(safe(cell, keep="") for cell in row) for row in rows]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _share(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{value:.2%}"
-
-
-# ``saeguard activations``: which features fire where in a text.
-
-
-ACTIVATION_EXAMPLES = """examples:
+_ACTIVATION_EXAMPLES = """examples:
   saeguard activations "The bridge is golden" --sae resid4 --top 5
   saeguard activations "The bridge is golden" --feature resid4:4021
   saeguard activations - --sae resid4 --json < text.txt
 """
 
 
-def add_activations(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """The command's arguments."""
+# --- saeguard features
+
+
+def add_features(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
-        "activations",
-        help="show which features fire on which token",
-        description="Read a text and show each token's strongest features, or colour the text by chosen features.",
-        epilog=ACTIVATION_EXAMPLES,
+        "features",
+        help="find features to steer",
+        description="What is known about the SAEs' features.",
+        epilog=_FEATURE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("text", metavar="TEXT", help="text to read, or - for standard input")
-    parser.add_argument("--chat", action="store_true", help="TEXT is a user's message to a chat model")
-    parser.add_argument("--sae", action="append", default=[], metavar="NAME", help="SAE to read with (default: all)")
-    parser.add_argument(
-        "--feature",
-        action="append",
-        default=[],
-        metavar="SAE:FEATURE",
-        type=as_argument(FeatureRef.parse),
-        help="colour the text by this feature's value; may be repeated",
-    )
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="features per token (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_steering(parser)
-    add_connection(parser, with_defaults=False)
-    parser.set_defaults(run=run_activations)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in (
+        ("list", "labelled features first, then the most frequent"),
+        ("search", "features whose label, tokens or examples hold these words"),
+    ):
+        with command(actions, name, run_list, text, json=_JSON) as parser:
+            parser.set_defaults(query="")
+            if name == "search":
+                parser.add_argument("query", metavar="QUERY", help="words to look for")
+            parser.add_argument("--sae", metavar="NAME", help="only this SAE's")
+            parser.add_argument("--limit", type=int, default=50, metavar="N", help="at most this many (default: 50)")
+    with command(actions, "show", run_show, "everything about one feature", json=_JSON) as parser:
+        parser.add_argument("feature", metavar="SAE:FEATURE", type=as_argument(FeatureRef.parse))
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """A table of features; 0 also when there are none."""
+    with connect(args) as client:
+        with usage():
+            walk = client.features(args.sae, args.query, args.limit)
+        features = list(walk)
+    if not features and not args.json:
+        Terminal().note("no features found")
+        return 0
+    rows = [(str(entry.ref), _number(entry.maximum), _number(entry.density), entry.label or "-") for entry in features]
+    cells = [tuple(safe(cell, keep="") for cell in row) for row in rows]
+    return print_result(args, {"features": features}, table([("FEATURE", "MAXIMUM", "DENSITY", "LABEL"), *cells]))
+
+
+def run_show(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        entry = client.feature(args.feature.sae, args.feature.feature)
+    return print_result(args, entry, _entry(entry))
+
+
+def _entry(entry: Feature) -> Iterator[str]:
+    score = "" if entry.label_score is None else f" ({entry.label_metric} {entry.label_score:.2f})"
+    yield f"{entry.ref}  {entry.label or '(no label)'}{score}"
+    share = "an unknown share" if entry.density is None else f"{entry.density:.2%}"
+    yield f"maximum {_number(entry.maximum)}, fires on {share} of tokens"
+    if entry.quantiles:
+        yield "quantiles " + ", ".join(f"{quantile.q:g}: {quantile.value:.3g}" for quantile in entry.quantiles)
+    if entry.top_tokens:
+        yield "promotes " + ", ".join(f'"{token.token}" {token.logit:.2f}' for token in entry.top_tokens)
+    for example in entry.examples:
+        yield f"  {example.value:8.3g}  {example.text}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+# --- saeguard activations
+
+
+def add_activations(subparsers: argparse._SubParsersAction[Any]) -> None:
+    with command(
+        subparsers,
+        "activations",
+        run_activations,
+        "show which features fire on which token",
+        description="Read a text and show each token's strongest features, or colour the text by chosen features.",
+        epilog=_ACTIVATION_EXAMPLES,
+        json=_JSON,
+    ) as parser:
+        parser.add_argument("text", metavar="TEXT", help="text to read, or - for standard input")
+        parser.add_argument("--chat", action="store_true", help="TEXT is a user's message to a chat model")
+        parser.add_argument(
+            "--sae", action="append", default=[], metavar="NAME", help="SAE to read with (default: all)"
+        )
+        parser.add_argument(
+            "--feature",
+            action="append",
+            default=[],
+            metavar="SAE:FEATURE",
+            type=as_argument(FeatureRef.parse),
+            help="colour the text by this feature's value; may be repeated",
+        )
+        parser.add_argument("--top", type=int, default=3, metavar="K", help="features per token (default: 3)")
+        add_steering(parser)
 
 
 def run_activations(args: argparse.Namespace) -> int:
-    """Reads the text; 0 when it was answered."""
     terminal = Terminal()
     with connect(args) as client:
-        found = _ask(client, args)
+        matrices = _read_activations(client, args)
         if args.json:
-            terminal.line(as_json({"activations": found}))
+            terminal.line(as_json({"activations": matrices}))
             return 0
-        for line in _colored(client, args, found, terminal) if args.feature else _tables(client, found):
+        for line in _colored(client, args, matrices, terminal) if args.feature else _tables(client, matrices):
             terminal.line(line)
     return 0
 
 
-def _ask(client: Client, args: argparse.Namespace) -> list[Activations]:
+def _read_activations(client: Client, args: argparse.Namespace) -> list[Activations]:
     saes, selection = args.sae, {"features": args.feature}
     if not args.feature:
         saes, selection = args.sae or [sae.name for sae in client.saes()], {"top_k": args.top}
@@ -160,25 +151,27 @@ def _ask(client: Client, args: argparse.Namespace) -> list[Activations]:
     return merge(parts)
 
 
-def _colored(client: Client, args: argparse.Namespace, found: list[Activations], terminal: Terminal) -> Iterator[str]:
-    by_sae = {one.sae: one for one in found}
+def _colored(
+    client: Client, args: argparse.Namespace, matrices: list[Activations], terminal: Terminal
+) -> Iterator[str]:
+    by_sae = {matrix.sae: matrix for matrix in matrices}
     for ref in args.feature:
-        entry, read = client.feature(ref.sae, ref.feature), by_sae[ref.sae]
-        values = [dict(read.row(i)).get(ref.feature, 0.0) for i in range(len(read))]
+        entry, matrix = client.feature(ref.sae, ref.feature), by_sae[ref.sae]
+        values = [dict(matrix.row(i)).get(ref.feature, 0.0) for i in range(len(matrix))]
         strongest = max(values, default=0.0)
         yield terminal.shaded(f"{_named(entry)}: at most {strongest:.3g} here", "1")
-        yield shaded([token.text for token in read.tokens], values, entry.maximum or strongest, terminal)
+        yield shaded([token.text for token in matrix.tokens], values, entry.maximum or strongest, terminal)
         yield ""
 
 
-def _tables(client: Client, found: list[Activations]) -> Iterator[str]:
-    for read in found:
-        names = _names(client, read)
-        yield f"{safe(read.sae, keep='')}"
+def _tables(client: Client, matrices: list[Activations]) -> Iterator[str]:
+    for matrix in matrices:
+        names = {index: _named(client.feature(matrix.sae, index)) for index in sorted(set(matrix.indices))}
+        yield safe(matrix.sae, keep="")
         yield from table(
             [
-                (str(i), f'"{safe(token.text, keep="")}"', _fired(read.row(i), names))
-                for i, token in enumerate(read.tokens)
+                (str(i), f'"{safe(token.text, keep="")}"', _fired(matrix.row(i), names))
+                for i, token in enumerate(matrix.tokens)
             ]
         )
         yield ""
@@ -188,43 +181,32 @@ def _fired(row: tuple[tuple[int, float], ...], names: dict[int, str]) -> str:
     return ", ".join(f"{names[feature]} {value:.3g}" for feature, value in row) or "-"
 
 
-def _names(client: Client, read: Activations) -> dict[int, str]:
-    return {feature: _named(client.feature(read.sae, feature)) for feature in sorted(set(read.indices))}
-
-
 def _named(entry: Feature) -> str:
     label = safe(entry.label, keep="")
     return f"{entry.index} ({label})" if label else str(entry.index)
 
 
-# ``saeguard info``: the server, its model, its SAEs.
+# --- saeguard info
 
 
 def add_info(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """The command's arguments."""
-    parser = subparsers.add_parser(
+    with command(
+        subparsers,
         "info",
-        help="show the server, its model and its SAEs",
+        run_info,
+        "show the server, its model and its SAEs",
         description="What is served, and what the server allows.",
         epilog="example:\n  saeguard info --target models.internal:50051 --tls-ca ca.pem\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_connection(parser, with_defaults=False)
-    parser.set_defaults(run=run_info)
+        json=_JSON,
+    ):
+        pass
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Asks three questions; 0 when all were answered."""
-    terminal = Terminal()
     with connect(args) as client:
         server, model, saes = client.info(), client.model(), client.saes()
-    if args.json:
-        terminal.line(as_json({"server": server, "model": model, "saes": saes}))
-        return 0
-    for line in (*_server(server), *_model(model), "", *_saes(saes)):
-        terminal.line(safe(line, keep=""))
-    return 0
+    value = {"server": server, "model": model, "saes": saes}
+    return print_result(args, value, (*_server(server), _model(model), "", *_saes(saes)))
 
 
 def _server(server: ServerInfo) -> Iterator[str]:
@@ -236,9 +218,9 @@ def _server(server: ServerInfo) -> Iterator[str]:
     )
 
 
-def _model(model: Model) -> Iterator[str]:
+def _model(model: Model) -> str:
     chat = "chat template" if model.has_chat_template else "no chat template"
-    yield (
+    return (
         f"model   {model.name}: {model.architecture}, {model.num_layers} layers of {model.d_model}, "
         f"{model.dtype}, {chat}, {model.digest[:12]}"
     )
@@ -247,20 +229,18 @@ def _model(model: Model) -> Iterator[str]:
 def _saes(saes: tuple[Sae, ...]) -> Iterator[str]:
     rows = [
         (
-            *(one.name, _place(one), one.architecture, str(one.d_sae), str(one.num_labelled)),
-            *(*_quality(one.quality), *_quality(one.measured)),
+            *(sae.name, _sites(sae), sae.architecture, str(sae.d_sae), str(sae.num_labelled)),
+            *(*_quality(sae.quality), *_quality(sae.measured)),
         )
-        for one in saes
+        for sae in saes
     ]
     return table([("SAE", "SITE", "KIND", "FEATURES", "LABELLED", "L0", "FVU", "L0 HERE", "FVU HERE"), *rows])
 
 
-def _place(sae: Sae) -> str:
+def _sites(sae: Sae) -> str:
     writes = ", ".join(sae.write_sites)
     return sae.site if writes in ("", sae.site) else f"{sae.site} -> {writes}"
 
 
 def _quality(quality: SaeQuality | None) -> tuple[str, str]:
-    values = (None, None) if quality is None else (quality.l0, quality.fvu)
-    l0, fvu = ("-" if value is None else f"{value:.3g}" for value in values)
-    return l0, fvu
+    return ("-", "-") if quality is None else (_number(quality.l0), _number(quality.fvu))

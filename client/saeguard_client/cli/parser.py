@@ -1,4 +1,8 @@
-"""The command line's grammar."""
+"""The command line's grammar.
+
+Commands of other packages are listed without being imported: ``saeguard --help`` must not wait for torch, nor fail
+where it is missing.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,17 @@ from typing import Any
 from saeguard_client.cli import features, generate, policy
 from saeguard_client.cli.terminal import add_connection
 
-# Commands that other packages bring, by the entry-point group ``saeguard.commands``.
-#
-# They are listed without being imported: ``saeguard --help`` must not wait for torch, nor fail where it is missing.
-
-
 GROUP = "saeguard.commands"
+"""Entry points of commands that other packages bring."""
+DESCRIPTION = "Text from a language model, steered by its features."
+EPILOG = """exit codes:
+  0 done   1 the server refused or failed   2 wrong usage   3 the server cannot be reached   130 interrupted
+
+examples:
+  saeguard info
+  saeguard features search bridge
+  saeguard generate "I live in" --clamp resid4:4021=1.5max --compare
+"""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -43,7 +52,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def add_plugins(subparsers: argparse._SubParsersAction[Any]) -> None:
     """A stand-in for every installed command."""
-    for entry_point in sorted(entry_points(group=GROUP), key=lambda one: one.name):
+    for entry_point in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         package = entry_point.module.partition(".")[0]
         stand_in = subparsers.add_parser(entry_point.name, help=f"from {package}; see its --help", add_help=False)
         stand_in.entry_point = entry_point
@@ -54,24 +63,9 @@ def missing(command: str, error: ImportError) -> str:
     return f'saeguard {command} needs packages that are not installed ({error}): pip install "saeguard[server]"'
 
 
-DESCRIPTION = "Text from a language model, steered by its features."
-EPILOG = """exit codes:
-  0 done   1 the server refused or failed   2 wrong usage   3 the server cannot be reached   130 interrupted
-
-examples:
-  saeguard info
-  saeguard features search bridge
-  saeguard generate "I live in" --clamp resid4:4021=1.5max --compare
-"""
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The whole parser; commands of other packages are listed, not imported."""
     parser = CommandParser(
-        prog="saeguard",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="saeguard", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"saeguard {_version()}")
     add_connection(parser, with_defaults=True)

@@ -8,34 +8,19 @@ from typing import Final
 DEFAULT_TARGET: Final = "127.0.0.1:50051"
 
 
-def target() -> str:
-    """Where the server is when ``--target`` does not say."""
-    return os.environ.get("SAEGUARD_TARGET") or DEFAULT_TARGET
+def connection() -> dict[str, str | None]:
+    """Where the server is and how to reach it when a flag does not say, by the flag's name."""
+    return {
+        "target": os.environ.get("SAEGUARD_TARGET") or DEFAULT_TARGET,
+        "tls_ca": os.environ.get("SAEGUARD_TLS_CA"),
+        "tls_cert": os.environ.get("SAEGUARD_TLS_CERT"),
+        "tls_key": os.environ.get("SAEGUARD_TLS_KEY"),
+    }
 
 
-def tls_ca() -> str | None:
-    """Authorities to trust when ``--tls-ca`` does not say."""
-    return os.environ.get("SAEGUARD_TLS_CA")
-
-
-def tls_cert() -> str | None:
-    """Certificate chain when ``--tls-cert`` does not say."""
-    return os.environ.get("SAEGUARD_TLS_CERT")
-
-
-def tls_key() -> str | None:
-    """Its private key when ``--tls-key`` does not say."""
-    return os.environ.get("SAEGUARD_TLS_KEY")
-
-
-def api_key() -> str | None:
-    """The API key when no flag names a credential."""
-    return os.environ.get("SAEGUARD_API_KEY")
-
-
-def token() -> str | None:
-    """The token when no flag names a credential."""
-    return os.environ.get("SAEGUARD_TOKEN")
+def credential() -> dict[str, str | None]:
+    """What shows the server who calls when no flag names a credential."""
+    return {"api_key": os.environ.get("SAEGUARD_API_KEY"), "token": os.environ.get("SAEGUARD_TOKEN")}
 
 
 def color_is_refused() -> bool:

@@ -1,14 +1,23 @@
-"""Where the command line writes: safe text, colour only where it is wanted, cells counted as terminals do."""
+"""What every command shares: flags of the connection, wrong usage, and a terminal that text cannot drive.
+
+Text is written with its control characters spelled out, colour only where it is wanted, and cells are counted as
+terminals do.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from datetime import datetime
 from itertools import zip_longest
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final, TextIO, TypeVar
 
@@ -17,19 +26,14 @@ from saeguard_client.calls import DEFAULT_DEADLINE_S
 from saeguard_client.cli import settings
 from saeguard_client.client import Client
 
+T = TypeVar("T")
+
+SHADES: Final = ("30;48;5;230", "30;48;5;222", "30;48;5;214", "97;48;5;202", "97;48;5;160")
+"""Backgrounds of the 256-colour palette from pale to strong, with a foreground that can be read on each."""
 _RESET: Final = "\x1b[0m"
+_GAP: Final = " | "
 # Marks that reorder what is already on the screen are category Cf, like harmless joiners, so they are named.
 _BIDI: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def safe(text: str, keep: str = "\n\t") -> str:
-    """``text`` with every control character but ``keep`` spelled out: a model must not be able to drive a terminal."""
-    return "".join(char if char in keep or not _is_control(char) else _spelled(char) for char in text)
-
-
-def cells(text: str) -> int:
-    """Columns that safe ``text`` takes on a terminal."""
-    return sum(_width(char) for char in text)
 
 
 class Terminal:
@@ -61,7 +65,6 @@ class Terminal:
             self.write("\n")
 
     def line(self, text: str = "") -> None:
-        """To standard output."""
         self._out.write(f"{text}\n")
 
     def note(self, text: str) -> None:
@@ -76,24 +79,56 @@ class Terminal:
         return "\n".join(f"\x1b[{sgr}m{line}{_RESET}" if line else "" for line in text.split("\n"))
 
 
+def safe(text: str, keep: str = "\n\t") -> str:
+    """``text`` with every control character but ``keep`` spelled out: a model must not be able to drive a terminal."""
+    return "".join(
+        char.encode("unicode_escape").decode("ascii") if char not in keep and _is_control(char) else char
+        for char in text
+    )
+
+
 def _is_control(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _BIDI
 
 
-def _spelled(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+def print_result(args: argparse.Namespace, value: object, lines: Iterable[str]) -> int:
+    """One JSON object where ``--json`` asks for it, else the lines made safe; the exit code 0."""
+    terminal = Terminal()
+    for line in [as_json(value)] if args.json else (safe(line, keep="") for line in lines):
+        terminal.line(line)
+    return 0
+
+
+def as_json(value: object) -> str:
+    """One JSON value; what JSON cannot hold (NaN, infinity) is null."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as objects, sequences and arrays as lists, times in ISO 8601."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | array):
+        return [_plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+# --- two texts side by side, and tables: folded and padded by terminal cells, not by characters
+
+
+def cells(text: str) -> int:
+    """Columns that safe ``text`` takes on a terminal."""
+    return sum(_width(char) for char in text)
 
 
 def _width(char: str) -> int:
     if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-# Two texts side by side, and tables: lines are folded and padded by terminal cells, not by characters.
-
-
-_GAP = " | "
 
 
 def beside(left: str, right: str, width: int) -> Iterator[str]:
@@ -138,11 +173,7 @@ def _cut(line: str, width: int) -> int:
     return max(space if space > 0 else end, 1)
 
 
-# A text coloured by one feature's value on each token; with brackets where there is no colour.
-
-
-# Backgrounds of the 256-colour palette from pale to strong, with a foreground that can be read on each.
-SHADES: Final = ("30;48;5;230", "30;48;5;222", "30;48;5;214", "97;48;5;202", "97;48;5;160")
+# --- a text coloured by one feature's value on each token; with brackets where there is no colour
 
 
 def shade(value: float, maximum: float) -> str:
@@ -154,10 +185,10 @@ def shade(value: float, maximum: float) -> str:
 
 def shaded(tokens: Sequence[str], values: Sequence[float], maximum: float, terminal: Terminal) -> str:
     """The tokens' text on one string; one value per token."""
+    pairs = [(safe(text), value) for text, value in zip(tokens, values, strict=True)]
     if terminal.has_color:
-        pairs = zip(tokens, values, strict=True)
-        return "".join(terminal.shaded(safe(text), shade(value, maximum)) for text, value in pairs)
-    return "".join(_marked(safe(text), value) for text, value in zip(tokens, values, strict=True))
+        return "".join(terminal.shaded(text, shade(value, maximum)) for text, value in pairs)
+    return "".join(_marked(text, value) for text, value in pairs)
 
 
 def _marked(text: str, value: float) -> str:
@@ -168,10 +199,7 @@ def _marked(text: str, value: float) -> str:
     return f"{text[: len(text) - len(word)]}[{word}|{value:.2g}]"
 
 
-# What the person at the keyboard got wrong.
-
-
-T = TypeVar("T")
+# --- commands and their arguments
 
 
 class UsageError(Exception):
@@ -199,7 +227,33 @@ def as_argument(parse: Callable[[str], T]) -> Callable[[str], T]:
     return parsed
 
 
-# Flags that say where the server is, and the clients they make.
+@contextmanager
+def command(
+    subparsers: argparse._SubParsersAction[Any],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    help: str,
+    *,
+    json: str = "",
+    description: str | None = None,
+    epilog: str | None = None,
+) -> Iterator[argparse.ArgumentParser]:
+    """Adds a command that asks the server; its own arguments come first, then ``--json`` with this help, if any."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=layout)
+    yield parser
+    if json:
+        parser.add_argument("--json", action="store_true", help=json)
+    add_connection(parser, with_defaults=False)
+    parser.set_defaults(run=run)
+
+
+def add_repeated(
+    parser: argparse._ActionsContainer, flag: str, metavar: str, help: str, *, dest: str | None = None, parse: Any = str
+) -> None:
+    """A flag that may be given several times; ``parse`` says in a ValueError what is wrong with one."""
+    kind, dest = as_argument(parse), dest or flag.strip("-").replace("-", "_")
+    parser.add_argument(flag, dest=dest, action="append", default=[], metavar=metavar, type=kind, help=help)
 
 
 def add_connection(parser: argparse.ArgumentParser, *, with_defaults: bool) -> None:
@@ -213,21 +267,10 @@ def add_connection(parser: argparse.ArgumentParser, *, with_defaults: bool) -> N
     group.add_argument("--api-key-file", metavar="FILE", help="API key to show the server (or $SAEGUARD_API_KEY)")
     group.add_argument("--token-file", metavar="FILE", help="token to show the server (or $SAEGUARD_TOKEN)")
     group.add_argument("--deadline", metavar="SECONDS", type=float, help="give up after this long (default: 600)")
-    defaults = _defaults() if with_defaults else {}
+    absent = {"api_key_file": None, "token_file": None, "deadline": DEFAULT_DEADLINE_S}
+    defaults = {**settings.connection(), **absent} if with_defaults else {}
     for action in group._group_actions:
         action.default = defaults.get(action.dest, argparse.SUPPRESS)
-
-
-def _defaults() -> dict[str, Any]:
-    return {
-        "target": settings.target(),
-        "tls_ca": settings.tls_ca(),
-        "tls_cert": settings.tls_cert(),
-        "tls_key": settings.tls_key(),
-        "api_key_file": None,
-        "token_file": None,
-        "deadline": DEFAULT_DEADLINE_S,
-    }
 
 
 def connect(args: argparse.Namespace) -> Client:
@@ -236,37 +279,32 @@ def connect(args: argparse.Namespace) -> Client:
     Raises:
         UsageError: the flags make no sense, or a file that they name cannot be read.
     """
-    try:
-        with usage():
-            return Client(**_arguments(args))
-    except OSError as err:
-        raise UsageError(f"{err.filename}: {err.strerror}") from err
+    return _connected(Client, args)
 
 
 def connect_async(args: argparse.Namespace) -> AsyncClient:
     """The same for asyncio."""
+    return _connected(AsyncClient, args)
+
+
+def _connected(client: Callable[..., T], args: argparse.Namespace) -> T:
     try:
         with usage():
-            return AsyncClient(**_arguments(args))
+            return client(
+                target=args.target,
+                root_certificates=args.tls_ca,
+                certificate_chain=args.tls_cert,
+                private_key=args.tls_key,
+                deadline_s=args.deadline,
+                **_credential(args),
+            )
     except OSError as err:
         raise UsageError(f"{err.filename}: {err.strerror}") from err
 
 
-def _arguments(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "target": args.target,
-        "root_certificates": args.tls_ca,
-        "certificate_chain": args.tls_cert,
-        "private_key": args.tls_key,
-        "deadline_s": args.deadline,
-        **_credential(args),
-    }
-
-
 def _credential(args: argparse.Namespace) -> dict[str, str | None]:
-    """Of the flags; of the environment where there is no flag."""
     if args.api_key_file is None and args.token_file is None:
-        return {"api_key": settings.api_key(), "token": settings.token()}
+        return settings.credential()
     return {"api_key": _secret(args.api_key_file), "token": _secret(args.token_file)}
 
 

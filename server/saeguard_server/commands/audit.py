@@ -10,11 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import saeguard_client as client
-from saeguard.types import Action, Apply, Condition, Intervention, Scope, Stop
+from saeguard.results import Completion
 from saeguard_client import SaeguardError
 from saeguard_client.cli.terminal import add_connection, connect
-from saeguard_client.interventions import KINDS
 from saeguard_server.audit.log import request_from_record, tokens_digest
 
 GOOD, BROKEN, USAGE = 0, 1, 2
@@ -147,26 +145,26 @@ def request_of(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the record is not of a request.
     """
-    asked = request_from_record(record["asked"], "-")
-    sampling = {field.name: getattr(asked.sampling, field.name) for field in fields(asked.sampling)}
+    request = request_from_record(record["asked"], "-")
+    sampling = {field.name: getattr(request.sampling, field.name) for field in fields(request.sampling)}
     return {
         **sampling,
         "seed": record["seed"],
-        "steer": [_intervention(one) for one in asked.interventions],
-        "max_relative_edit": asked.max_relative_edit,
-        "watch": [client.FeatureRef(one.sae, one.feature) for one in asked.watch],
-        "triggers": [client.Trigger(one.name, _condition(one.when), _action(one.action)) for one in asked.triggers],
-        "policies": asked.policies,
-        "conversation": asked.conversation or None,
+        "steer": request.interventions,
+        "max_relative_edit": request.max_relative_edit,
+        "watch": request.watch,
+        "triggers": request.triggers,
+        "policies": request.policies,
+        "conversation": request.conversation,
     }
 
 
-def differences(record: Mapping[str, Any], done: client.Completion) -> list[str]:
+def differences(record: Mapping[str, Any], done: Completion) -> list[str]:
     """What is not as recorded; empty where the request was answered alike."""
     return list(_differences(record, done))
 
 
-def _differences(record: Mapping[str, Any], done: client.Completion) -> Iterator[str]:
+def _differences(record: Mapping[str, Any], done: Completion) -> Iterator[str]:
     told = record["policy"]
     if told is not None and (done.policy is None or told["revision"] != done.policy.revision):
         now = "none" if done.policy is None else done.policy.revision
@@ -183,37 +181,3 @@ def _differences(record: Mapping[str, Any], done: client.Completion) -> Iterator
             yield f"{name}: {was} then, {now} now"
     if "answer_sha256" in record and record["answer_sha256"] != tokens_digest([token.id for token in done.tokens]):
         yield "the tokens are others"
-
-
-def _intervention(one: Intervention) -> client.Intervention:
-    values = {field.name: getattr(one, field.name) for field in fields(one)}
-    kind: Any = KINDS[one.kind]
-    edit: client.Intervention = kind(
-        **values | {"scope": _scope(one.scope), "when": None if one.when is None else _condition(one.when)}
-    )
-    return edit
-
-
-def _condition(one: Condition) -> client.Condition:
-    return client.Condition(
-        terms=tuple(client.Term(term.sae, term.feature, term.weight) for term in one.terms),
-        threshold=one.threshold,
-        comparison=one.comparison,
-        bias=one.bias,
-        release=one.release,
-        unit=one.unit,
-        window=client.Window(one.window.kind, one.window.tokens, one.window.k),
-        scope=_scope(one.scope),
-    )
-
-
-def _scope(one: Scope) -> client.Scope:
-    return client.Scope(
-        phase=one.phase, start=one.start, end=one.end, include_special_tokens=one.include_special_tokens
-    )
-
-
-def _action(one: Action) -> client.Flag | client.Stop | client.Apply:
-    if isinstance(one, Apply):
-        return client.Apply([_intervention(edit) for edit in one.interventions])
-    return client.Stop() if isinstance(one, Stop) else client.Flag()

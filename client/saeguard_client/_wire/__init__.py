@@ -1,1 +1,0 @@
-"""The only place in the client that knows protobuf: requests become bytes, bytes become results."""
