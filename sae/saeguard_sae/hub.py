@@ -65,7 +65,7 @@ def _one_sae(folder: str, weights: list[str]) -> str | None:
         if f"{folder}{name}" in weights:
             return f"{folder}{name}"
     direct = [name for name in weights if "/" not in name.removeprefix(folder)]
-    halves = {_twin(name) for name in direct if _is_half(name, "W_enc_")}
+    halves = {_twin(name) for name in direct if name.rpartition("/")[2].startswith("W_enc_")}
     alone = [name for name in direct if name not in halves]
     return alone[0] if len(alone) == 1 else None
 
@@ -82,13 +82,10 @@ def _settings(names: Set[str], folder: str) -> set[str]:
 def _twin(file: str) -> str:
     """The decoder's file of an encoder's, and the other way round, in a cross-layer transcoder; any other, itself."""
     folder, slash, name = file.rpartition("/")
-    if _is_half(file, "W_enc_"):
-        return f"{folder}{slash}W_dec_{name.removeprefix('W_enc_')}"
-    return f"{folder}{slash}W_enc_{name.removeprefix('W_dec_')}" if _is_half(file, "W_dec_") else file
-
-
-def _is_half(file: str, prefix: str) -> bool:
-    return file.rpartition("/")[2].startswith(prefix)
+    for own, other in (("W_enc_", "W_dec_"), ("W_dec_", "W_enc_")):
+        if name.startswith(own):
+            return f"{folder}{slash}{other}{name.removeprefix(own)}"
+    return file
 
 
 def _counted(folder: str, weights: list[str]) -> str:

@@ -80,12 +80,7 @@ class ImportReport:
 
 
 def import_features(
-    files: Sequence[Path],
-    d_sae: int,
-    *,
-    decoder_norms: Tensor | None = None,
-    units: Units,
-    source: str | None = None,
+    files: Sequence[Path], d_sae: int, *, decoder_norms: Tensor | None = None, units: Units, source: str | None = None
 ) -> ImportReport:
     """Reads files of one SAE; they may divide its features, or tell different things of the same ones.
 

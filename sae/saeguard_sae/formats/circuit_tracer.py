@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
 from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Place, Source, Tensors
 
@@ -95,7 +95,7 @@ def _activation(
         return TopK(k, keeps_negative=True), used
     if stated in ("jump_relu", "jumprelu") or (stated is None and THRESHOLD in weights):
         notes.note("activation", "jumprelu", where if stated else THRESHOLD)
-        return JumpReLU(_threshold(weights)), frozenset()
+        return parsed.circuit_tracer_jump_relu(weights, THRESHOLD), frozenset()
     notes.note("activation", "relu", where if config is not None else f"the format (no {CONFIG}, no {THRESHOLD})")
     return ReLU(), frozenset()
 
@@ -114,17 +114,6 @@ def _k(weights: Tensors, config: dict[str, Any], choices: Choices) -> tuple[int,
     if choices.k is None:
         raise ValueError(f"{CONFIG}: activation is topk, but k is not in the files; give k")
     return choices.k, "the user", frozenset({"k"})
-
-
-def _threshold(weights: Tensors) -> Tensor:
-    threshold = weights.take(THRESHOLD)
-    if bool((threshold < 0).any()):
-        # circuit-tracer's JumpReLU has no ReLU in it.
-        raise ValueError(
-            f"{weights.file.name}: {THRESHOLD} is below 0 for some features, whose negative values circuit-tracer "
-            "lets through; that is not supported"
-        )
-    return threshold
 
 
 def _dictionary(weights: Tensors, activation: ActivationFunction, notes: Conventions) -> Dictionary:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU
 from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
 
@@ -106,18 +106,12 @@ def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventio
 
 
 def _activation(encoder: Tensors, layer: int, notes: Conventions) -> ActivationFunction:
-    threshold, name = encoder.take_if(f"threshold_{layer}"), f"threshold_{layer}"
-    if threshold is None:
+    name = f"threshold_{layer}"
+    if name not in encoder:
         notes.note("activation", "relu", f"no {name}")
         return ReLU()
-    if bool((threshold < 0).any()):
-        # circuit-tracer's JumpReLU has no ReLU in it.
-        raise ValueError(
-            f"{encoder.file.name}: {name} is below 0 for some features, whose negative values circuit-tracer lets "
-            "through; that is not supported"
-        )
     notes.note("activation", "jumprelu", name)
-    return JumpReLU(threshold)
+    return parsed.circuit_tracer_jump_relu(encoder, name)
 
 
 def _note(has_skip: bool, notes: Conventions) -> None:

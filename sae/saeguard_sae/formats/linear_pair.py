@@ -30,10 +30,7 @@ def parse(source: Source) -> ParsedSae:
     notes.note("centring", False, "the format")
     notes.note("feature units", "decoder rows as stored", "the format")
     return ParsedSae(
-        dictionary=_dictionary(tensors),
-        files=(source.path,),
-        reads=_reads(source, notes),
-        conventions=notes.all(),
+        dictionary=_dictionary(tensors), files=(source.path,), reads=_reads(source, notes), conventions=notes.all()
     )
 
 

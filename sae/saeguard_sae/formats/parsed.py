@@ -244,6 +244,21 @@ def above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> Activat
     return JumpReLU(torch.full((d_sae,), threshold))
 
 
+def circuit_tracer_jump_relu(tensors: Tensors, name: str) -> JumpReLU:
+    """circuit-tracer's, which has no ReLU in it.
+
+    Raises:
+        ValueError: a threshold below 0, where that makes a difference.
+    """
+    threshold = tensors.take(name)
+    if bool((threshold < 0).any()):
+        raise ValueError(
+            f"{tensors.file.name}: {name} is below 0 for some features, whose negative values circuit-tracer lets "
+            "through; that is not supported"
+        )
+    return JumpReLU(threshold)
+
+
 def cross_layer(
     W_enc: Tensor,
     b_enc: Tensor,

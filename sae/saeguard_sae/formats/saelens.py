@@ -421,10 +421,7 @@ def rescaled(dictionary: Dictionary) -> Dictionary:
     # A row of zeros stays one: its feature is never seen, whatever it is divided by.
     by = torch.where(norms > 0, norms, torch.ones_like(norms))
     return replace(
-        dictionary,
-        W_enc=dictionary.W_enc * norms,
-        b_enc=dictionary.b_enc * norms,
-        W_dec=dictionary.W_dec / by[:, None],
+        dictionary, W_enc=dictionary.W_enc * norms, b_enc=dictionary.b_enc * norms, W_dec=dictionary.W_dec / by[:, None]
     )
 
 
