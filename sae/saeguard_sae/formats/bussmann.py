@@ -42,11 +42,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder.
-
-    Raises:
-        ValueError: a kind that is not supported, an unknown key, missing or surplus weights, or no threshold.
-    """
+    """The SAE in the folder."""
     config, notes = parsed.json_object(source.path / CONFIG), Conventions()
     parsed.check_keys(config, _KNOWN | _TRAINING, CONFIG)
     kind = _KINDS[parsed.choice(config, "sae_type", _KINDS, CONFIG)]

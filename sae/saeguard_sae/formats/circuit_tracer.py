@@ -29,11 +29,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The transcoder.
-
-    Raises:
-        ValueError: an unknown key, missing or surplus weights, a hook that is not known, or k is not known.
-    """
+    """The transcoder."""
     file = _file(source.path)
     if file is None:
         raise ValueError("no layer_N.safetensors, or several; name one of them")

@@ -25,11 +25,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """One layer: what it reads there, and what it writes there and at every later layer.
-
-    Raises:
-        ValueError: a file is missing, an unknown key, missing or surplus weights, or a hook that is not known.
-    """
+    """One layer: what it reads there, and what it writes there and at every later layer."""
     layer = _layer(source.path)
     if layer is None:
         raise ValueError("no W_enc_N.safetensors, or several; name one of them")

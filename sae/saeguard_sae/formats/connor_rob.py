@@ -33,7 +33,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file. Raises ValueError: it is of a single head, an unknown key, missing or surplus weights."""
+    """The SAE in the file."""
     file = _config_file(source.path)
     config, notes = parsed.json_object(file), Conventions()
     parsed.check_keys(config, _KNOWN | _TRAINING, file.name)

@@ -54,11 +54,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder.
-
-    Raises:
-        ValueError: a class that is not supported, missing or surplus weights, or settings that contradict them.
-    """
+    """The SAE or transcoder in the folder."""
     trainer, buffer = _tables(source.path / CONFIG)
     kind = parsed.choice(trainer, "dict_class", _READERS, _TRAINER)
     weights, notes = parsed.state_dict(source.path / WEIGHTS), Conventions()

@@ -68,11 +68,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE, the transcoder, or one layer of a cross-layer transcoder.
-
-    Raises:
-        ValueError: a crosscoder, an unknown key, missing or surplus weights, or a layer that nothing names.
-    """
+    """The SAE, the transcoder, or one layer of a cross-layer transcoder."""
     file, notes = _file(source.path), Conventions()
     stated, weights = _stated(file, source.origin), parsed.safetensors(file)
     w_dec = weights.take("w_dec")

@@ -24,7 +24,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file. Raises ValueError: missing or surplus weights, or shapes that disagree."""
+    """The SAE in the file."""
     tensors, notes = state_dict(source.path), Conventions()
     notes.note("activation", "relu", "the format")
     notes.note("centring", False, "the format")

@@ -54,11 +54,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder.
-
-    Raises:
-        ValueError: a convention that is not supported, an unknown key, missing or surplus weights, or a bad choice.
-    """
+    """The SAE or transcoder in the folder."""
     file = _weights_file(source.path)
     if file is None:
         raise ValueError(f"no {' or '.join(WEIGHTS)}")

@@ -30,11 +30,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file, which does not say where in the model it belongs.
-
-    Raises:
-        ValueError: an activation that is not supported, missing or surplus weights.
-    """
+    """The SAE in the file, which does not say where in the model it belongs."""
     content, notes = parsed.checkpoint(source.path), Conventions()
     tensors = Tensors(source.path, (str(name) for name in content), content.__getitem__)
     tensors.ignore(*_BESIDES)

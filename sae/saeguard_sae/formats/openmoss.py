@@ -65,11 +65,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder.
-
-    Raises:
-        ValueError: a convention that is not supported, an unknown key, missing or surplus weights, or a bad choice.
-    """
+    """The SAE or transcoder in the folder."""
     config, notes = read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
     tensors = parsed.safetensors(source.path / WEIGHTS)
     reads, writes = hook_places(config, CONFIG)

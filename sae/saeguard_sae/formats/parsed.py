@@ -183,11 +183,7 @@ def yaml_object(file: Path) -> dict[str, Any]:
 
 
 def check_keys(config: Mapping[str, Any], known: Iterable[str], file: str) -> None:
-    """Refuses keys that nobody here knows: they may change what the weights mean.
-
-    Raises:
-        ValueError: names the first.
-    """
+    """Refuses keys that nobody here knows, by the first one's name: they may change what the weights mean."""
     unknown = sorted(str(key) for key in config.keys() - set(known))
     if unknown:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}: what it changes is not known")
@@ -200,11 +196,7 @@ def check_size(config: Mapping[str, Any], key: str, size: int, file: str) -> Non
 
 
 def check_shapes(shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]], file: str) -> None:
-    """Compares tensors, by their names in the file, with the shapes that they must have.
-
-    Raises:
-        ValueError: names the first that differs.
-    """
+    """Refuses tensors, by their names in the file, that have other shapes than they must have."""
     for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -38,7 +38,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file. Raises ValueError: missing or surplus weights, or k is not known."""
+    """The SAE in the file."""
     config, notes = _config(source.path.parent / CONFIG), Conventions()
     repo = _REPO.search(source.origin.repo) if source.origin else None
     known = _known_k(config, repo)

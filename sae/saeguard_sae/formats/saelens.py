@@ -47,11 +47,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder, in float32.
-
-    Raises:
-        ValueError: a convention that is not supported, an unknown key, missing or surplus weights.
-    """
+    """The SAE in the folder, in float32."""
     path, notes = source.path, Conventions()
     settings = read_config(path)
     where = hook_point(settings, source.origin, notes)

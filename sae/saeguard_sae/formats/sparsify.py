@@ -31,11 +31,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder.
-
-    Raises:
-        ValueError: a convention that is not supported, an unknown key, missing or surplus weights.
-    """
+    """The SAE or transcoder in the folder."""
     config, notes = parsed.json_object(source.path / CONFIG), Conventions()
     parsed.check_keys(config, _KNOWN, CONFIG)
     dictionary = _dictionary(config, parsed.safetensors(source.path / WEIGHTS), notes)

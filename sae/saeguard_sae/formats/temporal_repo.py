@@ -33,7 +33,7 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder. Raises ValueError: another kind of SAE, an unknown key, missing or surplus weights."""
+    """The SAE in the folder."""
     llm, sae = _tables(source.path / CONFIG)
     notes = Conventions()
     model = llm.get("model_hf_name")
