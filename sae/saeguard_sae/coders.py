@@ -83,21 +83,9 @@ class MatchingPursuit(_Autoencoder):
         return features.reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """features [..., d_sae] -> reconstruction [..., d_in]; SAELens adds ``b_dec`` only where it was taken off.
-
-        Args:
-            x: the tokens that were encoded; needed where a normalisation is taken back.
-
-        Raises:
-            ValueError: it is needed and not given.
-        """
+        """features [..., d_sae] of x -> [..., d_in]; SAELens adds ``b_dec`` only where it was taken off."""
         decoded = features @ self.W_dec
-        decoded = decoded + self.b_dec if self.centre else decoded
-        if self.normalisation == "none":
-            return decoded
-        if x is None:
-            raise ValueError(f"decoding under {self.normalisation} needs the tokens that were encoded")
-        return restore(self.normalisation, decoded, x.to(decoded.dtype))
+        return restore(self.normalisation, decoded + self.b_dec if self.centre else decoded, x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_in]."""

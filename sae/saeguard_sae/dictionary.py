@@ -248,11 +248,13 @@ def normalise(kind: Normalisation, x: Tensor) -> Tensor:
     return (x - token.shift) / token.divisor
 
 
-def restore(kind: Normalisation, decoded: Tensor, x: Tensor) -> Tensor:
-    """What was decoded for token ``x``, in the model's units."""
+def restore(kind: Normalisation, decoded: Tensor, x: Tensor | None) -> Tensor:
+    """What was decoded for token ``x``, in the model's units. Raises ValueError: x is needed and None."""
     if kind == "none":
         return decoded
-    token = input_scaling(kind, x)
+    if x is None:
+        raise ValueError(f"decoding under {kind} needs the tokens that were encoded")
+    token = input_scaling(kind, x.to(decoded.dtype))
     return decoded * token.scale + token.shift
 
 
@@ -326,20 +328,9 @@ class Dictionary:
         return n @ self.W_enc[:, features] + self.b_enc[features]
 
     def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """features [..., d_sae] -> reconstruction [..., d_out], without the skip connection.
-
-        Args:
-            x: the tokens that were encoded; needed where the normalisation is taken back.
-
-        Raises:
-            ValueError: it is needed and not given.
-        """
+        """features [..., d_sae] of x -> [..., d_out], without the skip connection; x only where it is normalised."""
         decoded = features @ self.W_dec + self.b_dec
-        if self.normalisation == "none" or self.is_transcoder:
-            return decoded
-        if x is None:
-            raise ValueError(f"decoding under {self.normalisation} needs the tokens that were encoded")
-        return restore(self.normalisation, decoded, x.to(decoded.dtype))
+        return decoded if self.is_transcoder else restore(self.normalisation, decoded, x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out]: encoded, decoded, and the skip connection of the raw x added."""
