@@ -74,7 +74,7 @@ def _tell(settings: ServedSaeSettings, found: HubSae) -> None:
 
 def _with_facts(opened: OpenedSae, known: PublishedSae | None, found: HubSae) -> OpenedSae:
     """What the list of releases says in place of, or beyond, what the files say."""
-    notes, inside = list(opened.found.conventions), opened.found
+    notes, inside = list(opened.parsed.conventions), opened.parsed
     if found.origin is not None:
         where = f"{found.origin.repo}/{found.origin.path}".rstrip("/")
         notes.append(Convention("published at", where, f"commit {found.revision}"))
@@ -86,4 +86,4 @@ def _with_facts(opened: OpenedSae, known: PublishedSae | None, found: HubSae) ->
         if known.l0 is not None and inside.stated_l0 is None:
             inside = replace(inside, stated_l0=known.l0)
             notes.append(Convention("L0", f"{known.l0:g}", source))
-    return replace(opened, found=replace(inside, conventions=tuple(notes)))
+    return replace(opened, parsed=replace(inside, conventions=tuple(notes)))

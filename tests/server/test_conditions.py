@@ -25,10 +25,9 @@ from saeguard.types import (
     Window,
     Zero,
 )
-from saeguard_sae.catalogue import CatalogueFeature
+from saeguard_sae.catalogue import CatalogueFeature, write_catalogue
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
-from saeguard_sae.metadata import write_catalogue
 from saeguard_server.engine.protocol import Origin, Steering
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest, UnknownName

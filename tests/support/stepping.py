@@ -152,7 +152,7 @@ class Stepped:
     def is_empty(self) -> bool:
         """Whether no slot, no block and no column of a table is held."""
         scheduler, tables = self.core.scheduler, self.core.runner.tables
-        columns = [table._order for table in tables._tables.values()]
+        columns = [table._sources for table in tables._tables.values()]
         is_free = scheduler.slots_in_use == 0 and scheduler.blocks.in_use == 0
         return is_free and not any(columns) and scheduler.blocks.available == scheduler.blocks.count
 

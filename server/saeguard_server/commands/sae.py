@@ -15,14 +15,15 @@ from torch import Tensor
 
 from saeguard_client.cli.terminal import table
 from saeguard_sae import releases
+from saeguard_sae.catalogue import merge_entries, write_catalogue
+from saeguard_sae.catalogue import write_catalogue as write_features
 from saeguard_sae.check import CheckReport
 from saeguard_sae.coders import SparseCoder
 from saeguard_sae.formats import Convention, ParsedSae, Source, saelens_save
 from saeguard_sae.formats.parsed import Place
 from saeguard_sae.formats.saelens_config import CONFIG
 from saeguard_sae.loading import OpenedSae, detect_format, read_sae
-from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
-from saeguard_sae.metadata import write_catalogue as write_features
+from saeguard_sae.metadata import Dropped, import_features
 from saeguard_sae.models import DTYPES, Site, torch_dtype
 from saeguard_server import app
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
@@ -152,7 +153,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     opened = open_sae_source(settings).sae
     _print(_recognised(opened))
     if arguments.model is None:
-        _print(("", *_conventions(opened.found.conventions)))
+        _print(("", *_conventions(opened.parsed.conventions)))
         return 0
     return _check(arguments)
 
@@ -173,7 +174,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _recognised(opened: OpenedSae) -> Iterator[str]:
-    coder, found = opened.found.dictionary, opened.found
+    coder, found = opened.parsed.dictionary, opened.parsed
     size = sum(one.numel() * one.element_size() for one in coder.tensors().values()) / MIB
     yield f"format        {opened.format}"
     yield f"architecture  {coder.architecture}, {coder.d_sae} features"
@@ -254,7 +255,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if (arguments.out / CONFIG).exists():
         raise ValueError(f"{arguments.out} holds an SAE already")
     opened = open_sae_source(settings).sae
-    found = opened.found
+    found = opened.parsed
     saelens_save.save_saelens(
         found.dictionary,
         arguments.out,
@@ -323,7 +324,7 @@ def run_labels(arguments: argparse.Namespace) -> int:
     """Imports, merges with what is there, writes."""
     source = open_sae_source(sae_settings_of(arguments))
     opened, path = source.sae, source.path
-    coder = opened.found.dictionary
+    coder = opened.parsed.dictionary
     norms = coder.W_dec.float().norm(dim=1) if arguments.units == "unit_decoder" else None
     imported = import_features(
         arguments.files, coder.d_sae, decoder_norms=norms, units=arguments.units, source=arguments.source

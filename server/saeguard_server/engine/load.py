@@ -243,19 +243,18 @@ def _check(sae: LoadedSae, settings: ServedSaeSettings, model: LoadedModel, toke
     measured = report.measured
     facts = {"sae": sae.name, "l0": measured.l0, "fvu": measured.fvu, "seconds": round(time.monotonic() - started, 2)}
     _log.info("checked", extra={"fields": facts})
-    for doubt in report.doubts:
-        fields = {"sae": sae.name, "reading": doubt.what, "fvu": doubt.fvu, "setting": doubt.setting}
+    for warning in report.warnings:
+        fields = {"sae": sae.name, "reading": warning.what, "fvu": warning.fvu, "setting": warning.setting}
         _log.warning("an SAE is within its bounds, but another reading fits it better", extra={"fields": fields})
-    names = ("l0", "fvu", "ce_base", "ce_spliced", "dead_share", "tokens")
-    return replace(sae, measured=Quality(**{name: getattr(measured, name) for name in names}))
+    return replace(sae, measured=measured)
 
 
 def _show(name: str, measured: Quality, metrics: Metrics) -> None:
     for gauge, value in ((metrics.sae_l0, measured.l0), (metrics.sae_fvu, measured.fvu)):
         if value is not None:
             gauge.labels(name).set(value)
-    if measured.ce_spliced is not None and measured.ce_base is not None:
-        metrics.sae_ce_increase.labels(name).set(measured.ce_spliced - measured.ce_base)
+    if measured.ce_increase is not None:
+        metrics.sae_ce_increase.labels(name).set(measured.ce_increase)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saeguard_sae.conditions import CompiledCondition as ConditionColumn
-from saeguard_sae.conditions import ConditionCounts, ConditionMemory, ConditionTable, WeightedFeature
-from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Rows, Tally
+from saeguard_sae.conditions import ConditionColumn, ConditionCounts, ConditionMemory, ConditionTable
+from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Tally
+from saeguard_sae.feature_sums import WeightedFeature
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
+from saeguard_sae.rows import Rows
 from saeguard_server.engine.protocol import CompiledCondition, Steering
 from saeguard_server.errors import InternalFailure
 
@@ -66,7 +67,7 @@ class SteeringTables:
                     EditColumn(
                         sae.dictionary, edit.feature, edit.affine, edit.first, edit.last, edit.special,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
-                        guard=None if edit.gate is None else numbers[edit.gate],
+                        condition=None if edit.gate is None else numbers[edit.gate],
                         is_shadow=edit.is_shadow, is_limited=edit.is_limited,
                     )
                 )  # fmt: skip
@@ -100,8 +101,8 @@ class SteeringTables:
             self.watch(site, x if see is None else see(x))
         table, edited = self._tables.get(site), x
         if table is not None:
-            self._conditions.see(site, x, self.rows, self._sources)
-            edited = table.apply(x, self.rows, self._sources, self._conditions.held)
+            self._conditions.decide(site, x, self.rows, self._sources)
+            edited = table.apply(x, self.rows, self._sources, self._conditions.on)
         if any(self._is_read(site, target) for target in self._read_by.get(site, ())):
             self._sources[site] = edited if see is None else see(edited)
         return edited
@@ -128,7 +129,7 @@ class SteeringTables:
 
     def seen(self, slot: int) -> list[ConditionCounts]:
         """What each condition saw so far, in the order of the request."""
-        return self._conditions.seen(slot)
+        return self._conditions.counts(slot)
 
     def stopped(self, slots: tuple[int, ...]) -> Tensor | None:
         """bool [B], for which of these slots a condition has come on that stops; None where none of them has one."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeguard_sae.edit_table import Group
+from saeguard_sae.rows import Group
 from saeguard_server.engine.load import KvShape
 
 _SMALLEST = torch.finfo(torch.float32).min

@@ -16,8 +16,8 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from saeguard.types import KINDS
-from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.models import ModelLoadError, sites
+from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.front import RETRY_S, Backoff, EngineFront
 from saeguard_server.engine.load import LoadedModel, load_checked_saes, load_model
 from saeguard_server.engine.output import RequestState

@@ -20,9 +20,9 @@ from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
 from saeguard.requests import Selection
-from saeguard_sae.edit_table import Group, Rows, RowSpan
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelLoadError, Site, depth, free_bytes, hook, locate
+from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.load import KvShape, LoadedModel
 from saeguard_server.engine.protocol import InspectTask
 from saeguard_server.engine.selection import ActivationSelector, SparseRows

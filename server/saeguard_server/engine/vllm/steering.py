@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from saeguard.requests import Selection
-from saeguard_sae.edit_table import EditCounts, Rows, RowSpan
+from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelConfig, Point, Site, depth, layout, locate, sites
+from saeguard_sae.rows import Rows, RowSpan
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.selection import ActivationSelector
 from saeguard_server.engine.tables import SteeringTables, Tallies
