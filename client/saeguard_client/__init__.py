@@ -68,17 +68,17 @@ from saeguard.types import (
 from saeguard_client.async_client import AsyncClient
 from saeguard_client.client import Client
 from saeguard_client.errors import (
+    Aborted,
     Cancelled,
-    Conflict,
     DeadlineExceeded,
     FailedPrecondition,
     FieldViolation,
     InternalError,
-    InvalidRequest,
+    InvalidArgument,
     NotFound,
-    Overloaded,
     PermissionDenied,
     ReceiptMismatch,
+    ResourceExhausted,
     SaeguardError,
     Unauthenticated,
     Unavailable,
@@ -86,14 +86,14 @@ from saeguard_client.errors import (
 )
 
 __all__ = [
-    "Activation", "ActivationPart", "Activations", "Add", "Apply", "AsyncClient", "Cancelled", "Cap",
-    "ChatInput", "ChatMessage", "Clamp", "Client", "Comparison", "Completion", "Condition", "Conflict",
-    "DeadlineExceeded", "FailedPrecondition", "Feature", "FeatureExample", "FeatureReading", "FeatureRef",
-    "FieldError", "FieldViolation", "Flag", "Floor", "Input", "InternalError", "Intervention",
-    "InterventionReceipt", "InvalidRequest", "Limits", "Model", "NotFound", "Overloaded", "PermissionDenied",
-    "PolicyChange", "PolicyFacts", "PolicyFinding", "PolicyHistory", "PolicySet", "PolicySummary",
-    "PromotedToken", "Quantile", "Receipt", "ReceiptMismatch", "Revision", "Sae", "SaeConvention", "SaeQuality",
-    "SaeguardError", "Scale", "Scope", "ServerInfo", "Stop", "StoppedBy", "StreamChunk", "Term", "Timings",
-    "Token", "TokenInput", "TokenLogprob", "TokenText", "Trigger", "TriggerReceipt", "Unauthenticated",
-    "Unavailable", "Unimplemented", "Usage", "Window", "Zero", "merge",
+    "Aborted", "Activation", "ActivationPart", "Activations", "Add", "Apply", "AsyncClient", "Cancelled", "Cap",
+    "ChatInput", "ChatMessage", "Clamp", "Client", "Comparison", "Completion", "Condition", "DeadlineExceeded",
+    "FailedPrecondition", "Feature", "FeatureExample", "FeatureReading", "FeatureRef", "FieldError",
+    "FieldViolation", "Flag", "Floor", "Input", "InternalError", "Intervention", "InterventionReceipt",
+    "InvalidArgument", "Limits", "Model", "NotFound", "PermissionDenied", "PolicyChange", "PolicyFacts",
+    "PolicyFinding", "PolicyHistory", "PolicySet", "PolicySummary", "PromotedToken", "Quantile", "Receipt",
+    "ReceiptMismatch", "ResourceExhausted", "Revision", "Sae", "SaeConvention", "SaeQuality", "SaeguardError",
+    "Scale", "Scope", "ServerInfo", "Stop", "StoppedBy", "StreamChunk", "Term", "Timings", "Token", "TokenInput",
+    "TokenLogprob", "TokenText", "Trigger", "TriggerReceipt", "Unauthenticated", "Unavailable", "Unimplemented",
+    "Usage", "Window", "Zero", "merge",
 ]  # fmt: skip

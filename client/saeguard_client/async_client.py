@@ -341,7 +341,7 @@ class AsyncClient:
             dry_run: check and compare only.
 
         Raises:
-            Conflict: there is a newer revision than the etag's.
+            Aborted: there is a newer revision than the etag's.
         """
         options = CallOptions(deadline_s, request_id)
         call = calls.unary(
@@ -374,7 +374,7 @@ class AsyncClient:
             expected_activation: number of what the caller believes to be in force, 0 for nothing.
 
         Raises:
-            Conflict: something else is in force.
+            Aborted: something else is in force.
         """
         call = calls.unary(
             "ActivateRevision", Activation, CallOptions(deadline_s, request_id), part="activation", revision=revision,

@@ -356,7 +356,7 @@ class Client:
             dry_run: check and compare only.
 
         Raises:
-            Conflict: there is a newer revision than the etag's.
+            Aborted: there is a newer revision than the etag's.
         """
         options = CallOptions(deadline_s, request_id)
         call = calls.unary(
@@ -387,7 +387,7 @@ class Client:
             expected_activation: number of what the caller believes to be in force, 0 for nothing.
 
         Raises:
-            Conflict: something else is in force.
+            Aborted: something else is in force.
         """
         call = calls.unary(
             "ActivateRevision", Activation, CallOptions(deadline_s, request_id), part="activation", revision=revision,

@@ -84,7 +84,7 @@ def editor(tmp_path: Path, monkeypatch: Any) -> Any:
         ("compare", "input: Input, *, steer: Iterable[Intervention]=(),", "Needs the role policy-write"),
         ("activations", "inputs: str | Sequence[Input], saes: Iterable[str]=(), *, top_k:", "a lone string is one"),
         ("feature", "sae: str, index: int, *, deadline_s: float | None=None,", "NotFound: there is no such SAE"),
-        ("apply_policies", "documents: Mapping[str, str], *, etag: str=", "Conflict: there is a newer revision"),
+        ("apply_policies", "documents: Mapping[str, str], *, etag: str=", "Aborted: there is a newer revision"),
     ],
 )
 def test_an_editor_shows_signature_and_docs(editor: Any, client: str, method: str, parameters: str, doc: str) -> None:

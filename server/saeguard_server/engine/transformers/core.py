@@ -16,7 +16,7 @@ from saeguard_server.engine.transformers.output import HostTokens, StepOutputPro
 from saeguard_server.engine.transformers.runner import CapturedRows, Network, Runner, is_out_of_memory
 from saeguard_server.engine.transformers.scheduler import Batch, PromptPart, Scheduler
 from saeguard_server.engine.transformers.sequence import KvBlocks, PrefixCache, PrefixHit, Sequence
-from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, SaeguardError
+from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, ServiceError
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Core:
                 self._leave(sequence)
                 self._set_gauges()
 
-    def fail_all(self, error: SaeguardError) -> None:
+    def fail_all(self, error: ServiceError) -> None:
         """Ends every request with this error."""
         for sequence in self.scheduler.everyone():
             self._fail(sequence, error)
@@ -156,7 +156,7 @@ class Core:
         """What goes wrong in here ends this request and no other."""
         try:
             yield
-        except SaeguardError as err:
+        except ServiceError as err:
             self._fail(sequence, err)
         except Exception:
             _log.exception("a request failed in the engine", extra={"request_id": sequence.task.call.request_id})
@@ -213,7 +213,7 @@ class Core:
         self.metrics.preemptions.inc()
         self.runner.leave(slot)
 
-    def _fail(self, sequence: Sequence, error: SaeguardError) -> None:
+    def _fail(self, sequence: Sequence, error: ServiceError) -> None:
         if not sequence.is_done:
             self._leave(sequence)
             sequence.send(error)

@@ -102,7 +102,7 @@ class WorkerProcess:
     def stop(self) -> None:
         """Asks it to end and waits for that; one that loads, or takes longer than ``STOP_S``, is killed."""
         if self._is_loaded:
-            self.send(messages.Stop())
+            self.send(messages.StopWorker())
             try:
                 self._process.wait(STOP_S)
             except subprocess.TimeoutExpired:

@@ -85,11 +85,11 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopWorker:
     """End everything and exit."""
 
 
-Command: TypeAlias = Submit | Cancel | Stop
+Command: TypeAlias = Submit | Cancel | StopWorker
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from saeguard_server import observe
 from saeguard_server.engine.load import remote_sae
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
-from saeguard_server.errors import InternalFailure, SaeguardError
+from saeguard_server.errors import InternalFailure, ServiceError
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class WorkerService:
     async def run(self, commands: asyncio.Queue[messages.Command]) -> None:
         """Serves until told to stop; whatever still runs then fails with the engine's last words."""
         pulse = asyncio.create_task(self._report_regularly())
-        while not isinstance(command := await commands.get(), messages.Stop):
+        while not isinstance(command := await commands.get(), messages.StopWorker):
             self._handle(command)
         pulse.cancel()
         self._engine.stop()
@@ -121,7 +121,7 @@ class WorkerService:
                 async for event in events:
                     self._send(uid, event)
             self._send(uid, None)
-        except SaeguardError as err:
+        except ServiceError as err:
             self._send(uid, err)
         except Exception:
             _log.exception("a request failed in the engine's process")
