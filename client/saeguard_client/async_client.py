@@ -14,16 +14,7 @@ from saeguard.requests import Input
 from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge
 from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard_client import calls
-from saeguard_client.calls import (
-    DEFAULT_DEADLINE_S,
-    DEFAULT_RETRIES,
-    AccessToken,
-    CallOptions,
-    ChannelOptions,
-    StreamCall,
-    StrPath,
-    UnaryCall,
-)
+from saeguard_client.calls import AccessToken, CallOptions, ChannelOptions, StreamCall, StrPath, UnaryCall
 from saeguard_client.errors import DeadlineExceeded, NotFound, Unavailable, from_call
 
 T = TypeVar("T")
@@ -45,8 +36,8 @@ class AsyncClient:
         certificate_chain: StrPath | None = None,
         api_key: str | None = None,
         token: AccessToken | None = None,
-        deadline_s: float | None = DEFAULT_DEADLINE_S,
-        retries: int = DEFAULT_RETRIES,
+        deadline_s: float | None = calls.DEFAULT_DEADLINE_S,
+        retries: int = calls.DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
@@ -330,7 +321,7 @@ class AsyncClient:
 
     def _opened(self) -> grpc.aio.Channel:
         """Not in ``__init__``: a channel belongs to the event loop that runs when it is made."""
-        self._channel = self._channel or _open(self._endpoint)
+        self._channel = self._channel or calls.open_channel(grpc.aio, self._endpoint)
         return self._channel
 
     async def _unary(self, call: UnaryCall[T]) -> T:
@@ -360,10 +351,3 @@ class AsyncClient:
         while (call := pages.next_call()) is not None:
             for feature in pages.accept(await self._unary(call)):
                 yield feature
-
-
-def _open(endpoint: calls.Endpoint | None) -> grpc.aio.Channel:
-    assert endpoint is not None
-    if endpoint.credentials is None:
-        return grpc.aio.insecure_channel(endpoint.target, endpoint.options)
-    return grpc.aio.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)

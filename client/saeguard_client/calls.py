@@ -75,18 +75,19 @@ def endpoint(
         return None
     if target is None:
         raise FieldError("target", "give a target or a channel")
-    return Endpoint(check_text("target", target), _credentials(*tls), (*channel_options(retries), *options))
-
-
-def _credentials(
-    authorities: StrPath | None, private_key: StrPath | None, certificate_chain: StrPath | None
-) -> grpc.ChannelCredentials | None:
-    if (private_key is None) != (certificate_chain is None):
+    if (tls[1] is None) != (tls[2] is None):
         raise FieldError("private_key", "goes together with certificate_chain")
-    files = (authorities, private_key, certificate_chain)
-    if files == (None, None, None):
-        return None
-    return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
+    files = [None if file is None else Path(file).read_bytes() for file in tls]
+    credentials = grpc.ssl_channel_credentials(*files) if any(files) else None
+    return Endpoint(check_text("target", target), credentials, (*channel_options(retries), *options))
+
+
+def open_channel(api: Any, endpoint: Endpoint | None) -> Any:
+    """A channel of ``grpc`` or ``grpc.aio``."""
+    assert endpoint is not None
+    if endpoint.credentials is None:
+        return api.insecure_channel(endpoint.target, endpoint.options)
+    return api.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)
 
 
 def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
@@ -119,8 +120,6 @@ def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """What one call may say about itself."""
-
     deadline_s: float | None = None
     request_id: str | None = None
 
@@ -241,24 +240,20 @@ def unary(rpc: str, cls: type[T], options: CallOptions, *, part: str = "", **val
     Raises:
         FieldError: a value that the wire cannot hold.
     """
-    return _unary(
-        rpc,
-        request_message(rpc, **values),
-        lambda reply: from_message(cls, getattr(reply, part) if part else reply, part),
-        options,
-    )
+
+    def read(reply: Any) -> T:
+        return from_message(cls, getattr(reply, part) if part else reply, part)
+
+    return _unary(rpc, request_message(rpc, **values), read, options)
 
 
 def unary_list(rpc: str, cls: type[T], options: CallOptions, *, part: str) -> UnaryCall[tuple[T, ...]]:
     """A call whose reply's field ``part`` has several ``cls``."""
-    return _unary(
-        rpc,
-        request_message(rpc),
-        lambda reply: tuple(
-            from_message(cls, item, f"{part}[{index}]") for index, item in enumerate(getattr(reply, part))
-        ),
-        options,
-    )
+
+    def read(reply: Any) -> tuple[T, ...]:
+        return tuple(from_message(cls, item, f"{part}[{index}]") for index, item in enumerate(getattr(reply, part)))
+
+    return _unary(rpc, request_message(rpc), read, options)
 
 
 def health(service: str, options: CallOptions) -> UnaryCall[bool]:
@@ -272,7 +267,6 @@ def health(service: str, options: CallOptions) -> UnaryCall[bool]:
 
 
 def policy_documents(documents: Mapping[str, str]) -> list[dict[str, str]]:
-    """Those of ApplyPolicies, by the file's name."""
     return [
         {"name": check_text("documents", name), "content": check_text(f"documents[{name!r}]", content)}
         for name, content in documents.items()
@@ -342,7 +336,6 @@ class GenerateCall:
         return _unary("Compare", self._message(), self._comparison, self.options)
 
     def _check(self, completion: Completion) -> Completion:
-        """Raises ReceiptMismatch where it does not account for what was asked."""
         if self.check_receipt:
             errors.check_receipt(completion, self.request)
         return completion
@@ -400,7 +393,6 @@ class ChunkReader:
         self._is_finished = False
 
     def read(self, message: bytes) -> StreamChunk:
-        """One chunk; the last has the whole completion."""
         if self._is_finished:
             raise malformed("a message came after the completion")
         chunk = _decode(pb.GenerateResponse, read_chunk, message)
@@ -411,7 +403,6 @@ class ChunkReader:
         return replace(chunk, completion=self._check(join_chunks(self._chunks)))
 
     def finish(self) -> None:
-        """A stream that just stops must not pass for a finished text."""
         if not self._is_finished:
             raise malformed("the stream ended without a completion")
 
@@ -461,7 +452,6 @@ class PartReader:
         self._open: set[tuple[int, str]] = set()
 
     def read(self, message: bytes) -> ActivationPart:
-        """One part, which begins where the one before it ended."""
         part = _decode(RPCS["GetActivations"].response, partial(from_message, ActivationPart), message)
         pair = part.input, part.sae
         if part.start != self._tokens_read.get(pair, 0):
@@ -473,6 +463,5 @@ class PartReader:
         return part
 
     def finish(self) -> None:
-        """Every pair that began has ended, and every input was read."""
         if self._open or {input for input, _ in self._tokens_read} != set(range(self._num_inputs)):
             raise malformed("the stream ended before the last activations")

@@ -64,7 +64,6 @@ def check_number(field: str, value: Any) -> float:
 
 
 def check_bool(field: str, value: object) -> bool:
-    """True or False."""
     if not isinstance(value, bool):
         raise FieldError(field, f"must be True or False, got {value!r}")
     return value
@@ -80,13 +79,11 @@ def check_sequence(field: str, values: object) -> tuple[Any, ...]:
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of the words."""
     if value not in choices:
         raise FieldError(field, f"must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_instance(field: str, value: object, kind: Any, noun: str) -> None:
-    """Of the class, or of one of the classes."""
     if not isinstance(value, kind):
         raise FieldError(field, f"must be {noun}, got {value!r}")
 
@@ -119,7 +116,6 @@ def store_finite(of: object, *fields: str) -> None:
 
 
 def store_integer(of: object, field: str, most: int = MAX_UINT32, least: int = 0) -> None:
-    """As ``check_integer``."""
     value = getattr(of, field)
     number = check_integer(field, value, most, least)
     if number is not value:
@@ -127,7 +123,6 @@ def store_integer(of: object, field: str, most: int = MAX_UINT32, least: int = 0
 
 
 def store_several(of: object, field: str, kind: Any, noun: str) -> None:
-    """Values of the class, as a tuple."""
     values = check_sequence(field, getattr(of, field))
     for index, value in enumerate(values):
         if not isinstance(value, kind):
@@ -136,7 +131,6 @@ def store_several(of: object, field: str, kind: Any, noun: str) -> None:
 
 
 def store_texts(of: object, field: str) -> None:
-    """Strings, as a tuple."""
     values = check_sequence(field, getattr(of, field))
     for index, value in enumerate(values):
         check_text(f"{field}[{index}]", value)

@@ -11,8 +11,19 @@ from typing import Any, Final
 
 from saeguard.catalog import Activation, PolicyChange, PolicyHistory, PolicySet, PolicySummary, Revision
 from saeguard.results import Completion
-from saeguard_client.cli.terminal import Terminal, UsageError, command, connect, print_result, safe, table
+from saeguard_client.cli.terminal import (
+    Terminal,
+    UsageError,
+    command,
+    command_group,
+    connect,
+    print_result,
+    safe,
+    table,
+)
 
+_ABOUT = """What the server enforces on everybody's requests. A change makes a revision; a revision takes effect when it
+is activated."""
 _EPILOG = """examples:
   saeguard policy diff policies/                         what apply would change; nothing is stored
   saeguard policy apply policies/ --reason "calmer tone"
@@ -48,15 +59,7 @@ NOTICED: Final = 1
 
 
 def add_policy(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        "policy",
-        help="read, change and enforce policies",
-        description="What the server enforces on everybody's requests. A change makes a revision; a revision takes "
-        "effect when it is activated.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    actions = command_group(subparsers, "policy", "read, change and enforce policies", _ABOUT, _EPILOG)
     with command(actions, "list", run_list, "policies at a glance, and what is in force", json=_JSON) as parser:
         parser.add_argument("--revision", type=int, help="default: the latest")
     with command(actions, "show", run_show, "policies as YAML, to edit and apply") as parser:

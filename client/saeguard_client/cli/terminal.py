@@ -21,7 +21,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Final, TextIO, TypeVar
 
-from saeguard_client.async_client import AsyncClient
 from saeguard_client.calls import DEFAULT_DEADLINE_S
 from saeguard_client.cli import settings
 from saeguard_client.client import Client
@@ -248,6 +247,18 @@ def command(
     parser.set_defaults(run=run)
 
 
+def command_group(
+    subparsers: argparse._SubParsersAction[Any], name: str, help: str, description: str, epilog: str
+) -> argparse._SubParsersAction[Any]:
+    """Adds a command that has actions, and gives what they are added to."""
+    layout = argparse.RawDescriptionHelpFormatter
+    group = subparsers.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=layout)
+    actions: argparse._SubParsersAction[Any] = group.add_subparsers(
+        dest="action", required=True, metavar="ACTION", title="actions"
+    )
+    return actions
+
+
 def add_repeated(
     parser: argparse._ActionsContainer, flag: str, metavar: str, help: str, *, dest: str | None = None, parse: Any = str
 ) -> None:
@@ -274,20 +285,15 @@ def add_connection(parser: argparse.ArgumentParser, *, with_defaults: bool) -> N
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """A client as the flags say.
+    return connected(Client, args)
+
+
+def connected(client: Callable[..., T], args: argparse.Namespace) -> T:
+    """A client of this class as the flags say.
 
     Raises:
         UsageError: the flags make no sense, or a file that they name cannot be read.
     """
-    return _connected(Client, args)
-
-
-def connect_async(args: argparse.Namespace) -> AsyncClient:
-    """The same for asyncio."""
-    return _connected(AsyncClient, args)
-
-
-def _connected(client: Callable[..., T], args: argparse.Namespace) -> T:
     try:
         with usage():
             return client(
