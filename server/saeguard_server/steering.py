@@ -146,14 +146,9 @@ def compile_trigger(
             engine, edit, f"{field}.apply.interventions[{index}]", origin,
             is_shadow=is_shadow, is_limited=is_limited, condition=condition,
         )
-        for index, edit in enumerate(trigger_edits(trigger))
+        for index, edit in enumerate(trigger.edits)
     )  # fmt: skip
     return CompiledTrigger(condition, edits)
-
-
-def trigger_edits(trigger: Trigger) -> Sequence[Intervention]:
-    """The edits that a trigger makes."""
-    return trigger.action.interventions if isinstance(trigger.action, Apply) else ()
 
 
 def compile_condition(

@@ -29,10 +29,10 @@ from saeguard_server.generation import (
     Counterfactuals,
     Generation,
     RequestRecorder,
+    all_chunks,
     first_divergence,
     measure_divergence,
     token_ids,
-    whole,
     without_policy,
 )
 from saeguard_server.observe import Metrics
@@ -150,7 +150,7 @@ async def test_a_counterfactual_is_the_answer_read_without_one_policy(side: Side
     steering = ready.task.steering
     mine = replace(steering.edits[0], origin=Origin("calm", "r"))
     task = replace(ready.task, steering=replace(steering, edits=(mine, *steering.edits[1:])))
-    answer = token_ids(await whole(side.engine, task))
+    answer = token_ids(await all_chunks(side.engine, task))
     metrics = Metrics(CollectorRegistry())
     measuring = Counterfactuals(side.engine, metrics)
     async with measuring.running():
