@@ -65,7 +65,7 @@ class AdmittedRequest:
         """Waits for the turn of a task that can take so many tokens; a place it has is given up first.
 
         Raises:
-            SaeguardError: it was sent away for a caller who had fewer waiting.
+            SaeguardError: it was evicted for a caller who had fewer waiting.
         """
         await self._place.aclose()
         await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))
@@ -291,7 +291,7 @@ class RpcLimiter:
                 f"{self._max_queue} requests are waiting already", retry_after_s=self._retry_after_s()
             )  # fmt: skip
             # One caller's thousand requests must not shut the door on everybody else.
-            if not self._turns.send_away(caller.name, refusal):
+            if not self._turns.evict(caller.name, refusal):
                 raise refusal
 
     def _retry_after_s(self) -> float:

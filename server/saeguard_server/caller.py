@@ -16,7 +16,7 @@ _Limit: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Role(StrEnum):
-    """What a caller may do; ``guard.identity.access`` says which RPC needs which."""
+    """What a caller may do; ``identity.auth`` says which RPC needs which."""
 
     GENERATE = "generate"
     OBSERVE = "observe"

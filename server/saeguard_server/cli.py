@@ -1,4 +1,7 @@
-"""``saeguard serve``: flags over the settings file, then the server. Exit 2 for bad settings."""
+"""``saeguard serve``: flags over the settings file, then the server. ``saeguard key``: the API keys of a file.
+
+Both exit with 2 for what cannot be used. A running server follows the file of keys.
+"""
 
 from __future__ import annotations
 
@@ -115,10 +118,10 @@ def _is_site(text: str) -> bool:
 
 def _serve(settings: Settings) -> int:
     # Here, because the command line asks every command to register before it knows which one runs.
-    from saeguard_server import observe as logs
     from saeguard_server.app import App
+    from saeguard_server.observe import configure_logs
 
-    logs.configure_logs(settings.server.log_level, sys.stderr)
+    configure_logs(settings.server.log_level, sys.stderr)
 
     async def serve() -> None:
         async with App.build(settings) as app:
@@ -143,44 +146,43 @@ def _refuse(err: ValueError) -> int:
     return 2
 
 
-# ``saeguard key``: make, list and revoke the API keys of a file. A running server follows the file.
-
-
 _UNITS = {"h": "hours", "d": "days"}
-_LENGTH = re.compile(r"([1-9][0-9]{0,4})([hd])")
+_DURATION = re.compile(r"([1-9][0-9]{0,4})([hd])")
 
 
 def add_key(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
-    parser = subparsers.add_parser("key", help="make, list and revoke API keys", description=__doc__)
-    acts = parser.add_subparsers(required=True, metavar="ACTION")
-    create = _act(acts, "create", "make a key and print it: nothing can show it again", _create)
+    parser = subparsers.add_parser(
+        "key", help="make, list and revoke API keys", description="Make, list and revoke API keys."
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    create = _add_action(actions, "create", "make a key and print it: nothing can show it again", _create)
     create.add_argument("name", help="what logs, quotas and policies call its holder")
     create.add_argument(
         "--role", action="append", required=True, choices=[role.value for role in Role], help="again for more"
     )  # fmt: skip
     create.add_argument("--tag", action="append", default=[], help="what policies can be aimed at; again for more")
     create.add_argument("--expires", metavar="WHEN", type=_when, help="12h, 90d, or a time such as 2027-01-31T00:00Z")
-    _act(acts, "list", "show the keys of a file, without their secrets", _list)
-    revoke = _act(acts, "revoke", "end a key now", _revoke)
+    _add_action(actions, "list", "show the keys of a file, without their secrets", _list)
+    revoke = _add_action(actions, "revoke", "end a key now", _revoke)
     revoke.add_argument("id", help="what stands between the underscores of the key")
 
 
-def _act(
-    acts: argparse._SubParsersAction[argparse.ArgumentParser],
+def _add_action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     text: str,
-    act: Callable[[argparse.Namespace], int],
+    run: Callable[[argparse.Namespace], int],
 ) -> argparse.ArgumentParser:
-    parser = acts.add_parser(name, help=text, description=text)
+    parser = actions.add_parser(name, help=text, description=text)
     parser.add_argument("--file", type=Path, required=True, help="the server's identity.api_keys")
-    parser.set_defaults(run=lambda arguments: _told(act, arguments))
+    parser.set_defaults(run=lambda arguments: _run_key(run, arguments))
     return parser
 
 
-def _told(act: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+def _run_key(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     try:
-        return act(arguments)
+        return run(arguments)
     except (BadSettings, ValueError) as err:
         sys.stderr.write(f"saeguard key: {err}\n")
         return 2
@@ -190,7 +192,7 @@ def _create(arguments: argparse.Namespace) -> int:
     # Here and below: the command line asks every command to register before it knows which one runs.
     from saeguard_server.identity.api_keys import KeyFile, change_keys, make_key
 
-    roles = tuple(Role(one) for one in dict.fromkeys(arguments.role))
+    roles = tuple(Role(role) for role in dict.fromkeys(arguments.role))
     key, record = make_key(arguments.name, roles, tuple(dict.fromkeys(arguments.tag)), arguments.expires)
     change_keys(arguments.file, lambda keys: KeyFile(keys=(*keys.keys, record)))
     sys.stderr.write(f"key {record.id} of {record.name}; it is shown this once:\n")
@@ -202,9 +204,9 @@ def _list(arguments: argparse.Namespace) -> int:
     from saeguard_server.identity.api_keys import read_keys
 
     now = datetime.now(UTC)
-    for one in read_keys(arguments.file).keys:
-        state = one.why_invalid(now) or (f"until {one.expires:%Y-%m-%d %H:%M}" if one.expires else "valid")
-        row = (one.id, one.name, ",".join(one.roles), ",".join(one.tags) or "-", f"{one.created:%Y-%m-%d}", state)
+    for key in read_keys(arguments.file).keys:
+        state = key.why_invalid(now) or (f"until {key.expires:%Y-%m-%d %H:%M}" if key.expires else "valid")
+        row = (key.id, key.name, ",".join(key.roles), ",".join(key.tags) or "-", f"{key.created:%Y-%m-%d}", state)
         sys.stdout.write("  ".join(row) + "\n")
     return 0
 
@@ -218,10 +220,10 @@ def _revoke(arguments: argparse.Namespace) -> int:
 
 
 def _when(text: str) -> datetime:
-    """A length of time from now, or a time with its zone."""
+    """A duration from now, or a time with its zone."""
     now = datetime.now(UTC).replace(microsecond=0)
-    if found := _LENGTH.fullmatch(text):
-        return now + timedelta(**{_UNITS[found[2]]: int(found[1])})
+    if match := _DURATION.fullmatch(text):
+        return now + timedelta(**{_UNITS[match[2]]: int(match[1])})
     try:
         when = datetime.fromisoformat(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Every way in which Saeguard says no, with a stable reason; no gRPC here, the edge maps these to statuses.
+"""Every way in which Saeguard says no, with a stable reason; no gRPC here: ``rpc.interceptor`` maps these to statuses.
 
 SaeguardError
 ├── InvalidRequest          a field is wrong; names it
@@ -23,6 +23,7 @@ SaeguardError
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -32,21 +33,20 @@ class SaeguardError(Exception):
     Attributes:
         reason: stable, upper-case code of the class; what clients and dashboards match on.
         message: one sentence for a person.
+        facts: what clients may want beside the reason, by name.
+        retry_after_s: when to come back, where that helps.
     """
 
     reason: ClassVar[str]
+    facts: Mapping[str, str] = MappingProxyType({})
+    retry_after_s: float | None = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
 
-    @property
-    def facts(self) -> Mapping[str, str]:
-        """What clients may want beside the reason, by name."""
-        return {}
 
-
-class _FieldError(SaeguardError):
+class RequestFieldError(SaeguardError):
     """An error about one field of the request, such as ``interventions[2].clamp.value``."""
 
     def __init__(self, field: str, message: str) -> None:
@@ -55,13 +55,13 @@ class _FieldError(SaeguardError):
         self.description = message
 
 
-class InvalidRequest(_FieldError):
+class InvalidRequest(RequestFieldError):
     """A field holds what it must not."""
 
     reason: ClassVar[str] = "INVALID_REQUEST"
 
 
-class UnknownName(_FieldError):
+class UnknownName(RequestFieldError):
     """A field names something that is not served here."""
 
     reason: ClassVar[str] = "UNKNOWN_NAME"
@@ -80,15 +80,10 @@ class PermissionDenied(SaeguardError):
 
     def __init__(self, message: str, role: str) -> None:
         super().__init__(message)
-        self.role = role
-
-    @property
-    def facts(self) -> Mapping[str, str]:
-        """The role."""
-        return {"role": self.role}
+        self.role, self.facts = role, {"role": role}
 
 
-class PolicyRefusal(_FieldError):
+class PolicyRefusal(RequestFieldError):
     """A policy does not allow what a field asks for."""
 
     reason: ClassVar[str] = "POLICY_REFUSED"
@@ -96,12 +91,7 @@ class PolicyRefusal(_FieldError):
     def __init__(self, field: str, message: str, *, policy: str, rule: str = "") -> None:
         whose = f"rule {rule!r} of policy {policy!r}" if rule else f"policy {policy!r}"
         super().__init__(field, f"{whose} does not allow it: {message}")
-        self.policy, self.rule = policy, rule
-
-    @property
-    def facts(self) -> Mapping[str, str]:
-        """The policy, and its rule where it is one that refuses."""
-        return {"policy": self.policy} | ({"rule": self.rule} if self.rule else {})
+        self.facts = {"policy": policy} | ({"rule": rule} if rule else {})
 
 
 class QuotaExceeded(SaeguardError):
@@ -111,13 +101,8 @@ class QuotaExceeded(SaeguardError):
 
     def __init__(self, message: str, quota: str, retry_after_s: float | None) -> None:
         super().__init__(message)
-        self.quota = quota
+        self.quota, self.facts = quota, {"quota": quota}
         self.retry_after_s = retry_after_s
-
-    @property
-    def facts(self) -> Mapping[str, str]:
-        """Which quota."""
-        return {"quota": self.quota}
 
 
 class Conflict(SaeguardError):

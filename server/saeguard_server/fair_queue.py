@@ -18,7 +18,7 @@ from typing import Protocol
 from saeguard_server.errors import SaeguardError
 from saeguard_server.observe import Metrics
 
-LOOK_S = 0.01
+POLL_S = 0.01
 """How often the engine's queue is looked at while anybody waits: slots become free before slow readers are done."""
 MAX_REMEMBERED = 1024
 """Callers remembered at once; beyond it, of those who wait no more, those that are ahead least are forgotten."""
@@ -61,13 +61,13 @@ class FairQueue:
     def __init__(self, engine: EngineQueue, metrics: Metrics, slots: int) -> None:
         self._engine, self._slots = engine, slots
         self._ahead = max(2, slots // 4)
-        self._gauge = metrics.turns_waiting
+        self._gauge = metrics.queue_waiting
         self._lines: dict[str, _Line] = {}
         self._order: list[tuple[float, int, _Line]] = []  # a heap; an entry whose ticket is not its line's is void
         self._tickets = itertools.count()
         self._now = 0.0
-        self._held = self._fresh = self._waiting = 0
-        self._look: asyncio.TimerHandle | None = None
+        self._running = self._unqueued = self._waiting = 0
+        self._poll: asyncio.TimerHandle | None = None
 
     @property
     def waiting(self) -> int:
@@ -79,7 +79,7 @@ class FairQueue:
         """Waits for this request's turn; around its time in the engine. ``cost`` is the tokens it can take.
 
         Raises:
-            SaeguardError: it was sent away for a caller who had fewer waiting.
+            SaeguardError: it was evicted for a caller who had fewer waiting.
         """
         if self._waiting or not self._has_room():
             await self._wait(caller, cost)
@@ -88,10 +88,10 @@ class FairQueue:
         try:
             yield
         finally:
-            self._held -= 1
-            self._let_in()
+            self._running -= 1
+            self._admit()
 
-    def send_away(self, caller: str, error: SaeguardError) -> bool:
+    def evict(self, caller: str, error: SaeguardError) -> bool:
         """Makes room for this caller: the last request of the longest line fails with ``error``.
 
         Returns:
@@ -102,22 +102,22 @@ class FairQueue:
         if len(longest.waiters) <= mine + 1:
             return False
         last = longest.waiters.pop()
-        self._waited(-1)
+        self._count_waiting(-1)
         if not last.turn.done():
             last.turn.set_exception(error)
         return True
 
     def _has_room(self) -> bool:
         # Both: who holds a slot may be done with it and be read slowly; who was just let in is not in the queue yet.
-        return self._held < self._slots or self._engine.queued() + self._fresh < self._ahead
+        return self._running < self._slots or self._engine.queued() + self._unqueued < self._ahead
 
     async def _wait(self, caller: str, cost: int) -> None:
         waiter, line = _Waiter(cost, asyncio.get_running_loop().create_future()), self._line(caller)
         line.waiters.append(waiter)
         if line.ticket is None:
             self._enter(line)
-        self._waited(1)
-        self._look_soon()
+        self._count_waiting(1)
+        self._poll_soon()
         try:
             await waiter.turn
         except asyncio.CancelledError:
@@ -128,16 +128,16 @@ class FairQueue:
         """The caller is gone; perhaps just as its turn came."""
         if waiter.turn.done() and not waiter.turn.cancelled():
             if waiter.turn.exception() is None:
-                self._held -= 1
-                self._let_in()
+                self._running -= 1
+                self._admit()
             return
         with suppress(ValueError):
             line.waiters.remove(waiter)
-            self._waited(-1)
+            self._count_waiting(-1)
         if not line.waiters:
             line.ticket = None
 
-    def _let_in(self) -> None:
+    def _admit(self) -> None:
         while self._order and self._has_room():
             _, ticket, line = heapq.heappop(self._order)
             if ticket != line.ticket:
@@ -145,15 +145,15 @@ class FairQueue:
             line.ticket = None
             while line.waiters and line.waiters[0].turn.done():
                 line.waiters.popleft()  # cancelled in this very moment
-                self._waited(-1)
+                self._count_waiting(-1)
             if line.waiters:
                 waiter = line.waiters.popleft()
-                self._waited(-1)
+                self._count_waiting(-1)
                 self._serve(line, waiter.cost)
                 waiter.turn.set_result(None)
             if line.waiters:
                 self._enter(line)
-        if not self._held and not self._waiting:
+        if not self._running and not self._waiting:
             self._lines.clear()
             self._order.clear()
             self._now = 0.0
@@ -161,10 +161,10 @@ class FairQueue:
     def _serve(self, line: _Line, cost: int) -> None:
         self._now = max(self._now, line.start)
         line.start = self._now + cost
-        self._held += 1
-        if self._held > self._slots:
-            self._fresh += 1
-            self._look_soon()
+        self._running += 1
+        if self._running > self._slots:
+            self._unqueued += 1
+            self._poll_soon()
 
     def _enter(self, line: _Line) -> None:
         line.start, line.ticket = max(self._now, line.start), next(self._tickets)
@@ -179,19 +179,19 @@ class FairQueue:
 
     def _forget(self) -> None:
         idle = [name for name, line in self._lines.items() if not line.waiters]
-        for name in sorted(idle, key=lambda one: self._lines[one].start)[: MAX_REMEMBERED // 2]:
+        for name in sorted(idle, key=lambda name: self._lines[name].start)[: MAX_REMEMBERED // 2]:
             del self._lines[name]
 
-    def _waited(self, more: int) -> None:
+    def _count_waiting(self, more: int) -> None:
         self._waiting += more
         self._gauge.set(self._waiting)
 
-    def _look_soon(self) -> None:
-        if self._look is None:
-            self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_now)
+    def _poll_soon(self) -> None:
+        if self._poll is None:
+            self._poll = asyncio.get_running_loop().call_later(POLL_S, self._poll_now)
 
-    def _look_now(self) -> None:
-        self._look, self._fresh = None, 0
-        self._let_in()
+    def _poll_now(self) -> None:
+        self._poll, self._unqueued = None, 0
+        self._admit()
         if self._waiting:
-            self._look_soon()
+            self._poll_soon()

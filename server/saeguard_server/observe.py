@@ -1,11 +1,14 @@
-"""What operators see: metrics and logs, each declared once."""
+"""What operators see: every metric, declared once; the /metrics endpoint; logs as JSON lines.
+
+Labels are names that the server chose, never a caller's text, and no log line holds what callers send or get.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,39 +20,144 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from saeguard.results import Completion, InterventionReceipt, TriggerReceipt
 from saeguard_server.settings import Address, BadSettings
 
-# What policies' rules do, counted from receipts. Labels are names of rules in force, and so many at most.
-
-
+RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
+RULE_LABELS = ("policy", "rule", "mode")
 MAX_RULES = 2000
 """Rules with series of their own; those of further ones are counted together."""
 OTHER = "other"
+
+SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+RATIOS = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 ACTIVATIONS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 NATS = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-_RULE = ("policy", "rule", "mode")
+
+class Metrics:
+    """What the server counts, in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._declare_load()
+        self._declare_work()
+        self._declare_steering()
+        self._declare_policies()
+        self._declare_rpcs()
+        self.policy_rules = PolicyMetrics(registry)
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+    def _declare_load(self) -> None:
+        self.queue_waiting = self._gauge(
+            "saeguard_queue_waiting", "Requests in the fair queue, which the engine has not got yet"
+        )
+        self.queue_length = self._gauge("saeguard_queue_length", "Requests in the engine that wait for a batch slot")
+        self.running_requests = self._gauge("saeguard_running_requests", "Requests that are running in the engine")
+        self.slots_in_use = self._gauge("saeguard_slots_in_use", "Batch slots in use, of engine.max_slots")
+        self.kv_blocks_in_use = self._gauge(
+            "saeguard_kv_blocks_in_use", "KV cache blocks of 16 tokens that running requests hold"
+        )
+        self.preemptions = self._counter(
+            "saeguard_preemptions", "Requests that lost their KV cache to others and had to be prefilled again"
+        )
+        self.refusals = self._counter("saeguard_refusals", "Requests refused before any work, by reason", ["reason"])
+
+    def _declare_work(self) -> None:
+        self.batch_size = self._histogram("saeguard_batch_size", "Requests in a decode step", ROWS)
+        self.prompt_tokens = self._counter("saeguard_prompt_tokens", "Prompt tokens prefilled")
+        self.reused_tokens = self._counter(
+            "saeguard_prompt_tokens_reused", "Prompt tokens taken from the prefix cache instead of prefilled"
+        )
+        self.generated_tokens = self._counter("saeguard_generated_tokens", "Tokens generated")
+        self.steps = self._counter("saeguard_steps", "Engine steps, one forward pass of the batch each")
+        self.engine_restarts = self._counter("saeguard_engine_restarts", "Engine restarts after a failure")
+        self.time_to_first_token = self._histogram(
+            "saeguard_time_to_first_token_seconds", "Time from a request's arrival to its first token",
+            LONG_S,
+        )  # fmt: skip
+        self.time_per_output_token = self._histogram(
+            "saeguard_time_per_output_token_seconds", "Time between two tokens of one request", SHORT_S
+        )
+
+    def _declare_steering(self) -> None:
+        """Edits, and what the check at start measured of each SAE on this model."""
+        self.tokens_edited = self._counter(
+            "saeguard_tokens_edited", "Tokens on which an edit changed a feature, by SAE and kind of edit",
+            ["sae", "kind"],
+        )  # fmt: skip
+        self.relative_edit = self._histogram(
+            "saeguard_relative_edit", "Size of an edit relative to the activation, |delta| / |x|, mean over a request",
+            RATIOS, ["sae"],
+        )  # fmt: skip
+        self.sae_l0 = self._gauge("saeguard_sae_l0", "L0 of the SAE: active features per token, mean", ["sae"])
+        self.sae_fvu = self._gauge("saeguard_sae_fvu", "Fraction of variance unexplained by the SAE", ["sae"])
+        self.sae_ce_increase = self._gauge(
+            "saeguard_sae_ce_increase_nats", "Increase of the model's cross-entropy with the SAE spliced in", ["sae"]
+        )
+
+    def _declare_policies(self) -> None:
+        """What is in force here, how well this server follows it, and the audit."""
+        self.policy_revision = self._gauge("saeguard_policy_revision", "Policy revision that this server enforces")
+        self.policy_activation = self._gauge(
+            "saeguard_policy_activation", "Number of the activation that put that revision in force"
+        )
+        self.policy_activation_time = self._gauge(
+            "saeguard_policy_activation_time_seconds", "Unix time of that activation"
+        )
+        self.policy_sync_age = self._gauge(
+            "saeguard_policy_sync_age_seconds", "Time since the policy store was last read successfully"
+        )
+        self.policy_apply_lag = self._histogram(
+            "saeguard_policy_apply_lag_seconds", "Time from an activation until this server enforced it", LONG_S
+        )
+        self.policy_sync_failures = self._counter(
+            "saeguard_policy_sync_failures", "Failed reads of the policy store, by reason", ["reason"]
+        )
+        self.audit_records = self._counter("saeguard_audit_records", "Audit records written")
+        self.audit_failures = self._counter("saeguard_audit_failures", "Failed writes of the audit log")
+
+    def _declare_rpcs(self) -> None:
+        """The names that gRPC dashboards expect, whatever the language of the server."""
+        self.rpcs_started = self._counter("grpc_server_started", "RPCs started", RPC_LABELS)
+        self.rpcs_handled = self._counter(
+            "grpc_server_handled", "RPCs completed, by status code", [*RPC_LABELS, "grpc_code"]
+        )
+        self.messages_received = self._counter("grpc_server_msg_received", "Messages received", RPC_LABELS)
+        self.messages_sent = self._counter("grpc_server_msg_sent", "Messages sent", RPC_LABELS)
+        self.handling_seconds = self._histogram(
+            "grpc_server_handling_seconds", "Time to complete an RPC", LONG_S, RPC_LABELS
+        )
 
 
 class PolicyMetrics:
-    """One series per rule and mode ("enforce" or "shadow": what would have happened)."""
+    """What rules do, from receipts, for each rule and mode ("enforce", or "shadow": what would have happened)."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str) -> Counter:
-            return Counter(f"saeguard_policy_rule_{name}", text, _RULE, registry=registry)
+            return Counter(f"saeguard_policy_rule_{name}", text, RULE_LABELS, registry=registry)
 
         self._evaluated = counter("evaluated_tokens", "Tokens in a rule's scope that the model read")
         self._fired = counter("fired_requests", "Requests in which a rule edited, or its condition held")
-        self._edited = counter("edited_tokens", "Tokens whose feature value a rule changed, or would have")
-        self._capped = counter("capped_tokens", "Tokens on which a limit made a rule's edit smaller")
-        self._stops = counter("stops", "Generations that a rule ended")
+        self._edited = counter("edited_tokens", "Tokens on which a rule changed a feature, or would have (shadow)")
+        self._capped = counter("capped_tokens", "Tokens on which max_relative_edit made a rule's edit smaller")
+        self._stops = counter("stops", "Generations that a rule stopped")
         self._activation = Histogram(
-            "saeguard_policy_rule_activation", "Largest value of a rule's feature in a request, before the edit", _RULE,
-            buckets=ACTIVATIONS, registry=registry,
+            "saeguard_policy_rule_activation", "Maximum activation of a rule's feature in a request, before the edit",
+            RULE_LABELS, buckets=ACTIVATIONS, registry=registry,
         )  # fmt: skip
         self._counterfactual = Histogram(
-            "saeguard_policy_counterfactual_kl_nats", "Mean KL per token of an edited answer from the unedited model",
-            ["policy"], buckets=NATS, registry=registry,
+            "saeguard_policy_counterfactual_kl_nats", "KL divergence per token from the model without the policy, mean "
+            "over a sampled request", ["policy"], buckets=NATS, registry=registry,
         )  # fmt: skip
-        self._known: set[tuple[str, str, str]] = set()
+        self._series: set[tuple[str, str, str]] = set()
 
     def observe(self, done: Completion) -> None:
         """Counts a finished request."""
@@ -57,10 +165,10 @@ class PolicyMetrics:
             return
         for edit in done.receipt.interventions:
             if edit.policy:
-                self._edit(edit)
+                self._observe_edit(edit)
         for trigger in done.receipt.triggers:
             if trigger.policy:
-                self._trigger(trigger)
+                self._observe_trigger(trigger)
         if done.stopped_by is not None and done.stopped_by.policy:
             by = done.stopped_by
             self._stops.labels(*self._labels(by.policy, by.name, is_shadow=False)).inc()
@@ -71,162 +179,39 @@ class PolicyMetrics:
 
     def keep(self, rules: Iterable[tuple[str, str]]) -> None:
         """Forgets the series of rules that are no longer in force: pairs of policy and rule stay."""
-        wanted = set(rules)
-        for labels in [one for one in self._known if one[:2] not in wanted and one[0] != OTHER]:
-            self._known.discard(labels)
+        in_force = set(rules)
+        for labels in [labels for labels in self._series if labels[:2] not in in_force and labels[0] != OTHER]:
+            self._series.discard(labels)
             for metric in (self._evaluated, self._fired, self._edited, self._capped, self._stops, self._activation):
                 if labels in metric._metrics:
                     metric.remove(*labels)
 
-    def _edit(self, one: InterventionReceipt) -> None:
-        labels = self._labels(one.policy, one.rule, is_shadow=one.is_shadow)
-        self._evaluated.labels(*labels).inc(one.tokens_eligible)
-        self._edited.labels(*labels).inc(one.tokens_edited)
-        self._capped.labels(*labels).inc(one.tokens_capped)
-        self._activation.labels(*labels).observe(one.max_activation)
-        if one.tokens_edited:
+    def _observe_edit(self, edit: InterventionReceipt) -> None:
+        labels = self._labels(edit.policy, edit.rule, is_shadow=edit.is_shadow)
+        self._evaluated.labels(*labels).inc(edit.tokens_eligible)
+        self._edited.labels(*labels).inc(edit.tokens_edited)
+        self._capped.labels(*labels).inc(edit.tokens_capped)
+        self._activation.labels(*labels).observe(edit.max_activation)
+        if edit.tokens_edited:
             self._fired.labels(*labels).inc()
 
-    def _trigger(self, one: TriggerReceipt) -> None:
-        labels = self._labels(one.policy, one.name, is_shadow=one.is_shadow)
-        self._evaluated.labels(*labels).inc(one.tokens_evaluated)
-        if one.first_position is not None:
+    def _observe_trigger(self, trigger: TriggerReceipt) -> None:
+        labels = self._labels(trigger.policy, trigger.name, is_shadow=trigger.is_shadow)
+        self._evaluated.labels(*labels).inc(trigger.tokens_evaluated)
+        if trigger.first_position is not None:
             self._fired.labels(*labels).inc()
 
     def _labels(self, policy: str, rule: str, *, is_shadow: bool) -> tuple[str, str, str]:
         labels = (policy, rule, "shadow" if is_shadow else "enforce")
-        if labels not in self._known:
-            if len(self._known) >= MAX_RULES:
+        if labels not in self._series:
+            if len(self._series) >= MAX_RULES:
                 return (OTHER, OTHER, labels[2])
-            self._known.add(labels)
+            self._series.add(labels)
         return labels
 
 
-# Every metric, declared once. Labels are names that the server chose: never a caller's text.
-
-
-RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
-
-SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-SHARES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
-
-
-class Metrics:
-    """What the server counts, in one registry."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self._declare_load(registry)
-        self._declare_work(registry)
-        self._declare_steering(registry)
-        self._declare_saes(registry)
-        self._declare_policies(registry)
-        self.policy_rules = PolicyMetrics(registry)
-        self._declare_audit(registry)
-        self._declare_rpcs(registry)
-
-    def _declare_load(self, registry: CollectorRegistry) -> None:
-        self.queue_length = Gauge("saeguard_queue_length", "Requests that wait for a slot", registry=registry)
-        self.turns_waiting = Gauge(
-            "saeguard_turns_waiting", "Requests that wait for their caller's turn, before that queue", registry=registry
-        )
-        self.running_requests = Gauge("saeguard_running_requests", "Requests that hold a slot", registry=registry)
-        self.slots_in_use = Gauge("saeguard_slots_in_use", "Slots of the batch that are taken", registry=registry)
-        self.kv_blocks_in_use = Gauge(
-            "saeguard_kv_blocks_in_use", "Blocks of 16 tokens of KV memory that a request holds", registry=registry
-        )
-        self.preemptions = Counter(
-            "saeguard_preemptions", "Times a request gave its KV memory up and was read again", registry=registry
-        )
-        self.refusals = Counter(
-            "saeguard_refusals", "Requests refused before any work, by reason", ["reason"], registry=registry
-        )
-
-    def _declare_work(self, registry: CollectorRegistry) -> None:
-        self.batch_size = Histogram("saeguard_batch_size", "Rows of a decode step", buckets=ROWS, registry=registry)
-        self.prompt_tokens = Counter("saeguard_prompt_tokens", "Prompt tokens read", registry=registry)
-        self.reused_tokens = Counter(
-            "saeguard_prompt_tokens_reused", "Prompt tokens not read, as one like them had been", registry=registry
-        )
-        self.generated_tokens = Counter("saeguard_generated_tokens", "Tokens generated", registry=registry)
-        self.steps = Counter("saeguard_steps", "Forward passes of the batch", registry=registry)
-        self.engine_restarts = Counter("saeguard_engine_restarts", "Times the engine was restarted", registry=registry)
-        self.time_to_first_token = Histogram(
-            "saeguard_time_to_first_token_seconds", "From submission to the first token", buckets=LONG_S,
-            registry=registry,
-        )  # fmt: skip
-        self.time_per_output_token = Histogram(
-            "saeguard_time_per_output_token_seconds", "Between two tokens of one request", buckets=SHORT_S,
-            registry=registry,
-        )  # fmt: skip
-
-    def _declare_steering(self, registry: CollectorRegistry) -> None:
-        self.tokens_edited = Counter(
-            "saeguard_tokens_edited", "Tokens whose feature value an edit changed", ["sae", "kind"], registry=registry
-        )
-        self.relative_edit = Histogram(
-            "saeguard_relative_edit", "Mean |edit| / |x| of an edit in a finished request", ["sae"], buckets=SHARES,
-            registry=registry,
-        )  # fmt: skip
-
-    def _declare_saes(self, registry: CollectorRegistry) -> None:
-        """What the check at start measured on this model."""
-        self.sae_l0 = Gauge("saeguard_sae_l0", "Features that fire on a token, mean", ["sae"], registry=registry)
-        self.sae_fvu = Gauge(
-            "saeguard_sae_fvu", "Share of the activations' variance left unexplained", ["sae"], registry=registry
-        )
-        self.sae_ce_increase = Gauge(
-            "saeguard_sae_ce_increase_nats", "Rise of the model's cross-entropy with the SAE spliced in", ["sae"],
-            registry=registry,
-        )  # fmt: skip
-
-    def _declare_policies(self, registry: CollectorRegistry) -> None:
-        """What is in force here, and how well this server follows it."""
-        self.policy_revision = Gauge("saeguard_policy_revision", "Revision that is enforced here", registry=registry)
-        self.policy_activation = Gauge(
-            "saeguard_policy_activation", "Activation that put it in force", registry=registry
-        )
-        self.policy_activation_time = Gauge(
-            "saeguard_policy_activation_time_seconds", "When that was, as Unix time", registry=registry
-        )
-        self.policy_sync_age = Gauge(
-            "saeguard_policy_sync_age_seconds", "Since the policy store was last read successfully", registry=registry
-        )
-        self.policy_apply_lag = Histogram(
-            "saeguard_policy_apply_lag_seconds", "From an activation, by its author's clock, until it is enforced here",
-            buckets=LONG_S, registry=registry,
-        )  # fmt: skip
-        self.policy_sync_failures = Counter(
-            "saeguard_policy_sync_failures", "Failed attempts to follow the policy store, by reason", ["reason"],
-            registry=registry,
-        )  # fmt: skip
-
-    def _declare_audit(self, registry: CollectorRegistry) -> None:
-        self.audit_records = Counter("saeguard_audit_records", "Audit records written", registry=registry)
-        self.audit_failures = Counter(
-            "saeguard_audit_failures", "Times the audit could not be written", registry=registry
-        )
-
-    def _declare_rpcs(self, registry: CollectorRegistry) -> None:
-        """The names that gRPC dashboards expect, whatever the language of the server."""
-        self.rpcs_started = Counter("grpc_server_started", "RPCs started", RPC_LABELS, registry=registry)
-        self.rpcs_handled = Counter(
-            "grpc_server_handled", "RPCs completed, by status code", [*RPC_LABELS, "grpc_code"], registry=registry
-        )
-        self.messages_received = Counter("grpc_server_msg_received", "Messages received", RPC_LABELS, registry=registry)
-        self.messages_sent = Counter("grpc_server_msg_sent", "Messages sent", RPC_LABELS, registry=registry)
-        self.handling_seconds = Histogram(
-            "grpc_server_handling_seconds", "Time to complete an RPC", RPC_LABELS, buckets=LONG_S, registry=registry
-        )
-
-
-# Serves /metrics over HTTP on its own port, so that it can be kept from callers.
-
-
 class Exporter:
-    """A running /metrics endpoint; a context manager that stops it."""
+    """/metrics over HTTP on a port of its own, so that it can be kept from callers; a context manager that stops it."""
 
     def __init__(self, registry: CollectorRegistry, address: Address) -> None:
         """Listens at once.
@@ -255,16 +240,14 @@ class Exporter:
         self._thread.join()
 
 
-# Logs as JSON, one object a line, with the request's id in each. What callers send and get is never in them.
-#
-# An exception is logged as its type and where it happened: its message can quote a prompt.
-
-
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
+"""Of the RPC that is being served, for every log line."""
 
 
 class JsonFormatter(logging.Formatter):
     """Writes a record as one JSON object; ``extra={"fields": {...}}`` adds to it.
+
+    An exception is its type and where it happened: its message can quote a prompt.
 
     Args:
         with_messages: also log the messages of exceptions, for debugging only.
@@ -294,9 +277,9 @@ class JsonFormatter(logging.Formatter):
         at: BaseException | None = error
         while at is not None and len(chain) < 8:
             frames = traceback.extract_tb(at.__traceback__)
-            said = {"message": str(at)} if self._with_messages else {}
+            message = {"message": str(at)} if self._with_messages else {}
             where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-            chain.append({"type": type(at).__name__, "frames": where} | said)
+            chain.append({"type": type(at).__name__, "frames": where} | message)
             at = at.__cause__ or at.__context__
         return chain
 

@@ -1,4 +1,7 @@
-"""Settings: one frozen tree, built once from a TOML file and flags. Unknown keys are refused with their path."""
+"""Settings: one frozen tree, built once from a TOML file and flags. Unknown keys are refused with their path.
+
+``Settings``, at the end, is the whole file; above it stands a class for each table, in the file's order.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,27 @@ from msgspec import Meta
 
 from saeguard_server.caller import Quota, Role, check_caller_name
 
-# Where a socket listens, as settings write it.
+DEMO = "demo"
+"""Model path that stands for the bundled demo model and its SAEs."""
+NO_STORE = "none"
+STORES = ("sqlite:///", "postgresql://", "directory:")
+MIN_POLLS = 3
+"""Attempts that must fit before the policies that are known count as stale."""
+
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=86_400.0)]
+
+
+class SettingsTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every table."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            # NaN passes every comparison that msgspec makes.
+            if isinstance(value, float) and not isfinite(value):
+                raise ValueError(f"{name}: must be a number, got {value}")
 
 
 class Address(NamedTuple):
@@ -46,210 +69,6 @@ class Address(NamedTuple):
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
-# Settings of who may call and how much: the ``identity`` table of the settings file.
-
-
-Text: TypeAlias = Annotated[str, Meta(min_length=1)]
-Algorithm: TypeAlias = Literal[
-    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
-]  # fmt: skip
-"""Public-key signatures only: with a shared secret, whoever can check a token can also make one."""
-
-
-class CertificateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A caller that is known by its client certificate."""
-
-    id: Text
-    """Name in the certificate's subject alternative names: a SPIFFE id or another URI, or else a DNS name."""
-    name: Text
-    """What logs, quotas and policies call it."""
-    roles: tuple[Role, ...]
-    """What it may do."""
-    tags: tuple[Text, ...] = ()
-    """What policies can be aimed at."""
-
-    def __post_init__(self) -> None:
-        check_caller_name(self.name)
-
-
-class JwtSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Callers that bring a JSON Web Token of an OpenID Connect issuer."""
-
-    issuer: Text
-    """The claim ``iss``, exactly."""
-    audience: Text
-    """What the claim ``aud`` must be or hold."""
-    jwks: Text
-    """The issuer's keys: a file, read again when it changes, or an https URL."""
-    algorithms: tuple[Algorithm, ...] = ("RS256", "ES256")
-    """Signatures that are accepted."""
-    name_claim: Text = "sub"
-    """Where the caller's name is."""
-    name_prefix: str = "jwt:"
-    """Put before that name, so that no token can name a caller that is known by key or certificate."""
-    roles_claim: Text = "roles"
-    """Where its roles are, a list or a string with blanks; dots go into objects, as in "realm_access.roles"."""
-    roles_prefix: str = ""
-    """Roles begin with this in the claim; what does not, or is no role of ours, gives none."""
-    tags_claim: Text | None = None
-    """Where its tags are, in the same form; None is nowhere."""
-    leeway_s: Annotated[float, Meta(ge=0.0, le=300.0)] = 30.0
-    """How far the issuer's clock may be off."""
-    jwks_refresh_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0
-    """Keys from a URL are asked for again after this, so that those which were withdrawn are forgotten."""
-    jwks_max_age_s: Annotated[float, Meta(ge=1.0, le=604_800.0)] = 3600.0
-    """Keys from a URL that cannot be renewed are trusted no longer than this."""
-
-    def __post_init__(self) -> None:
-        if not self.algorithms:
-            raise ValueError("algorithms: must not be empty")
-        url = urlsplit(self.jwks)
-        if url.scheme == "http" and url.hostname not in ("127.0.0.1", "localhost", "::1"):
-            raise ValueError("jwks: must be a file or an https URL: whoever can change keys on the way can be anybody")
-        if self.jwks_max_age_s < self.jwks_refresh_s:
-            raise ValueError(f"jwks_max_age_s: must be at least jwks_refresh_s, {self.jwks_refresh_s:g}")
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the keys come from a URL."""
-        return urlsplit(self.jwks).scheme in ("http", "https")
-
-
-class IdentitySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How callers are known. With nothing set, everybody is one caller who may do all, and only loopback is served."""
-
-    api_keys: Text | None = None
-    """File of API keys, as ``saeguard key create`` writes it; read again when it changes."""
-    certificates: tuple[CertificateSettings, ...] = ()
-    """Callers known by their certificate; needs server.tls_client_ca."""
-    jwt: JwtSettings | None = None
-    """Callers known by a token."""
-    allow_anonymous: bool = False
-    """Serve beyond this machine without asking who calls, as where something in front of the server does. Everybody
-    is then the caller "anonymous"."""
-    anonymous_roles: tuple[Role, ...] = (Role.GENERATE, Role.OBSERVE, Role.STEER)
-    """What that caller may do."""
-    quota: Quota = Quota()
-    """For every caller that has none of its own."""
-    quotas: Mapping[str, Quota] = {}
-    """By the caller's name."""
-
-    def __post_init__(self) -> None:
-        if self.allow_anonymous and self.asks:
-            raise ValueError("allow_anonymous: contradicts api_keys, certificates and jwt, which ask who calls")
-        for what in ("id", "name"):
-            given = [getattr(one, what) for one in self.certificates]
-            for value in given:
-                if given.count(value) > 1:
-                    raise ValueError(f"certificates: the {what} {value!r} is given twice")
-
-    @property
-    def asks(self) -> bool:
-        """Whether callers must show who they are."""
-        return self.api_keys is not None or bool(self.certificates) or self.jwt is not None
-
-    def quota_of(self, name: str) -> Quota:
-        """The quota of the caller of that name."""
-        return self.quotas.get(name, self.quota)
-
-
-def check_reach(identity: IdentitySettings, listen: str, client_ca: str | None) -> None:
-    """Refuses to be reached by callers whom nobody asks who they are, and to ask for what they are not made to show.
-
-    Raises:
-        ValueError: the message says what to set.
-    """
-    if identity.certificates and client_ca is None:
-        raise ValueError("identity.certificates: needs server.tls_client_ca, which makes callers show a certificate")
-    if not (identity.asks or identity.allow_anonymous or Address.parse(listen).is_loopback):
-        raise ValueError(
-            f"server.listen: {listen} can be reached from elsewhere, and nobody would have to say who calls: set "
-            "identity.api_keys (--api-keys), identity.jwt or identity.certificates; or identity.allow_anonymous = true "
-            "(--allow-anonymous) where something else lets nobody in who may not"
-        )
-
-
-# Settings of policies: where they live, and how long a server may go without hearing of them.
-
-
-NO_STORE = "none"
-STORES = ("sqlite:///", "postgresql://", "directory:")
-_POLLS = 3
-"""Attempts that must fit before what is known counts as stale."""
-
-# The check stands above the class: its defaults are built, and checked, at import.
-
-
-def _check_policy_settings(settings: PolicySettings) -> None:
-    if settings.store != NO_STORE and not settings.store.startswith(STORES):
-        raise ValueError(f"store: must be {NO_STORE!r} or begin with one of {', '.join(STORES)}")
-    # Turned round, for NaN.
-    if not settings.stale_after_s >= _POLLS * settings.poll_s:
-        raise ValueError(f"stale_after_s: must be at least {_POLLS} times poll_s, which is {settings.poll_s:g}")
-
-
-class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is enforced on everybody's requests."""
-
-    store: Annotated[str, Meta(min_length=1)] = NO_STORE
-    """"none"; "sqlite:///PATH", a file for one server; "postgresql://USER@HOST/DATABASE", for several (extra
-    "postgres"; the password comes as libpq finds it, never from here); or "directory:PATH", YAML that is only read."""
-    poll_s: Annotated[float, Meta(ge=0.05, le=3600.0)] = 1.0
-    """Time between looks at the store; Postgres also calls when something changes."""
-    stale_after_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 30.0
-    """Without a successful look for so long, requests are refused."""
-    second_person: bool = False
-    """Whether a revision must be put in force by somebody else than its authors."""
-
-    def __post_init__(self) -> None:
-        _check_policy_settings(self)
-
-
-# Settings of the audit: where records go, and what they hold.
-
-
-# The check stands above the class: its defaults are built, and checked, at import.
-
-
-def _check_audit_settings(settings: AuditSettings) -> None:
-    if (settings.text == "encrypt") != (settings.text_key_file is not None):
-        raise ValueError('text_key_file: goes together with text = "encrypt"')
-    if settings.folder is None and (settings.required or settings.text != "none"):
-        raise ValueError("folder: must be set, or nothing is audited")
-
-
-class AuditSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One record for each request and each act on policies."""
-
-    folder: Annotated[str, Meta(min_length=1)] | None = None
-    """Where the files are; one server writes to a folder. Without one, nothing is audited."""
-    required: bool = False
-    """Whether every request fails that cannot be audited; otherwise those under policies that say so."""
-    text: Literal["none", "hash", "encrypt"] = "none"
-    """What records hold of prompts and answers: nothing; SHA-256 of their token ids; the ids under a key."""
-    text_key_file: str | None = None
-    """A Fernet key, as `saeguard audit key` makes it."""
-    chain_key_file: str | None = None
-    """A secret under which the chain is made; without it, who can write the files can also make up a whole chain."""
-    rotate_mb: Annotated[int, Meta(ge=1, le=1_048_576)] = 64
-    """Size of a file, in MiB, at which another is begun."""
-    sync: bool = True
-    """Whether a record is on the disk, not only with the operating system, before anybody is told that it is."""
-
-    def __post_init__(self) -> None:
-        _check_audit_settings(self)
-
-
-DEMO = "demo"
-"""Model path that stands for the bundled demo model and its SAEs."""
-
-Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=86_400.0)]
-
-
-# Checks stand above the classes: their defaults are built, and checked, at import.
-
-
 def _check_address(name: str, text: str) -> None:
     try:
         Address.parse(text)
@@ -257,13 +76,13 @@ def _check_address(name: str, text: str) -> None:
         raise ValueError(f"{name}: {err}") from err
 
 
-def _finite(name: str, value: float) -> None:
-    # NaN passes every comparison that msgspec makes.
-    if not isfinite(value):
-        raise ValueError(f"{name}: must be a number, got {value}")
+def _check_unique(noun: str, values: list[str]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{noun} {value!r} is given twice")
 
 
-class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ModelSettings(SettingsTable, frozen=True, kw_only=True):
     """Which language model is served."""
 
     path: Text = DEMO
@@ -280,7 +99,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A torch device such as cpu or cuda:0."""
 
 
-class BoundsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BoundsSettings(SettingsTable, frozen=True, kw_only=True):
     """What the check at start must find of an SAE; where nothing is given, bounds follow from what its files state."""
 
     min_l0: Annotated[float, Meta(ge=0.0)] | None = None
@@ -293,25 +112,12 @@ class BoundsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Largest rise of the model's cross-entropy, in nats per token, with its reconstruction spliced in."""
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if getattr(self, name) is not None:
-                _finite(name, getattr(self, name))
+        SettingsTable.__post_init__(self)
         if self.min_l0 is not None and self.max_l0 is not None and self.min_l0 > self.max_l0:
             raise ValueError(f"min_l0: {self.min_l0:g} is above max_l0, {self.max_l0:g}")
 
 
-class CheckSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The check of every SAE on the model, before the port opens."""
-
-    enabled: bool = True
-    """false serves SAEs unchecked: then nothing says that they fit the model."""
-    text: Text | None = None
-    """File of text like what the SAEs were trained on; by default a short English text that comes with the server."""
-    max_tokens: Count = 1024
-    """Tokens of it that are read."""
-
-
-class ServedSaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServedSaeSettings(SettingsTable, frozen=True, kw_only=True):
     """One SAE to serve. What is left out is what its files say."""
 
     name: Text
@@ -341,12 +147,19 @@ class ServedSaeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     bounds: BoundsSettings = BoundsSettings()
     """What the check at start must find."""
 
-    def __post_init__(self) -> None:
-        if self.scale is not None:
-            _finite("scale", self.scale)
+
+class CheckSettings(SettingsTable, frozen=True, kw_only=True):
+    """The check of every SAE on the model, before the port opens."""
+
+    enabled: bool = True
+    """false serves SAEs unchecked: then nothing says that they fit the model."""
+    text: Text | None = None
+    """File of text like what the SAEs were trained on; by default a short English text that comes with the server."""
+    max_tokens: Count = 1024
+    """Tokens of it that are read."""
 
 
-class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class VllmSettings(SettingsTable, frozen=True, kw_only=True):
     """How vLLM runs the model; read by the vllm engine only."""
 
     tensor_parallel: Count = 1
@@ -361,7 +174,7 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Whether nothing is compiled: a start in seconds, and slower answers."""
 
 
-class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineSettings(SettingsTable, frozen=True, kw_only=True):
     """What runs the model, and how it batches."""
 
     kind: Literal["transformers", "vllm"] = "transformers"
@@ -391,7 +204,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """CPU threads for torch; by default one for a small model and torch's choice for others."""
 
 
-class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LimitSettings(SettingsTable, frozen=True, kw_only=True):
     """What one caller and all callers together may ask for."""
 
     max_queue: Count = 256
@@ -415,11 +228,8 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_activation_values: Count = 4096
     """Activations kept per token in one GetActivations selection."""
 
-    def __post_init__(self) -> None:
-        _finite("max_deadline_s", self.max_deadline_s)
 
-
-class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     """Where the server listens and how it stops."""
 
     listen: str = "127.0.0.1:50051"
@@ -443,10 +253,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
 
     def __post_init__(self) -> None:
-        for name in ("drain_s", "drain_delay_s"):
-            _finite(name, getattr(self, name))
-        if self.max_connection_age_s is not None:
-            _finite("max_connection_age_s", self.max_connection_age_s)
+        SettingsTable.__post_init__(self)
         _check_address("listen", self.listen)
         if self.metrics_listen:
             _check_address("metrics_listen", self.metrics_listen)
@@ -456,27 +263,193 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError("tls_client_ca: needs tls_certificate and tls_key")
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+Algorithm: TypeAlias = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
+]  # fmt: skip
+"""Public-key signatures only: with a shared secret, whoever can check a token can also make one."""
+
+
+class CertificateSettings(SettingsTable, frozen=True, kw_only=True):
+    """A caller that is known by its client certificate."""
+
+    id: Text
+    """Name in the certificate's subject alternative names: a SPIFFE id or another URI, or else a DNS name."""
+    name: Text
+    """What logs, quotas and policies call it."""
+    roles: tuple[Role, ...]
+    """What it may do."""
+    tags: tuple[Text, ...] = ()
+    """What policies can be aimed at."""
+
+    def __post_init__(self) -> None:
+        check_caller_name(self.name)
+
+
+class JwtSettings(SettingsTable, frozen=True, kw_only=True):
+    """Callers that bring a JSON Web Token of an OpenID Connect issuer."""
+
+    issuer: Text
+    """The claim ``iss``, exactly."""
+    audience: Text
+    """What the claim ``aud`` must be or hold."""
+    jwks: Text
+    """The issuer's keys: a file, read again when it changes, or an https URL."""
+    algorithms: tuple[Algorithm, ...] = ("RS256", "ES256")
+    """Signatures that are accepted."""
+    name_claim: Text = "sub"
+    """Where the caller's name is."""
+    name_prefix: str = "jwt:"
+    """Put before that name, so that no token can name a caller that is known by key or certificate."""
+    roles_claim: Text = "roles"
+    """Where its roles are, a list or a string with blanks; dots go into objects, as in "realm_access.roles"."""
+    roles_prefix: str = ""
+    """Roles begin with this in the claim; what does not, or is no role of ours, gives none."""
+    tags_claim: Text | None = None
+    """Where its tags are, in the same form; None is nowhere."""
+    leeway_s: Annotated[float, Meta(ge=0.0, le=300.0)] = 30.0
+    """How far the issuer's clock may be off."""
+    jwks_refresh_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0
+    """Keys from a URL are asked for again after this, so that those which were withdrawn are forgotten."""
+    jwks_max_age_s: Annotated[float, Meta(ge=1.0, le=604_800.0)] = 3600.0
+    """Keys from a URL that cannot be renewed are trusted no longer than this."""
+
+    def __post_init__(self) -> None:
+        SettingsTable.__post_init__(self)
+        if not self.algorithms:
+            raise ValueError("algorithms: must not be empty")
+        url = urlsplit(self.jwks)
+        if url.scheme == "http" and url.hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError("jwks: must be a file or an https URL: whoever can change keys on the way can be anybody")
+        if self.jwks_max_age_s < self.jwks_refresh_s:
+            raise ValueError(f"jwks_max_age_s: must be at least jwks_refresh_s, {self.jwks_refresh_s:g}")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the keys come from a URL."""
+        return urlsplit(self.jwks).scheme in ("http", "https")
+
+
+class IdentitySettings(SettingsTable, frozen=True, kw_only=True):
+    """How callers are known. With nothing set, everybody is one caller who may do all, and only loopback is served."""
+
+    api_keys: Text | None = None
+    """File of API keys, as ``saeguard key create`` writes it; read again when it changes."""
+    certificates: tuple[CertificateSettings, ...] = ()
+    """Callers known by their certificate; needs server.tls_client_ca."""
+    jwt: JwtSettings | None = None
+    """Callers known by a token."""
+    allow_anonymous: bool = False
+    """Serve beyond this machine without asking who calls, as where something in front of the server does. Everybody
+    is then the caller "anonymous"."""
+    anonymous_roles: tuple[Role, ...] = (Role.GENERATE, Role.OBSERVE, Role.STEER)
+    """What that caller may do."""
+    quota: Quota = Quota()
+    """For every caller that has none of its own."""
+    quotas: Mapping[str, Quota] = {}
+    """By the caller's name."""
+
+    def __post_init__(self) -> None:
+        if self.allow_anonymous and self.asks:
+            raise ValueError("allow_anonymous: contradicts api_keys, certificates and jwt, which ask who calls")
+        for field in ("id", "name"):
+            _check_unique(f"certificates: the {field}", [getattr(entry, field) for entry in self.certificates])
+
+    @property
+    def asks(self) -> bool:
+        """Whether callers must show who they are."""
+        return self.api_keys is not None or bool(self.certificates) or self.jwt is not None
+
+    def quota_of(self, name: str) -> Quota:
+        """The quota of the caller of that name."""
+        return self.quotas.get(name, self.quota)
+
+
+class PolicySettings(SettingsTable, frozen=True, kw_only=True):
+    """What is enforced on everybody's requests."""
+
+    store: Text = NO_STORE
+    """"none"; "sqlite:///PATH", a file for one server; "postgresql://USER@HOST/DATABASE", for several (extra
+    "postgres"; the password comes as libpq finds it, never from here); or "directory:PATH", YAML that is only read."""
+    poll_s: Annotated[float, Meta(ge=0.05, le=3600.0)] = 1.0
+    """Time between looks at the store; Postgres also calls when something changes."""
+    stale_after_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 30.0
+    """Without a successful look for so long, requests are refused."""
+    second_person: bool = False
+    """Whether a revision must be put in force by somebody else than its authors."""
+
+    def __post_init__(self) -> None:
+        if self.store != NO_STORE and not self.store.startswith(STORES):
+            raise ValueError(f"store: must be {NO_STORE!r} or begin with one of {', '.join(STORES)}")
+        # Turned round, for NaN.
+        if not self.stale_after_s >= MIN_POLLS * self.poll_s:
+            raise ValueError(f"stale_after_s: must be at least {MIN_POLLS} times poll_s, which is {self.poll_s:g}")
+
+
+class AuditSettings(SettingsTable, frozen=True, kw_only=True):
+    """One record for each request and each act on policies."""
+
+    folder: Text | None = None
+    """Where the files are; one server writes to a folder. Without one, nothing is audited."""
+    required: bool = False
+    """Whether every request fails that cannot be audited; otherwise those under policies that say so."""
+    text: Literal["none", "hash", "encrypt"] = "none"
+    """What records hold of prompts and answers: nothing; SHA-256 of their token ids; the ids under a key."""
+    text_key_file: str | None = None
+    """A Fernet key, as `saeguard audit key` makes it."""
+    chain_key_file: str | None = None
+    """A secret under which the chain is made; without it, who can write the files can also make up a whole chain."""
+    rotate_mb: Annotated[int, Meta(ge=1, le=1_048_576)] = 64
+    """Size of a file, in MiB, at which another is begun."""
+    sync: bool = True
+    """Whether a record is on the disk, not only with the operating system, before anybody is told that it is."""
+
+    def __post_init__(self) -> None:
+        if (self.text == "encrypt") != (self.text_key_file is not None):
+            raise ValueError('text_key_file: goes together with text = "encrypt"')
+        if self.folder is None and (self.required or self.text != "none"):
+            raise ValueError("folder: must be set, or nothing is audited")
+
+
+class Settings(SettingsTable, frozen=True, kw_only=True):
     """Everything that can be set."""
 
     model: ModelSettings = ModelSettings()
+    """Which language model is served."""
     saes: tuple[ServedSaeSettings, ...] = ()
+    """The SAEs that are served with it."""
     check: CheckSettings = CheckSettings()
+    """How SAEs are checked on the model before the port opens."""
     engine: EngineSettings = EngineSettings()
+    """What runs the model, and how it batches."""
     limits: LimitSettings = LimitSettings()
+    """What callers may ask for."""
     server: ServerSettings = ServerSettings()
+    """Where the server listens and how it stops."""
     identity: IdentitySettings = IdentitySettings()
+    """How callers are known, and their quotas."""
     policies: PolicySettings = PolicySettings()
+    """Where the policies are that are enforced on everybody."""
     audit: AuditSettings = AuditSettings()
+    """Where records of requests go, and what they hold."""
 
     def __post_init__(self) -> None:
-        check_reach(self.identity, self.server.listen, self.server.tls_client_ca)
+        self._check_callers_are_asked()
         if self.policies.second_person and not self.identity.asks:
             raise ValueError("policies.second_person: needs identity, to tell one person from another")
-        names = [sae.name for sae in self.saes]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"saes: the name {name!r} is given twice")
+        _check_unique("saes: the name", [sae.name for sae in self.saes])
+
+    def _check_callers_are_asked(self) -> None:
+        """Callers from elsewhere must be asked who they are, and for nothing that they are not made to show."""
+        identity, listen = self.identity, self.server.listen
+        if identity.certificates and self.server.tls_client_ca is None:
+            needed = "needs server.tls_client_ca, which makes callers show a certificate"
+            raise ValueError(f"identity.certificates: {needed}")
+        if not (identity.asks or identity.allow_anonymous or Address.parse(listen).is_loopback):
+            raise ValueError(
+                f"server.listen: {listen} can be reached from elsewhere, and nobody would have to say who calls: set "
+                "identity.api_keys (--api-keys), identity.jwt or identity.certificates; or identity.allow_anonymous = "
+                "true (--allow-anonymous) where something else lets nobody in who may not"
+            )
 
 
 class BadSettings(ValueError):
@@ -495,8 +468,8 @@ def load_settings(path: Path | None, overrides: Mapping[str, Any] | None = None)
     except msgspec.ValidationError as err:
         problem, at, where = str(err).rpartition(" - at `$")
         key = where.rstrip("`").lstrip(".") if at else ""
-        said = f"{key}: {problem}" if key else problem or str(err)
-        raise BadSettings(said if path is None else f"{path}: {said}") from err
+        message = f"{key}: {problem}" if key else problem or str(err)
+        raise BadSettings(message if path is None else f"{path}: {message}") from err
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def open_sae_source(settings: ServedSaeSettings) -> OpenedSource:
         LoadError: it is nowhere, cannot be downloaded, or cannot be read as the settings ask.
     """
     try:
-        found = hub.resolve_hub_sae(settings.path)
+        hub_sae = hub.resolve_hub_sae(settings.path)
         overrides = Overrides(
             site=_site("site", settings.site),
             write_site=_site("write_site", settings.write_site),
@@ -44,16 +44,16 @@ def open_sae_source(settings: ServedSaeSettings) -> OpenedSource:
         )
     except ValueError as err:
         raise LoadError(f"SAE {settings.name!r}: {err}") from err
-    _tell(settings, found)
-    known = found.published
+    _warn(settings, hub_sae)
+    known = hub_sae.published
     opened = open_sae(
         settings.name,
-        found.path,
-        origin=found.origin,
+        hub_sae.path,
+        origin=hub_sae.origin,
         choices=Choices(scale=settings.scale, gating=settings.gating, k=settings.k),
         facts=Choices(scale=known.scale, scale_said_by=releases.source()) if known else None,
     )
-    return OpenedSource(_with_facts(opened, known, found), found.path, overrides)
+    return OpenedSource(_with_facts(opened, known, hub_sae), hub_sae.path, overrides)
 
 
 def _site(setting: str, text: str | None) -> Site | None:
@@ -63,27 +63,27 @@ def _site(setting: str, text: str | None) -> Site | None:
         raise ValueError(f"{setting}: {err}") from err
 
 
-def _tell(settings: ServedSaeSettings, found: HubSae) -> None:
+def _warn(settings: ServedSaeSettings, hub_sae: HubSae) -> None:
     """What an operator should know of a download."""
-    if found.offline is not None:
-        _log.warning("served from the hub's cache", extra={"fields": {"sae": settings.name, "why": found.offline}})
-    if found.revision is not None and not found.is_pinned:
-        fields = {"sae": settings.name, "path": settings.path, "pin": f"@{found.revision}"}
+    if hub_sae.offline is not None:
+        _log.warning("served from the hub's cache", extra={"fields": {"sae": settings.name, "why": hub_sae.offline}})
+    if hub_sae.revision is not None and not hub_sae.is_pinned:
+        fields = {"sae": settings.name, "path": settings.path, "pin": f"@{hub_sae.revision}"}
         _log.warning("the path names no commit, so that it may be another one tomorrow", extra={"fields": fields})
 
 
-def _with_facts(opened: OpenedSae, known: PublishedSae | None, found: HubSae) -> OpenedSae:
+def _with_facts(opened: OpenedSae, known: PublishedSae | None, hub_sae: HubSae) -> OpenedSae:
     """What the list of releases says in place of, or beyond, what the files say."""
-    notes, inside = list(opened.found.conventions), opened.found
-    if found.origin is not None:
-        where = f"{found.origin.repo}/{found.origin.path}".rstrip("/")
-        notes.append(Convention("published at", where, f"commit {found.revision}"))
+    conventions, parsed = list(opened.found.conventions), opened.found
+    if hub_sae.origin is not None:
+        where = f"{hub_sae.origin.repo}/{hub_sae.origin.path}".rstrip("/")
+        conventions.append(Convention("published at", where, f"commit {hub_sae.revision}"))
     if known is not None:
         source = f"{releases.source()}: {known.release}"
-        if known.hook is not None and inside.reads is None:
-            inside = replace(inside, reads=place(known.hook))
-            notes.append(Convention("site", known.hook, source))
-        if known.l0 is not None and inside.stated_l0 is None:
-            inside = replace(inside, stated_l0=known.l0)
-            notes.append(Convention("L0", f"{known.l0:g}", source))
-    return replace(opened, found=replace(inside, conventions=tuple(notes)))
+        if known.hook is not None and parsed.reads is None:
+            parsed = replace(parsed, reads=place(known.hook))
+            conventions.append(Convention("site", known.hook, source))
+        if known.l0 is not None and parsed.stated_l0 is None:
+            parsed = replace(parsed, stated_l0=known.l0)
+            conventions.append(Convention("L0", f"{known.l0:g}", source))
+    return replace(opened, found=replace(parsed, conventions=tuple(conventions)))

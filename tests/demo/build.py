@@ -30,9 +30,9 @@ from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats.saelens_save import save_saelens
 from saeguard_sae.models import Site
 from saeguard_sae.train import SaeSettings
-from saeguard_sae.train.lm import LanguageModel, ModelSettings, open_language_model
-from saeguard_sae.train.quality.evaluate import Material, evaluate_saes
-from saeguard_sae.train.quality.metrics import EvaluateSettings
+from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_language_model
+from saeguard_sae.train.quality.evaluate import EvaluateSettings, evaluate_saes
+from saeguard_sae.train.quality.material import Material
 from saeguard_server.demo.scenarios import ASSETS, Lexicon, Measured, Scenario
 from support.training import train
 
@@ -98,7 +98,7 @@ def build(out: Path, trained: Path | None = None, size: Size = Size()) -> None:
         train_model(out / "model", size)
     else:
         shutil.copytree(trained, out / "model")
-    model = open_language_model(ModelSettings(path=str(out / "model"), name="saeguard-demo"))
+    model = open_language_model(LanguageModelSettings(path=str(out / "model"), name="saeguard-demo"))
     tokenizer = model.tokenizer
     choose, check = (documents(tokenizer, size.seeds(seeds)) for seeds in (CHOOSE, CHECK))
     sites = [Site(layer, "resid_post") for layer, _ in SAES.values()]

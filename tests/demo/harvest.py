@@ -11,7 +11,7 @@ from saeguard_sae.models import Site
 from saeguard_sae.train.activations import Harvester
 from saeguard_sae.train.data import TokenRows
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.quality.metrics import evaluation_batches
+from saeguard_sae.train.quality.material import evaluation_batches
 
 PASS_TOKENS = 4096
 """Of one forward pass, padding included."""

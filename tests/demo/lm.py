@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from demo import corpus
 from demo.corpus import Document
-from saeguard_sae.train.quality.metrics import EvaluationRow, padded
+from saeguard_sae.train.quality.material import EvaluationRow, pad_rows
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def round_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def batches_of(documents: list[Tokens], batch_tokens: int, random: Random) -> Iterator[Tensor]:
-    """Without end: padded ids [documents, longest], documents of like length together, batches shuffled."""
+    """Without end: pad_rows ids [documents, longest], documents of like length together, batches shuffled."""
     while True:
         order = sorted(documents, key=lambda document: (len(document.ids), random.random()))
         rows: list[list[Tokens]] = [[]]
@@ -175,7 +175,7 @@ def batches_of(documents: list[Tokens], batch_tokens: int, random: Random) -> It
                 rows.append([])
             rows[-1].append(document)
         random.shuffle(rows)
-        yield from (padded([as_row(document.ids) for document in row]).ids for row in rows)
+        yield from (pad_rows([as_row(document.ids) for document in row]).ids for row in rows)
 
 
 def _loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ figures are an independent check of the served ones.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from random import Random
 
@@ -22,9 +22,10 @@ from saeguard_client import ChatMessage
 from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable, Rows, RowSpan
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
+from saeguard_sae.metrics import NextTokenLoss
 from saeguard_sae.models import Site, hooked
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.quality.metrics import EvaluationBatch, Loss, evaluation_batches, padded
+from saeguard_sae.train.quality.material import EvaluationBatch, evaluation_batches, pad_rows
 from saeguard_server.demo.scenarios import SCORERS, Lexicon, NeutralChange, ScenarioEdit, Side, interval, repetition
 
 ROWS = 64
@@ -133,9 +134,9 @@ def _logits(network: LlamaForCausalLM, batch: EvaluationBatch) -> Tensor:
 
 def cross_entropy(network: LlamaForCausalLM, rows: Sequence[Sequence[int]]) -> float:
     """Mean loss in nats per predicted token."""
-    loss = Loss()
+    loss = NextTokenLoss()
     for batch in evaluation_batches(map(as_row, rows), PASS_TOKENS):
-        loss.add(_logits(network, batch), batch)
+        loss.add(_logits(network, batch), batch.ids, batch.predicted)
     return loss.cross_entropy
 
 
@@ -149,26 +150,27 @@ def loss_change(bundle: Bundle, edits: tuple[ScenarioEdit, ...], documents: list
 
 def neutral_change(bundle: Bundle, edits: tuple[ScenarioEdit, ...], documents: list[Tokens]) -> NeutralChange:
     """Loss, KL and flips of the likeliest token on given documents, steered against not."""
-    network, before, after, flips = bundle.model.network, Loss(), Loss(), 0
+    network, before, after, flips = bundle.model.network, NextTokenLoss(), NextTokenLoss(), 0
     for batch in evaluation_batches((as_row(document.ids) for document in documents), PASS_TOKENS):
         plain = _logits(network, batch)
         with steered(network, bundle.columns(edits)):
             changed = _logits(network, batch)
-        before.add(plain, batch, changed)
-        after.add(changed, batch)
+        before.add(plain, batch.ids, batch.predicted, changed)
+        after.add(changed, batch.ids, batch.predicted)
         flips += int((plain.argmax(-1) != changed.argmax(-1))[:, :-1][batch.predicted].sum())
     return NeutralChange(before.cross_entropy, after.cross_entropy, before.divergence, flips / before.positions)
 
 
 def continuation_nll(network: LlamaForCausalLM, prompt: list[int], rows: list[list[int]]) -> float:
     """Nats per token of the continuations under the unsteered model; 0 where all are empty."""
-    loss = Loss()
+    loss = NextTokenLoss()
     full = [as_row(prompt + row) for row in rows if row]
     for start in range(0, len(full), ROWS):
-        batch = padded(full[start : start + ROWS])
+        batch = pad_rows(full[start : start + ROWS])
         logits = _logits(network, batch)
         # Only what follows the prompt is predicted.
-        loss.add(logits, replace(batch, real=batch.real & (torch.arange(batch.ids.shape[1]) >= len(prompt) - 1)))
+        generated = torch.arange(batch.ids.shape[1] - 1) >= len(prompt) - 1
+        loss.add(logits, batch.ids, batch.predicted & generated)
     return loss.cross_entropy if loss.positions else 0.0
 
 

@@ -15,7 +15,7 @@ from saeguard_sae import loading
 from saeguard_sae.dictionary import JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import ModelSettings, open_language_model
+from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
 from saeguard_server.demo.scenarios import ASSETS, SCORERS, Scenario, flattery, load_demonstration
 
 DEMO = load_demonstration()
@@ -31,7 +31,9 @@ def loaded(name: str) -> LoadedSae:
 @cache
 def bundle() -> Bundle:
     torch.set_num_threads(1)
-    return Bundle(open_language_model(ModelSettings(path=str(ASSETS / "model"))), {name: loaded(name) for name in SAES})
+    return Bundle(
+        open_language_model(LanguageModelSettings(path=str(ASSETS / "model"))), {name: loaded(name) for name in SAES}
+    )
 
 
 @cache

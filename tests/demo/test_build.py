@@ -9,7 +9,7 @@ from demo import build, lm
 from demo.card import digests
 from saeguard_sae import loading
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import ModelSettings, open_language_model
+from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
 from saeguard_server.demo.scenarios import ASSETS, load_demonstration
 
 SIZE = build.Size(0.005)
@@ -40,7 +40,7 @@ def test_assets_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_is_trained_and_opened(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     build.train_model(tmp_path / "model", SIZE)
-    model = open_language_model(ModelSettings(path=str(tmp_path / "model")))
+    model = open_language_model(LanguageModelSettings(path=str(tmp_path / "model")))
     assert model.max_context == lm.LlamaSettings().context
     assert model.special_ids == set(range(lm.N_SPECIAL))
     assert build.loss_by_kind(model, build.documents(model.tokenizer, build.CHECK[:5]))["all"] < 8

@@ -16,7 +16,7 @@ from saeguard_sae.edit_table import FOREVER, EditColumn
 from saeguard_sae.edits import Affine
 from saeguard_sae.models import Site
 from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.quality.metrics import padded
+from saeguard_sae.train.quality.material import pad_rows
 from saeguard_server.demo.scenarios import ScenarioEdit
 
 SHAPE = replace(lm.LlamaSettings(), vocab_size=40, d_model=24, n_layers=3, n_heads=3, n_kv_heads=1, d_mlp=32)
@@ -47,7 +47,7 @@ def full_formula(d: Dictionary, x: Tensor, edits: dict[int, Affine]) -> Tensor:
 
 def test_edits_are_the_full_formula_on_ordinary_tokens_only(model: LlamaForCausalLM) -> None:
     d, maps = dictionary(), {4: Affine(alpha=0.0), 17: Affine(alpha=0.0, beta=1.4)}
-    ids = padded([as_row(row) for row in ROWS]).ids
+    ids = pad_rows([as_row(row) for row in ROWS]).ids
     columns = {Site(1, "resid_post"): [EditColumn(d, feature, map, last=FOREVER) for feature, map in maps.items()]}
 
     def state() -> Tensor:

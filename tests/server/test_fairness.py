@@ -134,7 +134,7 @@ def test_everybody_gets_in_or_leaves_whatever_happens_in_between(data: st.DataOb
         await one.drain()
         await asyncio.gather(*one.tasks.values(), return_exceptions=True)
         assert {name for name in one.tasks if name not in one.entered} <= left
-        assert (one.turns.waiting, one.turns._held) == (0, 0)
+        assert (one.turns.waiting, one.turns._running) == (0, 0)
         assert not one.turns._order
         assert not one.turns._lines
 
@@ -179,12 +179,12 @@ async def test_slots_that_slow_readers_no_longer_need_are_given_to_others() -> N
         one.come("slow", number, 5)
     await settle()
     one.come("quick", 0, 5)
-    await asyncio.sleep(3 * fair_queue.LOOK_S)
+    await asyncio.sleep(3 * fair_queue.POLL_S)
     assert ("quick", 0) not in one.entered
     engine.waiting = 0  # both are generated; their callers have not read them
     async with asyncio.timeout(2):
         while ("quick", 0) not in one.entered:
-            await asyncio.sleep(fair_queue.LOOK_S)
+            await asyncio.sleep(fair_queue.POLL_S)
     await one.drain()
 
 
@@ -194,14 +194,14 @@ async def test_a_caller_with_fewer_waiting_takes_the_place_of_one_with_more() ->
         one.come("greedy", number, 5)
     await settle()
     refusal = Overloaded("full", 1.0)
-    assert one.turns.send_away("modest", refusal)
+    assert one.turns.evict("modest", refusal)
     await settle()
     assert one.tasks["greedy", 4].exception() is refusal
     one.come("modest", 0, 5)
     one.come("modest", 1, 5)
     await settle()
-    assert not one.turns.send_away("modest", refusal), "three of the other, and three would be of this one"
-    assert not one.turns.send_away("greedy", refusal)
+    assert not one.turns.evict("modest", refusal), "three of the other, and three would be of this one"
+    assert not one.turns.evict("greedy", refusal)
     await one.drain()
     assert len(one.entered) == 6
 
@@ -225,9 +225,9 @@ def test_the_gauge_follows(metrics: Metrics) -> None:
         for number in range(3):
             one.come("a", number, 1)
         await settle()
-        assert metrics.turns_waiting._value.get() == 2
+        assert metrics.queue_waiting._value.get() == 2
         await one.drain()
-        assert metrics.turns_waiting._value.get() == 0
+        assert metrics.queue_waiting._value.get() == 0
 
     run(test)
 
@@ -247,4 +247,4 @@ async def test_whoever_leaves_frees_what_it_held(when: str) -> None:
     await settle()
     await one.drain()
     assert ("a", 2) in one.entered
-    assert one.turns._held == 0
+    assert one.turns._running == 0

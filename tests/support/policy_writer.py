@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import NO_REVISION
 from saeguard_server.policy.store.sql import SqlStore
 from support.policies import a_policy

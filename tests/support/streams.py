@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModel, ModelSettings, open_language_model
+from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_language_model
 from support.models import SITES, save_model
 
 
 def small_model(path: Path, model_type: str = "llama") -> LanguageModel:
     """A random model, through its files."""
     save_model(model_type, path)
-    return open_language_model(ModelSettings(path=str(path)))
+    return open_language_model(LanguageModelSettings(path=str(path)))
 
 
 def texts(count: int, seed: int, longest: int = 80) -> list[str]:

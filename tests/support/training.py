@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saeguard_sae.check.measure import reader
+from saeguard_sae.check.measure import reader, reconstruct_counted
 from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.train.learner import make_learner
-from saeguard_sae.train.quality.metrics import Tally, read_tally
 from saeguard_sae.train.settings import SaeSettings
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def train(settings: SaeSettings, activations: Tensor, before: Tensor | None = No
         earlier = activations[before[rows]] if before is not None and settings.smooth_weight else None
         learner.step(activations[rows], before=earlier)
         if step % _EVERY == 0 or step == settings.steps - 1:
-            progress = learner.progress()
+            progress = learner.metrics()
             dead = 100 * progress.dead_share
             _log.info("SAE step %d of %d: FVU %.4f, %.1f %% dead", step, settings.steps, progress.fvu, dead)
     return learner.export()
@@ -53,8 +53,10 @@ def shuffled(tokens: int, batch: int, seed: int) -> Iterator[Tensor]:
             yield order[start : start + batch]
 
 
-def evaluate(dictionary: Dictionary, activations: Tensor) -> Tally:
+def evaluate(dictionary: Dictionary, activations: Tensor) -> SaeMetrics:
     """activations [tokens, d_in] that the SAE was not trained on -> its L0, FVU and share of dead features."""
-    tally = Tally(dictionary.d_sae, activations.device)
-    read_tally(reader(dictionary), activations, activations, tally)
-    return tally
+    metrics = SaeMetrics(dictionary.d_sae, activations.device)
+    reconstruction = reconstruct_counted(reader(dictionary), activations, metrics)
+    assert reconstruction is not None
+    metrics.compare(reconstruction, activations)
+    return metrics

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import inspect
 import secrets
 import sys
 from collections.abc import Iterable
@@ -26,10 +27,12 @@ from saeguard.types import (
     FeatureRef,
     Flag,
     Intervention,
+    Scale,
     Scope,
     Stop,
     Trigger,
     Unit,
+    ValuedIntervention,
 )
 from saeguard_client.cli.terminal import (
     Terminal,
@@ -49,14 +52,6 @@ _EXAMPLES = """examples:
   saeguard generate "I live in" --clamp resid4:4021=1.5max --compare
   echo "What is a bridge?" | saeguard generate - --chat --zero resid4:17 --json
 """
-_EDIT_HELP: Final = {
-    "zero": "suppress the feature",
-    "clamp": "pin it at VALUE, also where it was off",
-    "scale": "multiply it by FACTOR",
-    "add": "add VALUE to it",
-    "cap": "limit it from above",
-    "floor": "limit it from below",
-}
 _ACTIONS: Final[dict[str, tuple[Action, str]]] = {
     "stop": (Stop(), "end the text before the first token on which the feature is above THRESHOLD"),
     "flag": (Flag(), "only tell whether that happened"),
@@ -247,7 +242,7 @@ class EditFlag:
     def build(self, unit: str, scope: Scope) -> Intervention:
         """The edit, with what the other flags say."""
         operands = () if self.operand is None else (self.operand,)
-        units: dict[str, Any] = {} if self.kind in ("zero", "scale") else {"unit": self.unit or unit}
+        units: dict[str, Any] = {"unit": self.unit or unit} if issubclass(KINDS[self.kind], ValuedIntervention) else {}
         return KINDS[self.kind](self.target.sae, self.target.feature, *operands, scope=scope, **units)
 
 
@@ -267,10 +262,13 @@ def _split_value(spelling: str, noun: str, units: tuple[Unit, ...] = UNITS) -> t
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """One flag per kind of edit, and the unit and scope of them all."""
     group = parser.add_argument_group("edits", "Each may be given several times, for different features.")
-    for kind, help_text in _EDIT_HELP.items():
-        operand = {"zero": "", "scale": "=FACTOR"}.get(kind, "=VALUE[UNIT]")
+    for kind, edit in KINDS.items():
+        operand = (
+            "=VALUE[UNIT]" if issubclass(edit, ValuedIntervention) else "=FACTOR" if issubclass(edit, Scale) else ""
+        )
+        help_text = inspect.getdoc(edit) or ""
         parse = partial(EditFlag.parse, kind)
-        add_repeated(group, f"--{kind}", f"SAE:FEATURE{operand}", help_text, dest="edits", parse=parse)
+        add_repeated(group, f"--{kind}", f"SAE:FEATURE{operand}", help_text.replace("`", ""), dest="edits", parse=parse)
     group.add_argument("--unit", choices=UNITS, default="raw", help="of values that name none (default: raw)")
     group.add_argument("--phase", choices=PHASES, default="all", help="tokens to edit (default: all)")
 

@@ -16,18 +16,18 @@ from saeguard_sae.check.measure import (
     Captured,
     Reader,
     SaeMeasurements,
-    Tally,
     Variant,
     capture,
     is_transcoder,
     reader,
-    tally_metrics,
+    reconstruct_text,
     target,
 )
 from saeguard_sae.coders import SparseCoder, Temporal
 from saeguard_sae.dictionary import NORMALISATIONS, Dictionary, JumpReLU, Normalisation, is_selection
 from saeguard_sae.formats.parsed import Choices, Convention, Processing
 from saeguard_sae.loading import USER, LoadedSae, as_unprocessed, matters, value_bias
+from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import ModelConfig, Site, depth, sites
 
 # One thing about an SAE done otherwise, with what to write into its settings for it.
@@ -692,14 +692,14 @@ class _Search:
         return same and self._captured.width(setup.target) == self._captured.width(self._own.target)
 
     def _measure(self, setup: Setup) -> tuple[float, float | None]:
-        tally, at = Tally(), self._captured.at
-        targets = at[setup.target] if setup.target is not None else [None] * len(self._captured.ordinary)
-        for x, wanted, rows in zip(at[setup.reads], targets, self._captured.ordinary, strict=True):
+        metrics, at = SaeMetrics(setup.reader.d_sae), self._captured.at
+        written = at[setup.target] if setup.target is not None else [None] * len(self._captured.ordinary)
+        for x, goal, rows in zip(at[setup.reads], written, self._captured.ordinary, strict=True):
             rows = rows.to(x.device)
-            made = tally_metrics(setup.reader, x, rows, tally, decodes=wanted is not None)
-            if made is not None and wanted is not None:
-                tally.compare(made, wanted[rows].float())
-        return tally.l0, None if setup.target is None else tally.fvu
+            reconstruction = reconstruct_text(setup.reader, x, rows, metrics, decodes=goal is not None)
+            if reconstruction is not None and goal is not None:
+                metrics.compare(reconstruction, goal[rows].float())
+        return metrics.l0, None if setup.target is None else metrics.fvu
 
     def _counts(self, one: _Tried) -> bool:
         if self._fails and self._bounds.admits(one.l0, one.fvu) and self._is_usable(one):

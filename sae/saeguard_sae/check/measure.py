@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from saeguard_sae.coders import MatchingPursuit, SparseCoder, Temporal
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
+from saeguard_sae.metrics import NextTokenLoss, SaeMetrics
 from saeguard_sae.models import ModelConfig, Site, hooked
 
 # A dictionary read by other conventions than its own, without a copy of its weights.
@@ -58,99 +57,43 @@ class Variant:
         return x.to(self.dictionary.W_enc.dtype) * self.scale_in
 
 
-# Sums over tokens, chunk by chunk, so that the features of all tokens are never held at once.
-
-
 Reader: TypeAlias = Variant | MatchingPursuit | Temporal
 """What is measured: ``encode(x)``, and ``decode(features, x)``, a skip connection included."""
 
 VALUES = 2**24
 """Feature values held at once: 64 MiB in float32, of which an activation needs a few."""
+Watch: TypeAlias = Callable[[Tensor, int], None]
+"""``watch(features [n, d_sae], start)``: of the tokens from ``start`` on."""
 
 
-class Tally:
-    """What fired on ordinary tokens, and how far the reconstructions are off."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._active = 0
-        self._fired: Tensor | None = None
-        self._error = 0.0
-        self._spread = _Spread()
-
-    @property
-    def l0(self) -> float:
-        """Features that are not 0 on a token, mean."""
-        return self._active / self.tokens
-
-    @property
-    def dead_share(self) -> float:
-        """Share of features that were 0 on every token."""
-        assert self._fired is not None, "something was counted"
-        return float((~self._fired).float().mean())
-
-    @property
-    def fvu(self) -> float:
-        """Squared errors by squared deviations from the mean: sums over all tokens, not a mean of ratios."""
-        if self._spread.squares:
-            return self._error / self._spread.squares
-        return inf if self._error else 0.0
-
-    def count(self, features: Tensor) -> None:
-        """features [n, d_sae] of n more tokens."""
-        is_on = features != 0
-        self.tokens += len(features)
-        self._active += int(is_on.sum())
-        fired = is_on.any(dim=0)
-        self._fired = fired if self._fired is None else self._fired | fired
-
-    def compare(self, reconstruction: Tensor, target: Tensor) -> None:
-        """Both [n, width] in float32."""
-        self._error += float((reconstruction - target).square().sum())
-        self._spread.add(target)
-
-
-class _Spread:
-    """Squared deviations from the mean of tokens that come in chunks (Chan, Golub and LeVeque 1979).
-
-    The shorter way over the sum of squares cancels where the mean is long, as in a residual stream.
-    """
-
-    def __init__(self) -> None:
-        self.squares = 0.0
-        self._tokens = 0
-        self._mean: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> None:
-        if not len(x):
-            return
-        mean = x.mean(dim=0)
-        self.squares += float((x - mean).square().sum())
-        ahead = mean.cpu().double() - self._mean
-        total = self._tokens + len(x)
-        self.squares += float(ahead.square().sum()) * self._tokens * len(x) / total
-        self._mean = self._mean + ahead * (len(x) / total)
-        self._tokens = total
-
-
-def tally_metrics(reader: Reader, x: Tensor, ordinary: Tensor, tally: Tally, *, decodes: bool = True) -> Tensor | None:
-    """x [T, d_in], one whole text -> the reconstruction of its ordinary tokens [n, d_out] in float32.
+def reconstruct_counted(
+    reader: Reader, x: Tensor, metrics: SaeMetrics, *, decodes: bool = True, watch: Watch | None = None
+) -> Tensor | None:
+    """x [n, d_in] -> reconstructions [n, d_out] in float32, their features counted.
 
     Args:
-        ordinary: bool [T].
-        tally: counts the features of those tokens.
         decodes: False leaves the reconstruction out: None.
     """
-    if isinstance(reader, Temporal):  # needs the tokens before each token, special ones too
-        tally.count(reader.encode(x)[ordinary])
-        return reader.reconstruct(x)[ordinary].float() if decodes else None
-    parts = []
-    for part in torch.split(x[ordinary], max(1, VALUES // reader.d_sae)):
+    parts, start = [], 0
+    for part in torch.split(x, max(1, VALUES // reader.d_sae)):
         features = reader.encode(part)
-        tally.count(features)
+        metrics.count(features)
+        if watch is not None:
+            watch(features, start)
         if decodes:
             parts.append(reader.decode(features, part).float())
+        start += len(part)
     return torch.cat(parts) if decodes else None
+
+
+def reconstruct_text(
+    reader: Reader, x: Tensor, ordinary: Tensor, metrics: SaeMetrics, *, decodes: bool = True
+) -> Tensor | None:
+    """x [T, d_in], one whole text, ordinary bool [T] -> as ``reconstruct_counted`` of its ordinary tokens."""
+    if isinstance(reader, Temporal):  # needs the tokens before each token, special ones too
+        metrics.count(reader.encode(x)[ordinary])
+        return reader.reconstruct(x)[ordinary].float() if decodes else None
+    return reconstruct_counted(reader, x[ordinary], metrics, decodes=decodes)
 
 
 def run(model: nn.Module, ids: Tensor) -> Tensor:
@@ -168,10 +111,6 @@ def ordinary(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
     """
     is_special = torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype, device=ids.device))
     return ~is_special & (torch.arange(len(ids), device=ids.device) > 0)
-
-
-_POSITIONS = 128
-"""Whose log-probabilities are held at once: vocabularies go up to hundreds of thousands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,21 +172,27 @@ def measure_sae(
         ValueError: fewer than two ordinary tokens.
     """
     splice = _Splice(sae)
-    base, spliced = _Loss(), _Loss()
+    base, spliced = NextTokenLoss(), NextTokenLoss()
     for ids in tokens if splice.target is not None else ():
-        base.add(run(model, ids), ids)
+        _add_text(base, run(model, ids), ids)
     with hooked(model, config, splice.sites, splice.visit):
         for ids in tokens:
             splice.begin(ordinary(ids, special_ids))
-            spliced.add(run(model, ids), ids)
+            _add_text(spliced, run(model, ids), ids)
     return splice.measured(base, spliced)
+
+
+def _add_text(loss: NextTokenLoss, logits: Tensor, ids: Tensor) -> None:
+    """Of one text: logits [T, vocabulary] from ids [T]."""
+    ids = ids.to(logits.device)[None]
+    loss.add(logits[None], ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
 
 
 class _Splice:
     """Puts reconstructions in the place of activations, and measures both on the way."""
 
     def __init__(self, sae: LoadedSae) -> None:
-        self.tally = Tally()
+        self.metrics = SaeMetrics(sae.dictionary.d_sae)
         self.target = target(sae)
         self._sae = sae
         self._reader = reader(sae.dictionary)
@@ -262,20 +207,20 @@ class _Splice:
         self._ordinary = ordinary
         self._reconstruction = self._wanted = None
 
-    def measured(self, base: _Loss, spliced: _Loss) -> SaeMeasurements:
+    def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> SaeMeasurements:
         """Of all the texts that were read."""
-        tally, alone = self.tally, self.target is not None
-        if tally.tokens < 2:
+        metrics, alone = self.metrics, self.target is not None
+        if metrics.tokens < 2:
             raise ValueError(
-                f"the text has {tally.tokens} tokens to measure on, the first and special ones aside; give more"
+                f"the text has {metrics.tokens} tokens to measure on, the first and special ones aside; give more"
             )
         return SaeMeasurements(
-            tokens=tally.tokens,
-            l0=tally.l0,
-            fvu=tally.fvu if alone else None,
-            ce_base=base.mean if alone else None,
-            ce_spliced=spliced.mean if alone else None,
-            dead_share=tally.dead_share,
+            tokens=metrics.tokens,
+            l0=metrics.l0,
+            fvu=metrics.fvu if alone else None,
+            ce_base=base.cross_entropy if alone else None,
+            ce_spliced=spliced.cross_entropy if alone else None,
+            dead_share=metrics.dead_share,
         )
 
     def visit(self, site: Site, x: Tensor, seen: Tensor) -> Tensor | None:
@@ -284,7 +229,7 @@ class _Splice:
         rows = self._ordinary.to(x.device)
         if site == self._sae.site:
             decodes = self.target is not None
-            self._reconstruction = tally_metrics(self._reader, seen[0], rows, self.tally, decodes=decodes)
+            self._reconstruction = reconstruct_text(self._reader, seen[0], rows, self.metrics, decodes=decodes)
         if site == self.target:
             self._wanted = seen[0, rows].float()
         return self._written(x, rows) if site == self._writes else None
@@ -292,7 +237,7 @@ class _Splice:
     def _written(self, x: Tensor, rows: Tensor) -> Tensor:
         assert self._reconstruction is not None, "what is written was read before"
         assert self._wanted is not None, "and what it must reproduce is at the same place or before"
-        self.tally.compare(self._reconstruction, self._wanted)
+        self.metrics.compare(self._reconstruction, self._wanted)
         new = self._reconstruction
         if self._writes != self.target:
             error = new - self._wanted
@@ -301,25 +246,6 @@ class _Splice:
         out = x.clone()
         out[0, rows] = new.to(x.dtype)
         return out
-
-
-class _Loss:
-    """The mean cross-entropy of next tokens."""
-
-    def __init__(self) -> None:
-        self._nats = 0.0
-        self._predicted = 0
-
-    @property
-    def mean(self) -> float:
-        return self._nats / self._predicted
-
-    def add(self, logits: Tensor, ids: Tensor) -> None:
-        """logits [T, vocabulary] and the ids [T] they were computed from."""
-        following = ids[1:].to(logits.device)
-        self._predicted += len(following)
-        for part, wanted in zip(torch.split(logits[:-1], _POSITIONS), torch.split(following, _POSITIONS), strict=True):
-            self._nats += float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
 
 
 # Activations of a sample of the text at every site that an SAE may belong to, from one pass over it.

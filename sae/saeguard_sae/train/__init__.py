@@ -2,6 +2,6 @@
 
 from saeguard_sae.train.learner import Learner, make_learner
 from saeguard_sae.train.settings import SaeSettings
-from saeguard_sae.train.tracking import Progress
+from saeguard_sae.train.tracking import LearnerMetrics
 
-__all__ = ["Learner", "Progress", "SaeSettings", "make_learner"]
+__all__ = ["Learner", "LearnerMetrics", "SaeSettings", "make_learner"]

@@ -1,10 +1,14 @@
-"""Where a stream's activations come from: a model that reads text, or a folder of activations made before."""
+"""Where a stream's activations come from: a model that reads text, or a folder of activations made before.
+
+Such a folder holds safetensors files with a tensor [tokens, width] for each site, and ``activations.json``, which lists
+them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,95 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from saeguard_sae.models import Located, Site, depth, hook, locate, sites
+from saeguard_sae.models import Site, depth, hook, locate
+from saeguard_sae.models import sites as known_sites
 from saeguard_sae.train.data import INDEX, Contexts, TokenRows, context_length
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
 
-# Activations at sites from a forward pass that ends at the last of them.
-
-
-class Harvester:
-    """Reads a model's activations at some sites.
-
-    Raises:
-        TrainError: no sites, or one that the model lacks.
-    """
-
-    def __init__(self, model: LanguageModel, wanted: Sequence[Site]) -> None:
-        if not wanted:
-            raise TrainError("sites: at least one is needed")
-        self.sites = tuple(sorted(set(wanted), key=depth))
-        self._model = model
-        self._places: dict[Site, Located] = {}
-        there = sites(model.config)
-        for site in self.sites:
-            if site not in there:
-                points = ", ".join(sorted({one.point for one in there}))
-                raise TrainError(
-                    f"sites: {model.name} has no {site}; its layers are 0 to {model.config.num_hidden_layers - 1}, "
-                    f"its points {points}"
-                )
-            self._places[site] = locate(model.network, model.config, site)
-
-    def widths(self) -> dict[Site, int]:
-        """Of the activations at each site."""
-        rows = TokenRows(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool), (1,))
-        return {site: x.shape[-1] for site, x in self._read(rows).items()}
-
-    def read(self, rows: TokenRows) -> dict[Site, Tensor]:
-        """What is at each site on the tokens that are kept, [tokens, width], row after row, in the model's dtype.
-
-        Raises:
-            TrainError: activations that are not finite; names site, row and document.
-        """
-        found = self._read(rows)
-        # One wait for the device, not one per site.
-        is_fine = torch.stack([torch.isfinite(x).all() for x in found.values()])
-        if not bool(is_fine.all()):
-            site = tuple(found)[int(is_fine.int().argmin())]
-            raise TrainError(_not_finite(site, found[site], rows))
-        return found
-
-    @torch.inference_mode()
-    def _read(self, rows: TokenRows) -> dict[Site, Tensor]:
-        device = self._model.device
-        kept = rows.kept.flatten().nonzero().squeeze(1).to(device)
-        found: dict[Site, Tensor] = {}
-        with self._keeping(found, kept), suppress(_Complete):
-            self._model.network(input_ids=rows.ids.to(device), use_cache=False)
-        return {site: found[site] for site in self.sites}
-
-    @contextmanager
-    def _keeping(self, found: dict[Site, Tensor], kept: Tensor) -> Iterator[None]:
-        def keep(site: Site, x: Tensor) -> None:
-            # A copy of the rows, now: a later module may change the tensor itself.
-            found[site] = self._places[site].read(x.flatten(0, 1)[kept])
-            if len(found) == len(self.sites):
-                raise _Complete
-
-        with ExitStack() as stack:
-            for site, place in self._places.items():
-                stack.callback(hook(place, partial(keep, site)).remove)
-            yield
-
-
-class _Complete(Exception):
-    """Every site was seen: the rest of the forward pass would be for nothing."""
-
-
-def _not_finite(site: Site, x: Tensor, rows: TokenRows) -> str:
-    """Of the first token that is not finite."""
-    index = int((~torch.isfinite(x).all(dim=1)).int().argmax())
-    row, position = rows.kept.nonzero()[index].tolist()
-    return (
-        f"activations at {site} are not finite (NaN or infinite) on token {position} of row {rows.first + row}, which "
-        f"begins in document {rows.documents[row]}; try model.dtype = 'float32', or leave the document out"
-    )
-
-
 _TOKENS, _TOKENS_GPU = 4096, 16_384
 """Of one forward pass."""
+_CHUNK = 4096
+"""Tokens read at once from a folder."""
 
 
 class ActivationSource(Protocol):
@@ -145,10 +70,10 @@ class ModelActivations:
     """
 
     def __init__(
-        self, model: LanguageModel, wanted: Sequence[Site], data: DataSettings, settings: StreamSettings
+        self, model: LanguageModel, sites: Sequence[Site], data: DataSettings, settings: StreamSettings
     ) -> None:
-        self._given = model, wanted, data, settings
-        self._harvester = Harvester(model, wanted)
+        self._arguments = model, sites, data, settings
+        self._harvester = Harvester(model, sites)
         self._contexts = Contexts(model, data, settings)
         self._rows = rows_per_pass(model, settings)
         self.chunk = self._rows * self._contexts.context
@@ -157,12 +82,10 @@ class ModelActivations:
 
     @property
     def epoch(self) -> int:
-        """See ``ActivationSource``."""
         return self._contexts.epoch
 
     def read(self) -> dict[Site, Tensor]:
-        """See ``ActivationSource``.
-
+        """
         Raises:
             TrainError: activations that are not finite, wrong data.
         """
@@ -173,19 +96,15 @@ class ModelActivations:
         self._contexts.rows(self._rows)
 
     def mark(self) -> Callable[[], dict[str, Any]]:
-        """See ``Contexts.mark``."""
         return self._contexts.mark()
 
     def again(self) -> ModelActivations:
-        """See ``ActivationSource``."""
-        return ModelActivations(*self._given)
+        return ModelActivations(*self._arguments)
 
     def state(self) -> dict[str, Any]:
-        """See ``ActivationSource``."""
         return self._contexts.state()
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """See ``ActivationSource``."""
         self._contexts.resume(state)
 
 
@@ -206,24 +125,12 @@ def rows_per_pass(model: LanguageModel, settings: StreamSettings) -> int:
     return settings.rows or max(1, min(most, tokens // context))
 
 
-# Activations on disk: written once from a stream, read as often as wanted without the model.
-#
-# A folder of safetensors files with a tensor [tokens, width] for each site, and ``activations.json``, which lists
-# them.
-
-
-_CHUNK = 4096
-"""Tokens read at once."""
-
-
 class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One file."""
-
     file: str
     tokens: int
 
 
-class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ShardIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a folder of activations holds."""
 
     version: Literal[1] = 1
@@ -242,28 +149,22 @@ class CachedActivations:
         TrainError: not such a folder, a site that it lacks, files that are missing or are not what the index says.
     """
 
-    def __init__(self, data: DataSettings, wanted: Sequence[Site], settings: StreamSettings) -> None:
-        self._given = data, wanted, settings
+    def __init__(self, data: DataSettings, sites: Sequence[Site], settings: StreamSettings) -> None:
+        self._arguments = data, sites, settings
         self._folder = Path(data.path).expanduser()
         self._index = _read_index(self._folder)
-        self.widths: Mapping[Site, int] = {site: self._width(site) for site in dict.fromkeys(wanted)}
+        self.widths: Mapping[Site, int] = {site: self._width(site) for site in dict.fromkeys(sites)}
         self.dtype: torch.dtype = getattr(torch, self._index.dtype)
         self.device = torch.device("cpu")
         self.model_name = self._index.model
         self.chunk = max(1, min(_CHUNK, settings.buffer // 2))
-        self._epoch = self._shard = self._row = 0
+        self.epoch = self._shard = self._row = 0
         self._opened: tuple[int, Any] | None = None
         for shard in range(len(self._index.shards)):
             self._open(shard)
 
-    @property
-    def epoch(self) -> int:
-        """See ``ActivationSource``."""
-        return self._epoch
-
     def read(self) -> dict[Site, Tensor]:
-        """See ``ActivationSource``.
-
+        """
         Raises:
             TrainError: activations that are not finite.
         """
@@ -278,27 +179,24 @@ class CachedActivations:
         return tokens
 
     def again(self) -> CachedActivations:
-        """See ``ActivationSource``."""
-        return CachedActivations(*self._given)
+        return CachedActivations(*self._arguments)
 
     def state(self) -> dict[str, Any]:
-        """See ``ActivationSource``."""
         return {
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "shard": self._shard,
             "row": self._row,
             "shards": [shard.tokens for shard in self._index.shards],
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """See ``ActivationSource``.
-
+        """
         Raises:
             TrainError: the folder holds something else now.
         """
         if state["shards"] != [shard.tokens for shard in self._index.shards]:
             raise TrainError("data.path: its files have other sizes than when the checkpoint was written")
-        self._epoch, self._shard, self._row = state["epoch"], state["shard"], state["row"]
+        self.epoch, self._shard, self._row = state["epoch"], state["shard"], state["row"]
 
     def _next(self) -> tuple[int, int, int]:
         """Shard, first row and row past the last of the next chunk; moves on."""
@@ -307,7 +205,7 @@ class CachedActivations:
             self._row = 0
             self._shard += 1
             if self._shard == len(shards):
-                self._shard, self._epoch = 0, self._epoch + 1
+                self._shard, self.epoch = 0, self.epoch + 1
         start = self._row
         self._row = min(start + self.chunk, shards[self._shard].tokens)
         return self._shard, start, self._row
@@ -321,26 +219,100 @@ class CachedActivations:
     def _open(self, shard: int) -> Any:
         if self._opened is not None and self._opened[0] == shard:
             return self._opened[1]
-        said = self._index.shards[shard]
-        path = self._folder / said.file
+        entry = self._index.shards[shard]
+        path = self._folder / entry.file
         try:
             file: Any = safe_open(path, framework="pt")
             for site, width in self.widths.items():
-                found = file.get_slice(str(site)).get_shape()
-                if found != [said.tokens, width]:
-                    raise ValueError(f"{site} has the shape {found}, {INDEX} says {[said.tokens, width]}")
+                shape = file.get_slice(str(site)).get_shape()
+                if shape != [entry.tokens, width]:
+                    raise ValueError(f"{site} has the shape {shape}, {INDEX} says {[entry.tokens, width]}")
         except (OSError, ValueError, SafetensorError) as err:
             raise TrainError(f"data.path: {path} cannot be used: {one_line(err)}") from err
         self._opened = shard, file
         return file
 
 
-def _read_index(folder: Path) -> Index:
+def _read_index(folder: Path) -> ShardIndex:
     path = folder / INDEX
     try:
-        index = msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Index)
+        index = msgspec.convert(json.loads(path.read_text(encoding="utf-8")), ShardIndex)
     except (OSError, ValueError, msgspec.ValidationError) as err:
         raise TrainError(f"data.path: {path} cannot be used: {one_line(err)}") from err
     if not index.shards or not all(shard.tokens > 0 for shard in index.shards):
         raise TrainError(f"data.path: {path} lists no activations, or a file without any")
     return index
+
+
+class Harvester:
+    """Reads a model's activations at some sites, by a forward pass that ends at the last of them.
+
+    Raises:
+        TrainError: no sites, or one that the model lacks.
+    """
+
+    def __init__(self, model: LanguageModel, sites: Iterable[Site]) -> None:
+        self.sites = tuple(sorted(set(sites), key=depth))
+        if not self.sites:
+            raise TrainError("sites: at least one is needed")
+        self._model = model
+        known = known_sites(model.config)
+        for site in self.sites:
+            if site not in known:
+                points = ", ".join(sorted({other.point for other in known}))
+                raise TrainError(
+                    f"sites: {model.name} has no {site}; its layers are 0 to {model.config.num_hidden_layers - 1}, "
+                    f"its points {points}"
+                )
+        self._places = {site: locate(model.network, model.config, site) for site in self.sites}
+
+    def widths(self) -> dict[Site, int]:
+        rows = TokenRows(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool), (1,))
+        return {site: x.shape[-1] for site, x in self._read(rows).items()}
+
+    def read(self, rows: TokenRows) -> dict[Site, Tensor]:
+        """The activations at each site where ``rows.mask``, [tokens, width], row after row, in the model's dtype.
+
+        Raises:
+            TrainError: activations that are not finite; names site, row and document.
+        """
+        activations = self._read(rows)
+        # One wait for the device, not one per site.
+        is_finite = torch.stack([torch.isfinite(x).all() for x in activations.values()])
+        if not bool(is_finite.all()):
+            site = tuple(activations)[int(is_finite.int().argmin())]
+            raise TrainError(_not_finite(site, activations[site], rows))
+        return activations
+
+    @torch.inference_mode()
+    def _read(self, rows: TokenRows) -> dict[Site, Tensor]:
+        model, device = self._model, self._model.device
+        index = rows.mask.flatten().nonzero().squeeze(1).to(device)
+        activations: dict[Site, Tensor] = {}
+
+        def read(site: Site, x: Tensor) -> None:
+            # A copy of the rows, now: a later module may change the tensor itself.
+            activations[site] = self._places[site].read(x.flatten(0, 1)[index])
+            if len(activations) == len(self.sites):
+                raise _Complete
+
+        with ExitStack() as stack:
+            for site, place in self._places.items():
+                stack.callback(hook(place, partial(read, site)).remove)
+            with suppress(_Complete):
+                model.network(input_ids=rows.ids.to(device), use_cache=False)
+        return {site: activations[site] for site in self.sites}
+
+
+class _Complete(Exception):
+    """Every site was seen: the rest of the forward pass would be for nothing."""
+
+
+def _not_finite(site: Site, x: Tensor, rows: TokenRows) -> str:
+    """Of the first token that is not finite."""
+    index = int((~torch.isfinite(x).all(dim=1)).int().argmax())
+    row, position = rows.mask.nonzero()[index].tolist()
+    return (
+        f"activations at {site} are not finite (NaN or infinite) on token {position} of row {rows.first + row}, which "
+        f"begins in document {rows.documents[row]}; try model.dtype = 'float32', or leave the document out"
+    )

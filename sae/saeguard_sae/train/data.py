@@ -1,4 +1,6 @@
-"""Where text comes from: plain, JSONL and parquet files, and Hugging Face data sets."""
+"""Text as rows of tokens: from plain, JSONL and parquet files or Hugging Face data sets, one document after another and
+over again, from any place on; and which tokens SAEs learn from.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,426 @@ from torch import Tensor
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
 
-# Texts in plain and JSONL files, as they are, and one text in a record.
-
-
+INDEX = "activations.json"
+"""What a folder of activations has."""
+SUFFIXES = {"text": (".txt", ".txt.gz"), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
 LONGEST = 16 * 1024 * 1024
 """Characters of a document: a longer one is a file whose documents nobody told apart."""
 _CHUNK = 1024 * 1024
+_CONTEXT = 1024
+"""Tokens of a row, where the settings leave it to the model."""
+
+Records: TypeAlias = Callable[[Path, int], Iterator[str]]
+"""``records(path, start)``: the texts of a file from this one on; "" where there is none."""
 
 
-def plain(path: Path, start: int, *, separator: str) -> Iterator[str]:
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRow:
+    """What the model reads at once."""
+
+    ids: Tensor
+    """int64 [context]"""
+    mask: Tensor
+    """bool [context], which tokens SAEs learn from; the masks of BOS, padding and special tokens are in it."""
+    document: int
+    """Number of the document that the row begins in, counted from 1."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRows:
+    """Rows of one forward pass."""
+
+    ids: Tensor
+    """int64 [rows, context]"""
+    mask: Tensor
+    """bool [rows, context]"""
+    documents: tuple[int, ...]
+    """Number of the document that each row begins in."""
+    first: int = 1
+    """Number of the first row, counted from 1."""
+
+
+class Contexts:
+    """Rows of tokens without end, from a data set that starts again when it ends.
+
+    Raises:
+        TrainError: a context that the model cannot read, a tokenizer that is not the model's, wrong data.
+    """
+
+    def __init__(self, model: LanguageModel, data: DataSettings, settings: StreamSettings) -> None:
+        self.context = context_length(model, settings)
+        self._documents = open_documents(data)
+        self._settings = settings
+        self._vocab_size = int(model.config.vocab_size)
+        self._backend = model.tokenizer.backend_tokenizer
+        bos, eos, pad = (_id(getattr(model.tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "pad"))
+        self._start = bos
+        self._end = (eos or bos) if settings.packing == "packed" else []
+        self._pad = (pad or eos or bos or [0])[0]
+        self._special = torch.tensor(sorted(model.special_ids), dtype=torch.int64)
+        self._pending: list[int] = []
+        self._at = 0
+        self._document = self._first_document = self._row = 0
+
+    @property
+    def epoch(self) -> int:
+        """How often the data set was started again."""
+        return self._documents.epoch
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return self
+
+    def __next__(self) -> TokenRow:
+        ids, length = self._next_ids()
+        mask = torch.arange(self.context) < length
+        if self._settings.mask_first:
+            mask[0] = False
+        if self._settings.mask_special:
+            mask &= ~torch.isin(ids, self._special)
+        self._row += 1
+        return TokenRow(ids, mask, self._first_document)
+
+    def rows(self, count: int) -> TokenRows:
+        """The next rows, together."""
+        first = self._row + 1
+        rows = [next(self) for _ in range(count)]
+        return TokenRows(
+            torch.stack([row.ids for row in rows]),
+            torch.stack([row.mask for row in rows]),
+            tuple(row.document for row in rows),
+            first,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Where it is: plain values and a tensor."""
+        return self.mark()()
+
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        """What gives the state of now, also later; a long document is copied then only."""
+        documents, pending, at = self._documents.state(), self._pending, self._at
+        document, row = self._document, self._row
+        return lambda: {
+            "documents": documents,
+            "pending": torch.tensor(pending[at:], dtype=torch.int64),
+            "document": document,
+            "row": row,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on behind the row after which ``state`` was taken.
+
+        Raises:
+            TrainError: the data set has changed since.
+        """
+        self._documents.resume(state["documents"])
+        self._pending, self._at = state["pending"].tolist(), 0
+        self._document, self._row = state["document"], state["row"]
+
+    def _next_ids(self) -> tuple[Tensor, int]:
+        """The ids of a row, and how many of them are not padding."""
+        room = self.context - len(self._start)
+        if self._at == len(self._pending):
+            self._read()
+        self._first_document = self._document
+        while self._settings.packing == "packed" and len(self._pending) - self._at < room:
+            self._read()
+        ids = self._start + self._pending[self._at : self._at + room]
+        self._at = min(self._at + room, len(self._pending))
+        length = len(ids)
+        return torch.tensor(ids + [self._pad] * (self.context - length), dtype=torch.int64), length
+
+    def _read(self) -> None:
+        """Appends the next document that has tokens."""
+        epoch = self._documents.epoch
+        while self._documents.epoch < epoch + 2:
+            ids = self._backend.encode(next(self._documents), add_special_tokens=False).ids
+            self._document = self._documents.number
+            if not ids:
+                continue
+            if max(ids) >= self._vocab_size:
+                raise TrainError(
+                    f"model.path: its tokenizer gives token {max(ids)}, and the model has {self._vocab_size}: "
+                    "they do not belong together"
+                )
+            # What was read is let go here, not row by row: a document may have millions of tokens.
+            self._pending, self._at = self._pending[self._at :] + ids + self._end, 0
+            return
+        raise TrainError("data.path: its documents have no tokens")
+
+
+def context_length(model: LanguageModel, settings: StreamSettings) -> int:
+    """Tokens of a row.
+
+    Raises:
+        TrainError: more than the model can read.
+    """
+    if settings.context > model.max_context:
+        raise TrainError(
+            f"stream.context: {model.name} can read {model.max_context} tokens at once, got {settings.context}"
+        )
+    return settings.context or min(model.max_context, _CONTEXT)
+
+
+def _id(token: Any) -> list[int]:
+    return [] if token is None else [int(token)]
+
+
+class Documents:
+    """The documents of a data set, in its order, started again when it ends. Those without text are left out.
+
+    Raises:
+        TrainError: nothing there, no such column, no text in it; the message names the file and the place.
+    """
+
+    def __init__(self, settings: DataSettings) -> None:
+        self._settings = settings
+        self._source = open_source(settings)
+        self.epoch = 0
+        """How often the data set was started again."""
+        self.number = 0
+        """Of the document that was given last, counted from 1 and through all epochs."""
+        self._seen = self._taken = 0
+        self._texts = self._source.begin(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            is_at_limit = 0 < self._settings.limit <= self._taken
+            text = None if is_at_limit else next(self._texts, None)
+            if text is None:
+                self._start_again()
+                continue
+            if not text.strip():
+                continue
+            self._seen += 1
+            if self._seen > self._settings.skip:
+                self._taken += 1
+                self.number += 1
+                return text
+
+    def state(self) -> dict[str, Any]:
+        """Where it is, as plain values."""
+        return {
+            "epoch": self.epoch,
+            "number": self.number,
+            "seen": self._seen,
+            "taken": self._taken,
+            "source": self._source.state(),
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on behind the document after which ``state`` was taken.
+
+        Raises:
+            TrainError: the data set has changed since.
+        """
+        self.epoch, self.number = state["epoch"], state["number"]
+        self._seen, self._taken = state["seen"], state["taken"]
+        self._texts = self._source.begin(state["source"])
+
+    def _start_again(self) -> None:
+        if not self._taken:
+            behind = f" behind its first {self._settings.skip} documents (data.skip)" if self._settings.skip else ""
+            raise TrainError(f"data.path: {self._settings.path!r} holds no text{behind}")
+        self.epoch += 1
+        self._seen = self._taken = 0
+        self._texts = self._source.begin(None)
+
+
+def open_documents(settings: DataSettings) -> Documents:
+    """The documents that the settings name; the first one is looked at now, so that mistakes show before work is done.
+
+    Raises:
+        TrainError: as ``Documents``.
+    """
+    documents = Documents(settings)
+    start = documents.state()
+    next(documents)
+    documents.resume(start)
+    return documents
+
+
+class TextSource(Protocol):
+    """A data set that can be read from any place on."""
+
+    def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
+        """Its texts, from the start or from where it was; "" for a record without one."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where it is, behind the text that was given last, as plain values."""
+        ...
+
+
+def open_source(settings: DataSettings) -> TextSource:
+    """The source that the settings name.
+
+    Raises:
+        TrainError: nothing there, or more than one kind of thing.
+    """
+    kind = data_kind(settings)
+    if kind == "activations":
+        raise TrainError(f"data.kind: {settings.path!r} holds activations, and text is needed here")
+    if kind == "hub":
+        return HubSource(settings)
+    records: dict[str, Records] = {
+        "text": partial(read_plain, separator=settings.separator),
+        "jsonl": partial(read_jsonl, column=settings.column),
+        "parquet": partial(_read_parquet, column=settings.column),
+    }
+    return FileSource(_files(Path(settings.path).expanduser(), kind), records[kind])
+
+
+def data_kind(settings: DataSettings) -> str:
+    """What the data set is: ``data.kind``, by its names where that is "auto".
+
+    Raises:
+        TrainError: it cannot be told.
+    """
+    path = Path(settings.path).expanduser()
+    if settings.kind != "auto":
+        return settings.kind
+    if (path / INDEX).is_file():
+        return "activations"
+    if path.is_dir():
+        return _kind_of_folder(path)
+    suffixed = [kind for kind, suffixes in SUFFIXES.items() if path.name.endswith(suffixes)]
+    if path.is_file():
+        if not suffixed:
+            raise TrainError(f"data.kind: cannot be told from the name {path.name!r}; say one of {', '.join(SUFFIXES)}")
+        return suffixed[0]
+    if suffixed or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", settings.path):
+        raise TrainError(f"data.path: there is no file or folder {settings.path!r}")
+    return "hub"
+
+
+class FileSource:
+    """Records of files, file after file."""
+
+    def __init__(self, files: tuple[Path, ...], records: Records) -> None:
+        self._files = files
+        self._records = records
+        self._file = self._record = 0
+        sizes = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
+        self._digest = sha256(sizes.encode()).hexdigest()
+
+    def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
+        """
+        Raises:
+            TrainError: the files are not those of the state.
+        """
+        if state is not None and state["digest"] != self._digest:
+            raise TrainError("data.path: its files have other names or sizes than when the checkpoint was written")
+        self._file, self._record = (state["file"], state["record"]) if state is not None else (0, 0)
+        return self._read()
+
+    def state(self) -> dict[str, Any]:
+        return {"file": self._file, "record": self._record, "digest": self._digest}
+
+    def _read(self) -> Iterator[str]:
+        while self._file < len(self._files):
+            for text in self._records(self._files[self._file], self._record):
+                self._record += 1
+                yield text
+            self._file, self._record = self._file + 1, 0
+
+
+class HubSource:
+    """A Hugging Face data set, or one in a folder, read as it arrives."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        self._settings = settings
+        load = _package("datasets", "hub").load_dataset
+        try:
+            self._data: Any = load(
+                settings.path,
+                settings.name or None,
+                split=settings.split,
+                revision=settings.revision or None,
+                streaming=True,
+            )
+        except Exception as err:  # the library, and what it reads with, raise what they like
+            raise TrainError(f"data.path: {settings.path!r} cannot be read from the hub: {one_line(err)}") from err
+        self._start = self._resumed = self._data.state_dict()
+        self._is_moved = False
+
+    def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
+        self._resumed = self._start if state is None else state["data"]
+        self._is_moved = False
+        # A copy: the library changes what it is given.
+        self._data.load_state_dict(deepcopy(self._resumed))
+        return self._read()
+
+    def state(self) -> dict[str, Any]:
+        # What the library says before it has read on is the state that it was made with.
+        return {"data": self._data.state_dict() if self._is_moved else deepcopy(self._resumed)}
+
+    def _read(self) -> Iterator[str]:
+        try:
+            for record in self._data:
+                self._is_moved = True
+                yield record_text(record, self._settings.column, self._settings.path)
+        except TrainError:
+            raise
+        except Exception as err:  # as above
+            raise TrainError(f"data.path: {self._settings.path!r} cannot be read on: {one_line(err)}") from err
+
+
+def _read_parquet(path: Path, start: int, *, column: str) -> Iterator[str]:
+    package = _package("pyarrow.parquet", "parquet")
+    try:
+        file = package.ParquetFile(path, memory_map=True)
+    except (ValueError, OSError) as err:
+        raise TrainError(f"data.path: {path} cannot be read: {one_line(err)}") from err
+    with file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise TrainError(f"data.column: {path} has no column {column!r}; it has {', '.join(names)}")
+        kind = str(file.schema_arrow.field(column).type)
+        if kind not in ("string", "large_string", "string_view"):
+            raise TrainError(f"data.column: {column!r} of {path} holds {kind}, not text")
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if start >= rows:
+                start -= rows
+                continue
+            for batch in file.iter_batches(256, row_groups=[group], columns=[column]):
+                yield from ("" if text is None else text for text in batch.column(0)[start:].to_pylist())
+                start = max(0, start - len(batch))
+
+
+def _files(path: Path, kind: str) -> tuple[Path, ...]:
+    if path.is_file():
+        return (path,)
+    files = tuple(sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES[kind]) and file.is_file()))
+    if not files:
+        what = f"holds no {' or '.join(SUFFIXES[kind])} files" if path.is_dir() else "does not exist"
+        raise TrainError(f"data.path: {str(path)!r} {what}")
+    return files
+
+
+def _kind_of_folder(path: Path) -> str:
+    names = [file.name for file in path.rglob("*") if file.is_file()]
+    kinds = [kind for kind, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names)]
+    if not kinds:
+        readable = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+        raise TrainError(f"data.path: {str(path)!r} holds no files that can be read ({readable}, or {INDEX})")
+    if len(kinds) > 1:
+        raise TrainError(f"data.kind: {str(path)!r} holds files of several kinds; say one of {', '.join(kinds)}")
+    return kinds[0]
+
+
+def _package(name: str, needed_for: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as err:
+        package = name.partition(".")[0]
+        raise TrainError(f"data.kind: {needed_for!r} needs the package {package}; install it") from err
+
+
+def read_plain(path: Path, start: int, *, separator: str) -> Iterator[str]:
     """The documents of a plain file, from number ``start`` on.
 
     Raises:
@@ -41,7 +454,7 @@ def plain(path: Path, start: int, *, separator: str) -> Iterator[str]:
         yield from islice(_split(path, file, separator), start, None)
 
 
-def jsonl(path: Path, start: int, *, column: str) -> Iterator[str]:
+def read_jsonl(path: Path, start: int, *, column: str) -> Iterator[str]:
     """The texts in a JSONL file, from line ``start`` on; "" for a blank line.
 
     Raises:
@@ -57,10 +470,10 @@ def jsonl(path: Path, start: int, *, column: str) -> Iterator[str]:
                 record = msgspec.json.decode(line)
             except msgspec.DecodeError as err:
                 raise TrainError(f"data.path: {where} is not JSON: {one_line(err)}") from err
-            yield text_of(record, column, where)
+            yield record_text(record, column, where)
 
 
-def text_of(record: Any, column: str, where: str) -> str:
+def record_text(record: Any, column: str, where: str) -> str:
     """The text in a record, "" where it is null.
 
     Raises:
@@ -102,442 +515,3 @@ def _reading(path: Path, mode: str) -> Iterator[IO[Any]]:
             yield file
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as err:
         raise TrainError(f"data.path: {path} cannot be read: {one_line(err)}") from err
-
-
-INDEX = "activations.json"
-"""What a folder of activations has."""
-SUFFIXES = {"text": (".txt", ".txt.gz"), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
-
-Records: TypeAlias = Callable[[Path, int], Iterator[str]]
-"""``records(path, start)``: the texts of a file from this one on; "" where there is none."""
-
-
-class Source(Protocol):
-    """A data set that can be read from any place on."""
-
-    def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
-        """Its texts, from the start or from where it was; "" for a record without one."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Where it is, behind the text that was given last, as plain values."""
-        ...
-
-
-def open_source(settings: DataSettings) -> Source:
-    """The source that the settings name.
-
-    Raises:
-        TrainError: nothing there, or more than one kind of thing.
-    """
-    found = kind(settings)
-    if found == "activations":
-        raise TrainError(f"data.kind: {settings.path!r} holds activations, and text is needed here")
-    if found == "hub":
-        return HubSource(settings)
-    records: dict[str, Records] = {
-        "text": partial(plain, separator=settings.separator),
-        "jsonl": partial(jsonl, column=settings.column),
-        "parquet": partial(_parquet, column=settings.column),
-    }
-    return FileSource(_files(Path(settings.path).expanduser(), found), records[found])
-
-
-def kind(settings: DataSettings) -> str:
-    """What the data set is: ``data.kind``, found out where that is "auto".
-
-    Raises:
-        TrainError: it cannot be told.
-    """
-    path = Path(settings.path).expanduser()
-    if settings.kind != "auto":
-        return settings.kind
-    if (path / INDEX).is_file():
-        return "activations"
-    if path.is_dir():
-        return _kind_of_folder(path)
-    suffixed = [one for one, suffixes in SUFFIXES.items() if path.name.endswith(suffixes)]
-    if path.is_file():
-        if not suffixed:
-            raise TrainError(f"data.kind: cannot be told from the name {path.name!r}; say one of {', '.join(SUFFIXES)}")
-        return suffixed[0]
-    if suffixed or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", settings.path):
-        raise TrainError(f"data.path: there is no file or folder {settings.path!r}")
-    return "hub"
-
-
-class FileSource:
-    """Records of files, file after file."""
-
-    def __init__(self, files: tuple[Path, ...], records: Records) -> None:
-        self._files = files
-        self._records = records
-        self._file = self._record = 0
-        sizes = "".join(f"{one.name} {one.stat().st_size}\n" for one in files)
-        self._digest = sha256(sizes.encode()).hexdigest()
-
-    def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
-        """See ``Source``.
-
-        Raises:
-            TrainError: the files are not those of the state.
-        """
-        if state is not None and state["digest"] != self._digest:
-            raise TrainError("data.path: its files have other names or sizes than when the checkpoint was written")
-        self._file, self._record = (state["file"], state["record"]) if state is not None else (0, 0)
-        return self._read()
-
-    def state(self) -> dict[str, Any]:
-        """See ``Source``."""
-        return {"file": self._file, "record": self._record, "digest": self._digest}
-
-    def _read(self) -> Iterator[str]:
-        while self._file < len(self._files):
-            for text in self._records(self._files[self._file], self._record):
-                self._record += 1
-                yield text
-            self._file, self._record = self._file + 1, 0
-
-
-class HubSource:
-    """A Hugging Face data set, or one in a folder, read as it arrives."""
-
-    def __init__(self, settings: DataSettings) -> None:
-        self._settings = settings
-        load = _package("datasets", "hub").load_dataset
-        try:
-            self._data: Any = load(
-                settings.path,
-                settings.name or None,
-                split=settings.split,
-                revision=settings.revision or None,
-                streaming=True,
-            )
-        except Exception as err:  # the library, and what it reads with, raise what they like
-            raise TrainError(f"data.path: {settings.path!r} cannot be read from the hub: {one_line(err)}") from err
-        self._start = self._resumed = self._data.state_dict()
-        self._is_moved = False
-
-    def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
-        """See ``Source``."""
-        self._resumed = self._start if state is None else state["data"]
-        self._is_moved = False
-        # A copy: the library changes what it is given.
-        self._data.load_state_dict(deepcopy(self._resumed))
-        return self._read()
-
-    def state(self) -> dict[str, Any]:
-        """See ``Source``."""
-        # What the library says before it has read on is the state that it was made with.
-        return {"data": self._data.state_dict() if self._is_moved else deepcopy(self._resumed)}
-
-    def _read(self) -> Iterator[str]:
-        try:
-            for record in self._data:
-                self._is_moved = True
-                yield text_of(record, self._settings.column, self._settings.path)
-        except TrainError:
-            raise
-        except Exception as err:  # as above
-            raise TrainError(f"data.path: {self._settings.path!r} cannot be read on: {one_line(err)}") from err
-
-
-def _parquet(path: Path, start: int, *, column: str) -> Iterator[str]:
-    package = _package("pyarrow.parquet", "parquet")
-    try:
-        file = package.ParquetFile(path, memory_map=True)
-    except (ValueError, OSError) as err:
-        raise TrainError(f"data.path: {path} cannot be read: {one_line(err)}") from err
-    with file:
-        names = file.schema_arrow.names
-        if column not in names:
-            raise TrainError(f"data.column: {path} has no column {column!r}; it has {', '.join(names)}")
-        held = str(file.schema_arrow.field(column).type)
-        if held not in ("string", "large_string", "string_view"):
-            raise TrainError(f"data.column: {column!r} of {path} holds {held}, not text")
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if start >= rows:
-                start -= rows
-                continue
-            for batch in file.iter_batches(256, row_groups=[group], columns=[column]):
-                yield from ("" if text is None else text for text in batch.column(0)[start:].to_pylist())
-                start = max(0, start - len(batch))
-
-
-def _files(path: Path, found: str) -> tuple[Path, ...]:
-    if path.is_file():
-        return (path,)
-    files = tuple(sorted(one for one in path.rglob("*") if one.name.endswith(SUFFIXES[found]) and one.is_file()))
-    if not files:
-        what = f"holds no {' or '.join(SUFFIXES[found])} files" if path.is_dir() else "does not exist"
-        raise TrainError(f"data.path: {str(path)!r} {what}")
-    return files
-
-
-def _kind_of_folder(path: Path) -> str:
-    names = [one.name for one in path.rglob("*") if one.is_file()]
-    kinds = [one for one, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names)]
-    if not kinds:
-        wanted = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-        raise TrainError(f"data.path: {str(path)!r} holds no files that can be read ({wanted}, or {INDEX})")
-    if len(kinds) > 1:
-        raise TrainError(f"data.kind: {str(path)!r} holds files of several kinds; say one of {', '.join(kinds)}")
-    return kinds[0]
-
-
-def _package(name: str, needed_for: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as err:
-        package = name.partition(".")[0]
-        raise TrainError(f"data.kind: {needed_for!r} needs the package {package}; install it") from err
-
-
-# Text to read: documents of a data set, one after another and over again, from any place on.
-
-
-class Documents:
-    """The documents of a data set, in its order, started again when it ends. Those without text are left out.
-
-    Raises:
-        TrainError: nothing there, no such column, no text in it; the message names the file and the place.
-    """
-
-    def __init__(self, settings: DataSettings) -> None:
-        self._settings = settings
-        self._source = open_source(settings)
-        self.epoch = 0
-        """How often the data set was started again."""
-        self.number = 0
-        """Of the document that was given last, counted from 1 and through all epochs."""
-        self._seen = self._taken = 0
-        self._texts = self._source.begin(None)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while True:
-            text = None if self._is_at_limit() else next(self._texts, None)
-            if text is None:
-                self._start_again()
-                continue
-            if not text.strip():
-                continue
-            self._seen += 1
-            if self._seen > self._settings.skip:
-                self._taken += 1
-                self.number += 1
-                return text
-
-    def state(self) -> dict[str, Any]:
-        """Where it is, as plain values."""
-        return {
-            "epoch": self.epoch,
-            "number": self.number,
-            "seen": self._seen,
-            "taken": self._taken,
-            "source": self._source.state(),
-        }
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the document after which ``state`` was taken.
-
-        Raises:
-            TrainError: the data set has changed since.
-        """
-        self.epoch, self.number = state["epoch"], state["number"]
-        self._seen, self._taken = state["seen"], state["taken"]
-        self._texts = self._source.begin(state["source"])
-
-    def _is_at_limit(self) -> bool:
-        return 0 < self._settings.limit <= self._taken
-
-    def _start_again(self) -> None:
-        if not self._taken:
-            behind = f" behind its first {self._settings.skip} documents (data.skip)" if self._settings.skip else ""
-            raise TrainError(f"data.path: {self._settings.path!r} holds no text{behind}")
-        self.epoch += 1
-        self._seen = self._taken = 0
-        self._texts = self._source.begin(None)
-
-
-def documents(settings: DataSettings) -> Documents:
-    """The documents that the settings name; the first one is looked at now, so that mistakes show before work is done.
-
-    Raises:
-        TrainError: see ``Documents``.
-    """
-    read = Documents(settings)
-    start = read.state()
-    next(read)
-    read.resume(start)
-    return read
-
-
-# Documents as rows of tokens of one length, and which of their tokens SAEs learn from.
-
-
-_LONGEST = 1024
-"""Tokens of a row, where the settings leave it to the model."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenRow:
-    """What the model reads at once."""
-
-    ids: Tensor
-    """int64 [context]"""
-    kept: Tensor
-    """bool [context], which tokens SAEs learn from; the masks of BOS, padding and special tokens are in it."""
-    document: int
-    """Number of the document that the row begins in, counted from 1."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenRows:
-    """Rows of one forward pass."""
-
-    ids: Tensor
-    """int64 [rows, context]"""
-    kept: Tensor
-    """bool [rows, context]"""
-    documents: tuple[int, ...]
-    """Number of the document that each row begins in."""
-    first: int = 1
-    """Number of the first row, counted from 1."""
-
-
-class Contexts:
-    """Rows of tokens without end, from a data set that starts again when it ends.
-
-    Raises:
-        TrainError: a context that the model cannot read, a tokenizer that is not the model's, wrong data.
-    """
-
-    def __init__(self, model: LanguageModel, data: DataSettings, settings: StreamSettings) -> None:
-        self.context = context_length(model, settings)
-        self._documents = documents(data)
-        self._settings = settings
-        self._vocab_size = int(model.config.vocab_size)
-        self._backend = model.tokenizer.backend_tokenizer
-        bos, eos, pad = (_id(getattr(model.tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "pad"))
-        self._start = bos
-        self._end = (eos or bos) if settings.packing == "packed" else []
-        self._pad = (pad or eos or bos or [0])[0]
-        self._special = torch.tensor(sorted(model.special_ids), dtype=torch.int64)
-        self._pending: list[int] = []
-        self._at = 0
-        self._document = self._first_document = self._row = 0
-
-    @property
-    def epoch(self) -> int:
-        """How often the data set was started again."""
-        return self._documents.epoch
-
-    def __iter__(self) -> Iterator[TokenRow]:
-        return self
-
-    def __next__(self) -> TokenRow:
-        ids, length = self._next_ids()
-        kept = torch.arange(self.context) < length
-        if self._settings.mask_first:
-            kept[0] = False
-        if self._settings.mask_special:
-            kept &= ~torch.isin(ids, self._special)
-        self._row += 1
-        return TokenRow(ids, kept, self._first_document)
-
-    def rows(self, count: int) -> TokenRows:
-        """The next rows, together."""
-        first = self._row + 1
-        taken = [next(self) for _ in range(count)]
-        return TokenRows(
-            torch.stack([row.ids for row in taken]),
-            torch.stack([row.kept for row in taken]),
-            tuple(row.document for row in taken),
-            first,
-        )
-
-    def state(self) -> dict[str, Any]:
-        """Where it is: plain values and a tensor."""
-        return self.mark()()
-
-    def mark(self) -> Callable[[], dict[str, Any]]:
-        """What gives the state of now, also later; a long document is copied then only."""
-        documents, pending, at = self._documents.state(), self._pending, self._at
-        document, row = self._document, self._row
-        return lambda: {
-            "documents": documents,
-            "pending": torch.tensor(pending[at:], dtype=torch.int64),
-            "document": document,
-            "row": row,
-        }
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the row after which ``state`` was taken.
-
-        Raises:
-            TrainError: the data set has changed since.
-        """
-        self._documents.resume(state["documents"])
-        self._pending, self._at = state["pending"].tolist(), 0
-        self._document, self._row = state["document"], state["row"]
-
-    def _next_ids(self) -> tuple[Tensor, int]:
-        """The ids of a row, and how many of them are not padding."""
-        wanted = self.context - len(self._start)
-        if self._at == len(self._pending):
-            self._read()
-        self._first_document = self._document
-        while self._settings.packing == "packed" and len(self._pending) - self._at < wanted:
-            self._read()
-        ids = self._start + self._pending[self._at : self._at + wanted]
-        self._at = min(self._at + wanted, len(self._pending))
-        length = len(ids)
-        return torch.tensor(ids + [self._pad] * (self.context - length), dtype=torch.int64), length
-
-    def _read(self) -> None:
-        """Appends the next document that has tokens."""
-        epoch = self._documents.epoch
-        while self._documents.epoch < epoch + 2:
-            ids = self._backend.encode(next(self._documents), add_special_tokens=False).ids
-            self._document = self._documents.number
-            if not ids:
-                continue
-            if max(ids) >= self._vocab_size:
-                raise TrainError(
-                    f"model.path: its tokenizer gives token {max(ids)}, and the model has {self._vocab_size}: "
-                    "they do not belong together"
-                )
-            # What was read is let go here, not row by row: a document may have millions of tokens.
-            self._pending, self._at = self._pending[self._at :] + ids + self._end, 0
-            return
-        raise TrainError("data.path: its documents have no tokens")
-
-
-def context_length(model: LanguageModel, settings: StreamSettings) -> int:
-    """Tokens of a row.
-
-    Raises:
-        TrainError: more than the model can read.
-    """
-    if settings.context > model.max_context:
-        raise TrainError(
-            f"stream.context: {model.name} can read {model.max_context} tokens at once, got {settings.context}"
-        )
-    return settings.context or min(model.max_context, _LONGEST)
-
-
-def contexts(model: LanguageModel, data: DataSettings, settings: StreamSettings) -> Contexts:
-    """The rows of tokens that a stream with these settings reads.
-
-    Raises:
-        TrainError: see ``Contexts``.
-    """
-    return Contexts(model, data, settings)
-
-
-def _id(found: Any) -> list[int]:
-    return [] if found is None else [int(found)]

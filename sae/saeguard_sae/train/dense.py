@@ -11,43 +11,10 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU
+from saeguard_sae.metrics import fires
 from saeguard_sae.train.parallel import Mesh
 from saeguard_sae.train.settings import SaeSettings
-from saeguard_sae.train.tracking import Progress, Scaling, Tracking, unit_rows
-
-# A layer whose features lie in several processes, for autograd; as Megatron-LM does it (Shoeybi et al. 2019).
-
-
-def spread(x: Tensor, mesh: Mesh) -> Tensor:
-    """x as every part of the features reads it; its gradient is the sum of what they say."""
-    return x if mesh.shards == 1 else _Spread.apply(x, mesh)  # type: ignore[no-untyped-call]
-
-
-def joined(part: Tensor, mesh: Mesh) -> Tensor:
-    """The sum of what every part of the features writes; its gradient is each part's."""
-    return part if mesh.shards == 1 else _Joined.apply(part, mesh)  # type: ignore[no-untyped-call]
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, mesh: Mesh) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.mesh = mesh
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, given: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return ctx.mesh.sum_features(given.clone()), None
-
-
-class _Joined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part: Tensor, mesh: Mesh) -> Tensor:  # type: ignore[no-untyped-def]
-        return mesh.sum_features(part.clone())
-
-    @staticmethod
-    def backward(ctx, given: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return given, None
-
+from saeguard_sae.train.tracking import LearnerMetrics, Scaling, Tracking, unit_rows
 
 _DECODER_NORM = 0.1
 """Of ReLU's first decoder rows, whose length is free (Conerly et al. 2024)."""
@@ -59,8 +26,8 @@ thresholds hardly move in less than billions of tokens."""
 _TINY = 1e-12
 
 
-class DenseRead(NamedTuple):
-    """What an architecture makes of a batch: the features here [B, F], their price [B], what it adds to the loss."""
+class DenseBatch(NamedTuple):
+    """A batch as an architecture encodes it: the features here [B, F], their price [B], what it adds to the loss."""
 
     features: Tensor
     price: Tensor
@@ -71,7 +38,7 @@ class DenseRead(NamedTuple):
 
 
 class DenseLearner:
-    """See ``Learner``; made by ``make_learner``."""
+    """A ``Learner``; ``make_learner`` makes it."""
 
     def __init__(self, settings: SaeSettings, sample: Tensor, target: Tensor | None, mesh: Mesh) -> None:
         self.settings, self.steps, self._mesh = settings, 0, mesh
@@ -89,10 +56,9 @@ class DenseLearner:
             tensor.requires_grad_()
         self._optimiser = torch.optim.Adam(self.weights.values(), fused=True)
         self.tracking = Tracking(settings, device)
-        self._read: Callable[[Tensor, Tensor], DenseRead] = getattr(self, f"_{settings.architecture}")
+        self._read: Callable[[Tensor, Tensor], DenseBatch] = getattr(self, f"_{settings.architecture}")
 
     def step(self, x: Tensor, target: Tensor | None = None, before: Tensor | None = None) -> None:
-        """See ``Learner.step``."""
         if (target is not None) != self.settings.is_transcoder:
             raise ValueError("a transcoder needs a target, and nothing else has one")
         loss, features, error = self._loss(x, target)
@@ -102,13 +68,12 @@ class DenseLearner:
         self._track(loss.detach(), features.detach(), error.detach())
         self.steps += 1
 
-    def progress(self) -> Progress:
-        """See ``Learner.progress``."""
-        return self.tracking.progress(self.steps)
+    def metrics(self) -> LearnerMetrics:
+        return self.tracking.metrics(self.steps)
 
     @torch.no_grad()
     def export(self) -> Dictionary:
-        """See ``Learner.export``: decoder rows of length 1, whatever length was learnt."""
+        """Decoder rows of length 1, whatever length was learnt."""
         weights = {name: self._whole(name, tensor.detach()) for name, tensor in self.weights.items()}
         weights["b_dec"] = weights["b_dec"].to(weights["W_dec"].device)
         size = weights["W_dec"].norm(dim=1).clamp_min(_TINY)
@@ -119,24 +84,21 @@ class DenseLearner:
         return self.scaling.fold(W_enc, b_enc, W_dec, weights["b_dec"], self._activation(weights, size), centre=centre)
 
     def state(self) -> dict[str, Tensor]:
-        """See ``Learner.state``."""
         own = {"steps": torch.tensor(self.steps)} | self.scaling.state()
         for name, tensor in self.weights.items():
             own[name] = self._whole(name, tensor.detach())
-            kept = self._optimiser.state.get(tensor, {})
-            own[f"{name}.m"] = self._whole(name, kept.get("exp_avg", torch.zeros_like(tensor)).detach())
-            own[f"{name}.v"] = self._whole(name, kept.get("exp_avg_sq", torch.zeros_like(tensor)).detach())
+            for short, moment in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                value = self._optimiser.state.get(tensor, {}).get(moment, torch.zeros_like(tensor))
+                own[f"{name}.{short}"] = self._whole(name, value.detach())
         return own | self.tracking.state()
 
     @torch.no_grad()
     def align(self) -> None:
-        """See ``Learner.align``."""
-        moments = (kept[name] for kept in self._optimiser.state.values() for name in ("exp_avg", "exp_avg_sq"))
+        moments = (state[name] for state in self._optimiser.state.values() for name in ("exp_avg", "exp_avg_sq"))
         for tensor in (*self.weights.values(), *moments, *self.tracking.state().values()):
-            self._mesh.as_first(tensor)
+            self._mesh.broadcast_rows(tensor)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Learner.load_state``."""
         self.steps = int(state["steps"])
         self.scaling = Scaling.from_state(state, self.scaling.mean.device)
         features = self._mesh.features(self.settings.d_sae)
@@ -148,8 +110,8 @@ class DenseLearner:
                 "exp_avg": state[f"{name}.m"][here].to(tensor).clone(),
                 "exp_avg_sq": state[f"{name}.v"][here].to(tensor).clone(),
             }
-        for name, kept in self.tracking.state().items():
-            kept.copy_(state[name])
+        for name, tensor in self.tracking.state().items():
+            tensor.copy_(state[name])
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         return part if name == "b_dec" else self._mesh.whole(part)
@@ -158,13 +120,13 @@ class DenseLearner:
         """The loss in shares of variance, the features [B, F], and the error [B, d_out]."""
         W_dec, b_dec = self.weights["W_dec"], self.weights["b_dec"]
         scaled = x / self.scaling.read
-        seen = scaled - b_dec if target is None else scaled
-        wanted = scaled if target is None else target / self.scaling.written
-        read = self._read(spread(seen, self._mesh), wanted)
-        error = joined(read.features @ W_dec, self._mesh) + b_dec - wanted
-        price = joined(self._sparsity() * read.price.mean() + read.silent, self._mesh)
-        loss = error.square().sum(1).mean() + price + read.alone
-        return loss / self.scaling.variance, read.features, error
+        inputs = scaled - b_dec if target is None else scaled
+        targets = scaled if target is None else target / self.scaling.written
+        batch = self._read(spread(inputs, self._mesh), targets)
+        error = joined(batch.features @ W_dec, self._mesh) + b_dec - targets
+        price = joined(self._sparsity() * batch.price.mean() + batch.silent, self._mesh)
+        loss = error.square().sum(1).mean() + price + batch.alone
+        return loss / self.scaling.variance, batch.features, error
 
     def _sparsity(self) -> float:
         """Its weight rises over the first steps; that of tanh over the whole run (Conerly et al. 2025)."""
@@ -172,35 +134,35 @@ class DenseLearner:
         share = 1.0 if is_slow else self.settings.warm_up
         return self.settings.sparsity * min(1.0, (self.steps + 1) / max(1.0, share * self.settings.steps))
 
-    def _pre(self, seen: Tensor) -> Tensor:
-        return seen @ self.weights["W_enc"].T + self.weights["b_enc"]
+    def _pre(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weights["W_enc"].T + self.weights["b_enc"]
 
-    def _relu(self, seen: Tensor, wanted: Tensor) -> DenseRead:
-        features = self._pre(seen).relu()
+    def _relu(self, inputs: Tensor, targets: Tensor) -> DenseBatch:
+        features = self._pre(inputs).relu()
         none = features.new_zeros(())
-        return DenseRead(features, features @ self.weights["W_dec"].norm(dim=1), none, none)
+        return DenseBatch(features, features @ self.weights["W_dec"].norm(dim=1), none, none)
 
-    def _gated(self, seen: Tensor, wanted: Tensor) -> DenseRead:
+    def _gated(self, inputs: Tensor, targets: Tensor) -> DenseBatch:
         # b_enc is the gate's bias here.
-        own = seen @ self.weights["W_enc"].T
+        own = inputs @ self.weights["W_enc"].T
         gate = own + self.weights["b_enc"]
         size = (own * self.weights["r_mag"].exp() + self.weights["b_mag"]).relu()
-        fires = gate.relu()
-        rebuilt = joined(fires @ self.weights["W_dec"].detach(), self._mesh)
-        alone = rebuilt + self.weights["b_dec"].detach() - wanted
-        price = fires @ self.weights["W_dec"].norm(dim=1)
-        return DenseRead(size * (gate > 0), price, price.new_zeros(()), alone.square().sum(1).mean())
+        opened = gate.relu()
+        rebuilt = joined(opened @ self.weights["W_dec"].detach(), self._mesh)
+        alone = rebuilt + self.weights["b_dec"].detach() - targets
+        price = opened @ self.weights["W_dec"].norm(dim=1)
+        return DenseBatch(size * (gate > 0), price, price.new_zeros(()), alone.square().sum(1).mean())
 
-    def _jumprelu(self, seen: Tensor, wanted: Tensor) -> DenseRead:
-        pre, threshold = self._pre(seen), self.weights["log_threshold"].exp()
+    def _jumprelu(self, inputs: Tensor, targets: Tensor) -> DenseBatch:
+        pre, threshold = self._pre(inputs), self.weights["log_threshold"].exp()
         none = pre.new_zeros(())
         features: Tensor = _Jump.apply(pre, threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
         if self.settings.jump_loss == "l0":
-            fires: Tensor = _Step.apply(pre.detach(), threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
-            return DenseRead(features, fires.sum(1), none, none)
+            number: Tensor = _Step.apply(pre.detach(), threshold, _BANDWIDTH)  # type: ignore[no-untyped-call]
+            return DenseBatch(features, number.sum(1), none, none)
         size = self.weights["W_dec"].norm(dim=1)
         silent = _SILENT_PRICE * ((threshold - pre).relu() * size).sum(1).mean()
-        return DenseRead(features, (_TANH_SLOPE * features * size).tanh().sum(1), silent, none)
+        return DenseBatch(features, (_TANH_SLOPE * features * size).tanh().sum(1), silent, none)
 
     def _update(self) -> None:
         weights, mesh = self.weights, self._mesh
@@ -226,11 +188,11 @@ class DenseLearner:
 
     @torch.no_grad()
     def _track(self, loss: Tensor, features: Tensor, error: Tensor) -> None:
-        mesh, fires = self._mesh, features > 0
-        fired = mesh.all_features(mesh.any_row(fires.any(0).byte()), dim=0)
-        l0 = mesh.sum_features(fires.sum() / len(features))
+        mesh, is_firing = self._mesh, fires(features)
+        fired = mesh.all_features(mesh.any_row(is_firing.any(0).byte()), dim=0)
+        l0 = mesh.sum_features(is_firing.sum() / len(features))
         fvu = error.square().sum(1).mean() / self.scaling.variance
-        self.tracking.note(fired, *(mesh.sum_rows(one) / mesh.data for one in (loss, l0, fvu)))
+        self.tracking.add(fired, *(mesh.sum_rows(metric) / mesh.data for metric in (loss, l0, fvu)))
 
     def _activation(self, weights: dict[str, Tensor], size: Tensor) -> ActivationFunction:
         match self.settings.architecture:
@@ -252,10 +214,10 @@ class _Jump(torch.autograd.Function):
         return x * (x > threshold)
 
     @staticmethod
-    def backward(ctx, given: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         x, threshold = ctx.saved_tensors
-        near = ((x - threshold).abs() < ctx.width / 2) * given
-        return given * (x > threshold), -(threshold / ctx.width) * near.sum(0), None
+        near = ((x - threshold).abs() < ctx.width / 2) * gradient
+        return gradient * (x > threshold), -(threshold / ctx.width) * near.sum(0), None
 
 
 class _Step(torch.autograd.Function):
@@ -268,9 +230,9 @@ class _Step(torch.autograd.Function):
         return (x > threshold).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, given: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def]
         x, threshold = ctx.saved_tensors
-        near = ((x - threshold).abs() < ctx.width / 2) * given
+        near = ((x - threshold).abs() < ctx.width / 2) * gradient
         return None, -near.sum(0) / ctx.width, None
 
 
@@ -283,3 +245,34 @@ def _own_weights(settings: SaeSettings, zeros: Tensor) -> dict[str, Tensor]:
             return {"log_threshold": torch.full_like(zeros, start).log()}
         case _:
             return {}
+
+
+def spread(x: Tensor, mesh: Mesh) -> Tensor:
+    """x as every part of the features reads it; its gradient is the sum of theirs, as in Shoeybi et al. 2019."""
+    return x if mesh.shards == 1 else _Spread.apply(x, mesh)  # type: ignore[no-untyped-call]
+
+
+def joined(part: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of what every part of the features writes; its gradient is each part's."""
+    return part if mesh.shards == 1 else _Joined.apply(part, mesh)  # type: ignore[no-untyped-call]
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, mesh: Mesh) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return ctx.mesh.sum_features(gradient.clone()), None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, mesh: Mesh) -> Tensor:  # type: ignore[no-untyped-def]
+        return mesh.sum_features(part.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return gradient, None

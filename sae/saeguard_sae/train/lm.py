@@ -16,7 +16,7 @@ from saeguard_sae.train.settings import TrainError, check_choice, one_line
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 
-class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LanguageModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which language model is read.
 
     Raises:
@@ -63,7 +63,7 @@ class LanguageModel:
         return frozenset(map(int, self.tokenizer.all_special_ids))
 
 
-def open_language_model(settings: ModelSettings) -> LanguageModel:
+def open_language_model(settings: LanguageModelSettings) -> LanguageModel:
     """Loads a model and its tokenizer, from the hub where the path is no local folder.
 
     Raises:

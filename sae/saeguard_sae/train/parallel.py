@@ -1,4 +1,8 @@
-"""Several processes that train together: each has its own part of every batch, or of the features."""
+"""Several processes that train together: each has its own part of every batch, or of the features.
+
+A mesh says who has which tokens and which features, and is how they exchange what they must. A process that is lost is
+noticed at once, whatever the others wait for: NCCL would wait for ever. Those that fail together say it once.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,15 @@ from torch.distributed.rendezvous import rendezvous
 
 from saeguard_sae.train.settings import SaeSettings, TrainError
 
-# Who of several processes has which tokens and which features, and all that they tell each other while they train.
+LAUNCH = "torchrun --nproc-per-node {} --no-python saeguard train CONFIG.toml"
+GRACE_S = 10.0
+"""For this process to end by itself once another is gone."""
+_PATIENCE = timedelta(minutes=30)
+"""A process that says nothing for so long is given up: the longest checkpoint must be written in less."""
+_LONG = timedelta(days=365)
+_TAG = 7
+_DONE, _LOST = 1.0, 2.0
+_ANY_LINE = "saeguard/line"
 
 
 class PeerLost(Exception):
@@ -53,12 +65,10 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """Processes."""
         return self.data * self.shards
 
     @property
     def is_writer(self) -> bool:
-        """Whether this one writes files."""
         return self.rank == 0
 
     @property
@@ -96,7 +106,6 @@ class Mesh:
         return self._reduce(part, self.by_features, dist.ReduceOp.SUM)
 
     def sum(self, part: Tensor) -> Tensor:
-        """Over both, in place."""
         return self.sum_rows(self.sum_features(part))
 
     def least(self, part: Tensor) -> Tensor:
@@ -137,27 +146,27 @@ class Mesh:
         _send(dist.gather, mine, list(every.chunk(self.shards)), dst=0, group=self.by_features)
         return every
 
-    def agreed(self, number: int) -> int:
+    def largest(self, number: int) -> int:
         """The largest that any process names."""
         if self.size == 1:
             return number
         return int(self._reduce(torch.tensor(number), dist.group.WORLD, dist.ReduceOp.MAX))
 
-    def told(self, word: Any) -> list[Any]:
-        """What each process says, by number: plain values."""
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Each process's, by number: plain values."""
         if self.size == 1:
-            return [word]
-        words: list[Any] = [None] * self.size
-        _send(dist.all_gather_object, words, word)
-        return words
+            return [value]
+        values: list[Any] = [None] * self.size
+        _send(dist.all_gather_object, values, value)
+        return values
 
-    def from_one(self, tensor: Tensor, rank: int) -> Tensor:
+    def broadcast(self, tensor: Tensor, rank: int) -> Tensor:
         """That of process ``rank``, in place; the others' have its shape."""
         if self.size > 1 and tensor.numel():
             _send(dist.broadcast, tensor, src=rank)
         return tensor
 
-    def as_first(self, tensor: Tensor) -> Tensor:
+    def broadcast_rows(self, tensor: Tensor) -> Tensor:
         """That of the process which has the same features and a batch's first row, in place."""
         if self.by_rows is not None:
             _send(dist.broadcast, tensor, src=self.shard, group=self.by_rows)
@@ -172,18 +181,15 @@ class Mesh:
 ALONE = Mesh()
 
 
-def _send(collective: Callable[..., Any], *given: Any, **named: Any) -> None:
+def _send(collective: Callable[..., Any], *arguments: Any, **named: Any) -> None:
     try:
-        collective(*given, **named)
+        collective(*arguments, **named)
     except RuntimeError as err:
         # gloo has no class of its own for what it raises; a wrong shape is our bug and stays what it is.
         if not isinstance(err, dist.DistError) and "gloo" not in str(err):
             raise
         first = str(err).partition("\n")[0]
         raise PeerLost(f"another process of this run no longer answers ({first})") from err
-
-
-# What several processes can train together.
 
 
 def check_processes(count: int, shards: int, batch: int) -> None:
@@ -214,31 +220,25 @@ def check_parts(settings: SaeSettings, mesh: Mesh) -> None:
         raise ValueError("smooth_weight needs one process: its cost is of variances over all of a batch")
 
 
-# So that several processes that fail together say it once.
-
-
-_ANYONE = "saeguard/said"
-
-
 def is_launched() -> bool:
     """Whether torchrun started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 class RankZeroConsole:
-    """Of one process; what was said is known to torchrun, which outlives every process that it started."""
+    """Which of several processes prints a line; known to torchrun, which outlives every process that it started."""
 
     def __init__(self) -> None:
         self._store = next(iter(rendezvous("env://")))[0] if is_launched() else None
 
-    def may_say(self, text: str) -> bool:
-        """Whether nobody has said the same."""
-        key = f"{_ANYONE}/{hashlib.sha256(text.encode()).hexdigest()}"
-        return self._count(key) == 1 and self._count(_ANYONE) >= 1
+    def may_print(self, text: str) -> bool:
+        """Whether no process has printed the same."""
+        key = f"{_ANY_LINE}/{hashlib.sha256(text.encode()).hexdigest()}"
+        return self._count(key) == 1 and self._count(_ANY_LINE) >= 1
 
-    def may_break_the_silence(self) -> bool:
-        """Whether nobody has said anything, and so why the run ends."""
-        return self._count(_ANYONE) == 1
+    def may_print_first(self) -> bool:
+        """Whether no process has printed anything, and so why the run ends."""
+        return self._count(_ANY_LINE) == 1
 
     def _count(self, key: str) -> int:
         # A store that is lost with its machine keeps nobody from speaking.
@@ -247,25 +247,15 @@ class RankZeroConsole:
         return 1
 
 
-# Notices at once that another process of the run is gone, whatever this one waits for: NCCL would wait for ever.
-
-
-GRACE_S = 10.0
-"""For this process to end by itself once another is gone."""
-_LONG = timedelta(days=365)
-_TAG = 7
-_DONE, _LOST = 1.0, 2.0
-
-
-class Watch:
+class PeerWatch:
     """Each process waits on a connection of its own for a word of the next one: that it is done, or has lost another.
 
     So that all know at once, and have ended ``GRACE_S`` later, also those that wait for a GPU.
     """
 
-    def __init__(self, kept: Callable[[], str]) -> None:
-        """``kept``: what there is to go on from, for the message."""
-        self._kept, self._voice = kept, RankZeroConsole()
+    def __init__(self, resumable: Callable[[], str]) -> None:
+        """``resumable``: what there is to go on from, for the message."""
+        self._resumable, self._console = resumable, RankZeroConsole()
         self._group = dist.new_group(backend="gloo", timeout=_LONG)
         self._next = (dist.get_rank() + 1) % dist.get_world_size()
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
@@ -282,11 +272,11 @@ class Watch:
             dist.recv(word, self._next, group=self._group, tag=_TAG)
         if float(word) == _DONE:
             return
-        if self._voice.may_break_the_silence():
+        if self._console.may_print_first():
             sys.stderr.write(
                 f"saeguard train: process {self._next} of {dist.get_world_size()} (counted from 0) is gone without a"
-                f" word: killed, out of memory, or its machine is lost; {self._kept()}; start the same command with"
-                " --resume\n"
+                f" word: killed, out of memory, or its machine is lost; {self._resumable()}; start the same command"
+                " with --resume\n"
             )
             sys.stderr.flush()
         with suppress(RuntimeError):
@@ -299,23 +289,15 @@ class Watch:
         dist.send(torch.tensor([word]), before, group=self._group, tag=_TAG)
 
 
-# From processes that torchrun started to a mesh.
-
-
-LAUNCH = "torchrun --nproc-per-node {} --no-python saeguard train CONFIG.toml"
-_PATIENCE = timedelta(minutes=30)
-"""A process that says nothing for so long is given up: the longest checkpoint must be written in less."""
-
-
 @contextmanager
-def together(shards: int, batch: int, device: str, kept: Callable[[], str]) -> Iterator[Mesh]:
+def join_processes(shards: int, batch: int, device: str, resumable: Callable[[], str]) -> Iterator[Mesh]:
     """The mesh of this process while it lasts; the one of ``ALONE`` where torchrun did not start it.
 
     Args:
         shards: parts of an SAE.
         batch: tokens that are dealt out.
         device: where it computes, by ``own_device``: with NCCL where that is a GPU, else with gloo.
-        kept: what there is to go on from, should another process be lost.
+        resumable: what there is to go on from, should another process be lost.
 
     Raises:
         TrainError: so many processes cannot share them; names the field.
@@ -329,7 +311,7 @@ def together(shards: int, batch: int, device: str, kept: Callable[[], str]) -> I
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
     mesh = mesh_of(shards, batch)
-    watch = Watch(kept) if mesh.size > 1 else None
+    watch = PeerWatch(resumable) if mesh.size > 1 else None
     yield mesh
     # Not where an error ends it: the others must see this process go.
     if watch is not None:
@@ -338,16 +320,16 @@ def together(shards: int, batch: int, device: str, kept: Callable[[], str]) -> I
     dist.destroy_process_group()
 
 
-def own_device(named: str) -> str:
+def own_device(name: str) -> str:
     """The torch device where this process computes: of several GPUs the one of its number on its machine.
 
     Raises:
         TrainError: all of several processes would use the same one.
     """
-    if not is_launched() or named == "cpu":
-        return named
-    if named != "cuda":
-        raise TrainError(f"model.device: under torchrun must be cpu, or cuda for a GPU of its own each, got {named!r}")
+    if not is_launched() or name == "cpu":
+        return name
+    if name != "cuda":
+        raise TrainError(f"model.device: under torchrun must be cpu, or cuda for a GPU of its own each, got {name!r}")
     return f"cuda:{dist.get_node_local_rank()}"
 
 
@@ -355,7 +337,7 @@ def mesh_of(shards: int, batch: int) -> Mesh:
     """The mesh of this process, among all that have joined.
 
     Raises:
-        TrainError: see ``check_processes``.
+        TrainError: so many processes cannot deal out features and batches.
     """
     size, rank = dist.get_world_size(), dist.get_rank()
     check_processes(size, shards, batch)
@@ -365,11 +347,10 @@ def mesh_of(shards: int, batch: int) -> Mesh:
     by_features = _group(ranks.tolist()) if shards > 1 else None
     mesh = Mesh(data, shards, rank, by_rows=by_rows, by_features=by_features)
     host = socket.gethostname()
-    return replace(mesh, neighbours=mesh.told(host).count(host))
+    return replace(mesh, neighbours=mesh.gather_objects(host).count(host))
 
 
 def _group(ranks: list[list[int]]) -> dist.ProcessGroup:
-    """Of all groups the one that this process is in."""
     mine, _ = dist.new_subgroups_by_enumeration(ranks, timeout=_PATIENCE)  # type: ignore[no-untyped-call]
     assert isinstance(mine, dist.ProcessGroup)
     return mine

@@ -1,4 +1,4 @@
-"""How one SAE is trained."""
+"""The settings of training: of one SAE, of the data, of the stream of activations; and how a user's mistake is told."""
 
 from __future__ import annotations
 
@@ -12,11 +12,48 @@ import torch
 
 Architecture: TypeAlias = Literal["matryoshka", "batchtopk", "topk", "relu", "gated", "jumprelu"]
 JumpLoss: TypeAlias = Literal["tanh", "l0"]
-Kernels: TypeAlias = Literal["auto", "compiled", "torch"]
+KernelChoice: TypeAlias = Literal["auto", "compiled", "torch"]
 Precision: TypeAlias = Literal["int8", "bfloat16", "float32"]
+
+DataKind: TypeAlias = Literal["auto", "text", "jsonl", "parquet", "hub", "activations"]
+Packing: TypeAlias = Literal["packed", "documents"]
+Store: TypeAlias = Literal["model", "float32", "bfloat16"]
 
 SELECTING: tuple[Architecture, ...] = ("matryoshka", "batchtopk", "topk")
 """Architectures that keep the largest pre-activations; the others pay for what fires."""
+_LONGEST = 300
+"""Characters of another library's error that are repeated."""
+
+
+class TrainError(ValueError):
+    """A user's mistake: one line that names the field and what is allowed."""
+
+
+def one_line(err: BaseException) -> str:
+    """What another library's error says, without its line breaks, cut where it goes on for too long."""
+    text = " ".join(str(err).split()) or type(err).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuses a value that is none of these.
+
+    Raises:
+        TrainError: names the field and them.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise TrainError(f"{field}: must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_at_least(field: str, value: float, least: float) -> None:
+    """Refuses a number below ``least``, and NaN.
+
+    Raises:
+        TrainError: names the field.
+    """
+    if not value >= least:
+        raise TrainError(f"{field}: must be at least {least:g}, got {value:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +113,7 @@ class SaeSettings:
     """Memory of the running mean of the batch threshold, which becomes the exported one."""
     precision: Precision = "int8"
     """Of the product that proposes which features fire. What is proposed is computed again, and chosen, in float32."""
-    kernels: Kernels = "auto"
+    kernels: KernelChoice = "auto"
     """``compiled``: C++ made on first use, for CPUs; ``torch``: the same in torch; ``auto``: the first that can be."""
     seed: int = 0
 
@@ -144,7 +181,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "architecture": get_args(Architecture),
     "jump_loss": get_args(JumpLoss),
     "precision": get_args(Precision),
-    "kernels": get_args(Kernels),
+    "kernels": get_args(KernelChoice),
 }
 _RANGES: tuple[tuple[str, tuple[str, ...], Callable[[float], bool]], ...] = (
     ("be positive", ("d_sae", "steps", "batch", "clip"), lambda value: value > 0),
@@ -157,51 +194,6 @@ _RANGES: tuple[tuple[str, tuple[str, ...], Callable[[float], bool]], ...] = (
 )
 
 
-# What a person who trains an SAE did wrong, in one line.
-
-
-_LONGEST = 300
-
-
-class TrainError(ValueError):
-    """A user's mistake: one line that names the field and what is allowed."""
-
-
-def one_line(err: BaseException) -> str:
-    """What another library's error says, without its line breaks, cut where it goes on for too long."""
-    text = " ".join(str(err).split()) or type(err).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
-    """Refuses a value that is none of these.
-
-    Raises:
-        TrainError: names the field and them.
-    """
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise TrainError(f"{field}: must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def check_at_least(field: str, value: float, least: float) -> None:
-    """Refuses a number below ``least``, and NaN.
-
-    Raises:
-        TrainError: names the field.
-    """
-    if not value >= least:
-        raise TrainError(f"{field}: must be at least {least:g}, got {value:g}")
-
-
-# What is read, and how it becomes a mixed stream of activations.
-
-
-Kind: TypeAlias = Literal["auto", "text", "jsonl", "parquet", "hub", "activations"]
-Packing: TypeAlias = Literal["packed", "documents"]
-Store: TypeAlias = Literal["model", "float32", "bfloat16"]
-
-
 class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is read.
 
@@ -211,7 +203,7 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     path: str
     """A file, a folder (all files in it, by name), or a data set of the Hugging Face hub."""
-    kind: Kind = "auto"
+    kind: DataKind = "auto"
     """``text``: plain files (.txt); ``jsonl``; ``parquet``; ``hub``: a Hugging Face data set, read as it arrives;
     ``activations``: a folder that ``cache`` wrote; ``auto``: what the name and the files say. Text and JSONL may be
     compressed (.gz)."""
@@ -234,7 +226,7 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in ("path", "column", "split"):
             if not getattr(self, name):
                 raise TrainError(f"data.{name}: must not be empty")
-        check_choice("data.kind", self.kind, get_args(Kind))
+        check_choice("data.kind", self.kind, get_args(DataKind))
         check_at_least("data.skip", self.skip, 0)
         check_at_least("data.limit", self.limit, 0)
 

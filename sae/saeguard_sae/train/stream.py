@@ -17,20 +17,224 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.activations import (
-    ActivationSource,
-    CachedActivations,
-    Harvester,
-    Index,
-    ModelActivations,
-    Shard,
-)
-from saeguard_sae.train.data import INDEX, kind
+from saeguard_sae.train.activations import ActivationSource, CachedActivations, ModelActivations, Shard, ShardIndex
+from saeguard_sae.train.data import INDEX, data_kind
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.parallel import ALONE, Mesh
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, check_at_least, one_line
 
-# Activations of many tokens at several sites, drawn in random order, the same tokens at every site.
+_MEASURED = 4096
+"""Tokens whose norms tell what is an outlier."""
+_PATIENCE = 1000
+"""Chunks in a row of which nothing may be left before the masks are called wrong."""
+_SHARD_BYTES = 256 * 1024 * 1024
+
+
+class ActivationStream:
+    """Batches of activations, mixed: rows of a batch are the same tokens at every site.
+
+    A transcoder's site to read and site to write are two of its sites.
+
+    Several processes each have the stream that one would have, and its state; the model's forward passes, one for each
+    chunk, are dealt out to them.
+
+    Args:
+        model: None where ``data`` is cached activations.
+        mesh: of the processes that all call the same methods.
+
+    Raises:
+        TrainError: names the field, and what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | None,
+        sites: Sequence[Site],
+        data: DataSettings,
+        settings: StreamSettings,
+        mesh: Mesh = ALONE,
+    ) -> None:
+        self.settings = settings
+        self._source = _open_source(model, sites, data, settings, mesh)
+        self.widths: Mapping[Site, int] = self._source.widths
+        """Of the activations at each site."""
+        self.sites = tuple(self.widths)
+        self.device = self._source.device if model is None else model.device
+        """Of the batches. Cached activations lie in the machine's memory, the model's where the model is."""
+        self.model_name = self._source.model_name
+        """Whose activations they are."""
+        self.dtype = settings.store_dtype(self._source.dtype)
+        """In which activations are kept; batches are float32."""
+        self.buffer_bytes = buffer_bytes(self.widths, settings.buffer, self.dtype)
+        """Memory that the buffer takes from the first batch on; a checkpoint takes as much."""
+        self._limits: dict[Site, float] | None = None
+        self._buffer: Buffer | None = None
+
+    @property
+    def epoch(self) -> int:
+        """How often the data was started again; above 0, tokens are seen more than once."""
+        return self._source.epoch
+
+    def sample(self, tokens: int) -> dict[Site, Tensor]:
+        """The first tokens of the data, in their order, float32 [tokens, width]; the stream stays where it is.
+
+        Raises:
+            TrainError: wrong data, activations that are not finite.
+        """
+        parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        source, count = self._source.again(), 0
+        while count < tokens:
+            chunk = self._chunk(source)
+            count += _count(chunk)
+            for site, x in chunk.items():
+                parts[site].append(x.to(self.dtype).float())
+        return {site: torch.cat(chunks)[:tokens].to(self.device) for site, chunks in parts.items()}
+
+    def batch(self) -> dict[Site, Tensor]:
+        """The next batch, float32 [batch, width] at each site.
+
+        Raises:
+            TrainError: wrong data, activations that are not finite.
+        """
+        if self._buffer is None:
+            self._buffer = self._new_buffer()
+        while self._buffer.free >= self._source.chunk:
+            self._buffer.add(self._chunk(self._source))
+        return {site: x.to(self.device) for site, x in self._buffer.draw(self.settings.batch).items()}
+
+    def state(self) -> dict[str, Any]:
+        """All that decides the batches to come, the buffer included: tensors and plain values."""
+        return {
+            "source": self._source.state(),
+            "limits": {str(site): limit for site, limit in self._norm_limits().items()},
+            "buffer": None if self._buffer is None else self._buffer.state(),
+            "capacity": self.settings.buffer,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Gives the batches that would have followed ``state``; on a CPU, bit for bit.
+
+        Raises:
+            TrainError: the data has changed, or it is the state of other sites.
+        """
+        if set(state["limits"]) != {str(site) for site in self.sites}:
+            there = ", ".join(state["limits"])
+            raise TrainError(f"sites: the checkpoint has {there}, the settings {', '.join(map(str, self.sites))}")
+        if state["capacity"] != self.settings.buffer:
+            wrong = f"the checkpoint has {state['capacity']}, the settings {self.settings.buffer}"
+            raise TrainError(f"stream.buffer: {wrong}")
+        self._source.resume(state["source"])
+        self._limits = {site: state["limits"][str(site)] for site in self.sites}
+        self._buffer = None
+        if state["buffer"] is not None:
+            self._buffer = self._new_buffer()
+            self._buffer.resume(state["buffer"])
+
+    def _new_buffer(self) -> Buffer:
+        source, settings = self._source, self.settings
+        return Buffer(source.widths, settings.buffer, self.dtype, source.device, settings.seed * 1_000_003)
+
+    def _chunk(self, source: ActivationSource) -> dict[Site, Tensor]:
+        """The next chunk that has tokens, without outliers."""
+        limits = self._norm_limits()
+        for _ in range(_PATIENCE):
+            tokens = source.read()
+            if any(limit < inf for limit in limits.values()):
+                is_usual = [x.float().norm(dim=1) <= limits[site] for site, x in tokens.items()]
+                mask = torch.stack(is_usual).all(dim=0)
+                tokens = {site: x[mask] for site, x in tokens.items()}
+            if _count(tokens):
+                return tokens
+        raise TrainError(f"data.path: {_PATIENCE} forward passes left no token to learn from (see the masks of stream)")
+
+    def _norm_limits(self) -> dict[Site, float]:
+        """The norm above which a token is left out, by site."""
+        if self._limits is None:
+            self._limits = dict.fromkeys(self.sites, inf)
+            if self.settings.outlier_norm:
+                self._limits = self._measure_limits()
+        return self._limits
+
+    def _measure_limits(self) -> dict[Site, float]:
+        source, count = self._source.again(), 0
+        norms: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        while count < _MEASURED:
+            chunk = self._chunk(source)
+            count += _count(chunk)
+            for site, x in chunk.items():
+                norms[site].append(x.float().norm(dim=1))
+        medians = {site: float(torch.cat(chunks).median()) for site, chunks in norms.items()}
+        # A median of 0 says that most tokens have nothing here, not that the others are outliers.
+        return {site: self.settings.outlier_norm * median or inf for site, median in medians.items()}
+
+
+def _open_source(
+    model: LanguageModel | None, sites: Sequence[Site], data: DataSettings, settings: StreamSettings, mesh: Mesh
+) -> ActivationSource:
+    """
+    Raises:
+        TrainError: no model where text is to be read; what the sources raise.
+    """
+    if data_kind(data) == "activations":
+        return CachedActivations(data, sites, settings)
+    if model is None:
+        raise TrainError("model: none is given, and the data is text; only cached activations need no model")
+    source = ModelActivations(model, sites, data, settings)
+    return source if mesh.size == 1 else SharedActivations(source, mesh)
+
+
+def _count(tokens: Mapping[Site, Tensor]) -> int:
+    return len(next(iter(tokens.values())))
+
+
+def cache_activations(stream: ActivationStream, folder: Path, tokens: int) -> None:
+    """Takes at least ``tokens`` tokens from the stream, in whole batches, and writes them in its dtype.
+
+    They are written as they are drawn: mixed, and without what the stream leaves out.
+
+    Raises:
+        TrainError: ``folder`` is there already, or cannot be written (a full disk); what was begun is removed.
+    """
+    check_at_least("tokens", tokens, 1)
+    if folder.exists():
+        raise TrainError(f"folder: {str(folder)!r} exists already")
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        index = _write_shards(stream, part, tokens)
+        (part / INDEX).write_text(json.dumps(msgspec.to_builtins(index), indent=2) + "\n", encoding="utf-8")
+        part.rename(folder)
+    except (OSError, SafetensorError) as err:
+        raise TrainError(f"folder: {str(folder)!r} cannot be written: {one_line(err)}") from err
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_shards(stream: ActivationStream, folder: Path, tokens: int) -> ShardIndex:
+    per_token = sum(stream.widths.values()) * stream.dtype.itemsize
+    per_shard = max(1, _SHARD_BYTES // (per_token * stream.settings.batch))
+    shards: list[Shard] = []
+    left = -(-tokens // stream.settings.batch)
+    while left > 0:
+        batches = [stream.batch() for _ in range(min(left, per_shard))]
+        left -= len(batches)
+        shards.append(_write_shard(stream, folder / f"{len(shards):05}.safetensors", batches))
+    return ShardIndex(
+        model=stream.model_name,
+        dtype="bfloat16" if stream.dtype == torch.bfloat16 else "float32",
+        tokens=sum(shard.tokens for shard in shards),
+        sites={str(site): width for site, width in stream.widths.items()},
+        shards=tuple(shards),
+    )
+
+
+def _write_shard(stream: ActivationStream, path: Path, batches: list[dict[Site, Tensor]]) -> Shard:
+    joined = {str(site): torch.cat([batch[site] for batch in batches]).to("cpu", stream.dtype) for site in stream.sites}
+    save_file(joined, path)
+    # safetensors lets nobody but the owner read what it writes.
+    path.chmod(0o644)
+    return Shard(file=path.name, tokens=len(next(iter(joined.values()))))
 
 
 class Buffer:
@@ -61,7 +265,7 @@ class Buffer:
         return len(self._free)
 
     @property
-    def held(self) -> int:
+    def filled(self) -> int:
         """How many tokens can be drawn."""
         return self.capacity - len(self._free)
 
@@ -76,8 +280,8 @@ class Buffer:
         self._n_fresh += n
 
     def draw(self, n: int) -> dict[Site, Tensor]:
-        """Takes ``n`` tokens out, at most ``held``: at each site float32 [n, width]."""
-        assert n <= self.held, "whoever draws fills first"
+        """Takes ``n`` tokens out, at most ``filled``: at each site float32 [n, width]."""
+        assert n <= self.filled, "whoever draws fills first"
         if len(self._ready) < max(n, self.capacity // 2) and self._n_fresh:
             self._mix()
         left = len(self._ready) - n
@@ -87,7 +291,7 @@ class Buffer:
 
     def state(self) -> dict[str, Any]:
         """All that is held, in its order: tensors and plain values."""
-        slots = self._held_slots()
+        slots = self._filled_slots()
         return {
             "tokens": {str(site): storage[slots] for site, storage in self._storage.items()},
             "ready": len(self._ready),
@@ -107,20 +311,17 @@ class Buffer:
         self._random.set_state(state["random"].cpu())
 
     def _mix(self) -> None:
-        slots = self._held_slots()
+        slots = self._filled_slots()
         self._ready = slots[torch.randperm(len(slots), generator=self._random).to(self._device)]
         self._fresh, self._n_fresh = [], 0
 
-    def _held_slots(self) -> Tensor:
+    def _filled_slots(self) -> Tensor:
         return torch.cat([self._ready, *self._fresh])
 
 
 def buffer_bytes(widths: Mapping[Site, int], capacity: int, dtype: torch.dtype) -> int:
     """Memory of a buffer, its bookkeeping included (three lists of int64)."""
     return capacity * (sum(widths.values()) * dtype.itemsize + 24)
-
-
-# A model's activations, its forward passes dealt out to several processes: each gets all, as if it had made them.
 
 
 class SharedActivations:
@@ -134,37 +335,28 @@ class SharedActivations:
         self.widths, self.dtype, self.device = own.widths, own.dtype, own.device
         self.model_name, self.chunk = own.model_name, own.chunk
         self._ahead: deque[tuple[dict[Site, Tensor], int, Callable[[], dict[str, Any]]]] = deque()
-        self._epoch, self._state = own.epoch, own.mark()
-
-    @property
-    def epoch(self) -> int:
-        """See ``ActivationSource``."""
-        return self._epoch
+        self.epoch, self._state = own.epoch, own.mark()
 
     def read(self) -> dict[Site, Tensor]:
-        """See ``ActivationSource``.
-
+        """
         Raises:
             TrainError: as one process, in all of them.
         """
         if not self._ahead:
             self._read_on()
-        chunk, self._epoch, self._state = self._ahead.popleft()
+        chunk, self.epoch, self._state = self._ahead.popleft()
         return chunk
 
     def again(self) -> ActivationSource:
-        """See ``ActivationSource``."""
         return SharedActivations(self._own.again(), self._mesh)
 
     def state(self) -> dict[str, Any]:
-        """See ``ActivationSource``."""
         return self._state()
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """See ``ActivationSource``."""
         self._own.resume(state)
         self._ahead.clear()
-        self._epoch, self._state = self._own.epoch, self._own.mark()
+        self.epoch, self._state = self._own.epoch, self._own.mark()
 
     def _read_on(self) -> None:
         marks, mine, problem = [], {}, ""
@@ -177,266 +369,17 @@ class SharedActivations:
             else:
                 self._own.pass_over()
             marks.append((self._own.epoch, self._own.mark()))
-        told = self._mesh.told(([(x.shape, x.dtype) for x in mine.values()], problem))
-        if problem := next((one for _, one in told if one), ""):
+        reports = self._mesh.gather_objects(([(x.shape, x.dtype) for x in mine.values()], problem))
+        if problem := next((theirs for _, theirs in reports if theirs), ""):
             raise TrainError(problem)
-        for turn, ((kinds, _), (epoch, mark)) in enumerate(zip(told, marks, strict=True)):
-            self._ahead.append((self._of(turn, kinds, mine), epoch, mark))
+        for turn, ((kinds, _), (epoch, mark)) in enumerate(zip(reports, marks, strict=True)):
+            self._ahead.append((self._chunk_of(turn, kinds, mine), epoch, mark))
 
-    def _of(
+    def _chunk_of(
         self, turn: int, kinds: Sequence[tuple[torch.Size, torch.dtype]], mine: Mapping[Site, Tensor]
     ) -> dict[Site, Tensor]:
         """The chunk that process ``turn`` made."""
         if turn == self._mesh.rank:
-            return {site: self._mesh.from_one(x.contiguous(), turn) for site, x in mine.items()}
+            return {site: self._mesh.broadcast(x.contiguous(), turn) for site, x in mine.items()}
         rooms = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in kinds]
-        return {site: self._mesh.from_one(room, turn) for site, room in zip(self.widths, rooms, strict=True)}
-
-
-_MEASURED = 4096
-"""Tokens whose norms tell what is an outlier."""
-_PATIENCE = 1000
-"""Chunks in a row of which nothing may be left before the masks are called wrong."""
-
-
-class ActivationStream:
-    """Batches of activations, mixed: rows of a batch are the same tokens at every site.
-
-    A transcoder's site to read and site to write are two of its sites.
-
-    Several processes each have the stream that one would have, and its state; the model's forward passes, one for each
-    chunk, are dealt out to them.
-
-    Args:
-        model: None where ``data`` is cached activations.
-        mesh: of the processes that all call the same methods.
-
-    Raises:
-        TrainError: names the field, and what is allowed.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel | None,
-        sites: Sequence[Site],
-        data: DataSettings,
-        settings: StreamSettings,
-        mesh: Mesh = ALONE,
-    ) -> None:
-        self.settings = settings
-        self._source = _opened(model, sites, data, settings, mesh)
-        self._limits: dict[Site, float] | None = None
-        self._buffer: Buffer | None = None
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Where it reads."""
-        return tuple(self._source.widths)
-
-    @property
-    def widths(self) -> dict[Site, int]:
-        """Of the activations at each site."""
-        return dict(self._source.widths)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which activations are kept; batches are float32."""
-        return self.settings.store_dtype(self._source.dtype)
-
-    @property
-    def model_name(self) -> str:
-        """Whose activations they are."""
-        return self._source.model_name
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Memory that the buffer takes from the first batch on; a checkpoint takes as much."""
-        return buffer_bytes(self._source.widths, self.settings.buffer, self.dtype)
-
-    @property
-    def epoch(self) -> int:
-        """How often the data was started again; above 0, tokens are seen more than once."""
-        return self._source.epoch
-
-    def sample(self, tokens: int) -> dict[Site, Tensor]:
-        """The first tokens of the data, in their order, float32 [tokens, width]; the stream stays where it is.
-
-        Raises:
-            TrainError: wrong data, activations that are not finite.
-        """
-        parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        source, found = self._source.again(), 0
-        while found < tokens:
-            chunk = self._chunk(source)
-            found += _count(chunk)
-            for site, x in chunk.items():
-                parts[site].append(x.to(self.dtype).float())
-        return {site: torch.cat(some)[:tokens] for site, some in parts.items()}
-
-    def batch(self) -> dict[Site, Tensor]:
-        """The next batch, float32 [batch, width] at each site, on the model's device.
-
-        Raises:
-            TrainError: wrong data, activations that are not finite.
-        """
-        buffer = self._filled()
-        return buffer.draw(self.settings.batch)
-
-    def state(self) -> dict[str, Any]:
-        """All that decides the batches to come, the buffer included: tensors and plain values."""
-        return {
-            "source": self._source.state(),
-            "limits": {str(site): limit for site, limit in self._found_limits().items()},
-            "buffer": None if self._buffer is None else self._buffer.state(),
-            "capacity": self.settings.buffer,
-        }
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Gives the batches that would have followed ``state``; on a CPU, bit for bit.
-
-        Raises:
-            TrainError: the data has changed, or it is the state of other sites.
-        """
-        if set(state["limits"]) != {str(site) for site in self.sites}:
-            there = ", ".join(state["limits"])
-            raise TrainError(f"sites: the checkpoint has {there}, the settings {', '.join(map(str, self.sites))}")
-        if state["capacity"] != self.settings.buffer:
-            wrong = f"the checkpoint has {state['capacity']}, the settings {self.settings.buffer}"
-            raise TrainError(f"stream.buffer: {wrong}")
-        self._source.resume(state["source"])
-        self._limits = {site: state["limits"][str(site)] for site in self.sites}
-        self._buffer = None
-        if state["buffer"] is not None:
-            self._buffer = self._new_buffer()
-            self._buffer.resume(state["buffer"])
-
-    def _filled(self) -> Buffer:
-        if self._buffer is None:
-            self._buffer = self._new_buffer()
-        while self._buffer.free >= self._source.chunk:
-            self._buffer.add(self._chunk(self._source))
-        return self._buffer
-
-    def _new_buffer(self) -> Buffer:
-        source, settings = self._source, self.settings
-        return Buffer(source.widths, settings.buffer, self.dtype, source.device, settings.seed * 1_000_003)
-
-    def _chunk(self, source: ActivationSource) -> dict[Site, Tensor]:
-        """The next chunk that has tokens, without outliers."""
-        limits = self._found_limits()
-        for _ in range(_PATIENCE):
-            tokens = source.read()
-            if all(limit == inf for limit in limits.values()):
-                kept = tokens
-            else:
-                norms = [x.float().norm(dim=1) <= limits[site] for site, x in tokens.items()]
-                is_kept = torch.stack(norms).all(dim=0)
-                kept = {site: x[is_kept] for site, x in tokens.items()}
-            if _count(kept):
-                return kept
-        raise TrainError(f"data.path: {_PATIENCE} forward passes left no token to learn from (see the masks of stream)")
-
-    def _found_limits(self) -> dict[Site, float]:
-        """The norm above which a token is left out, by site."""
-        if self._limits is None:
-            self._limits = dict.fromkeys(self.sites, inf)
-            if self.settings.outlier_norm:
-                self._limits = self._measured(self._limits)
-        return self._limits
-
-    def _measured(self, none: dict[Site, float]) -> dict[Site, float]:
-        source, found = self._source.again(), 0
-        norms: dict[Site, list[Tensor]] = {site: [] for site in none}
-        while found < _MEASURED:
-            chunk = self._chunk(source)
-            found += _count(chunk)
-            for site, x in chunk.items():
-                norms[site].append(x.float().norm(dim=1))
-        medians = {site: float(torch.cat(some).median()) for site, some in norms.items()}
-        # A median of 0 says that most tokens have nothing here, not that the others are outliers.
-        return {site: self.settings.outlier_norm * median or inf for site, median in medians.items()}
-
-
-def estimate(model: LanguageModel, sites: Sequence[Site], settings: StreamSettings) -> int:
-    """Bytes that a stream's buffer will take; a checkpoint takes as many.
-
-    Raises:
-        TrainError: a site that the model lacks.
-    """
-    return buffer_bytes(Harvester(model, sites).widths(), settings.buffer, settings.store_dtype(model.dtype))
-
-
-def _opened(
-    model: LanguageModel | None, wanted: Sequence[Site], data: DataSettings, settings: StreamSettings, mesh: Mesh
-) -> ActivationSource:
-    """The source that the settings name.
-
-    Raises:
-        TrainError: no model where text is to be read; see the sources.
-    """
-    if kind(data) == "activations":
-        return CachedActivations(data, wanted, settings)
-    if model is None:
-        raise TrainError("model: none is given, and the data is text; only cached activations need no model")
-    made = ModelActivations(model, wanted, data, settings)
-    return made if mesh.size == 1 else SharedActivations(made, mesh)
-
-
-def _count(tokens: Mapping[Site, Tensor]) -> int:
-    return len(next(iter(tokens.values())))
-
-
-# Writes activations to a folder that a later stream reads: whole, or not at all.
-
-
-_SHARD_BYTES = 256 * 1024 * 1024
-
-
-def cache_activations(stream: ActivationStream, folder: Path, tokens: int) -> None:
-    """Takes at least ``tokens`` tokens from the stream, in whole batches, and writes them in its dtype.
-
-    They are written as they are drawn: mixed, and without what the stream leaves out.
-
-    Raises:
-        TrainError: ``folder`` is there already, or cannot be written (a full disk); what was begun is removed.
-    """
-    check_at_least("tokens", tokens, 1)
-    if folder.exists():
-        raise TrainError(f"folder: {str(folder)!r} exists already")
-    part = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        index = _write(stream, part, tokens)
-        (part / INDEX).write_text(json.dumps(msgspec.to_builtins(index), indent=2) + "\n", encoding="utf-8")
-        part.rename(folder)
-    except (OSError, SafetensorError) as err:
-        raise TrainError(f"folder: {str(folder)!r} cannot be written: {one_line(err)}") from err
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _write(stream: ActivationStream, folder: Path, tokens: int) -> Index:
-    per_token = sum(stream.widths.values()) * stream.dtype.itemsize
-    per_shard = max(1, _SHARD_BYTES // (per_token * stream.settings.batch))
-    shards: list[Shard] = []
-    left = -(-tokens // stream.settings.batch)
-    while left > 0:
-        batches = [stream.batch() for _ in range(min(left, per_shard))]
-        left -= len(batches)
-        shards.append(_write_shard(stream, folder / f"{len(shards):05}.safetensors", batches))
-    return Index(
-        model=stream.model_name,
-        dtype="bfloat16" if stream.dtype == torch.bfloat16 else "float32",
-        tokens=sum(shard.tokens for shard in shards),
-        sites={str(site): width for site, width in stream.widths.items()},
-        shards=tuple(shards),
-    )
-
-
-def _write_shard(stream: ActivationStream, path: Path, batches: list[dict[Site, Tensor]]) -> Shard:
-    joined = {str(site): torch.cat([one[site] for one in batches]).to("cpu", stream.dtype) for site in stream.sites}
-    save_file(joined, path)
-    # safetensors lets nobody but the owner read what it writes.
-    path.chmod(0o644)
-    return Shard(file=path.name, tokens=len(next(iter(joined.values()))))
+        return {site: self._mesh.broadcast(room, turn) for site, room in zip(self.widths, rooms, strict=True)}

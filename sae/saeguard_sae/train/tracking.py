@@ -1,4 +1,7 @@
-"""What is counted while an SAE learns: means for the log, and which features have been silent for how long."""
+"""What is counted while an SAE learns, and the scale in which it learns.
+
+The scale is a mean squared norm of the width; it is folded into the weights in the end.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from torch import Tensor
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU
 from saeguard_sae.train.settings import SaeSettings
 
+_AT_ONCE = 4096
+"""Rows drawn at once: a multiple of 16, so that torch's generator gives the numbers that it gives for all together."""
+
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class LearnerMetrics:
     """Means over the steps since it was asked for last."""
 
     steps: int
@@ -30,7 +36,7 @@ class Progress:
 
 
 class Tracking:
-    """Stays on the device between two calls of ``progress``."""
+    """Running metrics and how long each feature has been silent; on the device between two calls of ``metrics``."""
 
     def __init__(self, settings: SaeSettings, device: torch.device) -> None:
         self._settings = settings
@@ -40,20 +46,18 @@ class Tracking:
         """Steps, losses, L0s and FVUs since they were asked for."""
 
     def dead(self) -> Tensor:
-        """bool [d_sae]"""
         return self.silent > self._settings.dead_after_steps
 
-    def note(self, fired: Tensor, loss: Tensor, l0: Tensor, fvu: Tensor) -> None:
+    def add(self, fired: Tensor, loss: Tensor, l0: Tensor, fvu: Tensor) -> None:
         """One step; ``fired`` [d_sae] is what is not zero where a feature fired."""
         self.silent.add_(1).masked_fill_(fired != 0, 0)
         self._sums += torch.stack([torch.ones_like(self._sums[0]), loss.double(), l0.double(), fvu.double()])
 
-    def progress(self, steps: int) -> Progress:
-        """See ``Learner.progress``."""
+    def metrics(self, steps: int) -> LearnerMetrics:
         count, loss, l0, fvu = self._sums.tolist()
         self._sums.zero_()
         count = max(count, 1.0)
-        return Progress(
+        return LearnerMetrics(
             steps,
             steps * self._settings.batch,
             loss / count,
@@ -64,15 +68,7 @@ class Tracking:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """See ``Learner.state``."""
         return {"silent": self.silent, "sums": self._sums}
-
-
-# The scale in which an SAE learns: a mean squared norm of the width, folded into the weights when it is done.
-
-
-_AT_ONCE = 4096
-"""Rows drawn at once: a multiple of 16, so that torch's generator gives the numbers that it gives for all together."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +90,6 @@ class Scaling:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], device: torch.device) -> Scaling:
-        """What ``state`` gave."""
         read, written, variance = state["scaling"].tolist()
         return cls(read, written, variance, state["mean"].to(device))
 
@@ -152,10 +147,10 @@ def _size(x: Tensor) -> float:
 def unit_rows(count: int, width: int, seed: int, device: torch.device, part: slice = slice(None)) -> Tensor:
     """Random rows [count, width] of length 1, the same on every device; of these ``part``, without room for all."""
     generator = torch.Generator().manual_seed(seed)
-    kept, (begin, end, _) = [], part.indices(count)
+    parts, (begin, end, _) = [], part.indices(count)
     for start in range(0, count, _AT_ONCE):
         rows = torch.randn(min(_AT_ONCE, count - start), width, generator=generator)
-        kept.append(rows[max(begin - start, 0) : max(end - start, 0)].clone())
-    rows = torch.cat(kept)
+        parts.append(rows[max(begin - start, 0) : max(end - start, 0)].clone())
+    rows = torch.cat(parts)
     unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
     return unit.to(device)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -60,14 +60,14 @@ def verify_link(head: Head, line: bytes, key: bytes | None) -> tuple[dict[str, A
         record = msgspec.json.decode(line, type=dict[str, Any])
     except msgspec.MsgspecError as err:
         raise BrokenChain("is not a record") from err
-    told = record.pop("hash", None)
+    digest = record.pop("hash", None)
     if record.get("seq") != head.seq + 1:
         raise BrokenChain(f"has number {record.get('seq')} where {head.seq + 1} comes next")
     if record.get("prev") != head.hash:
         raise BrokenChain("does not follow the record before it")
-    if not isinstance(told, str) or not hmac.compare_digest(told, _digest(record, key)):
+    if not isinstance(digest, str) or not hmac.compare_digest(digest, _digest(record, key)):
         raise BrokenChain("is not as it was written, or was written under another key")
-    return record, Head(head.seq + 1, told)
+    return record, Head(head.seq + 1, digest)
 
 
 def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
@@ -75,14 +75,16 @@ def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
     return (hashlib.sha256(data) if key is None else hmac.new(key, data, hashlib.sha256)).hexdigest()
 
 
-# The files of a chain: ``audit-00000001.jsonl`` and so on in one folder, written by one process at a time.
+# --- the files
 
 
 _NAME = re.compile(r"audit-(\d{8})\.jsonl")
 
 
 class AuditFolder:
-    """Appends to the newest file, and begins another one when that is full.
+    """Appends to the newest of ``audit-00000001.jsonl`` and so on, and begins another one when that is full.
+
+    One process at a time writes to a folder.
 
     A line that a crash left half written is cut off when the folder is opened: nobody was told that it was there.
     """
@@ -155,15 +157,15 @@ class AuditFolder:
         return file
 
     def _find_end(self) -> tuple[int, Head]:
-        found = audit_files(self._folder)
-        for _, path in reversed(found):
+        files = audit_files(self._folder)
+        for _, path in reversed(files):
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
             if len(whole) < len(data):
                 os.truncate(path, len(whole))
             if whole:
-                return found[-1][0], _last(whole, self._key, path)
-        return (found[-1][0] if found else 1), Head()
+                return files[-1][0], _last(whole, self._key, path)
+        return (files[-1][0] if files else 1), Head()
 
 
 def audit_files(folder: Path) -> list[tuple[int, Path]]:
@@ -196,7 +198,7 @@ def read_audit(folder: Path, key: bytes | None) -> Iterator[tuple[dict[str, Any]
 
 
 def _last(whole: bytes, key: bytes | None, path: Path) -> Head:
-    """The head that the last line makes; that it follows the one before is for ``read`` to say."""
+    """The head that the last line makes; that it follows the one before is for ``read_audit`` to say."""
     line = whole[whole.rfind(b"\n", 0, -1) + 1 :]
     try:
         return _head_of(line, key)
@@ -206,8 +208,8 @@ def _last(whole: bytes, key: bytes | None, path: Path) -> Head:
 
 def _head_of(line: bytes, key: bytes | None) -> Head:
     try:
-        told = msgspec.json.decode(line, type=dict[str, Any])
-        before = Head(int(told["seq"]) - 1, str(told["prev"]))
+        record = msgspec.json.decode(line, type=dict[str, Any])
+        before = Head(int(record["seq"]) - 1, str(record["prev"]))
     except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as err:
         raise BrokenChain("is not a record") from err
     return verify_link(before, line, key)[1]
@@ -231,29 +233,19 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# Writes records off the event loop: one thread, and one write and sync for all that came meanwhile.
+# --- the writer
 
 
 _log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
-MAX_KEPT = 10_000
+MAX_WAITING = 10_000
 """Records that wait for a disk that cannot be written; what comes on top is lost, and counted in the chain."""
 RETRY_S = 1.0
 
 
 class AuditFailed(Exception):
     """A record that had to be written could not be."""
-
-
-class Folder(Protocol):
-    """Where records go."""
-
-    def append(self, records: list[dict[str, Any]]) -> None:
-        """All of them or none; raises OSError."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,16 +255,16 @@ class _Job:
 
 
 class AuditWriter:
-    """A queue in front of a folder.
+    """A queue in front of a folder, and a thread that writes: one write and sync for all that came meanwhile.
 
-    Records that somebody waits for fail when they cannot be written. Others are kept and tried again; of those lost for
+    Records that somebody waits for fail when they cannot be written. Others wait and are tried again; of those lost for
     want of room a record in the chain tells how many.
     """
 
-    def __init__(self, folder: Folder, metrics: Metrics) -> None:
+    def __init__(self, folder: AuditFolder, metrics: Metrics) -> None:
         self._folder, self._metrics = folder, metrics
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._kept: deque[dict[str, Any]] = deque()
+        self._waiting: deque[dict[str, Any]] = deque()
         self._lost = 0
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
@@ -302,26 +294,26 @@ class AuditWriter:
         while is_open:
             jobs, is_open = self._next()
             self._handle(jobs)
-        if self._kept:
-            _log.error("audit records could not be written", extra={"fields": {"lost": len(self._kept)}})
+        if self._waiting:
+            _log.error("audit records could not be written", extra={"fields": {"lost": len(self._waiting)}})
 
     def _next(self) -> tuple[list[_Job], bool]:
-        """What has come, waiting for it; not for ever while something is kept."""
+        """What has come, waiting for it; not for ever while something waits."""
         jobs: list[_Job] = []
         try:
-            one = self._jobs.get(timeout=RETRY_S if self._kept else None)
-            while one is not None:
-                jobs.append(one)
+            job = self._jobs.get(timeout=RETRY_S if self._waiting else None)
+            while job is not None:
+                jobs.append(job)
                 if len(jobs) == MAX_BATCH:
                     return jobs, True
-                one = self._jobs.get_nowait()
+                job = self._jobs.get_nowait()
         except queue.Empty:
             return jobs, True
         return jobs, False
 
     def _handle(self, jobs: list[_Job]) -> None:
         lost = [_stamped({"kind": "lost", "records": self._lost})] if self._lost else []
-        records = [*lost, *self._kept, *(job.record for job in jobs)]
+        records = [*lost, *self._waiting, *(job.record for job in jobs)]
         if not records:
             return
         try:
@@ -329,20 +321,20 @@ class AuditWriter:
         except OSError as err:
             self._metrics.audit_failures.inc()
             _log.error("the audit cannot be written", extra={"fields": {"reason": err.strerror}})
-            self._keep(jobs)
+            self._retry_later(jobs)
             _settle(jobs, AuditFailed(f"the audit cannot be written: {err.strerror}"))
         else:
             self._metrics.audit_records.inc(len(records))
-            self._kept.clear()
+            self._waiting.clear()
             self._lost = 0
             _settle(jobs, None)
 
-    def _keep(self, jobs: list[_Job]) -> None:
+    def _retry_later(self, jobs: list[_Job]) -> None:
         for job in jobs:
             if job.done is not None:
                 continue
-            if len(self._kept) < MAX_KEPT:
-                self._kept.append(job.record)
+            if len(self._waiting) < MAX_WAITING:
+                self._waiting.append(job.record)
             else:
                 self._lost += 1
 

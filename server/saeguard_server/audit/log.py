@@ -1,11 +1,12 @@
-"""The audit as the rest of the server sees it: one record per request and per act on policies."""
+"""The audit: one record per request and per act on policies, from which a request can be run again but for its text."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -13,198 +14,13 @@ import msgspec
 from cryptography.fernet import Fernet
 
 from saeguard.requests import GenerateRequest, ModelInput, Sampling
-from saeguard.results import Completion, PolicyFacts
+from saeguard.results import Completion, InterventionReceipt, PolicyFacts, TriggerReceipt
 from saeguard.types import KINDS, Action, Apply, Condition, FeatureRef, Flag, Intervention, Scope, Stop, Trigger
 from saeguard_server.audit.chain import AuditFailed, AuditFolder, AuditWriter, BrokenChain
 from saeguard_server.caller import Call
 from saeguard_server.errors import Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import AuditSettings, BadSettings
-
-# What a record says of a request: everything that is needed to run it again, but the text.
-
-
-_ACTIONS: dict[str, Action] = {"flag": Flag(), "stop": Stop()}
-_SHARED = {field.name for field in fields(Intervention)}
-
-
-def request_record(request: GenerateRequest) -> dict[str, Any]:
-    """What was asked for, without the prompt; ``again`` reads it back."""
-    return {
-        "sampling": msgspec.to_builtins(request.sampling),
-        "interventions": [_intervention(one) for one in request.interventions],
-        "max_relative_edit": request.max_relative_edit,
-        "watch": [msgspec.to_builtins(one) for one in request.watch],
-        "triggers": [_trigger(one) for one in request.triggers],
-        "policies": list(request.policies),
-        "conversation": request.conversation,
-    }
-
-
-def request_from_record(told: dict[str, Any], input: ModelInput) -> GenerateRequest:
-    """The same request with the prompt put back.
-
-    Raises:
-        ValueError: that is not what ``asked`` gave.
-    """
-    try:
-        return GenerateRequest(
-            input=input,
-            sampling=msgspec.convert(told["sampling"], Sampling),
-            interventions=tuple(_intervention_of(one) for one in told["interventions"]),
-            max_relative_edit=told["max_relative_edit"],
-            watch=tuple(msgspec.convert(one, FeatureRef) for one in told["watch"]),
-            triggers=tuple(_trigger_of(one) for one in told["triggers"]),
-            policies=tuple(told["policies"]),
-            conversation=told["conversation"],
-        )
-    except (KeyError, TypeError) as err:
-        raise ValueError(f"not a record of a request: {err}") from err
-
-
-def intent_record(call: Call, request: GenerateRequest, *, is_comparison: bool) -> dict[str, Any]:
-    """Who asked for what; a comparison also shows what policies suppress."""
-    told = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
-    return {**told, "is_comparison": True} if is_comparison else told
-
-
-def admission_record(told: dict[str, Any], facts: PolicyFacts | None, seed: int) -> dict[str, Any]:
-    """That, and which policies decide."""
-    return {**told, "policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
-
-
-def outcome_record(told: dict[str, Any], done: Completion) -> dict[str, Any]:
-    """That, and what was done."""
-    receipt = done.receipt
-    return {
-        **told,
-        "outcome": done.finish_reason,
-        "stopped_by": None if done.stopped_by is None else msgspec.to_builtins(done.stopped_by),
-        "prompt_tokens": done.usage.prompt_tokens,
-        "generated_tokens": done.usage.generated_tokens,
-        "model": None if receipt is None else receipt.model_digest,
-        "steering": None if receipt is None else receipt.steering_digest,
-        "edits": [] if receipt is None else [_finite(msgspec.to_builtins(one)) for one in receipt.interventions],
-        "triggers": [] if receipt is None else [_finite(msgspec.to_builtins(one)) for one in receipt.triggers],
-        "total_s": done.timings.total_s,
-    }
-
-
-def _intervention(one: Intervention) -> dict[str, Any]:
-    return {
-        "sae": one.sae,
-        "feature": one.feature,
-        "kind": one.kind,
-        "edit": {field.name: getattr(one, field.name) for field in fields(one) if field.name not in _SHARED},
-        "scope": msgspec.to_builtins(one.scope),
-        "when": None if one.when is None else msgspec.to_builtins(one.when),
-    }
-
-
-def _intervention_of(told: dict[str, Any]) -> Intervention:
-    when = told["when"]
-    return KINDS[told["kind"]](
-        told["sae"],
-        told["feature"],
-        **told["edit"],
-        scope=msgspec.convert(told["scope"], Scope),
-        when=None if when is None else _condition_of(when),
-    )
-
-
-def _condition_of(told: dict[str, Any]) -> Condition:
-    # Older records have a term's feature as {"feature": {"sae": ..., "feature": ...}}.
-    terms = [{**term, **term["feature"]} if "sae" not in term else term for term in told["terms"]]
-    return msgspec.convert({**told, "terms": terms}, Condition)
-
-
-def _trigger(one: Trigger) -> dict[str, Any]:
-    action: Any = type(one.action).__name__.lower()
-    if isinstance(one.action, Apply):
-        action = [_intervention(edit) for edit in one.action.interventions]
-    return {"name": one.name, "when": msgspec.to_builtins(one.when), "action": action}
-
-
-def _trigger_of(told: dict[str, Any]) -> Trigger:
-    action = told["action"]
-    return Trigger(
-        told["name"],
-        _condition_of(told["when"]),
-        _ACTIONS[action] if isinstance(action, str) else Apply(tuple(_intervention_of(one) for one in action)),
-    )
-
-
-def _finite(told: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity: a maximum over nothing is left out."""
-    return {name: value for name, value in told.items() if value not in (float("inf"), float("-inf"))}
-
-
-# What becomes of text in records: nothing is kept, or a hash of it, or what only the holder of a key can read.
-
-
-TextMode: TypeAlias = Literal["none", "hash", "encrypt"]
-
-
-class Redaction(Protocol):
-    """What a record says of the prompt's and the answer's tokens."""
-
-    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]: ...
-
-
-class OmittedText:
-    """Records have no text."""
-
-    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-
-class HashedText:
-    """SHA-256 of the token ids: tells whether a text is the one, to whoever has it. Short texts can be guessed."""
-
-    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-        """Both digests, hex."""
-        return {"prompt_sha256": tokens_digest(prompt), "answer_sha256": tokens_digest(answer)}
-
-
-class EncryptedText:
-    """The token ids under a Fernet key (AES-128-CBC with HMAC)."""
-
-    def __init__(self, key: bytes) -> None:
-        """Raises ValueError for what is not a Fernet key."""
-        self._fernet = Fernet(key)
-
-    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-        """Both, sealed."""
-        return {"prompt_sealed": self._seal(prompt), "answer_sealed": self._seal(answer)}
-
-    def open(self, sealed: str) -> list[int]:
-        """The token ids again; raises cryptography.fernet.InvalidToken under another key."""
-        return array("I", self._fernet.decrypt(sealed.encode())).tolist()
-
-    def _seal(self, ids: Sequence[int]) -> str:
-        return self._fernet.encrypt(array("I", ids).tobytes()).decode()
-
-
-def open_redaction(mode: TextMode, key_file: str | None) -> Redaction:
-    """The veil of the settings.
-
-    Raises:
-        OSError: the key cannot be read.
-        ValueError: it is not a Fernet key.
-    """
-    if mode == "none":
-        return OmittedText()
-    if mode == "hash":
-        return HashedText()
-    assert key_file is not None, "settings ask for it"
-    return EncryptedText(Path(key_file).read_bytes().strip())
-
-
-def tokens_digest(ids: Sequence[int]) -> str:
-    """SHA-256 of token ids, four bytes each, hex."""
-    return hashlib.sha256(array("I", ids).tobytes()).hexdigest()
-
 
 RETRY_S = 1.0
 
@@ -219,7 +35,7 @@ class Audit:
     def __init__(
         self, writer: AuditWriter | None = None, text: Redaction | None = None, *, required: bool = False
     ) -> None:
-        self._writer, self._text, self._required = writer, text or OmittedText(), required
+        self._writer, self._text, self._required = writer, text, required
 
     @classmethod
     def of(cls, settings: AuditSettings, metrics: Metrics) -> Audit:
@@ -241,11 +57,11 @@ class Audit:
 
     def request(self, call: Call, request: GenerateRequest, *, is_comparison: bool = False) -> RequestAudit:
         """A request as it came; nothing is written yet."""
-        begun = {} if self._writer is None else intent_record(call, request, is_comparison=is_comparison)
-        return RequestAudit(self._writer, begun, self._text, required=self._required)
+        record = {} if self._writer is None else intent_record(call, request, is_comparison=is_comparison)
+        return RequestAudit(self._writer, record, self._text, required=self._required)
 
     @property
-    def is_kept(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether records are written anywhere."""
         return self._writer is not None
 
@@ -256,8 +72,8 @@ class Audit:
             Unavailable: its record cannot be written.
         """
         if self._writer is not None:
-            told = {"kind": "policy", "request_id": call.request_id, "caller": call.caller.name, "act": what, **facts}
-            await _written(self._writer, told)
+            record = {"kind": "policy", "request_id": call.request_id, "caller": call.caller.name, "act": what}
+            await _write(self._writer, record | facts)
 
     def close(self) -> None:
         """Writes what has come."""
@@ -268,8 +84,10 @@ class Audit:
 class RequestAudit:
     """One request on its way."""
 
-    def __init__(self, writer: AuditWriter | None, begun: dict[str, Any], text: Redaction, *, required: bool) -> None:
-        self._writer, self._told, self._text, self._required = writer, begun, text, required
+    def __init__(
+        self, writer: AuditWriter | None, record: dict[str, Any], text: Redaction | None, *, required: bool
+    ) -> None:
+        self._writer, self._record, self._text, self._required = writer, record, text, required
         self._is_over = False
 
     async def admit(self, facts: PolicyFacts | None, seed: int, *, required: bool) -> None:
@@ -286,9 +104,9 @@ class RequestAudit:
                 raise Unavailable("a policy requires an audit, and this server keeps none", RETRY_S)
             return
         self._required |= required
-        self._told = admission_record(self._told, facts, seed)
+        self._record = admission_record(self._record, facts, seed)
         if self._required:
-            await _written(self._writer, {"kind": "admitted", **self._told})
+            await _write(self._writer, {"kind": "admitted", **self._record})
 
     async def finish(self, done: Completion, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Before the end of its answer is sent.
@@ -299,21 +117,197 @@ class RequestAudit:
         if self._writer is None:
             return
         self._is_over = True
-        told = {"kind": "request", **outcome_record(self._told, done), **self._text.of(prompt, answer)}
+        text = {} if self._text is None else self._text.of(prompt, answer)
+        record = {"kind": "request", **outcome_record(self._record, done), **text}
         if self._required:
-            await _written(self._writer, told)
+            await _write(self._writer, record)
         else:
-            self._writer.note(told)
+            self._writer.note(record)
 
     def fail(self, reason: str) -> None:
         """It was refused, ended in an error, or its caller went away; nothing where it has finished."""
         if self._writer is not None and not self._is_over:
             self._is_over = True
-            self._writer.note({"kind": "request", **self._told, "outcome": reason})
+            self._writer.note({"kind": "request", **self._record, "outcome": reason})
 
 
-async def _written(writer: AuditWriter, told: dict[str, Any]) -> None:
+async def _write(writer: AuditWriter, record: dict[str, Any]) -> None:
     try:
-        await writer.write(told)
+        await writer.write(record)
     except AuditFailed as err:
         raise Unavailable(str(err), RETRY_S) from err
+
+
+# --- records
+
+
+_ACTIONS: dict[str, Action] = {"flag": Flag(), "stop": Stop()}
+_SHARED = {field.name for field in fields(Intervention)}
+
+
+def request_record(request: GenerateRequest) -> dict[str, Any]:
+    """The request without the prompt; ``request_from_record`` reads it back."""
+    return {
+        "sampling": msgspec.to_builtins(request.sampling),
+        "interventions": [_edit_record(edit) for edit in request.interventions],
+        "max_relative_edit": request.max_relative_edit,
+        "watch": msgspec.to_builtins(request.watch),
+        "triggers": [_trigger_record(trigger) for trigger in request.triggers],
+        "policies": list(request.policies),
+        "conversation": request.conversation,
+    }
+
+
+def request_from_record(record: Mapping[str, Any], input: ModelInput) -> GenerateRequest:
+    """The same request with the prompt put back.
+
+    Raises:
+        ValueError: that is not what ``request_record`` gave.
+    """
+    try:
+        return GenerateRequest(
+            input=input,
+            sampling=msgspec.convert(record["sampling"], Sampling),
+            interventions=tuple(map(_edit, record["interventions"])),
+            max_relative_edit=record["max_relative_edit"],
+            watch=msgspec.convert(record["watch"], tuple[FeatureRef, ...]),
+            triggers=tuple(map(_trigger, record["triggers"])),
+            policies=tuple(record["policies"]),
+            conversation=record["conversation"],
+        )
+    except (KeyError, TypeError) as err:
+        raise ValueError(f"not a record of a request: {err}") from err
+
+
+def intent_record(call: Call, request: GenerateRequest, *, is_comparison: bool) -> dict[str, Any]:
+    """Who asked for what; a comparison also shows what policies suppress."""
+    record = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
+    return {**record, "is_comparison": True} if is_comparison else record
+
+
+def admission_record(intent: dict[str, Any], facts: PolicyFacts | None, seed: int) -> dict[str, Any]:
+    """That, and which policies decide."""
+    return {**intent, "policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
+
+
+def outcome_record(admission: dict[str, Any], done: Completion) -> dict[str, Any]:
+    """That, and what was done."""
+    receipt = done.receipt
+    return {
+        **admission,
+        "outcome": done.finish_reason,
+        "stopped_by": None if done.stopped_by is None else msgspec.to_builtins(done.stopped_by),
+        "prompt_tokens": done.usage.prompt_tokens,
+        "generated_tokens": done.usage.generated_tokens,
+        "model": None if receipt is None else receipt.model_digest,
+        "steering": None if receipt is None else receipt.steering_digest,
+        "edits": [] if receipt is None else [_finite(edit) for edit in receipt.interventions],
+        "triggers": [] if receipt is None else [_finite(trigger) for trigger in receipt.triggers],
+        "total_s": done.timings.total_s,
+    }
+
+
+def _edit_record(edit: Intervention) -> dict[str, Any]:
+    return {
+        "sae": edit.sae,
+        "feature": edit.feature,
+        "kind": edit.kind,
+        "edit": {field.name: getattr(edit, field.name) for field in fields(edit) if field.name not in _SHARED},
+        "scope": msgspec.to_builtins(edit.scope),
+        "when": None if edit.when is None else msgspec.to_builtins(edit.when),
+    }
+
+
+def _edit(record: dict[str, Any]) -> Intervention:
+    return KINDS[record["kind"]](
+        record["sae"],
+        record["feature"],
+        **record["edit"],
+        scope=msgspec.convert(record["scope"], Scope),
+        when=None if record["when"] is None else _condition(record["when"]),
+    )
+
+
+def _condition(record: dict[str, Any]) -> Condition:
+    # Older records have a term's feature as {"feature": {"sae": ..., "feature": ...}}.
+    terms = [{**term, **term["feature"]} if "sae" not in term else term for term in record["terms"]]
+    return msgspec.convert({**record, "terms": terms}, Condition)
+
+
+def _trigger_record(trigger: Trigger) -> dict[str, Any]:
+    action: Any = type(trigger.action).__name__.lower()
+    if isinstance(trigger.action, Apply):
+        action = [_edit_record(edit) for edit in trigger.action.interventions]
+    return {"name": trigger.name, "when": msgspec.to_builtins(trigger.when), "action": action}
+
+
+def _trigger(record: dict[str, Any]) -> Trigger:
+    action = record["action"]
+    return Trigger(
+        record["name"],
+        _condition(record["when"]),
+        _ACTIONS[action] if isinstance(action, str) else Apply(tuple(map(_edit, action))),
+    )
+
+
+def _finite(receipt: InterventionReceipt | TriggerReceipt) -> dict[str, Any]:
+    """JSON knows no infinity: a maximum over nothing is left out."""
+    values: dict[str, Any] = msgspec.to_builtins(receipt)
+    return {name: value for name, value in values.items() if value not in (inf, -inf)}
+
+
+# --- what records hold of prompts and answers
+
+
+TextMode: TypeAlias = Literal["none", "hash", "encrypt"]
+
+
+class Redaction(Protocol):
+    """What a record says of the prompt's and the answer's tokens."""
+
+    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]: ...
+
+
+class HashedText:
+    """SHA-256 of the token ids: tells whether a text is the one, to whoever has it. Short texts can be guessed."""
+
+    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+        return {"prompt_sha256": tokens_digest(prompt), "answer_sha256": tokens_digest(answer)}
+
+
+class EncryptedText:
+    """The token ids under a Fernet key (AES-128-CBC with HMAC)."""
+
+    def __init__(self, key: bytes) -> None:
+        """Raises ValueError for what is not a Fernet key."""
+        self._fernet = Fernet(key)
+
+    def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+        return {"prompt_sealed": self._seal(prompt), "answer_sealed": self._seal(answer)}
+
+    def open(self, sealed: str) -> list[int]:
+        """The token ids again; raises cryptography.fernet.InvalidToken under another key."""
+        return array("I", self._fernet.decrypt(sealed.encode())).tolist()
+
+    def _seal(self, ids: Sequence[int]) -> str:
+        return self._fernet.encrypt(array("I", ids).tobytes()).decode()
+
+
+def open_redaction(mode: TextMode, key_file: str | None) -> Redaction | None:
+    """As the settings say.
+
+    Raises:
+        OSError: the key cannot be read.
+        ValueError: it is not a Fernet key.
+    """
+    if mode == "none":
+        return None
+    if mode == "hash":
+        return HashedText()
+    assert key_file is not None, "settings ask for it"
+    return EncryptedText(Path(key_file).read_bytes().strip())
+
+
+def tokens_digest(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids, four bytes each, hex."""
+    return hashlib.sha256(array("I", ids).tobytes()).hexdigest()

@@ -21,40 +21,40 @@ GOOD, BROKEN, USAGE = 0, 1, 2
 def add_audit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
     parser = subparsers.add_parser("audit", help="check, show and replay audit records", description=__doc__)
-    acts = parser.add_subparsers(required=True, metavar="ACTION")
-    verify = _act(acts, "verify", "check every record against the one before it", _verify)
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    verify = _add_action(actions, "verify", "check every record against the one before it", _verify)
     verify.add_argument("--head", metavar="SEQ:HASH", help="a record that must be there, as an earlier run told")
-    show = _act(acts, "show", "print the records of a request as JSON lines", _show)
+    show = _add_action(actions, "show", "print the records of a request as JSON lines", _show)
     show.add_argument("request_id")
-    replay = _act(acts, "replay", "run a request again and compare what it gives", _replay)
+    replay = _add_action(actions, "replay", "run a request again and compare what it gives", _replay)
     replay.add_argument("request_id")
-    given = replay.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", help="the text it had")
-    given.add_argument("--prompt-file", type=Path, help="a file with that text")
+    prompt = replay.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text it had")
+    prompt.add_argument("--prompt-file", type=Path, help="a file with that text")
     add_connection(replay, with_defaults=False)
-    key = acts.add_parser("key", help='print a new key for text = "encrypt"')
+    key = actions.add_parser("key", help='print a new key for text = "encrypt"')
     key.set_defaults(run=_key)
 
 
-def _act(
-    acts: argparse._SubParsersAction[argparse.ArgumentParser],
+def _add_action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     text: str,
-    act: Callable[[argparse.Namespace], int],
+    run: Callable[[argparse.Namespace], int],
 ) -> argparse.ArgumentParser:
-    parser = acts.add_parser(name, help=text, description=text)
+    parser = actions.add_parser(name, help=text, description=text)
     parser.add_argument("--folder", type=Path, required=True, help="the server's audit.folder")
     parser.add_argument("--key-file", type=Path, help="the server's audit.chain_key_file")
-    parser.set_defaults(run=lambda arguments: _told(act, arguments))
+    parser.set_defaults(run=lambda arguments: _run(run, arguments))
     return parser
 
 
-def _told(act: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+def _run(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     # Here and below: the command line asks every command to register before it knows which one runs.
     from saeguard_server.audit.chain import BrokenChain
 
     try:
-        return act(arguments)
+        return run(arguments)
     except BrokenChain as err:
         sys.stderr.write(f"BROKEN: {err}\n")
         return BROKEN
@@ -71,17 +71,17 @@ def _records(arguments: argparse.Namespace) -> Any:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    wanted = arguments.head
+    missing = arguments.head
     count, head, lost, first, last = 0, "", 0, "", ""
     for record, after in _records(arguments):
         count += 1
         first, last = first or record["time"], record["time"]
         lost += record.get("records", 0) if record["kind"] == "lost" else 0
         head = f"{after.seq}:{after.hash}"
-        if head == wanted:
-            wanted = None
-    if wanted is not None:
-        sys.stderr.write(f"BROKEN: the record {wanted} is not there: the end was cut off, or the chain made anew\n")
+        if head == missing:
+            missing = None
+    if missing is not None:
+        sys.stderr.write(f"BROKEN: the record {missing} is not there: the end was cut off, or the chain made anew\n")
         return BROKEN
     if not count:
         sys.stdout.write("no records\n")
@@ -93,14 +93,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    found = [record for record, _ in _records(arguments) if record.get("request_id") == arguments.request_id]
-    for record in found:
+    records = [record for record, _ in _records(arguments) if record.get("request_id") == arguments.request_id]
+    for record in records:
         sys.stdout.write(json.dumps(record, sort_keys=True) + "\n")
-    return GOOD if found else _none(arguments.request_id)
+    return GOOD if records else _none(arguments.request_id)
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-
     done = [
         record
         for record, _ in _records(arguments)
@@ -136,9 +135,6 @@ def _none(request_id: str) -> int:
     return USAGE
 
 
-# A recorded request as the client's arguments, and whether its answer is the recorded one.
-
-
 def request_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What ``Client.generate`` takes beside the prompt, with the seed that was used.
 
@@ -165,10 +161,10 @@ def differences(record: Mapping[str, Any], done: Completion) -> list[str]:
 
 
 def _differences(record: Mapping[str, Any], done: Completion) -> Iterator[str]:
-    told = record["policy"]
-    if told is not None and (done.policy is None or told["revision"] != done.policy.revision):
+    policy = record["policy"]
+    if policy is not None and (done.policy is None or policy["revision"] != done.policy.revision):
         now = "none" if done.policy is None else done.policy.revision
-        yield f"policy revision {told['revision']} was in force, now it is {now}"
+        yield f"policy revision {policy['revision']} was in force, now it is {now}"
     then_and_now: tuple[tuple[str, Any, Any], ...] = (
         ("outcome", record["outcome"], done.finish_reason),
         ("prompt tokens", record.get("prompt_tokens"), done.usage.prompt_tokens),

@@ -1,10 +1,10 @@
-"""``saeguard sae``: look at SAEs on disk or on the hub, check them on a model, convert them, import feature labels."""
+"""``saeguard sae``: list SAEs, check them on a model, convert them to SAELens' format, import feature labels."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from saeguard_sae.formats.parsed import Place
 from saeguard_sae.formats.saelens_config import CONFIG
 from saeguard_sae.loading import OpenedSae, detect_format, read_sae
 from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
-from saeguard_sae.metadata import write_catalogue as write_features
 from saeguard_sae.models import DTYPES, Site, torch_dtype
 from saeguard_server import app
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
@@ -53,7 +52,7 @@ def run_sae(arguments: argparse.Namespace) -> int:
         return 1
 
 
-# The flags that say which SAE is meant and what its files leave open; names as in the settings.
+# --- flags: which SAE, and what its files leave open; names as in the settings
 
 
 NAME = "sae"
@@ -100,16 +99,14 @@ def sae_settings_of(arguments: argparse.Namespace) -> ServedSaeSettings:
     Raises:
         ValueError: a value that the settings do not allow, by name.
     """
-    given = {name: _given(arguments, name) for name in _FLAGS}
     bias = arguments.apply_b_dec_to_input
-    bounds = {name: _given(arguments, name) for name in _BOUNDS}
     tree: dict[str, Any] = {
         "name": NAME,
         "path": arguments.path,
         "apply_b_dec_to_input": None if bias is None else bias == "yes",
-        "bounds": {_key(name): value for name, value in bounds.items() if value is not None},
+        "bounds": _stated(arguments, _BOUNDS),
     }
-    tree |= {_key(name): value for name, value in given.items() if value is not None}
+    tree |= _stated(arguments, _FLAGS)
     try:
         return msgspec.convert(tree, ServedSaeSettings)
     except msgspec.ValidationError as err:
@@ -117,22 +114,18 @@ def sae_settings_of(arguments: argparse.Namespace) -> ServedSaeSettings:
         raise ValueError(f"--{where.rstrip('`').replace('_', '-')}: {problem}" if problem else str(err)) from err
 
 
-def _given(arguments: argparse.Namespace, flag: str) -> Any:
-    return getattr(arguments, _key(flag), None)
+def _stated(arguments: argparse.Namespace, flags: Iterable[str]) -> dict[str, Any]:
+    values = {name: vars(arguments).get(name) for name in (flag.replace("-", "_") for flag in flags)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _key(flag: str) -> str:
-    return flag.replace("-", "_")
-
-
-# ``saeguard sae check``: what was recognised, every convention and where it came from, and whether it holds.
+# --- saeguard sae check
 
 
 MIB = 2**20
 
 
 def add_check(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "check",
         help="say what an SAE is, and check it on a model",
@@ -147,7 +140,7 @@ def add_check(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Prints what is found."""
+    """Prints what was recognised, every convention and where it is from, and whether it holds on the model."""
     settings = sae_settings_of(arguments)
     opened = open_sae_source(settings).sae
     _print(_recognised(opened))
@@ -162,13 +155,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from saeguard_server.engine import load as startup
     from saeguard_server.engine.load import load_model, load_saes
 
-    given = sae_settings_of(arguments)
+    served = sae_settings_of(arguments)
     check = CheckSettings(text=arguments.text and str(arguments.text), max_tokens=arguments.max_tokens)
-    settings = app.resolve_bundled(Settings(model=ModelSettings(path=arguments.model), saes=(given,), check=check))
+    settings = app.resolve_bundled(Settings(model=ModelSettings(path=arguments.model), saes=(served,), check=check))
     model = load_model(settings.model, max_context=2048)
-    sae = load_saes((given,), model)[given.name]
+    sae = load_saes((served,), model)[served.name]
     report = startup.measure_served_sae(
-        sae, startup.bounds_of(sae, given), model, startup.calibration_tokens(settings.check, model)
+        sae, startup.bounds_of(sae, served), model, startup.calibration_tokens(settings.check, model)
     )
     _print(("", *_conventions(sae.conventions), "", *_measured(report, model)))
     _print(("", f"does not hold: {report.explain()}" if report.violations else f"holds: {report.explain()}"))
@@ -176,38 +169,39 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _recognised(opened: OpenedSae) -> Iterator[str]:
-    coder, found = opened.found.dictionary, opened.found
-    size = sum(one.numel() * one.element_size() for one in coder.tensors().values()) / MIB
+    parsed, coder = opened.found, opened.found.dictionary
+    size = sum(tensor.numel() * tensor.element_size() for tensor in coder.tensors().values()) / MIB
     yield f"format        {opened.format}"
     yield f"architecture  {coder.architecture}, {coder.d_sae} features"
     yield f"widths        reads {coder.d_in}, writes {coder.d_out}; {size:.1f} MiB in memory"
-    yield f"trained on    {found.model or 'its files do not say'}"
-    yield f"reads at      {found.reads or 'its files do not say: give --site'}"
-    if found.writes:
-        yield f"writes at     {', '.join(map(str, found.writes))}"
+    yield f"trained on    {parsed.model or 'its files do not say'}"
+    yield f"reads at      {parsed.reads or 'its files do not say: give --site'}"
+    if parsed.writes:
+        yield f"writes at     {', '.join(map(str, parsed.writes))}"
     yield f"digest        {opened.digest}"
-    labelled = sum(bool(one.label) for one in opened.catalogue.features.values())
+    labelled = sum(bool(feature.label) for feature in opened.catalogue.features.values())
     yield f"features      {len(opened.catalogue.features)} in its catalogue, {labelled} labelled"
 
 
 def _conventions(conventions: tuple[Convention, ...]) -> Iterator[str]:
-    yield from table([("CONVENTION", "VALUE", "SAID BY"), *((one.name, one.value, one.source) for one in conventions)])
+    rows = ((convention.name, convention.value, convention.source) for convention in conventions)
+    yield from table([("CONVENTION", "VALUE", "SOURCE"), *rows])
 
 
 def _measured(report: CheckReport, model: LoadedModel) -> Iterator[str]:
-    found = report.measured
-    rise = None if found.ce_spliced is None or found.ce_base is None else found.ce_spliced - found.ce_base
-    limits = {one.name: getattr(report.bounds, one.name) for one in fields(report.bounds)}
-    yield f"on {model.info.name}, {found.tokens} tokens:"
+    quality = report.measured
+    rise = None if quality.ce_spliced is None or quality.ce_base is None else quality.ce_spliced - quality.ce_base
+    limits = {field.name: getattr(report.bounds, field.name) for field in fields(report.bounds)}
+    yield f"on {model.info.name}, {quality.tokens} tokens:"
     yield from table(
         [
             ("MEASURED", "VALUE", "ALLOWED"),
-            ("L0", _number(found.l0), _range(limits["min_l0"], limits["max_l0"])),
-            ("FVU", _number(found.fvu), _range(None, limits["max_fvu"])),
-            ("loss, plain", _number(found.ce_base), "-"),
-            ("loss, spliced", _number(found.ce_spliced), "-"),
+            ("L0", _number(quality.l0), _range(limits["min_l0"], limits["max_l0"])),
+            ("FVU", _number(quality.fvu), _range(None, limits["max_fvu"])),
+            ("loss, plain", _number(quality.ce_base), "-"),
+            ("loss, spliced", _number(quality.ce_spliced), "-"),
             ("rise of the loss", _number(rise), _range(None, limits["max_ce_increase"])),
-            ("never fired", _number(found.dead_share), "-"),
+            ("never fired", _number(quality.dead_share), "-"),
         ]
     )
 
@@ -230,11 +224,10 @@ def _print(lines: tuple[str, ...] | Iterator[str]) -> None:
     sys.stdout.flush()
 
 
-# ``saeguard sae convert``: writes any SAE in SAELens' current format.
+# --- saeguard sae convert
 
 
 def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "convert",
         help="write an SAE in SAELens' format",
@@ -257,52 +250,51 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if (arguments.out / CONFIG).exists():
         raise ValueError(f"{arguments.out} holds an SAE already")
     opened = open_sae_source(settings).sae
-    found = opened.found
+    parsed = opened.found
     saelens_save.save_saelens(
-        found.dictionary,
+        parsed.dictionary,
         arguments.out,
-        site=_site(settings.site, found.reads, "site"),
-        model_name=arguments.model_name or found.model or "unknown",
+        site=_site(settings.site, parsed.reads, "site"),
+        model_name=arguments.model_name or parsed.model or "unknown",
         dtype=torch_dtype(arguments.dtype),
-        writes=_writes(settings.write_site, found),
-        processing=settings.processing or found.processing or "none",
+        writes=_writes(settings.write_site, parsed),
+        processing=settings.processing or parsed.processing or "none",
     )
     if opened.catalogue.features:
-        write_features(arguments.out, opened.catalogue.features)
-    difference = _difference(found.dictionary, read_sae(Source(arguments.out))[1].dictionary)
+        write_catalogue(arguments.out, opened.catalogue.features)
+    difference = _difference(parsed.dictionary, read_sae(Source(arguments.out))[1].dictionary)
     sys.stdout.write(
         f"{opened.format} -> saelens: {arguments.out}\nread back, features differ by at most {difference:.3g}\n"
     )
     return 0
 
 
-def _writes(given: str | None, found: ParsedSae) -> tuple[Site, ...]:
-    if given is not None:
-        return (Site.parse(given),)
-    return tuple(_site(None, one, "write-site") for one in found.writes)
+def _writes(flag: str | None, parsed: ParsedSae) -> tuple[Site, ...]:
+    if flag is not None:
+        return (Site.parse(flag),)
+    return tuple(_site(None, place, "write-site") for place in parsed.writes)
 
 
-def _site(given: str | None, place: Place | None, flag: str) -> Site:
-    if given is not None:
-        return Site.parse(given)
+def _site(spelling: str | None, place: Place | None, flag: str) -> Site:
+    if spelling is not None:
+        return Site.parse(spelling)
     if not isinstance(place, Site):
         raise ValueError(f"its files say {place or 'nothing'}, which SAELens cannot be told; give --{flag}")
     return place
 
 
-def _difference(one: SparseCoder, other: SparseCoder) -> float:
+def _difference(written: SparseCoder, other: SparseCoder) -> float:
     """Largest difference of a feature on random tokens, relative to the token's largest."""
-    x: Tensor = torch.randn(64, one.d_in, generator=torch.Generator().manual_seed(0))
-    before, after = one.encode(x), other.encode(x)
+    x: Tensor = torch.randn(64, written.d_in, generator=torch.Generator().manual_seed(0))
+    before, after = written.encode(x), other.encode(x)
     scale = before.abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
     return float(((before - after).abs() / scale).max())
 
 
-# ``saeguard sae features``: imports labels and statistics that others published into an SAE's catalogue.
+# --- saeguard sae features
 
 
 def add_labels(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "features",
         help="import feature labels and statistics",
@@ -323,7 +315,7 @@ def add_labels(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def run_labels(arguments: argparse.Namespace) -> int:
-    """Imports, merges with what is there, writes."""
+    """Imports labels and statistics that others published, merges them with the SAE's catalogue, writes."""
     source = open_sae_source(sae_settings_of(arguments))
     opened, path = source.sae, source.path
     coder = opened.found.dictionary
@@ -341,15 +333,14 @@ def run_labels(arguments: argparse.Namespace) -> int:
 
 
 def _counted(dropped: Dropped) -> str:
-    counts = {one.name.replace("_", " "): getattr(dropped, one.name) for one in fields(dropped)}
+    counts = {field.name.replace("_", " "): getattr(dropped, field.name) for field in fields(dropped)}
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
 
 
-# ``saeguard sae list``: the releases that have a name, the SAEs of one, or those in a folder.
+# --- saeguard sae list
 
 
 def add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The action's arguments."""
     parser = actions.add_parser(
         "list",
         help="list releases, the SAEs of a release, or those in a folder",
@@ -372,9 +363,9 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 def _folder(folder: Path) -> Iterator[tuple[str, ...]]:
     yield ("PATH", "FORMAT")
-    for here in [folder, *sorted(one for one in folder.rglob("*") if one.is_dir())]:
+    for here in [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]:
         # A folder that is one SAE, or else the files in it that are one each.
-        for path in [here] if detect_format(here) else sorted(one for one in here.iterdir() if one.is_file()):
+        for path in [here] if detect_format(here) else sorted(file for file in here.iterdir() if file.is_file()):
             if kind := detect_format(path):
                 yield (str(path.relative_to(folder)), kind)
 
@@ -383,8 +374,8 @@ def _releases(what: str) -> Iterator[tuple[str, ...]]:
     every = releases.all_releases()
     if what in every:
         yield ("PATH", "FILES", "L0")
-        for one in every[what].saes.values():
-            yield (f"{what}/{one.id}", f"hf://{every[what].repo}/{one.path}", "-" if one.l0 is None else f"{one.l0:g}")
+        for sae in every[what].saes.values():
+            yield (f"{what}/{sae.id}", f"hf://{every[what].repo}/{sae.path}", "-" if sae.l0 is None else f"{sae.l0:g}")
         return
     yield ("RELEASE", "MODEL", "SAES", "REPOSITORY")
     for name, release in sorted(every.items()):

@@ -5,19 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from saeguard_client import (
-    Add,
-    AsyncClient,
-    Cap,
-    Clamp,
-    Completion,
-    Floor,
-    Intervention,
-    InterventionReceipt,
-    Scale,
-    Zero,
-)
+from saeguard.types import KINDS
+from saeguard_client import AsyncClient, Completion, Intervention, InterventionReceipt
 from saeguard_server.demo.scenarios import Demonstration, Interval, Scenario, ScenarioEdit, bootstrap, interval
 
 CONCURRENT = 64
@@ -117,16 +108,11 @@ class Replay:
         return interval([self._demonstration.score(scenario, completion.text) for completion in completions])
 
 
-_VALUED = {"clamp": Clamp, "add": Add, "cap": Cap, "floor": Floor}
-
-
 def as_intervention(edit: ScenarioEdit) -> Intervention:
     """A scenario's edit as the client sends it."""
-    if edit.value is None:
-        return Zero(edit.sae, edit.feature)
-    if edit.kind == "scale":
-        return Scale(edit.sae, edit.feature, edit.value)
-    return _VALUED[edit.kind](edit.sae, edit.feature, edit.value, unit=edit.unit)
+    values: tuple[Any, ...] = () if edit.value is None else (edit.value,)
+    unit: dict[str, Any] = {} if edit.unit == "raw" else {"unit": edit.unit}
+    return KINDS[edit.kind](edit.sae, edit.feature, *values, **unit)
 
 
 def _receipts(completion: Completion) -> Sequence[InterventionReceipt]:

@@ -130,7 +130,7 @@ class ScenarioEdit:
 
     sae: str
     feature: int
-    kind: Literal["zero", "clamp", "scale", "add", "cap", "floor"]
+    kind: str
     value: float | None = None
     unit: Literal["raw", "max"] = "raw"
 

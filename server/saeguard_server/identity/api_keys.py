@@ -1,4 +1,8 @@
-"""Callers known by an API key, which is put through scrypt when first seen, and not again while its file stays."""
+"""API keys: ``sg_<id>_<secret>``, where the id finds the record in a file and the secret is 256 random bits.
+
+The file holds scrypt hashes, who each key is and what it may do. A key is put through scrypt when first seen, and not
+again while its file stays.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,38 @@ import asyncio
 import fcntl
 import hashlib
 import hmac
-import logging
 import os
 import re
 import secrets
 import tempfile
 from base64 import b64decode, b64encode
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from saeguard_server.caller import Caller, Quota, Role, check_caller_name
 from saeguard_server.errors import Overloaded, Unauthenticated
+from saeguard_server.identity.credentials import API_KEY_PREFIX, Credentials
 from saeguard_server.settings import BadSettings
-from saeguard_server.watched import Stamp, stamp
+from saeguard_server.watched import WatchedFiles
 
-# API keys and the file that holds them: hashes, never the secrets, with who each key is and what it may do.
-#
-# A key is ``sg_<id>_<secret>``: the id finds the record, the secret is 256 random bits.
-
-
-KEY = re.compile(r"sg_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
-PREFIX = "sg_"
-
+MAX_VERIFIED = 1024
+"""Keys that are remembered as right; the least recently used is forgotten first."""
+CHECKS_AT_ONCE = 2
+"""Threads that scrypt may have, with 16 MiB each."""
+MAX_CHECKS = 32
+"""Keys that may wait for it: guesses must not pile up."""
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1
 """16 MiB and about 40 ms for each guess (RFC 7914)."""
 _MAX_MEMORY = 64 * 2**20
+
+KEY = re.compile(rf"{API_KEY_PREFIX}([0-9a-f]{{16}})_([A-Za-z0-9_-]{{43}})")
 _HASH = re.compile(r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9+/=]{24})\$([A-Za-z0-9+/=]{44})")
 
 
@@ -67,10 +70,10 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def matches(self, secret: str) -> bool:
         """Whether this is the key's secret; takes as long as scrypt does, whatever the answer."""
-        found = _HASH.fullmatch(self.hash)
-        assert found is not None, "checked when it was made"
-        n, r, p = (int(found[group]) for group in (1, 2, 3))
-        return hmac.compare_digest(_scrypt(secret, b64decode(found[4]), n, r, p), b64decode(found[5]))
+        fields = _HASH.fullmatch(self.hash)
+        assert fields is not None, "checked in __post_init__"
+        n, r, p = (int(fields[group]) for group in (1, 2, 3))
+        return hmac.compare_digest(_scrypt(secret, b64decode(fields[4]), n, r, p), b64decode(fields[5]))
 
     def why_invalid(self, now: datetime) -> str | None:
         """What has ended it, if anything."""
@@ -87,9 +90,81 @@ class KeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     keys: tuple[KeyRecord, ...] = ()
 
     def __post_init__(self) -> None:
-        ids = [one.id for one in self.keys]
+        ids = [record.id for record in self.keys]
         if len(set(ids)) != len(ids):
             raise ValueError("keys: an id is given twice")
+
+
+class ApiKeyAuthenticator:
+    """Follows the file of keys.
+
+    Raises:
+        BadSettings: at the start it must be readable.
+    """
+
+    expects = f'"authorization: Bearer {API_KEY_PREFIX}..." with an API key'
+
+    def __init__(
+        self, path: Path, quota_of: Callable[[str], Quota], now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self._now = now
+        self._files = WatchedFiles("API keys", [path], lambda: _Keys(read_keys(path), quota_of))
+        self._threads = asyncio.Semaphore(CHECKS_AT_ONCE)
+        self._running = 0
+
+    def recognises(self, credentials: Credentials) -> bool:
+        return credentials.bearer is not None and credentials.bearer.startswith(API_KEY_PREFIX)
+
+    async def caller(self, credentials: Credentials) -> Caller:
+        match = KEY.fullmatch(credentials.bearer or "")
+        keys = self._files.current()
+        if match is None or match[1] not in keys.records:
+            raise Unauthenticated("the API key is not known")
+        record = keys.records[match[1]]
+        if not await self._is_right(keys, record, match[2]):
+            raise Unauthenticated("the API key is not known")
+        # Only for whoever has the secret.
+        if reason := record.why_invalid(self._now()):
+            raise Unauthenticated(f"the API key is {reason}")
+        return keys.callers[record.id]
+
+    async def _is_right(self, keys: _Keys, record: KeyRecord, secret: str) -> bool:
+        digest = hashlib.sha256(f"{record.id}_{secret}".encode()).digest()
+        if digest not in keys.checks:
+            if self._running >= MAX_CHECKS:
+                raise Overloaded("too many API keys wait to be checked", retry_after_s=1.0)
+            self._running += 1
+            keys.checks[digest] = asyncio.create_task(self._check(record, secret))
+            keys.checks[digest].add_done_callback(lambda check: self._end(keys, digest, check))
+        keys.checks.move_to_end(digest)
+        # Shielded: others may wait for the same check.
+        return await asyncio.shield(keys.checks[digest])
+
+    async def _check(self, record: KeyRecord, secret: str) -> bool:
+        async with self._threads:
+            return await asyncio.to_thread(record.matches, secret)
+
+    def _end(self, keys: _Keys, digest: bytes, check: asyncio.Task[bool]) -> None:
+        self._running -= 1
+        if check.cancelled() or check.exception() is not None or not check.result():
+            del keys.checks[digest]
+        elif len(keys.checks) - self._running > MAX_VERIFIED:
+            del keys.checks[next(digest for digest, check in keys.checks.items() if check.done())]
+
+
+class _Keys:
+    """The file as it was read once. ``checks`` are those that run and those that were right."""
+
+    def __init__(self, file: KeyFile, quota_of: Callable[[str], Quota]) -> None:
+        self.records = {record.id: record for record in file.keys}
+        self.callers = {
+            record.id: Caller(record.name, frozenset(record.roles), frozenset(record.tags), quota_of(record.name))
+            for record in file.keys
+        }
+        self.checks: OrderedDict[bytes, asyncio.Task[bool]] = OrderedDict()
+
+
+# --- the file
 
 
 def make_key(
@@ -106,7 +181,7 @@ def make_key(
     record = KeyRecord(
         id=key_id, name=name, roles=roles, tags=tags, created=_now(), expires=expires, hash=hashed
     )  # fmt: skip
-    return f"{PREFIX}{key_id}_{secret}", record
+    return f"{API_KEY_PREFIX}{key_id}_{secret}", record
 
 
 def read_keys(path: Path) -> KeyFile:
@@ -138,7 +213,7 @@ def change_keys(path: Path, change: Callable[[KeyFile], KeyFile]) -> None:
         BadSettings: it cannot be read or written.
     """
     try:
-        with _alone_in(path.parent):
+        with _locked(path.parent):
             _replace(path, change(read_keys(path) if path.exists() else KeyFile()))
     except OSError as err:
         raise BadSettings(f"{path}: {err.strerror}") from err
@@ -150,18 +225,20 @@ def revoke_key(keys: KeyFile, key_id: str) -> KeyFile:
     Raises:
         BadSettings: there is none of that id.
     """
-    if key_id not in {one.id for one in keys.keys}:
+    if key_id not in {record.id for record in keys.keys}:
         raise BadSettings(f"no key has the id {key_id!r}")
     return KeyFile(
         keys=tuple(
-            msgspec.structs.replace(one, revoked=_now()) if one.id == key_id and one.revoked is None else one
-            for one in keys.keys
+            msgspec.structs.replace(record, revoked=_now())
+            if record.id == key_id and record.revoked is None
+            else record
+            for record in keys.keys
         )
     )
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -174,13 +251,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _replace(path: Path, keys: KeyFile) -> None:
     # The server may read it as another user of its group: that stays as it was.
     old = path.stat() if path.exists() else None
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # of mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(keys), indent=2) + b"\n")
             if old is not None:
                 os.fchmod(handle, old.st_mode & 0o640)
-                _keep_owner(handle, old)
+                _copy_owner(handle, old)
             file.flush()
             os.fsync(handle)
         Path(name).replace(path)
@@ -189,7 +266,7 @@ def _replace(path: Path, keys: KeyFile) -> None:
         raise
 
 
-def _keep_owner(handle: int, old: os.stat_result) -> None:
+def _copy_owner(handle: int, old: os.stat_result) -> None:
     mine = os.fstat(handle)
     if (mine.st_uid, mine.st_gid) != (old.st_uid, old.st_gid):
         os.fchown(handle, old.st_uid, old.st_gid)
@@ -201,204 +278,3 @@ def _scrypt(secret: str, salt: bytes, n: int, r: int, p: int) -> bytes:
 
 def _now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
-
-
-# What a caller shows of itself, and the protocol of those who can tell from it who that is.
-
-
-BEARER = "Bearer "
-
-
-@dataclass(frozen=True, slots=True)
-class Presented:
-    """The credentials of one RPC. Only the certificate's names are verified yet: by TLS."""
-
-    authorization: tuple[str, ...] = field(default=(), repr=False)
-    """Values of the ``authorization`` metadata."""
-    spiffe_id: str | None = None
-    """Of a certificate with this one URI, as SPIFFE wants it."""
-    uris: tuple[str, ...] = ()
-    """Of the certificate's subject alternative names."""
-    dns: tuple[str, ...] = ()
-    """Of the certificate's subject alternative names."""
-
-    @property
-    def bearer(self) -> str | None:
-        """The token after "Bearer", where there is exactly one such value."""
-        if len(self.authorization) != 1:
-            return None
-        scheme, value = self.authorization[0][: len(BEARER)], self.authorization[0][len(BEARER) :]
-        return value if scheme.lower() == BEARER.lower() else None
-
-
-class Authenticator(Protocol):
-    """One way to know a caller."""
-
-    wants: str
-    """What to show, for whoever showed nothing."""
-
-    def recognises(self, presented: Presented) -> bool:
-        """Whether there is a credential of this kind, valid or not."""
-        ...
-
-    async def caller(self, presented: Presented) -> Caller:
-        """Who showed it.
-
-        Raises:
-            Unauthenticated: it is not valid.
-            Unavailable, Overloaded: that cannot be found out now.
-        """
-        ...
-
-
-LOG = logging.getLogger("saeguard.identity")
-
-MAX_VERIFIED = 1024
-"""Keys that are remembered as right; the one that was not used for longest is forgotten first."""
-CHECKS_AT_ONCE = 2
-"""Threads that scrypt may have, with 16 MiB each."""
-MAX_CHECKS = 32
-"""Keys that may wait for it: guesses must not pile up."""
-
-_UNKNOWN = "the API key is not known"
-
-
-class _Snapshot:
-    """The file as it was read once, and the keys that were found right since."""
-
-    def __init__(self, records: tuple[KeyRecord, ...], quota_of: Callable[[str], Quota]) -> None:
-        self.records = {one.id: one for one in records}
-        self.callers = {
-            one.id: Caller(one.name, frozenset(one.roles), frozenset(one.tags), quota_of(one.name)) for one in records
-        }
-        self.checking: dict[bytes, asyncio.Task[bool]] = {}
-        self._right: OrderedDict[bytes, None] = OrderedDict()
-
-    def is_right(self, digest: bytes) -> bool:
-        if digest not in self._right:
-            return False
-        self._right.move_to_end(digest)
-        return True
-
-    def remember(self, digest: bytes) -> None:
-        self._right[digest] = None
-        if len(self._right) > MAX_VERIFIED:
-            self._right.popitem(last=False)
-
-
-class ApiKeys:
-    """Follows the file. One that can no longer be read or understood changes nothing: what was read last stays.
-
-    Raises:
-        BadSettings: at the start it must be readable.
-    """
-
-    wants = f'"authorization: Bearer {PREFIX}..." with an API key'
-
-    def __init__(
-        self, path: Path, quota_of: Callable[[str], Quota], now: Callable[[], datetime] = lambda: datetime.now(UTC)
-    ) -> None:
-        self._path, self._quota_of, self._now = path, quota_of, now
-        self._seen: Stamp | None = self._stamp()
-        self._snapshot = _Snapshot(read_keys(path).keys, quota_of)
-        self._room = asyncio.Semaphore(CHECKS_AT_ONCE)
-        self._checks = 0
-
-    def recognises(self, presented: Presented) -> bool:
-        """Whether the token begins as our keys do."""
-        return presented.bearer is not None and presented.bearer.startswith(PREFIX)
-
-    async def caller(self, presented: Presented) -> Caller:
-        """Whose key this is."""
-        found = KEY.fullmatch(presented.bearer or "")
-        snapshot = self._current()
-        if found is None or found[1] not in snapshot.records:
-            raise Unauthenticated(_UNKNOWN)
-        record = snapshot.records[found[1]]
-        if not await self._is_right(snapshot, record, found[2]):
-            raise Unauthenticated(_UNKNOWN)
-        # Only told to whoever has the secret.
-        if why := record.why_invalid(self._now()):
-            raise Unauthenticated(f"the API key is {why}")
-        return snapshot.callers[record.id]
-
-    async def _is_right(self, snapshot: _Snapshot, record: KeyRecord, secret: str) -> bool:
-        digest = hashlib.sha256(f"{record.id}_{secret}".encode()).digest()
-        if snapshot.is_right(digest):
-            return True
-        if digest not in snapshot.checking:
-            self._begin(snapshot, digest, record, secret)
-        # Shielded: others may wait for the same answer.
-        return await asyncio.shield(snapshot.checking[digest])
-
-    def _begin(self, snapshot: _Snapshot, digest: bytes, record: KeyRecord, secret: str) -> None:
-        if self._checks >= MAX_CHECKS:
-            raise Overloaded("too many API keys wait to be checked", retry_after_s=1.0)
-        self._checks += 1
-        task = asyncio.create_task(self._check(record, secret))
-        snapshot.checking[digest] = task
-        task.add_done_callback(lambda done: self._end(snapshot, digest, done))
-
-    def _end(self, snapshot: _Snapshot, digest: bytes, done: asyncio.Task[bool]) -> None:
-        self._checks -= 1
-        del snapshot.checking[digest]
-        if not done.cancelled() and done.exception() is None and done.result():
-            snapshot.remember(digest)
-
-    async def _check(self, record: KeyRecord, secret: str) -> bool:
-        async with self._room:
-            return await asyncio.to_thread(record.matches, secret)
-
-    def _current(self) -> _Snapshot:
-        now = self._stamp()
-        if now != self._seen:
-            # Also of one that cannot be used: it is tried again once it changes again.
-            self._seen = now
-            try:
-                self._snapshot = _Snapshot(read_keys(self._path).keys, self._quota_of)
-                LOG.info("API keys read again", extra={"fields": {"keys": len(self._snapshot.records)}})
-            except BadSettings as err:
-                LOG.error("API keys cannot be read, the old ones stay", extra={"fields": {"problem": str(err)}})
-        return self._snapshot
-
-    def _stamp(self) -> Stamp | None:
-        try:
-            return stamp([self._path])
-        except OSError:
-            return None
-
-
-# Callers known by a name in the client certificate that TLS has verified.
-
-
-SPIFFE = "spiffe://"
-
-
-class Certificates:
-    """A table from names to callers.
-
-    A certificate with none of the names is no credential: it opened the connection, and says nothing of who calls.
-    """
-
-    wants = "a client certificate with a known name"
-
-    def __init__(self, callers: Mapping[str, Caller]) -> None:
-        self._callers = dict(callers)
-
-    def recognises(self, presented: Presented) -> bool:
-        """Whether the certificate has a name in the table."""
-        return bool(self._named(presented))
-
-    async def caller(self, presented: Presented) -> Caller:
-        """The one caller that the certificate names."""
-        found = self._named(presented)
-        if len(found) != 1:
-            raise Unauthenticated("the client certificate names more than one caller")
-        return self._callers[found[0]]
-
-    def _named(self, presented: Presented) -> list[str]:
-        # A name only counts as what it is: a DNS name with a scheme is no URI, and a URI without one is no DNS name.
-        shown = {one for one in presented.uris if ":" in one and not one.startswith(SPIFFE)}
-        shown |= {one for one in presented.dns if ":" not in one}
-        shown |= {presented.spiffe_id} if presented.spiffe_id is not None else set()
-        return [name for name in self._callers if name in shown]

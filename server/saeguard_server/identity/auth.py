@@ -1,4 +1,4 @@
-"""Who calls: certificate, then API key, then token; exactly one of them per call."""
+"""Who calls, and what it may do: certificate, API key or token, exactly one per call; and the roles of every RPC."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TypeAlias
 
 from saeguard_server.caller import Caller, Role
 from saeguard_server.errors import PermissionDenied, Unauthenticated
-from saeguard_server.identity.api_keys import ApiKeys, Authenticator, Certificates, Presented
-from saeguard_server.identity.oidc import Tokens, open_jwks
-from saeguard_server.settings import CertificateSettings, IdentitySettings
+from saeguard_server.identity.api_keys import ApiKeyAuthenticator
+from saeguard_server.identity.credentials import Authenticator, CertificateAuthenticator, Credentials
+from saeguard_server.identity.oidc import JwtAuthenticator, open_jwks
+from saeguard_server.settings import IdentitySettings
 
 LOG = logging.getLogger("saeguard.identity")
 
@@ -32,65 +33,67 @@ class Identity:
         Raises:
             BadSettings: a file of keys cannot be used.
         """
-        found: list[Authenticator] = []
+        authenticators: list[Authenticator] = []
         if settings.certificates:
-            found.append(Certificates({one.id: _certified(one, settings) for one in settings.certificates}))
+            callers = {
+                entry.id: Caller(
+                    entry.name, frozenset(entry.roles), frozenset(entry.tags), settings.quota_of(entry.name)
+                )
+                for entry in settings.certificates
+            }
+            authenticators.append(CertificateAuthenticator(callers))
         if settings.api_keys is not None:
-            found.append(ApiKeys(Path(settings.api_keys), settings.quota_of))
+            authenticators.append(ApiKeyAuthenticator(Path(settings.api_keys), settings.quota_of))
         if settings.jwt is not None:
-            found.append(Tokens(settings.jwt, open_jwks(settings.jwt), settings.quota_of))
-        if not found:
-            everybody = _everybody(settings)
-            level = logging.WARNING if settings.allow_anonymous else logging.INFO
-            fields = {"caller": everybody.name, "roles": sorted(everybody.roles)}
-            LOG.log(level, "nobody is asked who calls", extra={"fields": fields})
-            return cls(found, everybody)
-        return cls(found, None)
+            authenticators.append(JwtAuthenticator(settings.jwt, open_jwks(settings.jwt), settings.quota_of))
+        return cls(authenticators, None if authenticators else _everybody(settings))
 
-    async def caller(self, presented: Presented) -> Caller:
+    async def caller(self, credentials: Credentials) -> Caller:
         """Who this is.
 
         Raises:
-            Unauthenticated: nothing was shown, more than one thing, or one that is not valid.
+            Unauthenticated: there is no credential, more than one, or one that is not valid.
             Unavailable, Overloaded: that cannot be found out now.
         """
         if self._everybody is not None:
             return self._everybody
-        found = [one for one in self._authenticators if one.recognises(presented)]
-        has_certificate = any(isinstance(one, Certificates) for one in found)
-        if has_certificate + len(presented.authorization) > 1:
+        matching = [authenticator for authenticator in self._authenticators if authenticator.recognises(credentials)]
+        has_certificate = any(isinstance(authenticator, CertificateAuthenticator) for authenticator in matching)
+        if has_certificate + len(credentials.authorization) > 1:
             raise Unauthenticated("more than one credential was shown: send one certificate, key or token")
-        if not found:
-            wanted = ", or ".join(one.wants for one in self._authenticators)
-            raise Unauthenticated(f"who calls? This server wants {wanted}")
-        return await found[0].caller(presented)
-
-
-def _certified(one: CertificateSettings, settings: IdentitySettings) -> Caller:
-    return Caller(one.name, frozenset(one.roles), frozenset(one.tags), settings.quota_of(one.name))
+        if not matching:
+            expected = ", or ".join(authenticator.expects for authenticator in self._authenticators)
+            raise Unauthenticated(f"who calls? This server wants {expected}")
+        return await matching[0].caller(credentials)
 
 
 def _everybody(settings: IdentitySettings) -> Caller:
     if settings.allow_anonymous:
-        return Caller("anonymous", frozenset(settings.anonymous_roles), quota=settings.quota_of("anonymous"))
-    return Caller.local(settings.quota_of("local"))
+        caller = Caller("anonymous", frozenset(settings.anonymous_roles), quota=settings.quota_of("anonymous"))
+    else:
+        caller = Caller.local(settings.quota_of("local"))
+    level = logging.WARNING if settings.allow_anonymous else logging.INFO
+    LOG.log(
+        level, "nobody is asked who calls", extra={"fields": {"caller": caller.name, "roles": sorted(caller.roles)}}
+    )
+    return caller
 
 
-# The one table of what each RPC needs, and the checks against it.
+# --- what each RPC needs
 
 
-class Anybody(Enum):
-    """Who else than the holder of a role."""
+class Access(Enum):
+    """What an RPC needs that needs no role."""
 
-    AT_ALL = "at all"
+    PUBLIC = "public"
     """Nobody is asked who calls."""
-    WHO_IS_KNOWN = "who is known"
+    AUTHENTICATED = "authenticated"
     """Every caller that the server knows, whatever its roles."""
 
 
-Need: TypeAlias = Role | Anybody
+Need: TypeAlias = Role | Access
 
-Table: TypeAlias = Mapping[str, Need]
+RoleTable: TypeAlias = Mapping[str, Need]
 """By gRPC's name of the method."""
 
 _NEEDS: Mapping[str, Mapping[str, Need]] = {
@@ -118,28 +121,28 @@ _NEEDS: Mapping[str, Mapping[str, Need]] = {
         "Rollback": Role.POLICY_WRITE,
     },
     "saeguard.v1.ServerInfoService": {
-        "GetServerInfo": Anybody.WHO_IS_KNOWN,
+        "GetServerInfo": Access.AUTHENTICATED,
     },
     "grpc.health.v1.Health": {
-        "Check": Anybody.AT_ALL,
-        "Watch": Anybody.AT_ALL,
+        "Check": Access.PUBLIC,
+        "Watch": Access.PUBLIC,
     },
 }
 
-_SECOND_PERSON: Table = {
+_SECOND_PERSON: RoleTable = {
     "/saeguard.v1.PolicyService/ActivateRevision": Role.POLICY_APPROVE,
     "/saeguard.v1.PolicyService/Rollback": Role.POLICY_APPROVE,
     "/saeguard.v1.GenerationService/Compare": Role.POLICY_APPROVE,
 }
 
 
-def role_table(second_person: bool) -> Table:
+def role_table(second_person: bool) -> RoleTable:
     """What each method needs, on a server that wants a second person for activations or does not."""
     needs = {f"/{service}/{method}": need for service, methods in _NEEDS.items() for method, need in methods.items()}
     return {**needs, **_SECOND_PERSON} if second_person else needs
 
 
-def needed_role(needs: Table, method: str) -> Need:
+def needed_role(needs: RoleTable, method: str) -> Need:
     """What a caller of this method needs.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from saeguard.catalog import Activation
+from saeguard.catalog import Activation, Revision
 from saeguard_server.caller import Caller, Role
 from saeguard_server.errors import Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
 from saeguard_server.policy.document import PolicyDiff, policy_changes
@@ -20,7 +20,6 @@ from saeguard_server.policy.store.protocol import (
     MAX_REASON_CHARS,
     NO_REVISION,
     Active,
-    Change,
     ContentRefused,
     PolicyStore,
     StoreError,
@@ -149,11 +148,11 @@ class Administration:
             try:
                 return await self._store.active()
             except ContentRefused as err:
-                if err.kept is None:
+                if err.in_force is None:
                     raise
-                return err.kept
+                return err.in_force
 
-    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
+    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
         """Revisions, newest first."""
         async with self._stored():
             return await self._store.changes(limit=limit, before=before)

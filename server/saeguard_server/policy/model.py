@@ -1,6 +1,6 @@
-"""The nouns: a policy and its rules, a revision of all policies, what is active; valid in themselves once they exist.
+"""The nouns: a policy and its rules, a revision of all policies; valid in themselves once they exist.
 
-Whether features exist and digests match is for ``checking`` to say, which knows what is served.
+Whether features exist and digests match is for ``compile`` to say, which knows what is served.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
-from math import isfinite
 from typing import Literal, TypeAlias, get_args
 
-from saeguard.types import FeatureRef, Intervention, Trigger, check_edited_once
-from saeguard_sae.edits import FLOAT32_MAX
+from saeguard.checks import (
+    FieldError,
+    check_bool,
+    check_choice,
+    check_instance,
+    check_limit,
+    check_number,
+    check_text,
+    store,
+    store_several,
+    store_texts,
+)
+from saeguard.types import EDITS, FeatureRef, Intervention, Trigger, check_edited_once
 
 Mode: TypeAlias = Literal["off", "shadow", "enforce"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -25,6 +35,24 @@ MAX_RULES = 1024
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
+def check_name(field: str, name: str) -> None:
+    """Names go into metrics, logs and file names.
+
+    Raises:
+        FieldError: not lower-case letters, digits and ``.``, ``_``, ``-`` between them, at most 63.
+    """
+    if not _NAME.fullmatch(check_text(field, name)):
+        raise FieldError(field, f"must be 1 to 63 of a-z, 0-9 and, not at an end, . _ -; got {name!r}")
+
+
+def store_share(of: object, field: str) -> None:
+    """A number from 0 to 1."""
+    share = check_number(field, getattr(of, field))
+    if not 0.0 <= share <= 1.0:
+        raise FieldError(field, f"must be 0 to 1, got {share}")
+    store(of, field, share)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """Whose requests: each list that is not empty must hold the caller, one of its tags, or the model."""
@@ -32,6 +60,10 @@ class Target:
     callers: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("callers", "tags", "models"):
+            store_texts(self, field)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +77,8 @@ class Rollout:
     by: HashBy = "caller"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"share: must be 0 to 1, got {self.share}")
-        if self.by not in HASHED_BY:
-            raise ValueError(f"by: must be one of {', '.join(HASHED_BY)}, got {self.by!r}")
+        store_share(self, "share")
+        check_choice("by", self.by, HASHED_BY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +90,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
+        check_instance("intervention", self.intervention, EDITS, "an edit such as Zero or Clamp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +105,14 @@ class PolicyLimits:
     denied_features: tuple[FeatureRef, ...] = ()
 
     def __post_init__(self) -> None:
-        limit = self.max_relative_edit
-        if limit is not None and not (isfinite(limit) and 0.0 < limit <= FLOAT32_MAX):
-            raise ValueError(f"max_relative_edit: must be finite and above 0, got {limit}")
+        if self.max_relative_edit is not None:
+            store(self, "max_relative_edit", check_limit("max_relative_edit", self.max_relative_edit))
+        if self.allowed_saes is not None:
+            store_texts(self, "allowed_saes")
+        store_texts(self, "denied_saes")
+        if self.allowed_features is not None:
+            store_several(self, "allowed_features", FeatureRef, "a feature")
+        store_several(self, "denied_features", FeatureRef, "a feature")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +124,13 @@ class Pins:
     """Pairs of an SAE's name and digest, in the order of the names."""
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            check_text("model", self.model)
+        for name, digest in self.saes:
+            check_text(f"saes.{name}", digest)
         names = [name for name, _ in self.saes]
         if names != sorted(set(names)):
-            raise ValueError("saes: must be in the order of their names, each once")
+            raise FieldError("saes", "must be in the order of their names, each once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,26 +156,29 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        if self.mode not in MODES:
-            raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if not 0.0 <= self.counterfactual_share <= 1.0:
-            raise ValueError(f"counterfactual_share: must be 0 to 1, got {self.counterfactual_share}")
+        check_choice("mode", self.mode, MODES)
+        check_text("description", self.description)
+        check_text("owner", self.owner)
+        store_several(self, "rules", Rule, "a rule")
+        store_several(self, "triggers", Trigger, "a trigger")
+        store_share(self, "counterfactual_share")
+        check_bool("requires_audit", self.requires_audit)
         if self.expires is not None and self.expires.tzinfo is None:
-            raise ValueError("expires: must have a time zone, such as 2027-01-31T00:00:00Z")
+            raise FieldError("expires", "must have a time zone, such as 2027-01-31T00:00:00Z")
         if not (self.rules or self.triggers or self.limits != PolicyLimits()):
-            raise ValueError("rules: a policy must have rules, triggers or limits")
+            raise FieldError("rules", "a policy must have rules, triggers or limits")
         self._check_names()
-        check_edited_once(tuple(rule.intervention for rule in self.rules))
+        check_edited_once([rule.intervention for rule in self.rules])
 
     def _check_names(self) -> None:
         names = [rule.name for rule in self.rules] + [trigger.name for trigger in self.triggers]
         if len(names) > MAX_RULES:
-            raise ValueError(f"rules: at most {MAX_RULES} rules and triggers, got {len(names)}")
+            raise FieldError("rules", f"at most {MAX_RULES} rules and triggers, got {len(names)}")
         for index, trigger in enumerate(self.triggers):
             check_name(f"triggers[{index}].name", trigger.name)
         for name, times in Counter(names).items():
             if times > 1:
-                raise ValueError(f"rules: the name {name!r} is given twice")
+                raise FieldError("rules", f"the name {name!r} is given twice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,13 +191,3 @@ class PolicyRevision:
     author: str
     time: datetime
     reason: str
-
-
-def check_name(field: str, name: str) -> None:
-    """Names go into metrics, logs and file names.
-
-    Raises:
-        ValueError: not lower-case letters, digits and ``.``, ``_``, ``-`` between them, at most 63.
-    """
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{field}: must be 1 to 63 of a-z, 0-9 and, not at an end, . _ -; got {name!r}")

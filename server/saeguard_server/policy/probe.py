@@ -11,10 +11,14 @@ whole. Labels and a ``description`` are for people.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TypeAlias
 
 import msgspec
 
+from saeguard.checks import FieldError
 from saeguard.types import MAX_TERMS, Term
 
 
@@ -28,6 +32,26 @@ class LinearProbe:
 
     terms: tuple[Term, ...]
     bias: float
+
+
+ProbeReader: TypeAlias = Callable[[str], LinearProbe]
+"""The probe in a file of that name, for conditions that name one. Raises ValueError."""
+
+
+def no_probes(name: str) -> LinearProbe:
+    """Where there are no files."""
+    raise ValueError("files of probes are only read where the policy is read from files")
+
+
+def probe_in_files(files: Mapping[str, str], yaml_name: str, name: str) -> LinearProbe:
+    """From one of the texts that came with the policy's, in its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"must be a file in the policy's folder, got {name!r}")
+    place = str(PurePosixPath(yaml_name).parent / path)
+    if place not in files:
+        raise ValueError(f"there is no file {place!r}")
+    return parse_probe(files[place])
 
 
 class _Term(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,31 +83,20 @@ def parse_probe(text: str | bytes) -> LinearProbe:
         raise BadProbe(str(err)) from err
     if (probe.terms is None) == (probe.weights is None):
         raise BadProbe("must have one of terms and weights")
-    terms = _dense(probe) if probe.weights is not None else _listed(probe)
-    if not 1 <= len(terms) <= MAX_TERMS:
-        raise BadProbe(f"must have 1 to {MAX_TERMS} weights that are not 0, got {len(terms)}")
-    return LinearProbe(terms, probe.bias)
-
-
-def _dense(probe: _Probe) -> tuple[Term, ...]:
-    if probe.sae is None:
+    if probe.weights is not None and probe.sae is None:
         raise BadProbe("sae: must be set with weights")
-    given = [(f"weights[{feature}]", feature, weight) for feature, weight in enumerate(probe.weights or ()) if weight]
-    return tuple(_term(where, probe.sae, feature, weight) for where, feature, weight in given)
+    weights = {f"weights[{i}]": _Term(feature=i, weight=w) for i, w in enumerate(probe.weights or ()) if w}
+    listed = weights or {f"terms[{i}]": term for i, term in enumerate(probe.terms or ())}
+    if not 1 <= len(listed) <= MAX_TERMS:
+        raise BadProbe(f"must have 1 to {MAX_TERMS} weights that are not 0, got {len(listed)}")
+    return LinearProbe(tuple(_term(path, term, probe.sae) for path, term in listed.items()), probe.bias)
 
 
-def _listed(probe: _Probe) -> tuple[Term, ...]:
-    found = []
-    for index, one in enumerate(probe.terms or ()):
-        sae = one.sae or probe.sae
-        if sae is None:
-            raise BadProbe(f"terms[{index}].sae: must be set, here or for the whole probe")
-        found.append(_term(f"terms[{index}]", sae, one.feature, one.weight))
-    return tuple(found)
-
-
-def _term(where: str, sae: str, feature: int, weight: float) -> Term:
+def _term(path: str, term: _Term, sae: str | None) -> Term:
+    name = term.sae or sae
+    if name is None:
+        raise BadProbe(f"{path}.sae: must be set, here or for the whole probe")
     try:
-        return Term(sae, feature, weight)
-    except ValueError as err:
-        raise BadProbe(f"{where}.{err}") from err
+        return Term(name, term.feature, term.weight)
+    except FieldError as err:
+        raise BadProbe(str(err.within(path))) from err

@@ -19,7 +19,7 @@ from saeguard_server.observe import Metrics
 from saeguard_server.policy.administration import Administration
 from saeguard_server.policy.compile import Policies, Snapshot, build_snapshot, check_or_refuse
 from saeguard_server.policy.model import Policy
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import (
     Active,
     ContentRefused,

@@ -1,4 +1,4 @@
-"""The frame around every RPC: request id, caller, deadline, drain, errors to statuses, metrics, one log line.
+"""What surrounds every RPC: ``RpcInterceptor`` lists it, and the rest of the file is its parts in the same order.
 
 Handlers are rebuilt in the writer style (a coroutine and ``context.write``), so that a cancelled RPC closes its
 generators at once and not when they are collected.
@@ -42,20 +42,192 @@ from saeguard_server.errors import (
     PolicyRefusal,
     QuotaExceeded,
     ReadOnlyStore,
+    RequestFieldError,
     SaeguardError,
     Unauthenticated,
     Unavailable,
     UnknownName,
 )
 from saeguard_server.identity import auth
-from saeguard_server.identity.api_keys import Presented
 from saeguard_server.identity.auth import Identity
+from saeguard_server.identity.credentials import Credentials
 from saeguard_server.observe import REQUEST_ID, Metrics
 
-# The one table from our errors to gRPC's statuses, and the google.rpc details that every failure carries.
+LOG = logging.getLogger("saeguard.rpc")
 
+# gRPC's generic types, spelled once; for annotations only.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 DOMAIN = "saeguard.v1"
+OWN_METHODS = "/saeguard."
+"""Methods that the deadline and the drain apply to; health and reflection outlive both."""
+REQUEST_ID_KEY = "x-request-id"
+MESSAGE_BYTES = 512
+"""A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
+ALMOST_OVER_S = 0.01
+"""The core cancels at the deadline; its clock and ours differ by less than this."""
+CORE_ENDS_WITHIN_S = 1.0
+"""How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
+
+
+class RpcInterceptor(grpc.aio.ServerInterceptor):
+    """Around unary-unary and unary-stream handlers, in this order; others, as reflection's, pass untouched.
+
+    1. The request id and the deadline: ``enter_call``.
+    2. Counters and one log line: ``RpcRecord``.
+    3. Errors to statuses: ``RpcStatus``, ``rpc_failure``.
+    4. A refusal while the server drains: ``RpcLimiter.rpc``.
+    5. The deadline, where it is ours to impose.
+    6. Who calls and whether it may: ``AuthInterceptor``.
+    7. The message is parsed, the handler runs, headers and replies are sent.
+
+    ``open`` counts the RPCs inside it, health's too.
+    """
+
+    def __init__(
+        self, metrics: Metrics, limiter: RpcLimiter, authentication: AuthInterceptor, max_deadline_s: float
+    ) -> None:
+        self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
+        self._max_deadline_s = max_deadline_s
+        self.open = InFlight()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """The handler of this RPC inside the chain."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            # For None, an unknown method, the core answers UNIMPLEMENTED.
+            return handler  # type: ignore[return-value]
+        method = handler_call_details.method
+
+        async def run(raw: bytes, context: Context) -> Any:
+            return await self._run(handler, method, raw, context)
+
+        # No deserializer: bytes that are no message are answered by us, with details, and not by the core.
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(run, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(run, None, handler.response_serializer)
+
+    async def _run(self, handler: Handler, method: str, raw: bytes, context: Context) -> Any:
+        is_own = method.startswith(OWN_METHODS)
+        call = enter_call(context, self._max_deadline_s if is_own else inf)
+        record = RpcRecord(self._metrics, method, handler, context.peer())
+        status = RpcStatus(context)
+        try:
+            with self.open, status, self._limiter.rpc() if is_own else nullcontext():
+                async with asyncio.timeout(call.deadline - time.monotonic() if is_own else None) as status.timeout:
+                    caller = await self._authentication.authenticate(context, method)
+                    record.caller = caller.name
+                    self._authentication.authorize(caller, method)
+                    call = identified_call(call, caller)
+                    return await _serve(handler, _parsed(handler, raw), context, record, call)
+        finally:
+            record.close(status.code, status.error, logging.INFO if is_own else logging.DEBUG)
+        # Only reached when ``status`` holds an error.
+        assert status.error is not None
+        if status.is_for_the_core:
+            # It cancels us here, at the latest when its clock says that the caller's time is over.
+            await asyncio.sleep(CORE_ENDS_WITHIN_S)
+        return await context.abort_with_status(rpc_failure(status.error, call.request_id))
+
+
+# --- 1. The call, for whoever handles it
+
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_CURRENT: ContextVar[Call] = ContextVar("call")
+
+
+def current_call() -> Call:
+    """The RPC that the running handler serves."""
+    return _CURRENT.get()
+
+
+def enter_call(context: Context, max_deadline_s: float) -> Call:
+    """Begins a call: the caller's request id where it is safe to log, and a deadline that is not too far."""
+    left = context.time_remaining()
+    deadline = time.monotonic() + min(inf if left is None else left, max_deadline_s)
+    call = Call(_request_id(context), deadline, NOBODY)
+    _CURRENT.set(call)
+    REQUEST_ID.set(call.request_id)
+    return call
+
+
+def identified_call(call: Call, caller: Caller) -> Call:
+    """The same call once it is known who calls."""
+    call = replace(call, caller=caller)
+    _CURRENT.set(call)
+    return call
+
+
+def _request_id(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+# --- 2. Counters under the names gRPC dashboards expect, and one log line
+
+
+CODE_NAMES = {code: "".join(word.title() for word in code.name.split("_")) for code in grpc.StatusCode} | {
+    # As grpc-go spells them, where these metrics come from.
+    grpc.StatusCode.OK: "OK",
+    grpc.StatusCode.CANCELLED: "Canceled",
+}
+
+
+class RpcRecord:
+    """Follows one RPC, of one request message, from its start to ``close``."""
+
+    def __init__(self, metrics: Metrics, method: str, handler: Handler, peer: str) -> None:
+        _, service, name = method.split("/")
+        self._labels = ("server_stream" if handler.response_streaming else "unary", service, name)
+        self._metrics = metrics
+        self._method = method
+        self.caller: str | None = None
+        """Who calls, once that is known."""
+        # Now: it is empty after a deadline.
+        self._peer = peer
+        self._began = time.perf_counter()
+        self._sent = metrics.messages_sent.labels(*self._labels)
+        self._messages = 0
+        metrics.rpcs_started.labels(*self._labels).inc()
+        metrics.messages_received.labels(*self._labels).inc()
+
+    def sent(self) -> None:
+        """A message went out."""
+        self._messages += 1
+        self._sent.inc()
+
+    def close(self, code: grpc.StatusCode, error: SaeguardError | None, level: int) -> None:
+        """The RPC has ended."""
+        seconds = time.perf_counter() - self._began
+        self._metrics.rpcs_handled.labels(*self._labels, CODE_NAMES[code]).inc()
+        self._metrics.handling_seconds.labels(*self._labels).observe(seconds)
+        fields: dict[str, object] = {
+            "method": self._method,
+            "code": code.name,
+            "seconds": round(seconds, 6),
+            "messages": self._messages,
+            "peer": self._peer,
+        }
+        if self.caller is not None:
+            fields["caller"] = self.caller
+        if error is not None:
+            # Reason and field, never the message: that quotes the caller.
+            fields["reason"] = error.reason
+        if isinstance(error, RequestFieldError):
+            fields["field"] = error.field
+        LOG.log(level, "rpc", extra={"fields": fields})
+
+
+# --- 3. How an RPC ended
+
 
 STATUS: Mapping[type[SaeguardError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -76,91 +248,6 @@ STATUS: Mapping[type[SaeguardError], grpc.StatusCode] = {
     NonFiniteOutput: grpc.StatusCode.FAILED_PRECONDITION,
     InternalFailure: grpc.StatusCode.INTERNAL,
 }
-
-MESSAGE_BYTES = 512
-"""A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
-
-
-@dataclass(frozen=True, slots=True)
-class RpcFailure(grpc.Status):
-    """What abort_with_status takes: abort_with_status sends these trailers and ignores those set on the context."""
-
-    code: grpc.StatusCode
-    details: str
-    trailing_metadata: tuple[tuple[str, str | bytes], ...]
-
-
-def rpc_failure(error: SaeguardError, request_id: str) -> RpcFailure:
-    """The status that ends an RPC with ``error``."""
-    code = STATUS[type(error)]
-    message = _public_message(error, request_id)
-    number: int = code.value[0]
-    rich = status_pb2.Status(code=number, message=message)
-    for detail in _details(error, request_id):
-        rich.details.append(_packed(detail))
-    trailers: tuple[tuple[str, str | bytes], ...] = (*rpc_status.to_status(rich).trailing_metadata,)
-    trailers += (("x-request-id", request_id),)
-    retry_after_s = _retry_after_s(error)
-    if isinstance(error, QuotaExceeded) and retry_after_s is None:
-        # Below 0 is "never": the same request would be refused each time.
-        trailers += (("grpc-retry-pushback-ms", "-1"),)
-    if retry_after_s is not None:
-        trailers += (("grpc-retry-pushback-ms", str(round(retry_after_s * 1000))),)
-    return RpcFailure(code, message, trailers)
-
-
-def _public_message(error: SaeguardError, request_id: str) -> str:
-    if isinstance(error, InternalFailure):
-        return f"internal error; the server's log has more under request id {request_id}"
-    return _short(error.message)
-
-
-def _details(error: SaeguardError, request_id: str) -> list[Message]:
-    info = error_details_pb2.ErrorInfo(
-        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **error.facts}
-    )
-    details: list[Message] = [info]
-    if isinstance(error, InvalidRequest | UnknownName | PolicyRefusal):
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=_short(error.description), reason=error.reason
-        )
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    retry_after_s = _retry_after_s(error)
-    if retry_after_s is not None:
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
-        details.append(retry)
-    return details
-
-
-def _retry_after_s(error: SaeguardError) -> float | None:
-    return error.retry_after_s if isinstance(error, Overloaded | QuotaExceeded | Unavailable) else None
-
-
-def _packed(detail: Message) -> AnyMessage:
-    wrapped = AnyMessage()
-    wrapped.Pack(detail)
-    return wrapped
-
-
-def _short(text: str) -> str:
-    """At most MESSAGE_BYTES of it, never half a character."""
-    encoded = text.encode(errors="replace")
-    if len(encoded) <= MESSAGE_BYTES:
-        return text
-    return encoded[: MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
-
-
-# How an RPC ended: turns whatever left the handler into one of our errors, or lets the core's own way out pass.
-
-
-LOG = logging.getLogger("saeguard.rpc")
-
-ALMOST_OVER_S = 0.01
-"""The core cancels at the deadline; its clock and ours differ by less than this."""
-
-CORE_ENDS_WITHIN_S = 1.0
-"""How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
 
 
 class RpcStatus:
@@ -186,12 +273,12 @@ class RpcStatus:
         if isinstance(error, grpc.aio.AbortError):
             self.code = _as_code(self._context.code())
             return False
-        if isinstance(error, asyncio.CancelledError) and _is_ours_to_leave():
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
             self.code = grpc.StatusCode.DEADLINE_EXCEEDED if self._is_late() else grpc.StatusCode.CANCELLED
             return False
         if not isinstance(error, Exception | asyncio.CancelledError):
             return False
-        self.error = self._ours(error)
+        self.error = self._own_error(error)
         self.code = STATUS[type(self.error)]
         return True
 
@@ -207,7 +294,7 @@ class RpcStatus:
         left = self._context.time_remaining()
         return left is not None and left <= ALMOST_OVER_S
 
-    def _ours(self, error: BaseException) -> SaeguardError:
+    def _own_error(self, error: BaseException) -> SaeguardError:
         if isinstance(error, TimeoutError) and self.timeout is not None and self.timeout.expired():
             return DeadlineExceeded("the time allowed for this request is over")
         if isinstance(error, SaeguardError) and not isinstance(error, InternalFailure):
@@ -216,7 +303,7 @@ class RpcStatus:
         return error if isinstance(error, InternalFailure) else InternalFailure("unexpected error")
 
 
-def _is_ours_to_leave() -> bool:
+def _is_cancelled() -> bool:
     """Whether this task was asked to stop, rather than something it waited for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -226,135 +313,99 @@ def _as_code(code: grpc.StatusCode | int) -> grpc.StatusCode:
     """The aio context gives the number where the annotation promises the enum."""
     if isinstance(code, grpc.StatusCode):
         return code
-    return next(one for one in grpc.StatusCode if one.value[0] == code)
+    return next(status for status in grpc.StatusCode if status.value[0] == code)
 
 
-# What one RPC leaves behind: counters under the names gRPC dashboards expect, and one log line.
+@dataclass(frozen=True, slots=True)
+class RpcFailure(grpc.Status):
+    """What abort_with_status takes: abort_with_status sends these trailers and ignores those set on the context."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
-CODE_NAMES = {code: "".join(word.title() for word in code.name.split("_")) for code in grpc.StatusCode} | {
-    # As grpc-go spells them, where these metrics come from.
-    grpc.StatusCode.OK: "OK",
-    grpc.StatusCode.CANCELLED: "Canceled",
-}
+def rpc_failure(error: SaeguardError, request_id: str) -> RpcFailure:
+    """The status that ends an RPC with ``error``."""
+    code = STATUS[type(error)]
+    message = _public_message(error, request_id)
+    number: int = code.value[0]
+    rich = status_pb2.Status(code=number, message=message)
+    for detail in _details(error, request_id):
+        rich.details.append(_packed(detail))
+    trailers: tuple[tuple[str, str | bytes], ...] = (*rpc_status.to_status(rich).trailing_metadata,)
+    trailers += (("x-request-id", request_id),)
+    if error.retry_after_s is not None:
+        trailers += (("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))),)
+    elif isinstance(error, QuotaExceeded):
+        # Below 0 is "never": the same request would be refused each time.
+        trailers += (("grpc-retry-pushback-ms", "-1"),)
+    return RpcFailure(code, message, trailers)
 
 
-class RpcRecord:
-    """Follows one RPC from its start to ``close``."""
-
-    def __init__(self, metrics: Metrics, method: str, kind: str, peer: str) -> None:
-        _, service, name = method.split("/")
-        self._labels = (kind, service, name)
-        self._metrics = metrics
-        self._method = method
-        self.caller: str | None = None
-        """Who calls, once that is known."""
-        # Now: it is empty after a deadline.
-        self._peer = peer
-        self._began = time.perf_counter()
-        self._sent = metrics.messages_sent.labels(*self._labels)
-        self._messages = 0
-        metrics.rpcs_started.labels(*self._labels).inc()
-
-    def received(self) -> None:
-        """A message came in."""
-        self._metrics.messages_received.labels(*self._labels).inc()
-
-    def sent(self) -> None:
-        """A message went out."""
-        self._messages += 1
-        self._sent.inc()
-
-    def close(self, code: grpc.StatusCode, error: SaeguardError | None, level: int) -> None:
-        """The RPC has ended."""
-        seconds = time.perf_counter() - self._began
-        self._metrics.rpcs_handled.labels(*self._labels, CODE_NAMES[code]).inc()
-        self._metrics.handling_seconds.labels(*self._labels).observe(seconds)
-        fields: dict[str, object] = {
-            "method": self._method,
-            "code": code.name,
-            "seconds": round(seconds, 6),
-            "messages": self._messages,
-            "peer": self._peer,
-        }
-        if self.caller is not None:
-            fields["caller"] = self.caller
-        if error is not None:
-            # Reason and field, never the message: that quotes the caller.
-            fields["reason"] = error.reason
-        if isinstance(error, InvalidRequest | PolicyRefusal | UnknownName):
-            fields["field"] = error.field
-        LOG.log(level, "rpc", extra={"fields": fields})
+def _public_message(error: SaeguardError, request_id: str) -> str:
+    if isinstance(error, InternalFailure):
+        return f"internal error; the server's log has more under request id {request_id}"
+    return _short(error.message)
 
 
-# One RPC from the inside: its id and its deadline, for whoever handles it.
+def _details(error: SaeguardError, request_id: str) -> list[Message]:
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **error.facts}
+    )
+    details: list[Message] = [info]
+    if isinstance(error, RequestFieldError):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=_short(error.description), reason=error.reason
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(retry)
+    return details
 
 
-REQUEST_ID_KEY = "x-request-id"
-_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-
-_CURRENT: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    """The RPC that the running handler serves."""
-    return _CURRENT.get()
+def _packed(detail: Message) -> AnyMessage:
+    wrapped = AnyMessage()
+    wrapped.Pack(detail)
+    return wrapped
 
 
-def enter_call(context: Context, max_deadline_s: float) -> Call:
-    """Begins a call: the request id where it is sane, and the deadline where it is not too far. Nobody calls yet."""
-    left = context.time_remaining()
-    deadline = time.monotonic() + min(inf if left is None else left, max_deadline_s)
-    call = Call(_request_id(context), deadline, NOBODY)
-    _CURRENT.set(call)
-    return call
+def _short(text: str) -> str:
+    """At most MESSAGE_BYTES of it, never half a character."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= MESSAGE_BYTES:
+        return text
+    return encoded[: MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
 
 
-def identified_call(call: Call, caller: Caller) -> Call:
-    """The same call once it is known who calls."""
-    call = replace(call, caller=caller)
-    _CURRENT.set(call)
-    return call
+# --- 6. Who calls, and whether it may
 
 
-def _request_id(context: Context) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _SANE_ID.fullmatch(value):
-            return value
-    return uuid.uuid4().hex
-
-
-# Who is at the door, and may it come in: from gRPC's metadata and certificate to a caller that may call the method.
-
-
-AUTHORIZATION = "authorization"
-COUNTED_AS = {Unauthenticated: "unauthenticated", PermissionDenied: "permission_denied"}
+REFUSAL_REASONS = {Unauthenticated: "unauthenticated", PermissionDenied: "permission_denied"}
 
 
 class AuthInterceptor:
     """Asks once for every RPC."""
 
-    def __init__(self, identity: Identity, needs: auth.Table, metrics: Metrics) -> None:
+    def __init__(self, identity: Identity, needs: auth.RoleTable, metrics: Metrics) -> None:
         self._identity, self._needs, self._refusals = identity, needs, metrics.refusals
 
-    async def recognise(self, context: Context, method: str) -> Caller:
-        """Who calls; nobody in particular where nobody is asked.
+    async def authenticate(self, context: Context, method: str) -> Caller:
+        """Who calls; nobody in particular where the method is public.
 
         Raises:
             Unauthenticated: it is not known who it is.
             Unavailable, Overloaded: that cannot be found out now.
         """
         with self._counted():
-            if auth.needed_role(self._needs, method) is auth.Anybody.AT_ALL:
+            if auth.needed_role(self._needs, method) is auth.Access.PUBLIC:
                 return NOBODY
-            return await self._identity.caller(_presented(context))
+            return await self._identity.caller(_credentials(context))
 
-    def check(self, caller: Caller, method: str) -> None:
-        """Whether this caller may call the method.
-
-        Raises:
-            PermissionDenied: it has not the role.
-        """
+    def authorize(self, caller: Caller, method: str) -> None:
+        """Raises PermissionDenied where the caller has not the method's role."""
         with self._counted():
             auth.check_role(caller, auth.needed_role(self._needs, method), method.rpartition("/")[2])
 
@@ -363,124 +414,54 @@ class AuthInterceptor:
         try:
             yield
         except (Unauthenticated, PermissionDenied) as err:
-            self._refusals.labels(COUNTED_AS[type(err)]).inc()
+            self._refusals.labels(REFUSAL_REASONS[type(err)]).inc()
             raise
 
 
-def _presented(context: Context) -> Presented:
+def _credentials(context: Context) -> Credentials:
     metadata = context.invocation_metadata() or ()
     # The core gives a certificate's names only once it has verified the certificate.
-    shown: Mapping[str, Iterable[bytes]] = context.auth_context()
-    spiffe_ids = _names(shown, "peer_spiffe_id")
-    return Presented(
-        authorization=tuple(value for key, value in metadata if key == AUTHORIZATION and isinstance(value, str)),
-        spiffe_id=spiffe_ids[0] if spiffe_ids else None,
-        uris=_names(shown, "peer_uri"),
-        dns=_names(shown, "peer_dns"),
+    verified: Mapping[str, Iterable[bytes]] = context.auth_context()
+    spiffe_id, uris, dns = (
+        tuple(name.decode(errors="replace") for name in verified.get(key, ()))
+        for key in ("peer_spiffe_id", "peer_uri", "peer_dns")
+    )
+    return Credentials(
+        authorization=tuple(value for key, value in metadata if key == "authorization" and isinstance(value, str)),
+        spiffe_id=spiffe_id[0] if spiffe_id else None,
+        uris=uris,
+        dns=dns,
     )
 
 
-def _names(shown: Mapping[str, Iterable[bytes]], key: str) -> tuple[str, ...]:
-    return tuple(one.decode(errors="replace") for one in shown[key]) if key in shown else ()
+# --- 7. The handler
 
 
-OURS = "/saeguard."
-"""Methods that the deadline and the drain apply to; health and reflection outlive both."""
-
-
-class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Puts the frame around unary-unary and unary-stream handlers; others, as reflection's, pass untouched.
-
-    ``open`` counts the RPCs inside it, health's too.
-    """
-
-    def __init__(
-        self, metrics: Metrics, admission: RpcLimiter, doorman: AuthInterceptor, max_deadline_s: float
-    ) -> None:
-        self._metrics = metrics
-        self._admission = admission
-        self._doorman = doorman
-        self._max_deadline_s = max_deadline_s
-        self.open = InFlight()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """The handler of this RPC inside the frame."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            # For None, an unknown method, the core answers UNIMPLEMENTED.
-            return handler  # type: ignore[return-value]
-        return self._framed(handler, handler_call_details.method)
-
-    def _framed(self, handler: Handler, method: str) -> Handler:
-        parse = handler.request_deserializer
-        serve = _streamed if handler.response_streaming else _single
-
-        async def framed(raw: bytes, context: Context) -> Any:
-            async def work(record: RpcRecord, call: Call) -> Any:
-                return await serve(handler, _parsed(parse, raw), context, record, call)
-
-            return await self._run(method, "server_stream" if handler.response_streaming else "unary", context, work)
-
-        # No deserializer: bytes that are no message are answered by us, with details, and not by the core.
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(framed, None, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(framed, None, handler.response_serializer)
-
-    async def _run(
-        self, method: str, kind: str, context: Context, work: Callable[[RpcRecord, Call], Awaitable[Any]]
-    ) -> Any:
-        is_ours = method.startswith(OURS)
-        call = enter_call(context, self._max_deadline_s if is_ours else float("inf"))
-        REQUEST_ID.set(call.request_id)
-        record = RpcRecord(self._metrics, method, kind, context.peer())
-        record.received()
-        outcome = RpcStatus(context)
-        try:
-            with self.open, outcome, self._admission.rpc() if is_ours else nullcontext():
-                async with asyncio.timeout(call.deadline - time.monotonic() if is_ours else None) as outcome.timeout:
-                    caller = await self._doorman.recognise(context, method)
-                    record.caller = caller.name
-                    self._doorman.check(caller, method)
-                    return await work(record, identified_call(call, caller))
-        finally:
-            record.close(outcome.code, outcome.error, logging.INFO if is_ours else logging.DEBUG)
-        # Only reached when ``outcome`` holds an error.
-        assert outcome.error is not None
-        if outcome.is_for_the_core:
-            # It cancels us here, at the latest when its clock says that the caller's time is over.
-            await asyncio.sleep(CORE_ENDS_WITHIN_S)
-        return await context.abort_with_status(rpc_failure(outcome.error, call.request_id))
-
-
-def _parsed(parse: Callable[[bytes], Any] | None, raw: bytes) -> Any:
+def _parsed(handler: Handler, raw: bytes) -> Any:
+    parse: Any = handler.request_deserializer
     try:
         return parse(raw) if parse is not None else raw
     except DecodeError as err:
         raise InvalidRequest("request", "these bytes are not a message of the expected type") from err
 
 
-async def _single(handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
-    method: Any = handler.unary_unary
-    reply = await method(request, context)
-    await _send_headers(context, call)
-    record.sent()
-    return reply
-
-
-async def _streamed(handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> None:
-    method: Any = handler.unary_stream
+async def _serve(handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
+    if not handler.response_streaming:
+        unary: Any = handler.unary_unary
+        reply = await unary(request, context)
+        await _send_headers(context, call)
+        record.sent()
+        return reply
+    stream: Any = handler.unary_stream
     is_first = True
-    async with aclosing(method(request, context)) as replies:
+    async with aclosing(stream(request, context)) as replies:
         async for reply in replies:
             if is_first:
                 await _send_headers(context, call)
                 is_first = False
             await context.write(reply)
             record.sent()
+    return None
 
 
 async def _send_headers(context: Context, call: Call) -> None:
@@ -496,9 +477,6 @@ async def _send_headers(context: Context, call: Call) -> None:
         raise
 
 
-# Closes an async generator on every way out, so that a caller who leaves frees its slot at once.
-
-
 T = TypeVar("T")
 
 
@@ -510,11 +488,3 @@ async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
     finally:
         if isinstance(items, AsyncGenerator):
             await items.aclose()
-
-
-# gRPC's generic types, spelled once; for annotations only.
-
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"

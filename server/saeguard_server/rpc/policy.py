@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from saeguard.catalog import (
     Activation,
@@ -21,9 +20,7 @@ from saeguard_server.audit.log import Audit
 from saeguard_server.errors import InvalidRequest, NotConfigured
 from saeguard_server.policy import document
 from saeguard_server.policy.administration import Administration, Written, etag_of
-from saeguard_server.policy.document import PolicyDiff
 from saeguard_server.policy.model import Policy, PolicyRevision
-from saeguard_server.policy.store.protocol import Change
 from saeguard_server.policy.sync import Enforcement
 from saeguard_server.rpc import interceptor
 
@@ -113,9 +110,7 @@ class PolicyServicer(PolicyServiceServicer):
         activations = await self._administration.activations(
             limit=limit, before=request.before_activation if request.HasField("before_activation") else None
         )
-        history = PolicyHistory(
-            revisions=tuple(_revision(change, change.policies) for change in changes), activations=activations
-        )
+        history = PolicyHistory(revisions=changes, activations=activations)
         return to_message(pb.ListHistoryResponse, history)
 
     @property
@@ -151,16 +146,17 @@ def _summary(policy: Policy) -> PolicySummary:
     )
 
 
-def _revision(of: PolicyRevision | Change, diffs: Iterable[PolicyDiff] = ()) -> Revision:
-    diff = "".join(policy.diff for policy in diffs)
-    return Revision(number=of.number, author=of.author, time=of.time, reason=of.reason, diff=diff)
+def _revision(revision: PolicyRevision, diff: str = "") -> Revision:
+    return Revision(
+        number=revision.number, author=revision.author, time=revision.time, reason=revision.reason, diff=diff
+    )
 
 
 def _change(written: Written) -> PolicyChange:
     """What a change came to; of a trial only what would change."""
     diff = "".join(change.diff for change in written.changes)
     return PolicyChange(
-        revision=replace(Revision() if written.revision is None else _revision(written.revision), diff=diff),
+        revision=Revision(diff=diff) if written.revision is None else _revision(written.revision, diff),
         etag=written.etag,
         findings=tuple(PolicyFinding("", warning) for warning in written.warnings),
     )

@@ -1,4 +1,4 @@
-"""The gRPC server: services, the frame around them, health, reflection, the port."""
+"""The gRPC server: its services, interceptor, health, reflection, TLS, the port."""
 
 from __future__ import annotations
 
@@ -33,79 +33,121 @@ from saeguard_server.rpc.interceptor import RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
 from saeguard_server.settings import Address, BadSettings, ServerSettings
-from saeguard_server.watched import Stamp, stamp
+from saeguard_server.watched import WatchedFiles
 
-# TLS from PEM files, which are read again when they change: certificates are renewed under a running server.
+LOG = logging.getLogger("saeguard.server")
+
+SERVICES: tuple[str, ...] = tuple(
+    service.full_name
+    for file in (
+        generation_service_pb2.DESCRIPTOR,
+        activation_service_pb2.DESCRIPTOR,
+        catalog_service_pb2.DESCRIPTOR,
+        policy_service_pb2.DESCRIPTOR,
+        server_info_service_pb2.DESCRIPTOR,
+    )
+    for service in file.services_by_name.values()
+)
+
+HEALTH_SERVICE: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
-TLS_LOG = logging.getLogger("saeguard.tls")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Servicers:
+    """Everything that the server serves."""
+
+    generation: GenerationServicer
+    activation: ActivationServicer
+    catalog: CatalogServicer
+    policy: PolicyServicer
+    server_info: ServerInfoServicer
+    health: Health
 
 
-class Certificates:
-    """The files of one server."""
+def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: ServerSettings) -> grpc.aio.Server:
+    """A server with everything registered; it has no port yet."""
+    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
+    activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
+    catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicers.catalog, server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(servicers.policy, server)
+    server_info_service_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicers.server_info, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicers.health, server)
+    reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+    return server
 
-    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
-        self._certificate = certificate
-        self._key = key
-        self._client_ca = client_ca
-        self._seen: Stamp = ()
 
-    def credentials(self) -> grpc.ServerCredentials:
-        """Server credentials that follow the files.
+def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
+    """Opens the port; the address has the real one where 0 was asked for.
 
-        Raises:
-            BadSettings: a file cannot be read.
-        """
-        try:
-            self._seen = stamp(self._files())
-            first = self._read()
-        except OSError as err:
-            raise BadSettings(f"server.tls_*: {err.filename}: {err.strerror}") from err
-        return grpc.dynamic_ssl_server_credentials(
-            first,
-            self._renewed,  # type: ignore[arg-type]  # None is allowed
-            require_client_authentication=self._client_ca is not None,
-        )
+    Raises:
+        BadSettings: the address is taken or not this machine's, or a TLS file is missing.
+    """
+    address = Address.parse(settings.listen)
+    tls = server_credentials(settings)
+    if tls is None and not address.is_loopback:
+        LOG.warning("listening without TLS beyond this machine", extra={"fields": {"address": str(address)}})
+    try:
+        port = server.add_insecure_port(str(address)) if tls is None else server.add_secure_port(str(address), tls)
+    except RuntimeError as err:
+        raise BadSettings(f"server.listen: {address} cannot be used: it is taken or not an address of ours") from err
+    return Address(address.host, port)
 
-    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called at each handshake: the files where they have changed, None to go on with what there is."""
-        try:
-            found = stamp(self._files())
-            if found == self._seen:
-                return None
-            fresh = self._read()
-        except OSError as err:
-            TLS_LOG.warning("TLS files cannot be read, the old ones stay", extra={"fields": {"problem": err.strerror}})
-            return None
-        self._seen = found
-        TLS_LOG.info("TLS files read again")
-        return fresh
 
-    def _files(self) -> list[Path]:
-        return [self._certificate, self._key, *([self._client_ca] if self._client_ca is not None else [])]
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    options = [
+        # Two servers on one port would share its callers silently.
+        ("grpc.so_reuseport", 0),
+        # The name that the core reads; "min_recv_ping_interval" is found in much code and does nothing.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    if settings.max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)))
+    return options
 
-    def _read(self) -> grpc.ServerCertificateConfiguration:
-        pair = (self._key.read_bytes(), self._certificate.read_bytes())
-        authorities = self._client_ca.read_bytes() if self._client_ca is not None else None
-        return grpc.ssl_server_certificate_configuration([pair], root_certificates=authorities)
+
+# --- TLS
 
 
 def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
-    """What the settings ask for; None is plain text.
+    """What the settings ask for; None is plain text. Files are read again when they change: certificates are renewed.
 
     Raises:
         BadSettings: a file cannot be read.
     """
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
-    client_ca = Path(settings.tls_client_ca) if settings.tls_client_ca is not None else None
-    return Certificates(Path(settings.tls_certificate), Path(settings.tls_key), client_ca).credentials()
+    files = [Path(settings.tls_key), Path(settings.tls_certificate)]
+    files += [Path(settings.tls_client_ca)] if settings.tls_client_ca is not None else []
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        key, certificate, *authorities = (file.read_bytes() for file in files)
+        roots = authorities[0] if authorities else None
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=roots)
+
+    try:
+        watched = WatchedFiles("TLS files", files, read)
+    except OSError as err:
+        raise BadSettings(f"server.tls_*: {err.filename}: {err.strerror}") from err
+    served = watched.current()
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        """Called at each handshake; None goes on with what is served."""
+        nonlocal served
+        if watched.current() is served:
+            return None
+        served = watched.current()
+        return served
+
+    return grpc.dynamic_ssl_server_credentials(
+        served,
+        renewed,  # type: ignore[arg-type]  # None is allowed
+        require_client_authentication=settings.tls_client_ca is not None,
+    )
 
 
-# grpc.health.v1, and who is SERVING when.
-#
-# Not grpc_health's own aio servicer: there, a Watch that ends forgets the other watchers of its service, and one that
-# does not read holds the lock that setting a status needs.
+# --- Health and ServerInfo
 
 
 OVERALL = ""
@@ -120,7 +162,11 @@ POLL_S = 0.25
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Answers for the server as a whole, for ``liveness``, and for each service by its full name."""
+    """Answers for the server as a whole, for ``liveness``, and for each service by its full name.
+
+    Not grpc_health's own aio servicer: there, a Watch that ends forgets the other watchers of its service, and one that
+    does not read holds the lock that setting a status needs.
+    """
 
     def __init__(self, services: Sequence[str]) -> None:
         self._status: dict[str, int] = dict.fromkeys([OVERALL, *services], NOT_SERVING) | {LIVENESS: SERVING}
@@ -165,9 +211,6 @@ class Health(health_pb2_grpc.HealthServicer):
             await asyncio.sleep(POLL_S)
 
 
-# ServerInfoService.
-
-
 class ServerInfoServicer(ServerInfoServiceServicer):
     """Says what this server is and allows."""
 
@@ -177,75 +220,3 @@ class ServerInfoServicer(ServerInfoServiceServicer):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: object) -> pb.GetServerInfoResponse:
         """The same for as long as the server runs."""
         return self._reply
-
-
-LOG = logging.getLogger("saeguard.server")
-
-SERVICES: tuple[str, ...] = tuple(
-    service.full_name
-    for file in (
-        generation_service_pb2.DESCRIPTOR,
-        activation_service_pb2.DESCRIPTOR,
-        catalog_service_pb2.DESCRIPTOR,
-        policy_service_pb2.DESCRIPTOR,
-        server_info_service_pb2.DESCRIPTOR,
-    )
-    for service in file.services_by_name.values()
-)
-
-HEALTH_SERVICE: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Servicers:
-    """Everything that the server serves."""
-
-    generation: GenerationServicer
-    activation: ActivationServicer
-    catalog: CatalogServicer
-    policy: PolicyServicer
-    server_info: ServerInfoServicer
-    health: Health
-
-
-def build_server(servicers: Servicers, frame: RpcInterceptor, settings: ServerSettings) -> grpc.aio.Server:
-    """A server with everything registered; it has no port yet."""
-    server = grpc.aio.server(interceptors=[frame], options=_options(settings))
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
-    activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
-    catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicers.catalog, server)
-    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(servicers.policy, server)
-    server_info_service_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicers.server_info, server)
-    health_pb2_grpc.add_HealthServicer_to_server(servicers.health, server)
-    reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
-    return server
-
-
-def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
-    """Opens the port; the address has the real one where 0 was asked for.
-
-    Raises:
-        BadSettings: the address is taken or not this machine's, or a TLS file is missing.
-    """
-    wanted = Address.parse(settings.listen)
-    secure = server_credentials(settings)
-    if secure is None and not wanted.is_loopback:
-        LOG.warning("listening without TLS beyond this machine", extra={"fields": {"address": str(wanted)}})
-    try:
-        add = server.add_insecure_port(str(wanted)) if secure is None else server.add_secure_port(str(wanted), secure)
-    except RuntimeError as err:
-        raise BadSettings(f"server.listen: {wanted} cannot be used: it is taken or not an address of ours") from err
-    return Address(wanted.host, add)
-
-
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
-    options = [
-        # Two servers on one port would share its callers silently.
-        ("grpc.so_reuseport", 0),
-        # The name that the core reads; "min_recv_ping_interval" is found in much code and does nothing.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-    ]
-    if settings.max_connection_age_s is not None:
-        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)))
-    return options

@@ -28,7 +28,7 @@ from saeguard_server.errors import PoliciesUnavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.policy import compile
 from saeguard_server.policy.compile import Policies, Snapshot
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import Active
 from saeguard_server.policy.sync import PolicySync
 

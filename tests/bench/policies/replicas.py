@@ -28,7 +28,7 @@ from bench.policies.replica import LAYERS
 from bench.report import met, say
 from saeguard.types import Cap
 from saeguard_server.policy.model import Policy, Rule
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import PolicyStore
 from support.postgres import PostgresServer, folder_of_binaries, postgres_server
 

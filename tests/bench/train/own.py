@@ -41,7 +41,7 @@ class Own:
         for x in batches:
             self._learner.step(x)
             if self._learner.steps % LOG_EVERY == 0:
-                self._learner.progress()
+                self._learner.metrics()
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As exported."""

@@ -19,6 +19,7 @@ from saeguard_sae.coders import MatchingPursuit, Temporal
 from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, JumpReLU, ReLU, TopK
 from saeguard_sae.formats.parsed import ParsedSae
 from saeguard_sae.loading import LoadedSae, OpenedSae, bind
+from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import Site
 
 MID = 1
@@ -318,13 +319,13 @@ def test_features_are_never_held_all_at_once(worlds: Worlds, loaded: Any, monkey
     sae = loaded(site, Dictionary(**weights(48, 90, 48), activation=ReLU()))
     whole = measured(world, sae)
     sizes: list[int] = []
-    count = measure.Tally.count
+    count = SaeMetrics.count
 
     def watched(self: Any, features: Tensor) -> None:
         sizes.append(features.numel())
         count(self, features)
 
-    monkeypatch.setattr(measure.Tally, "count", watched)
+    monkeypatch.setattr(SaeMetrics, "count", watched)
     monkeypatch.setattr(measure, "VALUES", 90 * 8)
     parts = measured(world, sae)
     assert max(sizes) == 90 * 8
@@ -336,7 +337,7 @@ def test_features_are_never_held_all_at_once(worlds: Worlds, loaded: Any, monkey
 def test_the_spread_holds_where_the_mean_is_long() -> None:
     """Sums of squares would cancel: the mean is 10,000 deviations away."""
     x = torch.randn(300, 20, generator=torch.Generator().manual_seed(2)) + 1e4
-    one = measure.Tally()
+    one = SaeMetrics(1)
     for part in torch.split(x, 7):
         one.compare(part + 0.5, part)
     spread = (x.double() - x.double().mean(0)).square().sum()
@@ -344,7 +345,7 @@ def test_the_spread_holds_where_the_mean_is_long() -> None:
 
 
 def test_a_target_that_never_changes() -> None:
-    same = measure.Tally()
+    same = SaeMetrics(1)
     same.compare(torch.ones(3, 2), torch.ones(3, 2))
     assert same.fvu == 0
     same.compare(torch.zeros(3, 2), torch.ones(3, 2))

@@ -50,7 +50,7 @@ def act(buffer: Buffer, actions: list[tuple[bool, int]], start: int) -> tuple[li
             buffer.add(numbered(start, n))
             start += n
         else:
-            drawn.append(numbers(buffer.draw(min(n, buffer.held))))
+            drawn.append(numbers(buffer.draw(min(n, buffer.filled))))
     return drawn, start
 
 
@@ -59,8 +59,8 @@ def test_each_token_is_drawn_once(capacity: int, actions: list[tuple[bool, int]]
     buffer = new(capacity)
     drawn, added = act(buffer, actions, 0)
     given_out = [number for some in drawn for number in some]
-    assert buffer.held + buffer.free == capacity
-    rest = numbers(buffer.draw(buffer.held))
+    assert buffer.filled + buffer.free == capacity
+    rest = numbers(buffer.draw(buffer.filled))
     assert sorted(given_out + rest) == list(range(added))
 
 

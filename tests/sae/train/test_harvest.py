@@ -39,7 +39,7 @@ def test_all_sites_of_one_pass_are_what_plain_hooks_see(tmp_path: Path, model_ty
     assert set(found) == set(wanted)
     for site in wanted:
         plain = plain_activations(model.network, model_type, site, rows.ids)
-        assert torch.equal(found[site], plain[rows.kept]), site
+        assert torch.equal(found[site], plain[rows.mask]), site
 
 
 def test_the_residual_stream_is_transformers_own(llama: LanguageModel) -> None:
@@ -48,12 +48,12 @@ def test_the_residual_stream_is_transformers_own(llama: LanguageModel) -> None:
     sites = [Site(0, "resid_pre"), Site(0, "resid_post"), Site(1, "resid_post")]
     found = Harvester(llama, sites).read(rows)
     for site, state in zip(sites, states, strict=False):
-        assert torch.equal(found[site], state[rows.kept])
+        assert torch.equal(found[site], state[rows.mask])
 
 
 def test_what_the_norm_makes_of_the_stream(llama: LanguageModel) -> None:
     rows, site = some_rows(73), Site(1, "mlp_normalized")
-    x = plain_activations(llama.network, "llama", Site(1, "mlp_read"), rows.ids)[rows.kept].double()
+    x = plain_activations(llama.network, "llama", Site(1, "mlp_read"), rows.ids)[rows.mask].double()
     eps = llama.config.rms_norm_eps
     wanted = x / (x.square().mean(dim=1, keepdim=True) + eps).sqrt()
     torch.testing.assert_close(Harvester(llama, [site]).read(rows)[site].double(), wanted, rtol=1e-5, atol=1e-5)
@@ -116,7 +116,7 @@ def test_widths(llama: LanguageModel) -> None:
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite(llama: LanguageModel, worst: float) -> None:
     rows, site = some_rows(76), Site(1, "resid_post")
-    rows.kept[1, 7] = True
+    rows.mask[1, 7] = True
 
     def spoil(_: object, __: object, out: Tensor) -> Tensor:
         out[1, 7, 3] = worst
@@ -127,7 +127,7 @@ def test_activations_that_are_not_finite(llama: LanguageModel, worst: float) -> 
         with pytest.raises(TrainError) as caught:
             Harvester(llama, [Site(0, "resid_post"), site]).read(rows)
         # What SAEs do not learn from may be what it is.
-        rows.kept[1, 7] = False
+        rows.mask[1, 7] = False
         Harvester(llama, [site]).read(rows)
     finally:
         handle.remove()

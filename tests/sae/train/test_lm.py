@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saeguard_sae.train.lm import ModelSettings, open_language_model
+from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
 from saeguard_sae.train.settings import TrainError
 from support.models import BOS, EOS, PAD, save_model
 
@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_computes_what_was_saved(tmp_path: Path) -> None:
     wanted = save_model("gpt2", tmp_path / "small")
-    model = open_language_model(ModelSettings(path=str(tmp_path / "small")))
+    model = open_language_model(LanguageModelSettings(path=str(tmp_path / "small")))
     ids = torch.arange(20)[None]
     assert torch.equal(model.network(input_ids=ids).logits, wanted(input_ids=ids).logits)
     assert not model.network.training
@@ -32,11 +32,11 @@ def test_computes_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_bfloat16(folder: Path) -> None:
-    model = open_language_model(ModelSettings(path=str(folder), dtype="bfloat16", name="mine"))
+    model = open_language_model(LanguageModelSettings(path=str(folder), dtype="bfloat16", name="mine"))
     assert (model.network.dtype, model.dtype, model.name) == (torch.bfloat16, torch.bfloat16, "mine")
 
 
-def refusal(settings: ModelSettings) -> str:
+def refusal(settings: LanguageModelSettings) -> str:
     with pytest.raises(TrainError) as caught:
         open_language_model(settings)
     message = str(caught.value)
@@ -45,13 +45,13 @@ def refusal(settings: ModelSettings) -> str:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    assert refusal(ModelSettings(path=str(tmp_path / "nothing"))).startswith("model.path: there is no folder")
+    assert refusal(LanguageModelSettings(path=str(tmp_path / "nothing"))).startswith("model.path: there is no folder")
 
 
 def test_an_architecture_whose_sites_are_not_known(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
-    message = refusal(ModelSettings(path=str(folder)))
+    message = refusal(LanguageModelSettings(path=str(folder)))
     assert "'bloom' is not known" in message
     assert "llama" in message
 
@@ -59,26 +59,26 @@ def test_an_architecture_whose_sites_are_not_known(folder: Path) -> None:
 def test_no_tokenizer(folder: Path) -> None:
     for file in folder.glob("*token*"):
         file.unlink()
-    assert "tokenizer" in refusal(ModelSettings(path=str(folder)))
+    assert "tokenizer" in refusal(LanguageModelSettings(path=str(folder)))
 
 
 def test_missing_weights_are_not_made_up(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight" in refusal(ModelSettings(path=str(folder)))
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(LanguageModelSettings(path=str(folder)))
 
 
 def test_damaged_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"nothing")
-    assert refusal(ModelSettings(path=str(folder))).startswith("model.path: ")
+    assert refusal(LanguageModelSettings(path=str(folder))).startswith("model.path: ")
 
 
 def test_no_such_device(folder: Path) -> None:
-    assert refusal(ModelSettings(path=str(folder), device="abacus")).startswith("model.device: 'abacus'")
+    assert refusal(LanguageModelSettings(path=str(folder), device="abacus")).startswith("model.device: 'abacus'")
 
 
 @pytest.mark.parametrize("wrong", [{"path": ""}, {"path": "x", "dtype": "int4"}])
 def test_settings_that_cannot_be(wrong: dict[str, str]) -> None:
     with pytest.raises(TrainError, match=r"model\.(path|dtype): must"):
-        ModelSettings(**wrong)  # type: ignore[arg-type]
+        LanguageModelSettings(**wrong)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.train import SaeSettings
-from saeguard_sae.train.kernels import FeatureRows, choose
+from saeguard_sae.train.kernels import FeatureRows, choose_kernels
 from saeguard_sae.train.learner import Proposer
 from saeguard_sae.train.parallel import Mesh
 
@@ -25,8 +25,8 @@ def test_a_process_without_any_of_the_batchs_first_tokens_revives_nothing() -> N
     dead[5:20] = True
     counts = []
     for rank in range(2):
-        proposer = Proposer(settings, choose("auto", torch.device("cpu")), rows, D_IN, Mesh(data=2, rank=rank))
-        aux = proposer.choose(draw(TOKENS, D_IN, seed=3), dead).aux
+        proposer = Proposer(settings, choose_kernels("auto", torch.device("cpu")), rows, D_IN, Mesh(data=2, rank=rank))
+        aux = proposer.propose(draw(TOKENS, D_IN, seed=3), dead).aux
         assert aux is not None
         assert dead[aux.feature.long()].all()
         counts.append(len(aux.starts) - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import JumpReLU
 from saeguard_sae.train import SaeSettings, make_learner
-from saeguard_sae.train.learner import SparseLearner, change
+from saeguard_sae.train.learner import SparseLearner, relative_change
 from support.dictionaries import ACTIVE, D_IN, TRUE_FEATURES, observations, recovery, truth
 from support.training import evaluate, shuffled, train
 
@@ -61,7 +61,7 @@ def test_a_step_is_that_of_dense_autograd_and_adam(kind: dict[str, Any], precisi
     for name, tensor in (("W_enc", mine.rows.W_enc), ("b_enc", mine.rows.b_enc), ("W_dec", mine.rows.W_dec)):
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-3, atol=2e-5)
     torch.testing.assert_close(mine.b_dec.double(), wanted["b_dec"], rtol=1e-3, atol=2e-5)
-    now = mine.progress()
+    now = mine.metrics()
     assert now.loss == pytest.approx(float(wanted["loss"]), rel=1e-4)
     assert now.l0 == pytest.approx(float(wanted["l0"]), rel=1e-4)
 
@@ -173,7 +173,7 @@ def test_auxk_learns_the_error_by_the_formula_of_its_paper() -> None:
     aux = (error[:128] - rebuilt).square().sum() / error[:128].square().sum() / 32
     main = error.square().sum(1).mean() / mine.scaling.variance
     mine.step(x[:256])
-    assert mine.progress().loss == pytest.approx(float(main + aux), rel=1e-4)
+    assert mine.metrics().loss == pytest.approx(float(main + aux), rel=1e-4)
 
 
 def test_export_folds_the_scale_and_reads_the_same_numbers() -> None:
@@ -228,7 +228,7 @@ def test_smoothness_cannot_be_had_by_features_that_never_change() -> None:
     """A constant added to a feature leaves the term as it is, and white noise costs 1."""
     generator = torch.Generator().manual_seed(82_000)
     now, earlier = (torch.randn(2_000, 8, generator=generator) for _ in range(2))
-    terms = [float(change(now + offset, earlier + offset)) for offset in (50.0, 500.0)]
+    terms = [float(relative_change(now + offset, earlier + offset)) for offset in (50.0, 500.0)]
     assert terms == pytest.approx([1.0, 1.0], abs=0.1)
 
 
@@ -240,7 +240,7 @@ def test_smoothness_makes_the_first_level_change_less() -> None:
         for rows, _ in zip(shuffled(len(x) - 1, 256, 4), range(200), strict=False):
             mine.step(x[rows + 1], before=x[rows] if weight else None)
         first = mine.export().pre_activations(x)[:, :8]
-        found.append(float(change(first[1:], first[:-1])))
+        found.append(float(relative_change(first[1:], first[:-1])))
     assert found[1] < found[0] - 0.02
 
 

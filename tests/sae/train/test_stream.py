@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.data import contexts
+from saeguard_sae.train.data import Contexts
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
-from saeguard_sae.train.stream import ActivationStream, estimate
+from saeguard_sae.train.stream import ActivationStream
 from support.models import WIDTH
 from support.streams import blank_line_file, plain_activations, small_model, texts
 
@@ -38,11 +38,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
 
 def plain(model: LanguageModel, data: DataSettings, site: Site, rows: int, chosen: StreamSettings) -> Tensor:
     """[tokens, width] of the first rows, those that are kept, in their order; in forward passes of the same size."""
-    read = contexts(model, data, chosen)
+    read = Contexts(model, data, chosen)
     parts = []
     for _ in range(rows // chosen.rows):
         taken = read.rows(chosen.rows)
-        parts.append(plain_activations(model.network, "llama", site, taken.ids)[taken.kept])
+        parts.append(plain_activations(model.network, "llama", site, taken.ids)[taken.mask])
     return torch.cat(parts)
 
 
@@ -160,7 +160,7 @@ def test_estimate(model: LanguageModel, data: DataSettings) -> None:
     stream = ActivationStream(model, [POST, MLP], data, SETTINGS)
     stream.batch()
     held = sum(one.nbytes for one in stream.state()["buffer"]["tokens"].values())
-    assert held <= estimate(model, [POST, MLP], SETTINGS) == stream.buffer_bytes == 512 * (2 * WIDTH * 4 + 24)
+    assert held <= stream.buffer_bytes == 512 * (2 * WIDTH * 4 + 24)
 
 
 def test_states_of_another_run_are_refused(model: LanguageModel, data: DataSettings) -> None:

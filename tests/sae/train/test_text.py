@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard_sae.train import data as records
-from saeguard_sae.train.data import DataSettings, Documents, documents
+from saeguard_sae.train.data import DataSettings, Documents, open_documents
 from saeguard_sae.train.settings import TrainError
 from support.streams import texts
 
@@ -78,7 +78,7 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_all_in_order_and_over_again(data: DataSettings) -> None:
-    read = documents(data)
+    read = open_documents(data)
     assert [text.strip() for text in islice(read, 100)] == [text.strip() for text in (TEXTS * 3)[:100]]
     assert (read.epoch, read.number) == (2, 100)
 
@@ -86,7 +86,7 @@ def test_all_in_order_and_over_again(data: DataSettings) -> None:
 @settings(max_examples=15, deadline=None)
 @given(before=st.integers(0, 130), ahead=st.integers(1, 60))
 def test_goes_on_where_it_was(data: DataSettings, before: int, ahead: int) -> None:
-    read = documents(data)
+    read = open_documents(data)
     for _ in range(before):
         next(read)
     state = json.loads(json.dumps(read.state()))
@@ -100,13 +100,13 @@ def test_goes_on_where_it_was(data: DataSettings, before: int, ahead: int) -> No
 
 def test_a_part_of_the_data_and_the_rest(tmp_path: Path) -> None:
     both = DataSettings(path=blank_lines(tmp_path / "set").path, separator="\n\n", skip=40, limit=3)
-    read = documents(both)
+    read = open_documents(both)
     assert [next(read) for _ in range(5)] == [*TEXTS[40:43], *TEXTS[40:42]]
 
 
 def refusal(**given: object) -> str:
     with pytest.raises(TrainError) as caught:
-        documents(DataSettings(**given))  # type: ignore[arg-type]
+        open_documents(DataSettings(**given))  # type: ignore[arg-type]
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -141,7 +141,7 @@ def test_a_parquet_column_without_text(tmp_path: Path) -> None:
 
 def test_a_line_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(_jsonl(["one"]) + b"{'text'\n")
-    read = documents(DataSettings(path=str(tmp_path / "a.jsonl")))
+    read = open_documents(DataSettings(path=str(tmp_path / "a.jsonl")))
     next(read)
     with pytest.raises(TrainError, match=r"a\.jsonl line 2 is not JSON"):
         next(read)
@@ -190,12 +190,12 @@ def test_several_kinds_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "a.jsonl").write_bytes(_jsonl(["two"]))
     assert refusal(path=str(tmp_path)).endswith("say one of text, jsonl")
-    assert next(documents(DataSettings(path=str(tmp_path), kind="jsonl"))) == "two"
+    assert next(open_documents(DataSettings(path=str(tmp_path), kind="jsonl"))) == "two"
 
 
 def test_files_that_changed_are_not_gone_on_with(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "set")
-    read = documents(data)
+    read = open_documents(data)
     next(read)
     state = read.state()
     (Path(data.path) / "a.jsonl").write_bytes(_jsonl(TEXTS))
@@ -212,6 +212,6 @@ def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
 def test_what_one_skips_another_reads(tmp_path: Path) -> None:
     """Blank records count for neither: what is measured on is never trained on."""
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(_jsonl([text, " "]) for text in TEXTS))
-    held = documents(DataSettings(path=str(tmp_path / "a.jsonl"), limit=10))
-    trained = documents(DataSettings(path=str(tmp_path / "a.jsonl"), skip=10))
+    held = open_documents(DataSettings(path=str(tmp_path / "a.jsonl"), limit=10))
+    trained = open_documents(DataSettings(path=str(tmp_path / "a.jsonl"), skip=10))
     assert [*islice(held, 10), *islice(trained, 35)] == TEXTS

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.train.data import Contexts, contexts
+from saeguard_sae.train.data import Contexts
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from support.models import BOS, EOS, PAD
@@ -38,25 +38,25 @@ def tokens_of(model: LanguageModel, text: str) -> list[int]:
 def test_packed_rows_are_the_documents_one_after_another(model: LanguageModel, data: DataSettings) -> None:
     wanted = [one for text in TEXTS * 2 for one in [*tokens_of(model, text), EOS]]
     count = len(wanted) // (CONTEXT - 1)
-    rows = list(islice(contexts(model, data, StreamSettings(context=CONTEXT)), count))
+    rows = list(islice(Contexts(model, data, StreamSettings(context=CONTEXT)), count))
     assert all(int(row.ids[0]) == BOS for row in rows)
     assert [int(one) for row in rows for one in row.ids[1:]] == wanted[: count * (CONTEXT - 1)]
 
 
 def test_a_document_a_row(model: LanguageModel, data: DataSettings) -> None:
-    rows = contexts(model, data, StreamSettings(context=CONTEXT, packing="documents"))
+    rows = Contexts(model, data, StreamSettings(context=CONTEXT, packing="documents"))
     for number, text in enumerate(TEXTS, 1):
         ids = tokens_of(model, text)
         for start in range(0, len(ids), CONTEXT - 1):
             part = ids[start : start + CONTEXT - 1]
             row, padding = next(rows), CONTEXT - 1 - len(part)
             assert row.ids.tolist() == [BOS, *part, *[PAD] * padding]
-            assert row.kept.tolist() == [False, *[True] * len(part), *[False] * padding]
+            assert row.mask.tolist() == [False, *[True] * len(part), *[False] * padding]
             assert row.document == number
 
 
 def test_numbers_of_documents(model: LanguageModel, data: DataSettings) -> None:
-    rows = contexts(model, data, StreamSettings(context=CONTEXT)).rows(8)
+    rows = Contexts(model, data, StreamSettings(context=CONTEXT)).rows(8)
     ends = torch.tensor([len(tokens_of(model, text)) + 1 for text in TEXTS]).cumsum(0)
     starts = [row * (CONTEXT - 1) for row in range(8)]
     assert rows.documents == tuple(int((ends <= start).sum()) + 1 for start in starts)
@@ -65,9 +65,9 @@ def test_numbers_of_documents(model: LanguageModel, data: DataSettings) -> None:
 
 def test_masks(model: LanguageModel, data: DataSettings) -> None:
     def kept(**given: bool) -> torch.Tensor:
-        return contexts(model, data, StreamSettings(context=CONTEXT, **given)).rows(10).kept
+        return Contexts(model, data, StreamSettings(context=CONTEXT, **given)).rows(10).mask
 
-    ids = contexts(model, data, StreamSettings(context=CONTEXT)).rows(10).ids
+    ids = Contexts(model, data, StreamSettings(context=CONTEXT)).rows(10).ids
     is_special = (ids == EOS) | (ids == BOS)
     first = torch.zeros_like(is_special)
     first[:, 0] = True
@@ -80,18 +80,18 @@ def test_masks(model: LanguageModel, data: DataSettings) -> None:
 def test_a_tokenizer_without_bos_or_eos(tmp_path: Path, data: DataSettings) -> None:
     model = small_model(tmp_path)
     model.tokenizer.bos_token = model.tokenizer.eos_token = None
-    rows = contexts(model, data, StreamSettings(context=CONTEXT)).rows(5)
+    rows = Contexts(model, data, StreamSettings(context=CONTEXT)).rows(5)
     wanted = [one for text in TEXTS for one in tokens_of(model, text)]
     assert rows.ids.flatten().tolist() == wanted[: 5 * CONTEXT]
-    assert not rows.kept[:, 0].any(), "without BOS the first token is an attention sink"
-    assert rows.kept[:, 1:].all()
+    assert not rows.mask[:, 0].any(), "without BOS the first token is an attention sink"
+    assert rows.mask[:, 1:].all()
 
 
 @settings(max_examples=25, deadline=None)
 @given(before=st.integers(0, 60), packing=st.sampled_from(["packed", "documents"]))
 def test_goes_on_where_it_was(model: LanguageModel, data: DataSettings, before: int, packing: str) -> None:
     chosen = StreamSettings(context=CONTEXT, packing=packing)  # type: ignore[arg-type]
-    read = contexts(model, data, chosen)
+    read = Contexts(model, data, chosen)
     for _ in range(before):
         next(read)
     state = read.state()
@@ -100,21 +100,21 @@ def test_goes_on_where_it_was(model: LanguageModel, data: DataSettings, before: 
     resumed.resume(state)
     got = resumed.rows(12)
     assert torch.equal(got.ids, wanted.ids)
-    assert torch.equal(got.kept, wanted.kept)
+    assert torch.equal(got.mask, wanted.mask)
     assert (got.documents, got.first) == (wanted.documents, wanted.first)
 
 
 def test_the_models_own_context(model: LanguageModel, data: DataSettings) -> None:
-    assert contexts(model, data, StreamSettings()).context == 256
+    assert Contexts(model, data, StreamSettings()).context == 256
     with pytest.raises(TrainError, match=r"stream\.context: .* can read 256 tokens at once, got 257"):
-        contexts(model, data, StreamSettings(context=257))
+        Contexts(model, data, StreamSettings(context=257))
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path, data: DataSettings) -> None:
     model = small_model(tmp_path)
     model.config.vocab_size = 70
     with pytest.raises(TrainError, match="do not belong together"):
-        contexts(model, data, StreamSettings(context=CONTEXT)).rows(3)
+        Contexts(model, data, StreamSettings(context=CONTEXT)).rows(3)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ async def test_an_answer_that_cannot_be_recorded_is_not_given(metrics: Metrics) 
 
 
 async def test_what_is_lost_is_counted_in_the_chain(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saeguard_server.audit.chain.MAX_KEPT", 3)
+    monkeypatch.setattr("saeguard_server.audit.chain.MAX_WAITING", 3)
     disk = Disk()
     writer = AuditWriter(disk, metrics)
     disk.is_full = True

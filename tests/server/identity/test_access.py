@@ -12,7 +12,7 @@ import saeguard.v1
 from saeguard_server.caller import NOBODY, Caller, Role
 from saeguard_server.errors import PermissionDenied
 from saeguard_server.identity import auth
-from saeguard_server.identity.auth import Anybody
+from saeguard_server.identity.auth import Access
 
 
 def methods() -> dict[str, MethodDescriptor]:
@@ -50,7 +50,7 @@ def test_a_second_person_is_asked_for_where_the_server_wants_one() -> None:
 
 
 def test_only_health_is_open_to_all() -> None:
-    is_open = {method for method, need in auth.role_table(False).items() if need is Anybody.AT_ALL}
+    is_open = {method for method, need in auth.role_table(False).items() if need is Access.PUBLIC}
     assert is_open == {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
 
 

@@ -14,7 +14,8 @@ import pytest
 from saeguard_server.caller import Quota, Role
 from saeguard_server.errors import Overloaded, Unauthenticated
 from saeguard_server.identity import api_keys
-from saeguard_server.identity.api_keys import ApiKeys, KeyFile, KeyRecord, Presented, change_keys, make_key, revoke_key
+from saeguard_server.identity.api_keys import ApiKeyAuthenticator, KeyFile, KeyRecord, change_keys, make_key, revoke_key
+from saeguard_server.identity.credentials import Credentials
 from saeguard_server.settings import BadSettings
 from support.credentials import CHEAP, write_keys
 
@@ -38,15 +39,15 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return iter([seen])  # type: ignore[return-value]
 
 
-def opened(path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> ApiKeys:
-    return ApiKeys(path, lambda name: Quota(max_features=len(name)), now)
+def opened(path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> ApiKeyAuthenticator:
+    return ApiKeyAuthenticator(path, lambda name: Quota(max_features=len(name)), now)
 
 
-def shown(key: str) -> Presented:
-    return Presented(authorization=(f"Bearer {key}",))
+def shown(key: str) -> Credentials:
+    return Credentials(authorization=(f"Bearer {key}",))
 
 
-async def refused(keys: ApiKeys, key: str) -> str:
+async def refused(keys: ApiKeyAuthenticator, key: str) -> str:
     with pytest.raises(Unauthenticated) as caught:
         await keys.caller(shown(key))
     return caught.value.message
@@ -118,6 +119,16 @@ async def test_a_file_that_cannot_be_used_changes_nothing(
     assert "not known" in await refused(keys, made["a"])
 
 
+async def test_a_file_whose_mode_was_mended_is_read_again(path: Path) -> None:
+    write_keys(path, a=[Role.GENERATE])
+    keys = opened(path)
+    key = write_keys(path, b=[Role.GENERATE])["b"]
+    path.chmod(0o644)
+    assert "not known" in await refused(keys, key)
+    path.chmod(0o600)
+    assert (await keys.caller(shown(key))).name == "b"
+
+
 async def test_a_kubernetes_secret_is_followed(tmp_path: Path) -> None:
     """There the file is a link to a link, and an update moves the second."""
     for name in ("one", "two"):
@@ -176,4 +187,4 @@ async def test_guesses_do_not_pile_up(path: Path) -> None:
     ends = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(isinstance(end, Overloaded) for end in ends) == 100 - api_keys.MAX_CHECKS
     assert sum(isinstance(end, Unauthenticated) for end in ends) == api_keys.MAX_CHECKS
-    assert keys._checks == 0
+    assert keys._running == 0

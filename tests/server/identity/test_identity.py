@@ -10,8 +10,8 @@ import pytest
 
 from saeguard_server.caller import Caller, Quota, Role
 from saeguard_server.errors import Unauthenticated
-from saeguard_server.identity.api_keys import Presented
 from saeguard_server.identity.auth import Identity
+from saeguard_server.identity.credentials import Credentials
 from saeguard_server.settings import BadSettings, CertificateSettings, IdentitySettings, JwtSettings, load_settings
 from support.credentials import AUDIENCE, ISSUER, write_keys
 
@@ -25,36 +25,36 @@ def identity(path: Path | None = None, **more: Any) -> Identity:
     return Identity.of(IdentitySettings(**given))
 
 
-async def refused(one: Identity, presented: Presented) -> str:
+async def refused(one: Identity, credentials: Credentials) -> str:
     with pytest.raises(Unauthenticated) as caught:
-        await one.caller(presented)
+        await one.caller(credentials)
     return caught.value.message
 
 
 async def test_a_certificate_is_known_by_its_names() -> None:
     one = identity(quotas={"billing": Quota(max_concurrent=3)})
-    billing = await one.caller(Presented(spiffe_id=SPIFFE, uris=(SPIFFE,), dns=("anything",)))
+    billing = await one.caller(Credentials(spiffe_id=SPIFFE, uris=(SPIFFE,), dns=("anything",)))
     assert billing == Caller("billing", frozenset({Role.GENERATE}), frozenset({"prod"}), Quota(max_concurrent=3))
-    assert (await one.caller(Presented(dns=("localhost", "web.example.org")))).name == "web"
+    assert (await one.caller(Credentials(dns=("localhost", "web.example.org")))).name == "web"
 
 
 @pytest.mark.parametrize(
-    "presented",
+    "credentials",
     [
-        Presented(),
-        Presented(dns=(SPIFFE,)),
-        Presented(uris=("web.example.org",)),
-        Presented(uris=(SPIFFE, "spiffe://example.org/other")),
-        Presented(spiffe_id=f"{SPIFFE}/more", uris=(f"{SPIFFE}/more",)),
-        Presented(dns=("evil.web.example.org", "web.example.org.evil.com", "*.example.org")),
+        Credentials(),
+        Credentials(dns=(SPIFFE,)),
+        Credentials(uris=("web.example.org",)),
+        Credentials(uris=(SPIFFE, "spiffe://example.org/other")),
+        Credentials(spiffe_id=f"{SPIFFE}/more", uris=(f"{SPIFFE}/more",)),
+        Credentials(dns=("evil.web.example.org", "web.example.org.evil.com", "*.example.org")),
     ],
 )
-async def test_other_names_are_nobody(presented: Presented) -> None:
-    assert "who calls? This server wants a client certificate" in await refused(identity(), presented)
+async def test_other_names_are_nobody(credentials: Credentials) -> None:
+    assert "who calls? This server wants a client certificate" in await refused(identity(), credentials)
 
 
 async def test_a_certificate_with_two_callers_names_is_refused() -> None:
-    both = Presented(spiffe_id=SPIFFE, uris=(SPIFFE,), dns=("web.example.org",))
+    both = Credentials(spiffe_id=SPIFFE, uris=(SPIFFE,), dns=("web.example.org",))
     assert "more than one caller" in await refused(identity(), both)
 
 
@@ -63,32 +63,32 @@ async def test_exactly_one_credential_is_taken(tmp_path: Path) -> None:
     key = write_keys(path, robot=[Role.GENERATE])["robot"]
     one = identity(path)
     right = f"Bearer {key}"
-    assert (await one.caller(Presented(authorization=(right,)))).name == "robot"
-    assert (await one.caller(Presented(authorization=(f"bearer {key}",)))).name == "robot"
-    unknown = Presented(authorization=(right,), dns=("sidecar.mesh",))
+    assert (await one.caller(Credentials(authorization=(right,)))).name == "robot"
+    assert (await one.caller(Credentials(authorization=(f"bearer {key}",)))).name == "robot"
+    unknown = Credentials(authorization=(right,), dns=("sidecar.mesh",))
     assert (await one.caller(unknown)).name == "robot", "that certificate only opened the connection"
-    for presented in (
-        Presented(authorization=(right, right)),
-        Presented(authorization=(right, "Bearer x.y.z")),
-        Presented(authorization=(right,), dns=("web.example.org",)),
-        Presented(authorization=("Basic eDp5",), dns=("web.example.org",)),
+    for credentials in (
+        Credentials(authorization=(right, right)),
+        Credentials(authorization=(right, "Bearer x.y.z")),
+        Credentials(authorization=(right,), dns=("web.example.org",)),
+        Credentials(authorization=("Basic eDp5",), dns=("web.example.org",)),
     ):
-        assert "more than one credential" in await refused(one, presented)
+        assert "more than one credential" in await refused(one, credentials)
 
 
 @pytest.mark.parametrize("value", ["", "Bearer", "Bearer ", "Basic eDp5", "sg_0123", "Bearer x.y.z", "Bearer  sg_x"])
 async def test_other_authorization_is_none(tmp_path: Path, value: str) -> None:
     path = tmp_path / "keys.json"
     write_keys(path, robot=[Role.GENERATE])
-    said = await refused(identity(path), Presented(authorization=(value,)))
+    said = await refused(identity(path), Credentials(authorization=(value,)))
     assert 'or "authorization: Bearer sg_..."' in said
 
 
 async def test_where_nobody_is_asked_everybody_is_one_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    local = await Identity.of(IdentitySettings()).caller(Presented(authorization=("Bearer whatever",)))
+    local = await Identity.of(IdentitySettings()).caller(Credentials(authorization=("Bearer whatever",)))
     assert (local.name, local.roles) == ("local", frozenset(Role))
-    anonymous = await Identity.of(IdentitySettings(allow_anonymous=True)).caller(Presented())
+    anonymous = await Identity.of(IdentitySettings(allow_anonymous=True)).caller(Credentials())
     assert (anonymous.name, anonymous.roles) == ("anonymous", {Role.GENERATE, Role.OBSERVE, Role.STEER})
     assert [(one.levelname, one.message) for one in caplog.records] == [
         ("INFO", "nobody is asked who calls"), ("WARNING", "nobody is asked who calls")
@@ -96,7 +96,7 @@ async def test_where_nobody_is_asked_everybody_is_one_and_the_log_says_so(caplog
 
 
 def test_credentials_do_not_print() -> None:
-    assert "secret" not in repr(Presented(authorization=("Bearer secret",)))
+    assert "secret" not in repr(Credentials(authorization=("Bearer secret",)))
 
 
 TLS = {"tls_certificate": "c", "tls_key": "k", "tls_client_ca": "ca"}

@@ -104,6 +104,8 @@ def test_only_public_keys_for_signatures_count() -> None:
         public_keys({"keys": [private, secret, unknown, encrypting]})
     with pytest.raises(ValueError, match="twice"):
         public_keys({"keys": [jwk(ec_key(), "a"), jwk(rsa_key(), "a")]})
+    with pytest.raises(ValueError, match="more than 256"):
+        public_keys({"keys": [jwk(ec_key(), str(index)) for index in range(oidc.MAX_KEYS + 1)]})
     with pytest.raises(ValueError, match="no string"):
         public_keys({"keys": [jwk(ec_key(), "a") | {"kid": ["a"]}]})
 

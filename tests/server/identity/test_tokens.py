@@ -1,4 +1,4 @@
-"""Tokens: every way in which one is not right, and what its claims become."""
+"""JwtAuthenticator: every way in which one is not right, and what its claims become."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from saeguard_server.caller import Quota, Role
 from saeguard_server.errors import Unauthenticated
-from saeguard_server.identity.api_keys import Presented
-from saeguard_server.identity.oidc import JwksFile, Tokens
+from saeguard_server.identity.credentials import Credentials
+from saeguard_server.identity.oidc import JwksFile, JwtAuthenticator
 from saeguard_server.settings import JwtSettings
 from support.credentials import AUDIENCE, ISSUER, ec_key, forged, jwk, rsa_key, token
 
@@ -27,16 +27,16 @@ def jwks(tmp_path: Path) -> Path:
     return path
 
 
-def opened(jwks: Path, **more: Any) -> Tokens:
+def opened(jwks: Path, **more: Any) -> JwtAuthenticator:
     settings = JwtSettings(issuer=ISSUER, audience=AUDIENCE, jwks=str(jwks), **more)
-    return Tokens(settings, JwksFile(jwks), lambda name: Quota(max_concurrent=len(name)))
+    return JwtAuthenticator(settings, JwksFile(jwks), lambda name: Quota(max_concurrent=len(name)))
 
 
-def shown(text: str) -> Presented:
-    return Presented(authorization=(f"Bearer {text}",))
+def shown(text: str) -> Credentials:
+    return Credentials(authorization=(f"Bearer {text}",))
 
 
-async def refused(tokens: Tokens, text: str) -> str:
+async def refused(tokens: JwtAuthenticator, text: str) -> str:
     with pytest.raises(Unauthenticated) as caught:
         await tokens.caller(shown(text))
     assert caught.value.__cause__ is None

@@ -12,7 +12,7 @@ from saeguard_server.errors import Conflict, InvalidRequest, PermissionDenied, R
 from saeguard_server.policy import document
 from saeguard_server.policy.administration import Administration
 from saeguard_server.policy.model import Policy
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import MAX_POLICIES, PolicyStore, StoreUnreachable
 from support.policies import a_policy
 

@@ -41,6 +41,16 @@ triggers:
 pins: {saes: {mid: abc}}
 expires: 2027-01-31T00:00:00Z
 """
+CANONICAL = (
+    '{"expires":"2027-01-31T00:00:00Z","mode":"off","name":"no-flattery","pins":{"saes":{"mid":"abc"}},'
+    '"rollout":{"by":"conversation","share":0.1},"rules":[{"cap":{"unit":"max","value":2.0},"feature":12,'
+    '"name":"less","sae":"mid","scope":{"phase":"generated"}},{"feature":13,"name":"none","sae":"mid","zero":true}],'
+    '"triggers":[{"name":"secret","stop":true,"when":{"above":2.5,"feature":3,"over":{"k":2,"of":3},"sae":"mid"}},'
+    '{"apply":[{"feature":2,"sae":"mid","scale":0.5}],"name":"calm","when":{"at_most":3.0,"bias":0.5,'
+    '"over":{"rolling_mean":4},"release":3.5,"terms":[{"feature":3,"sae":"mid"},'
+    '{"feature":0,"sae":"late","weight":-2.0}]}}]}'
+)
+"""What EXAMPLE is in a store: digests rest on every byte of it."""
 RULE = "name: a\nmode: enforce\nrules: [{name: x, sae: m, feature: 1, %s}]"
 WHEN = "cap: 1, when: {%s}"
 TRIGGER = "name: a\nmode: enforce\ntriggers: [{name: t, when: {sae: m, feature: 1, above: 1}%s}]"
@@ -73,6 +83,39 @@ def test_there_and_back(one: Policy) -> None:
     assert yaml.safe_load(text)["mode"] == one.mode
 
 
+def test_stored_text_stays_as_it_is() -> None:
+    (policy,) = document.policies_from_yaml(EXAMPLE)
+    assert document.canonical_json(policy) == CANONICAL
+    assert document.policy_from_canonical(CANONICAL) == policy
+    # A default that was written out, as older servers did for some, is read and not written again.
+    weighted = CANONICAL.replace('{"feature":3,"sae":"mid"}', '{"feature":3,"sae":"mid","weight":1.0}')
+    assert document.policy_from_canonical(weighted) == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\nmode: enforce\nrules:", "rules: must be a sequence"),
+        ("name: a\nmode: enforce\nlimits: {denied_saes: }", "limits.denied_saes: must be a sequence"),
+        ("name: a\nmode: enforce\nlimits: {denied_saes: [1]}", r"limits.denied_saes\[0\]: must be a string"),
+        ("name: a\nmode: enforce\nowner: 3", "owner: must be a string"),
+        ("name: a\nmode: enforce\nrequires_audit: 1", "requires_audit: must be True or False"),
+        ("name: a\nmode: enforce\nrollout: {share: true}", "rollout.share: must be a number"),
+        ("name: a\nmode: enforce\nrules: {a: 1}", "rules: must be a list"),
+        ("name: a\nmode: enforce\nexpires: soon", "expires: "),
+        (RULE % "cap: {unit: max}", r"rules\[0\].cap.value: must be set"),
+        (RULE % "cap: {value: 1, units: max}", r"rules\[0\].cap: has the unknown field `units`"),
+        (RULE % "scale: {factor: 2}", r"rules\[0\].scale.factor: must be a number"),
+        ("name: a\nmode: enforce\nrules: [{sae: m, feature: 1, cap: 1}]", r"rules\[0\].name: must be set"),
+        ("name: a\nmode: enforce\nrules: [{name: x, sae: m, cap: 1}]", r"rules\[0\].feature: must be set"),
+        (RULE % "cap: 1, when: [1]", r"rules\[0\].when: must be a mapping"),
+    ],
+)
+def test_what_has_the_wrong_type_is_named(text: str, said: str) -> None:
+    with pytest.raises(BadDocument, match=said):
+        document.policies_from_yaml(text)
+
+
 def test_readmes_example_is_one() -> None:
     readme = (Path(__file__).resolve().parents[3] / "server" / "README.md").read_text(encoding="utf-8")
     section = readme.partition("\n## Policies\n")[2].partition("\n## ")[0]
@@ -94,8 +137,8 @@ def test_several_policies_in_one_text() -> None:
         ("", "holds no policy"),
         ("name: [", "line 2: "),
         ("[" * 100_000, "line 1: is nested too deeply"),
-        ("- 1", "Expected `object`"),
-        ("name: a\nmode: 3", "mode: Expected `str`"),
+        ("- 1", "must be a mapping"),
+        ("name: a\nmode: 3", "mode: must be one of off"),
         ("name: a\nname: b", "line 2: 'name' is given twice"),
         ("name: &x a\nmode: *x", "line 1: anchors and aliases"),
         ("? [a]\n: 3", "line 1: a key must be a word"),
@@ -108,8 +151,8 @@ def test_several_policies_in_one_text() -> None:
         ("name: a\nmode: enforce\nrollout: {share: 2}\nlimits: {denied_saes: [m]}", "rollout.share: must be 0 to 1"),
         ("name: a\nmode: enforce\nlimits: {denied_saes: [m]}\nexpires: 2027-01-31T00:00:00", "expires: must have a"),
         (RULE % "clamp: {value: 1e300}", r"rules\[0\].clamp.value: must be finite in float32"),
-        (RULE % "clamp: .nan", r"rules\[0\].clamp: Expected"),
-        (RULE % "clamp: 012", r"rules\[0\].clamp: Expected"),
+        (RULE % "clamp: .nan", r"rules\[0\].clamp.value: must be a number"),
+        (RULE % "clamp: 012", r"rules\[0\].clamp.value: must be a number"),
         (RULE % "clamp: {value: 1, unit: volts}", r"rules\[0\].clamp.unit: must be one of raw, max, unit_decoder"),
         (RULE % "scale: 1e39", r"rules\[0\].scale.factor: must be finite"),
         (RULE % "zero: false", r"rules\[0\].zero: must be true"),
@@ -126,7 +169,7 @@ def test_several_policies_in_one_text() -> None:
         (RULE % (WHEN % "sae: m, feature: 1, above: 1, release: 2"), r"rules\[0\].when.release: must be at most"),
         (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: {rolling_mean: 999}"), "over.rolling_mean: must be 1 to"),
         (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: {k: 3, of: 2}"), "when.over.k: must be 1 to 2"),
-        (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: {k: 3}"), "when.over: must be this_token"),
+        (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: {k: 3}"), "when.over: must be one of this_token"),
         (RULE % (WHEN % "sae: m, feature: 1, above: 1, over: ever"), "when.over: must be one of this_token"),
         (RULE % (WHEN % "probe: p.json, above: 1"), r"rules\[0\].when.probe: files of probes are only read where"),
         (TRIGGER % "", r"triggers\[0\]: must have one of flag, stop and apply"),
@@ -151,30 +194,18 @@ PROBED = RULE % (WHEN % "probe: probes/p.json, above: 0")
 PROBE = '{"sae": "m", "bias": -1, "weights": [0, 2, 0, -3]}'
 
 
-def test_probes_are_read_from_the_policys_folder_and_written_out(tmp_path: Path) -> None:
-    (tmp_path / "probes").mkdir()
-    (tmp_path / "probes" / "p.json").write_text(PROBE)
-    (tmp_path / "a.yaml").write_text(PROBED)
-    from_folder = document.read_policy_file(tmp_path / "a.yaml")
-    assert from_folder == document.read_policy_files({"a.yaml": PROBED, "probes/p.json": PROBE})
-    condition = from_folder[0].rules[0].intervention.when
+def test_probes_are_read_from_the_policys_folder_and_written_out() -> None:
+    (policy,) = document.read_policy_files({"a.yaml": PROBED, "probes/p.json": PROBE})
+    assert (policy,) == document.read_policy_files({"sub/a.yaml": PROBED, "sub/probes/p.json": PROBE})
+    condition = policy.rules[0].intervention.when
     assert condition is not None
     assert (condition.bias, [term.weight for term in condition.terms]) == (-1.0, [2.0, -3.0])
-    assert "probe" not in document.canonical_json(from_folder[0])
-    assert document.policy_from_canonical(document.canonical_json(from_folder[0])) == from_folder[0]
+    assert "probe" not in document.canonical_json(policy)
+    assert document.policy_from_canonical(document.canonical_json(policy)) == policy
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../p.json", "missing.json", "link.json"])
-def test_other_files_are_not_read(name: str, tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text(PROBE)
-    folder = tmp_path / "policies"
-    folder.mkdir()
-    (folder / "link.json").symlink_to(tmp_path / "p.json")
-    text = PROBED.replace("probes/p.json", name)
-    (folder / "a.yaml").write_text(text)
-    for read in (
-        lambda: document.read_policy_file(folder / "a.yaml"),
-        lambda: document.read_policy_files({"a.yaml": text}),
-    ):
-        with pytest.raises(BadDocument, match=r"a.yaml: rules\[0\].when.probe: "):
-            read()
+@pytest.mark.parametrize("name", ["/etc/passwd", "../p.json", "missing.json"])
+def test_other_files_are_not_read(name: str) -> None:
+    files = {"policies/a.yaml": PROBED.replace("probes/p.json", name), "p.json": PROBE}
+    with pytest.raises(BadDocument, match=r"a.yaml: rules\[0\].when.probe: "):
+        document.read_policy_files(files)

@@ -96,7 +96,7 @@ class Edge:
     generate: FakeGenerate
     read: FakeRead
     engine: Engine
-    frame: RpcInterceptor
+    interceptor: RpcInterceptor
 
     def __post_init__(self) -> None:
         self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
@@ -128,16 +128,16 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         server_info=ServerInfoServicer(describe_server(engine, settings)),
         health=health,
     )
-    frame = RpcInterceptor(
+    interceptor = RpcInterceptor(
         metrics,
         admission,
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
         limits.max_deadline_s,
     )
-    server = edge.build_server(servicers, frame, settings.server)
+    server = edge.build_server(servicers, interceptor, settings.server)
     address = str(edge.listen_on(server, settings.server))
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
-        yield Edge(address, channel, metrics, admission, health, generate, read, engine, frame)
+        yield Edge(address, channel, metrics, admission, health, generate, read, engine, interceptor)
     await server.stop(None)
-    assert await frame.open.ended(within_s=2)
+    assert await interceptor.open.ended(within_s=2)

@@ -20,6 +20,7 @@ from saeguard_server.errors import (
     InvalidRequest,
     NonFiniteOutput,
     Overloaded,
+    RequestFieldError,
     SaeguardError,
     Unavailable,
 )
@@ -27,10 +28,10 @@ from saeguard_server.rpc.interceptor import STATUS, rpc_failure
 
 
 def all_errors(base: type[SaeguardError] = SaeguardError) -> Iterator[type[SaeguardError]]:
-    for one in base.__subclasses__():
-        if not one.__name__.startswith("_"):
-            yield one
-        yield from all_errors(one)
+    for kind in base.__subclasses__():
+        if kind is not RequestFieldError:
+            yield kind
+        yield from all_errors(kind)
 
 
 async def finish(call: Any) -> None:
@@ -196,9 +197,9 @@ def test_the_worst_message_fits_the_trailers() -> None:
 
 
 async def test_the_deadline_of_the_server_ends_a_request_and_its_task(running: Any, eventually: Any) -> None:
-    frame_limit = 0.2
+    server_limit = 0.2
     running.engine.step_s = 0.05
-    running.frame._max_deadline_s = frame_limit
+    running.interceptor._max_deadline_s = server_limit
     for call in both(running, text="hi", sampling=pb.Sampling(max_new_tokens=1000)):
         error, details = await failed(call)
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -1,64 +1,302 @@
-"""The kernels in torch: for every device, and what the compiled ones are compared with."""
+"""The sparse arithmetic of a training step: what it works on, what kernels do, and the kernels in torch.
+
+They are for every device, and what the compiled ones are compared with.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from saeguard_sae.train.kernels.compiled import (
-    CompiledKernels,
-    Decoded,
-    FeatureRows,
-    Kernels,
-    Pairs,
-    Rates,
-    Rough,
-    starts,
-)
 from saeguard_sae.train.parallel import ALONE, Mesh
-from saeguard_sae.train.settings import Kernels as Choice
+from saeguard_sae.train.settings import Precision
 
+_INT8 = 127
+"""Largest integer of a row."""
+_TOKENS = 512
+"""Whose pre-activations are held at once."""
 _PAIRS = 1 << 16
 """Pairs whose rows are gathered at once."""
+_DERIVED = ("g_enc", "g_bias", "g_dec", "active", "low_precision")
+"""Fields of feature rows that are no part of their state."""
+
+
+class Pairs(NamedTuple):
+    """Token r has the features ``feature[starts[r]:starts[r + 1]]``, ascending."""
+
+    starts: Tensor
+    """int64 [B + 1]"""
+    feature: Tensor
+    """int32 [n]"""
+
+    @classmethod
+    def join(cls, parts: list[Pairs]) -> Pairs:
+        """Those of consecutive tokens, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        counts = torch.cat([part.starts.diff() for part in parts])
+        return cls(starts(counts), torch.cat([part.feature for part in parts]))
+
+    def rows(self) -> Tensor:
+        """int64 [n] the token of each pair."""
+        tokens = torch.arange(len(self.starts) - 1, device=self.starts.device)
+        return tokens.repeat_interleave(self.starts.diff(), output_size=len(self.feature))
+
+    def keep(self, mask: Tensor) -> Pairs:
+        """Those where ``mask`` [n] is True."""
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        return Pairs(before[self.starts], self.feature[mask])
+
+
+class Decoded(NamedTuple):
+    """Reconstructions by pairs of B tokens at L levels, whose features end at rising widths."""
+
+    pulls: Tensor
+    """[L, B, d] the gradient by the reconstruction of a feature whose first level this is."""
+    last: Tensor
+    """[B, d] the last level's error, reconstruction minus target."""
+    squares: Tensor
+    """[B, L] squared length of each level's error."""
+    slopes: Tensor
+    """[n] the gradient by each pair's value; 0 where it does not fire."""
+
+
+def starts(counts: Tensor) -> Tensor:
+    """int64 [B] pairs per token -> [B + 1]."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+class PreActivations(NamedTuple):
+    """Pre-activations [n, F] of some tokens: ``values`` themselves where there are no scales, else integers with
+    ``values * of_row[:, None] * of_feature + bias``."""
+
+    values: Tensor
+    of_row: Tensor | None = None
+    of_feature: Tensor | None = None
+    bias: Tensor | None = None
+
+    def wide(self) -> Tensor:
+        """[n, F] in float32, or as they are."""
+        if self.of_row is None or self.of_feature is None or self.bias is None:
+            return self.values
+        return self.values.float() * (self.of_row[:, None] * self.of_feature) + self.bias
+
+    def of(self, pairs: Pairs) -> Tensor:
+        """[n] in float32: those of the pairs."""
+        row, feature = pairs.rows(), pairs.feature.long()
+        values = self.values[row, feature].float()
+        if self.of_row is None or self.of_feature is None or self.bias is None:
+            return values
+        return values * (self.of_row[row] * self.of_feature[feature]) + self.bias[feature]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowPrecision:
+    """Rows [n, d] in float32, bfloat16, or int8 with a ``scale`` [n] each: enough to propose which features fire."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, precision: Precision) -> LowPrecision:
+        """float32 rows are taken as they are."""
+        if precision == "bfloat16":
+            return cls(rows.bfloat16())
+        # torch's product of integers is wrong for a single column (2.13: it leaves its result as it finds it).
+        return cls(*shrink(rows)) if precision == "int8" and rows.shape[1] > 1 else cls(rows)
+
+    def write(self, at: slice | Tensor, rows: Tensor) -> None:
+        """Some rows anew."""
+        if self.values.dtype == torch.float32:
+            return  # they are the rows themselves
+        if self.scale is None:
+            self.values[at] = rows.bfloat16()
+        else:
+            self.values[at], self.scale[at] = shrink(rows)
+
+    def like(self, x: Tensor) -> LowPrecision:
+        """x [n, d] in the same precision."""
+        if self.scale is not None:
+            return LowPrecision(*shrink(x))
+        return LowPrecision(x.to(self.values.dtype))
+
+    def at(self, index: Tensor) -> LowPrecision:
+        """Some rows, copied."""
+        values = self.values[index]
+        if self.scale is None:
+            return LowPrecision(values)
+        scale = self.scale[index]
+        # On GPUs the product of integers is for multiples of eight rows only.
+        return LowPrecision((values * scale[:, None]).bfloat16()) if values.is_cuda else LowPrecision(values, scale)
+
+    def products(self, x: Tensor, bias: Tensor) -> Iterator[PreActivations]:
+        """Pre-activations of x [B, d] in float32, bias [n]: a few hundred tokens at a time, looked at while they are in
+        the cache. Each is overwritten by the next."""
+        tokens = self.like(x)
+        if tokens.scale is None or self.scale is None:
+            bias = bias.to(self.values.dtype)
+            for part in torch.split(tokens.values, _TOKENS):
+                yield PreActivations(F.linear(part, self.values, bias))
+            return
+        # Memory that is asked for anew for every product costs as much as a tenth of the product.
+        room = self.scale.new_empty((min(len(x), _TOKENS), len(bias)), dtype=torch.int32)
+        for part, scale in zip(torch.split(tokens.values, _TOKENS), torch.split(tokens.scale, _TOKENS), strict=True):
+            sums = torch._int_mm(part, self.values.T, out=room[: len(part)])
+            yield PreActivations(sums, scale, self.scale, bias)
+
+
+def shrink(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [n, d] -> integers of -127 to 127, int8, and what one of them stands for in each row [n]."""
+    most = rows.abs().amax(dim=1)
+    scale = torch.where(most > 0, most / _INT8, 1.0)
+    return (rows * (1 / scale)[:, None]).round().to(torch.int8), scale
+
+
+@dataclass(frozen=True, slots=True)
+class AdamStep:
+    """Adam (Kingma and Ba 2014) of one step; gradients are multiplied by ``scale`` first."""
+
+    rate: float
+    scale: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureRows:
+    """Weights, gradients and moments, feature by feature. Rows without a gradient in a step are left as they are, and
+    every row has a clock of its own: Adam as if there were an optimiser for each feature, run when it has a gradient.
+    """
+
+    W_enc: Tensor
+    """[F, d_in]"""
+    b_enc: Tensor
+    """[F]"""
+    W_dec: Tensor
+    """[F, d_out], unit rows"""
+    g_enc: Tensor
+    g_bias: Tensor
+    g_dec: Tensor
+    """Gradients; what they hold of a row that is not ``active`` means nothing."""
+    m_enc: Tensor
+    v_enc: Tensor
+    m_bias: Tensor
+    v_bias: Tensor
+    m_dec: Tensor
+    v_dec: Tensor
+    active: Tensor
+    """uint8 [F] whether the row has a gradient."""
+    clock: Tensor
+    """int32 [F] updates so far."""
+    low_precision: LowPrecision
+    """``W_enc`` again, as what proposes features reads it."""
+
+    @classmethod
+    def new(cls, W_enc: Tensor, W_dec: Tensor, precision: Precision = "float32") -> FeatureRows:
+        """Untrained: W_enc [F, d_in] and W_dec [F, d_out] are taken, biases are 0."""
+        count = len(W_enc)
+        bias = W_enc.new_zeros(count)
+        return cls(
+            W_enc, bias, W_dec,
+            torch.zeros_like(W_enc), bias.clone(), torch.zeros_like(W_dec),
+            torch.zeros_like(W_enc), torch.zeros_like(W_enc), bias.clone(), bias.clone(),
+            torch.zeros_like(W_dec), torch.zeros_like(W_dec),
+            torch.zeros(count, dtype=torch.uint8, device=W_enc.device),
+            torch.zeros(count, dtype=torch.int32, device=W_enc.device),
+            LowPrecision.of(W_enc, precision),
+        )  # fmt: skip
+
+    def restart(self, features: Tensor, scale: float) -> None:
+        """These features (bool [F]) begin anew: ``scale`` times the decoder row to encode with, no bias, no moments."""
+        at = features.nonzero().flatten()
+        self.W_enc[at] = scale * self.W_dec[at]
+        moments = (self.m_enc, self.v_enc, self.m_bias, self.v_bias, self.m_dec, self.v_dec)
+        for tensor in (self.b_enc, *moments, self.clock):
+            tensor.index_fill_(0, at, 0)
+        self.low_precision.write(at, self.W_enc[at])
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be kept to go on; gradients and the copy in low precision need not."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _DERIVED}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.active.zero_()
+        self.low_precision.write(slice(None), self.W_enc)
+
+
+class Kernels(Protocol):
+    """B tokens, F features, n pairs, L levels. Nothing here is part of an autograd graph."""
+
+    name: str
+
+    def above(self, x: Tensor, W: LowPrecision, bias: Tensor, cut: float) -> Pairs:
+        """x [B, d], W [F, d], bias [F] -> pairs whose pre-activation is above ``cut``, which must not be negative."""
+        ...
+
+    def largest(self, x: Tensor, W: LowPrecision, bias: Tensor, k: int) -> tuple[Pairs, Tensor]:
+        """x [B, d], W [F, d], bias [F] -> each token's k largest pre-activations of those that are positive, of equal
+        ones those that come first; and these [n], as exactly as W is."""
+        ...
+
+    def strongest(self, pairs: Pairs, values: Tensor, k: int) -> Tensor:
+        """values [n], none below 0 -> bool [n] whether a pair is among its token's k largest; of equal ones those that
+        come first."""
+        ...
+
+    def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:
+        """x [B, d_in] -> [n] ``relu(x . w + b)`` of each pair."""
+        ...
+
+    def decode(
+        self, target: Tensor, W_dec: Tensor, pairs: Pairs, values: Tensor, ends: Tensor, weights: Tensor
+    ) -> Decoded:
+        """target [B, d_out], values [n]; ``ends`` int32 [L] the levels' widths, ``weights`` [L] of their errors."""
+        ...
+
+    def gradients(
+        self, x: Tensor, decoded: Decoded, pairs: Pairs, values: Tensor, ends: Tensor, rows: FeatureRows
+    ) -> None:
+        """Adds the pairs' gradients to the features' rows, and makes these active."""
+        ...
+
+    def lengths(self, rows: FeatureRows) -> Tensor:
+        """[F] squared length of each active row's gradient without the decoder's part along its own row; else 0."""
+        ...
+
+    def adam(self, rows: FeatureRows, adam: AdamStep) -> None:
+        """Updates the active rows, decoder rows staying on the unit sphere; no row is active afterwards."""
+        ...
 
 
 class TorchKernels:
-    """See ``Kernels``."""
-
     name = "torch"
 
     def __init__(self, mesh: Mesh = ALONE) -> None:
         """``mesh``: where the features of a reconstruction lie in several processes."""
         self._mesh = mesh
 
-    def above(self, x: Tensor, W: Rough, bias: Tensor, cut: float) -> Pairs:
-        """See ``Kernels.above``."""
+    def above(self, x: Tensor, W: LowPrecision, bias: Tensor, cut: float) -> Pairs:
         return Pairs.join([_where(pre.wide() > cut) for pre in W.products(x, bias)])
 
-    def largest(self, x: Tensor, W: Rough, bias: Tensor, k: int) -> tuple[Pairs, Tensor]:
-        """See ``Kernels.largest``."""
-        found, values = [], []
+    def largest(self, x: Tensor, W: LowPrecision, bias: Tensor, k: int) -> tuple[Pairs, Tensor]:
+        pairs, values = [], []
         for pre in W.products(x, bias):
             wide = pre.wide()
             best, index = wide.sort(dim=1, descending=True, stable=True)
             mask = torch.zeros_like(wide, dtype=torch.bool).scatter_(1, index[:, :k], best[:, :k] > 0)
-            found.append(_where(mask))
+            pairs.append(_where(mask))
             values.append(wide[mask].float())
-        return Pairs.join(found), torch.cat(values)
+        return Pairs.join(pairs), torch.cat(values)
 
     def strongest(self, pairs: Pairs, values: Tensor, k: int) -> Tensor:
-        """See ``Kernels.strongest``."""
         row = pairs.rows()
         by_value = values.argsort(descending=True, stable=True)
         order = by_value[row[by_value].argsort(stable=True)]
@@ -66,13 +304,11 @@ class TorchKernels:
         return torch.empty_like(row, dtype=torch.bool).scatter_(0, order, rank < k)
 
     def read(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, pairs: Pairs) -> Tensor:
-        """See ``Kernels.read``."""
         return (_dots(x, W_enc, pairs.rows(), pairs.feature.long()) + b_enc[pairs.feature]).relu()
 
     def decode(
         self, target: Tensor, W_dec: Tensor, pairs: Pairs, values: Tensor, ends: Tensor, weights: Tensor
     ) -> Decoded:
-        """See ``Kernels.decode``."""
         rows, feature = pairs.rows(), pairs.feature.long()
         level = torch.bucketize(pairs.feature, ends, right=True)
         first = -target if self._mesh.shard == 0 else torch.zeros_like(target)
@@ -88,7 +324,6 @@ class TorchKernels:
     def gradients(
         self, x: Tensor, decoded: Decoded, pairs: Pairs, values: Tensor, ends: Tensor, rows: FeatureRows
     ) -> None:
-        """See ``Kernels.gradients``."""
         fires = values > 0
         token, feature = pairs.rows()[fires], pairs.feature.long()[fires]
         values, slopes = values[fires], decoded.slopes[fires]
@@ -106,34 +341,32 @@ class TorchKernels:
         rows.active.bitwise_or_(touched)
 
     def lengths(self, rows: FeatureRows) -> Tensor:
-        """See ``Kernels.lengths``."""
         along = (rows.g_dec * rows.W_dec).sum(1)
         dec = (rows.g_dec.square().sum(1) - along.square()).relu()
         return torch.where(rows.active.bool(), rows.g_enc.square().sum(1) + rows.g_bias.square() + dec, 0.0)
 
-    def adam(self, rows: FeatureRows, rates: Rates) -> None:
-        """See ``Kernels.adam``."""
+    def adam(self, rows: FeatureRows, adam: AdamStep) -> None:
         at = rows.active.nonzero().flatten()
         rows.active.zero_()
         rows.clock[at] += 1
         clock = rows.clock[at].double()
-        step = (rates.rate / (1 - rates.beta1**clock)).float()
-        root = (1 / (1 - rates.beta2**clock).sqrt()).float()
+        step = (adam.rate / (1 - adam.beta1**clock)).float()
+        root = (1 / (1 - adam.beta2**clock).sqrt()).float()
 
         def move(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor) -> Tensor:
             wide = (slice(None), None) if weight.ndim == 2 else (slice(None),)
-            first = rates.beta1 * m[at] + (1 - rates.beta1) * gradient
-            second = rates.beta2 * v[at] + (1 - rates.beta2) * gradient.square()
+            first = adam.beta1 * m[at] + (1 - adam.beta1) * gradient
+            second = adam.beta2 * v[at] + (1 - adam.beta2) * gradient.square()
             m[at], v[at] = first, second
-            return weight[at] - step[wide] * first / (second.sqrt() * root[wide] + rates.eps)
+            return weight[at] - step[wide] * first / (second.sqrt() * root[wide] + adam.eps)
 
         g_dec, unit = rows.g_dec[at], rows.W_dec[at]
-        g_dec = (g_dec - (g_dec * unit).sum(1, keepdim=True) * unit) * rates.scale
-        rows.W_enc[at] = move(rows.W_enc, rows.g_enc[at] * rates.scale, rows.m_enc, rows.v_enc)
-        rows.b_enc[at] = move(rows.b_enc, rows.g_bias[at] * rates.scale, rows.m_bias, rows.v_bias)
+        g_dec = (g_dec - (g_dec * unit).sum(1, keepdim=True) * unit) * adam.scale
+        rows.W_enc[at] = move(rows.W_enc, rows.g_enc[at] * adam.scale, rows.m_enc, rows.v_enc)
+        rows.b_enc[at] = move(rows.b_enc, rows.g_bias[at] * adam.scale, rows.m_bias, rows.v_bias)
         moved = move(rows.W_dec, g_dec, rows.m_dec, rows.v_dec)
         rows.W_dec[at] = moved / moved.norm(dim=1, keepdim=True)
-        rows.rough.write(at, rows.W_enc[at])
+        rows.low_precision.write(at, rows.W_enc[at])
 
 
 def _where(mask: Tensor) -> Pairs:
@@ -143,99 +376,10 @@ def _where(mask: Tensor) -> Pairs:
 
 def _dots(x: Tensor, W: Tensor, rows: Tensor, feature: Tensor) -> Tensor:
     """[n] products of rows of x and of W."""
-    found = [(x[rows[part]] * W[feature[part]]).sum(1) for part in _parts(len(rows))]
-    return torch.cat([x.new_zeros(0), *found])
+    products = [(x[rows[part]] * W[feature[part]]).sum(1) for part in _parts(len(rows))]
+    return torch.cat([x.new_zeros(0), *products])
 
 
 def _parts(count: int) -> Iterator[slice]:
     """Few enough pairs at once that their gathered rows fit in memory."""
     return (slice(start, start + _PAIRS) for start in range(0, count, _PAIRS))
-
-
-# Which kernels a run gets, and compiling them.
-
-
-_log = logging.getLogger(__name__)
-
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "search.cpp"))
-_HEADERS = (Path(__file__).with_name("largest.h"),)
-_FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"),
-)
-_COMPILERS = ("c++", "g++", "clang++")
-_COMPILE_S = 120
-
-
-class CannotCompile(RuntimeError):
-    """No compiler, or it failed; the message says which."""
-
-
-def choose(choice: Choice, device: torch.device) -> Kernels:
-    """The kernels for tensors on that device.
-
-    Raises:
-        CannotCompile: ``compiled`` was asked for and cannot be had.
-    """
-    if choice == "torch" or (choice == "auto" and device.type != "cpu"):
-        return TorchKernels()
-    if device.type != "cpu":
-        raise CannotCompile(f"kernels: compiled ones are for the CPU, not for {device.type}; use torch or auto")
-    try:
-        return _compiled()
-    except CannotCompile as err:
-        if choice == "compiled":
-            raise
-        _log.warning("training without compiled kernels, which is slower: %s", err)
-        return TorchKernels()
-
-
-@cache
-def _compiled() -> CompiledKernels:
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise CannotCompile(f"kernels: no C++ compiler among {', '.join(_COMPILERS)}; install one")
-    command = [compiler, *_FLAGS, *map(str, _SOURCES), *map(str, _openmp())]
-    kept = _folder() / f"{_key(command)}.so"
-    if not kept.exists():
-        _compile(command, kept)
-    try:
-        return CompiledKernels(kept)
-    except OSError as err:
-        raise CannotCompile(f"kernels: {kept} cannot be loaded: {err}") from err
-
-
-def _compile(command: list[str], kept: Path) -> None:
-    """Into a new file, then moved: two processes may do so at the same time."""
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            made = Path(folder) / kept.name
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=_COMPILE_S)
-            if done.returncode:
-                raise CannotCompile(f"kernels: {command[0]} failed: {done.stderr.strip()[-500:]}")
-            os.replace(made, kept)
-    except (OSError, subprocess.TimeoutExpired) as err:
-        raise CannotCompile(f"kernels: {command[0]}: {err}") from err
-
-
-def _openmp() -> list[Path]:
-    """torch's own OpenMP library: beside a second one, each would put its threads to sleep between two loops."""
-    base = Path(torch.__file__).parent
-    return sorted([*base.glob("lib/libgomp*"), *base.parent.glob("torch.libs/libgomp*")])[:1]
-
-
-def _folder() -> Path:
-    """Beside what torch keeps for this user, in a folder that the user may move (``TORCH_HOME``)."""
-    return Path(torch.hub.get_dir()).parent / "saeguard"
-
-
-def _key(command: list[str]) -> str:
-    """By the sources, the command, and the processor, whose instructions the result may use."""
-    about = Path("/proc/cpuinfo")
-    flags = (
-        next((line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-        if (about.exists())
-        else platform.processor()
-    )
-    parts = (*(one.read_text(encoding="utf-8") for one in _SOURCES + _HEADERS), *command, platform.machine(), flags)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

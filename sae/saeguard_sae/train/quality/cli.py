@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from saeguard_sae.models import Site
-    from saeguard_sae.train.quality.evaluate import Evaluation, Progress
+    from saeguard_sae.train.quality.evaluate import Evaluation
 
 _TEXT = "text that did not train the SAE: a file, a folder, or a data set of the Hugging Face hub"
 
@@ -70,10 +71,10 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from saeguard_sae.train.lm import ModelSettings, open_language_model
-    from saeguard_sae.train.quality.metrics import EvaluateSettings
+    from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
+    from saeguard_sae.train.quality.evaluate import EvaluateSettings
     from saeguard_sae.train.quality.report import evaluate_folder
-    from saeguard_sae.train.settings import DataSettings, StreamSettings
+    from saeguard_sae.train.settings import DataSettings, StreamSettings, check_at_least
 
     data = DataSettings(
         path=arguments.data,
@@ -83,15 +84,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         skip=arguments.skip,
     )
     stream = StreamSettings(context=arguments.context, packing=arguments.packing)
-    asked = {name: getattr(arguments, name) for name in ("tokens", "loss_tokens", "seed")}
-    settings = EvaluateSettings(**{name: value for name, value in asked.items() if value is not None})
+    flags = {name: getattr(arguments, name) for name in ("tokens", "loss_tokens", "seed")}
+    settings = EvaluateSettings(**{name: value for name, value in flags.items() if value is not None})
     if arguments.threads is not None:
-        torch.set_num_threads(_at_least_one(arguments.threads))
+        check_at_least("threads", arguments.threads, 1)
+        torch.set_num_threads(arguments.threads)
     model = open_language_model(
-        ModelSettings(path=arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=arguments.device)
+        LanguageModelSettings(
+            path=arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=arguments.device
+        )
     )
-    out: Path = arguments.out or _beside(arguments.sae)
-    found = evaluate_folder(
+    out: Path = arguments.out or (arguments.sae if arguments.sae.is_dir() else arguments.sae.parent) / "evaluation"
+    evaluation = evaluate_folder(
         arguments.sae,
         model,
         data,
@@ -101,21 +105,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         site=_site(arguments.site),
         other=arguments.other,
         probe=arguments.probe,
-        progress=_progress(settings.tokens),
+        progress=_progress_line(settings.tokens),
     )
-    sys.stdout.write(_told(found, out))
+    sys.stdout.write(_table(evaluation, out))
     return 0
-
-
-def _at_least_one(threads: int) -> int:
-    from saeguard_sae.train.settings import check_at_least
-
-    check_at_least("threads", threads, 1)
-    return threads
-
-
-def _beside(sae: Path) -> Path:
-    return (sae if sae.is_dir() else sae.parent) / "evaluation"
 
 
 def _site(text: str | None) -> Site | None:
@@ -128,23 +121,24 @@ def _site(text: str | None) -> Site | None:
         raise TrainError(f"site: {err}") from err
 
 
-def _progress(wanted: int) -> Progress:
+def _progress_line(goal: int) -> Callable[[int], None]:
     """A line on the terminal that renews itself; nothing where nobody looks."""
-    is_seen = sys.stderr.isatty()
+    is_terminal = sys.stderr.isatty()
 
-    def told(tokens: int) -> None:
-        if is_seen:
-            end = "\n" if tokens >= wanted else ""
-            sys.stderr.write(f"\r{tokens:,} of {wanted:,} tokens{end}")
+    def draw(tokens: int) -> None:
+        if is_terminal:
+            end = "\n" if tokens >= goal else ""
+            sys.stderr.write(f"\r{tokens:,} of {goal:,} tokens{end}")
             sys.stderr.flush()
 
-    return told
+    return draw
 
 
-def _told(found: Evaluation, out: Path) -> str:
-    from saeguard_sae.train.quality.report import lines, summary
+def _table(evaluation: Evaluation, out: Path) -> str:
+    from saeguard_sae.train.quality.report import summary, table_lines
 
-    width = max(len(line.name) for line in lines(found))
-    rows = [f"{line.name:<{width}}  {line.sae:>14}  {line.frozen:>14}" for line in lines(found)]
+    lines = table_lines(evaluation)
+    width = max(len(line.name) for line in lines)
+    rows = [f"{line.name:<{width}}  {line.sae:>14}  {line.frozen:>14}" for line in lines]
     head = f"{'':<{width}}  {'SAE':>14}  {'frozen':>14}"
-    return "\n".join([summary(found), "", head, *rows, "", f"Report: {out / 'report.html'}", ""])
+    return "\n".join([summary(evaluation), "", head, *rows, "", f"Report: {out / 'report.html'}", ""])

@@ -1,4 +1,7 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped, each file whole or not there."""
+"""The folder of a run: whose it is, its checkpoints, and its trained SAEs in SAELens' format, each with a card.
+
+A checkpoint is everything that a run needs to go on as if it had never stopped. Each file is whole or not there.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -15,16 +18,83 @@ from typing import IO, Any, cast
 
 import msgspec
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import saelens_save
-from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, differences, plain
-from saeguard_sae.train.run.jobs import SaePlan, Source
-from saeguard_sae.train.run.metrics import last_figures
+from saeguard_sae.train.data import context_length
+from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, config_as_json, differences
+from saeguard_sae.train.run.jobs import SaePlan
+from saeguard_sae.train.run.progress import last_metrics
+from saeguard_sae.train.stream import ActivationStream
 
+CARD = "README.md"
 _FORMAT = 1
-_NAME = re.compile(r"step-(\d{12})\.pt")
+_CHECKPOINT_NAME = re.compile(r"step-(\d{12})\.pt")
+_MARK = "run.json"
+
+
+class RunFolder:
+    """``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``saes/`` and, with TensorBoard, ``tensorboard/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+
+    def sae(self, name: str) -> Path:
+        return self.path / "saes" / name
+
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """Looks whether this run may have the folder; writes nothing.
+
+        Raises:
+            BadConfig: it holds something else, another run, or this one without ``resume``.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise BadConfig(f"run.out: {self.path} is not a folder")
+        before = self._before()
+        if before is None:
+            if any(file.name != f"{_MARK}.part" for file in self.path.iterdir()):
+                raise BadConfig(
+                    f"run.out: {self.path} holds something that is no run; name an empty folder or a new one"
+                )
+        elif not resume:
+            raise BadConfig(
+                f"run.out: {self.path} already holds a run; --resume goes on with it, or name another folder"
+            )
+        elif changed := differences(before, config_as_json(config)):
+            raise BadConfig(f"run.out: {self.path} holds a run of another configuration: {'; '.join(changed)}")
+
+    def claim(self, config: RunConfig) -> None:
+        """Makes it and marks it as this run's.
+
+        Raises:
+            BadConfig: it cannot be written.
+        """
+        part = self.path / f"{_MARK}.part"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps({"config": config_as_json(config)}, indent=2) + "\n", encoding="utf-8")
+            os.replace(part, self.path / _MARK)
+        except OSError as err:
+            raise BadConfig(f"run.out: {self.path} cannot be written: {err.strerror}") from err
+
+    def _before(self) -> dict[str, Any] | None:
+        """The configuration of the run that it holds; None where there is none."""
+        mark = self.path / _MARK
+        if not mark.is_file():
+            return None
+        try:
+            config: dict[str, Any] = dict(json.loads(mark.read_text(encoding="utf-8"))["config"])
+        except (ValueError, KeyError, TypeError, OSError) as err:
+            raise BadConfig(f"run.out: {mark} cannot be read; name another folder") from err
+        return config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,21 +134,24 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
-                _write(checkpoint, file)
+                _write_checkpoint(checkpoint, file)
                 os.fsync(file.fileno())
             os.replace(part, path)
             _sync_folder(self.folder)
         except OSError as err:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise RunFailed(self._not_written(checkpoint.step, err)) from err
+            raise RunFailed(
+                f"run.out: the checkpoint of step {checkpoint.step:,} could not be written to {self.folder} "
+                f"({err.strerror or err})"
+            ) from err
         self._forget_oldest()
         return path
 
     def paths(self) -> list[Path]:
         """Complete ones, oldest first."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(path for path in found if _NAME.fullmatch(path.name))
+        files = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path for path in files if _CHECKPOINT_NAME.fullmatch(path.name))
 
     def latest(self) -> Checkpoint | None:
         """The newest, its tensors mapped from the file; None where there is none.
@@ -87,17 +160,17 @@ class Checkpoints:
             RunFailed: it cannot be read.
         """
         paths = self.paths()
-        return _read(paths[-1]) if paths else None
+        return _read_checkpoint(paths[-1]) if paths else None
 
     def discard_parts(self) -> None:
         """Takes away what a killed run had begun to write."""
         for part in self.folder.glob("step-*.pt.part"):
             part.unlink()
 
-    def kept(self) -> str:
+    def resumable(self) -> str:
         """For messages: what there is to go on from."""
         paths = self.paths()
-        match = _NAME.fullmatch(paths[-1].name) if paths else None
+        match = _CHECKPOINT_NAME.fullmatch(paths[-1].name) if paths else None
         return f"the checkpoint of step {int(match[1]):,} is kept" if match else "there is no checkpoint yet"
 
     def _forget_oldest(self) -> None:
@@ -106,10 +179,6 @@ class Checkpoints:
                 old.unlink()
             except OSError as err:
                 raise RunFailed(f"run.out: {old} could not be deleted: {err.strerror}") from err
-
-    def _not_written(self, step: int, err: OSError) -> str:
-        reason = err.strerror or str(err)
-        return f"run.out: the checkpoint of step {step:,} could not be written to {self.folder} ({reason})"
 
 
 class _Sink:
@@ -123,40 +192,30 @@ class _Sink:
         self._file = file
 
     def write(self, data: bytes | memoryview) -> int:
-        if self.error is None:
-            try:
-                self._file.write(data)
-            except OSError as err:
-                self.error = err
+        self._try(self._file.write, data)
         return len(data)
 
     def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, operation: Callable[..., object], *arguments: object) -> None:
         if self.error is None:
             try:
-                self._file.flush()
+                operation(*arguments)
             except OSError as err:
                 self.error = err
 
 
-def _write(checkpoint: Checkpoint, file: IO[bytes]) -> None:
+def _write_checkpoint(checkpoint: Checkpoint, file: IO[bytes]) -> None:
     sink = _Sink(file)
-    content = {
-        "format": _FORMAT,
-        "step": checkpoint.step,
-        "config": checkpoint.config,
-        "learners": {name: dict(state) for name, state in checkpoint.learners.items()},
-        "stream": dict(checkpoint.stream),
-        "metrics": checkpoint.metrics,
-        "elapsed_s": checkpoint.elapsed_s,
-        "rng": checkpoint.rng,
-    }
+    content = {"format": _FORMAT, **{field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}}
     torch.save(content, cast(IO[bytes], sink))
     sink.flush()
     if sink.error is not None:
         raise sink.error
 
 
-def _read(path: Path) -> Checkpoint:
+def _read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as err:
@@ -164,15 +223,8 @@ def _read(path: Path) -> Checkpoint:
         raise RunFailed(f"{path} cannot be read ({first}); delete it to go on from the checkpoint before it") from err
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise RunFailed(f"{path} is not a checkpoint of this version; begin anew in another folder")
-    return Checkpoint(
-        step=content["step"],
-        config=content["config"],
-        learners=content["learners"],
-        stream=content["stream"],
-        metrics=content["metrics"],
-        elapsed_s=content["elapsed_s"],
-        rng=content["rng"].clone(),
-    )
+    values = {field.name: content[field.name] for field in fields(Checkpoint)}
+    return Checkpoint(**{**values, "rng": content["rng"].clone()})
 
 
 def _sync_folder(folder: Path) -> None:
@@ -184,206 +236,70 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# The folder of a run: what lies where, and whose it is.
-
-
-_MARK = "run.json"
-
-
-class RunFolder:
-    """``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``saes/`` and, with TensorBoard, ``tensorboard/``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.tensorboard = path / "tensorboard"
-
-    def sae(self, name: str) -> Path:
-        """Of one SAE."""
-        return self.path / "saes" / name
-
-    def check(self, config: RunConfig, *, resume: bool) -> None:
-        """Looks whether this run may have the folder; writes nothing.
-
-        Raises:
-            BadConfig: it holds something else, another run, or this one without ``resume``.
-        """
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise BadConfig(f"run.out: {self.path} is not a folder")
-        before = self._before()
-        if before is None:
-            if any(one.name != f"{_MARK}.part" for one in self.path.iterdir()):
-                raise BadConfig(
-                    f"run.out: {self.path} holds something that is no run; name an empty folder or a new one"
-                )
-        elif not resume:
-            raise BadConfig(
-                f"run.out: {self.path} already holds a run; --resume goes on with it, or name another folder"
-            )
-        elif changed := differences(before, plain(config)):
-            raise BadConfig(f"run.out: {self.path} holds a run of another configuration: {'; '.join(changed)}")
-
-    def claim(self, config: RunConfig) -> None:
-        """Makes it and marks it as this run's.
-
-        Raises:
-            BadConfig: it cannot be written.
-        """
-        part = self.path / f"{_MARK}.part"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"config": plain(config)}, indent=2) + "\n", encoding="utf-8")
-            os.replace(part, self.path / _MARK)
-        except OSError as err:
-            raise BadConfig(f"run.out: {self.path} cannot be written: {err.strerror}") from err
-
-    def _before(self) -> dict[str, Any] | None:
-        """The configuration of the run that it holds; None where there is none."""
-        mark = self.path / _MARK
-        if not mark.is_file():
-            return None
-        try:
-            config: dict[str, Any] = dict(json.loads(mark.read_text(encoding="utf-8"))["config"])
-        except (ValueError, KeyError, TypeError, OSError) as err:
-            raise BadConfig(f"run.out: {mark} cannot be read; name another folder") from err
-        return config
-
-
-# The card of a trained SAE: what it is, what it learnt from, how it did, how to use it.
-
-
-def write_card(plan: SaePlan, config: RunConfig, model_name: str, epoch: int, figures: Mapping[str, Any]) -> str:
-    """Markdown, with the header that the Hugging Face hub reads.
-
-    Args:
-        epoch: how often the data was started again.
-        figures: the last line of metrics.
-    """
-    parts = [
-        _head(plan, model_name),
-        _use(plan, config),
-        _data(config, epoch),
-        _figures(figures, config),
-        _settings(plan),
-    ]
-    return "\n".join(parts)
-
-
-def _head(plan: SaePlan, model_name: str) -> str:
-    kind = "sparse autoencoder" if plan.writes is None else "transcoder"
-    place = f"the activations at `{plan.reads}`"
-    if plan.writes is not None:
-        place += f", of which it makes those at `{plan.writes}`"
-    size = plan.size
-    return f"""---
-library_name: saelens
-tags:
-- sparse-autoencoder
-- saeguard
----
-
-# {plan.name}
-
-A {kind} on {place} of {model_name}: {size.settings.architecture}, {size.settings.d_sae:,} features of
-{size.d_in:,} dimensions. Trained by Saeguard {version("saeguard")}.
-"""
-
-
-def _use(plan: SaePlan, config: RunConfig) -> str:
-    model = "MODEL" if config.model is None else config.model.path
-    return f"""## Use
-
-```
-saeguard serve --model {model} --sae {plan.name}=THIS_FOLDER
-```
-
-SAELens loads the same folder with `SAE.load_from_disk`.
-"""
-
-
-def _data(config: RunConfig, epoch: int) -> str:
-    tokens, stream = config.steps * config.stream.batch, config.stream
-    again = f" The data was read {epoch + 1} times." if epoch else ""
-    left_out = [name for name, holds in (("each row's first token", stream.mask_first),
-                ("special tokens", stream.mask_special)) if holds]  # fmt: skip
-    if stream.outlier_norm:
-        left_out.append(f"tokens with a norm above {stream.outlier_norm:g} times the median")
-    apart = (
-        f" Its first {config.run.heldout:,} documents were held out, and evaluated on." if config.run.evaluate else ""
-    )
-    return f"""## Data
-
-{tokens:,} tokens of `{config.data.path}`, in batches of {stream.batch:,} from a buffer of {stream.buffer:,}.{again}
-Left out: {", ".join(left_out) or "nothing"}.{apart}
-"""
-
-
-def _figures(figures: Mapping[str, Any], config: RunConfig) -> str:
-    more = "\n`evaluation/report.html` has what was measured on the held-out text.\n" if config.run.evaluate else ""
-    return f"""## Figures
-
-Means over the last steps of training, on the batches it was trained on.
-
-| loss | L0 | FVU | dead features |
-|---|---|---|---|
-| {_shown(figures["loss"])} | {_shown(figures["l0"])} | {_shown(figures["fvu"])} | {_shown(figures["dead_share"])} |
-{more}"""
-
-
-def _settings(plan: SaePlan) -> str:
-    return "\n".join(["## Settings", "", "| | |", "|---|---|", *_rows(plan), ""])
-
-
-def _rows(plan: SaePlan) -> Iterator[str]:
-    for one in fields(plan.settings):
-        yield f"| {one.name} | {msgspec.to_builtins(getattr(plan.settings, one.name))} |"
-
-
-def _shown(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.4g}"
-
-
-# Trained SAEs as files: SAELens' format, which our server and SAELens load, and a card.
-
-
-CARD = "README.md"
-
-
-def export(dictionary: Dictionary, plan: SaePlan, config: RunConfig, folder: RunFolder, source: Source) -> Path:
+def export_sae(
+    dictionary: Dictionary,
+    plan: SaePlan,
+    config: RunConfig,
+    folder: RunFolder,
+    stream: ActivationStream,
+    model: LanguageModel | None,
+) -> Path:
     """Writes one trained SAE with its card; its folder.
 
     Raises:
         RunFailed: it could not be written, or holds values that are not finite.
     """
     path = folder.sae(plan.name)
+    metadata: dict[str, Any] = {
+        "training_tokens": config.steps * config.stream.batch,
+        "dataset_path": config.data.path,
+        "saeguard_version": version("saeguard"),
+    }
+    if model is not None:
+        context, bos = context_length(model, config.stream), model.tokenizer.bos_token_id
+        metadata |= {"context_size": context, "prepend_bos": bos is not None}
     try:
         saelens_save.save_saelens(
             dictionary,
             path,
             site=plan.reads,
-            model_name=source.model_name,
-            metadata=_metadata(config, source),
+            model_name=stream.model_name,
+            metadata=metadata,
             writes=() if plan.writes is None else (plan.writes,),
         )
-        figures = last_figures(folder.metrics)[plan.name]
+        metrics = last_metrics(folder.metrics)[plan.name]
         part = path / f"{CARD}.part"
-        part.write_text(write_card(plan, config, source.model_name, source.epoch, figures), encoding="utf-8")
+        part.write_text(write_card(plan, config, stream.model_name, stream.epoch, metrics), encoding="utf-8")
         os.replace(part, path / CARD)
     except (OSError, ValueError, RuntimeError) as err:
         raise RunFailed(f"saes.{plan.name}: could not be written to {path}: {err}") from err
     return path
 
 
-def _metadata(config: RunConfig, source: Source) -> dict[str, Any]:
-    """What SAELens' files have a place for, and what made them."""
-    known: dict[str, Any] = {
-        "training_tokens": config.steps * config.stream.batch,
-        "dataset_path": config.data.path,
-        "saeguard_version": version("saeguard"),
-    }
-    if source.context is not None:
-        known |= {"context_size": source.context, "prepend_bos": source.has_bos}
-    return known
+def write_card(plan: SaePlan, config: RunConfig, model_name: str, epoch: int, metrics: Mapping[str, Any]) -> str:
+    """What a trained SAE is, what it learnt from, how it did, how to use it: Markdown, with the hub's header.
+
+    Args:
+        epoch: how often the data was started again.
+        metrics: the last line of the run's.
+    """
+    stream, settings = config.stream, plan.settings
+    left_out = ["each row's first token"] * stream.mask_first + ["special tokens"] * stream.mask_special
+    if stream.outlier_norm:
+        left_out.append(f"tokens with a norm above {stream.outlier_norm:g} times the median")
+    environment = Environment(
+        loader=PackageLoader(__package__, "."), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("card.md.jinja").render(
+        plan=plan,
+        config=config,
+        run=config.run,
+        stream=stream,
+        settings=settings,
+        rows={field.name: msgspec.to_builtins(getattr(settings, field.name)) for field in fields(settings)},
+        left_out=left_out,
+        model_name=model_name,
+        epoch=epoch,
+        metrics=metrics,
+        version=version("saeguard"),
+    )

@@ -50,27 +50,27 @@ def run_train(arguments: argparse.Namespace) -> int:
     from saeguard_sae.train.run.config import RunFailed, RunLost, RunStopped
     from saeguard_sae.train.settings import TrainError
 
-    voice = RankZeroConsole()
+    console = RankZeroConsole()
     try:
         return _train(arguments)
     except TrainError as err:
-        return _say(voice, str(err), 2)
+        return _exit(console, str(err), 2)
     except RunLost as err:
-        return _say(voice, str(err), 1) if voice.may_break_the_silence() else 1
+        return _exit(console, str(err), 1) if console.may_print_first() else 1
     except RunFailed as err:
-        return _say(voice, str(err), 1)
+        return _exit(console, str(err), 1)
     except RunStopped as err:
-        again = "the same torchrun command and --resume" if is_launched() else _again(arguments)
-        return _say(voice, f"{err}; go on with: {again}", _SIGNALLED + err.number)
+        again = "the same torchrun command and --resume" if is_launched() else _resume_command(arguments)
+        return _exit(console, f"{err}; go on with: {again}", _SIGNALLED + err.number)
     except KeyboardInterrupt:
-        return _say(voice, "interrupted; --resume goes on from the last checkpoint", _INTERRUPTED)
+        return _exit(console, "interrupted; --resume goes on from the last checkpoint", _INTERRUPTED)
     except Exception as err:  # ours to mend: with all that helps to, and the line that every failure has
         traceback.print_exc()
-        return _say(voice, f"failed unexpectedly, {type(err).__name__}: {err}", 1)
+        return _exit(console, f"failed unexpectedly, {type(err).__name__}: {err}", 1)
 
 
 def train_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, as a tree in the shape of the file."""
+    """The flags on the command line, as a tree in the shape of the file."""
     tree: dict[str, Any] = {}
     for key, _, _ in FLAGS.values():
         value = vars(arguments)[key]
@@ -89,15 +89,14 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _again(arguments: argparse.Namespace) -> str:
-    """The command that goes on: as it was given, to resume."""
-    given = [(flag, vars(arguments)[key]) for flag, (key, _, _) in FLAGS.items()]
-    flags = [word for flag, value in given if value is not None for word in (flag, str(value))]
+def _resume_command(arguments: argparse.Namespace) -> str:
+    values = [(flag, vars(arguments)[key]) for flag, (key, _, _) in FLAGS.items()]
+    flags = [word for flag, value in values if value is not None for word in (flag, str(value))]
     return shlex.join(["saeguard", "train", str(arguments.config), "--resume", *flags])
 
 
-def _say(voice: RankZeroConsole, text: str, code: int) -> int:
-    if voice.may_say(text):
+def _exit(console: RankZeroConsole, text: str, code: int) -> int:
+    if console.may_print(text):
         sys.stderr.write(f"saeguard train: {text}\n")
         sys.stderr.flush()
     return code

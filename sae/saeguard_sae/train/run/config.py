@@ -1,8 +1,11 @@
-"""The configuration of a run: one frozen tree, built once from TOML and flags. Unknown keys are refused by name."""
+"""The configuration of a run: one frozen tree, built once from TOML and flags. Unknown keys are refused by name.
+
+``[[saes]]`` are the SAEs of a run; a list in place of a value is a sweep, each of its values an SAE. And how a run ends
+when it does not end well: what a user got wrong beforehand is a ``TrainError``.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import signal
@@ -18,10 +21,24 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import ModelSettings
+from saeguard_sae.train.lm import LanguageModelSettings
 from saeguard_sae.train.settings import DataSettings, SaeSettings, StreamSettings, TrainError
 
-# How a run ends when it does not end well. What a user got wrong beforehand is a TrainError.
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
+Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+T = TypeVar("T")
+
+_MISSING = "Object missing required field `"
+_OF_THE_RUN = {"steps", "batch", "is_transcoder"}
+"""Set by the run, the stream and write_site."""
+_NEEDS_ORDER = {"smooth_weight"}
+"""Asks for the token before each, which a mixing buffer has lost."""
+_HINTS: dict[str, Any] = {
+    name: hint for name, hint in get_type_hints(SaeSettings).items() if name not in _OF_THE_RUN | _NEEDS_ORDER
+}
+_KEYS = ("name", "site", "write_site", "expansion", *_HINTS)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class BadConfig(TrainError):
@@ -45,21 +62,7 @@ class RunStopped(Exception):
         self.number = number
 
 
-# Keys of a configuration: which there are, and refusing the others by name.
-
-
-_MISSING = "Object missing required field `"
-
-
-def names_of(kind: type) -> tuple[str, ...]:
-    """Fields of a msgspec struct or a dataclass."""
-    if issubclass(kind, msgspec.Struct):
-        return kind.__struct_fields__
-    assert dataclasses.is_dataclass(kind)
-    return tuple(one.name for one in dataclasses.fields(kind))
-
-
-def table(name: str, value: object) -> Mapping[str, Any]:
+def as_table(name: str, value: object) -> Mapping[str, Any]:
     """What must be a table.
 
     Raises:
@@ -70,14 +73,14 @@ def table(name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def refuse_unknown(where: str, found: Iterable[str], allowed: Iterable[str]) -> None:
+def refuse_unknown(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
     """Looks at keys.
 
     Raises:
         BadConfig: one is not among those allowed.
     """
     names = list(allowed)
-    for key in found:
+    for key in keys:
         if key not in names:
             close = get_close_matches(key, names, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
@@ -85,7 +88,7 @@ def refuse_unknown(where: str, found: Iterable[str], allowed: Iterable[str]) -> 
             raise BadConfig(f"{full}: no such key{meant}; there are {', '.join(names)}")
 
 
-def converted(where: str, value: object, hint: Any) -> Any:
+def convert_value(where: str, value: object, hint: Any) -> Any:
     """A value as ``hint`` wants it.
 
     Raises:
@@ -96,10 +99,10 @@ def converted(where: str, value: object, hint: Any) -> Any:
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as err:
-        raise BadConfig(said(where, err)) from err
+        raise BadConfig(conversion_error(where, err)) from err
 
 
-def said(name: str, err: msgspec.ValidationError) -> str:
+def conversion_error(name: str, err: msgspec.ValidationError) -> str:
     """What msgspec, or a check of our own under it, objects to in a table, with the key in front."""
     text, _, where = str(err).partition(" - at `$")
     key = ".".join(filter(None, (name, where.rstrip("`").lstrip("."))))
@@ -107,23 +110,6 @@ def said(name: str, err: msgspec.ValidationError) -> str:
         return f"{key}.{text.removeprefix(_MISSING).rstrip('`')}: must be given"
     # Settings that are also built without a file name their table themselves.
     return text if text.startswith(f"{name}.") else f"{key}: {text}"
-
-
-# ``[[saes]]``: the SAEs of a run. A list in place of a value is a sweep, each of its values an SAE.
-
-
-_OF_THE_RUN = {"steps", "batch", "is_transcoder"}
-"""Set by the run, the stream and write_site."""
-_NEEDS_ORDER = {"smooth_weight"}
-"""Asks for the token before each, which a mixing buffer has lost."""
-_HINTS: dict[str, Any] = {
-    name: hint
-    for name, hint in get_type_hints(SaeSettings).items()
-    if name in names_of(SaeSettings) and name not in _OF_THE_RUN | _NEEDS_ORDER
-}
-_KEYS = ("name", "site", "write_site", "expansion", *_HINTS)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_PLACEHOLDER_STEPS = 1
 
 
 class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,11 +140,10 @@ class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.write_site == self.site:
             raise ValueError(f"write_site is {self.site}, where it reads: leave it out for an SAE")
         if "d_sae" in self.settings:
-            self.complete(self.settings["d_sae"], _PLACEHOLDER_STEPS, 1)
+            self.sae_settings(d_in=1, steps=1, batch=1)
 
     @property
     def reads(self) -> Site:
-        """Where it reads."""
         return Site.parse(self.site)
 
     @property
@@ -171,22 +156,17 @@ class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """All that it needs activations of."""
         return (self.reads,) if self.writes is None else (self.reads, self.writes)
 
-    def complete(self, d_sae: int, steps: int, batch: int) -> SaeSettings:
-        """What the learner is made from.
+    def sae_settings(self, d_in: int, steps: int, batch: int) -> SaeSettings:
+        """What the learner is made from, for a site ``d_in`` wide.
 
         Raises:
             ValueError: names the field and what is allowed.
         """
-        fixed: dict[str, Any] = {"d_sae": d_sae, "steps": steps, "batch": batch}
-        return SaeSettings(**{**self.settings, **fixed}, is_transcoder=self.write_site is not None)
-
-    def sized(self, d_in: int, steps: int, batch: int) -> SaeSettings:
-        """As ``complete``, for what is ``d_in`` wide."""
-        d_sae: int = self.settings.get("d_sae", self.expansion * d_in)
-        return self.complete(d_sae, steps, batch)
+        of_run: dict[str, Any] = {"steps": steps, "batch": batch, "is_transcoder": self.write_site is not None}
+        return SaeSettings(**{"d_sae": self.expansion * d_in, **self.settings, **of_run})
 
 
-def entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
+def read_entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
     """The tables of the file -> every SAE of the run; ``seed`` is for those that name none.
 
     Raises:
@@ -194,11 +174,11 @@ def entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
     """
     if not isinstance(tables, list | tuple):
         raise BadConfig("saes: must be tables, written [[saes]]")
-    return tuple(one for index, found in enumerate(tables) for one in _of_table(f"saes[{index}]", found, seed))
+    return tuple(entry for index, value in enumerate(tables) for entry in _of_table(f"saes[{index}]", value, seed))
 
 
-def _of_table(where: str, found: object, seed: int) -> Iterator[SaeEntry]:
-    keys = dict(table(where, found))
+def _of_table(where: str, value: object, seed: int) -> Iterator[SaeEntry]:
+    keys = dict(as_table(where, value))
     keys.setdefault("seed", seed)
     for name in sorted(_NEEDS_ORDER & keys.keys()):
         raise BadConfig(f"{where}.{name}: needs each token's predecessor, which a mixed stream does not keep")
@@ -216,7 +196,6 @@ def _of_table(where: str, found: object, seed: int) -> Iterator[SaeEntry]:
 
 
 def _is_swept(name: str, value: object) -> bool:
-    """Whether it is a list where one value is wanted."""
     return isinstance(value, list | tuple) and name not in ("name", "write_site") and not _is_list(name)
 
 
@@ -224,32 +203,26 @@ def _is_list(name: str) -> bool:
     return get_origin(_HINTS.get(name)) is tuple
 
 
-def _values(where: str, name: str, value: Any) -> list[Any]:
-    values = list(value)
-    if not values or any(values.count(one) > 1 for one in values):
-        raise BadConfig(f"{where}.{name}: a sweep needs values, each once; got {value!r}")
+def _values(where: str, name: str, sweep: Any) -> list[Any]:
+    values = list(sweep)
+    if not values or any(values.count(value) > 1 for value in values):
+        raise BadConfig(f"{where}.{name}: a sweep needs values, each once; got {sweep!r}")
     return values
 
 
 def _entry(where: str, keys: Mapping[str, Any], swept: tuple[str, ...]) -> SaeEntry:
     settings = {
-        name: converted(f"{where}.{name}", value, _HINTS[name]) for name, value in keys.items() if name in _HINTS
+        name: convert_value(f"{where}.{name}", value, _HINTS[name]) for name, value in keys.items() if name in _HINTS
     }
     own: dict[str, Any] = {name: value for name, value in keys.items() if name not in _HINTS}
     if swept:
         own["name"] = "-".join([str(own["name"]), *(_suffix(name, keys[name]) for name in swept)])
-    entry: SaeEntry = converted(where, {**own, "settings": settings}, SaeEntry)
+    entry: SaeEntry = convert_value(where, {**own, "settings": settings}, SaeEntry)
     return entry
 
 
 def _suffix(name: str, value: object) -> str:
     return str(value) if isinstance(value, str) else f"{name}{value}"
-
-
-Text: TypeAlias = Annotated[str, Meta(min_length=1)]
-Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
-Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-T = TypeVar("T")
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -260,7 +233,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokens: Count
     """Tokens that every SAE learns from, rounded up to whole batches."""
     log_every: Count = 100
-    """Steps between two lines of figures."""
+    """Steps between two lines of metrics."""
     checkpoint_every: Count = 1000
     """Steps between two checkpoints."""
     keep: Count = 2
@@ -286,7 +259,7 @@ class ParallelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run: a model, a stream of its activations, and all SAEs that learn from it."""
 
-    model: ModelSettings | None
+    model: LanguageModelSettings | None
     """None where the data is cached activations."""
     data: DataSettings
     stream: StreamSettings
@@ -297,10 +270,15 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         if not self.saes:
             raise ValueError("saes: at least one [[saes]] is needed")
-        names = [one.name for one in self.saes]
+        names = [entry.name for entry in self.saes]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"saes: the name {name!r} is given twice")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All that activations are needed of."""
+        return tuple(dict.fromkeys(site for entry in self.saes for site in entry.sites))
 
     @property
     def training_data(self) -> DataSettings:
@@ -314,12 +292,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def steps(self) -> int:
-        """Steps of the run."""
         return -(-self.run.tokens // self.stream.batch)
 
 
-_TABLES: dict[str, type] = {
-    "model": ModelSettings,
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "model": LanguageModelSettings,
     "data": DataSettings,
     "stream": StreamSettings,
     "run": RunSettings,
@@ -333,9 +310,9 @@ def load_run_config(path: Path, overrides: Mapping[str, Any] | None = None) -> R
     Raises:
         BadConfig: it cannot be read, an unknown key, a wrong type, a value out of range.
     """
-    tree = _read(path)
+    tree = _read_toml(path)
     for name, above in (overrides or {}).items():
-        tree[name] = {**table(name, tree.get(name, {})), **above}
+        tree[name] = {**as_table(name, tree.get(name, {})), **above}
     try:
         return parse_run_config(tree)
     except BadConfig as err:
@@ -349,20 +326,19 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
         BadConfig: names the key.
     """
     refuse_unknown("", tree, [*_TABLES, "saes"])
-    parts = {name: dict(table(name, tree.get(name, {}))) for name in _TABLES}
+    parts = {name: dict(as_table(name, tree.get(name, {}))) for name in _TABLES}
     for name, part in parts.items():
-        refuse_unknown(name, part, names_of(_TABLES[name]))
-    run = _convert("run", parts["run"], RunSettings)
-    if "seed" in names_of(StreamSettings):
-        parts["stream"].setdefault("seed", run.seed)
+        refuse_unknown(name, part, _TABLES[name].__struct_fields__)
+    run = _convert_table("run", parts["run"], RunSettings)
+    parts["stream"].setdefault("seed", run.seed)
     try:
         return RunConfig(
-            model=_convert("model", parts["model"], ModelSettings) if "model" in tree else None,
-            data=_convert("data", parts["data"], DataSettings),
-            stream=_convert("stream", parts["stream"], StreamSettings),
+            model=_convert_table("model", parts["model"], LanguageModelSettings) if "model" in tree else None,
+            data=_convert_table("data", parts["data"], DataSettings),
+            stream=_convert_table("stream", parts["stream"], StreamSettings),
             run=run,
-            parallel=_convert("parallel", parts["parallel"], ParallelSettings),
-            saes=entries(tree.get("saes", []), run.seed),
+            parallel=_convert_table("parallel", parts["parallel"], ParallelSettings),
+            saes=read_entries(tree.get("saes", []), run.seed),
         )
     except BadConfig:
         raise
@@ -370,50 +346,50 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
         raise BadConfig(str(err)) from err
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
+def config_as_json(config: RunConfig) -> dict[str, Any]:
     """As JSON gives it back, SAEs by their names."""
     tree: dict[str, Any] = {name: msgspec.to_builtins(getattr(config, name)) for name in _TABLES}
-    tree["saes"] = {one.name: msgspec.to_builtins(one) for one in config.saes}
+    tree["saes"] = {entry.name: msgspec.to_builtins(entry) for entry in config.saes}
     return dict(json.loads(json.dumps(tree)))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What decides the outcome of a run and is not the same in two ``plain`` configurations, a sentence each."""
+    """What decides the outcome of a run and is not the same in two configurations as JSON, a sentence each."""
     old, new = _flat(before), _flat(now)
     keys = [key for key in sorted(old | new) if key not in _WITHOUT_EFFECT and old.get(key) != new.get(key)]
-    return [f"{key} was {_shown(old, key)}, now is {_shown(new, key)}" for key in keys]
+    return [f"{key} was {_repr(old, key)}, now is {_repr(new, key)}" for key in keys]
 
 
 _WITHOUT_EFFECT = {
     "model.device",
     "model.threads",
     "parallel.shards",
-    *(f"run.{one}" for one in ("out", "log_every", "checkpoint_every", "keep", "threads")),
+    *(f"run.{name}" for name in ("out", "log_every", "checkpoint_every", "keep", "threads")),
 }
 """Keys that may change when a run is resumed."""
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
 
 
-def _shown(flat: Mapping[str, Any], key: str) -> str:
+def _repr(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "not given"
 
 
-def _convert(name: str, part: Mapping[str, Any], kind: type[T]) -> T:
+def _convert_table(name: str, part: Mapping[str, Any], kind: type[T]) -> T:
     hints = get_type_hints(kind)
     for key, value in part.items():
         if get_origin(hints[key]) is Literal:
-            converted(f"{name}.{key}", value, hints[key])
-    whole: T = converted(name, part, kind)
+            convert_value(f"{name}.{key}", value, hints[key])
+    whole: T = convert_value(name, part, kind)
     return whole
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as err:

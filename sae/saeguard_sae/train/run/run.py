@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any
 
 import torch
 from msgspec.structs import replace
@@ -21,11 +21,19 @@ from torch import Tensor
 from saeguard_sae.models import Site
 from saeguard_sae.train.learner import Learner, make_learner
 from saeguard_sae.train.lm import LanguageModel, open_language_model
-from saeguard_sae.train.parallel import ALONE, Mesh, PeerLost, own_device, together
-from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints, RunFolder, export
-from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, RunLost, RunStopped, differences, plain
-from saeguard_sae.train.run.jobs import SaePlan, Source, check_disk, check_memory, plans, rehearse_export
-from saeguard_sae.train.run.metrics import (
+from saeguard_sae.train.parallel import ALONE, Mesh, PeerLost, join_processes, own_device
+from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints, RunFolder, export_sae
+from saeguard_sae.train.run.config import (
+    BadConfig,
+    RunConfig,
+    RunFailed,
+    RunLost,
+    RunStopped,
+    config_as_json,
+    differences,
+)
+from saeguard_sae.train.run.jobs import SaePlan, check_disk, check_memory, plan_saes, rehearse_export
+from saeguard_sae.train.run.progress import (
     Console,
     MetricsFile,
     Pace,
@@ -35,142 +43,146 @@ from saeguard_sae.train.run.metrics import (
     evaluate_all,
 )
 from saeguard_sae.train.settings import TrainError
+from saeguard_sae.train.stream import ActivationStream
 
-# Ctrl-C and SIGTERM while a run is in its loop: noted, so that the step under way is finished and saved.
-
-
-class StopSignals:
-    """A context; ``number`` is the signal that came, or None. A second one has its usual effect."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        # Only the main thread may set handlers; elsewhere whoever runs us has their own way to stop.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {one: signal.signal(one, self._note) for one in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        self._restore()
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+_SAMPLE_BATCHES = 4
+"""Batches by which scale and mean of the activations are set before the first step."""
 
 
-# Everything that a run writes while it goes: lines, figures, checkpoints. One process of a run writes.
+def train_from_config(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> list[Path]:
+    """Trains every SAE of the configuration on one stream of activations; their folders.
+
+    Where torchrun started several processes, each of them calls it; the one that writes gets the folders.
+
+    Args:
+        resume: goes on with the run that ``run.out`` holds, from its last checkpoint; begins where it has none.
+        console: where it says how it goes; by default standard error.
+
+    Raises:
+        TrainError: the configuration, the model or the data cannot be used; nothing was begun.
+        RunFailed: it began and cannot go on; the message says what is kept.
+        RunStopped: SIGINT or SIGTERM came; it saved itself.
+        RunLost: of several processes another is gone.
+    """
+    console = console or Console(sys.stderr)
+    folder = RunFolder(Path(config.run.out).expanduser())
+    checkpoints = Checkpoints(folder.checkpoints, config.run.keep)
+    device = "cpu" if config.model is None else own_device(config.model.device)
+    stopped: RunStopped | None = None
+    with _threads(config.run.threads):
+        try:
+            with join_processes(config.parallel.shards, config.stream.batch, device, checkpoints.resumable) as mesh:
+                if mesh.is_writer:
+                    folder.check(config, resume=resume)
+                torch.manual_seed(config.run.seed)
+                model = None if config.model is None else open_language_model(replace(config.model, device=device))
+                check_evaluation(config, model)
+                try:
+                    paths = _train(config, folder, checkpoints, model, console, mesh, resume=resume)
+                except RunStopped as err:
+                    # All processes know; each leaves in order.
+                    paths, stopped = {}, err
+        except PeerLost as err:
+            raise RunLost(f"{err}; {checkpoints.resumable()}") from err
+        if stopped is not None:
+            raise stopped
+        if config.run.evaluate and model is not None and paths:
+            evaluate_all(config, model, paths, console)
+    return list(paths.values())
 
 
-class Recorder(Protocol):
-    """Where a run's figures and states go."""
-
-    def note(self, text: str) -> None:
-        """Something to be told."""
-        ...
-
-    def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
-        """A step was done."""
-        ...
-
-    def report(self, moment: StepMetrics) -> None:
-        """Figures are there."""
-        ...
-
-    def metrics_size(self) -> int:
-        """Bytes of figures that are safely on disk."""
-        ...
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """A state to go on from."""
-        ...
-
-    def close(self) -> None:
-        """No more will come."""
-        ...
-
-
-class WrittenRow:
-    """To the folder and the console."""
-
-    def __init__(self, folder: RunFolder, checkpoints: Checkpoints, console: Console, begun: Checkpoint | None) -> None:
-        """``begun``: what the run goes on from."""
-        step, size = (begun.step, begun.metrics) if begun is not None else (0, 0)
-        self._checkpoints, self._console = checkpoints, console
-        self._metrics = MetricsFile(folder.metrics, size)
-        self._board = TensorBoard(folder.tensorboard, step)
-
-    def note(self, text: str) -> None:
-        """See ``Recorder``."""
-        self._console.note(text)
-
-    def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
-        """See ``Recorder``."""
-        self._console.live(step, steps, tokens_per_s, left_s)
-
-    def report(self, moment: StepMetrics) -> None:
-        """See ``Recorder``."""
-        self._metrics.add(moment)
-        self._board.add(moment)
-        self._console.report(moment)
-
-    def metrics_size(self) -> int:
-        """See ``Recorder``."""
-        return self._metrics.size()
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """See ``Recorder``."""
-        self._checkpoints.save(checkpoint)
-
-    def close(self) -> None:
-        """See ``Recorder``."""
-        self._console.clear()
-        self._metrics.close()
-        self._board.close()
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    model: LanguageModel | None,
+    console: Console,
+    mesh: Mesh,
+    *,
+    resume: bool,
+) -> dict[str, Path]:
+    """The folders of the trained SAEs, by name; none in a process that does not write."""
+    stream = ActivationStream(model, config.sites, config.training_data, config.stream, mesh)
+    plans = plan_saes(config, stream.widths, mesh)
+    check_memory(plans, stream.buffer_bytes, stream.device, mesh)
+    if mesh.is_writer:
+        check_disk(plans, stream.buffer_bytes, config.run.keep, folder.path)
+    sample = stream.sample(_SAMPLE_BATCHES * config.stream.batch)
+    trainers = [_trainer(plan, sample, stream.model_name, mesh) for plan in plans]
+    resumed = checkpoints.latest() if resume else None
+    _restore(config, resumed, stream, trainers, mesh)
+    recorder = None
+    if mesh.is_writer:
+        folder.claim(config)
+        checkpoints.discard_parts()
+        recorder = RunRecorder(folder, checkpoints, console, resumed)
+        console.note(_headline(config, stream.model_name, resumed, mesh))
+    try:
+        with StopSignals() as stop:
+            TrainLoop(config, stream, trainers, recorder, resumed, mesh).run(stop)
+    except RunFailed as err:
+        raise type(err)(f"{err}; {checkpoints.resumable()}") from err
+    finally:
+        if recorder is not None:
+            recorder.close()
+    paths = {}
+    for trainer in trainers:
+        dictionary = trainer.learner.export()
+        if mesh.is_writer:
+            paths[trainer.plan.name] = export_sae(dictionary, trainer.plan, config, folder, stream, model)
+    return paths
 
 
-class Silent:
-    """Of a process that does not write."""
-
-    def note(self, text: str) -> None:
-        """See ``Recorder``."""
-
-    def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
-        """See ``Recorder``."""
-
-    def report(self, moment: StepMetrics) -> None:
-        """See ``Recorder``."""
-
-    def metrics_size(self) -> int:
-        """See ``Recorder``."""
-        return 0
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """See ``Recorder``."""
-
-    def close(self) -> None:
-        """See ``Recorder``."""
+def _trainer(plan: SaePlan, sample: dict[Site, Tensor], model_name: str, mesh: Mesh) -> SaeTrainer:
+    rehearse_export(plan, sample, model_name)
+    target = None if plan.writes is None else sample[plan.writes]
+    try:
+        return SaeTrainer(plan, make_learner(plan.settings, sample[plan.reads], target, mesh=mesh))
+    except ValueError as err:
+        raise BadConfig(f"saes.{plan.name}: {err}") from err
 
 
-# The loop: batch after batch through every learner, figures and checkpoints now and then.
+def _restore(
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    stream: ActivationStream,
+    trainers: Sequence[SaeTrainer],
+    mesh: Mesh,
+) -> None:
+    if len({*mesh.gather_objects(None if checkpoint is None else checkpoint.step)}) > 1:
+        raise BadConfig("run.out: must be a folder that every process sees; they found different checkpoints there")
+    if checkpoint is None:
+        return
+    if changed := differences(json.loads(checkpoint.config), config_as_json(config)):
+        raise BadConfig(f"run.out: its checkpoint is of another configuration: {'; '.join(changed)}")
+    for trainer in trainers:
+        trainer.learner.load_state(checkpoint.learners[trainer.plan.name])
+    stream.resume(checkpoint.stream)
+    torch.set_rng_state(checkpoint.rng)
 
 
-class Stream(Protocol):
-    """Where batches come from."""
+def _headline(config: RunConfig, model_name: str, resumed: Checkpoint | None, mesh: Mesh) -> str:
+    count = len(config.saes)
+    what = f"{count} SAE{'s' if count > 1 else ''} of {model_name}"
+    where = "" if mesh.size == 1 else f", in {mesh.size} processes"
+    start = "" if resumed is None else f", going on after step {resumed.step:,}"
+    size = f"{config.steps:,} steps of {config.stream.batch:,} tokens"
+    return f"saeguard train: {what}, {size}{where}, in {config.run.out}{start}"
 
-    def batch(self) -> dict[Site, Tensor]: ...
-    def state(self) -> dict[str, Any]: ...
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True)
 class SaeTrainer:
-    """One SAE in the loop."""
-
     plan: SaePlan
     learner: Learner
 
@@ -186,19 +198,19 @@ class TrainLoop:
     def __init__(
         self,
         config: RunConfig,
-        stream: Stream,
-        trainees: Sequence[SaeTrainer],
-        recorder: Recorder,
-        begun: Checkpoint | None,
+        stream: ActivationStream,
+        trainers: Sequence[SaeTrainer],
+        recorder: RunRecorder | None,
+        resumed: Checkpoint | None,
         mesh: Mesh = ALONE,
     ) -> None:
-        """``mesh``: of the processes that do the same at the same time, one of which has a recorder that writes."""
-        self._config, self._stream, self._trainees, self._recorder = config, stream, trainees, recorder
+        """``mesh``: of the processes that do the same at the same time, one of which has a recorder."""
+        self._config, self._stream, self._trainers, self._recorder = config, stream, trainers, recorder
         self._mesh = mesh
-        self.step = 0 if begun is None else begun.step
+        self.step = 0 if resumed is None else resumed.step
         """Steps done."""
         self._reported = self.step
-        self._pace = Pace(0.0 if begun is None else begun.elapsed_s)
+        self._pace = Pace(0.0 if resumed is None else resumed.elapsed_s)
 
     def run(self, stop: StopSignals) -> None:
         """All steps that are left.
@@ -224,59 +236,61 @@ class TrainLoop:
 
     def _advance(self) -> None:
         batch = {site: self._mesh.rows(x) for site, x in self._stream.batch().items()}
-        for trainee in self._trainees:
-            trainee.step(batch)
+        for trainer in self._trainers:
+            trainer.step(batch)
         self.step += 1
         self._pace.add(self._config.stream.batch)
 
     def _write(self, stop: StopSignals) -> None:
         run, steps = self._config.run, self._config.steps
         # Read once, since it may come at any time; to several processes at different steps.
-        signal = self._mesh.agreed(stop.number or 0) or None
+        signal = self._mesh.largest(stop.number or 0) or None
         saves = self.step == steps or self.step % run.checkpoint_every == 0 or signal is not None
         if saves or self.step % run.log_every == 0:
             self._report()
-        else:
-            self._recorder.live(self.step, steps, self._pace.tokens_per_s(), self._pace.left_s(self.step, steps))
+        elif self._recorder is not None:
+            self._recorder.live(self.step, steps, self._pace)
         if saves:
             self._save()
         if signal is not None:
             raise RunStopped(signal, self.step, steps)
 
     def _report(self) -> None:
-        figures = {one.plan.name: one.learner.progress() for one in self._trainees}
+        metrics = {trainer.plan.name: trainer.learner.metrics() for trainer in self._trainers}
         # Before anything is written: a checkpoint of a broken SAE must not push out a good one.
-        for name, one in figures.items():
-            if not isfinite(one.loss):
+        for name, sae in metrics.items():
+            if not isfinite(sae.loss):
                 raise RunFailed(
                     f"saes.{name}: its loss stopped being a number between steps {self._reported + 1:,} and"
                     f" {self.step:,}; lower its learning_rate, or look for odd activations at its site"
                 )
         self._reported = self.step
-        config = self._config
+        tokens_per_s = self._pace.lap()
+        if self._recorder is None:
+            return
         self._recorder.report(
             StepMetrics(
                 step=self.step,
-                steps=config.steps,
-                tokens=self.step * config.stream.batch,
-                tokens_per_s=self._pace.lap(),
+                steps=self._config.steps,
+                tokens=self.step * self._config.stream.batch,
+                tokens_per_s=tokens_per_s,
                 elapsed_s=self._pace.elapsed_s(),
-                left_s=self._pace.left_s(self.step, config.steps),
-                saes=figures,
+                left_s=self._pace.left_s(self.step, self._config.steps),
+                saes=metrics,
             )
         )
 
     def _save(self) -> None:
         if self._mesh.data > 1:
-            for one in self._trainees:
-                one.learner.align()
-        learners = {one.plan.name: one.learner.state() for one in self._trainees}
-        if not self._mesh.is_writer:
+            for trainer in self._trainers:
+                trainer.learner.align()
+        learners = {trainer.plan.name: trainer.learner.state() for trainer in self._trainers}
+        if self._recorder is None:
             return
         self._recorder.save(
             Checkpoint(
                 step=self.step,
-                config=json.dumps(plain(self._config)),
+                config=json.dumps(config_as_json(self._config)),
                 learners=learners,
                 stream=self._stream.state(),
                 metrics=self._recorder.metrics_size(),
@@ -286,140 +300,64 @@ class TrainLoop:
         )
 
 
-_SAMPLE_BATCHES = 4
-"""Batches by which scale and mean of the activations are set before the first step."""
+class RunRecorder:
+    """Everything that a run writes while it goes, to its folder and the console."""
+
+    def __init__(
+        self, folder: RunFolder, checkpoints: Checkpoints, console: Console, resumed: Checkpoint | None
+    ) -> None:
+        """``resumed``: what the run goes on from."""
+        step, size = (resumed.step, resumed.metrics) if resumed is not None else (0, 0)
+        self._checkpoints, self._console = checkpoints, console
+        self._metrics = MetricsFile(folder.metrics, size)
+        self._board = TensorBoard(folder.tensorboard, step)
+
+    def live(self, step: int, steps: int, pace: Pace) -> None:
+        """A step was done that is not reported."""
+        self._console.live(step, steps, pace.tokens_per_s(), pace.left_s(step, steps))
+
+    def report(self, metrics: StepMetrics) -> None:
+        """To the metrics file, TensorBoard and the console."""
+        self._metrics.add(metrics)
+        self._board.add(metrics)
+        self._console.report(metrics)
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics that are safely on disk."""
+        return self._metrics.size()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self._checkpoints.save(checkpoint)
+
+    def close(self) -> None:
+        self._console.clear()
+        self._metrics.close()
+        self._board.close()
 
 
-def train_from_config(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> list[Path]:
-    """Trains every SAE of the configuration on one stream of activations; their folders.
+class StopSignals:
+    """A context in which Ctrl-C and SIGTERM are noted, so that the step under way is finished and saved.
 
-    Where torchrun started several processes, each of them calls it; the folders are told to the one that writes.
-
-    Args:
-        resume: goes on with the run that ``run.out`` holds, from its last checkpoint; begins where it has none.
-        console: where it says how it goes; by default standard error.
-
-    Raises:
-        TrainError: the configuration, the model or the data cannot be used; nothing was begun.
-        RunFailed: it began and cannot go on; the message says what is kept.
-        RunStopped: SIGINT or SIGTERM came; it saved itself.
-        RunLost: of several processes another is gone.
+    ``number`` is the signal that came, or None. A second one has its usual effect.
     """
-    console = console or Console(sys.stderr)
-    folder = RunFolder(Path(config.run.out).expanduser())
-    checkpoints = Checkpoints(folder.checkpoints, config.run.keep)
-    device = "cpu" if config.model is None else own_device(config.model.device)
-    stopped: RunStopped | None = None
-    with _threads(config.run.threads):
-        try:
-            with together(config.parallel.shards, config.stream.batch, device, checkpoints.kept) as mesh:
-                if mesh.is_writer:
-                    folder.check(config, resume=resume)
-                torch.manual_seed(config.run.seed)
-                model = None if config.model is None else open_language_model(replace(config.model, device=device))
-                check_evaluation(config, model)
-                try:
-                    paths = _train(config, folder, checkpoints, model, console, mesh, resume=resume)
-                except RunStopped as err:
-                    # All processes were told; each leaves in order.
-                    paths, stopped = {}, err
-        except PeerLost as err:
-            raise RunLost(f"{err}; {checkpoints.kept()}") from err
-        if stopped is not None:
-            raise stopped
-        if config.run.evaluate and model is not None and paths:
-            evaluate_all(config, model, paths, console)
-    return list(paths.values())
 
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
 
-def _train(
-    config: RunConfig,
-    folder: RunFolder,
-    checkpoints: Checkpoints,
-    model: LanguageModel | None,
-    console: Console,
-    mesh: Mesh,
-    *,
-    resume: bool,
-) -> dict[str, Path]:
-    """The folders of the trained SAEs, by name; none in a process that does not write."""
-    source = Source(config, model, mesh)
-    todo = plans(config, source.widths, mesh)
-    sizes = {plan.name: plan.size for plan in todo}
-    check_memory(sizes, source.buffer_bytes, source.device, mesh)
-    if mesh.is_writer:
-        check_disk(sizes.values(), source.buffer_bytes, config.run.keep, folder.path)
-    sample = source.sample(_SAMPLE_BATCHES * config.stream.batch)
-    trainees = [_trainee(plan, sample, source.model_name, mesh) for plan in todo]
-    begun = checkpoints.latest() if resume else None
-    _check_seen(begun, mesh)
-    if begun is not None:
-        _restore(config, begun, source, trainees)
-    recorder = _recorder(config, folder, checkpoints, console, begun) if mesh.is_writer else Silent()
-    recorder.note(_headline(config, source.model_name, begun, mesh))
-    try:
-        with StopSignals() as stop:
-            TrainLoop(config, source, trainees, recorder, begun, mesh).run(stop)
-    except RunFailed as err:
-        raise type(err)(f"{err}; {checkpoints.kept()}") from err
-    finally:
-        recorder.close()
-    paths = {}
-    for one in trainees:
-        dictionary = one.learner.export()
-        if mesh.is_writer:
-            paths[one.plan.name] = export(dictionary, one.plan, config, folder, source)
-    return paths
+    def __enter__(self) -> StopSignals:
+        # Only the main thread may set handlers; elsewhere whoever runs us has their own way to stop.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._restore()
 
-def _trainee(plan: SaePlan, sample: dict[Site, Tensor], model_name: str, mesh: Mesh) -> SaeTrainer:
-    rehearse_export(plan, sample, model_name)
-    wanted = None if plan.writes is None else sample[plan.writes]
-    try:
-        return SaeTrainer(plan, make_learner(plan.settings, sample[plan.reads], wanted, mesh=mesh))
-    except ValueError as err:
-        raise BadConfig(f"saes.{plan.name}: {err}") from err
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
 
-
-def _check_seen(begun: Checkpoint | None, mesh: Mesh) -> None:
-    """Whether all processes found the same checkpoint, or none."""
-    if len({*mesh.told(None if begun is None else begun.step)}) > 1:
-        raise BadConfig("run.out: must be a folder that every process sees; they found different checkpoints there")
-
-
-def _restore(config: RunConfig, begun: Checkpoint, source: Source, trainees: Sequence[SaeTrainer]) -> None:
-    if changed := differences(json.loads(begun.config), plain(config)):
-        raise BadConfig(f"run.out: its checkpoint is of another configuration: {'; '.join(changed)}")
-    for one in trainees:
-        one.learner.load_state(begun.learners[one.plan.name])
-    source.resume(begun.stream)
-    torch.set_rng_state(begun.rng)
-
-
-def _recorder(
-    config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, console: Console, begun: Checkpoint | None
-) -> WrittenRow:
-    folder.claim(config)
-    checkpoints.discard_parts()
-    return WrittenRow(folder, checkpoints, console, begun)
-
-
-def _headline(config: RunConfig, model_name: str, begun: Checkpoint | None, mesh: Mesh) -> str:
-    count = len(config.saes)
-    what = f"{count} SAE{'s' if count > 1 else ''} of {model_name}"
-    where = "" if mesh.size == 1 else f", in {mesh.size} processes"
-    start = "" if begun is None else f", going on after step {begun.step:,}"
-    size = f"{config.steps:,} steps of {config.stream.batch:,} tokens"
-    return f"saeguard train: {what}, {size}{where}, in {config.run.out}{start}"
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """torch with so many threads while it lasts."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())

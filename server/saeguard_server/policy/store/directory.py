@@ -19,15 +19,12 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from saeguard.catalog import Activation
+from saeguard.catalog import Activation, Revision
 from saeguard_server.errors import ReadOnlyStore, UnknownName
 from saeguard_server.policy import document
 from saeguard_server.policy.document import policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
-from saeguard_server.policy.store.protocol import Active, Change, ContentRefused, StoreUnreachable
-
-# Reads a directory's YAML files at one moment, or says that it could not.
-
+from saeguard_server.policy.store.protocol import Active, ContentRefused, StoreUnreachable
 
 SUMS = "SHA256SUMS"
 """As ``sha256sum *.yaml *.json > SHA256SUMS`` writes it; where it is, every file must be in it and match."""
@@ -39,6 +36,167 @@ MAX_BYTES = 16 * 2**20
 """Of all files together."""
 SUFFIXES = (".yaml", ".yml", ".json")
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?([^/]+)")
+ABOUT = "revision.yaml"
+"""Says which revision the files are."""
+UNNUMBERED = 0
+"""Of files without ABOUT: only their digest tells them apart, and nobody can demand at least a number."""
+MAX_CHANGES = 100
+"""Of what this server saw; earlier ones are for whoever writes the directory to know."""
+
+
+class _About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ABOUT holds."""
+
+    revision: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    author: str = ""
+    reason: str = ""
+
+
+class DirectoryStore:
+    """A PolicyStore that somebody else writes."""
+
+    is_read_only = True
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._active: Active | None = None
+        self._refused: tuple[str, str] | None = None
+        # Two who look at once would each take a change for theirs.
+        self._lock = asyncio.Lock()
+        self._changes: tuple[Revision, ...] = ()
+        self._activations: tuple[Activation, ...] = ()
+
+    @classmethod
+    async def open(cls, path: Path) -> DirectoryStore:
+        """Reads what is there.
+
+        Raises:
+            StoreUnreachable: there is no such directory, or it cannot be read.
+            ContentRefused: it holds no whole, valid set.
+        """
+        store = cls(path)
+        await store.active()
+        return store
+
+    async def active(self) -> Active:
+        """What the files say now.
+
+        Raises:
+            StoreUnreachable: the directory cannot be read.
+            ContentRefused: it holds no whole, valid set, or another one under the same or a lower number.
+        """
+        async with self._lock:
+            try:
+                return await self._look()
+            except ContentRefused as err:
+                raise ContentRefused(str(err), self._active) from err
+
+    async def latest(self) -> PolicyRevision | None:
+        return None if self._active is None else self._active.revision
+
+    async def revision(self, number: int) -> PolicyRevision:
+        """What was read last, if it has this number.
+
+        Raises:
+            UnknownName: it has another one.
+        """
+        if self._active is None or self._active.revision.number != number:
+            raise UnknownName("revision", f"the directory does not hold revision {number}")
+        return self._active.revision
+
+    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
+        return tuple(change for change in self._changes if before is None or change.number < before)[:limit]
+
+    async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
+        return tuple(act for act in self._activations if before is None or act.number < before)[:limit]
+
+    async def authors_to_approve(self, number: int) -> frozenset[str]:
+        """Nobody: approval is where the directory is written."""
+        return frozenset()
+
+    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
+        self._refuse()
+
+    async def activate(
+        self, revision: int, *, actor: str, reason: str, expected_activation: int | None = None
+    ) -> Activation:
+        self._refuse()
+
+    async def wait(self, timeout_s: float) -> None:
+        """A directory is looked at, it does not call."""
+        await asyncio.sleep(timeout_s)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    async def _look(self) -> Active:
+        files = await read_store_files(self._path, "" if self._active is None else self._active.digest)
+        if self._active is not None and files.digest == self._active.digest:
+            return self._active
+        if self._refused is not None and self._refused[0] == files.digest:
+            raise ContentRefused(self._refused[1])
+        try:
+            active = await asyncio.to_thread(_active_of, files)
+            self._check_number(active.revision.number)
+        except ContentRefused as err:
+            self._refused = (files.digest, str(err))
+            raise
+        before = () if self._active is None else self._active.revision.policies
+        diff = "".join(change.diff for change in policy_changes(before, active.revision.policies))
+        about = {name: getattr(active.revision, name) for name in ("number", "author", "time", "reason")}
+        self._changes = (Revision(**about, diff=diff), *self._changes)[:MAX_CHANGES]
+        self._activations = (active.activation, *self._activations)[:MAX_CHANGES]
+        self._active = active
+        return active
+
+    def _check_number(self, number: int) -> None:
+        """Two contents of one number would be a revision that differs between servers."""
+        last = UNNUMBERED if self._active is None else self._active.revision.number
+        if last != UNNUMBERED and number <= last:
+            raise ContentRefused(f"{ABOUT}: files have changed, so revision must be above {last}, got {number}")
+
+    def _refuse(self) -> NoReturn:
+        raise ReadOnlyStore("policies come from a directory of files; change them there")
+
+
+def _active_of(files: StoreFiles) -> Active:
+    """The set that the files are.
+
+    Raises:
+        ContentRefused: they are not.
+    """
+    try:
+        texts = {name: content.decode() for name, content in files.contents.items()}
+        about = _about(texts.pop(ABOUT)) if ABOUT in texts else None
+        policies = tuple(sorted(document.read_policy_files(texts), key=lambda policy: policy.name))
+    except ValueError as err:
+        raise ContentRefused(str(err)) from err
+    _check_names(policies, about)
+    number = UNNUMBERED if about is None else about.revision
+    author, reason = ("", "") if about is None else (about.author, about.reason)
+    now = datetime.now(UTC)
+    revision = PolicyRevision(number=number, policies=policies, author=author, time=now, reason=reason)
+    # Files are in force as they are: writing them is the act.
+    activation = Activation(number=number, revision=number, actor=author, time=now, reason=reason)
+    return Active(activation, revision, files.digest)
+
+
+def _about(text: str) -> _About:
+    try:
+        return msgspec.yaml.decode(text, type=_About)
+    except (msgspec.MsgspecError, yaml.YAMLError) as err:
+        raise ContentRefused(f"{ABOUT}: {err}") from err
+
+
+def _check_names(policies: Sequence[Policy], about: _About | None) -> None:
+    if not policies and about is None:
+        raise ContentRefused(f"there is no policy; that there shall be none must be said with {ABOUT}")
+    for policy, following in pairwise(policies):
+        if policy.name == following.name:
+            raise ContentRefused(f"the policy {policy.name!r} is given twice")
+
+
+# --- the files, all at one moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +226,21 @@ async def read_store_files(path: Path, known: str = "") -> StoreFiles:
         StoreUnreachable: the directory, or a file in it, cannot be read.
         ContentRefused: they keep changing, are too large, or SHA256SUMS does not match.
     """
-    files = await asyncio.to_thread(_look, path)
+    files = await asyncio.to_thread(_read_folder, path)
     if files.digest == known:
         return files
     await asyncio.sleep(SETTLED_S)
-    if await asyncio.to_thread(_look, path) != files:
+    if await asyncio.to_thread(_read_folder, path) != files:
         raise ContentRefused("files are being changed")
     _check_sums(files.contents)
     return files
 
 
-def _look(path: Path) -> StoreFiles:
+def _read_folder(path: Path) -> StoreFiles:
     try:
         # Resolved once: every file is then read on the same side of a swap.
         folder = (path / SWAPPED if (path / SWAPPED).is_symlink() else path).resolve(strict=True)
-        names = sorted(one.name for one in folder.iterdir() if _is_wanted(one))
+        names = sorted(file.name for file in folder.iterdir() if _is_policy_file(file))
         files = StoreFiles({name: (folder / name).read_bytes() for name in names})
     except OSError as err:
         raise StoreUnreachable(f"{err.filename or path}: {err.strerror}") from err
@@ -91,7 +249,7 @@ def _look(path: Path) -> StoreFiles:
     return files
 
 
-def _is_wanted(path: Path) -> bool:
+def _is_policy_file(path: Path) -> bool:
     is_named = path.name == SUMS or path.suffix in SUFFIXES
     return is_named and not path.name.startswith(".") and not path.is_dir()
 
@@ -100,197 +258,14 @@ def _check_sums(contents: dict[str, bytes]) -> None:
     if SUMS not in contents:
         return
     expected = dict(_sum(line) for line in contents[SUMS].decode(errors="replace").splitlines())
-    found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if name != SUMS}
-    wrong = sorted(name for name, _ in expected.items() ^ found.items())
+    actual = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if name != SUMS}
+    wrong = sorted(name for name, _ in expected.items() ^ actual.items())
     if wrong:
         raise ContentRefused(f"{SUMS} does not match, or does not list, {', '.join(dict.fromkeys(wrong))}")
 
 
 def _sum(line: str) -> tuple[str, str]:
-    found = _SUM.fullmatch(line)
-    if found is None:
+    match = _SUM.fullmatch(line)
+    if match is None:
         raise ContentRefused(f"{SUMS}: not a line of sha256sum: {line[:80]!r}")
-    return found[2], found[1]
-
-
-ABOUT = "revision.yaml"
-"""Says which revision the files are."""
-UNNUMBERED = 0
-"""Of files without ABOUT: only their digest tells them apart, and nobody can demand at least a number."""
-KEPT_CHANGES = 100
-"""Of what this server saw; earlier ones are for whoever writes the directory to know."""
-
-
-class _About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ABOUT holds."""
-
-    revision: Annotated[int, Meta(ge=1, le=2**63 - 1)]
-    author: str = ""
-    reason: str = ""
-
-
-class DirectoryStore:
-    """A PolicyStore that somebody else writes."""
-
-    is_read_only = True
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._active: Active | None = None
-        self._refused: tuple[str, str] | None = None
-        # Two who look at once would each take a change for theirs.
-        self._looking = asyncio.Lock()
-        self._changes: tuple[Change, ...] = ()
-
-    @classmethod
-    async def open(cls, path: Path) -> DirectoryStore:
-        """Reads what is there.
-
-        Raises:
-            StoreUnreachable: there is no such directory, or it cannot be read.
-            ContentRefused: it holds no whole, valid set.
-        """
-        store = cls(path)
-        await store.active()
-        return store
-
-    async def active(self) -> Active:
-        """What the files say now.
-
-        Raises:
-            StoreUnreachable: the directory cannot be read.
-            ContentRefused: it holds no whole, valid set, or another one under the same or a lower number.
-        """
-        async with self._looking:
-            try:
-                return await self._look()
-            except ContentRefused as err:
-                raise ContentRefused(str(err), self._active) from err
-
-    async def latest(self) -> PolicyRevision | None:
-        """What was read last."""
-        return None if self._active is None else self._active.revision
-
-    async def revision(self, number: int) -> PolicyRevision:
-        """What was read last, if it has this number.
-
-        Raises:
-            UnknownName: it has another one.
-        """
-        if self._active is None or self._active.revision.number != number:
-            raise UnknownName("revision", f"the directory does not hold revision {number}")
-        return self._active.revision
-
-    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
-        """Those that this server saw, newest first."""
-        return tuple(one for one in self._changes if before is None or one.number < before)[:limit]
-
-    async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
-        """One for each change."""
-        return tuple(_act(one) for one in await self.changes(limit=limit, before=before))
-
-    async def authors_to_approve(self, number: int) -> frozenset[str]:
-        """Nobody: approval is where the directory is written."""
-        return frozenset()
-
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
-        """Always refused."""
-        self._refuse()
-
-    async def activate(
-        self, revision: int, *, actor: str, reason: str, expected_activation: int | None = None
-    ) -> Activation:
-        """Always refused."""
-        self._refuse()
-
-    async def wait(self, timeout_s: float) -> None:
-        """A directory is looked at, it does not call."""
-        await asyncio.sleep(timeout_s)
-
-    async def close(self) -> None:
-        """Nothing is open."""
-
-    async def _look(self) -> Active:
-        files = await read_store_files(self._path, "" if self._active is None else self._active.digest)
-        if self._active is not None and files.digest == self._active.digest:
-            return self._active
-        if self._refused is not None and self._refused[0] == files.digest:
-            raise ContentRefused(self._refused[1])
-        try:
-            found = await asyncio.to_thread(_taken, files)
-            self._check_number(found.revision.number)
-        except ContentRefused as err:
-            self._refused = (files.digest, str(err))
-            raise
-        before = () if self._active is None else self._active.revision.policies
-        self._changes = (_change(before, found.revision), *self._changes)[:KEPT_CHANGES]
-        self._active = found
-        return found
-
-    def _check_number(self, number: int) -> None:
-        """Two contents of one number would be a revision that differs between servers."""
-        last = UNNUMBERED if self._active is None else self._active.revision.number
-        if last != UNNUMBERED and number <= last:
-            raise ContentRefused(f"{ABOUT}: files have changed, so revision must be above {last}, got {number}")
-
-    def _refuse(self) -> NoReturn:
-        raise ReadOnlyStore("policies come from a directory of files; change them there")
-
-
-def _taken(files: StoreFiles) -> Active:
-    """The set that the files are.
-
-    Raises:
-        ContentRefused: they are not.
-    """
-    try:
-        texts = {name: content.decode() for name, content in files.contents.items()}
-        about = _about(texts.pop(ABOUT)) if ABOUT in texts else None
-        policies = tuple(sorted(document.read_policy_files(texts), key=lambda policy: policy.name))
-    except ValueError as err:
-        raise ContentRefused(str(err)) from err
-    _check_names(policies, about)
-    revision = PolicyRevision(
-        number=UNNUMBERED if about is None else about.revision,
-        policies=policies,
-        author="" if about is None else about.author,
-        time=datetime.now(UTC),
-        reason="" if about is None else about.reason,
-    )
-    return Active(_act(revision), revision, files.digest)
-
-
-def _about(text: str) -> _About:
-    try:
-        return msgspec.yaml.decode(text, type=_About)
-    except (msgspec.MsgspecError, yaml.YAMLError) as err:
-        raise ContentRefused(f"{ABOUT}: {err}") from err
-
-
-def _check_names(policies: Sequence[Policy], about: _About | None) -> None:
-    if not policies and about is None:
-        raise ContentRefused(f"there is no policy; that there shall be none must be said with {ABOUT}")
-    for one, next_one in pairwise(policies):
-        if one.name == next_one.name:
-            raise ContentRefused(f"the policy {one.name!r} is given twice")
-
-
-def _act(revision: PolicyRevision | Change) -> Activation:
-    """Files are in force as they are: writing them is the act."""
-    return Activation(
-        number=revision.number,
-        revision=revision.number,
-        actor=revision.author,
-        time=revision.time,
-        reason=revision.reason,
-    )
-
-
-def _change(before: Sequence[Policy], revision: PolicyRevision) -> Change:
-    return Change(
-        number=revision.number,
-        author=revision.author,
-        time=revision.time,
-        reason=revision.reason,
-        policies=policy_changes(before, revision.policies),
-    )
+    return match[2], match[1]

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import ClassVar, Protocol
 
-from saeguard.catalog import Activation
-from saeguard_server.policy.document import PolicyDiff
+from saeguard.catalog import Activation, Revision
 from saeguard_server.policy.model import Policy, PolicyRevision
 
 NO_REVISION = "0"
 """Etag of a store that holds no revision yet."""
 MAX_POLICIES = 1024
 """Policies of one revision."""
-MAX_AUTHOR_CHARS = 256
 MAX_REASON_CHARS = 4096
 
 
@@ -64,13 +61,13 @@ class SchemaMismatch(StoreError):
 
 
 class ContentRefused(StoreError):
-    """The directory's files. ``kept`` is the set that was read before them, and stays in force."""
+    """The directory's files. ``in_force`` is the set that was read before them, and stays so."""
 
     reason: ClassVar[str] = "content"
 
-    def __init__(self, message: str, kept: Active | None = None) -> None:
+    def __init__(self, message: str, in_force: Active | None = None) -> None:
         super().__init__(message)
-        self.kept = kept
+        self.in_force = in_force
 
 
 class NotApplicable(StoreError):
@@ -89,18 +86,6 @@ class NothingActive(StoreError):
     """Nobody has activated a revision: an empty or a wrong database must not mean "no policies"."""
 
     reason: ClassVar[str] = "nothing_active"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A revision as the history lists it."""
-
-    number: int
-    author: str
-    time: datetime
-    reason: str
-    policies: tuple[PolicyDiff, ...]
-    """What it changed against the revision before it."""
 
 
 class PolicyStore(Protocol):
@@ -126,7 +111,7 @@ class PolicyStore(Protocol):
         """
         ...
 
-    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
+    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
         """Revisions, newest first: at most ``limit``, with numbers below ``before``."""
         ...
 

@@ -39,17 +39,325 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from saeguard.catalog import Activation
+from saeguard.catalog import Activation, Revision
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.document import PolicyDiff, policy_changes
+from saeguard_server.policy.document import policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store.databases import Database
-from saeguard_server.policy.store.protocol import Active, Change, SchemaMismatch, StoreCorrupted, StoreUnreachable
+from saeguard_server.policy.store.protocol import Active, SchemaMismatch, StoreCorrupted, StoreUnreachable
 
-# A digest in each row over the row and the seal of the one before: damage and gaps are seen wherever they are read.
+ANSWER_S = 10.0
+"""A database that says nothing for so long counts as gone."""
+SCHEMA_TABLE = "policy_schema"
+"""Where Alembic notes which migrations were made."""
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+# The tables as queries see them; ``migrations`` makes them, with the triggers that keep them append-only.
+METADATA = MetaData()
+
+DOCUMENTS = Table(
+    "policy_documents", METADATA,
+    Column("digest", Text, primary_key=True),  # SHA-256 of body, hex
+    Column("body", Text, nullable=False),  # one policy, canonical JSON
+)  # fmt: skip
+
+REVISIONS = Table(
+    "policy_revisions", METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("members", Text, nullable=False),  # JSON: [[name of the policy, digest of its document], ...]
+    Column("changes", Text, nullable=False),  # JSON: [[name of the policy, kind, diff], ...]
+    Column("author", Text, nullable=False),
+    Column("time", Text, nullable=False),  # ISO 8601, UTC
+    Column("reason", Text, nullable=False),
+    Column("previous", Text, nullable=False),  # the seal of the row before; empty for the first
+    Column("seal", Text, nullable=False),
+)  # fmt: skip
+
+ACTIVATIONS = Table(
+    "policy_activations", METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("time", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("previous", Text, nullable=False),
+    Column("seal", Text, nullable=False),
+)  # fmt: skip
+
+HEAD = Table(
+    "policy_head", METADATA,
+    Column("id", BigInteger, primary_key=True),
+    Column("revision", BigInteger, nullable=False),  # the newest numbers: one row, which writers lock
+    Column("activation", BigInteger, nullable=False),
+)  # fmt: skip
+
+
+class _Head(NamedTuple):
+    """The newest numbers; 0 before the first."""
+
+    revision: int
+    activation: int
+
+
+class SqlStore:
+    """A PolicyStore over one database."""
+
+    is_read_only = False
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._parsed: dict[str, Policy] = {}
+        self._active: Active | None = None
+
+    @classmethod
+    async def open(cls, database: Database) -> SqlStore:
+        """Makes the tables where there are none, and starts to listen for changes.
+
+        Raises:
+            StoreError: the database cannot be reached, is damaged, or has a schema that is not ours.
+        """
+        store = cls(database)
+        try:
+            async with store._transaction(writes=True) as connection:
+                await database.prepare(connection)
+                await connection.run_sync(migrate_schema)
+            await store.active()
+            await database.listen()
+        except BaseException:
+            await database.close()
+            raise
+        return store
+
+    async def latest(self) -> PolicyRevision | None:
+        async with self._transaction() as connection:
+            head = await self._head(connection)
+            return await self._revision(connection, head.revision) if head.revision else None
+
+    async def revision(self, number: int) -> PolicyRevision:
+        async with self._transaction() as connection:
+            return await self._revision(connection, number)
+
+    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
+        return tuple(change_of_row(values) for values in await self._newest(REVISIONS, limit, before))
+
+    async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
+        return tuple(activation_of_row(values) for values in await self._newest(ACTIVATIONS, limit, before))
+
+    async def authors_to_approve(self, number: int) -> frozenset[str]:
+        approved = select(func.coalesce(func.max(ACTIVATIONS.c.revision), 0)).where(ACTIVATIONS.c.revision <= number)
+        column = REVISIONS.c.number
+        is_new = and_(column > approved.scalar_subquery(), column <= number)
+        async with self._transaction() as connection:
+            authors = await connection.execute(select(REVISIONS.c.author).where(or_(is_new, column == number)))
+            return frozenset(authors.scalars())
+
+    async def active(self) -> Active | None:
+        """What is in force; None before the first activation. Two small reads while it stays the same."""
+        async with self._transaction() as connection:
+            head = await self._head(connection)
+            if not head.activation:
+                return None
+            act = await self._row(connection, ACTIVATIONS, head.activation)
+            if self._active is None or self._active.digest != act["seal"]:
+                revision = await self._revision(connection, act["revision"])
+                self._active = Active(activation_of_row(act), revision, act["seal"])
+            return self._active
+
+    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
+        policies = tuple(sorted(policies, key=lambda policy: policy.name))
+        documents = await asyncio.to_thread(documents_of, policies)
+        async with self._transaction(writes=True) as connection:
+            head = await self._head(connection, locked=True)
+            if etag != str(head.revision):
+                raise Conflict(f"etag: the newest revision is {head.revision}, not {etag!r}; read it and try again")
+            last = await self._row(connection, REVISIONS, head.revision) if head.revision else None
+            before = () if last is None else await self._policies(connection, last)
+            await self._add_documents(connection, documents)
+            changes = await asyncio.to_thread(policy_changes, before, policies)
+            members = zip((policy.name for policy in policies), documents, strict=True)
+            values = sealed_row(
+                REVISIONS, last, number=head.revision + 1, author=author, reason=reason,
+                members=json.dumps(list(members), ensure_ascii=False),
+                changes=json.dumps([[change.name, change.kind, change.diff] for change in changes], ensure_ascii=False),
+            )  # fmt: skip
+            await self._append(connection, REVISIONS, values, HEAD.c.revision)
+        self._database.notice()
+        return revision_of_row(values, policies)
+
+    async def activate(
+        self, revision: int, *, actor: str, reason: str, expected_activation: int | None = None
+    ) -> Activation:
+        async with self._transaction(writes=True) as connection:
+            head = await self._head(connection, locked=True)
+            if expected_activation not in (None, head.activation):
+                raise Conflict(f"activation {head.activation} is in force, not {expected_activation}; look again")
+            await self._revision(connection, revision)
+            last = await self._row(connection, ACTIVATIONS, head.activation) if head.activation else None
+            values = sealed_row(
+                ACTIVATIONS, last, number=head.activation + 1, revision=revision, actor=actor, reason=reason
+            )
+            await self._append(connection, ACTIVATIONS, values, HEAD.c.activation)
+        self._database.notice()
+        return activation_of_row(values)
+
+    async def verify(self) -> tuple[int, int]:
+        """Reads everything; how many revisions and activations there are.
+
+        Raises:
+            StoreCorrupted: a row or document is altered or missing, or numbers have a gap.
+        """
+        async with self._transaction() as connection:
+            head = await self._head(connection)
+            for table, newest in ((REVISIONS, head.revision), (ACTIVATIONS, head.activation)):
+                rows = await connection.execute(select(table).order_by(table.c.number))
+                check_chain(table, rows.all(), newest)
+        for number in range(1, head.revision + 1):
+            await self.revision(number)
+        return head.revision, head.activation
+
+    async def wait(self, timeout_s: float) -> None:
+        await self._database.wait(timeout_s)
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    @asynccontextmanager
+    async def _transaction(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
+        """Everything or nothing; every failure of the database has a name of ours."""
+        try:
+            async with asyncio.timeout(ANSWER_S), self._database.transaction(writes=writes) as connection:
+                yield connection
+        except TimeoutError as err:
+            raise StoreUnreachable(f"no answer within {ANSWER_S:g} s") from err
+        except DBAPIError as err:
+            raise self._database.named(err) from err
+        except (SQLAlchemyError, OSError) as err:
+            raise StoreUnreachable(str(err)) from err
+
+    async def _head(self, connection: AsyncConnection, *, locked: bool = False) -> _Head:
+        query = select(HEAD.c.revision, HEAD.c.activation)
+        head = (await connection.execute(query.with_for_update() if locked else query)).first()
+        if head is None:
+            raise StoreCorrupted(f"{HEAD.name} has no row")
+        return _Head(*head)
+
+    async def _row(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any]:
+        """A row that must be there."""
+        values = await self._find(connection, table, number)
+        if values is None:
+            raise StoreCorrupted(f"{table.name} lacks the row {number}")
+        return values
+
+    async def _find(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any] | None:
+        row = (await connection.execute(select(table).where(table.c.number == number))).first()
+        return None if row is None else check_seal(table, row)
+
+    async def _newest(self, table: Table, limit: int, before: int | None) -> list[dict[str, Any]]:
+        query = select(table).order_by(table.c.number.desc()).limit(limit)
+        async with self._transaction() as connection:
+            rows = await connection.execute(query if before is None else query.where(table.c.number < before))
+            return [check_seal(table, row) for row in rows]
+
+    async def _revision(self, connection: AsyncConnection, number: int) -> PolicyRevision:
+        values = await self._find(connection, REVISIONS, number)
+        if values is None and not 0 < number <= (await self._head(connection)).revision:
+            raise UnknownName("revision", f"there is no revision {number}")
+        if values is None:
+            raise StoreCorrupted(f"{REVISIONS.name} lacks the row {number}")
+        return revision_of_row(values, await self._policies(connection, values))
+
+    async def _policies(self, connection: AsyncConnection, values: Mapping[str, Any]) -> tuple[Policy, ...]:
+        members: dict[str, str] = dict(json.loads(values["members"]))
+        # Taken once: whoever reads another revision meanwhile replaces it.
+        known = self._parsed
+        unknown = sorted(set(members.values()) - known.keys())
+        rows = await connection.execute(select(DOCUMENTS).where(DOCUMENTS.c.digest.in_(unknown))) if unknown else ()
+        bodies = {row.digest: row.body for row in rows}
+
+        def parse() -> dict[str, Policy]:
+            return {
+                digest: known[digest] if digest in known else policy_of_document(name, digest, bodies)
+                for name, digest in members.items()
+            }
+
+        # Only what this revision holds is remembered: the next one usually differs by one policy.
+        self._parsed = parsed = await asyncio.to_thread(parse)
+        return tuple(parsed.values())
+
+    async def _add_documents(self, connection: AsyncConnection, documents: Mapping[str, str]) -> None:
+        known = select(DOCUMENTS.c.digest).where(DOCUMENTS.c.digest.in_(list(documents)))
+        new = documents.keys() - set((await connection.execute(known)).scalars())
+        if new:
+            await connection.execute(
+                insert(DOCUMENTS), [{"digest": digest, "body": documents[digest]} for digest in new]
+            )
+
+    async def _append(
+        self, connection: AsyncConnection, table: Table, values: Mapping[str, Any], newest: ColumnElement[int]
+    ) -> None:
+        await connection.execute(insert(table).values(values))
+        await connection.execute(update(HEAD).values({newest: values["number"]}))
+        await self._database.announce(connection)
+
+
+# --- rows
+
+
+def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: object) -> dict[str, Any]:
+    """A new row after ``previous``; people read its time, nothing is ordered or timed by it."""
+    time = datetime.now(UTC).isoformat(timespec="microseconds")
+    row = values | {"previous": "" if previous is None else previous["seal"], "time": time}
+    return row | {"seal": row_seal(table, row)}
+
+
+def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
+    """Digest to body, in the order of the policies."""
+    bodies = (document.canonical_json(policy) for policy in policies)
+    return {row_digest(body): body for body in bodies}
+
+
+def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> PolicyRevision:
+    """A revision with its policies."""
+    return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
+
+
+def change_of_row(values: Mapping[str, Any]) -> Revision:
+    """A revision as the history lists it."""
+    diff = "".join(diff for _, _, diff in json.loads(values["changes"]))
+    return Revision(diff=diff, **_act(values, "number", "author", "reason"))
+
+
+def activation_of_row(values: Mapping[str, Any]) -> Activation:
+    """An act."""
+    return Activation(**_act(values, "number", "revision", "actor", "reason"))
+
+
+def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names} | {"time": datetime.fromisoformat(values["time"])}
+
+
+def policy_of_document(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
+    """A revision's policy.
+
+    Raises:
+        StoreCorrupted: its document is missing, altered, or not a policy that this server can read.
+    """
+    if digest not in bodies or row_digest(bodies[digest]) != digest:
+        raise StoreCorrupted(f"the document of policy {name!r} is missing or not what was written")
+    try:
+        policy = document.policy_from_canonical(bodies[digest])
+    except ValueError as err:
+        raise StoreCorrupted(f"the document of policy {name!r} cannot be read: {err}") from err
+    if policy.name != name:
+        raise StoreCorrupted(f"the document of policy {name!r} is one of {policy.name!r}")
+    return policy
+
+
+# --- seals
 #
-# Not a secret key: whoever may rewrite the whole database can seal it again. The audit log is what shows that.
+# A digest in each row over the row and the seal of the one before: damage and gaps are seen wherever they are read. Not
+# under a secret key: whoever may rewrite the whole database can seal it again. The audit log is what shows that.
 
 
 def row_digest(text: str) -> str:
@@ -91,135 +399,7 @@ def check_chain(table: Table, rows: Sequence[Row[Any]], newest: int) -> None:
         previous = values["seal"]
 
 
-# Between the rows of a database and the nouns of ``model``.
-
-
-def utc_now() -> str:
-    """The time of an act; people read it, nothing is ordered or timed by it."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: object) -> dict[str, Any]:
-    """A new row after ``previous``."""
-    row = values | {"previous": "" if previous is None else previous["seal"], "time": utc_now()}
-    return row | {"seal": row_seal(table, row)}
-
-
-def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
-    """Digest to body, in the order of the policies."""
-    bodies = (document.canonical_json(policy) for policy in policies)
-    return {row_digest(body): body for body in bodies}
-
-
-def members_text(policies: Sequence[Policy], documents: Iterable[str]) -> str:
-    """Which policies a revision holds, as its row says it."""
-    pairs = zip((policy.name for policy in policies), documents, strict=True)
-    return json.dumps(list(pairs), ensure_ascii=False)
-
-
-def read_members(text: str) -> dict[str, str]:
-    """A revision's policies by name, each with its document's digest."""
-    return dict(json.loads(text))
-
-
-def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> PolicyRevision:
-    """A revision with its policies."""
-    return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
-
-
-def change_of_row(values: Mapping[str, Any]) -> Change:
-    """A revision as the history lists it."""
-    policies = tuple(PolicyDiff(*one) for one in json.loads(values["changes"]))
-    return Change(policies=policies, **_act(values, "number", "author", "reason"))
-
-
-def activation_of_row(values: Mapping[str, Any]) -> Activation:
-    """An act."""
-    return Activation(**_act(values, "number", "revision", "actor", "reason"))
-
-
-def changes_text(changes: Sequence[PolicyDiff]) -> str:
-    """As a revision's row holds them."""
-    return json.dumps([[one.name, one.kind, one.diff] for one in changes], ensure_ascii=False)
-
-
-def policies_of_documents(
-    wanted: Mapping[str, str], bodies: Mapping[str, str], known: Mapping[str, Policy]
-) -> dict[str, Policy]:
-    """Digest to policy for a revision's members; those in ``known`` are not parsed again.
-
-    Raises:
-        StoreCorrupted: a document is missing, altered, or not a policy that this server can read.
-    """
-    return {
-        digest: known[digest] if digest in known else _parsed(name, digest, bodies) for name, digest in wanted.items()
-    }
-
-
-def _parsed(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
-    if digest not in bodies or row_digest(bodies[digest]) != digest:
-        raise StoreCorrupted(f"the document of policy {name!r} is missing or not what was written")
-    try:
-        policy = document.policy_from_canonical(bodies[digest])
-    except ValueError as err:
-        raise StoreCorrupted(f"the document of policy {name!r} cannot be read: {err}") from err
-    if policy.name != name:
-        raise StoreCorrupted(f"the document of policy {name!r} is one of {policy.name!r}")
-    return policy
-
-
-def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: values[name] for name in names} | {"time": datetime.fromisoformat(values["time"])}
-
-
-# The tables as queries see them; ``migrations`` makes them, with the triggers that keep them append-only.
-
-
-METADATA = MetaData()
-SCHEMA_TABLE = "policy_schema"
-"""Where Alembic notes which migrations were made."""
-
-DOCUMENTS = Table(
-    "policy_documents", METADATA,
-    Column("digest", Text, primary_key=True),  # SHA-256 of body, hex
-    Column("body", Text, nullable=False),  # one policy, canonical JSON
-)  # fmt: skip
-
-REVISIONS = Table(
-    "policy_revisions", METADATA,
-    Column("number", BigInteger, primary_key=True, autoincrement=False),
-    Column("members", Text, nullable=False),  # JSON: [[name of the policy, digest of its document], ...]
-    Column("changes", Text, nullable=False),  # JSON: [[name of the policy, kind, diff], ...]
-    Column("author", Text, nullable=False),
-    Column("time", Text, nullable=False),  # ISO 8601, UTC
-    Column("reason", Text, nullable=False),
-    Column("previous", Text, nullable=False),  # the seal of the row before; empty for the first
-    Column("seal", Text, nullable=False),
-)  # fmt: skip
-
-ACTIVATIONS = Table(
-    "policy_activations", METADATA,
-    Column("number", BigInteger, primary_key=True, autoincrement=False),
-    Column("revision", BigInteger, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("time", Text, nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("previous", Text, nullable=False),
-    Column("seal", Text, nullable=False),
-)  # fmt: skip
-
-HEAD = Table(
-    "policy_head", METADATA,
-    Column("id", BigInteger, primary_key=True),
-    Column("revision", BigInteger, nullable=False),  # the newest numbers: one row, which writers lock
-    Column("activation", BigInteger, nullable=False),
-)  # fmt: skip
-
-
-# Brings a database to this server's schema with the migrations that ship in this package.
-
-
-_MIGRATIONS = Path(__file__).parent / "migrations"
+# --- the schema
 
 
 def migrate_schema(connection: Connection) -> None:
@@ -231,23 +411,22 @@ def migrate_schema(connection: Connection) -> None:
     # It says at every start which database it sees.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     scripts = ScriptDirectory.from_config(_config(connection))
-    found = set(MigrationContext.configure(connection, opts={"version_table": SCHEMA_TABLE}).get_current_heads())
-    _refuse_unknown(found, {script.revision for script in scripts.walk_revisions()})
+    versions = set(MigrationContext.configure(connection, opts={"version_table": SCHEMA_TABLE}).get_current_heads())
+    _refuse_unknown(versions, {script.revision for script in scripts.walk_revisions()})
     present = METADATA.tables.keys() & set(inspect(connection).get_table_names())
-    if present and not found:
+    if present and not versions:
         raise SchemaMismatch(f"has the tables {', '.join(sorted(present))} but not {SCHEMA_TABLE}")
-    if found != set(scripts.get_heads()):
+    if versions != set(scripts.get_heads()):
         command.upgrade(_config(connection), "heads")
     missing = METADATA.tables.keys() - set(inspect(connection).get_table_names())
     if missing:
         raise SchemaMismatch(f"lacks the tables {', '.join(sorted(missing))}")
 
 
-def _refuse_unknown(found: set[str], known: set[str]) -> None:
-    if found - known:
-        raise SchemaMismatch(
-            f"has the schema {', '.join(sorted(found))}, which a newer server made; this one knows up to {max(known)}"
-        )
+def _refuse_unknown(versions: set[str], known: set[str]) -> None:
+    if versions - known:
+        schema = f"has the schema {', '.join(sorted(versions))}"
+        raise SchemaMismatch(f"{schema}, which a newer server made; this one knows up to {max(known)}")
 
 
 def _config(connection: Connection) -> Config:
@@ -256,227 +435,3 @@ def _config(connection: Connection) -> Config:
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
-
-
-ANSWER_S = 10.0
-"""A database that says nothing for so long counts as gone."""
-
-
-class _Head(NamedTuple):
-    """The newest numbers; 0 before the first."""
-
-    revision: int
-    activation: int
-
-
-class SqlStore:
-    """A PolicyStore over one database."""
-
-    is_read_only = False
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._parsed: dict[str, Policy] = {}
-        self._active: Active | None = None
-
-    @classmethod
-    async def open(cls, database: Database) -> SqlStore:
-        """Makes the tables where there are none, and starts to listen for changes.
-
-        Raises:
-            StoreError: the database cannot be reached, is damaged, or has a schema that is not ours.
-        """
-        store = cls(database)
-        try:
-            async with store._transaction(writes=True) as connection:
-                await database.prepare(connection)
-                await connection.run_sync(migrate_schema)
-            await store.active()
-            await database.listen()
-        except BaseException:
-            await database.close()
-            raise
-        return store
-
-    async def latest(self) -> PolicyRevision | None:
-        """The newest revision, in force or not; None before the first."""
-        async with self._transaction() as connection:
-            head = await self._head(connection)
-            return await self._revision(connection, head.revision) if head.revision else None
-
-    async def revision(self, number: int) -> PolicyRevision:
-        """One revision.
-
-        Raises:
-            UnknownName: there is none of that number.
-        """
-        async with self._transaction() as connection:
-            return await self._revision(connection, number)
-
-    async def changes(self, *, limit: int, before: int | None = None) -> tuple[Change, ...]:
-        """Revisions, newest first: at most ``limit``, with numbers below ``before``."""
-        return tuple(change_of_row(values) for values in await self._newest(REVISIONS, limit, before))
-
-    async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
-        """Acts, newest first: at most ``limit``, with numbers below ``before``."""
-        return tuple(activation_of_row(values) for values in await self._newest(ACTIVATIONS, limit, before))
-
-    async def authors_to_approve(self, number: int) -> frozenset[str]:
-        """Who wrote what an activation of this revision would put in force for the first time, and its own author."""
-        approved = select(func.coalesce(func.max(ACTIVATIONS.c.revision), 0)).where(ACTIVATIONS.c.revision <= number)
-        column = REVISIONS.c.number
-        is_new = and_(column > approved.scalar_subquery(), column <= number)
-        async with self._transaction() as connection:
-            found = await connection.execute(select(REVISIONS.c.author).where(or_(is_new, column == number)))
-            return frozenset(found.scalars())
-
-    async def active(self) -> Active | None:
-        """What is in force; None before the first activation. Two small reads while it stays the same."""
-        async with self._transaction() as connection:
-            head = await self._head(connection)
-            if not head.activation:
-                return None
-            act = await self._row(connection, ACTIVATIONS, head.activation)
-            if self._active is None or self._active.digest != act["seal"]:
-                revision = await self._revision(connection, act["revision"])
-                self._active = Active(activation_of_row(act), revision, act["seal"])
-            return self._active
-
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
-        """Appends a revision that holds exactly these policies, and answers once it is durable.
-
-        Raises:
-            Conflict: ``etag`` is not the newest revision's number.
-        """
-        policies = tuple(sorted(policies, key=lambda policy: policy.name))
-        documents = await asyncio.to_thread(documents_of, policies)
-        async with self._transaction(writes=True) as connection:
-            head = await self._head(connection, locked=True)
-            if etag != str(head.revision):
-                raise Conflict(f"etag: the newest revision is {head.revision}, not {etag!r}; read it and try again")
-            last = await self._row(connection, REVISIONS, head.revision) if head.revision else None
-            before = () if last is None else await self._policies(connection, last)
-            await self._add_documents(connection, documents)
-            changes = changes_text(await asyncio.to_thread(policy_changes, before, policies))
-            members = members_text(policies, documents)
-            values = sealed_row(
-                REVISIONS, last, number=head.revision + 1, author=author, reason=reason, members=members,
-                changes=changes,
-            )  # fmt: skip
-            await self._append(connection, REVISIONS, values, HEAD.c.revision)
-        self._database.notice()
-        return revision_of_row(values, policies)
-
-    async def activate(
-        self, revision: int, *, actor: str, reason: str, expected_activation: int | None = None
-    ) -> Activation:
-        """Puts a revision in force, and answers once that is durable.
-
-        Raises:
-            UnknownName: there is none of that number.
-            Conflict: the newest activation is not ``expected_activation``.
-        """
-        async with self._transaction(writes=True) as connection:
-            head = await self._head(connection, locked=True)
-            if expected_activation not in (None, head.activation):
-                raise Conflict(f"activation {head.activation} is in force, not {expected_activation}; look again")
-            await self._revision(connection, revision)
-            last = await self._row(connection, ACTIVATIONS, head.activation) if head.activation else None
-            values = sealed_row(
-                ACTIVATIONS, last, number=head.activation + 1, revision=revision, actor=actor, reason=reason
-            )
-            await self._append(connection, ACTIVATIONS, values, HEAD.c.activation)
-        self._database.notice()
-        return activation_of_row(values)
-
-    async def verify(self) -> tuple[int, int]:
-        """Reads everything; how many revisions and activations there are.
-
-        Raises:
-            StoreCorrupted: a row or document is altered or missing, or numbers have a gap.
-        """
-        async with self._transaction() as connection:
-            head = await self._head(connection)
-            for table, newest in ((REVISIONS, head.revision), (ACTIVATIONS, head.activation)):
-                found = await connection.execute(select(table).order_by(table.c.number))
-                check_chain(table, found.all(), newest)
-        for number in range(1, head.revision + 1):
-            await self.revision(number)
-        return head.revision, head.activation
-
-    async def wait(self, timeout_s: float) -> None:
-        """Returns when something may have changed since it last returned, at the latest after ``timeout_s``."""
-        await self._database.wait(timeout_s)
-
-    async def close(self) -> None:
-        """Ends connections."""
-        await self._database.close()
-
-    @asynccontextmanager
-    async def _transaction(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
-        """Everything or nothing; every failure of the database has a name of ours."""
-        try:
-            async with asyncio.timeout(ANSWER_S), self._database.transaction(writes=writes) as connection:
-                yield connection
-        except TimeoutError as err:
-            raise StoreUnreachable(f"no answer within {ANSWER_S:g} s") from err
-        except DBAPIError as err:
-            raise self._database.named(err) from err
-        except (SQLAlchemyError, OSError) as err:
-            raise StoreUnreachable(str(err)) from err
-
-    async def _head(self, connection: AsyncConnection, *, locked: bool = False) -> _Head:
-        query = select(HEAD.c.revision, HEAD.c.activation)
-        head = (await connection.execute(query.with_for_update() if locked else query)).first()
-        if head is None:
-            raise StoreCorrupted(f"{HEAD.name} has no row")
-        return _Head(*head)
-
-    async def _row(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any]:
-        """A row that must be there."""
-        values = await self._find(connection, table, number)
-        if values is None:
-            raise StoreCorrupted(f"{table.name} lacks the row {number}")
-        return values
-
-    async def _find(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any] | None:
-        row = (await connection.execute(select(table).where(table.c.number == number))).first()
-        return None if row is None else check_seal(table, row)
-
-    async def _newest(self, table: Table, limit: int, before: int | None) -> list[dict[str, Any]]:
-        query = select(table).order_by(table.c.number.desc()).limit(limit)
-        async with self._transaction() as connection:
-            found = await connection.execute(query if before is None else query.where(table.c.number < before))
-            return [check_seal(table, row) for row in found]
-
-    async def _revision(self, connection: AsyncConnection, number: int) -> PolicyRevision:
-        values = await self._find(connection, REVISIONS, number)
-        if values is None and not 0 < number <= (await self._head(connection)).revision:
-            raise UnknownName("revision", f"there is no revision {number}")
-        if values is None:
-            raise StoreCorrupted(f"{REVISIONS.name} lacks the row {number}")
-        return revision_of_row(values, await self._policies(connection, values))
-
-    async def _policies(self, connection: AsyncConnection, values: Mapping[str, Any]) -> tuple[Policy, ...]:
-        wanted = read_members(values["members"])
-        # Taken once: whoever reads another revision meanwhile replaces it.
-        known = self._parsed
-        unknown = sorted(set(wanted.values()) - known.keys())
-        found = await connection.execute(select(DOCUMENTS).where(DOCUMENTS.c.digest.in_(unknown))) if unknown else ()
-        bodies = {row.digest: row.body for row in found}
-        # Only what this revision holds is kept: the next one usually differs by one policy.
-        self._parsed = parsed = await asyncio.to_thread(policies_of_documents, wanted, bodies, known)
-        return tuple(parsed.values())
-
-    async def _add_documents(self, connection: AsyncConnection, documents: Mapping[str, str]) -> None:
-        known = select(DOCUMENTS.c.digest).where(DOCUMENTS.c.digest.in_(list(documents)))
-        new = documents.keys() - set((await connection.execute(known)).scalars())
-        if new:
-            await connection.execute(insert(DOCUMENTS), [{"digest": one, "body": documents[one]} for one in new])
-
-    async def _append(
-        self, connection: AsyncConnection, table: Table, values: Mapping[str, Any], newest: ColumnElement[int]
-    ) -> None:
-        await connection.execute(insert(table).values(values))
-        await connection.execute(update(HEAD).values({newest: values["number"]}))
-        await self._database.announce(connection)

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.train.kernels import FeatureRows, Kernels, Pairs, Rates, Rough, choose
-from saeguard_sae.train.kernels.torch_kernels import CannotCompile
+from saeguard_sae.train.kernels import AdamStep, FeatureRows, Kernels, LowPrecision, Pairs, choose_kernels
+from saeguard_sae.train.kernels.compiled import CannotCompile
 from saeguard_sae.train.settings import Precision
 
 CPU = torch.device("cpu")
-COMPILED = choose("compiled", CPU)
+COMPILED = choose_kernels("compiled", CPU)
 ELSEWHERE = copy(COMPILED)
 """As on a processor that cannot search a product while it is made."""
 ELSEWHERE.can_search = False
-KINDS: dict[str, Kernels] = {"torch": choose("torch", CPU), "compiled": COMPILED, "elsewhere": ELSEWHERE}
+KINDS: dict[str, Kernels] = {"torch": choose_kernels("torch", CPU), "compiled": COMPILED, "elsewhere": ELSEWHERE}
 every = pytest.mark.parametrize("kernels", KINDS.values(), ids=KINDS)
 
 WIDTHS = (5, 12, 40)
@@ -48,7 +48,7 @@ def dense(pairs: Pairs, values: Tensor, features: int) -> Tensor:
 def test_above_finds_what_is_above(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     pre = draw(17, width, seed=1).to(dtype)
     for cut in (0.0, 0.5, float(pre.float().max())):
-        pairs = kernels.above(pre.float(), Rough(torch.eye(width, dtype=dtype)), torch.zeros(width), cut)
+        pairs = kernels.above(pre.float(), LowPrecision(torch.eye(width, dtype=dtype)), torch.zeros(width), cut)
         wanted = (pre > torch.tensor(cut).to(dtype)).nonzero()
         assert torch.equal(torch.stack([pairs.rows(), pairs.feature.long()], 1), wanted)
 
@@ -62,7 +62,7 @@ def test_largest_are_the_first_of_a_stable_sort(
 ) -> None:
     pre = draw(9, width, seed=seed)
     pre = (pre * 2).round().to(dtype) if ties else pre.to(dtype)
-    found, values = kernels.largest(pre.float(), Rough(torch.eye(width, dtype=dtype)), torch.zeros(width), k)
+    found, values = kernels.largest(pre.float(), LowPrecision(torch.eye(width, dtype=dtype)), torch.zeros(width), k)
     assert torch.equal(values, pre.float()[found.rows(), found.feature.long()])
     for row in range(9):
         order = sorted(range(width), key=lambda j: (-float(pre[row, j]), j))[:k]
@@ -123,7 +123,7 @@ def test_adam_is_an_optimiser_for_each_feature_run_when_it_has_a_gradient(kernel
         for kept, new in zip((rows.g_enc, rows.g_bias, rows.g_dec), gradients, strict=True):
             kept.copy_(new)
         rows.active.copy_(active)
-        kernels.adam(rows, Rates(0.01, scale=0.5))
+        kernels.adam(rows, AdamStep(0.01, scale=0.5))
         assert not rows.active.any()
         for f in active.nonzero().flatten().tolist():
             enc, bias, dec = weights[f]
@@ -137,7 +137,7 @@ def test_adam_is_an_optimiser_for_each_feature_run_when_it_has_a_gradient(kernel
         torch.testing.assert_close(rows.W_enc[f], enc.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(rows.b_enc[f], bias.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(rows.W_dec[f], dec.detach(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(rows.rough.values, rows.W_enc.bfloat16())
+    assert torch.equal(rows.low_precision.values, rows.W_enc.bfloat16())
 
 
 @every
@@ -147,24 +147,24 @@ def test_integers_with_scales_are_read_as_what_they_stand_for(kernels: Kernels) 
     rows = FeatureRows.new(draw(50, 24, seed=61), W_dec / W_dec.norm(dim=1, keepdim=True), "int8")
     x, bias = draw(30, 24, seed=62), draw(50, seed=63)
     for _ in range(2):
-        (pre,) = (one.wide() for one in rows.rough.products(x, bias))
+        (pre,) = (one.wide() for one in rows.low_precision.products(x, bias))
         exact = x @ rows.W_enc.T + bias
         assert (pre - exact).abs().max() < 0.03 * exact.abs().max()
-        pairs = kernels.above(x, rows.rough, bias, 0.7)
+        pairs = kernels.above(x, rows.low_precision, bias, 0.7)
         assert torch.equal(torch.stack([pairs.rows(), pairs.feature.long()], 1), (pre > 0.7).nonzero())
-        wide, _ = kernels.largest(pre, Rough(torch.eye(50)), torch.zeros(50), 7)
-        small, values = kernels.largest(x, rows.rough, bias, 7)
+        wide, _ = kernels.largest(pre, LowPrecision(torch.eye(50)), torch.zeros(50), 7)
+        small, values = kernels.largest(x, rows.low_precision, bias, 7)
         assert torch.equal(wide.feature, small.feature)
         torch.testing.assert_close(values, pre[small.rows(), small.feature.long()])
         for tensor, number in ((rows.g_enc, 64), (rows.g_bias, 65), (rows.g_dec, 66)):
             tensor.copy_(draw(*tensor.shape, seed=number))
         rows.active.fill_(1)
-        kernels.adam(rows, Rates(0.3))
-        again = Rough.of(rows.W_enc, "int8")
-        assert rows.rough.scale is not None
+        kernels.adam(rows, AdamStep(0.3))
+        again = LowPrecision.of(rows.W_enc, "int8")
+        assert rows.low_precision.scale is not None
         assert again.scale is not None
-        torch.testing.assert_close(rows.rough.scale, again.scale)
-        assert (rows.rough.values.int() - again.values.int()).abs().max() <= 1
+        torch.testing.assert_close(rows.low_precision.scale, again.scale)
+        assert (rows.low_precision.values.int() - again.values.int()).abs().max() <= 1
 
 
 SHAPES = st.tuples(st.integers(1, 330), st.integers(1, 40), st.integers(1, 300))
@@ -184,13 +184,13 @@ def test_a_product_of_integers_is_searched_as_a_stable_sort_would(
     x[::7] = (x[::7] / 100).trunc()
     x[:, 0] = 127
     exact = x.double() @ W.double().T + bias.double()
-    found, values = kernels.largest(x, Rough.of(W, "int8"), bias, k)
+    found, values = kernels.largest(x, LowPrecision.of(W, "int8"), bias, k)
     order = exact.sort(dim=1, descending=True, stable=True).indices[:, :k]
     wanted = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, order, True) & (exact > 0)
     assert torch.equal(torch.stack([found.rows(), found.feature.long()], 1), wanted.nonzero())
     assert torch.equal(values.double(), exact[wanted])
     cut = float(exact.quantile(0.8).clamp_min(0))
-    above = kernels.above(x, Rough.of(W, "int8"), bias, cut)
+    above = kernels.above(x, LowPrecision.of(W, "int8"), bias, cut)
     assert torch.equal(torch.stack([above.rows(), above.feature.long()], 1), (exact > cut).nonzero())
 
 
@@ -205,7 +205,7 @@ def whole(rows: int, columns: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("precision", ["int8", "bfloat16", "float32"])
 def test_nothing_is_found_where_there_are_no_features(kernels: Kernels, precision: Precision) -> None:
     """Which a process that shares in a training may be left with."""
-    x, W, bias = draw(9, 12, seed=70), Rough.of(draw(0, 12, seed=71), precision), draw(0, seed=72)
+    x, W, bias = draw(9, 12, seed=70), LowPrecision.of(draw(0, 12, seed=71), precision), draw(0, seed=72)
     largest, values = kernels.largest(x, W, bias, 4)
     for pairs in (largest, kernels.above(x, W, bias, 0.0)):
         assert pairs.starts.tolist() == [0] * 10
@@ -243,33 +243,33 @@ def _one_step() -> dict[str, Tensor]:
     """Everything that the compiled kernels make of some tokens, in the order of a step."""
     x, target, W_dec = draw(500, 70, seed=41), draw(500, 70, seed=42), draw(WIDTHS[-1], 70, seed=43)
     rows = FeatureRows.new(draw(WIDTHS[-1], 70, seed=44), W_dec / W_dec.norm(dim=1, keepdim=True), "int8")
-    above = COMPILED.above(x, rows.rough, rows.b_enc, 3.0)
-    pairs, rough = COMPILED.largest(x, rows.rough, rows.b_enc, 9)
+    above = COMPILED.above(x, rows.low_precision, rows.b_enc, 3.0)
+    pairs, rough = COMPILED.largest(x, rows.low_precision, rows.b_enc, 9)
     values = COMPILED.read(x, rows.W_enc, rows.b_enc, pairs)
     ends = torch.tensor(WIDTHS, dtype=torch.int32)
     decoded = COMPILED.decode(target, rows.W_dec, pairs, values, ends, torch.tensor(WEIGHTS))
     COMPILED.gradients(x, decoded, pairs, values, ends, rows)
     gradients = {name: getattr(rows, name).clone() for name in ("g_enc", "g_bias", "g_dec")}
-    COMPILED.adam(rows, Rates(0.01))
+    COMPILED.adam(rows, AdamStep(0.01))
     made = {"above": above.feature, "largest": pairs.feature, "rough": rough, "read": values}
-    return made | decoded._asdict() | gradients | rows.state() | {"small": rows.rough.values}
+    return made | decoded._asdict() | gradients | rows.state() | {"small": rows.low_precision.values}
 
 
 def test_compiled_kernels_refuse_what_they_would_misread() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         COMPILED.strongest(some_pairs(8, 8, seed=50), draw(8, 8, seed=51).T, 2)
     with pytest.raises(ValueError, match="float32, bfloat16 or int32"):
-        COMPILED.above(draw(8, 8, seed=50).double(), Rough(torch.eye(8).double()), torch.zeros(8), 0.0)
+        COMPILED.above(draw(8, 8, seed=50).double(), LowPrecision(torch.eye(8).double()), torch.zeros(8), 0.0)
 
 
 def test_without_a_compiler_auto_falls_back_and_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saeguard_sae.train.kernels import torch_kernels as module
+    from saeguard_sae.train.kernels import compiled as module
 
     module._compiled.cache_clear()
     monkeypatch.setattr(module, "_COMPILERS", ("no-such-compiler",))
-    assert choose("auto", CPU).name == "torch"
+    assert choose_kernels("auto", CPU).name == "torch"
     with pytest.raises(CannotCompile, match="no-such-compiler"):
-        choose("compiled", CPU)
+        choose_kernels("compiled", CPU)
     module._compiled.cache_clear()
 
 

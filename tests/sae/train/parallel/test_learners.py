@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeguard_sae.train import SaeSettings, make_learner
 from saeguard_sae.train.learner import SparseLearner
-from saeguard_sae.train.parallel import ALONE, Mesh, mesh_of, together
+from saeguard_sae.train.parallel import ALONE, Mesh, join_processes, mesh_of
 from support.processes import World
 
 STEPS, BATCH, D_IN, D_SAE = 6, 96, 24, 64
@@ -40,7 +40,7 @@ def trained(mesh: Mesh, **changes: Any) -> dict[str, Tensor]:
     for step in range(STEPS):
         rows = (torch.arange(BATCH) * 7 + step * BATCH) % len(x)
         learner.step(mesh.rows(x[rows]), None if target is None else mesh.rows(target[rows]))
-    now, made = learner.progress(), learner.export()
+    now, made = learner.metrics(), learner.export()
     figures = torch.tensor([now.loss, now.l0, now.fvu, now.dead_share])
     state = {name: tensor.clone() for name, tensor in learner.state().items()}
     return state | {
@@ -73,7 +73,7 @@ def alone() -> dict[str, dict[str, Tensor]]:
 
 def in_every_layout(folder: str) -> None:
     """As many parts of the features as there are processes, or fewer, and the rest deals out the batch."""
-    with together(1, BATCH, "cpu", str) as first:
+    with join_processes(1, BATCH, "cpu", str) as first:
         for shards in (1, 2, 4):
             if first.size % shards == 0:
                 mesh = mesh_of(shards, BATCH)
@@ -93,7 +93,9 @@ def check_aligned(mesh: Mesh) -> None:
         weights += mesh.rank
         learner.align()
         learner.step(mesh.rows(x[:BATCH]))
-        first = [mesh.told(weights.double().sum().item())[shard :: mesh.shards] for shard in range(mesh.shards)]
+        first = [
+            mesh.gather_objects(weights.double().sum().item())[shard :: mesh.shards] for shard in range(mesh.shards)
+        ]
         assert all(len(set(one)) == 1 for one in first), first
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saeguard_sae.train import parallel
-from saeguard_sae.train.parallel import together
+from saeguard_sae.train.parallel import join_processes
 from saeguard_sae.train.run.checkpoints import Checkpoints
 from support.processes import DEADLINE_S, World
 
@@ -32,7 +32,7 @@ def wait(condition: Callable[[], bool]) -> None:
 def sleep(ready: str) -> None:
     """As a process that waits for a GPU for ever."""
     parallel.GRACE_S = GRACE_S
-    with together(1, 96, "cpu", lambda: "all is kept") as mesh:
+    with join_processes(1, 96, "cpu", lambda: "all is kept") as mesh:
         Path(f"{ready}-{mesh.rank}").touch()
         time.sleep(DEADLINE_S)
 
@@ -70,8 +70,10 @@ def test_torchrun_ends_soon_with_a_message_and_a_checkpoint(tree: Tree, write: C
     assert time.monotonic() - killed < 20, said
     assert process.returncode == 1
     # torchrun ends the others too, and may be faster than the watch: then the process that missed an answer has told.
-    told = [line for line in said.splitlines() if line.startswith("saeguard train: ") and checkpoints.kept() in line]
-    whole = f"saeguard train: process 1 of 2 {GONE}; {checkpoints.kept()}; {AGAIN}"
+    told = [
+        line for line in said.splitlines() if line.startswith("saeguard train: ") and checkpoints.resumable() in line
+    ]
+    whole = f"saeguard train: process 1 of 2 {GONE}; {checkpoints.resumable()}; {AGAIN}"
     assert told == [whole] or any("another process of this run no longer answers" in line for line in told), said
     begun = checkpoints.latest()
     assert begun is not None

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from saeguard_sae.train.activations import Harvester
 from saeguard_sae.train.run.config import parse_run_config
-from saeguard_sae.train.run.metrics import Console
+from saeguard_sae.train.run.progress import Console
 from saeguard_sae.train.run.run import train_from_config
 from support.processes import World
 

@@ -1,4 +1,4 @@
-"""Rows become batches in their order, padded at the end, and padding counts for nothing."""
+"""Rows become batches in their order, pad_rows at the end, and padding counts for nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.train.quality.metrics import EvaluationRow, evaluation_batches, padded
+from saeguard_sae.train.quality.material import EvaluationRow, evaluation_batches, pad_rows
 
 
 def row(length: int, start: int) -> EvaluationRow:
@@ -27,5 +27,5 @@ def test_every_token_comes_once_in_order(lengths: list[int], tokens: int) -> Non
 
 
 def test_positions_whose_next_token_is_text() -> None:
-    batch = padded([row(4, 0), row(2, 0), row(1, 0)])
+    batch = pad_rows([row(4, 0), row(2, 0), row(1, 0)])
     assert batch.predicted.tolist() == [[True, True, True], [True, False, False], [False, False, False]]

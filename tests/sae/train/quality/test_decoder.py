@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saeguard_sae.train.quality import metrics
-from saeguard_sae.train.quality.metrics import agreement, max_cosines
+from saeguard_sae.train.quality import feature_stats
+from saeguard_sae.train.quality.feature_stats import decoder_agreement, max_cosines
 
 
 def rows(n: int, width: int, seed: int) -> Tensor:
@@ -24,7 +24,7 @@ def cosines(one: Tensor, two: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [7, 2048])
 def test_the_largest_cosine_with_another(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_ROWS", chunk)
+    monkeypatch.setattr(feature_stats, "_ROWS", chunk)
     decoder = rows(50, 12, 1)
     decoder[31] = 2 * decoder[4]
     whole = cosines(decoder, decoder).fill_diagonal_(-2)
@@ -39,7 +39,7 @@ def test_the_best_matching_of_all() -> None:
     one, two = rows(6, 5, 2), rows(7, 5, 3)
     both = cosines(one, two)
     best = max(sum(float(both[at, to]) for at, to in enumerate(order)) for order in permutations(range(7), 6))
-    found = agreement(one, two, seed=0)
+    found = decoder_agreement(one, two, seed=0)
     assert found.mcc == pytest.approx(best / 6, abs=1e-6)
     assert found.mean_max_cosine == pytest.approx(float(both.max(1).values.mean()), abs=1e-6)
     assert (found.matched, found.is_sample) == (6, False)
@@ -48,20 +48,20 @@ def test_the_best_matching_of_all() -> None:
 def test_the_same_features_in_another_order_agree() -> None:
     one = rows(300, 16, 4)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-    found = agreement(one, one[order] * 7, seed=0)
+    found = decoder_agreement(one, one[order] * 7, seed=0)
     assert (found.mcc, found.mean_max_cosine, found.share_above_09) == pytest.approx((1, 1, 1))
-    opposite = agreement(one, -one, seed=0)
+    opposite = decoder_agreement(one, -one, seed=0)
     assert opposite.mcc < 0.9, "a feature and its opposite are not the same"
 
 
 def test_wide_dictionaries_are_matched_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "MATCHED", 400)
+    monkeypatch.setattr(feature_stats, "MATCHED", 400)
     one = rows(500, 8, 5)
     two = one[torch.randperm(500, generator=torch.Generator().manual_seed(2))] + 0.8 * rows(500, 8, 6)
-    found = agreement(one, two, seed=9)
+    found = decoder_agreement(one, two, seed=9)
     assert (found.matched, found.is_sample) == (100, True)
     both = cosines(one, two).numpy()
     row, column = linear_sum_assignment(both, maximize=True)
     # Rivals outside the sample leave it more to choose from.
     assert both[row, column].mean() - 0.02 < found.mcc <= found.mean_max_cosine + 0.05
-    assert found == agreement(one, two, seed=9)
+    assert found == decoder_agreement(one, two, seed=9)

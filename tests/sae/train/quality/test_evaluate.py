@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeguard_sae.check import measure
 from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import Site
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes, metrics
+from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
 from saeguard_sae.train.quality.evaluate import _parted, frozen_baseline
 from saeguard_sae.train.settings import TrainError
 
@@ -129,14 +131,14 @@ def test_features_are_never_held_all_at_once(
     world, sae = worlds("llama"), loaded(SITE, random_sae(48))
     whole = evaluate_saes(sae, material(world), SETTINGS)
     sizes: list[int] = []
-    count: Callable[..., None] = metrics.Tally.count
+    count: Callable[..., None] = SaeMetrics.count
 
     def watched(self: Any, features: Tensor) -> None:
         sizes.append(features.numel())
         count(self, features)
 
-    monkeypatch.setattr(metrics.Tally, "count", watched)
-    monkeypatch.setattr(metrics, "VALUES", 90 * 8)
+    monkeypatch.setattr(SaeMetrics, "count", watched)
+    monkeypatch.setattr(measure, "VALUES", 90 * 8)
     parts = evaluate_saes(sae, material(world), SETTINGS)
     assert max(sizes) == 90 * 8
     assert parts.sae.l0 == whole.sae.l0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeguard_sae.train.quality.metrics import EvaluationRow, Examples, padded, spread
+from saeguard_sae.train.quality.feature_stats import ExampleCollector, spread_over_densities
+from saeguard_sae.train.quality.material import EvaluationRow, pad_rows
 
 
 def decode(ids: list[int]) -> str:
@@ -22,14 +23,14 @@ def test_the_strongest_of_all(size: int) -> None:
     values = [torch.rand(int(row.ordinary.sum()), 6, generator=generator) for row in texts]
     values[4][:, 2] += 3.0  # all of the strongest in one row
     values[5][:, 5] = 0
-    found = Examples([2, 5], contexts=4)
+    found = ExampleCollector([2, 5], contexts=4)
     for start in (0, 4):
-        batch = padded(texts[start : start + 5] if start else texts[:4])
+        batch = pad_rows(texts[start : start + 5] if start else texts[:4])
         found.begin(batch)
         flat = torch.cat(values[start : start + 5] if start else values[:4])
         for part in range(0, len(flat), size):
             found.watch(flat[part : part + size], part)
-    shown = found.shown(torch.full((6,), 0.25), decode)
+    shown = found.examples(torch.full((6,), 0.25), decode)
     assert [one.feature for one in shown] == [2, 5]
     for one in shown:
         best = sorted((float(each[:, one.feature].max()), at) for at, each in enumerate(values))[::-1][:4]
@@ -44,7 +45,7 @@ def test_the_strongest_of_all(size: int) -> None:
 
 def test_features_are_taken_evenly_over_densities() -> None:
     density = torch.tensor([0.0, 0.5, 0.1, 0.4, 0.0, 0.2, 0.3])
-    assert spread(density, 3) == [1, 2, 6]
-    assert spread(density, 50) == [1, 2, 3, 5, 6]
-    assert spread(torch.zeros(4), 3) == []
-    assert spread(density, 0) == []
+    assert spread_over_densities(density, 3) == [1, 2, 6]
+    assert spread_over_densities(density, 50) == [1, 2, 3, 5, 6]
+    assert spread_over_densities(torch.zeros(4), 3) == []
+    assert spread_over_densities(density, 0) == []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeguard_sae.train.quality import metrics
-from saeguard_sae.train.quality.metrics import EvaluationRow, Loss, padded
+from saeguard_sae import metrics
+from saeguard_sae.metrics import NextTokenLoss
+from saeguard_sae.train.quality.material import EvaluationRow, pad_rows
 
 
 @pytest.mark.parametrize("positions", [3, 128])
@@ -14,7 +15,7 @@ def test_equals_the_formulas(positions: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(metrics, "_POSITIONS", positions)
     generator = torch.Generator().manual_seed(4)
     ids = [torch.randint(0, 17, (length,), generator=generator) for length in (9, 5, 1)]
-    batch = padded([EvaluationRow(one, torch.ones(len(one), dtype=torch.bool)) for one in ids])
+    batch = pad_rows([EvaluationRow(one, torch.ones(len(one), dtype=torch.bool)) for one in ids])
     logits, base = (torch.randn(3, 9, 17, generator=generator) * 2 for _ in range(2))
     nats, divergences = [], []
     for at, one in enumerate(ids):
@@ -22,12 +23,12 @@ def test_equals_the_formulas(positions: int, monkeypatch: pytest.MonkeyPatch) ->
         q = base[at, : len(one) - 1].double().softmax(-1)
         nats.append(-p.gather(1, one[1:, None]).log().flatten())
         divergences.append((p * (p.log() - q.log())).sum(-1))
-    found = Loss()
-    found.add(logits, batch, base)
+    found = NextTokenLoss()
+    found.add(logits, batch.ids, batch.predicted, base)
     assert found.positions == 8 + 4
     assert found.cross_entropy == pytest.approx(float(torch.cat(nats).mean()), rel=1e-6)
     # Of the changed model from the base, not the other way round, which is another number here.
     assert found.divergence == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-5)
-    found.add(logits, batch, base)
+    found.add(logits, batch.ids, batch.predicted, base)
     assert found.positions == 24
     assert found.cross_entropy == pytest.approx(float(torch.cat(nats).mean()), rel=1e-6)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from saeguard_sae.train.quality.probes import (
     Split,
-    _chosen,
+    _most_telling,
     majority,
     read_labelled,
     score_dense,
     score_sparse,
-    split,
+    split_texts,
 )
 from saeguard_sae.train.settings import TrainError
 
@@ -42,19 +42,19 @@ def features(seed: int = 3) -> Tensor:
 
 
 def test_a_quarter_of_each_label_is_held_out() -> None:
-    asked = split(LABELS, seed=1)
+    asked = split_texts(LABELS, seed=1)
     assert asked.names == ("bird", "cat", "dog")
     assert [int((one & asked.is_test).sum()) for one in asked.is_label] == [5, 5, 5]
-    assert torch.equal(asked.is_test, split(LABELS, seed=1).is_test)
-    assert not torch.equal(asked.is_test, split(LABELS, seed=2).is_test)
-    two = split(["no", "yes"] * 10, seed=1)
+    assert torch.equal(asked.is_test, split_texts(LABELS, seed=1).is_test)
+    assert not torch.equal(asked.is_test, split_texts(LABELS, seed=2).is_test)
+    two = split_texts(["no", "yes"] * 10, seed=1)
     assert two.names == ("yes",)
     assert two.is_label[0].tolist() == [False, True] * 10
 
 
 def test_features_are_chosen_on_the_training_texts_alone() -> None:
-    asked, x = split(LABELS, seed=1), features().double()
-    chosen = _chosen(lambda: pooled(x), asked, 30)
+    asked, x = split_texts(LABELS, seed=1), features().double()
+    chosen = _most_telling(lambda: pooled(x), asked, 30)
     train = x[~asked.is_test]
     for at, is_label in enumerate(asked.is_label):
         inside = is_label[~asked.is_test]
@@ -63,12 +63,12 @@ def test_features_are_chosen_on_the_training_texts_alone() -> None:
         wanted = torch.where(deviation > 1e-9, gap / deviation.clamp(min=1e-9), 0.0).sort(descending=True)
         assert chosen[at].tolist()[:20] == wanted.indices.tolist()[:20]
     x[asked.is_test] = 1e6
-    assert torch.equal(chosen, _chosen(lambda: pooled(x), asked, 30))
+    assert torch.equal(chosen, _most_telling(lambda: pooled(x), asked, 30))
     assert [int(chosen[at, 0]) for at in (1, 2)] == [11, 4]
 
 
 def test_one_feature_is_enough_where_one_tells() -> None:
-    asked, x = split(LABELS, seed=1), features()
+    asked, x = split_texts(LABELS, seed=1), features()
     only = Split(("cat",), asked.is_label[1:2], asked.is_test)
     seen: list[int] = []
     scores = score_sparse(lambda: pooled(x, seen), only, (1, 2, 50))
@@ -81,7 +81,7 @@ def test_one_feature_is_enough_where_one_tells() -> None:
 
 
 def test_the_dense_probe_uses_every_dimension() -> None:
-    asked = split(LABELS, seed=1)
+    asked = split_texts(LABELS, seed=1)
     found = score_dense(features(), asked)
     assert found.k == 30
     assert found.auroc > 0.95

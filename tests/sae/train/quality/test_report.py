@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from saeguard_sae.train.quality import Evaluation
-from saeguard_sae.train.quality.metrics import Agreement, Context, FeatureExamples
-from saeguard_sae.train.quality.report import html, lines, plots, summary, write_report
+from saeguard_sae.train.quality.feature_stats import Agreement, Context, FeatureExamples
+from saeguard_sae.train.quality.report import html, plots, summary, table_lines, write_report
 
 VOID = {"meta", "img", "source", "br"}
 Shown = Callable[[Evaluation], tuple["Page", str]]
@@ -86,7 +86,7 @@ def test_pictures_have_words_and_a_dark_version(evaluation: Evaluation, shown: S
 
 def test_every_figure_has_the_baseline_and_what_is_good(evaluation: Evaluation, shown: Shown) -> None:
     page, text = shown(evaluation)
-    table = lines(evaluation)
+    table = table_lines(evaluation)
     assert len(table) == 15
     for line in table:
         assert line.good

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard_sae.check.measure import reader
+from saeguard_sae.check import measure
+from saeguard_sae.check.measure import reader, reconstruct_counted
 from saeguard_sae.dictionary import Dictionary
-from saeguard_sae.train.quality import metrics
-from saeguard_sae.train.quality.metrics import Tally, read_tally
+from saeguard_sae.metrics import SaeMetrics
 
 CPU = torch.device("cpu")
 
@@ -20,13 +20,16 @@ CPU = torch.device("cpu")
 def test_equals_the_formulas(
     values: int, random_sae: Callable[..., Dictionary], formula: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "VALUES", values)
+    monkeypatch.setattr(measure, "VALUES", values)
     dictionary = random_sae(24)
     x = torch.randn(200, 24, generator=torch.Generator().manual_seed(8)) + 2
     features, made = formula(dictionary, x.double())
-    found, seen = Tally(90, CPU), []
+    found, seen = SaeMetrics(90, CPU), []
     for part in (x[:61], x[61:]):
-        read_tally(reader(dictionary), part, part, found, lambda f, start: seen.append((start, len(f))))
+        watch = lambda f, start: seen.append((start, len(f)))  # noqa: E731
+        reconstruction = reconstruct_counted(reader(dictionary), part, found, watch=watch)
+        assert reconstruction is not None
+        found.compare(reconstruction, part)
     assert max(size for _, size in seen) <= max(1, values // 90)
     wanted = x.double()
     is_on = features != 0
@@ -43,7 +46,7 @@ def test_equals_the_formulas(
 
 
 def test_tokens_of_zeros_have_no_direction() -> None:
-    found = Tally(3, CPU)
+    found = SaeMetrics(3, CPU)
     found.compare(torch.ones(2, 4), torch.tensor([[2.0] * 4, [0.0] * 4]))
     assert found.cosine == pytest.approx(1)
     assert found.norm_ratio == pytest.approx(0.5)

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.train.lm import LanguageModel, ModelSettings, open_language_model
-from saeguard_sae.train.quality.evaluate import labelled_rows, text_rows
-from saeguard_sae.train.quality.probes import LabelledTexts
+from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_language_model
+from saeguard_sae.train.quality.material import LabelledText, labelled_rows, text_rows
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from support.models import BOS, EOS
 
 
 @pytest.fixture(scope="module")
 def model(worlds: Any) -> LanguageModel:
-    return open_language_model(ModelSettings(path=str(worlds("llama").folder)))
+    return open_language_model(LanguageModelSettings(path=str(worlds("llama").folder)))
 
 
 def jsonl(path: Path, *texts: str) -> DataSettings:
@@ -53,7 +52,7 @@ def test_text_shorter_than_a_row(model: LanguageModel, tmp_path: Path) -> None:
 
 
 def test_labelled_texts(model: LanguageModel) -> None:
-    rows = labelled_rows(model, [LabelledTexts("abcdef", 1), LabelledTexts("g", "x")], context=4)
+    rows = labelled_rows(model, [LabelledText("abcdef", 1), LabelledText("g", "x")], context=4)
     backend = model.tokenizer.backend_tokenizer
     assert [(row.ids.tolist(), label) for row, label in rows] == [
         ([BOS, *backend.encode("abc", add_special_tokens=False).ids], "1"),
@@ -61,4 +60,4 @@ def test_labelled_texts(model: LanguageModel) -> None:
     ]
     assert rows[0][0].ordinary.tolist() == [False, True, True, True]
     with pytest.raises(TrainError, match="probe: text 2 has no token to read: ''"):
-        labelled_rows(model, [LabelledTexts("a", "x"), LabelledTexts("", "x")], context=4)
+        labelled_rows(model, [LabelledText("a", "x"), LabelledText("", "x")], context=4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.train.run.metrics import Console
+from saeguard_sae.train.run.progress import Console
 
 
 @pytest.fixture(autouse=True)

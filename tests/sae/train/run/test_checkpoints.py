@@ -51,7 +51,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     found = there.latest()
     assert found is not None
     assert found.step == 3_000
-    assert there.kept() == "the checkpoint of step 3,000 is kept"
+    assert there.resumable() == "the checkpoint of step 3,000 is kept"
 
 
 def test_one_that_was_begun_is_none(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
     said = (tmp_path / "said").read_text(encoding="utf-8")
     assert "the checkpoint of step 2 could not be written" in said
     assert said.endswith("(File too large)")
-    assert there.kept() == "the checkpoint of step 1 is kept"
+    assert there.resumable() == "the checkpoint of step 1 is kept"
     assert [path.name for path in there.paths()] == ["step-000000000001.pt"]
     assert there.paths()[0].read_bytes() == whole
     assert not list(tmp_path.glob("*.part"))
@@ -112,4 +112,4 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     there = Checkpoints(blocked / "checkpoints", keep=1)
     with pytest.raises(RunFailed, match="the checkpoint of step 1 could not be written to"):
         there.save(state(1))
-    assert there.kept() == "there is no checkpoint yet"
+    assert there.resumable() == "there is no checkpoint yet"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.train.run.config import BadConfig, differences, load_run_config, parse_run_config, plain
+from saeguard_sae.train.run.config import BadConfig, config_as_json, differences, load_run_config, parse_run_config
 
 Tree = dict[str, Any]
 
@@ -92,7 +92,7 @@ def test_refuses_one_name_twice(tree: Tree) -> None:
 def test_a_file_with_flags_on_top(tree: Tree, write: Callable[[Tree], Path]) -> None:
     config = load_run_config(write(tree), {"run": {"tokens": 64}, "model": {"device": "cpu"}})
     assert (config.steps, config.run.log_every) == (1, 10)
-    assert plain(config) == plain(parse_run_config(tree | {"run": tree["run"] | {"tokens": 64}}))
+    assert config_as_json(config) == config_as_json(parse_run_config(tree | {"run": tree["run"] | {"tokens": 64}}))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -105,15 +105,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_differences_are_of_what_decides_the_outcome(tree: Tree) -> None:
-    before = plain(parse_run_config(deepcopy(tree)))
+    before = config_as_json(parse_run_config(deepcopy(tree)))
     assert differences(before, before) == []
     tree["run"] |= {"out": "elsewhere", "log_every": 1, "checkpoint_every": 3, "keep": 9, "threads": 2}
-    assert differences(before, plain(parse_run_config(tree))) == []
+    assert differences(before, config_as_json(parse_run_config(tree))) == []
     tree["saes"][0]["k"] = 5
     tree["stream"]["batch"] = 32
-    assert differences(before, plain(parse_run_config(tree))) == [
+    assert differences(before, config_as_json(parse_run_config(tree))) == [
         "saes.mid.settings.k was 4, now is 5",
         "stream.batch was 64, now is 32",
     ]
     tree["saes"][0]["name"] = "other"
-    assert "saes.mid.settings.k was 4, now is not given" in differences(before, plain(parse_run_config(tree)))
+    assert "saes.mid.settings.k was 4, now is not given" in differences(before, config_as_json(parse_run_config(tree)))

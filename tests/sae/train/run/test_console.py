@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from saeguard_sae.train.run.metrics import Console, StepMetrics, duration, rate
-from saeguard_sae.train.tracking import Progress
+from saeguard_sae.train.run.progress import Console, StepMetrics, format_duration, format_rate
+from saeguard_sae.train.tracking import LearnerMetrics
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ class Clock:
 
 
 def moment(*names: str, step: int = 250) -> StepMetrics:
-    saes = {name: Progress(step, 0, 0.123456, 31.96, 0.0812, 0.0123, 1e-3) for name in names}
+    saes = {name: LearnerMetrics(step, 0, 0.123456, 31.96, 0.0812, 0.0123, 1e-3) for name in names}
     return StepMetrics(step=step, steps=1_000, tokens=0, tokens_per_s=12_345.0, elapsed_s=50.0, left_s=150.0, saes=saes)
 
 
@@ -73,9 +73,9 @@ def test_the_moving_line_moves_a_few_times_a_second_and_makes_room() -> None:
     ("seconds", "said"), [(0, "0:00:00"), (59.6, "0:01:00"), (3_725, "1:02:05"), (360_000, "100:00:00")]
 )
 def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert format_duration(seconds) == said
 
 
 @pytest.mark.parametrize(("pace", "said"), [(3.14159, "3.14"), (58_000, "58k"), (1_234_567, "1.23M")])
 def test_rates(pace: float, said: str) -> None:
-    assert rate(pace) == f"{said} tokens/s"
+    assert format_rate(pace) == f"{said} tokens/s"

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from saeguard_sae.models import Site
 from saeguard_sae.train.learner import make_learner
 from saeguard_sae.train.run import jobs
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints
 from saeguard_sae.train.run.config import BadConfig
-from saeguard_sae.train.run.jobs import Size, check_disk, check_memory
+from saeguard_sae.train.run.jobs import SaePlan, check_disk, check_memory
 from saeguard_sae.train.settings import SaeSettings
 
 CPU = torch.device("cpu")
@@ -27,9 +28,10 @@ def storages() -> dict[int, int]:
     return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in alive}
 
 
-def size(d_in: int = 64, d_out: int = 64, **changes: Any) -> Size:
+def size(d_in: int = 64, d_out: int = 64, name: str = "small", **changes: Any) -> SaePlan:
     settings: dict[str, Any] = {"d_sae": 2_048, "k": 4, "steps": 10, "batch": 32, "kernels": "torch", **changes}
-    return Size(settings=SaeSettings(**settings), d_in=d_in, d_out=d_out)
+    site = Site(1, "resid_post")
+    return SaePlan(name=name, reads=site, writes=None, settings=SaeSettings(**settings), d_in=d_in, d_out=d_out)
 
 
 SIZES = {
@@ -68,17 +70,17 @@ def test_training_counts_weights_gradients_moments_and_the_copy(kind: str) -> No
 
 def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "free_bytes", lambda device: 2**30)
-    wide = size(d_in=4096, d_out=4096, d_sae=65_536)
-    check_memory({"small": size()}, 1000, CPU)
+    wide = size(d_in=4096, d_out=4096, name="wide", d_sae=65_536)
+    check_memory([size()], 1000, CPU)
     with pytest.raises(BadConfig) as caught:
-        check_memory({"small": size(), "wide": wide}, 2**20, CPU)
+        check_memory([size(), wide], 2**20, CPU)
     said = str(caught.value)
     assert said.startswith("saes: training would need about ")
     assert "on cpu, where 1.00 GiB are available" in said
     assert "(wide 8." in said
     assert "small 0.0" in said
     with pytest.raises(BadConfig, match=r"the buffer 1\.00 GiB"):
-        check_memory({"small": size()}, 2**29, CPU)
+        check_memory([size()], 2**29, CPU)
 
 
 def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

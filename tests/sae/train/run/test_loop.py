@@ -14,11 +14,12 @@ from saeguard_sae.models import Site
 from saeguard_sae.train.learner import Learner
 from saeguard_sae.train.run.checkpoints import Checkpoint
 from saeguard_sae.train.run.config import RunConfig, RunFailed, RunStopped, parse_run_config
-from saeguard_sae.train.run.jobs import SaePlan, plans
-from saeguard_sae.train.run.metrics import StepMetrics
-from saeguard_sae.train.run.run import SaeTrainer, StopSignals, TrainLoop
+from saeguard_sae.train.run.jobs import SaePlan, plan_saes
+from saeguard_sae.train.run.progress import Pace, StepMetrics
+from saeguard_sae.train.run.run import RunRecorder, SaeTrainer, StopSignals, TrainLoop
 from saeguard_sae.train.settings import TrainError
-from saeguard_sae.train.tracking import Progress
+from saeguard_sae.train.stream import ActivationStream
+from saeguard_sae.train.tracking import LearnerMetrics
 
 READS, WRITES = Site(1, "resid_post"), Site(2, "mlp_out")
 
@@ -36,9 +37,9 @@ class Counting:
         if target is not None:
             self.targets.append(float(target.mean()))
 
-    def progress(self) -> Progress:
+    def metrics(self) -> LearnerMetrics:
         loss = float("nan") if len(self.seen) >= self.breaks else 1.0
-        return Progress(len(self.seen), 0, loss, 1.0, 1.0, 0.0, 1e-3)
+        return LearnerMetrics(len(self.seen), 0, loss, 1.0, 1.0, 0.0, 1e-3)
 
     def state(self) -> dict[str, Tensor]:
         return {"seen": torch.tensor(self.seen)}
@@ -69,7 +70,7 @@ class Remembering:
         self.saved: list[Checkpoint] = []
         self.events: list[str] = []
 
-    def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
+    def live(self, step: int, steps: int, pace: Pace) -> None:
         self.events.append(f"live {step}")
 
     def report(self, moment: StepMetrics) -> None:
@@ -83,9 +84,6 @@ class Remembering:
     def save(self, checkpoint: Checkpoint) -> None:
         self.saved.append(checkpoint)
         self.events.append(f"save {checkpoint.step}")
-
-    def note(self, text: str) -> None:
-        raise AssertionError("a loop tells its figures only")
 
     def close(self) -> None:
         raise AssertionError("who made it closes it")
@@ -103,7 +101,8 @@ class Stage:
     def loop(self, *learners: Counting, begun: Checkpoint | None = None) -> TrainLoop:
         pairs = zip(self.plans, learners, strict=True)
         trainees = [SaeTrainer(plan, cast(Learner, one)) for plan, one in pairs]
-        return TrainLoop(self.config, self.stream, trainees, self.recorder, begun)
+        stream, recorder = cast(ActivationStream, self.stream), cast(RunRecorder, self.recorder)
+        return TrainLoop(self.config, stream, trainees, recorder, begun)
 
 
 @pytest.fixture
@@ -111,7 +110,7 @@ def stage(tree: dict[str, Any]) -> Stage:
     tree["run"] |= {"tokens": 64 * 7, "log_every": 2, "checkpoint_every": 3}
     tree["saes"].append({**tree["saes"][0], "name": "over", "write_site": str(WRITES)})
     config = parse_run_config(tree)
-    return Stage(config, plans(config, {READS: 3, WRITES: 3}))
+    return Stage(config, plan_saes(config, {READS: 3, WRITES: 3}))
 
 
 def test_figures_and_checkpoints_come_when_they_are_due(stage: Stage) -> None:

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import pytest
 
 from saeguard_sae.train.run.config import RunFailed
-from saeguard_sae.train.run.metrics import MetricsFile, StepMetrics, TensorBoard, last_figures
-from saeguard_sae.train.tracking import Progress
+from saeguard_sae.train.run.progress import MetricsFile, StepMetrics, TensorBoard, last_metrics
+from saeguard_sae.train.tracking import LearnerMetrics
 
 
 def moment(step: int, loss: float = 0.5) -> StepMetrics:
-    one = Progress(step, step * 4, loss, 3.0, 0.25, 0.125, 1e-3)
+    one = LearnerMetrics(step, step * 4, loss, 3.0, 0.25, 0.125, 1e-3)
     return StepMetrics(
         step=step, steps=9, tokens=step * 4, tokens_per_s=2.0, elapsed_s=3.0, left_s=4.0, saes={"a": one, "b": one}
     )
@@ -51,7 +51,7 @@ def test_a_line_for_each_sae(tmp_path: Path) -> None:
         "tokens_per_s": 2.0,
         "elapsed_s": 3.0,
     }
-    assert last_figures(path)["b"]["step"] == 2
+    assert last_metrics(path)["b"]["step"] == 2
 
 
 def test_what_was_written_after_the_checkpoint_is_cut_off(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saeguard_sae.train.run.metrics import Pace
+from saeguard_sae.train.run.progress import Pace
 
 
 def test_laps_and_the_time_before() -> None:

@@ -9,14 +9,14 @@ import torch
 
 from saeguard_sae.models import Site
 from saeguard_sae.train.run.config import BadConfig, parse_run_config
-from saeguard_sae.train.run.jobs import plans, rehearse_export
+from saeguard_sae.train.run.jobs import plan_saes, rehearse_export
 
 WIDTHS = {Site(1, "resid_post"): 12, Site(1, "mlp_in"): 12, Site(1, "mlp_act"): 30, Site(1, "mlp_raw"): 12}
 
 
 def planned(tree: dict[str, Any], **changes: Any) -> Any:
     tree["saes"] = [{"name": "one", "site": "resid_post.1", "k": 2, **changes}]
-    (plan,) = plans(parse_run_config(tree), WIDTHS)
+    (plan,) = plan_saes(parse_run_config(tree), WIDTHS)
     return plan
 
 
@@ -26,10 +26,10 @@ def sample(plan: Any) -> dict[Site, torch.Tensor]:
 
 def test_widths_are_the_models(tree: dict[str, Any]) -> None:
     plan = planned(tree)
-    assert (plan.size.d_in, plan.size.d_out, plan.settings.d_sae) == (12, 12, 16 * 12)
+    assert (plan.d_in, plan.d_out, plan.settings.d_sae) == (12, 12, 16 * 12)
     assert (plan.settings.steps, plan.settings.batch) == (40, 64)
     coder = planned(tree, site="mlp_in.1", write_site="mlp_act.1")
-    assert (coder.size.d_in, coder.size.d_out, coder.settings.d_sae) == (12, 30, 16 * 12)
+    assert (coder.d_in, coder.d_out, coder.settings.d_sae) == (12, 30, 16 * 12)
 
 
 def test_a_k_above_the_width_is_refused(tree: dict[str, Any]) -> None:

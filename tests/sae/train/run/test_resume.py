@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from saeguard_sae.train.run.config import RunConfig, RunStopped, parse_run_config
-from saeguard_sae.train.run.metrics import Console
+from saeguard_sae.train.run.progress import Console
 from saeguard_sae.train.run.run import train_from_config
+from saeguard_sae.train.stream import ActivationStream
 
 KILLS = 10
 STEPS = 240
@@ -150,18 +151,16 @@ def test_a_checkpoint_without_its_stream_would_be_seen(
     config: dict[str, Any], tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That the comparison above can fail: one that goes on with the data's start ends elsewhere."""
-    from saeguard_sae.train.run.jobs import Source
-
     config["saes"] = config["saes"][:1]
     outcomes = []
     for name in ("whole", "forgetful"):
         config["run"]["out"] = str(tmp_path / name)
         with monkeypatch.context() as patch:
-            patch.setattr(Source, "batch", _stopping_after(30, Source.batch))
+            patch.setattr(ActivationStream, "batch", _stopping_after(30, ActivationStream.batch))
             with pytest.raises(KeyboardInterrupt):
                 train_from_config(parse_run_config(config), console=console)
         if name == "forgetful":
-            monkeypatch.setattr(Source, "resume", lambda self, state: None)
+            monkeypatch.setattr(ActivationStream, "resume", lambda self, state: None)
         train_from_config(parse_run_config(config), resume=True, console=console)
         outcomes.append(_outcome(tmp_path / name)[0])
     assert outcomes[0] != outcomes[1]

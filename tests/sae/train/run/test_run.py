@@ -16,10 +16,10 @@ from torch import Tensor
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import open_sae
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import ModelSettings, open_language_model
+from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
 from saeguard_sae.train.run import run
 from saeguard_sae.train.run.config import BadConfig, RunFailed, parse_run_config
-from saeguard_sae.train.run.metrics import Console
+from saeguard_sae.train.run.progress import Console
 from saeguard_sae.train.run.run import train_from_config
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from saeguard_sae.train.stream import ActivationStream, cache_activations
@@ -63,7 +63,7 @@ def test_it_learns(tree: Tree, console: Console) -> None:
     (path,) = train_from_config(parse_run_config(tree), console=console)
     dictionary = open_sae("mid", path).found.dictionary
     assert isinstance(dictionary, Dictionary)
-    model = open_language_model(ModelSettings(path=tree["model"]["path"]))
+    model = open_language_model(LanguageModelSettings(path=tree["model"]["path"]))
     held_out = DataSettings(path=tree["data"]["path"], skip=100)
     site = Site(1, "resid_post")
     x = ActivationStream(model, [site], held_out, StreamSettings(context=32, batch=64, buffer=1024)).sample(500)[site]
@@ -97,7 +97,7 @@ def test_a_finished_run_is_written_again(tree: Tree, console: Console, screen: i
 
 
 def test_cached_activations_need_no_model(tree: Tree, tmp_path: Path, console: Console) -> None:
-    model = open_language_model(ModelSettings(path=tree["model"]["path"]))
+    model = open_language_model(LanguageModelSettings(path=tree["model"]["path"]))
     settings = StreamSettings(context=32, batch=64, buffer=1024)
     stream = ActivationStream(model, [Site(1, "resid_post")], DataSettings(path=tree["data"]["path"]), settings)
     cache_activations(stream, tmp_path / "cached", 3_000)
@@ -167,16 +167,16 @@ def test_saes_that_cannot_be_are_refused(tree: Tree, console: Console, changes: 
 def test_activations_that_are_not_finite_stop_it_with_the_checkpoint_named(
     tree: Tree, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, count = run.Source.batch, 0
+    real, count = ActivationStream.batch, 0
 
-    def broken(self: run.Source) -> dict[Site, Tensor]:
+    def broken(self: ActivationStream) -> dict[Site, Tensor]:
         nonlocal count
         count += 1
         if count == 26:
             raise TrainError("activations at resid_post.1 are not finite")
         return real(self)
 
-    monkeypatch.setattr(run.Source, "batch", broken)
+    monkeypatch.setattr(ActivationStream, "batch", broken)
     with pytest.raises(RunFailed) as caught:
         train_from_config(parse_run_config(tree), console=console)
     assert str(caught.value) == (

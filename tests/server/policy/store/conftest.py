@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.sql import SqlStore
 from support.postgres import PostgresServer, folder_of_binaries, postgres_server
 

@@ -11,9 +11,8 @@ import pytest
 
 from saeguard_server.errors import ReadOnlyStore, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.store import directory
+from saeguard_server.policy.store import directory, open_store
 from saeguard_server.policy.store.directory import DirectoryStore
-from saeguard_server.policy.store.opening import open_store
 from saeguard_server.policy.store.protocol import ContentRefused, StoreUnreachable
 from support.policies import a_policy
 
@@ -55,8 +54,8 @@ async def test_what_the_files_say_is_in_force(folder: Path) -> None:
     changed = await store.active()
     assert (changed.revision.number, changed.activation.revision) == (8, 8)
     newest, oldest = await store.changes(limit=5)
-    assert [(one.name, one.kind) for one in newest.policies] == [("calm", "changed")]
-    assert [one.kind for one in oldest.policies] == ["created", "created"]
+    assert newest.diff.startswith("--- calm before\n+++ calm after\n")
+    assert oldest.diff.count("\n+name: ") == 2, "both are new"
     assert [act.number for act in await store.activations(limit=5, before=8)] == [7]
     with pytest.raises(UnknownName):
         await store.revision(7)
@@ -100,7 +99,7 @@ async def test_a_broken_file_keeps_the_whole_set(folder: Path, content: str | by
     for _ in range(2):
         with pytest.raises(ContentRefused, match=r"calm\.yaml|utf-8") as caught:
             await store.active()
-        assert caught.value.kept is kept
+        assert caught.value.in_force is kept
     assert await store.latest() == kept.revision
     with pytest.raises(ContentRefused):
         await opened(folder)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import StoreUnreachable
 from saeguard_server.settings import PolicySettings, Settings
 
@@ -39,10 +40,15 @@ async def test_a_password_has_no_place_in_settings(where: str) -> None:
 
 
 async def test_without_the_driver_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "saeguard_server.policy.store.databases", raising=False)
+    monkeypatch.delitem(sys.modules, "saeguard_server.policy.store.postgres", raising=False)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ValueError, match=r'pip install "saeguard\[postgres\]"'):
         await open_store("postgresql://host/db")
+
+
+def test_sqlite_needs_no_driver_of_postgres() -> None:
+    code = "import sys; sys.modules['psycopg'] = None; import saeguard_server.policy.store"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 async def test_a_relative_file_is_where_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

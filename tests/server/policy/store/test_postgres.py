@@ -13,8 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.compile import Policies, Snapshot
-from saeguard_server.policy.store import databases
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreUnreachable
 from saeguard_server.policy.sync import PolicySync
 from support.policies import a_policy
@@ -76,7 +75,7 @@ async def test_servers_that_start_together_make_the_tables_once(where: str) -> N
 async def test_a_listener_that_was_cut_off_listens_again(
     where: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(databases, "AGAIN_S", 0.05)
+    monkeypatch.setattr("saeguard_server.policy.store.postgres.AGAIN_S", 0.05)
     writer = await open_store(where)
     await put_in_force(writer, 1.0)
     async with replica(where) as policies:
@@ -91,7 +90,7 @@ async def test_a_listener_that_was_cut_off_listens_again(
 async def test_without_the_database_servers_refuse_after_the_lease_and_recover(
     where: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch, eventually: Callable[[Any], Any]
 ) -> None:
-    monkeypatch.setattr(databases, "AGAIN_S", 0.05)
+    monkeypatch.setattr("saeguard_server.policy.store.postgres.AGAIN_S", 0.05)
     writer = await open_store(where)
     await put_in_force(writer, 1.0)
     async with replica(where, poll_s=0.05, stale_after_s=0.6) as policies:

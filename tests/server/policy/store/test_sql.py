@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
 from saeguard_server.policy.model import Policy
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import NO_REVISION, SchemaMismatch, StoreCorrupted
 from saeguard_server.policy.store.sql import SqlStore
 from support.policies import a_policy
@@ -56,9 +56,11 @@ async def test_revisions_and_acts_are_kept_in_order(store: SqlStore, where: str)
     assert await store.active() is active
 
     newest, oldest = await store.changes(limit=10)
-    assert [(one.name, one.kind) for one in newest.policies] == [("a", "changed"), ("b", "deleted")]
-    assert [(one.name, one.kind) for one in oldest.policies] == [("a", "created"), ("b", "created")]
-    assert re.search(r"^-.*1\.0.*\n\+.*2\.0", newest.policies[0].diff, re.MULTILINE)
+    for diff in (newest.diff, oldest.diff):
+        assert re.findall(r"^(?:---|\+\+\+) (.*)", diff, re.MULTILINE) == ["a before", "a after", "b before", "b after"]
+    assert re.search(r"^-.*1\.0.*\n\+.*2\.0", newest.diff, re.MULTILINE)
+    assert "-name: b" in newest.diff, "deleted"
+    assert {"+name: a", "+name: b"} <= set(oldest.diff.splitlines()), "created"
     assert (newest.author, newest.reason, newest.number) == ("bob", "because", 2)
     assert await store.changes(limit=1) == (newest,)
     assert await store.changes(limit=10, before=2) == (oldest,)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_server.policy.store import databases
-from saeguard_server.policy.store.opening import open_store
+from saeguard_server.policy.store import databases, open_store
 from saeguard_server.policy.store.protocol import NO_REVISION, StoreCorrupted, StoreUnreachable
 from saeguard_server.policy.store.sql import SqlStore
 from support.policies import a_policy

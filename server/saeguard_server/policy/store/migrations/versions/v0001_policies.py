@@ -39,15 +39,15 @@ def upgrade() -> None:
         sa.Column("activation", sa.BigInteger, nullable=False),
     )
     op.execute("INSERT INTO policy_head (id, revision, activation) VALUES (1, 0, 0)")
-    guard = {"sqlite": _guard_sqlite, "postgresql": _guard_postgres}
-    guard[op.get_context().dialect.name]()
+    protect = {"sqlite": _protect_sqlite, "postgresql": _protect_postgres}
+    protect[op.get_context().dialect.name]()
 
 
 def _texts(*names: str) -> list[sa.Column[str]]:
     return [sa.Column(name, sa.Text, nullable=False) for name in names]
 
 
-def _guard_sqlite() -> None:
+def _protect_sqlite() -> None:
     for table in GROWING:
         for verb in ("UPDATE", "DELETE"):
             op.execute(
@@ -71,7 +71,7 @@ def _guard_sqlite() -> None:
     )
 
 
-def _guard_postgres() -> None:
+def _protect_postgres() -> None:
     op.execute(
         "CREATE FUNCTION policy_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ "
         "BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$"

@@ -1,4 +1,6 @@
-"""Figures of a run on disk: ``metrics.jsonl`` always, TensorBoard where it is installed."""
+"""What a run says of itself while it goes: its metrics on disk (``metrics.jsonl`` always, TensorBoard where it is
+installed) and on the console, its pace, and the evaluation at its end on the documents that were held out.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +8,26 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
-from saeguard_sae.train.data import kind
+from saeguard_sae.train.data import data_kind
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, SaeEntry
 from saeguard_sae.train.settings import TrainError
+from saeguard_sae.train.tracking import LearnerMetrics
 
+EVALUATION = "evaluation"
+"""Folder in the SAE's."""
+_FEWEST_ROWS = 2
+_REDRAW_S = 0.25
 _WRITERS = ("torch.utils.tensorboard", "tensorboardX")
-
-
-class RunMetrics(Protocol):
-    """What a learner says of its last steps."""
-
-    @property
-    def loss(self) -> float: ...
-    @property
-    def l0(self) -> float: ...
-    @property
-    def fvu(self) -> float: ...
-    @property
-    def dead_share(self) -> float: ...
-    @property
-    def learning_rate(self) -> float: ...
+_LOGGED = ("loss", "l0", "fvu", "dead_share", "learning_rate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,106 +39,87 @@ class StepMetrics:
     tokens: int
     """Since the run began."""
     tokens_per_s: float
-    """Since the last moment."""
+    """Since the last report."""
     elapsed_s: float
     """Since the run began, pauses left out."""
     left_s: float
     """Until it ends, as it looks."""
-    saes: Mapping[str, RunMetrics]
+    saes: Mapping[str, LearnerMetrics]
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """A table of plain values for each SAE. What is not finite is None: JSON has no word for it."""
-        for name, one in self.saes.items():
-            figures = {
-                "loss": one.loss,
-                "l0": one.l0,
-                "fvu": one.fvu,
-                "dead_share": one.dead_share,
-                "learning_rate": one.learning_rate,
-                "tokens_per_s": round(self.tokens_per_s, 1),
-                "elapsed_s": round(self.elapsed_s, 3),
-            }
-            finite = {key: value if isfinite(value) else None for key, value in figures.items()}
+        times = {"tokens_per_s": round(self.tokens_per_s, 1), "elapsed_s": round(self.elapsed_s, 3)}
+        for name, metrics in self.saes.items():
+            values = {field: getattr(metrics, field) for field in _LOGGED} | times
+            finite = {key: value if isfinite(value) else None for key, value in values.items()}
             yield {"step": self.step, "tokens": self.tokens, "sae": name, **finite}
 
 
 class MetricsFile:
-    """One JSON object a line for each SAE and moment."""
+    """One JSON object a line for each SAE and report.
+
+    Raises:
+        RunFailed: it cannot be opened, or written.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
-        """``size``: bytes that belong to the run so far; what a killed run wrote after its checkpoint is cut off.
-
-        Raises:
-            RunFailed: it cannot be opened.
-        """
+        """``size``: bytes that belong to the run so far; what a killed run wrote after its checkpoint is cut off."""
         self._path = path
-        try:
+        with self._naming_errors():
             self._file = path.open("ab")
             if path.stat().st_size > size:
                 self._file.truncate(size)
-        except OSError as err:
-            raise self._failed(err) from err
 
-    def add(self, moment: StepMetrics) -> None:
-        """Appends.
-
-        Raises:
-            RunFailed: it could not be written.
-        """
-        try:
-            for line in moment.lines():
+    def add(self, metrics: StepMetrics) -> None:
+        """Appends."""
+        with self._naming_errors():
+            for line in metrics.lines():
                 self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
-        except OSError as err:
-            raise self._failed(err) from err
 
     def size(self) -> int:
-        """Bytes, all of them on the disk by then.
-
-        Raises:
-            RunFailed: they could not be written.
-        """
-        try:
+        """Bytes, all of them on the disk by then."""
+        with self._naming_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
             return os.fstat(self._file.fileno()).st_size
-        except OSError as err:
-            raise self._failed(err) from err
 
     def close(self) -> None:
-        """Ends it; what could not be written was said when it was tried."""
+        """What could not be written was reported when it was tried."""
         with suppress(OSError):
             self._file.close()
 
-    def _failed(self, err: OSError) -> RunFailed:
-        return RunFailed(f"run.out: {self._path} could not be written: {err.strerror}")
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise RunFailed(f"run.out: {self._path} could not be written: {err.strerror}") from err
 
 
 class TensorBoard:
-    """The same figures as scalars, by name of the SAE; nothing where no writer is installed."""
+    """The same as scalars, by name of the SAE; nothing where no writer is installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
         """``step``: what was written of later steps is left out of the charts."""
-        self._writer = _writer(folder, step)
+        self._writer = _tensorboard_writer(folder, step)
 
-    def add(self, moment: StepMetrics) -> None:
-        """Writes."""
+    def add(self, metrics: StepMetrics) -> None:
         if self._writer is None:
             return
-        for line in moment.lines():
+        for line in metrics.lines():
             name = line.pop("sae")
             for key, value in line.items():
                 if key != "step" and value is not None:
-                    self._writer.add_scalar(f"{name}/{key}", value, moment.step)
+                    self._writer.add_scalar(f"{name}/{key}", value, metrics.step)
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends it."""
         if self._writer is not None:
             self._writer.close()
 
 
-def _writer(folder: Path, step: int) -> Any:
+def _tensorboard_writer(folder: Path, step: int) -> Any:
     for name in _WRITERS:
         try:
             module = import_module(name)
@@ -155,16 +129,10 @@ def _writer(folder: Path, step: int) -> Any:
     return None
 
 
-def last_figures(path: Path) -> dict[str, dict[str, Any]]:
+def last_metrics(path: Path) -> dict[str, dict[str, Any]]:
     """The last line of every SAE, by its name."""
     lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return {line["sae"]: line for line in lines}
-
-
-# What a person sees of a run: a line now and then, and on a terminal one that keeps moving.
-
-
-_REDRAW_S = 0.25
 
 
 class Console:
@@ -183,18 +151,18 @@ class Console:
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
-    def report(self, moment: StepMetrics) -> None:
-        """Figures of every SAE: on the same line where there is one, else below."""
-        ends = f"took {duration(moment.elapsed_s)}" if moment.step == moment.steps else f"ETA {duration(moment.left_s)}"
-        head = f"step {moment.step:,}/{moment.steps:,}  {rate(moment.tokens_per_s)}  {ends}"
-        if len(moment.saes) == 1:
-            (only,) = moment.saes.values()
+    def report(self, metrics: StepMetrics) -> None:
+        """Metrics of every SAE: on the same line where there is one, else below."""
+        is_last = metrics.step == metrics.steps
+        ends = f"took {format_duration(metrics.elapsed_s)}" if is_last else f"ETA {format_duration(metrics.left_s)}"
+        head = f"step {metrics.step:,}/{metrics.steps:,}  {format_rate(metrics.tokens_per_s)}  {ends}"
+        if len(metrics.saes) == 1:
+            (only,) = metrics.saes.values()
             self.note(f"{head}  {format_metrics(only)}")
             return
-        width = max(map(len, moment.saes))
-        self.note(
-            "\n".join([head, *(f"  {name:<{width}}  {format_metrics(one)}" for name, one in moment.saes.items())])
-        )
+        width = max(map(len, metrics.saes))
+        lines = [f"  {name:<{width}}  {format_metrics(sae)}" for name, sae in metrics.saes.items()]
+        self.note("\n".join([head, *lines]))
 
     def live(self, step: int, steps: int, tokens_per_s: float, left_s: float) -> None:
         """Redraws the moving line, a few times a second at most; nothing where there is no terminal."""
@@ -203,7 +171,7 @@ class Console:
         self._next = self._clock() + _REDRAW_S
         done = round(24 * step / steps)
         bar = "#" * done + "." * (24 - done)
-        self._draw(f"[{bar}] {step:,}/{steps:,}  {rate(tokens_per_s)}  ETA {duration(left_s)}")
+        self._draw(f"[{bar}] {step:,}/{steps:,}  {format_rate(tokens_per_s)}  ETA {format_duration(left_s)}")
 
     def _draw(self, text: str) -> None:
         self._stream.write("\r" + text.ljust(len(self._drawn)))
@@ -217,12 +185,11 @@ class Console:
             self._drawn = ""
 
 
-def format_metrics(one: RunMetrics) -> str:
-    """One SAE's, for a line."""
-    return f"loss {one.loss:.4f}  L0 {one.l0:6.1f}  FVU {one.fvu:.4f}  dead {one.dead_share:6.1%}"
+def format_metrics(metrics: LearnerMetrics) -> str:
+    return f"loss {metrics.loss:.4f}  L0 {metrics.l0:6.1f}  FVU {metrics.fvu:.4f}  dead {metrics.dead_share:6.1%}"
 
 
-def rate(tokens_per_s: float) -> str:
+def format_rate(tokens_per_s: float) -> str:
     """Three digits of it."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if tokens_per_s >= size:
@@ -230,19 +197,41 @@ def rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.3g} tokens/s"
 
 
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-# Evaluation at the end of a run, on the documents that were held out. What it needs is looked at before the run.
+class Pace:
+    """Seconds and tokens of this process, on top of those before it was resumed. Times are the host's: nothing here
+    waits for a device."""
 
+    def __init__(self, before_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._before_s = before_s
+        self._begun = self._mark = clock()
+        self._tokens = 0
 
-FOLDER = "evaluation"
-"""In the SAE's."""
-_FEWEST_ROWS = 2
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def elapsed_s(self) -> float:
+        return self._before_s + self._clock() - self._begun
+
+    def left_s(self, step: int, steps: int) -> float:
+        """Until the last of ``steps``, at the mean pace of the run."""
+        return self.elapsed_s() / step * (steps - step)
+
+    def tokens_per_s(self) -> float:
+        """Since the last lap."""
+        return self._tokens / max(self._clock() - self._mark, 1e-9)
+
+    def lap(self) -> float:
+        """The same, and begins the next."""
+        pace = self.tokens_per_s()
+        self._mark, self._tokens = self._clock(), 0
+        return pace
 
 
 def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
@@ -254,10 +243,10 @@ def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
     if not config.run.evaluate:
         return
     off = 'run.evaluate = false leaves it to "saeguard evaluate"'
-    if model is None or kind(config.data) == "activations":
+    if model is None or data_kind(config.data) == "activations":
         raise BadConfig(f"run.evaluate: cached activations hold no text to evaluate on; {off}")
     try:
-        from saeguard_sae.train.quality.evaluate import text_rows
+        from saeguard_sae.train.quality.material import text_rows
         from saeguard_sae.train.quality.report import evaluate_folder  # noqa: F401
     except ImportError as err:
         raise BadConfig(f"run.evaluate: needs packages that are not installed ({err}); {off}") from err
@@ -279,11 +268,11 @@ def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Pa
 
     failed = []
     for entry in config.saes:
-        out = paths[entry.name] / FOLDER
+        out = paths[entry.name] / EVALUATION
         other = _other_seed(entry, config)
         console.note(f"saeguard train: evaluating {entry.name} on the held-out text")
         try:
-            found = evaluate_folder(
+            evaluation = evaluate_folder(
                 paths[entry.name],
                 model,
                 config.heldout_data,
@@ -294,53 +283,17 @@ def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Pa
         except TrainError as err:
             failed.append(f"{entry.name}: {err}")
             continue
-        console.note(f"  {summary(found)} Report: {out / 'report.html'}")
+        console.note(f"  {summary(evaluation)} Report: {out / 'report.html'}")
     if failed:
         raise RunFailed(f"the SAEs are trained and written, but not all could be evaluated: {'; '.join(failed)}")
 
 
 def _other_seed(entry: SaeEntry, config: RunConfig) -> str | None:
     """The first SAE that is like this one but for its seed."""
-    return next(
-        (one.name for one in config.saes if one.name != entry.name and _but_seed(one) == _but_seed(entry)), None
-    )
+    others = (other.name for other in config.saes if other.name != entry.name and _but_seed(other) == _but_seed(entry))
+    return next(others, None)
 
 
 def _but_seed(entry: SaeEntry) -> tuple[object, ...]:
     settings = {name: value for name, value in entry.settings.items() if name != "seed"}
     return entry.site, entry.write_site, entry.expansion, settings
-
-
-# How fast a run goes. Times are the host's: nothing here waits for a device.
-
-
-class Pace:
-    """Seconds and tokens of this process, on top of those before it was resumed."""
-
-    def __init__(self, before_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._before_s = before_s
-        self._begun = self._mark = clock()
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        """More were learnt from."""
-        self._tokens += tokens
-
-    def elapsed_s(self) -> float:
-        """Of the whole run."""
-        return self._before_s + self._clock() - self._begun
-
-    def left_s(self, step: int, steps: int) -> float:
-        """Until the last of ``steps``, at the mean pace of the run."""
-        return self.elapsed_s() / step * (steps - step)
-
-    def tokens_per_s(self) -> float:
-        """Since the last lap."""
-        return self._tokens / max(self._clock() - self._mark, 1e-9)
-
-    def lap(self) -> float:
-        """The same, and begins the next."""
-        pace = self.tokens_per_s()
-        self._mark, self._tokens = self._clock(), 0
-        return pace

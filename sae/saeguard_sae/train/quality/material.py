@@ -1,0 +1,241 @@
+"""What an SAE is measured on: rows of tokens, and the model with something else put at the SAE's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from saeguard_sae.check.measure import target
+from saeguard_sae.coders import MatchingPursuit
+from saeguard_sae.dictionary import Dictionary
+from saeguard_sae.loading import LoadedSae
+from saeguard_sae.models import ModelConfig, Site, depth, hooked
+from saeguard_sae.train.data import Contexts
+from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
+
+
+class EvaluationRow(NamedTuple):
+    """One row of tokens: ids [T] int64 and bool [T], which of them are ordinary: read and replaced by the SAE."""
+
+    ids: Tensor
+    ordinary: Tensor
+
+
+class LabelledText(msgspec.Struct, frozen=True):
+    """A line of a file of labelled texts; other entries are not read."""
+
+    text: str
+    label: str | int | bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What an SAE is measured on."""
+
+    model: Any
+    """A Hugging Face causal language model in evaluation mode."""
+    name: str
+    """The model's."""
+    rows: Iterable[EvaluationRow]
+    """Of the text; each token once."""
+    source: str
+    """Where the text is from, for the report."""
+    decode: Callable[[list[int]], str]
+    labelled: Sequence[tuple[EvaluationRow, str]] = ()
+    """Texts with their labels, for probes."""
+
+
+def text_rows(model: LanguageModel, data: DataSettings, stream: StreamSettings) -> Iterator[EvaluationRow]:
+    """The rows that training with these settings would read, up to the end of the data set.
+
+    A packed row that would go on with the data set's start is left out.
+
+    Raises:
+        TrainError: as ``Contexts``; text that is too short for a row.
+    """
+    contexts = Contexts(model, data, stream)
+    count = 0
+    for row in contexts:
+        if contexts.epoch > 0:
+            break
+        length = len(row.ids)
+        if stream.packing == "documents":  # the rest is padding, which the loss must not count
+            length = int(row.mask.nonzero().max()) + 1 if row.mask.any() else 1
+        count += 1
+        yield EvaluationRow(row.ids[:length], row.mask[:length])
+    if not count:
+        raise TrainError(
+            f"data.path: {data.path!r} is shorter than a row of {contexts.context} tokens; give more text, or a "
+            "smaller context"
+        )
+
+
+def labelled_rows(model: LanguageModel, texts: Sequence[LabelledText], context: int) -> list[tuple[EvaluationRow, str]]:
+    """Each text as a row of its own, cut at ``context`` tokens; its first token is never ordinary.
+
+    Raises:
+        TrainError: a text without two tokens.
+    """
+    backend = model.tokenizer.backend_tokenizer
+    bos = model.tokenizer.bos_token_id
+    special = torch.tensor(sorted(model.special_ids), dtype=torch.long)
+    rows = []
+    for number, labelled in enumerate(texts, start=1):
+        own = backend.encode(labelled.text, add_special_tokens=False).ids
+        ids = torch.tensor(([] if bos is None else [int(bos)]) + own, dtype=torch.long)[:context]
+        ordinary = ~torch.isin(ids, special) & (torch.arange(len(ids)) > 0)
+        if not ordinary.any():
+            raise TrainError(f"probe: text {number} has no token to read: {labelled.text[:40]!r}")
+        rows.append((EvaluationRow(ids, ordinary), str(labelled.label)))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationBatch:
+    """Rows padded at the end to one length: all [rows, T]."""
+
+    ids: Tensor
+    ordinary: Tensor
+    """Which tokens the SAE reads and replaces: not BOS, other special tokens, padding."""
+    real: Tensor
+    """Which are not padding."""
+
+    @property
+    def predicted(self) -> Tensor:
+        """bool [rows, T - 1]: positions whose next token is text, so that its loss counts."""
+        return self.real[:, :-1] & self.real[:, 1:]
+
+    def to(self, device: torch.device) -> EvaluationBatch:
+        return EvaluationBatch(self.ids.to(device), self.ordinary.to(device), self.real.to(device))
+
+
+def pad_rows(rows: Sequence[EvaluationRow]) -> EvaluationBatch:
+    """Rows of any lengths as one batch. A causal model sees nothing of what follows: padding may be any token."""
+    length = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    ordinary = torch.zeros(len(rows), length, dtype=torch.bool)
+    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    for at, row in enumerate(rows):
+        ids[at, : len(row.ids)] = row.ids
+        ordinary[at, : len(row.ids)] = row.ordinary
+        real[at, : len(row.ids)] = True
+    return EvaluationBatch(ids, ordinary, real)
+
+
+def evaluation_batches(rows: Iterable[EvaluationRow], tokens: int) -> Iterator[EvaluationBatch]:
+    """Batches of at most ``tokens`` tokens with their padding, in the order of the rows; of one row at least."""
+    batch: list[EvaluationRow] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.ids))
+        if batch and longest * (len(batch) + 1) > tokens:
+            yield pad_rows(batch)
+            batch, longest = [], len(row.ids)
+        batch.append(row)
+    if batch:
+        yield pad_rows(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedSite:
+    """What is at the sites for the ordinary tokens of a batch, in their order."""
+
+    x: Tensor
+    """[n, d_in] what the SAE reads, float32."""
+    target: Tensor
+    """[n, d_out] what it must reproduce, float32."""
+    logits: Tensor | None = None
+    """[rows, T, vocabulary]; None where the pass ended at the sites."""
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """[n] of either."""
+        return self.x.norm(dim=1), self.target.norm(dim=1)
+
+    def where(self, keep: Tensor) -> CapturedSite:
+        """The tokens where ``keep`` [n] is True."""
+        return CapturedSite(self.x[keep], self.target[keep], self.logits)
+
+
+class _SitesReached(Exception):
+    """Ends a forward pass behind the last site."""
+
+
+class SplicedModel:
+    """A model with the place where one SAE reads, what it must reproduce, and where that is written."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig, sae: LoadedSae) -> None:
+        """
+        Raises:
+            TrainError: an SAE that is no function of one token, or writes its part at several sites.
+        """
+        site = target(sae)
+        if site is None:
+            raise TrainError(
+                f"SAE {sae.name!r} writes at {len(sae.write_sites)} sites; one that writes at one is needed"
+            )
+        if not isinstance(sae.dictionary, Dictionary | MatchingPursuit):
+            kind = sae.dictionary.architecture
+            raise TrainError(f"SAE {sae.name!r} is {kind}, which reads whole texts; `saeguard sae check` measures it")
+        self.model, self.config = model, config
+        self.reads, self.target, self.writes = sae.site, site, sae.write_sites[0]
+        self._gain = sae.write_gain
+        self._name, self._widths = sae.name, (sae.dictionary.d_in, sae.dictionary.d_out)
+        self.device = next(model.parameters()).device
+
+    def capture(self, batch: EvaluationBatch, *, logits: bool = True) -> CapturedSite:
+        """Reads a batch as the model is.
+
+        Args:
+            logits: False ends the pass at the sites.
+
+        Raises:
+            TrainError: activations that are not finite, or not of the SAE's width.
+        """
+        captured: dict[Site, Tensor] = {}
+        last = max((self.reads, self.target), key=depth)
+
+        def visit(site: Site, x: Tensor, seen: Tensor) -> None:
+            captured[site] = seen[batch.ordinary].float()
+            if site == last and not logits:
+                raise _SitesReached
+
+        output: Tensor | None = None
+        with hooked(self.model, self.config, (self.reads, self.target), visit), suppress(_SitesReached):
+            output = self._forward(batch)
+        self._check(captured)
+        return CapturedSite(captured[self.reads], captured[self.target], output)
+
+    def spliced_logits(self, batch: EvaluationBatch, captured: CapturedSite, new: Tensor) -> Tensor:
+        """The logits [rows, T, vocabulary] with ``new`` [n, d_out] in place of what ``captured.target`` was."""
+
+        def visit(site: Site, x: Tensor, seen: Tensor) -> Tensor:
+            if self.writes == self.target:
+                rows = new
+            else:
+                error = new - captured.target
+                rows = x[batch.ordinary].float() + (error if self._gain is None else error * self._gain.to(new))
+            out = x.clone()
+            out[batch.ordinary] = rows.to(x.dtype)
+            return out
+
+        with hooked(self.model, self.config, (self.writes,), visit):
+            return self._forward(batch)
+
+    def _check(self, captured: dict[Site, Tensor]) -> None:
+        for site, width, does in ((self.reads, self._widths[0], "reads"), (self.target, self._widths[1], "writes")):
+            x = captured[site]
+            if x.shape[1] != width:
+                raise TrainError(f"SAE {self._name!r} {does} {width} wide, and {site} is {x.shape[1]} wide")
+            if not torch.isfinite(x).all():
+                raise TrainError(f"the model's activations at {site} are not finite")
+
+    def _forward(self, batch: EvaluationBatch) -> Tensor:
+        logits: Tensor = self.model(input_ids=batch.ids, use_cache=False).logits
+        return logits
