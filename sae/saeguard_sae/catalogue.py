@@ -5,8 +5,10 @@ On disk it is ``features.jsonl`` (one feature a line) and ``quality.json`` besid
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -61,6 +63,11 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tokens: int | None = None
     """Tokens these were measured on."""
 
+    @property
+    def ce_increase(self) -> float | None:
+        """By how much the model gets worse with reconstructions in place of the activations."""
+        return None if self.ce_base is None or self.ce_spliced is None else self.ce_spliced - self.ce_base
+
 
 class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     """Features by index; a feature without a line is known by its index alone."""
@@ -86,8 +93,8 @@ def read_catalogue(directory: Path, d_sae: int) -> Catalogue:
     lines = directory / FEATURES
     features = read_features(lines, d_sae) if lines.is_file() else {}
     quality = directory / "quality.json"
-    found = _decode(quality.read_bytes(), Quality, str(quality)) if quality.is_file() else None
-    return Catalogue(features=features, quality=found)
+    stated = _decode(quality.read_bytes(), Quality, str(quality)) if quality.is_file() else None
+    return Catalogue(features=features, quality=stated)
 
 
 def read_features(file: Path, d_sae: int | None = None) -> dict[int, CatalogueFeature]:
@@ -99,11 +106,11 @@ def read_features(file: Path, d_sae: int | None = None) -> dict[int, CatalogueFe
     features: dict[int, CatalogueFeature] = {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            one = _decode(line, CatalogueFeature, f"{file}:{number}")
-            if one.index < 0 or one.index in features or (d_sae is not None and one.index >= d_sae):
+            entry = _decode(line, CatalogueFeature, f"{file}:{number}")
+            if entry.index < 0 or entry.index in features or (d_sae is not None and entry.index >= d_sae):
                 allowed = "0 and above" if d_sae is None else f"0..{d_sae - 1}"
-                raise BadCatalogue(f"{file}:{number}: index {one.index} is repeated or outside {allowed}")
-            features[one.index] = one
+                raise BadCatalogue(f"{file}:{number}: index {entry.index} is repeated or outside {allowed}")
+            features[entry.index] = entry
     return features
 
 
@@ -112,3 +119,45 @@ def _decode(data: bytes, kind: type[T], where: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as err:
         raise BadCatalogue(f"{where}: {err}") from err
+
+
+_LABEL = ("label", "label_metric", "label_score")
+"""Replaced together: a score belongs to the label that was scored."""
+
+
+def merge_entries(
+    existing: Mapping[int, CatalogueFeature], new: Mapping[int, CatalogueFeature]
+) -> dict[int, CatalogueFeature]:
+    """Every feature of both, by index. Field by field what ``new`` says wins, and what it does not say stays."""
+    both = {index: _merged(existing[index], entry) if index in existing else entry for index, entry in new.items()}
+    return dict(sorted({**existing, **both}.items()))
+
+
+def write_catalogue(directory: Path, features: Mapping[int, CatalogueFeature]) -> None:
+    """Merges features into the directory's ``features.jsonl``, which afterwards is the old one or the new one.
+
+    Raises:
+        BadCatalogue: the one that is there cannot be read.
+        OSError: it cannot be written.
+    """
+    target = directory / FEATURES
+    part = directory / f"{FEATURES}.part"
+    merged = merge_entries(read_features(target) if target.is_file() else {}, features)
+    try:
+        with part.open("wb") as stream:
+            stream.writelines(msgspec.json.encode(entry) + b"\n" for entry in merged.values())
+            stream.flush()
+            # Before it gets its name: after a crash the name must not stand for a file that was not written.
+            os.fsync(stream.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _merged(old: CatalogueFeature, new: CatalogueFeature) -> CatalogueFeature:
+    changes: dict[str, Any] = {
+        name: value for name, value in msgspec.structs.asdict(new).items() if value not in (None, (), {})
+    }
+    if new.label is not None:
+        changes |= {name: getattr(new, name) for name in _LABEL}
+    return msgspec.structs.replace(old, **changes)

@@ -20,11 +20,31 @@ from saeguard_sae.dictionary import (
     restore,
 )
 
-# Matching pursuit SAEs: features are found one after another, each from what the ones before left over.
+
+class _Autoencoder:
+    """Reads what it writes: W_dec [d_sae, d_in]."""
+
+    __slots__ = ()
+    W_dec: Tensor
+
+    @property
+    def d_in(self) -> int:
+        """Width of what is encoded."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is decoded."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_dec.shape[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MatchingPursuit:
+class MatchingPursuit(_Autoencoder):
     """Tied weights ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in]; SAELens' variant of Mallat and Zhang (1993).
 
     Each round takes the feature that fits the residual best, adds ``max(residual . d_j, 0)`` to it and takes it out of
@@ -50,21 +70,6 @@ class MatchingPursuit:
         for name, tensor in self.tensors().items():
             check_finite(name, tensor)
 
-    @property
-    def d_in(self) -> int:
-        """Width of what is encoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is decoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
-
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> features [..., d_sae], in the dictionary's dtype."""
         flat = normalise(self.normalisation, x.to(self.W_dec.dtype)).reshape(-1, self.d_in)
@@ -78,21 +83,9 @@ class MatchingPursuit:
         return features.reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """features [..., d_sae] -> reconstruction [..., d_in]; SAELens adds ``b_dec`` only where it was taken off.
-
-        Args:
-            x: the tokens that were encoded; needed where a normalisation is taken back.
-
-        Raises:
-            ValueError: it is needed and not given.
-        """
+        """features [..., d_sae] of x -> [..., d_in]; SAELens adds ``b_dec`` only where it was taken off."""
         decoded = features @ self.W_dec
-        decoded = decoded + self.b_dec if self.centre else decoded
-        if self.normalisation == "none":
-            return decoded
-        if x is None:
-            raise ValueError(f"decoding under {self.normalisation} needs the tokens that were encoded")
-        return restore(self.normalisation, decoded, x.to(decoded.dtype))
+        return restore(self.normalisation, decoded + self.b_dec if self.centre else decoded, x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_in]."""
@@ -122,16 +115,13 @@ class MatchingPursuit:
         return goes_on
 
 
-# Temporal SAEs: what the prefix predicts is taken out before a token is encoded, so features need the whole prefix.
-
-
 ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")
 """The projections of each attention layer, by their names on disk."""
 _EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Temporal:
+class Temporal(_Autoencoder):
     """``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in], and attention layers over the prefix.
 
     ``attention``: per layer, ``{"k_ctx.weight": ..., ...}`` for every name of ``ATTENTION``; a bias may be missing.
@@ -154,7 +144,9 @@ class Temporal:
     def __post_init__(self) -> None:
         d_sae, d_in = self.W_dec.shape if self.W_dec.ndim == 2 else (0, 0)
         if tuple(self.W_enc.shape) != (d_in, d_sae) or tuple(self.b_dec.shape) != (d_in,):
-            shapes = ", ".join(f"{name} {tuple(one.shape)}" for name, one in self.tensors().items() if "." not in name)
+            shapes = ", ".join(
+                f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors().items() if "." not in name
+            )
             raise BadDictionary(f"shapes disagree: {shapes}")
         if self.k is not None and not 1 <= self.k <= d_sae:
             raise BadDictionary(f"k must be 1 to d_sae ({d_sae}), got {self.k}")
@@ -164,21 +156,6 @@ class Temporal:
             self._check_attention(layer)
         for name, tensor in self.tensors().items():
             check_finite(name, tensor)
-
-    @property
-    def d_in(self) -> int:
-        """Width of what is encoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is decoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., T, d_in], a whole prefix -> features [..., T, d_sae]."""
@@ -197,15 +174,15 @@ class Temporal:
     def tensors(self) -> dict[str, Tensor]:
         """Every weight by its name."""
         named = {
-            f"attn_layers.{index}.{name}": one
+            f"attn_layers.{index}.{name}": tensor
             for index, part in enumerate(self.attention)
-            for name, one in part.items()
+            for name, tensor in part.items()
         }
         return {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_dec": self.b_dec} | named
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Temporal:
         """The same dictionary elsewhere."""
-        attention = tuple({name: one.to(device, dtype) for name, one in part.items()} for part in self.attention)
+        attention = tuple({name: tensor.to(device, dtype) for name, tensor in part.items()} for part in self.attention)
         W_dec = self.W_dec.to(device, dtype)
         W_enc = W_dec.T if self.tied else self.W_enc.to(device, dtype)
         return replace(self, attention=attention, W_enc=W_enc, W_dec=W_dec, b_dec=self.b_dec.to(device, dtype))
@@ -216,8 +193,8 @@ class Temporal:
             raise BadDictionary(f"an attention layer has no {missing[0]}.weight")
         narrow = len(layer["q_target.weight"])
         rows = {"k_ctx": narrow, "q_target": narrow, "v_ctx": self.d_sae, "c_proj": self.d_sae}
-        wanted = {f"{name}.weight": (rows[name], self.d_sae) for name in ATTENTION}
-        for name, shape in (wanted | {f"{name}.bias": (rows[name],) for name in ATTENTION}).items():
+        shapes = {f"{name}.weight": (rows[name], self.d_sae) for name in ATTENTION}
+        for name, shape in (shapes | {f"{name}.bias": (rows[name],) for name in ATTENTION}).items():
             if name in layer and tuple(layer[name].shape) != shape:
                 raise BadDictionary(f"{name} has shape {tuple(layer[name].shape)}, expected {shape}")
         if narrow % self.n_heads or self.d_sae % self.n_heads:

@@ -2,39 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeGuard, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-
-# What turns one feature's pre-activation into its value, and what is common to every such function.
-#
-# Those that compare a feature with its rivals (TopK and its kin) are in ``selections``.
-
-
-class ActivationFunction(Protocol):
-    """Pre-activations ``p = x @ W_enc + b_enc`` to feature values."""
-
-    name: ClassVar[str]
-    local: ClassVar[bool]
-    """True when a feature's value depends on its own pre-activation alone, so that it can be computed alone."""
-
-    def __call__(self, pre: Tensor) -> Tensor:
-        """pre [..., d_sae] -> features [..., d_sae]."""
-        ...
-
-    def columns(self, b_enc: Tensor) -> Columns:
-        """The scalars by which one feature is computed from ``q = x . w_j``; only when ``local``."""
-        ...
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Tensors of length d_sae by the name they have on disk."""
-        ...
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        """The same activation with these in place of its ``parameters``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,56 +22,67 @@ class Columns:
     threshold: Tensor
     squashed: bool = False
 
+    @classmethod
+    def of(cls, b_enc: Tensor, threshold: float | Tensor, *, squashed: bool = False) -> Columns:
+        """Of what is not scaled."""
+        return cls(torch.ones_like(b_enc), b_enc, b_enc, torch.zeros_like(b_enc) + threshold, squashed)
+
+
+class ActivationFunction:
+    """Pre-activations ``p = x @ W_enc + b_enc`` to feature values."""
+
+    __slots__ = ()
+    name: ClassVar[str]
+    local: ClassVar[bool] = True
+    """True when a feature's value depends on its own pre-activation alone, so that it can be computed alone."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        """pre [..., d_sae] -> features [..., d_sae]."""
+        raise NotImplementedError
+
+    def columns(self, b_enc: Tensor) -> Columns:
+        """The scalars by which one feature is computed from ``q = x . w_j``; only when ``local``."""
+        return Columns.of(b_enc, -torch.inf)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Tensors of length d_sae by the name they have on disk."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> Self:
+        """The same activation with these in place of its ``parameters``."""
+        return replace(self, **tensors)  # type: ignore[type-var]
+
 
 @dataclass(frozen=True, slots=True)
-class ReLU:
+class ReLU(ActivationFunction):
     """``max(p, 0)``: the classic SAE."""
 
     name: ClassVar[str] = "relu"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu()
 
-    def columns(self, b_enc: Tensor) -> Columns:
-        never = torch.full_like(b_enc, -torch.inf)
-        return Columns(torch.ones_like(b_enc), b_enc, b_enc, never)
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {}
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class TanhReLU:
+class TanhReLU(ActivationFunction):
     """``tanh(max(p, 0))``: what SAELens before 6.0 calls ``tanh-relu``; its later versions load it as ReLU."""
 
     name: ClassVar[str] = "tanh_relu"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu().tanh()
 
     def columns(self, b_enc: Tensor) -> Columns:
-        never = torch.full_like(b_enc, -torch.inf)
-        return Columns(torch.ones_like(b_enc), b_enc, b_enc, never, squashed=True)
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {}
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return self
+        return Columns.of(b_enc, -torch.inf, squashed=True)
 
 
 @dataclass(frozen=True, slots=True)
-class JumpReLU:
+class JumpReLU(ActivationFunction):
     """``max(p, 0) where p > threshold`` (Rajamanoharan et al. 2024); also BatchTopK with its stored threshold."""
 
     threshold: Tensor
     name: ClassVar[str] = "jumprelu"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu() * (pre > self.threshold)
@@ -107,22 +90,15 @@ class JumpReLU:
     def columns(self, b_enc: Tensor) -> Columns:
         return Columns(torch.ones_like(b_enc), b_enc, b_enc, self.threshold)
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {"threshold": self.threshold}
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return JumpReLU(**tensors)
-
 
 @dataclass(frozen=True, slots=True)
-class Gated:
+class Gated(ActivationFunction):
     """``relu(q * exp(r_mag) + b_mag) where q + b_gate > 0`` (Rajamanoharan et al. 2024); there is no ``b_enc``."""
 
     b_gate: Tensor
     b_mag: Tensor
     r_mag: Tensor
     name: ClassVar[str] = "gated"
-    local: ClassVar[bool] = True
 
     def __call__(self, pre: Tensor) -> Tensor:
         return (pre * self.r_mag.exp() + self.b_mag).relu() * (pre + self.b_gate > 0)
@@ -132,64 +108,51 @@ class Gated:
         gain = self.r_mag.exp()
         return Columns(gain, self.b_mag + gain * b_enc, self.b_gate + b_enc, torch.zeros_like(b_enc))
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {"b_gate": self.b_gate, "b_mag": self.b_mag, "r_mag": self.r_mag}
 
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return Gated(**tensors)
+class CompetingActivation(ActivationFunction):
+    """A feature is ``value(p)``, times an optional gain, if fewer than ``limit`` others of its group score above it.
 
+    Its value needs its rank, not the others' values. So one feature is computed from its own pre-activation and a count
+    of how many score higher, which can stop early (``ranks``).
+    """
 
-# Activations that let a feature through only if it beats its rivals: TopK, AbsTopK, GroupMax.
-#
-# A feature's value needs its rank, not its rivals' values. So one feature is computed from its own pre-activation and
-# a count of how many rivals score higher, which can stop early (``ranking``).
-
-
-class Selection(ActivationFunction, Protocol):
-    """An activation under which a feature is ``value(p)`` if fewer than ``limit`` rivals score above it, else 0."""
-
-    @property
-    def limit(self) -> int: ...
-
-    @property
-    def groups(self) -> int:
-        """Into how many contiguous blocks of features the rivals are split."""
-        ...
-
-    def score(self, pre: Tensor) -> Tensor:
-        """What is compared."""
-        ...
-
-    def value(self, pre: Tensor) -> Tensor:
-        """What a feature is worth when it is let through, before its ``gain``."""
-        ...
-
-
-def is_selection(activation: ActivationFunction) -> TypeGuard[Selection]:
-    """Whether its features compete."""
-    return isinstance(activation, TopK | AbsTopK | GroupMax)
-
-
-class _Competing:
-    """What the three share: no columns of their own, an optional gain per feature."""
-
+    __slots__ = ()
+    k: int
     gain: Tensor | None
     local: ClassVar[bool] = False
 
+    @property
+    def limit(self) -> int:
+        """How many of a group are let through."""
+        return self.k
+
+    @property
+    def groups(self) -> int:
+        """Into how many contiguous blocks the features are split."""
+        return 1
+
+    def score(self, pre: Tensor) -> Tensor:
+        """What is compared."""
+        return pre
+
+    def value(self, pre: Tensor) -> Tensor:
+        """What a feature is worth when it is let through, before its ``gain``."""
+        return pre.relu()
+
     def columns(self, b_enc: Tensor) -> Columns:
         """The pre-activation alone: never let through until its rank is known."""
-        ones = torch.ones_like(b_enc)
-        return Columns(ones, b_enc, b_enc, torch.full_like(b_enc, torch.inf))
+        return Columns.of(b_enc, torch.inf)
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {} if self.gain is None else {"gain": self.gain}
-
-    def _scaled(self, features: Tensor) -> Tensor:
+    def __call__(self, pre: Tensor) -> Tensor:
+        blocks = pre.reshape(*pre.shape[:-1], self.groups, -1)
+        index = self.score(blocks).topk(self.limit, dim=-1).indices
+        values = self.value(blocks.gather(-1, index))
+        features = torch.zeros_like(blocks).scatter_(-1, index, values).flatten(-2)
         return features if self.gain is None else features * self.gain
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(_Competing):
+class TopK(CompetingActivation):
     """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024).
 
     Args:
@@ -201,38 +164,18 @@ class TopK(_Competing):
     keeps_negative: bool = False
     gain: Tensor | None = field(default=None, kw_only=True)
     name: ClassVar[str] = "topk"
-    groups: ClassVar[int] = 1
-
-    @property
-    def limit(self) -> int:
-        return self.k
-
-    def score(self, pre: Tensor) -> Tensor:
-        return pre
 
     def value(self, pre: Tensor) -> Tensor:
         return pre if self.keeps_negative else pre.relu()
 
-    def __call__(self, pre: Tensor) -> Tensor:
-        values, index = pre.topk(self.k, dim=-1)
-        return self._scaled(torch.zeros_like(pre).scatter_(-1, index, self.value(values)))
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return TopK(self.k, self.keeps_negative, gain=tensors.get("gain"))
-
 
 @dataclass(frozen=True, slots=True)
-class AbsTopK(_Competing):
+class AbsTopK(CompetingActivation):
     """The k pre-activations of largest magnitude of each token, with their sign."""
 
     k: int
     gain: Tensor | None = field(default=None, kw_only=True)
     name: ClassVar[str] = "abstopk"
-    groups: ClassVar[int] = 1
-
-    @property
-    def limit(self) -> int:
-        return self.k
 
     def score(self, pre: Tensor) -> Tensor:
         return pre.abs()
@@ -240,56 +183,34 @@ class AbsTopK(_Competing):
     def value(self, pre: Tensor) -> Tensor:
         return pre
 
-    def __call__(self, pre: Tensor) -> Tensor:
-        index = pre.abs().topk(self.k, dim=-1).indices
-        return self._scaled(torch.zeros_like(pre).scatter_(-1, index, pre.gather(-1, index)))
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return AbsTopK(self.k, gain=tensors.get("gain"))
-
 
 @dataclass(frozen=True, slots=True)
-class GroupMax(_Competing):
+class GroupMax(CompetingActivation):
     """The largest of each of k contiguous blocks of d_sae / k features, negative ones as 0 (EleutherAI sparsify)."""
 
     k: int
     gain: Tensor | None = field(default=None, kw_only=True)
     name: ClassVar[str] = "groupmax"
-    limit: ClassVar[int] = 1
+
+    @property
+    def limit(self) -> int:
+        return 1
 
     @property
     def groups(self) -> int:
         return self.k
 
-    def score(self, pre: Tensor) -> Tensor:
-        return pre
-
-    def value(self, pre: Tensor) -> Tensor:
-        return pre.relu()
-
-    def __call__(self, pre: Tensor) -> Tensor:
-        blocks = pre.view(*pre.shape[:-1], self.k, -1)
-        values, index = blocks.relu().max(dim=-1, keepdim=True)
-        return self._scaled(torch.zeros_like(blocks).scatter_(-1, index, values).flatten(-2))
-
-    def with_parameters(self, tensors: dict[str, Tensor]) -> ActivationFunction:
-        return GroupMax(self.k, gain=tensors.get("gain"))
-
-
-# What a token goes through before it is encoded, and how a decoded vector comes back: per-token shift and scales.
-#
-# The names are SAELens' own, besides ``centred``: what TransformerLens' ``center_writing_weights`` does to the
-# stream.
-
 
 Normalisation: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale", "centred"]
+"""What a token goes through before it is encoded, as SAELens calls it; ``centred`` is what TransformerLens'
+``center_writing_weights`` does to the stream."""
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 _EPS = 1e-5
 _TINY = 1e-30
 
 
-class InputFrame(NamedTuple):
+class InputScaling(NamedTuple):
     """Per token [..., 1]: it is encoded as ``(x - shift) / divisor``; a decoded r means ``r * scale + shift``."""
 
     shift: Tensor
@@ -297,8 +218,8 @@ class InputFrame(NamedTuple):
     scale: Tensor
 
 
-def frame(kind: Normalisation, x: Tensor) -> InputFrame:
-    """x [..., d_in] -> its frame.
+def input_scaling(kind: Normalisation, x: Tensor) -> InputScaling:
+    """x [..., d_in] -> its shift and scales.
 
     ``layer_norm`` takes the standard deviation with Bessel's correction and adds 1e-5 on the way in alone, as SAELens,
     OpenAI and Bussmann do. A token of zeros has no direction: under ``constant_norm_rescale`` it stays zeros, where
@@ -307,32 +228,34 @@ def frame(kind: Normalisation, x: Tensor) -> InputFrame:
     zeros, ones = torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
     match kind:
         case "none":
-            return InputFrame(zeros, ones, ones)
+            return InputScaling(zeros, ones, ones)
         case "layer_norm":
             shift = x.mean(dim=-1, keepdim=True)
             deviation = (x - shift).std(dim=-1, keepdim=True)
-            return InputFrame(shift, deviation + _EPS, deviation)
+            return InputScaling(shift, deviation + _EPS, deviation)
         case "constant_norm_rescale":
             norm = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-            return InputFrame(zeros, norm.clamp_min(_TINY), norm)
+            return InputScaling(zeros, norm.clamp_min(_TINY), norm)
         case "centred":
-            return InputFrame(x.mean(dim=-1, keepdim=True), ones, ones)
+            return InputScaling(x.mean(dim=-1, keepdim=True), ones, ones)
 
 
 def normalise(kind: Normalisation, x: Tensor) -> Tensor:
     """x [..., d_in] as it is encoded."""
     if kind == "none":
         return x
-    found = frame(kind, x)
-    return (x - found.shift) / found.divisor
+    token = input_scaling(kind, x)
+    return (x - token.shift) / token.divisor
 
 
-def restore(kind: Normalisation, decoded: Tensor, x: Tensor) -> Tensor:
-    """What was decoded for token ``x``, in the model's units."""
+def restore(kind: Normalisation, decoded: Tensor, x: Tensor | None) -> Tensor:
+    """What was decoded for token ``x``, in the model's units. Raises ValueError: x is needed and None."""
     if kind == "none":
         return decoded
-    found = frame(kind, x)
-    return decoded * found.scale + found.shift
+    if x is None:
+        raise ValueError(f"decoding under {kind} needs the tokens that were encoded")
+    token = input_scaling(kind, x.to(decoded.dtype))
+    return decoded * token.scale + token.shift
 
 
 class BadDictionary(ValueError):
@@ -405,20 +328,9 @@ class Dictionary:
         return n @ self.W_enc[:, features] + self.b_enc[features]
 
     def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """features [..., d_sae] -> reconstruction [..., d_out], without the skip connection.
-
-        Args:
-            x: the tokens that were encoded; needed where the normalisation is taken back.
-
-        Raises:
-            ValueError: it is needed and not given.
-        """
+        """features [..., d_sae] of x -> [..., d_out], without the skip connection; x only where it is normalised."""
         decoded = features @ self.W_dec + self.b_dec
-        if self.normalisation == "none" or self.is_transcoder:
-            return decoded
-        if x is None:
-            raise ValueError(f"decoding under {self.normalisation} needs the tokens that were encoded")
-        return restore(self.normalisation, decoded, x.to(decoded.dtype))
+        return decoded if self.is_transcoder else restore(self.normalisation, decoded, x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out]: encoded, decoded, and the skip connection of the raw x added."""
@@ -458,15 +370,15 @@ class Dictionary:
 
     def _check_shapes(self) -> None:
         for name in ("W_enc", "W_dec"):
-            if (found := getattr(self, name)).ndim != 2:
-                raise BadDictionary(f"{name} must have two dimensions, has shape {tuple(found.shape)}")
+            if (tensor := getattr(self, name)).ndim != 2:
+                raise BadDictionary(f"{name} must have two dimensions, has shape {tuple(tensor.shape)}")
         d_sae, d_out = self.W_dec.shape
         d_in = self.W_enc.shape[0] if self.is_transcoder else d_out
-        wanted: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)
         }  # fmt: skip
         for name, tensor in self.tensors().items():
-            shape = wanted.get(name, (d_sae,))
+            shape = shapes.get(name, (d_sae,))
             if tuple(tensor.shape) != shape:
                 raise BadDictionary(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         if not d_sae or not d_in or not d_out:
@@ -478,7 +390,7 @@ class Dictionary:
         self._check_selection(d_sae)
 
     def _check_selection(self, d_sae: int) -> None:
-        if not is_selection(self.activation):
+        if not isinstance(self.activation, CompetingActivation):
             return
         k = max(self.activation.limit, self.activation.groups)
         if min(self.activation.limit, self.activation.groups) < 1 or k > d_sae:
@@ -496,12 +408,8 @@ def feature_major(W_enc: Tensor) -> Tensor:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuses NaN and infinity without a copy of the tensor.
-
-    Raises:
-        BadDictionary: there is one.
-    """
+    """Refuses NaN and infinity without a copy of the tensor. Raises BadDictionary: there is one."""
     # Turned the way it lies in memory: of a turned matrix aminmax makes a copy.
     flat = tensor.T if tensor.ndim == 2 and tensor.T.is_contiguous() else tensor
-    if flat.numel() and not all(torch.isfinite(one) for one in torch.aminmax(flat.detach())):
+    if flat.numel() and not all(torch.isfinite(limit) for limit in torch.aminmax(flat.detach())):
         raise BadDictionary(f"{name} holds values that are not finite")

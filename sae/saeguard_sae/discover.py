@@ -1,4 +1,7 @@
-"""Finding the features worth steering: contrast between documents, F1 on tokens, and the re-check on held-out text."""
+"""Finding the features worth steering: contrast between documents, F1 on tokens, and the re-check on held-out text.
+
+The same procedure serves SAE features, neurons and residual dimensions, so that they can be compared.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# Contrast between two sets of documents, feature by feature.
 
 
 def pool(values: Tensor, document: Tensor) -> Tensor:
@@ -30,11 +31,6 @@ def auroc(positive: Tensor, negative: Tensor, chunk: int = 64) -> Tensor:
         equal = (p[:, None] == n[None]).float().mean((0, 1))
         scores.append(above + equal / 2)
     return torch.cat(scores)
-
-
-# One unit as a detector of one concept: the cut that gives the best F1 on tokens, and that cut on other tokens.
-#
-# The same procedure serves SAE features, neurons and residual dimensions, so that they can be compared.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,9 +63,6 @@ def _best(values: Tensor, labels: Tensor) -> Detectors:
     # A cut between equal values does not exist.
     best = f1.masked_fill(ordered == below, 0.0).max(0)
     return Detectors(below.gather(0, best.indices[None]).squeeze(0), best.values)
-
-
-# The search for a concept's features: ranked on one set of tokens, scored again on another.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,11 +103,11 @@ def rank(data: Labelled, top: int = 16) -> list[int]:
 
 def search(train: Labelled, heldout: Labelled, top: int = 16) -> list[Candidate]:
     """The ``top`` units by F1 on ``train``, each re-scored on ``heldout``."""
-    found = best_detectors(train.values, train.labels)
-    units = found.f1.argsort(descending=True)[:top]
-    again = f1_of(heldout.values[:, units], heldout.labels, found.cut[units])
+    detectors = best_detectors(train.values, train.labels)
+    units = detectors.f1.argsort(descending=True)[:top]
+    again = f1_of(heldout.values[:, units], heldout.labels, detectors.cut[units])
     contrast = _contrast(heldout, units)
-    rows = zip(units, found.cut[units], found.f1[units], again, contrast, strict=True)
+    rows = zip(units, detectors.cut[units], detectors.f1[units], again, contrast, strict=True)
     return [
         Candidate(int(u), float(cut), float(f1), float(f1_again), float(area)) for u, cut, f1, f1_again, area in rows
     ]

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saeguard_sae.coders import MatchingPursuit, SparseCoder, Temporal, is_signed
 from saeguard_sae.dictionary import (
@@ -20,7 +21,7 @@ from saeguard_sae.dictionary import (
     GroupMax,
     TanhReLU,
     TopK,
-    frame,
+    input_scaling,
     normalise,
 )
 from saeguard_sae.ranks import Competitors, FeatureBounds, UpperBound, checked_number, rank_upper_bounds
@@ -40,7 +41,7 @@ class Coders:
 
     def __init__(self) -> None:
         self._whole: list[SparseCoder] = []
-        self._rivals: dict[int, Competitors] = {}
+        self._competitors: dict[int, Competitors] = {}
 
     def number(self, coder: SparseCoder) -> int:
         """Its number; 0 for one whose features are told by their own rows."""
@@ -55,20 +56,22 @@ class Coders:
     def note(self, features: Iterable[tuple[int, Iterable[int]]]) -> None:
         """After features came or went: which of each numbered coder are in use."""
         chosen: dict[int, set[int]] = {}
-        for number, found in features:
-            chosen.setdefault(number, set()).update(found)
-        self._rivals = {
-            number: self._rivals[number] if number in self._rivals and not grouped else Competitors.of(coder, found)
-            for number, found in chosen.items()
+        for number, indices in features:
+            chosen.setdefault(number, set()).update(indices)
+        self._competitors = {
+            number: self._competitors[number]
+            if number in self._competitors and not grouped
+            else Competitors.of(coder, indices)
+            for number, indices in chosen.items()
             if isinstance(coder := self._whole[number - 1], Dictionary)
             for grouped in [isinstance(coder.activation, GroupMax)]
         }
 
     def read(self, number: int, x: Tensor, index: Tensor, pre: Tensor) -> Tensor:
         """x [B, T, d] -> the features ``index`` [B, T, E] (-1 for none) of a coder, given their pre-activations."""
-        if number not in self._rivals:
+        if number not in self._competitors:
             return self._whole[number - 1].encode(x).float().gather(-1, index.clamp_min(0))
-        flat = self._rivals[number].read(x.flatten(0, 1), index.flatten(0, 1), pre.flatten(0, 1))
+        flat = self._competitors[number].read(x.flatten(0, 1), index.flatten(0, 1), pre.flatten(0, 1))
         return flat.view_as(index)
 
 
@@ -86,10 +89,10 @@ class Needs:
     @classmethod
     def of(cls, coders: Iterable[SparseCoder], numbers: Coders) -> Needs:
         """Those of features of these coders."""
-        found = list(coders)
-        kinds = {one.normalisation for one in found if not isinstance(one, Temporal)}
-        squashed = any(isinstance(one, Dictionary) and isinstance(one.activation, TanhReLU) for one in found)
-        return cls(frozenset(kinds), frozenset(map(numbers.number, found)) - {0}, squashed)
+        coders = list(coders)
+        kinds = {coder.normalisation for coder in coders if not isinstance(coder, Temporal)}
+        squashed = any(isinstance(coder, Dictionary) and isinstance(coder.activation, TanhReLU) for coder in coders)
+        return cls(frozenset(kinds), frozenset(map(numbers.number, coders)) - {0}, squashed)
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(self.kinds | other.kinds, self.whole | other.whole, self.is_squashed or other.is_squashed)
@@ -100,15 +103,15 @@ def is_local(coder: SparseCoder) -> bool:
     return isinstance(coder, Dictionary) and coder.activation.local
 
 
-def rows(coder: SparseCoder, features: Sequence[int], coders: Coders) -> Cells:
+def feature_cells(coder: SparseCoder, features: Sequence[int], coders: Coders) -> Cells:
     """The columns ``READ`` of n features, [n] and [n, d_in], those that are not idle."""
     chosen = torch.tensor(features, device=coder.W_dec.device)
-    found: Cells = {"feature": chosen, "whole": torch.full_like(chosen, coders.number(coder))}
+    cells: Cells = {"feature": chosen, "whole": torch.full_like(chosen, coders.number(coder))}
     if isinstance(coder, Dictionary):
-        found |= _encoder(coder, chosen)
+        cells |= _encoder(coder, chosen)
     elif isinstance(coder, MatchingPursuit):
-        found["restores"] = torch.full_like(chosen, NORMALISATIONS.index(coder.normalisation))
-    return found
+        cells["restores"] = torch.full_like(chosen, NORMALISATIONS.index(coder.normalisation))
+    return cells
 
 
 def _encoder(dictionary: Dictionary, features: Tensor) -> Cells:
@@ -127,30 +130,30 @@ def _encoder(dictionary: Dictionary, features: Tensor) -> Cells:
     }
 
 
-def frames(x: Tensor, kinds: frozenset[str]) -> Tensor | None:
+def input_scalings(x: Tensor, kinds: frozenset[str]) -> Tensor | None:
     """[3, B, T, kinds] each token's shift, divisor and scale under every normalisation; None where none has any."""
     if not kinds - {"none"}:
         return None
-    each = [frame(kind if kind in kinds else "none", x) for kind in NORMALISATIONS]
+    each = [input_scaling(kind if kind in kinds else "none", x) for kind in NORMALISATIONS]
     return torch.stack([torch.cat(parts, dim=-1) for parts in zip(*each, strict=True)])
 
 
-def topk_features(by_kind: Tensor, kind: Tensor) -> Tensor:
+def of_kind(by_kind: Tensor, kind: Tensor) -> Tensor:
     """by_kind [B, T, kinds], kind int64 [B or 1, E] -> [B, T, E]."""
     return by_kind.gather(-1, kind[:, None].expand(*by_kind.shape[:2], -1))
 
 
-def values(x: Tensor, q: Tensor, cells: Cells, framed: Tensor | None, needs: Needs, coders: Coders) -> Tensor:
+def values(x: Tensor, q: Tensor, cells: Cells, scalings: Tensor | None, needs: Needs, coders: Coders) -> Tensor:
     """The features [B, T, E] of x [B, T, d].
 
     Args:
         q: [B, T, E] the products of x with the features' rows.
         cells: the columns ``READ``, [B, E] or the same [1, E] for all.
-        framed: ``frames`` of x under what ``needs`` names.
+        scalings: ``input_scalings`` of x under what ``needs`` names.
     """
-    if framed is not None:
+    if scalings is not None:
         kind = cells["normalisation"]
-        q = (q - topk_features(framed[0], kind) * cells["total"][:, None]) / topk_features(framed[1], kind)
+        q = (q - of_kind(scalings[0], kind) * cells["total"][:, None]) / of_kind(scalings[1], kind)
     pre = q * cells["gain"][:, None] + cells["bias"][:, None]
     f = pre.relu() * (q + cells["gate"][:, None] > cells["threshold"][:, None])
     if needs.is_squashed:
@@ -162,42 +165,37 @@ def values(x: Tensor, q: Tensor, cells: Cells, framed: Tensor | None, needs: Nee
     return f
 
 
-# The n largest of each row, several times faster on a CPU than ``topk`` over a wide row.
-#
-# The columns are dealt into piles. The n piles with the largest tops hold the n largest, and only they are looked
-# into.
-
-
 def largest_per_row(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """values [N, size] -> values and columns as ``topk(n)`` gives them, but for which of equal ones it takes."""
+    """values [N, size] -> values and columns as ``topk(n)`` gives them, but for which of equal ones it takes.
+
+    Several times faster on a CPU over a wide row: the n tiles of columns with the largest maxima hold the n largest.
+    """
     size = values.shape[1]
     height = _height(size, n)
     if height == 1:
-        found = values.topk(n, dim=-1)
-        return found.values, found.indices
-    # Cards lie so that every pile's column is read in one sweep: card j of pile i is column j * piles + i.
-    cards = values.view(len(values), height, size // height)
-    piles = largest_per_row(cards.amax(dim=1), n)[1]
-    held = cards.gather(2, piles[:, None].expand(-1, height, -1)).flatten(1)
-    found = held.topk(n, dim=-1)
-    pile = piles.gather(1, found.indices % n)
-    return found.values, found.indices.div(n, rounding_mode="floor") * (size // height) + pile
+        largest = values.topk(n, dim=-1)
+        return largest.values, largest.indices
+    # A tile's values lie so that all maxima are read in one sweep: value j of tile i is column j * tiles + i.
+    blocks = values.view(len(values), height, size // height)
+    tiles = largest_per_row(blocks.amax(dim=1), n)[1]
+    candidates = blocks.gather(2, tiles[:, None].expand(-1, height, -1)).flatten(1)
+    largest = candidates.topk(n, dim=-1)
+    tile = tiles.gather(1, largest.indices % n)
+    return largest.values, largest.indices.div(n, rounding_mode="floor") * (size // height) + tile
 
 
 def _height(size: int, n: int) -> int:
-    """The power of two that divides size and leaves about as much to look at among the tops as in the piles."""
+    """The power of two that divides size and leaves about as much to look at among the maxima as in the tiles."""
     height = 1
     while n and size % (2 * height) == 0 and n * (2 * height) ** 2 <= size:
         height *= 2
     return height
 
 
-# Picks features of many tokens: the largest, those above a threshold, named ones. The values are float32's own.
-#
-# Only candidates are computed exactly. They come from upper bounds (``ceiling``): a feature that is not among them is
-# proven to lose, because the worst that was picked is at least the bound of the best that was not. For a token of
+# Features of many tokens: the largest, those above a threshold, named ones. The values are float32's own.
+# Only candidates are computed exactly. They come from upper bounds (``UpperBound``): a feature that is not among them
+# is proven to lose, because the worst that was selected is at least the bound of the best that was not. For a token of
 # which that proves nothing more are computed, and in the end all.
-
 
 SPARE = 16
 """Candidates beyond those asked for; half as many again where more than twice this are asked for."""
@@ -208,7 +206,7 @@ CELLS = 2**23
 
 
 class SelectedFeatures(NamedTuple):
-    """[N, n] each: values in float32, whose they are (int64), and which are picked; rows are as long as the longest."""
+    """[N, n] each: values in float32, whose they are (int64), and which count; rows are as long as the longest."""
 
     values: Tensor
     features: Tensor
@@ -216,7 +214,7 @@ class SelectedFeatures(NamedTuple):
 
 
 class FeatureSelector:
-    """Picks features of one coder, token by token, on the device where its weights are.
+    """Selects features of one coder, token by token, on the device where its weights are.
 
     Args:
         fast: keep a bfloat16 copy of the encoder, made at the first use or by ``prepare``, where the coder and the
@@ -229,8 +227,9 @@ class FeatureSelector:
     def __init__(self, coder: SparseCoder, *, fast: bool = True) -> None:
         if isinstance(coder, Temporal):
             raise ValueError("a temporal SAE reads whole prefixes: encode them, then use top_of, above_of and named_of")
-        self._coder, self._signed = coder, is_signed(coder)
-        self._ceiling: UpperBound | None = None
+        self._coder: Dictionary | MatchingPursuit = coder
+        self._signed = is_signed(coder)
+        self._bound: UpperBound | None = None
         self._waits = fast and _is_bounded(coder)
 
     def prepare(self) -> bool:
@@ -238,8 +237,8 @@ class FeatureSelector:
         if self._waits:
             assert isinstance(self._coder, Dictionary)
             with torch.no_grad():
-                self._ceiling, self._waits = UpperBound.of(self._coder), False
-        return self._ceiling is not None
+                self._bound, self._waits = UpperBound.of(self._coder), False
+        return self._bound is not None
 
     @torch.no_grad()
     def top(self, x: Tensor, k: int) -> SelectedFeatures:
@@ -269,7 +268,6 @@ class FeatureSelector:
 
     def _top(self, x: Tensor, k: int) -> SelectedFeatures:
         coder = self._coder
-        assert isinstance(coder, Dictionary | MatchingPursuit)
         n = k
         if isinstance(coder, Dictionary) and isinstance(coder.activation, TopK):
             n = min(k, coder.activation.k) if coder.activation.gain is None else coder.activation.k
@@ -277,39 +275,37 @@ class FeatureSelector:
         if not tries:
             return top_of(coder.encode(x).float(), k, signed=self._signed)
         assert isinstance(coder, Dictionary)
-        assert self._ceiling is not None
+        assert self._bound is not None
         z = _centred(coder, x)
-        values, index = self._best(z, self._ceiling(z), n, tries)
+        values, index = self._best(z, self._bound(z), n, tries)
         return _finished(coder.activation, values, index, k)
 
     def _above(self, x: Tensor, threshold: float) -> SelectedFeatures:
         coder = self._coder
-        assert isinstance(coder, Dictionary | MatchingPursuit)
         if threshold < 0 or not self._pays(1):
             return above_of(coder.encode(x).float(), threshold, signed=self._signed)
         assert isinstance(coder, Dictionary)
         if isinstance(coder.activation, TopK):
-            found = self._top(x, coder.activation.k)
-            return found._replace(keep=found.values > threshold)
-        assert self._ceiling is not None
+            top = self._top(x, coder.activation.k)
+            return top._replace(keep=top.values > threshold)
+        assert self._bound is not None
         z = _centred(coder, x)
-        bounds = self._ceiling.without_those_off(self._ceiling(z), threshold)
+        bounds = self._bound.without_those_off(self._bound(z), threshold)
         most = int(_positive(bounds.pattern).max()) if len(x) else 0
         if not (bounds.holds.all() and self._pays(most)):
             return above_of(coder.encode(x).float(), threshold, signed=self._signed)
         limits, index = largest_per_row(bounds.pattern, most)
         values, order = _exact(coder, z, limits, index).sort(dim=-1, descending=True)
-        found = _finished(coder.activation, values, index.gather(1, order), most)
-        return found._replace(keep=found.values > threshold)
+        largest = _finished(coder.activation, values, index.gather(1, order), most)
+        return largest._replace(keep=largest.values > threshold)
 
     def _named(self, x: Tensor, features: Sequence[int]) -> SelectedFeatures:
         coder = self._coder
-        assert isinstance(coder, Dictionary | MatchingPursuit)
         if not isinstance(coder, Dictionary) or not coder.activation.local:
             return named_of(coder.encode(x).float(), features)
         index = torch.tensor(features, device=x.device, dtype=torch.int64)
         pre = _centred(coder, x) @ coder.W_enc[:, index] + coder.b_enc[index]
-        own = {name: one[index] for name, one in coder.activation.parameters().items()}
+        own = {name: tensor[index] for name, tensor in coder.activation.parameters().items()}
         values = coder.activation.with_parameters(own)(pre).float()
         index = index.expand_as(values)
         return SelectedFeatures(values, index, torch.ones_like(index, dtype=torch.bool))
@@ -320,9 +316,9 @@ class FeatureSelector:
         From the first number of candidates; for tokens of which that proves nothing, from those that may be on alone
         and the next number; past the last, from all.
         """
-        coder, ceiling = self._coder, self._ceiling
+        coder, bound = self._coder, self._bound
         assert isinstance(coder, Dictionary)
-        assert ceiling is not None
+        assert bound is not None
         if not tries:
             return largest_per_row(rank_upper_bounds(coder.activation)(z @ coder.W_enc + coder.b_enc), n)
         limits, index = largest_per_row(bounds.pattern, tries[0] + 1)
@@ -331,7 +327,7 @@ class FeatureSelector:
         proven = bounds.holds & (values[:, -1] >= checked_number(limits[:, -1]))
         rows = proven.logical_not().nonzero()[:, 0]
         if len(rows):
-            left = ceiling.without_those_off(FeatureBounds(bounds.pattern[rows], bounds.holds[rows]))
+            left = bound.without_those_off(FeatureBounds(bounds.pattern[rows], bounds.holds[rows]))
             values[rows], index[rows] = self._best(z[rows], left, n, tries[1:])
         return values, index
 
@@ -339,7 +335,7 @@ class FeatureSelector:
         """How many candidates to look at for the n largest, one number after another."""
         first = n + _spare(n)
         growing = [first * 4**more for more in range(8) if self._pays(first * 4**more)]
-        has_floor = self._ceiling is not None and self._ceiling.floor is not None
+        has_floor = self._bound is not None and self._bound.floor is not None
         # The second time only among features that may be on.
         return [first, *growing] if has_floor and growing else growing
 
@@ -349,14 +345,14 @@ class FeatureSelector:
 
 
 def top_of(features: Tensor, k: int, *, signed: bool = False) -> SelectedFeatures:
-    """features [N, d_sae] -> as ``Picker.top``. Features that can be negative (``signed``) are sized by magnitude."""
+    """features [N, d_sae] -> as ``FeatureSelector.top``. ``signed``: by magnitude, where features can be negative."""
     index = largest_per_row(features.abs() if signed else features, min(k, features.shape[1]))[1]
     values = features.gather(1, index)
     return SelectedFeatures(values, index, values != 0)
 
 
 def above_of(features: Tensor, threshold: float, *, signed: bool = False) -> SelectedFeatures:
-    """features [N, d_sae] -> as ``Picker.above``."""
+    """features [N, d_sae] -> as ``FeatureSelector.above``."""
     size = features.abs() if signed else features
     most = int((size > threshold).sum(dim=-1).max()) if len(features) else 0
     sizes, index = largest_per_row(size, most)
@@ -364,7 +360,7 @@ def above_of(features: Tensor, threshold: float, *, signed: bool = False) -> Sel
 
 
 def named_of(features: Tensor, names: Sequence[int]) -> SelectedFeatures:
-    """features [N, d_sae] -> as ``Picker.named``."""
+    """features [N, d_sae] -> as ``FeatureSelector.named``."""
     index = torch.tensor(names, device=features.device, dtype=torch.int64).expand(len(features), -1)
     return SelectedFeatures(features.gather(1, index), index, torch.ones_like(index, dtype=torch.bool))
 
@@ -388,7 +384,7 @@ def _exact(dictionary: Dictionary, z: Tensor, limits: Tensor, index: Tensor) -> 
     index = index.clamp_max(dictionary.d_sae - 1)
     pre = _dots(z, dictionary.W_enc.T, index) + dictionary.b_enc[index]
     activation = rank_upper_bounds(dictionary.activation)
-    own = {name: one[index] for name, one in activation.parameters().items()}
+    own = {name: tensor[index] for name, tensor in activation.parameters().items()}
     return torch.where(limits > 0, activation.with_parameters(own)(pre), 0.0)
 
 
@@ -415,7 +411,6 @@ def _finished(activation: ActivationFunction, values: Tensor, index: Tensor, k: 
 
 
 def _positive(pattern: Tensor) -> Tensor:
-    """[N] how many bounds are above 0."""
     return pattern.clamp(0, 1).sum(dim=-1, dtype=torch.int32)
 
 
@@ -428,6 +423,5 @@ def _stacked(parts: list[SelectedFeatures]) -> SelectedFeatures:
     if len(parts) == 1:
         return parts[0]
     width = max(part.values.shape[1] for part in parts)
-    columns = zip(*parts, strict=True)
-    pad = torch.nn.functional.pad
-    return SelectedFeatures(*(torch.cat([pad(one, (0, width - one.shape[1])) for one in column]) for column in columns))
+    columns = [[pad(part, (0, width - part.shape[1])) for part in column] for column in zip(*parts, strict=True)]
+    return SelectedFeatures(*map(torch.cat, columns))

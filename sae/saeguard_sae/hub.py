@@ -27,9 +27,6 @@ from saeguard_sae import releases
 from saeguard_sae.formats.parsed import SaeOrigin
 from saeguard_sae.releases import PublishedSae
 
-# Which files of a repository make up one SAE, so that nothing else is downloaded.
-
-
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 _SETTINGS = (".json", ".yaml", ".yml")
 # Weights by the names that say a folder is one SAE, whatever else lies in it.
@@ -53,10 +50,10 @@ def needed(names: Set[str], inside: str) -> set[str]:
     if not any(name.startswith(folder) for name in names):
         raise ValueError(f"there is no such file or folder in the repository{_close_to(inside, names)}")
     weights = [name for name in _weights(names) if name.startswith(folder)]
-    found = _one_sae(folder, weights)
-    if found is None:
+    file = _one_sae(folder, weights)
+    if file is None:
         raise ValueError(f"holds {_counted(folder, weights)}")
-    return _with_its_own(names, found) | _settings(names, inside)
+    return _with_its_own(names, file) | _settings(names, inside)
 
 
 def _weights(names: Set[str]) -> list[str]:
@@ -64,23 +61,20 @@ def _weights(names: Set[str]) -> list[str]:
 
 
 def _one_sae(folder: str, weights: list[str]) -> str | None:
-    """The weights of the folder's SAE, if it is the folder of one."""
     for name in _ONE_SAE:
         if f"{folder}{name}" in weights:
             return f"{folder}{name}"
     direct = [name for name in weights if "/" not in name.removeprefix(folder)]
-    halves = {_twin(name) for name in direct if _is_half(name, "W_enc_")}
+    halves = {_twin(name) for name in direct if name.rpartition("/")[2].startswith("W_enc_")}
     alone = [name for name in direct if name not in halves]
     return alone[0] if len(alone) == 1 else None
 
 
 def _with_its_own(names: Set[str], file: str) -> set[str]:
-    """A file of weights, the settings beside it, and the other half where there is one."""
     return {file} | _settings(names, file.rpartition("/")[0]) | ({_twin(file)} & names)
 
 
 def _settings(names: Set[str], folder: str) -> set[str]:
-    """What a format may want in that folder besides the weights."""
     here = {name for name in names if name.rpartition("/")[0] == folder}
     return {name for name in here if name.endswith((*_SETTINGS, _WHITENING))}
 
@@ -88,13 +82,10 @@ def _settings(names: Set[str], folder: str) -> set[str]:
 def _twin(file: str) -> str:
     """The decoder's file of an encoder's, and the other way round, in a cross-layer transcoder; any other, itself."""
     folder, slash, name = file.rpartition("/")
-    if _is_half(file, "W_enc_"):
-        return f"{folder}{slash}W_dec_{name.removeprefix('W_enc_')}"
-    return f"{folder}{slash}W_enc_{name.removeprefix('W_dec_')}" if _is_half(file, "W_dec_") else file
-
-
-def _is_half(file: str, prefix: str) -> bool:
-    return file.rpartition("/")[2].startswith(prefix)
+    for own, other in (("W_enc_", "W_dec_"), ("W_dec_", "W_enc_")):
+        if name.startswith(own):
+            return f"{folder}{slash}{other}{name.removeprefix(own)}"
+    return file
 
 
 def _counted(folder: str, weights: list[str]) -> str:
@@ -224,13 +215,13 @@ def _address(path: str, revision: str | None) -> _Address:
 def _listed(path: str, revision: str | None) -> _Address:
     release, _, sae_id = path.strip("/").partition("/")
     try:
-        found = releases.find_release(release, sae_id)
+        published = releases.find_release(release, sae_id)
     except ValueError as err:
         raise HubError(
             f"{path or 'an empty path'}: no such file or folder here, and {err}; "
             f"what is on the hub is written {SCHEME}org/name/path/in/repo"
         ) from err
-    return _Address(found.repo, found.path, revision, found)
+    return _Address(published.repo, published.path, revision, published)
 
 
 @contextmanager
@@ -256,7 +247,6 @@ def _explained(address: _Address) -> Iterator[None]:
 
 
 def _listing(address: _Address, endpoint: str | None) -> tuple[str, Set[str]]:
-    """The commit that the revision names, and every file in it."""
     info = HfApi(endpoint=endpoint).model_info(address.repo, revision=address.revision, timeout=_TIMEOUT_S)
     if info.sha is None:
         raise HubError(f"{address}: the hub does not say which commit {address.revision or 'main'} is")
@@ -268,7 +258,7 @@ def _from_cache(address: _Address, home: Path, why: str) -> HubSae:
     ref = home / "refs" / revision
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
     snapshot = home / "snapshots" / commit
-    names = {one.relative_to(snapshot).as_posix() for one in snapshot.rglob("*") if one.is_file()}
+    names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
     if not names:
         raise HubError(f"{address}: nothing of {revision} is there; {looked}")
     try:

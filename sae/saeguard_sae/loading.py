@@ -38,11 +38,11 @@ class LoadError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedSae:
-    """An SAE read from disk, not yet tied to a model (``binding.bind``). ``digest`` as ``LoadedSae`` has it."""
+    """An SAE read from disk, not yet tied to a model (``bind``). ``digest`` as ``LoadedSae`` has it."""
 
     name: str
     format: str
-    found: ParsedSae
+    parsed: ParsedSae
     digest: str
     catalogue: Catalogue
 
@@ -106,10 +106,10 @@ def open_sae(
         LoadError: unknown format, a convention not supported, or bad weights.
     """
     try:
-        kind, found = read_sae(Source(path, origin, choices or Choices()), facts)
-        entries = catalogue.read_catalogue(path if path.is_dir() else path.parent, found.dictionary.d_sae)
-        decided = {one: value for one, value in _merged(choices, facts).given().items() if one in found.used}
-        return OpenedSae(name, kind, found, with_settings(weights_digest(found.files), decided), entries)
+        kind, parsed = read_sae(Source(path, origin, choices or Choices()), facts)
+        entries = catalogue.read_catalogue(path if path.is_dir() else path.parent, parsed.dictionary.d_sae)
+        choices_used = {key: value for key, value in _merged(choices, facts).given().items() if key in parsed.used}
+        return OpenedSae(name, kind, parsed, with_settings(weights_digest(parsed.files), choices_used), entries)
     except (ValueError, OSError) as err:
         raise LoadError(f"SAE {name!r} in {path}: {err}") from err
 
@@ -126,28 +126,31 @@ def load_sae(name: str, path: Path, site: Site | None = None) -> LoadedSae:
         LoadError: unknown format, a convention not supported, bad weights, or no site known.
     """
     opened = open_sae(name, path)
-    found = opened.found
-    where = site if site is not None else found.reads
-    writes = tuple(one for one in found.writes if isinstance(one, Site))
-    if not isinstance(where, Site) or len(writes) < len(found.writes):
+    where = site if site is not None else opened.parsed.reads
+    writes = tuple(place for place in opened.parsed.writes if isinstance(place, Site))
+    if not isinstance(where, Site) or len(writes) < len(opened.parsed.writes):
         raise LoadError(f"SAE {name!r} in {path}: its files do not say where in the model it belongs; give the site")
+    return _loaded(opened, where, opened.parsed.dictionary, writes)
+
+
+def _loaded(opened: OpenedSae, site: Site, dictionary: SparseCoder, writes: tuple[Site, ...]) -> LoadedSae:
     return LoadedSae(
-        name,
-        where,
-        found.dictionary,
+        opened.name,
+        site,
+        dictionary,
         opened.digest,
         opened.catalogue,
         writes,
         format=opened.format,
-        conventions=found.conventions,
-        stated_l0=found.stated_l0,
+        conventions=opened.parsed.conventions,
+        stated_l0=opened.parsed.stated_l0,
     )
 
 
 def weights_digest(files: tuple[Path, ...]) -> str:
     """SHA-256 over the files' names and bytes in the order of their names, hex."""
     total = hashlib.sha256()
-    for file in sorted(files, key=lambda one: one.name):
+    for file in sorted(files, key=lambda path: path.name):
         with file.open("rb") as stream:
             part = hashlib.file_digest(stream, "sha256").digest()
         total.update(file.name.encode() + b"\0" + part)
@@ -171,18 +174,18 @@ def read_sae(source: Source, facts: Choices | None = None) -> tuple[str, ParsedS
         ValueError: no known format, something in it that is not understood, or a choice that it cannot use.
     """
     path, known = _find(source.path)
-    given = {name for name, value in source.choices.given().items() if value is not None}
-    found = known.load(replace(source, path=path, choices=_merged(source.choices, facts)))
-    if unused := sorted(given - found.used):
+    parsed = known.parse(replace(source, path=path, choices=_merged(source.choices, facts)))
+    choices = {name for name, value in source.choices.given().items() if value is not None}
+    if unused := sorted(choices - parsed.used):
         raise ValueError(f"{unused[0]}: the {known.NAME} format, or this SAE in it, leaves no such choice")
-    return known.NAME, found
+    return known.NAME, parsed
 
 
 def _merged(choices: Choices | None, facts: Choices | None) -> Choices:
-    said = choices or Choices()
-    if said.scale is not None or facts is None:
-        return said
-    return replace(said, scale=facts.scale, scale_said_by=facts.scale_said_by)
+    choices = choices or Choices()
+    if choices.scale is not None or facts is None:
+        return choices
+    return replace(choices, scale=facts.scale, scale_said_by=facts.scale_said_by)
 
 
 def detect_format(path: Path) -> str | None:
@@ -191,29 +194,26 @@ def detect_format(path: Path) -> str | None:
 
 
 def _find(path: Path) -> tuple[Path, Format]:
-    """The format, and the file or folder that holds it."""
     if not path.exists():
         raise FileNotFoundError("no such file or folder")
     for known in FORMATS:
         if known.recognises(path):
             return path, known
-    inside = sorted(one for one in path.iterdir() if one.suffix in _WEIGHTS) if path.is_dir() else []
+    inside = sorted(file for file in path.iterdir() if file.suffix in _WEIGHTS) if path.is_dir() else []
     if len(inside) == 1:
         return _find(inside[0])
     if path.suffix in (".pt", ".pth"):
         checkpoint(path)  # says why no format could look into it, where that is so
     if path.name.endswith((".pkl", ".pkl.gz")):
         raise ValueError("a pickle, which could run any code, is not read; save its state dict alone with torch.save")
-    names = f"; name one of its files: {', '.join(one.name for one in inside[:8])}" if inside else ""
-    raise ValueError(f"not a known SAE format{names}; known are {', '.join(one.NAME for one in FORMATS)}")
+    names = f"; name one of its files: {', '.join(file.name for file in inside[:8])}" if inside else ""
+    raise ValueError(f"not a known SAE format{names}; known are {', '.join(known.NAME for known in FORMATS)}")
 
 
 # SAEs of models that TransformerLens had changed, on the model as Hugging Face runs it.
-#
 # TransformerLens folds norms into the weights after them, centres what writes to the residual stream, and moves value
 # biases; the model computes the same, but the activations that an SAE saw differ. Each difference is exact and has an
 # exact counterpart on our side.
-
 
 _CENTRED = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_read", "mlp_out", "resid_post")
 """Points whose activations lose their mean under ``center_writing_weights``."""
@@ -239,7 +239,8 @@ def as_unprocessed(
     if site.point == "mlp_in":
         return dictionary, Site(site.layer, "mlp_normalized")  # with the gain folded into the MLP
     if site.point == "attn_z":
-        return _shifted(dictionary, value_bias(model, config, site.layer)), site
+        bias = value_bias(model, config, site.layer)
+        return dictionary if bias is None else shifted(dictionary, bias), site
     return dictionary, site
 
 
@@ -259,10 +260,8 @@ def _centred(dictionary: Dictionary) -> Dictionary:
     return replace(dictionary, normalisation="centred")
 
 
-def _shifted(dictionary: Dictionary, shift: Tensor | None) -> Dictionary:
-    """The SAE of ``x - shift`` as an SAE of x."""
-    if shift is None:
-        return dictionary
+def shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
+    """The SAE of ``x - shift`` as an SAE of x. Raises ValueError: it normalises x, or writes somewhere else."""
     if dictionary.normalisation != "none" or dictionary.is_transcoder:
         raise ValueError("a value bias under a normalisation is not supported")
     shift = shift.to(dictionary.W_enc)
@@ -309,9 +308,6 @@ def _neox_value_bias(block: Any) -> Tensor:
     return folded.flatten().detach()
 
 
-# Ties an SAE to the model it is served with: its sites found, the model's own conventions applied, widths compared.
-
-
 USER = "the settings"
 
 
@@ -332,12 +328,12 @@ def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Ov
     Raises:
         LoadError: no site is known, the model lacks it, it writes before it reads, or an override cannot apply.
     """
-    said = overrides or Overrides()
+    overrides = overrides or Overrides()
     try:
-        dictionary, notes = _overridden(opened.found.dictionary, said)
-        site = _place(said.site or opened.found.reads, config, "site")
-        writes = _writes(opened.found, said, config)
-        processing = _processing(opened.found, said, dictionary, site, config)
+        dictionary, notes = _overridden(opened.parsed.dictionary, overrides)
+        site = _place(overrides.site or opened.parsed.reads, config, "site")
+        writes = _writes(opened.parsed, overrides, config)
+        processing = _processing(opened.parsed, overrides, dictionary, site, config)
         if isinstance(dictionary, Dictionary):
             dictionary, site = as_unprocessed(dictionary, site, processing, model, config)
         elif processing != "none":
@@ -346,31 +342,24 @@ def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Ov
         _check_sites(site, writes, dictionary, config)
     except ValueError as err:
         raise LoadError(f"SAE {opened.name!r}: {err}") from err
-    notes += _site_notes(said, opened.found, site, writes, processing)
-    return LoadedSae(
-        name=opened.name,
-        site=site,
-        dictionary=dictionary,
-        digest=with_settings(opened.digest, _meaning(said)),
-        catalogue=opened.catalogue,
-        writes=writes,
+    notes += _site_notes(overrides, opened.parsed, site, writes, processing)
+    return replace(
+        _loaded(opened, site, dictionary, writes),
+        digest=with_settings(opened.digest, _meaning(overrides)),
         write_gain=gain,
-        format=opened.format,
-        conventions=(*opened.found.conventions, *notes),
-        stated_l0=opened.found.stated_l0,
+        conventions=(*opened.parsed.conventions, *notes),
     )
 
 
-def _meaning(said: Overrides) -> dict[str, object]:
-    """What the user says about the weights; its sites are part of every receipt anyway."""
+def _meaning(overrides: Overrides) -> dict[str, object]:
     names = ("apply_b_dec_to_input", "normalize_activations", "processing")
-    return {name: value for name in names if (value := getattr(said, name)) is not None}
+    return {name: value for name in names if (value := getattr(overrides, name)) is not None}
 
 
-def _overridden(coder: SparseCoder, said: Overrides) -> tuple[SparseCoder, list[Convention]]:
+def _overridden(coder: SparseCoder, overrides: Overrides) -> tuple[SparseCoder, list[Convention]]:
     notes = []
     for name, field in (("apply_b_dec_to_input", "centre"), ("normalize_activations", "normalisation")):
-        value = getattr(said, name)
+        value = getattr(overrides, name)
         if value is None:
             continue
         if isinstance(coder, Temporal):
@@ -380,8 +369,10 @@ def _overridden(coder: SparseCoder, said: Overrides) -> tuple[SparseCoder, list[
     return coder, notes
 
 
-def _processing(found: ParsedSae, said: Overrides, coder: SparseCoder, site: Site, config: ModelConfig) -> Processing:
-    processing = said.processing or found.processing
+def _processing(
+    parsed: ParsedSae, overrides: Overrides, coder: SparseCoder, site: Site, config: ModelConfig
+) -> Processing:
+    processing = overrides.processing or parsed.processing
     if processing is not None:
         return processing
     if isinstance(coder, Dictionary) and matters(coder, site, config):
@@ -400,14 +391,13 @@ def _place(place: Place | None, config: ModelConfig, setting: str) -> Site:
     return place
 
 
-def _writes(found: ParsedSae, said: Overrides, config: ModelConfig) -> tuple[Site, ...]:
-    """Where it writes; empty for the place it reads."""
-    if said.write_site is not None:
-        if len(found.writes) > 1:
-            raise ValueError(f"write_site: it writes at {len(found.writes)} sites, which its files name")
-        return (said.write_site,)
-    writes = tuple(_place(one, config, "write_site") for one in found.writes)
-    if not writes and isinstance(found.dictionary, Dictionary) and found.dictionary.is_transcoder:
+def _writes(parsed: ParsedSae, overrides: Overrides, config: ModelConfig) -> tuple[Site, ...]:
+    if overrides.write_site is not None:
+        if len(parsed.writes) > 1:
+            raise ValueError(f"write_site: it writes at {len(parsed.writes)} sites, which its files name")
+        return (overrides.write_site,)
+    writes = tuple(_place(place, config, "write_site") for place in parsed.writes)
+    if not writes and isinstance(parsed.dictionary, Dictionary) and parsed.dictionary.is_transcoder:
         raise ValueError("its files do not say where it writes; give the write_site")
     return writes
 
@@ -417,7 +407,7 @@ def _past_the_norm(
 ) -> tuple[tuple[Site, ...], Tensor | None]:
     """What the norm makes before its gain is no module's output: it is edited behind the gain, times the gain."""
     written = writes or (site,)
-    if all(one.point != "mlp_normalized" for one in written):
+    if all(place.point != "mlp_normalized" for place in written):
         return writes, None
     if len(written) > 1:
         raise ValueError("writing before a norm's gain at one of several sites is not supported")
@@ -427,27 +417,29 @@ def _past_the_norm(
 
 def _check_sites(site: Site, writes: tuple[Site, ...], coder: SparseCoder, config: ModelConfig) -> None:
     known = sites(config)
-    for one in (site, *writes):
-        if one not in known:
-            raise ValueError(f"{one} is not a site of this {config.model_type} model")
-        if depth(one) < depth(site):
-            raise ValueError(f"it reads at {site} and cannot write at {one}, which comes before")
+    for place in (site, *writes):
+        if place not in known:
+            raise ValueError(f"{place} is not a site of this {config.model_type} model")
+        if depth(place) < depth(site):
+            raise ValueError(f"it reads at {site} and cannot write at {place}, which comes before")
     if coder.d_out % max(len(writes), 1):
         raise ValueError(f"its decoder rows are {coder.d_out} wide, which {len(writes)} sites cannot share equally")
 
 
 def _site_notes(
-    said: Overrides, found: ParsedSae, site: Site, writes: tuple[Site, ...], processing: Processing
+    overrides: Overrides, parsed: ParsedSae, site: Site, writes: tuple[Site, ...], processing: Processing
 ) -> list[Convention]:
     """What is not among the files' own conventions: the user's word, and what became of a place in this model."""
     notes = []
-    if said.site is not None or site != found.reads:
-        notes.append(Convention("site", str(site), USER if said.site else f"this model: {found.reads}"))
-    if writes and (said.write_site is not None or writes != found.writes):
-        written = ", ".join(map(str, found.writes)) or str(found.reads)
+    if overrides.site is not None or site != parsed.reads:
+        notes.append(Convention("site", str(site), USER if overrides.site else f"this model: {parsed.reads}"))
+    if writes and (overrides.write_site is not None or writes != parsed.writes):
+        written = ", ".join(map(str, parsed.writes)) or str(parsed.reads)
         notes.append(
-            Convention("writes", ", ".join(map(str, writes)), USER if said.write_site else f"this model: {written}")
+            Convention(
+                "writes", ", ".join(map(str, writes)), USER if overrides.write_site else f"this model: {written}"
+            )
         )
-    if said.processing is not None:
+    if overrides.processing is not None:
         notes.append(Convention("processing", processing, USER))
     return notes

@@ -5,26 +5,20 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 import torch
 from torch import Tensor
 
-from saeguard_sae.catalogue import FEATURES, BadCatalogue, CatalogueFeature, CatalogueToken, Example, read_features
-
-# What one record of a published file says about one feature, before units are converted and records merged.
-
-
-_DIGITS = re.compile(r"[0-9]{1,18}")
+from saeguard_sae.catalogue import BadCatalogue, CatalogueFeature, CatalogueToken, Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,42 +46,6 @@ class ImportedFeature:
     examples: tuple[Example, ...] = ()
 
 
-def index_of(value: int | str, where: str) -> int:
-    """A feature's number, which some files write as text.
-
-    Raises:
-        BadCatalogue: it is neither.
-    """
-    if isinstance(value, str) and not _DIGITS.fullmatch(value):
-        raise BadCatalogue(f"{where}: index: must be a whole number, got {value[:40]!r}")
-    return int(value)
-
-
-def finite(value: float, name: str, where: str) -> float:
-    """The number.
-
-    Raises:
-        BadCatalogue: it is infinite or not a number.
-    """
-    if not isfinite(value):
-        raise BadCatalogue(f"{where}: {name}: must be a finite number, got {value}")
-    return value
-
-
-def share(value: float, name: str, where: str) -> float:
-    """The number, which is a share of something.
-
-    Raises:
-        BadCatalogue: it is outside 0..1.
-    """
-    if not 0.0 <= value <= 1.0:
-        raise BadCatalogue(f"{where}: {name}: must be 0 to 1, got {value}")
-    return value
-
-
-# Turns the records of many files into one entry per feature, in raw units.
-
-
 Units: TypeAlias = Literal["unit_decoder", "raw"]
 """What a file's activations are counted in: as if every decoder row had length 1, which is how Neuronpedia prepares
 most SAEs (not temporal ones, and not top-k ones that are not rescaled by the decoder's norm), or as the SAE gives them.
@@ -110,87 +68,41 @@ class Dropped:
     """Records of sources that were not chosen."""
 
 
-class UnitScale:
-    """Converts a file's activations to raw ones: ``f_unit = f_raw * norm`` for a decoder row of that length.
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What files say about an SAE's features."""
+
+    features: dict[int, CatalogueFeature]
+    """By index, in raw units; a feature that no record mentions is not there."""
+    read: int
+    """Records."""
+    dropped: Dropped
+
+
+def import_features(
+    files: Sequence[Path], d_sae: int, *, decoder_norms: Tensor | None = None, units: Units, source: str | None = None
+) -> ImportReport:
+    """Reads files of one SAE; they may divide its features, or tell different things of the same ones.
+
+    A file whose name ends in ``.csv`` or ``.csv.gz`` is a table, everything else a Neuronpedia export.
+
+    Args:
+        d_sae: features of the SAE.
+        decoder_norms: [d_sae] lengths of the decoder's rows, in the SAE as it is served; needed for ``unit_decoder``.
+        units: what the files count activations in.
+        source: the SAE to take, as Neuronpedia calls it ("20-gemmascope-res-16k", or with the model before it and a
+            slash); needed where the files hold several.
 
     Raises:
-        ValueError: norms are needed and missing, or not one per feature.
+        BadCatalogue: a file that cannot be read or means another SAE; names file, line and field.
+        ValueError: the norms are missing, or not one per feature.
     """
-
-    def __init__(self, units: Units, decoder_norms: Tensor | None, d_sae: int) -> None:
-        if units not in ("unit_decoder", "raw"):
-            raise ValueError(f"units must be unit_decoder or raw, got {units!r}")
-        self._norms: list[float] | None = None
-        if units == "unit_decoder":
-            if decoder_norms is None or tuple(decoder_norms.shape) != (d_sae,):
-                raise ValueError(f"values in units of a unit decoder need the decoder's {d_sae} norms")
-            self._norms = decoder_norms.detach().to("cpu", torch.float64).tolist()
-
-    def value(self, value: float, index: int, where: str) -> float:
-        """An activation."""
-        return self._checked(value / self._norm(index, where), where)
-
-    def logit(self, value: float, index: int, where: str) -> float:
-        """An effect per unit of activation, which grows as that unit does."""
-        return self._checked(value * self._norm(index, where), where)
-
-    def _norm(self, index: int, where: str) -> float:
-        norm = 1.0 if self._norms is None else self._norms[index]
-        if not (isfinite(norm) and norm > 0.0):
-            raise BadCatalogue(f"{where}: index: feature {index} has a decoder norm of {norm}: it has no raw units")
-        return norm
-
-    @staticmethod
-    def _checked(value: float, where: str) -> float:
-        if not isfinite(value):
-            raise BadCatalogue(f"{where}: a value is too large once it is in raw units")
-        return value
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is known of one feature so far."""
-
-    label: ImportedLabel | None = None
-    maximum: float | None = None
-    density: float | None = None
-    top_tokens: tuple[CatalogueToken, ...] = ()
-    examples: list[Example] = field(default_factory=list)
-
-    def add_label(self, label: ImportedLabel) -> bool:
-        """Whether one of two labels had to go."""
-        if not label.text:
-            return True
-        is_second = self.label is not None
-        if self.label is None or _score(label) > _score(self.label):
-            self.label = label
-        return is_second
-
-    def add_example(self, example: Example) -> bool:
-        """Whether one had to go."""
-        same = next((one for one in self.examples if one.text == example.text), None)
-        if same is not None:
-            self.examples.remove(same)
-            example = max(same, example, key=lambda one: one.value)
-        self.examples.append(example)
-        self.examples.sort(key=lambda one: -one.value)
-        is_over = len(self.examples) > EXAMPLES
-        del self.examples[EXAMPLES:]
-        return is_over or same is not None
-
-    def feature(self, index: int) -> CatalogueFeature:
-        """Its line of the catalogue."""
-        label = self.label or ImportedLabel("")
-        return CatalogueFeature(
-            index=index,
-            label=label.text or None,
-            label_metric=label.metric,
-            label_score=label.score,
-            maximum=self.maximum,
-            density=self.density,
-            top_tokens=self.top_tokens,
-            examples=tuple(self.examples),
-        )
+    collector = Collector(d_sae, UnitScale(units, decoder_norms, d_sae), source)
+    for file in files:
+        is_table = file.name.lower().removesuffix(".gz").endswith(".csv")
+        for entry in _csv_entries(file) if is_table else _neuronpedia_entries(file):
+            collector.add(entry)
+    return ImportReport(collector.features(), collector.read, collector.dropped)
 
 
 class Collector:
@@ -219,11 +131,7 @@ class Collector:
         self._take(entry, self._known.setdefault(entry.index, _Known()))
 
     def features(self) -> dict[int, CatalogueFeature]:
-        """Everything, by index.
-
-        Raises:
-            BadCatalogue: nothing was of the chosen source.
-        """
+        """Everything, by index. Raises BadCatalogue: nothing was of the chosen source."""
         if self._taken is None and self._left:
             raise BadCatalogue(
                 f"no record of source {self._source!r}; the files hold {', '.join(list(self._left)[:5])}"
@@ -261,8 +169,8 @@ class Collector:
 
     def _raw(self, entry: ImportedFeature) -> tuple[CatalogueToken, ...]:
         return tuple(
-            CatalogueToken(one.token, self._scale.logit(one.logit, entry.index, entry.where))
-            for one in entry.top_tokens
+            CatalogueToken(promoted.token, self._scale.logit(promoted.logit, entry.index, entry.where))
+            for promoted in entry.top_tokens
         )
 
 
@@ -270,96 +178,95 @@ def _score(label: ImportedLabel) -> float:
     return float("-inf") if label.score is None else label.score
 
 
-# Reads published files record by record, compressed or not, so that large ones never lie in memory as a whole.
+@dataclass(slots=True)
+class _Known:
+    label: ImportedLabel | None = None
+    maximum: float | None = None
+    density: float | None = None
+    top_tokens: tuple[CatalogueToken, ...] = ()
+    examples: list[Example] = field(default_factory=list)
+
+    def add_label(self, label: ImportedLabel) -> bool:
+        """Whether one of two labels had to go."""
+        if not label.text:
+            return True
+        is_second = self.label is not None
+        if self.label is None or _score(label) > _score(self.label):
+            self.label = label
+        return is_second
+
+    def add_example(self, example: Example) -> bool:
+        """Whether one had to go."""
+        same = next((known for known in self.examples if known.text == example.text), None)
+        if same is not None:
+            self.examples.remove(same)
+            example = max(same, example, key=lambda item: item.value)
+        self.examples.append(example)
+        self.examples.sort(key=lambda item: -item.value)
+        is_over = len(self.examples) > EXAMPLES
+        del self.examples[EXAMPLES:]
+        return is_over or same is not None
+
+    def feature(self, index: int) -> CatalogueFeature:
+        """Its line of the catalogue."""
+        label = self.label or ImportedLabel("")
+        return CatalogueFeature(
+            index=index,
+            label=label.text or None,
+            label_metric=label.metric,
+            label_score=label.score,
+            maximum=self.maximum,
+            density=self.density,
+            top_tokens=self.top_tokens,
+            examples=tuple(self.examples),
+        )
 
 
-Stream: TypeAlias = io.BufferedReader | gzip.GzipFile
-
-LONGEST_LINE = 16 * 2**20
-LARGEST_ARRAY = 512 * 2**20
-"""An array is one JSON value, which is read as a whole; the same records one a line need no such limit."""
-_BOM = b"\xef\xbb\xbf"
-
-
-def json_records(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Every record of a file of JSON, one a line or all in an array, with where it stands.
+class UnitScale:
+    """Converts a file's activations to raw ones: ``f_unit = f_raw * norm`` for a decoder row of that length.
 
     Raises:
-        BadCatalogue: damaged, too large, or an array that is not JSON.
+        ValueError: norms are needed and missing, or not one per feature.
     """
-    with _opened(file) as stream:
-        start = stream.peek(1024).removeprefix(_BOM).lstrip()
-        yield from _elements(file, stream) if start.startswith(b"[") else _lines(file, stream)
+
+    def __init__(self, units: Units, decoder_norms: Tensor | None, d_sae: int) -> None:
+        if units not in ("unit_decoder", "raw"):
+            raise ValueError(f"units must be unit_decoder or raw, got {units!r}")
+        self._norms: list[float] | None = None
+        if units == "unit_decoder":
+            if decoder_norms is None or tuple(decoder_norms.shape) != (d_sae,):
+                raise ValueError(f"values in units of a unit decoder need the decoder's {d_sae} norms")
+            self._norms = decoder_norms.detach().to("cpu", torch.float64).tolist()
+
+    def value(self, value: float, index: int, where: str) -> float:
+        """An activation."""
+        return _in_range(value / self._norm(index, where), where)
+
+    def logit(self, value: float, index: int, where: str) -> float:
+        """An effect per unit of activation, which grows as that unit does."""
+        return _in_range(value * self._norm(index, where), where)
+
+    def _norm(self, index: int, where: str) -> float:
+        norm = 1.0 if self._norms is None else self._norms[index]
+        if not (isfinite(norm) and norm > 0.0):
+            raise BadCatalogue(f"{where}: index: feature {index} has a decoder norm of {norm}: it has no raw units")
+        return norm
 
 
-def text_lines(file: Path) -> Iterator[str]:
-    """Every line of a text file with its line end, decoded from UTF-8.
-
-    Raises:
-        BadCatalogue: damaged, not text, or a line is too long.
-    """
-    with _opened(file) as stream:
-        for number, line in _numbered(file, stream):
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as err:
-                raise BadCatalogue(f"{file}:{number}: not UTF-8: {err}") from err
+def _in_range(value: float, where: str) -> float:
+    if not isfinite(value):
+        raise BadCatalogue(f"{where}: a value is too large once it is in raw units")
+    return value
 
 
-def _lines(file: Path, stream: Stream) -> Iterator[tuple[str, bytes]]:
-    for number, line in _numbered(file, stream):
-        if line.strip():
-            yield f"{file}:{number}", line
-
-
-def _elements(file: Path, stream: Stream) -> Iterator[tuple[str, bytes]]:
-    data = stream.read(LARGEST_ARRAY + 1)
-    if len(data) > LARGEST_ARRAY:
-        raise BadCatalogue(f"{file}: an array of more than {LARGEST_ARRAY} bytes; write one record a line")
-    try:
-        found = msgspec.json.decode(data.removeprefix(_BOM), type=list[msgspec.Raw])
-    except msgspec.DecodeError as err:
-        raise BadCatalogue(f"{file}: not JSON: {err}") from err
-    for number, one in enumerate(found):
-        yield f"{file}[{number}]", bytes(one)
-
-
-def _numbered(file: Path, stream: Stream) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    while line := stream.readline(LONGEST_LINE + 1):
-        number += 1
-        if len(line) > LONGEST_LINE:
-            raise BadCatalogue(f"{file}:{number}: a line of more than {LONGEST_LINE} bytes")
-        yield number, line.removeprefix(_BOM) if number == 1 else line
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Stream]:
-    """The file's bytes, unpacked where it begins as gzip does, whatever its name."""
-    try:
-        with file.open("rb") as raw:
-            if raw.peek(2)[:2] != b"\x1f\x8b":
-                yield raw
-                return
-            with gzip.GzipFile(fileobj=raw) as unpacked:
-                yield unpacked
-    except (OSError, EOFError, zlib.error) as err:
-        raise BadCatalogue(f"{file}: {err}") from err
-
-
-# Neuronpedia's exports: explanations, features with statistics, activations, and features as its API answers them.
-#
-# The exports are the rows of its tables Explanation, Neuron and Activation, one JSON object a line
-# (``batch-0.jsonl.gz`` below ``v1/<model>/<source>/`` of its datasets), formerly one array. Relied on, and everything
-# else left alone:
-#
-# - all: ``modelId``, ``layer`` (the source, such as "20-gemmascope-res-16k"), ``index`` (text, or a number); -
-# explanations: ``description``; ``scores`` with ``value`` and ``explanationScoreTypeName`` (the API has them, the
-# exports do not); - features: ``maxActApprox``, ``frac_nonzero``, ``pos_str`` with ``pos_values`` (the tokens that
-# the decoder's row promotes, by their logits); a zero in the first two is the table's default and means unknown; -
-# activations: ``tokens``, ``values``, ``maxValue``, ``maxValueTokenIndex``; - the API's features have
-# ``explanations`` and ``activations`` inside.
-
+# Neuronpedia's exports are the rows of its tables Explanation, Neuron and Activation, one JSON object a line
+# (``batch-0.jsonl.gz`` below ``v1/<model>/<source>/`` of its datasets), formerly one array; its API answers features
+# with ``explanations`` and ``activations`` inside. Relied on, and everything else left alone:
+# - all: ``modelId``, ``layer`` (the source, such as "20-gemmascope-res-16k"), ``index`` (text, or a number);
+# - explanations: ``description``; ``scores`` with ``value`` and ``explanationScoreTypeName``, which the exports lack;
+# - features: ``maxActApprox``, ``frac_nonzero``, ``pos_str`` with ``pos_values`` (the tokens that the decoder's row
+#   promotes, by their logits); a zero in the first two is the table's default and means unknown;
+# - activations: ``tokens``, ``values``, ``maxValue``, ``maxValueTokenIndex``.
 
 BOS = (
     "<bos>",
@@ -399,8 +306,6 @@ class _Activation(msgspec.Struct):
 
 
 class _Record(msgspec.Struct):
-    """A row of any of the tables."""
-
     index: int | str
     layer: str
     model: str | None = msgspec.field(name="modelId", default=None)
@@ -419,19 +324,14 @@ class _Record(msgspec.Struct):
 
     def says_nothing(self) -> bool:
         parts = (self.description, self.maximum, self.density, self.pos_str, self.tokens)
-        return all(one is None for one in (*parts, self.explanations, self.activations))
+        return all(part is None for part in (*parts, self.explanations, self.activations))
 
 
 _DECODER = msgspec.json.Decoder(_Record)
 
 
-def neuronpedia_entries(file: Path) -> Iterator[ImportedFeature]:
-    """Every record of a file.
-
-    Raises:
-        BadCatalogue: not JSON, not a record of these tables, or a value that cannot be; names file, line and field.
-    """
-    for where, data in json_records(file):
+def _neuronpedia_entries(file: Path) -> Iterator[ImportedFeature]:
+    for where, data in _json_records(file):
         record = _decode(data, where)
         if record.says_nothing():
             raise BadCatalogue(f"{where}: neither description, tokens nor maxActApprox: not a record that is known")
@@ -442,8 +342,8 @@ def _decode(data: bytes, where: str) -> _Record:
     try:
         return _DECODER.decode(data)
     except msgspec.ValidationError as err:
-        found = _PATH.search(str(err))
-        at = f"{found[1]}: " if found and found[1] else ""
+        path = _PATH.search(str(err))
+        at = f"{path[1]}: " if path and path[1] else ""
         raise BadCatalogue(f"{where}: {at}{_PATH.sub('', str(err))}") from err
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadCatalogue(f"{where}: not JSON: {err}; wanted is one record a line, or an array of them") from err
@@ -458,21 +358,21 @@ def _neuronpedia_entry(record: _Record, where: str) -> ImportedFeature:
         fired.append(_Activation(record.tokens, record.values, record.max_value, record.position))
     return ImportedFeature(
         where=where,
-        index=index_of(record.index, where),
+        index=_index(record.index, where),
         model=record.model,
         source=record.layer,
-        labels=tuple(_label(one, where) for one in explained),
-        maximum=finite(record.maximum, "maxActApprox", where) if record.maximum else None,
-        density=share(record.density, "frac_nonzero", where) if record.density else None,
+        labels=tuple(_label(explanation, where) for explanation in explained),
+        maximum=_finite(record.maximum, "maxActApprox", where) if record.maximum else None,
+        density=_share(record.density, "frac_nonzero", where) if record.density else None,
         top_tokens=_promoted(record.pos_str or [], record.pos_values or [], where),
-        examples=tuple(example for one in fired if (example := _example(one, where))),
+        examples=tuple(example for activation in fired if (example := _example(activation, where))),
     )
 
 
 def _label(explanation: _Explanation, where: str) -> ImportedLabel:
     """Its best score, by whichever metric: the exports of one source use one."""
-    scores = [(finite(one.value, "scores", where), one.metric) for one in explanation.scores or ()]
-    best = max(scores, key=lambda one: one[0], default=(None, None))
+    scores = [(_finite(score.value, "scores", where), score.metric) for score in explanation.scores or ()]
+    best = max(scores, key=lambda pair: pair[0], default=(None, None))
     return ImportedLabel(explanation.description.strip(), *best)
 
 
@@ -480,42 +380,34 @@ def _promoted(tokens: list[str], logits: list[float], where: str) -> tuple[Catal
     if len(tokens) != len(logits):
         raise BadCatalogue(f"{where}: pos_values: {len(logits)} values for {len(tokens)} tokens")
     pairs = zip(tokens, logits, strict=True)
-    return tuple(CatalogueToken(_shown(token), finite(logit, "pos_values", where)) for token, logit in pairs)
+    return tuple(CatalogueToken(_as_text(token), _finite(logit, "pos_values", where)) for token, logit in pairs)
 
 
 def _example(activation: _Activation, where: str) -> Example | None:
     """The text up to the token on which the feature fired most; None where it did not fire."""
     tokens, values = activation.tokens, activation.values or []
     value = activation.maximum if activation.maximum is not None else max(values, default=0.0)
-    if finite(value, "maxValue", where) <= 0.0:
+    if _finite(value, "maxValue", where) <= 0.0:
         return None
     at = activation.position if activation.position is not None else values.index(value) if value in values else -1
     if not 0 <= at < len(tokens):
         raise BadCatalogue(f"{where}: maxValueTokenIndex: {at} is outside the {len(tokens)} tokens")
     first = 1 if tokens[0] in BOS else 0
-    return Example("".join(map(_shown, tokens[first : at + 1])), at, value)
+    return Example("".join(map(_as_text, tokens[first : at + 1])), at, value)
 
 
-def _shown(token: str) -> str:
-    return _SPELLED.sub(lambda found: _VOCABULARY[found[0]], token)
+def _as_text(token: str) -> str:
+    return _SPELLED.sub(lambda match: _VOCABULARY[match[0]], token)
 
 
-# A plain table: ``index,label`` and any of ``maximum,density,label_score,label_metric``; empty cells say nothing.
-
-
+# A plain table; empty cells say nothing.
 NEEDED = ("index", "label")
 OPTIONAL = ("maximum", "density", "label_score", "label_metric")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def csv_entries(file: Path) -> Iterator[ImportedFeature]:
-    """Every row of a file.
-
-    Raises:
-        BadCatalogue: an unknown or missing column, or a cell that cannot be; names file, line and column.
-    """
-    reader = csv.reader(text_lines(file), strict=True)
-    rows = _rows(reader, file)
+def _csv_entries(file: Path) -> Iterator[ImportedFeature]:
+    rows = _rows(file)
     header = next(rows, (1, []))[1]
     _check_header(header, f"{file}:1")
     for number, row in rows:
@@ -525,23 +417,15 @@ def csv_entries(file: Path) -> Iterator[ImportedFeature]:
         yield _csv_entry(dict(zip(header, row, strict=True)), where)
 
 
-def _rows(reader: Iterator[list[str]], file: Path) -> Iterator[tuple[int, list[str]]]:
+def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows that are not blank, with the line they end on."""
-    number = 0
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as err:
-            raise BadCatalogue(f"{file}:{_line(reader, number)}: not CSV: {err}") from err
-        number = _line(reader, number)
-        if row is None:
-            return
-        if row:
-            yield number, [cell.strip() for cell in row]
-
-
-def _line(reader: object, otherwise: int) -> int:
-    return int(getattr(reader, "line_num", otherwise))
+    reader = csv.reader(_text_lines(file), strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, [cell.strip() for cell in row]
+    except csv.Error as err:
+        raise BadCatalogue(f"{file}:{reader.line_num}: not CSV: {err}") from err
 
 
 def _check_header(header: list[str], where: str) -> None:
@@ -562,10 +446,10 @@ def _csv_entry(row: dict[str, str], where: str) -> ImportedFeature:
         raise BadCatalogue(f"{where}: label: empty, but it has a score or a metric")
     return ImportedFeature(
         where=where,
-        index=index_of(row["index"], where),
+        index=_index(row["index"], where),
         labels=(ImportedLabel(row["label"], score, metric),) if row["label"] else (),
         maximum=maximum,
-        density=None if density is None else share(density, "density", where),
+        density=None if density is None else _share(density, "density", where),
     )
 
 
@@ -575,94 +459,90 @@ def _number(row: dict[str, str], name: str, where: str) -> float | None:
         return None
     if not _NUMBER.fullmatch(cell):
         raise BadCatalogue(f"{where}: {name}: must be a number, got {cell[:40]!r}")
-    return finite(float(cell), name, where)
+    return _finite(float(cell), name, where)
 
 
-# From published files to features of the catalogue.
+Stream: TypeAlias = io.BufferedReader | gzip.GzipFile
+
+LONGEST_LINE = 16 * 2**20
+LARGEST_ARRAY = 512 * 2**20
+"""An array is one JSON value, which is read as a whole; the same records one a line need no such limit."""
+_BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class ImportReport:
-    """What files say about an SAE's features."""
-
-    features: dict[int, CatalogueFeature]
-    """By index, in raw units; a feature that no record mentions is not there."""
-    read: int
-    """Records."""
-    dropped: Dropped
+def _json_records(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Every record of a file of JSON, one a line or all in an array, with where it stands."""
+    with _opened(file) as stream:
+        start = stream.peek(1024).removeprefix(_BOM).lstrip()
+        yield from _elements(file, stream) if start.startswith(b"[") else _lines(file, stream)
 
 
-def import_features(
-    files: Sequence[Path],
-    d_sae: int,
-    *,
-    decoder_norms: Tensor | None = None,
-    units: Units,
-    source: str | None = None,
-) -> ImportReport:
-    """Reads files of one SAE; they may divide its features, or tell different things of the same ones.
-
-    A file whose name ends in ``.csv`` or ``.csv.gz`` is a table, everything else a Neuronpedia export.
-
-    Args:
-        d_sae: features of the SAE.
-        decoder_norms: [d_sae] lengths of the decoder's rows, in the SAE as it is served; needed for ``unit_decoder``.
-        units: what the files count activations in.
-        source: the SAE to take, as Neuronpedia calls it ("20-gemmascope-res-16k", or with the model before it and a
-            slash); needed where the files hold several.
-
-    Raises:
-        BadCatalogue: a file that cannot be read or means another SAE; names file, line and field.
-        ValueError: the norms are missing, or not one per feature.
-    """
-    collector = Collector(d_sae, UnitScale(units, decoder_norms, d_sae), source)
-    for file in files:
-        is_table = file.name.lower().removesuffix(".gz").endswith(".csv")
-        for entry in csv_entries(file) if is_table else neuronpedia_entries(file):
-            collector.add(entry)
-    return ImportReport(collector.features(), collector.read, collector.dropped)
+def _text_lines(file: Path) -> Iterator[str]:
+    with _opened(file) as stream:
+        for number, line in _numbered(file, stream):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as err:
+                raise BadCatalogue(f"{file}:{number}: not UTF-8: {err}") from err
 
 
-# Puts features into the catalogue that lies beside an SAE's weights.
+def _lines(file: Path, stream: Stream) -> Iterator[tuple[str, bytes]]:
+    for number, line in _numbered(file, stream):
+        if line.strip():
+            yield f"{file}:{number}", line
 
 
-_LABEL = ("label", "label_metric", "label_score")
-"""Replaced together: a score belongs to the label that was scored."""
-
-
-def merge_entries(
-    existing: Mapping[int, CatalogueFeature], new: Mapping[int, CatalogueFeature]
-) -> dict[int, CatalogueFeature]:
-    """Every feature of both, by index. Field by field what ``new`` says wins, and what it does not say stays."""
-    both = {index: _merged(existing[index], one) if index in existing else one for index, one in new.items()}
-    return dict(sorted({**existing, **both}.items()))
-
-
-def write_catalogue(directory: Path, features: Mapping[int, CatalogueFeature]) -> None:
-    """Merges features into the directory's ``features.jsonl``, which afterwards is the old one or the new one.
-
-    Raises:
-        BadCatalogue: the one that is there cannot be read.
-        OSError: it cannot be written.
-    """
-    target = directory / FEATURES
-    part = directory / f"{FEATURES}.part"
-    merged = merge_entries(read_features(target) if target.is_file() else {}, features)
+def _elements(file: Path, stream: Stream) -> Iterator[tuple[str, bytes]]:
+    data = stream.read(LARGEST_ARRAY + 1)
+    if len(data) > LARGEST_ARRAY:
+        raise BadCatalogue(f"{file}: an array of more than {LARGEST_ARRAY} bytes; write one record a line")
     try:
-        with part.open("wb") as stream:
-            stream.writelines(msgspec.json.encode(one) + b"\n" for one in merged.values())
-            stream.flush()
-            # Before it gets its name: after a crash the name must not stand for a file that was not written.
-            os.fsync(stream.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+        records = msgspec.json.decode(data.removeprefix(_BOM), type=list[msgspec.Raw])
+    except msgspec.DecodeError as err:
+        raise BadCatalogue(f"{file}: not JSON: {err}") from err
+    for number, record in enumerate(records):
+        yield f"{file}[{number}]", bytes(record)
 
 
-def _merged(old: CatalogueFeature, new: CatalogueFeature) -> CatalogueFeature:
-    said: dict[str, Any] = {
-        name: value for name, value in msgspec.structs.asdict(new).items() if value not in (None, (), {})
-    }
-    if new.label is not None:
-        said |= {name: getattr(new, name) for name in _LABEL}
-    return msgspec.structs.replace(old, **said)
+def _numbered(file: Path, stream: Stream) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise BadCatalogue(f"{file}:{number}: a line of more than {LONGEST_LINE} bytes")
+        yield number, line.removeprefix(_BOM) if number == 1 else line
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Stream]:
+    """The file's bytes, unpacked where it begins as gzip does, whatever its name."""
+    try:
+        with file.open("rb") as raw:
+            if raw.peek(2)[:2] != b"\x1f\x8b":
+                yield raw
+                return
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield unpacked
+    except (OSError, EOFError, zlib.error) as err:
+        raise BadCatalogue(f"{file}: {err}") from err
+
+
+_DIGITS = re.compile(r"[0-9]{1,18}")
+
+
+def _index(value: int | str, where: str) -> int:
+    if isinstance(value, str) and not _DIGITS.fullmatch(value):
+        raise BadCatalogue(f"{where}: index: must be a whole number, got {value[:40]!r}")
+    return int(value)
+
+
+def _finite(value: float, name: str, where: str) -> float:
+    if not isfinite(value):
+        raise BadCatalogue(f"{where}: {name}: must be a finite number, got {value}")
+    return value
+
+
+def _share(value: float, name: str, where: str) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise BadCatalogue(f"{where}: {name}: must be 0 to 1, got {value}")
+    return value

@@ -63,11 +63,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """The site a text names.
-
-        Raises:
-            ValueError: anything but ``point.layer``.
-        """
+        """The site a text names. Raises ValueError: anything but ``point.layer``."""
         for point in POINTS:
             layer = text.removeprefix(f"{point}.")
             if layer != text and layer.isascii() and layer.isdigit() and str(int(layer)) == layer:
@@ -207,11 +203,7 @@ class UnknownArchitecture(ValueError):
 
 
 def layout(model_type: str) -> Layout:
-    """The module paths of an architecture.
-
-    Raises:
-        UnknownArchitecture: names the known ones and how to add one.
-    """
+    """The module paths of an architecture. Raises UnknownArchitecture: names the known ones and how to add one."""
     if model_type not in LAYOUTS:
         known = ", ".join(sorted(LAYOUTS))
         raise UnknownArchitecture(
@@ -253,11 +245,7 @@ def depth(site: Site) -> tuple[int, int]:
 
 
 def locate(model: nn.Module, config: ModelConfig, site: Site) -> Located:
-    """The module of a site and how to reach its tensor.
-
-    Raises:
-        ValueError: the model has no such site.
-    """
+    """The module of a site and how to reach its tensor. Raises ValueError: the model has no such site."""
     where = layout(config.model_type)
     if site not in sites(config):
         raise ValueError(f"{site} is not a site of this {config.model_type} model")
@@ -347,11 +335,7 @@ class ModelLoadError(ValueError):
 
 
 def torch_dtype(name: str, allowed: tuple[str, ...] = DTYPES) -> torch.dtype:
-    """The dtype of this name.
-
-    Raises:
-        ValueError: none of those that are allowed.
-    """
+    """The dtype of this name. Raises ValueError: none of those that are allowed."""
     import torch
 
     if name not in allowed:

@@ -1,7 +1,7 @@
 """Which features of a competing activation are let through, without encoding more than that takes. All of it exact.
 
-A feature of TopK is on when fewer than k rivals score above it. Three shortcuts: a value of 0 needs no rank (a negative
-pre-activation under ReLU); the dictionary is encoded in blocks and a token is done when k rivals are above each of its
+A feature of TopK is on when fewer than k others score above it. Three shortcuts: a value of 0 needs no rank (a negative
+pre-activation under ReLU); the dictionary is encoded in blocks and a token is done when k others are above each of its
 features; GroupMax compares within its group alone. Ties at the k-th place count as let through, where ``torch.topk``
 takes one of them.
 """
@@ -19,13 +19,12 @@ from torch.nn.functional import pad
 from saeguard_sae.dictionary import (
     ActivationFunction,
     Columns,
+    CompetingActivation,
     Dictionary,
     GroupMax,
     ReLU,
-    Selection,
     TanhReLU,
     TopK,
-    is_selection,
     normalise,
 )
 
@@ -39,7 +38,7 @@ class Competitors:
     """Those that the features of a dictionary compete with: all of it, or only the groups of ``features``."""
 
     dictionary: Dictionary
-    selection: Selection
+    selection: CompetingActivation
     W_enc: Tensor
     """[d_in, n]"""
     bias: Tensor
@@ -49,15 +48,15 @@ class Competitors:
 
     @classmethod
     def of(cls, dictionary: Dictionary, features: Iterable[int]) -> Competitors:
-        """The rivals of these features. Groups' rows are copied; everything else is a view."""
+        """The competitors of these features. Groups' rows are copied; everything else is a view."""
         selection = dictionary.activation
-        assert is_selection(selection), "only competing features have rivals"
+        assert isinstance(selection, CompetingActivation), "only competing features have competitors"
         first = torch.full((selection.groups,), -1, dtype=torch.int64, device=dictionary.W_enc.device)
         if not isinstance(selection, GroupMax):
             first[:] = 0
             return cls(dictionary, selection, dictionary.W_enc, dictionary.centred_bias(), first)
         size = dictionary.d_sae // selection.groups
-        groups = torch.tensor(sorted({one // size for one in features}), device=first.device)
+        groups = torch.tensor(sorted({feature // size for feature in features}), device=first.device)
         first[groups] = torch.arange(len(groups), device=first.device) * size
         rows = (groups[:, None] * size + torch.arange(size, device=first.device)).flatten()
         W_enc, bias = dictionary.W_enc.T[rows].T.float(), dictionary.b_enc[rows].float()
@@ -91,7 +90,6 @@ class Competitors:
         return undecided & self._ranks(n, features, score, undecided)
 
     def _leads(self, n: Tensor, features: Tensor, score: Tensor) -> Tensor:
-        """Whether each feature is the largest of its group."""
         size = self.dictionary.d_sae // self.selection.groups
         every = self.selection.score(n @ self.W_enc.float() + self.bias)
         at = self.first[features // size] + features % size
@@ -133,15 +131,11 @@ def _with_own(every: Tensor, features: Tensor, score: Tensor, part: slice) -> Te
 
 # Upper bounds of every pre-activation of many tokens, by one bfloat16 product: what is below one need not be
 # computed.
-#
 # Let a token z and a feature's row w be z' and w' in bfloat16. By Cauchy-Schwarz,
-#
 # ``z . w <= z' . w' + |z' - z| |w'| + |z| |w' - w|``.
-#
 # The last two terms and the bias are columns of the same product, each rounded up, so that the product is the bound
 # itself. Summing in float32 can add ``d_in`` roundings; the bound has room for four times as many, which also covers
 # those of the float32 product that it stands in for.
-
 
 EXTRA = 8
 """Columns beside the input's own: two error terms, the bias in two parts, and zeros that keep rows aligned."""
@@ -196,7 +190,7 @@ class UpperBound:
         near = z.bfloat16()
         norm = z.norm(dim=1, keepdim=True)
         errors = [(near.float() - z).norm(dim=1, keepdim=True), norm]
-        columns = [_up(one * (1 + _ROUGH) + _TINY) for one in errors]
+        columns = [_up(error * (1 + _ROUGH) + _TINY) for error in errors]
         ones = near.new_ones(len(near), 2)
         zeros = near.new_zeros(len(near), EXTRA - 4)
         product = self._product(torch.cat([near, *columns, ones, zeros], dim=1))
@@ -216,8 +210,8 @@ class UpperBound:
     def _product(self, x: Tensor) -> Tensor:
         """x [N, d_in + EXTRA] -> bfloat16 [N, rows], negative ones as 0."""
         if x.device.type == "cpu":
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.rows, None, "relu", [], "")
-            return found
+            bounds: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.rows, None, "relu", [], "")
+            return bounds
         # Summed and returned in float32: partial sums in bfloat16 would break the bound.
         wide: Tensor = torch.ops.aten.mm.dtype(x, self.rows.T, torch.float32)
         return wide.relu_().bfloat16()

@@ -92,17 +92,17 @@ def at(repo: str, path: str) -> PublishedSae | None:
 @cache
 def _list() -> dict[str, Any]:
     packed = files("saeguard_sae").joinpath(_DATA).read_bytes()
-    found: dict[str, Any] = json.loads(lzma.decompress(packed))
-    return found
+    releases: dict[str, Any] = json.loads(lzma.decompress(packed))
+    return releases
 
 
 @cache
 def _places() -> dict[tuple[str, str], PublishedSae]:
-    found: dict[tuple[str, str], PublishedSae] = {}
+    places: dict[tuple[str, str], PublishedSae] = {}
     for release in all_releases().values():
         for sae in release.saes.values():
-            found.setdefault((sae.repo, sae.path), sae)
-    return found
+            places.setdefault((sae.repo, sae.path), sae)
+    return places
 
 
 def _release(name: str, listed: dict[str, Any]) -> Release:

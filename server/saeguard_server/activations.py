@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from saeguard.requests import ActivationRequest, FeatureSelection, ModelInput, TopKSelection
+from saeguard.requests import ActivationRequest, FeatureSelection, Selection, TopKSelection
 from saeguard.results import ActivationPart
+from saeguard.types import FeatureRef
 from saeguard_server.admission import Admission
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import Engine, InspectTask, Pick
+from saeguard_server.engine.protocol import Engine, InspectTask
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.settings import LimitSettings
@@ -42,43 +43,44 @@ class ReadActivations:
                         yield part
 
     def _compile(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
-        picks = self._picks(request)
-        return [self._task(request, call, picks, index, input) for index, input in enumerate(request.inputs)]
+        selections = self._selections(request)
+        tasks = []
+        for index, input in enumerate(request.inputs):
+            encoded = encode_input(self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].")
+            tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
+            steering = compile_steering(self._engine, request.interventions, None, tokens)
+            tasks.append(
+                InspectTask(
+                    call=call, index=index, tokens=encoded.ids, offsets=encoded.offsets, selections=selections,
+                    steering=steering,
+                )
+            )  # fmt: skip
+        return tasks
 
-    def _task(
-        self, request: ActivationRequest, call: Call, picks: tuple[Pick, ...], index: int, input: ModelInput
-    ) -> InspectTask:
-        encoded = encode_input(self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].")
-        tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
-        steering = compile_steering(self._engine, request.interventions, None, tokens)
-        return InspectTask(
-            call=call, index=index, tokens=encoded.ids, offsets=encoded.offsets, picks=picks, steering=steering
-        )
-
-    def _picks(self, request: ActivationRequest) -> tuple[Pick, ...]:
+    def _selections(self, request: ActivationRequest) -> tuple[tuple[str, Selection], ...]:
+        """What to keep of which SAE, each name and feature known."""
         for index, name in enumerate(request.saes):
             find_sae(self._engine, name, f"saes[{index}]")
         selection = request.selection
         if isinstance(selection, FeatureSelection):
-            return self._features(request.saes, selection)
+            return self._by_sae(request.saes, selection)
         if isinstance(selection, TopKSelection):
             self._check_values("top_k", selection.k)
-            return tuple(Pick(sae=name, top_k=selection.k) for name in request.saes)
-        return tuple(Pick(sae=name, threshold=selection.value) for name in request.saes)
+        return tuple((name, selection) for name in request.saes)
 
-    def _features(self, saes: Sequence[str], selection: FeatureSelection) -> tuple[Pick, ...]:
+    def _by_sae(self, saes: Sequence[str], selection: FeatureSelection) -> tuple[tuple[str, Selection], ...]:
         self._check_values("features.features", len(selection.features))
-        by_sae: dict[str, list[int]] = {name: [] for name in saes}
+        by_sae: dict[str, list[FeatureRef]] = {name: [] for name in saes}
         for index, ref in enumerate(selection.features):
             field = f"features.features[{index}]"
             find_feature(self._engine, ref, field)
             if saes and ref.sae not in saes:
                 raise InvalidRequest(f"{field}.sae", f"{ref.sae!r} is not in saes")
-            by_sae.setdefault(ref.sae, []).append(ref.feature)
+            by_sae.setdefault(ref.sae, []).append(ref)
         for index, name in enumerate(saes):
             if not by_sae[name]:
                 raise InvalidRequest(f"saes[{index}]", f"no feature of {name!r} is named")
-        return tuple(Pick(sae=name, features=tuple(features)) for name, features in by_sae.items())
+        return tuple((name, FeatureSelection(refs)) for name, refs in by_sae.items())
 
     def _check_values(self, field: str, values: int) -> None:
         if values > self._limits.max_activation_values:

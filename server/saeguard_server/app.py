@@ -19,7 +19,8 @@ from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import Admission, RpcLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_model, describe_server
-from saeguard_server.engine.choice import LoadedEngine, load_engine
+from saeguard_server.engine.choice import load_engine
+from saeguard_server.engine.protocol import Engine
 from saeguard_server.generation import Counterfactuals, Generation, RequestRecorder
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
@@ -44,7 +45,7 @@ UNWIND_S = 2.0
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-Loader: TypeAlias = Callable[[Settings, Metrics], LoadedEngine]
+Loader: TypeAlias = Callable[[Settings, Metrics], Engine]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class App:
 
     address: Address
     metrics_port: int | None
-    engine: LoadedEngine
+    engine: Engine
     metrics: Metrics
     _server: grpc.aio.Server
     _interceptor: RpcInterceptor
@@ -172,7 +173,7 @@ def _export(settings: ServerSettings, metrics: Metrics, stack: AsyncExitStack) -
     return stack.enter_context(Exporter(metrics.registry, Address.parse(settings.metrics_listen))).port
 
 
-def _is_ready(engine: LoadedEngine, limiter: RpcLimiter, policies: Policies | None) -> bool:
+def _is_ready(engine: Engine, limiter: RpcLimiter, policies: Policies | None) -> bool:
     return engine.is_ready() and (policies is None or policies.is_current()) and not limiter.is_leaving
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SaeguardError(Exception):
@@ -44,6 +44,16 @@ class SaeguardError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses' constructors take other arguments than exceptions are pickled with.
+        return _rebuild, (type(self), self.args, vars(self))
+
+
+def _rebuild(kind: type[SaeguardError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> SaeguardError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class RequestFieldError(SaeguardError):

@@ -299,7 +299,9 @@ async def measure_divergence(
             sampling=Sampling(temperature=0.0, prompt_logprobs=True),
             max_new_tokens=1,
             # The answer is there: it is read to its end.
-            steering=replace(steering, guards=tuple(replace(condition, stops=False) for condition in steering.guards)),
+            steering=replace(
+                steering, conditions=tuple(replace(condition, stops=False) for condition in steering.conditions)
+            ),
             watch=(),
             measure=(measure, side),
         )

@@ -74,7 +74,7 @@ def _warn(settings: ServedSaeSettings, hub_sae: HubSae) -> None:
 
 def _with_facts(opened: OpenedSae, known: PublishedSae | None, hub_sae: HubSae) -> OpenedSae:
     """What the list of releases says in place of, or beyond, what the files say."""
-    conventions, parsed = list(opened.found.conventions), opened.found
+    conventions, parsed = list(opened.parsed.conventions), opened.parsed
     if hub_sae.origin is not None:
         where = f"{hub_sae.origin.repo}/{hub_sae.origin.path}".rstrip("/")
         conventions.append(Convention("published at", where, f"commit {hub_sae.revision}"))
@@ -86,4 +86,4 @@ def _with_facts(opened: OpenedSae, known: PublishedSae | None, hub_sae: HubSae) 
         if known.l0 is not None and parsed.stated_l0 is None:
             parsed = replace(parsed, stated_l0=known.l0)
             conventions.append(Convention("L0", f"{known.l0:g}", source))
-    return replace(opened, found=replace(parsed, conventions=tuple(conventions)))
+    return replace(opened, parsed=replace(parsed, conventions=tuple(conventions)))

@@ -19,11 +19,12 @@ from demo.harvest import PASS_TOKENS
 from demo.lm import BOS_ID, N_SPECIAL, PAD_ID, Tokens, as_row, decode, token_id
 from saeguard.types import KINDS
 from saeguard_client import ChatMessage
-from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable, Rows, RowSpan
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss
 from saeguard_sae.models import Site, hooked
+from saeguard_sae.rows import Rows, RowSpan
 from saeguard_sae.train.lm import LanguageModel
 from saeguard_sae.train.quality.material import EvaluationBatch, evaluation_batches, pad_rows
 from saeguard_server.demo.scenarios import SCORERS, Lexicon, NeutralChange, ScenarioEdit, Side, interval, repetition

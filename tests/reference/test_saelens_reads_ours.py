@@ -113,6 +113,6 @@ def test_computes_the_same_bits_in_half_precision(theirs: Path) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_reads_what_was_trained(name: str, theirs: Path) -> None:
-    loaded = saelens.load(Source(theirs / f"trained {name}")).dictionary
+    loaded = saelens.parse(Source(theirs / f"trained {name}")).dictionary
     assert isinstance(loaded, Dictionary)
     compare(loaded, theirs / f"trained {name}")

@@ -202,7 +202,7 @@ def test_processing_that_is_not_stated_is_asked_for_only_where_it_matters(models
     llama, gpt2 = models("llama"), models("gpt2")
     stream = opened(coder(), Site(1, "resid_post"), processing=None)
     heads = opened(coder(), Site(1, "attn_z"), processing=None)
-    assert bind(stream, llama, llama.config).dictionary is stream.found.dictionary
+    assert bind(stream, llama, llama.config).dictionary is stream.parsed.dictionary
     for sae, model in ((stream, gpt2), (heads, gpt2), (heads, llama)):
         with pytest.raises(LoadError, match="give the processing: transformer_lens"):
             bind(sae, model, model.config)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.edit_table import Group, Rows, RowSpan
+from saeguard_sae.rows import Group, Rows, RowSpan
 
 
 @st.composite

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU
-from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable, Rows, RowSpan
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import load_sae
+from saeguard_sae.rows import Rows, RowSpan
 from support.saes import ARCHITECTURES, PlainSae, plain_sae, save_sae
 from support.tables import edited, rows
 

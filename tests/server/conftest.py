@@ -116,12 +116,12 @@ class FakeEngine:
     async def inspect(self, task: InspectTask) -> AsyncIterator[ActivationPart]:
         self.tasks.append(task)
         tokens = tuple(TokenText(one, f"w{one}", at) for one, at in zip(task.tokens, task.offsets, strict=True))
-        for pick in task.picks:
-            features = pick.features if pick.features is not None else (0,)
+        for sae, selection in task.selections:
+            features = [ref.feature for ref in getattr(selection, "features", ())] or [0]
             rows, width = len(tokens), len(features)
             yield ActivationPart(
-                task.index, pick.sae, tokens, array("I", range(0, rows * width + 1, width)),
-                array("I", list(features) * rows), array("f", [0.5] * (rows * width)), 0, True,
+                task.index, sae, tokens, array("I", range(0, rows * width + 1, width)),
+                array("I", features * rows), array("f", [0.5] * (rows * width)), 0, True,
             )  # fmt: skip
 
     def _completion(self, task: GenerateTask, generated: int) -> Completion:

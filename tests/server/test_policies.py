@@ -142,7 +142,7 @@ async def test_nothing_is_served_without_policies_that_are_known(server: Server)
 async def test_a_policys_stop_has_the_last_token_read(server: Server) -> None:
     server.put_in_force(policy("a", triggers=(Trigger("end", when(), Stop()),)))
     _, task = await server.run()
-    assert task.steering.guards[0].stops
+    assert task.steering.conditions[0].stops
     # One position more than without: a scope that holds only the last token then holds one.
     last = Zero("mid", 2, scope=replace(edit(1.0).scope, start=5))
     await server.run(last)

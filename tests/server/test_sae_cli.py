@@ -126,7 +126,7 @@ def test_convert_keeps_every_value(name: str, sae: Cli, tmp_path: Path) -> None:
     difference = float(out.split()[-1])
     assert difference <= 1e-6
     x = torch.randn(9, made.d_in, generator=torch.Generator().manual_seed(1))
-    found = saelens.load(Source(tmp_path / "out")).dictionary.encode(x)
+    found = saelens.parse(Source(tmp_path / "out")).dictionary.encode(x)
     wanted = made.encode(x.double())
     assert float((found - wanted).abs().max()) <= 2e-5 * max(1.0, float(wanted.abs().max()))
 

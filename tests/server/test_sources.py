@@ -30,7 +30,7 @@ def cached(home: Path, repo: str, inside: str) -> Path:
 
 
 def told(source: Any) -> dict[str, tuple[str, str]]:
-    return {one.name: (one.value, one.source) for one in source.sae.found.conventions}
+    return {one.name: (one.value, one.source) for one in source.sae.parsed.conventions}
 
 
 def test_a_repository_says_where_its_saes_belong(tmp_path: Path) -> None:
@@ -38,8 +38,8 @@ def test_a_repository_says_where_its_saes_belong(tmp_path: Path) -> None:
     arrays = {"W_enc": np.ones((4, 6)), "W_dec": np.ones((6, 4)), "b_enc": np.ones(6), "b_dec": np.ones(4)}
     np.savez(path / "params.npz", **arrays, threshold=np.ones(6))
     source = open_sae_source(ServedSaeSettings(name="one", path=str(path)))
-    assert source.sae.found.reads == Site(0, "resid_post")
-    assert source.sae.found.stated_l0 == 105
+    assert source.sae.parsed.reads == Site(0, "resid_post")
+    assert source.sae.parsed.stated_l0 == 105
     assert told(source)["L0"] == ("105", "SAELens 6.54.12: gemma-scope-2b-pt-res")
     where, commit = told(source)["published at"]
     assert where == "google/gemma-scope-2b-pt-res/layer_0/width_16k/average_l0_105"
@@ -57,12 +57,12 @@ def mlp_tm(tmp_path: Path) -> Path:
 
 def test_a_list_of_releases_gives_what_files_lack(tmp_path: Path) -> None:
     source = open_sae_source(ServedSaeSettings(name="one", path=str(mlp_tm(tmp_path))))
-    plain, coder = plain_sae("standard", 4, 8, seed=3), source.sae.found.dictionary
+    plain, coder = plain_sae("standard", 4, 8, seed=3), source.sae.parsed.dictionary
     x, scale = torch.randn(5, 4), 1.049317316132615
     w = plain.weights
     wanted = torch.relu((x * scale - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
     torch.testing.assert_close(coder.encode(x), wanted, rtol=1e-5, atol=1e-5)
-    assert source.sae.found.processing == "centred"
+    assert source.sae.parsed.processing == "centred"
 
 
 def test_the_users_word_wins(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_users_word_wins(tmp_path: Path) -> None:
     source = open_sae_source(settings)
     w, x = plain_sae("standard", 4, 8, seed=3).weights, torch.randn(5, 4)
     wanted = torch.relu((x * 2 - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
-    torch.testing.assert_close(source.sae.found.dictionary.encode(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(source.sae.parsed.dictionary.encode(x), wanted, rtol=1e-5, atol=1e-5)
     assert source.sae.digest != open_sae_source(ServedSaeSettings(name="one", path=settings.path)).sae.digest
     assert source.overrides.processing == "none"
     assert (source.overrides.site, source.overrides.write_site) == (Site(3, "mlp_out"), Site(3, "resid_post"))
@@ -104,7 +104,7 @@ def test_a_choice_reaches_the_format(tmp_path: Path) -> None:
         open_sae_source(ServedSaeSettings(name="one", path=str(made.path)))
     source = open_sae_source(ServedSaeSettings(name="one", path=str(made.path), k=3))
     x = torch.randn(6, made.d_in)
-    assert int((source.sae.found.dictionary.encode(x) != 0).sum(-1).max()) <= 3
+    assert int((source.sae.parsed.dictionary.encode(x) != 0).sum(-1).max()) <= 3
 
 
 def test_a_path_without_a_commit_is_told(

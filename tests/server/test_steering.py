@@ -25,10 +25,9 @@ from saeguard.types import (
     Window,
     Zero,
 )
-from saeguard_sae.catalogue import CatalogueFeature
+from saeguard_sae.catalogue import CatalogueFeature, write_catalogue
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
-from saeguard_sae.metadata import write_catalogue
 from saeguard_server.engine.protocol import Origin, Steering
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest, UnknownName
@@ -69,10 +68,10 @@ def steering(engine: Any, *edits: Intervention, triggers: tuple[Trigger, ...] = 
 
 def test_units_become_raw(engine: TransformersEngine) -> None:
     one = FeatureRef("resid_post", 4)
-    found = steering(engine, gated(when(one, threshold=0.5, release=0.25, unit="max"))).guards[0]
+    found = steering(engine, gated(when(one, threshold=0.5, release=0.25, unit="max"))).conditions[0]
     assert (found.threshold, found.release) == (4.0, 2.0)
     norm = float(engine.saes["resid_post"].dictionary.W_dec[4].norm())
-    found = steering(engine, gated(when(one, threshold=3.0, unit="unit_decoder"))).guards[0]
+    found = steering(engine, gated(when(one, threshold=3.0, unit="unit_decoder"))).conditions[0]
     assert found.threshold == found.release == pytest.approx(3.0 / norm)
 
 
@@ -83,8 +82,8 @@ def test_scopes_become_positions_and_equal_conditions_are_shared(engine: Transfo
         triggers=(Trigger("a", generated), Trigger("b", generated, Apply((Zero("resid_post", 9),)))),
     )  # fmt: skip
     assert [one.gate for one in found.edits] == [2, 2, 3, None, 1], "a trigger's guard is its own"
-    assert [(one.first, one.last) for one in found.guards] == [(4, FOREVER)] * 3 + [(0, FOREVER)]
-    assert [(one.is_trigger, one.latches, one.origin.rule) for one in found.guards] == [
+    assert [(one.first, one.last) for one in found.conditions] == [(4, FOREVER)] * 3 + [(0, FOREVER)]
+    assert [(one.is_trigger, one.latches, one.origin.rule) for one in found.conditions] == [
         (True, False, "a"), (True, True, "b"), (False, False, ""), (False, False, "")
     ]  # fmt: skip
 
@@ -178,7 +177,7 @@ def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
     first, second = found.edits
     assert (first.affine, first.is_limited, first.origin, first.gate) == (Affine(lo=1, hi=2), False, origin, 1)
     assert (second.is_shadow, second.first) == (True, 50)
-    assert [(one.stops, one.is_shadow) for one in found.guards] == [(False, True), (False, False)]
+    assert [(one.stops, one.is_shadow) for one in found.conditions] == [(False, True), (False, False)]
     with pytest.raises(InvalidRequest, match="max_relative_edit: has nothing to limit"):
         steer([own], [], 0.5, REACH)
 

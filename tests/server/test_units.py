@@ -10,8 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from saeguard.types import Add, Cap, Clamp, Floor, Intervention
-from saeguard_sae.catalogue import CatalogueFeature
-from saeguard_sae.metadata import write_catalogue
+from saeguard_sae.catalogue import CatalogueFeature, write_catalogue
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.observe import Metrics

@@ -11,16 +11,16 @@ from typing import Any, cast
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard.requests import GenerateRequest
+from saeguard.requests import GenerateRequest, Selection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import KINDS
 from saeguard_sae.models import sites
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask, Pick
-from saeguard_server.engine.tokenizer import Assembler
+from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.core import Core
-from saeguard_server.engine.transformers.sequence import BLOCK, Event, Sequence
+from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import LimitSettings
@@ -104,13 +104,15 @@ class Stepped:
 
     def submit(self, task: GenerateTask) -> Asked:
         """A generation as the flow has made it joins the queue."""
-        return self._add(task, Assembler(self.core.model.tokenizer.stream(), task.sampling.stop))
+        return self._add(task, RequestState.of(task, self.core.model.tokenizer))
 
-    def inspect(self, tokens: Many[int], picks: tuple[Pick, ...]) -> Asked:
+    def inspect(self, tokens: Many[int], selections: tuple[tuple[str, Selection], ...]) -> Asked:
         """An inspection joins the queue."""
         call = Call("test", time.monotonic() + _LONG_S)
         offsets = (None,) * len(tokens)
-        return self._add(InspectTask(call=call, index=0, tokens=tuple(tokens), offsets=offsets, picks=picks), None)
+        return self._add(
+            InspectTask(call=call, index=0, tokens=tuple(tokens), offsets=offsets, selections=selections), None
+        )
 
     @torch.inference_mode()
     def cancel(self, asked: Asked) -> None:
@@ -150,13 +152,13 @@ class Stepped:
     def is_empty(self) -> bool:
         """Whether no slot, no block and no column of a table is held."""
         scheduler, tables = self.core.scheduler, self.core.runner.tables
-        columns = [table._order for table in tables._tables.values()]
-        is_free = scheduler.slots_in_use == 0 and scheduler.blocks.held == 0
+        columns = [table._sources for table in tables._tables.values()]
+        is_free = scheduler.slots_in_use == 0 and scheduler.blocks.in_use == 0
         return is_free and not any(columns) and scheduler.blocks.available == scheduler.blocks.count
 
-    def _add(self, task: Any, text: Assembler | None) -> Asked:
+    def _add(self, task: Any, state: RequestState | None) -> Asked:
         events: list[Event | None] = []
-        asked = Asked(Sequence(self._asked, task, text, events.append), events)
+        asked = Asked(Sequence(self._asked, task, state, events.append), events)
         self._asked += 1
         self.core.scheduler.add(asked.sequence)
         return asked

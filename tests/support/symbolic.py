@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-from saeguard.requests import Sampling
+from saeguard.requests import Sampling, TopKSelection
 from saeguard.types import Window
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
@@ -15,7 +15,6 @@ from saeguard_server.engine.protocol import (
     CompiledEdit,
     GenerateTask,
     InspectTask,
-    Pick,
     Probe,
     Steering,
 )
@@ -58,8 +57,10 @@ def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = U
 def inspection(uid: int, tokens: list[int], steering: Steering = UNSTEERED) -> Sequence:
     """A request that only reads."""
     offsets = (None,) * len(tokens)
-    picks = (Pick(sae="a", top_k=1),)
-    task = InspectTask(call=_CALL, index=0, tokens=tuple(tokens), offsets=offsets, picks=picks, steering=steering)
+    selections = (("a", TopKSelection(1)),)
+    task = InspectTask(
+        call=_CALL, index=0, tokens=tuple(tokens), offsets=offsets, selections=selections, steering=steering
+    )
     return Sequence(uid, task, None, lambda event: None)
 
 
@@ -76,7 +77,7 @@ def fingerprints(tokens: list[int], steering: Steering) -> list[int]:
 
 def _seen(steering: Steering, gate: int | None, at: int) -> object:
     """What a guard's state follows from, beside the tokens: what it is, and which of them it has seen."""
-    one = None if gate is None else steering.guards[gate]
+    one = None if gate is None else steering.conditions[gate]
     return None if one is None else (one.probe, one.threshold, one.first, min(at + 1, one.last))
 
 
@@ -90,7 +91,7 @@ def _applies(edit: CompiledEdit | CompiledCondition, at: int, token: int) -> boo
 
 
 def _scopes(sequence: Sequence) -> list[CompiledEdit | CompiledCondition]:
-    return [*sequence.task.steering.edits, *sequence.task.steering.guards]
+    return [*sequence.task.steering.edits, *sequence.task.steering.conditions]
 
 
 class Symbolic:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeguard_sae.edit_table import EditTable, Rows, RowSpan
+from saeguard_sae.edit_table import EditTable
+from saeguard_sae.rows import Rows, RowSpan
 
 
 def edited(

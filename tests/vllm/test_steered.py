@@ -16,7 +16,7 @@ from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae, load_sae
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, Steering
-from saeguard_server.engine.vllm import orders
+from saeguard_server.engine.vllm import worker_messages
 from saeguard_server.engine.vllm.steering import MAX_PAST, BatchPart, SteeredModel
 from support.saes import PlainSae, plain_sae, save_sae
 
@@ -31,7 +31,7 @@ class Runner:
         self.plain, self.sae = plain, sae
         self.wiped: list[Any] = []
         self.steered = SteeredModel(
-            ["there", "here"], {"here": sae}, slots, torch.tensor([SPECIAL]), torch.device("cpu"), self.wiped.append
+            {"here": sae}, slots, torch.tensor([SPECIAL]), torch.device("cpu"), self.wiped.append
         )
         self.orders: dict[str, bytes | None] = {}
 
@@ -45,7 +45,7 @@ class Runner:
             call=Call(name, 0.0), tokens=(1,) * prompt, sampling=Sampling(stop=("x",) if stop else ()),
             max_new_tokens=1, seed=0, steering=Steering(tuple(edits)), watch=(("here", 3),) if watch else (),
         )  # fmt: skip
-        self.orders[name] = orders.worker_request(uid, task, ("there", "here"))
+        self.orders[name] = worker_messages.worker_request(uid, task)
 
     def run(self, *reads: tuple[str, int, int], ids: int = 1, spoil: bool = False) -> tuple[Tensor, Tensor]:
         """One pass over (request, start, length) -> activations before and after."""
@@ -79,8 +79,8 @@ def test_each_request_is_edited_by_its_own_order(made: Callable[[int], Runner]) 
     f = one.plain.encode(x[5:])[:, 3]
     wanted = x[5:] + (5.0 - f)[:, None] * one.plain.weights["W_dec"][3]
     assert torch.allclose(out[5:], wanted, atol=1e-5)
-    report = one.steered.report(1, 4)
-    assert [(count.edit, count.eligible) for count in report.counts] == [(0, 2)]
+    report = one.steered.output(1, 4)
+    assert {edit: count.eligible for edit, count in report.counts.items()} == {0: 2}
     assert report.problem == ""
 
 
@@ -91,7 +91,7 @@ def test_a_preempted_request_is_counted_once(made: Callable[[int], Runner]) -> N
     one.run(("a", 6, 1))
     one.run(("a", 0, 4))
     one.run(("a", 4, 4))
-    report = one.steered.report(1, 8)
+    report = one.steered.output(1, 8)
     assert report.counts[0].eligible == 6
     assert report.forward_passes == 4
     assert [part.start for part in report.readings] == [0, 4]
@@ -104,8 +104,8 @@ def test_who_pauses_gives_its_slot_up_and_keeps_its_counts(made: Callable[[int],
     one.run(("a", 0, 5))
     one.run(("b", 0, 3))
     one.run(("a", 5, 1))
-    assert one.steered.report(1, 6).counts[0].eligible == 4
-    assert one.steered.report(2, 3).counts[0].eligible == 1
+    assert one.steered.output(1, 6).counts[0].eligible == 4
+    assert one.steered.output(2, 3).counts[0].eligible == 1
 
 
 def test_an_overrun_is_not_counted(made: Callable[[int], Runner]) -> None:
@@ -115,7 +115,7 @@ def test_an_overrun_is_not_counted(made: Callable[[int], Runner]) -> None:
     for at in range(5, 12):
         one.run(("a", at, 1))
     one.steered.forget(lambda name: False)
-    report = one.steered.report(1, 9)
+    report = one.steered.output(1, 9)
     assert report.counts[0].eligible == 7
     assert report.forward_passes == 5
 
@@ -125,7 +125,7 @@ def test_an_overrun_that_was_not_foreseen_is_a_problem(made: Callable[[int], Run
     one.ask("a", 1)
     one.run(("a", 0, 5))
     one.run(("a", 5, 1))
-    assert "read 6 tokens of this request, not 5" in one.steered.report(1, 5).problem
+    assert "read 6 tokens of this request, not 5" in one.steered.output(1, 5).problem
 
 
 def test_the_past_is_bounded(made: Callable[[int], Runner]) -> None:
@@ -134,8 +134,8 @@ def test_the_past_is_bounded(made: Callable[[int], Runner]) -> None:
     one.run(("a", 0, 5))
     for at in range(5, 5 + MAX_PAST):
         one.run(("a", at, 1))
-    assert "not 5" in one.steered.report(1, 5).problem
-    assert one.steered.report(1, 6).problem == ""
+    assert "not 5" in one.steered.output(1, 5).problem
+    assert one.steered.output(1, 6).problem == ""
 
 
 def test_special_tokens_are_left_alone(made: Callable[[int], Runner]) -> None:
@@ -143,7 +143,7 @@ def test_special_tokens_are_left_alone(made: Callable[[int], Runner]) -> None:
     one.ask("a", 1)
     x, out = one.run(("a", 0, 5), ids=SPECIAL)
     assert torch.equal(x, out)
-    assert one.steered.report(1, 5).counts[0].eligible == 0
+    assert one.steered.output(1, 5).counts[0].eligible == 0
 
 
 def test_a_gap_in_what_is_read_is_a_problem(made: Callable[[int], Runner]) -> None:
@@ -151,7 +151,7 @@ def test_a_gap_in_what_is_read_is_a_problem(made: Callable[[int], Runner]) -> No
     one.ask("a", 1)
     one.run(("a", 0, 5))
     one.run(("a", 7, 1))
-    assert "position 7 after 5 tokens" in one.steered.report(1, 8).problem
+    assert "position 7 after 5 tokens" in one.steered.output(1, 8).problem
 
 
 def test_what_is_found_before_the_first_edit_is_not_missed(made: Callable[[int], Runner]) -> None:
@@ -159,9 +159,9 @@ def test_what_is_found_before_the_first_edit_is_not_missed(made: Callable[[int],
     one.ask("a", 1, prompt=3)
     one.ask("b", 2, prompt=8)
     one.run(("a", 2, 1), ("b", 2, 6))
-    report = one.steered.report(1, 3)
+    report = one.steered.output(1, 3)
     assert (report.problem, report.counts[0].eligible, report.forward_passes) == ("", 1, 1)
-    assert "position 2 after 0 tokens" in one.steered.report(2, 8).problem
+    assert "position 2 after 0 tokens" in one.steered.output(2, 8).problem
 
 
 def test_a_preempted_request_goes_on_from_the_end_of_a_block(made: Callable[[int], Runner]) -> None:
@@ -172,11 +172,11 @@ def test_a_preempted_request_goes_on_from_the_end_of_a_block(made: Callable[[int
         one.run(("a", at, 1))
     one.run(("a", 16, 4))
     one.run(("a", 20, 1))
-    report = one.steered.report(1, 21)
+    report = one.steered.output(1, 21)
     assert (report.problem, report.counts[0].eligible, report.forward_passes) == ("", 19, 20)
-    assert one.steered.report(1, 16).counts[0].eligible == 14
+    assert one.steered.output(1, 16).counts[0].eligible == 14
     one.run(("a", 18, 3))
-    assert "position 18 after 21 tokens" in one.steered.report(1, 21).problem
+    assert "position 18 after 21 tokens" in one.steered.output(1, 21).problem
 
 
 def test_a_site_that_was_not_passed_is_a_problem(made: Callable[[int], Runner]) -> None:
@@ -184,14 +184,14 @@ def test_a_site_that_was_not_passed_is_a_problem(made: Callable[[int], Runner]) 
     one.ask("a", 1)
     one.steered.begin([BatchPart("a", 0, 0, 3)], lambda name: (one.orders[name], None), torch.ones(3), torch.arange(3))
     one.steered.end([torch.zeros(3, WIDTH)])
-    assert "passed resid_post.1 0 times" in one.steered.report(1, 3).problem
+    assert "passed resid_post.1 0 times" in one.steered.output(1, 3).problem
 
 
 def test_a_stage_counts_the_edits_of_its_own_layers(made: Callable[[int], Runner]) -> None:
     one = made(1)
     one.ask("a", 1, both=True)
     one.run(("a", 0, 5))
-    assert [(count.edit, count.eligible) for count in one.steered.report(1, 5).counts] == [(1, 3)]
+    assert {edit: count.eligible for edit, count in one.steered.output(1, 5).counts.items()} == {1: 3}
 
 
 def test_what_is_not_finite_is_wiped_when_its_request_leaves(made: Callable[[int], Runner]) -> None:
@@ -208,4 +208,4 @@ def test_what_is_not_finite_is_wiped_when_its_request_leaves(made: Callable[[int
 
 
 def test_an_unknown_request_has_no_report(made: Callable[[int], Runner]) -> None:
-    assert "knows nothing" in made(1).steered.report(5, 1).problem
+    assert "knows nothing" in made(1).steered.output(5, 1).problem

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.requests import FeatureSelection, GenerateRequest, Sampling, ThresholdSelection, TokenInput, TopKSelection
 from saeguard.types import Add, Clamp, FeatureRef, Scale, Scope
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import CompiledEdit, InspectTask, Pick, Steering
+from saeguard_server.engine.protocol import CompiledEdit, InspectTask, Steering
 from support import engines, reference, vllm
 from support.engines import Running, World, greedy, prompt
 from support.vllm import SPECIAL, plain, receipt
@@ -58,10 +58,10 @@ async def test_receipts_and_readings_are_the_embedded_engines(llama: World, one:
 
 async def test_inspections_see_what_the_embedded_engine_sees(llama: World, one: Running) -> None:
     tokens = tuple(prompt(4, 33))
-    picks = (
-        Pick(sae="resid_post", top_k=5),
-        Pick(sae="mlp_act", threshold=0.5),
-        Pick(sae="attn_z", features=(7, 0, 90)),
+    selections = (
+        ("resid_post", TopKSelection(5)),
+        ("mlp_act", ThresholdSelection(0.5)),
+        ("attn_z", FeatureSelection([FeatureRef("attn_z", feature) for feature in (7, 0, 90)])),
     )
     clamp = CompiledEdit("resid_pre", 4, "clamp", Affine(alpha=0.0, beta=6.0), 0, len(tokens), special=False)
     steering = Steering((clamp,), digest="clamped")
@@ -69,9 +69,9 @@ async def test_inspections_see_what_the_embedded_engine_sees(llama: World, one: 
     async def parts(engine: Any) -> dict[str, list[list[tuple[int, float]]]]:
         call = Call("inspect", time.monotonic() + 60)
         task = InspectTask(
-            call=call, index=2, tokens=tokens, offsets=(None,) * len(tokens), picks=picks, steering=steering
+            call=call, index=2, tokens=tokens, offsets=(None,) * len(tokens), selections=selections, steering=steering
         )
-        rows: dict[str, list[list[tuple[int, float]]]] = {pick.sae: [] for pick in picks}
+        rows: dict[str, list[list[tuple[int, float]]]] = {sae: [] for sae, _ in selections}
         async with aclosing(engine.inspect(task)) as found:
             async for part in found:
                 assert (part.input, part.start) == (2, len(rows[part.sae]))

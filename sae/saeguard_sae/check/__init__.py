@@ -1,14 +1,14 @@
 """The check of an SAE on the model it is served with: measured, compared with bounds, explained when it fails."""
 
-from saeguard_sae.check.check import CheckBounds, Hypothesis, bounds_from, hypotheses, violations
-from saeguard_sae.check.measure import SaeMeasurements, measure_sae
+from saeguard_sae.check.bounds import CheckBounds, bounds_from, violations
+from saeguard_sae.check.check import Hypothesis, hypotheses
+from saeguard_sae.check.measure import measure_sae
 from saeguard_sae.check.report import CheckReport, calibration_text, check_sae
 
 __all__ = [
     "CheckBounds",
     "CheckReport",
     "Hypothesis",
-    "SaeMeasurements",
     "bounds_from",
     "calibration_text",
     "check_sae",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf, isfinite, sqrt
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf, isfinite
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from saeguard_sae import releases
-from saeguard_sae.catalogue import Quality
+from saeguard_sae.check.bounds import CheckBounds
 from saeguard_sae.check.measure import (
     Captured,
     Reader,
-    SaeMeasurements,
     Variant,
     capture,
     is_transcoder,
@@ -24,14 +24,11 @@ from saeguard_sae.check.measure import (
     target,
 )
 from saeguard_sae.coders import SparseCoder, Temporal
-from saeguard_sae.dictionary import NORMALISATIONS, Dictionary, JumpReLU, Normalisation, is_selection
+from saeguard_sae.dictionary import NORMALISATIONS, CompetingActivation, Dictionary, JumpReLU, Normalisation
 from saeguard_sae.formats.parsed import Choices, Convention, Processing
-from saeguard_sae.loading import USER, LoadedSae, as_unprocessed, matters, value_bias
+from saeguard_sae.loading import USER, LoadedSae, as_unprocessed, matters, shifted, value_bias
 from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import ModelConfig, Site, depth, sites
-
-# One thing about an SAE done otherwise, with what to write into its settings for it.
-
 
 Kind: TypeAlias = Literal["site", "bias", "normalisation", "decoder norms", "scale", "processing"]
 
@@ -61,15 +58,15 @@ class ConventionChange:
         )
 
 
-def of_coder(**fields: Any) -> Callable[[Setup], Setup]:
-    """The change of these fields of what is served."""
+def of_coder(change: Callable[[Any], Any]) -> Callable[[Setup], Setup]:
+    """A change of what is served."""
 
     def apply(setup: Setup) -> Setup:
-        reader = setup.reader
-        assert not isinstance(reader, Temporal), "its conventions are never changed"
-        if isinstance(reader, Variant):
-            return setup._replace(reader=replace(reader, dictionary=replace(reader.dictionary, **fields)))
-        return setup._replace(reader=replace(reader, **fields))
+        own = setup.reader
+        assert not isinstance(own, Temporal), "its conventions are never changed"
+        if isinstance(own, Variant):
+            return setup._replace(reader=replace(own, dictionary=change(own.dictionary)))
+        return setup._replace(reader=change(own))
 
     return apply
 
@@ -84,26 +81,13 @@ def of_variant(**fields: Any) -> Callable[[Setup], Setup]:
     return apply
 
 
-def of_dictionary(change: Callable[[Dictionary], Dictionary]) -> Callable[[Setup], Setup]:
-    """A change that depends on what the dictionary is by then."""
-
-    def apply(setup: Setup) -> Setup:
-        assert isinstance(setup.reader, Variant), "only a dictionary is changed so"
-        return setup._replace(reader=replace(setup.reader, dictionary=change(setup.reader.dictionary)))
-
-    return apply
-
-
-# What a loaded SAE's conventions say that its weights do not.
-
-
 _SCALE = "activation scale"
 """What formats call the factor that is folded into the weights."""
 
 
 def convention(sae: LoadedSae, name: str) -> Convention | None:
     """A convention by its name, as it was decided last when the SAE was loaded."""
-    return next((one for one in reversed(sae.conventions) if one.name == name), None)
+    return next((known for known in reversed(sae.conventions) if known.name == name), None)
 
 
 def processing(sae: LoadedSae) -> Processing | None:
@@ -111,7 +95,7 @@ def processing(sae: LoadedSae) -> Processing | None:
     known = convention(sae, "processing")
     if known is None:
         return "none"
-    return next((one for one in get_args(Processing) if one == known.value), None)
+    return next((word for word in get_args(Processing) if word == known.value), None)
 
 
 def scale(sae: LoadedSae) -> float:
@@ -135,9 +119,6 @@ def gating(sae: LoadedSae) -> str | None:
     return None if known is None else known.value.partition(":")[0]
 
 
-# The units of an SAE's inputs and features, each got wrong: decoder norms and the scale of activations.
-
-
 _ALIKE = 0.01
 """Factors all this near to 1 make no difference that could be seen."""
 
@@ -150,7 +131,7 @@ def decoder_norms(sae: LoadedSae, dictionary: Dictionary) -> Iterator[Convention
         return
     dtype = dictionary.W_dec.dtype
     norms = rows.to(dtype).clamp_min(torch.finfo(dtype).tiny)
-    competes = is_selection(dictionary.activation)
+    competes = isinstance(dictionary.activation, CompetingActivation)
     # Features that do not compete only change by the factor, whether it comes before or after.
     side = "before" if competes else "after"
     yield ConventionChange(
@@ -189,9 +170,6 @@ def _factor(x: Tensor) -> float:
     return float(x.shape[-1] ** 0.5 / x.float().norm(dim=-1).mean())
 
 
-# The conventions by which an activation reaches the encoder, each got wrong: bias, normalisation, processing.
-
-
 def conventions(
     sae: LoadedSae, model: nn.Module, config: ModelConfig, x: Tensor, target: Tensor | None
 ) -> list[ConventionChange]:
@@ -220,7 +198,7 @@ def _bias(coder: SparseCoder) -> Iterator[ConventionChange]:
     flipped = not coder.centre
     what = f"b_dec is {'' if flipped else 'not '}subtracted from what it encodes"
     setting = f"apply_b_dec_to_input = {'true' if flipped else 'false'}"
-    yield ConventionChange("bias", what, setting, of_coder(centre=flipped))
+    yield ConventionChange("bias", what, setting, of_coder(partial(replace, centre=flipped)))
 
 
 def _normalisation(
@@ -230,9 +208,11 @@ def _normalisation(
     own = coder.normalisation
     for kind in NORMALISATIONS:
         if kind != own and (kind != "centred" or _has_mean(sae, coder, model, config)):
-            what = f"{_NORMALISED[kind]}{_NOT[own]}"
             yield ConventionChange(
-                "normalisation", what, _normalisation_setting(own, kind), of_coder(normalisation=kind)
+                "normalisation",
+                f"{_NORMALISED[kind]}{_NOT[own]}",
+                _normalisation_setting(own, kind),
+                of_coder(partial(replace, normalisation=kind)),
             )
 
 
@@ -280,24 +260,11 @@ def _processing(
         return
     if bias is None:
         return
-    shift = bias.to(dictionary.W_enc)
-    if processing(sae) == "transformer_lens":
-        what, setting = "the model it was trained on had its value biases in place", 'processing = "none"'
-        yield ConventionChange("processing", what, setting, of_dictionary(lambda one: _moved_convention(one, -shift)))
-    else:
-        what, setting = "the model it was trained on had its value biases folded", 'processing = "transformer_lens"'
-        yield ConventionChange("processing", what, setting, of_dictionary(lambda one: _moved_convention(one, shift)))
-
-
-def _moved_convention(dictionary: Dictionary, shift: Tensor) -> Dictionary:
-    """The SAE of ``x - shift`` as an SAE of x."""
-    b_dec = dictionary.b_dec + shift
-    if dictionary.centre:
-        return replace(dictionary, b_dec=b_dec)
-    return replace(dictionary, b_enc=dictionary.b_enc - shift @ dictionary.W_enc, b_dec=b_dec)
-
-
-# The other places that an SAE may belong to, nearest first: the neighbouring layers, this layer's other points.
+    is_folded = processing(sae) == "transformer_lens"
+    shift = -bias if is_folded else bias
+    what = f"the model it was trained on had its value biases {'in place' if is_folded else 'folded'}"
+    setting = f'processing = "{"none" if is_folded else "transformer_lens"}"'
+    yield ConventionChange("processing", what, setting, of_coder(partial(shifted, shift=shift)))
 
 
 def relocations(sae: LoadedSae, config: ModelConfig) -> list[ConventionChange]:
@@ -307,26 +274,29 @@ def relocations(sae: LoadedSae, config: ModelConfig) -> list[ConventionChange]:
         return [_reads(sae, site, None, config) for site in _others(sae, sae.site, config)]
     if not is_transcoder(sae):
         return [_reads(sae, site, site, config) for site in _others(sae, sae.site, config)]
-    found = [_moved(sae, own, *both, config) for both in _both(sae.site, own, config)]
-    found += [_reads(sae, site, own, config) for site in _others(sae, sae.site, config) if depth(site) <= depth(own)]
-    return found + [_writes(sae, own, site) for site in _others(sae, own, config) if depth(site) >= depth(sae.site)]
+    reads = (site for site in _others(sae, sae.site, config) if depth(site) <= depth(own))
+    writes = (site for site in _others(sae, own, config) if depth(site) >= depth(sae.site))
+    return [
+        *(_moved(sae, own, *both, config) for both in _both(sae.site, own, config)),
+        *(_reads(sae, site, own, config) for site in reads),
+        *(_writes(sae, own, site) for site in writes),
+    ]
 
 
 def _others(sae: LoadedSae, here: Site, config: ModelConfig) -> Iterator[Site]:
     """The same point in layers near by, the other points of this layer, the same point in layers further off."""
     same, own = _same_point(here, config), processing(sae)
-    found = [*same[:2], *sorted((one for one in sites(config) if one.layer == here.layer), key=depth), *same[2:]]
-    return (site for site in found if site != here and _binds_alike(own, here, site))
+    of_layer = sorted((site for site in sites(config) if site.layer == here.layer), key=depth)
+    return (site for site in [*same[:2], *of_layer, *same[2:]] if site != here and _binds_alike(own, here, site))
 
 
 def _same_point(here: Site, config: ModelConfig) -> list[Site]:
     """In the other layers, by distance."""
-    found = [one for one in sites(config) if one.point == here.point and one != here]
-    return sorted(found, key=lambda one: (abs(one.layer - here.layer), one.layer))
+    others = [site for site in sites(config) if site.point == here.point and site != here]
+    return sorted(others, key=lambda site: (abs(site.layer - here.layer), site.layer))
 
 
 def _both(reads: Site, writes: Site, config: ModelConfig) -> Iterator[tuple[Site, Site]]:
-    """Reading and writing moved by as many layers."""
     known = sites(config)
     for moved in _same_point(reads, config):
         layer = writes.layer + moved.layer - reads.layer
@@ -346,17 +316,17 @@ def _binds_alike(processing: Processing | None, here: Site, there: Site) -> bool
 
 def _read_setting(sae: LoadedSae, site: Site, config: ModelConfig) -> str:
     """The settings by which it reads there, by the conventions that it has here."""
-    said, own = f'site = "{site}"', processing(sae)
+    setting, own = f'site = "{site}"', processing(sae)
     is_open = own is None and isinstance(sae.dictionary, Dictionary) and matters(sae.dictionary, site, config)
     # What is an MLP's input to a processed model is another site of this one.
     is_plain = own == "transformer_lens" and site.point == "mlp_in"
-    return f'{said}\nprocessing = "none"' if is_open or is_plain else said
+    return f'{setting}\nprocessing = "none"' if is_open or is_plain else setting
 
 
-def _reads(sae: LoadedSae, site: Site, wanted: Site | None, config: ModelConfig) -> ConventionChange:
+def _reads(sae: LoadedSae, site: Site, writes: Site | None, config: ModelConfig) -> ConventionChange:
     what = f"it reads {site}, not {sae.site}"
     return ConventionChange(
-        "site", what, _read_setting(sae, site, config), lambda setup: Setup(site, wanted, setup.reader)
+        "site", what, _read_setting(sae, site, config), lambda setup: Setup(site, writes, setup.reader)
     )
 
 
@@ -365,175 +335,14 @@ def _writes(sae: LoadedSae, own: Site, site: Site) -> ConventionChange:
     return ConventionChange("site", what, f'write_site = "{site}"', lambda setup: setup._replace(target=site))
 
 
-def _moved(sae: LoadedSae, own: Site, site: Site, wanted: Site, config: ModelConfig) -> ConventionChange:
-    what = f"it reads {site} and writes {wanted}, not {sae.site} and {own}"
-    setting = f'{_read_setting(sae, site, config)}\nwrite_site = "{wanted}"'
-    return ConventionChange("site", what, setting, lambda setup: Setup(site, wanted, setup.reader))
-
-
-# What the check must find: what the settings say, else what an SAE's files state, with a margin.
-#
-# The margins are wide. Files state numbers from other text, from contexts of another length, sometimes from another
-# model of the family, and tens of percent lie between such measurements. A wrong convention does not change them by
-# tens of percent: the wrong site, bias, normalisation or scale typically multiplies or divides L0 by more than 3, or
-# leaves as much unexplained as the mean would.
-
-
-L0_FACTOR = 3.0
-"""L0 may be this many times what is stated, or as many times less."""
-FVU_FACTOR, FVU_MARGIN = 2.0, 0.1
-"""FVU may be twice what is stated, or 0.1 more, whichever is more: small ones grow by the text's own strangeness."""
-CE_FACTOR, CE_MARGIN = 3.0, 0.5
-"""The rise in cross-entropy may be 3 times what is stated and 0.5 nats more: it depends most on the text."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckBounds:
-    """None is no bound. Values that are not finite never pass."""
-
-    min_l0: float | None = None
-    """Least features that fire on a token, mean."""
-    max_l0: float | None = None
-    """Most features that fire on a token, mean."""
-    max_fvu: float | None = None
-    """Largest share of variance that may be left unexplained."""
-    max_ce_increase: float | None = None
-    """Largest rise of the model's cross-entropy, in nats per token."""
-    stated: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """How the bounds of these names follow from what the files state; the settings give those not in it."""
-
-    def __post_init__(self) -> None:
-        for name in _NAMES:
-            value = getattr(self, name)
-            if value is not None and not isfinite(value):
-                raise ValueError(f"{name} must be a number, got {value}")
-        if self.min_l0 is not None and self.max_l0 is not None and self.min_l0 > self.max_l0:
-            raise ValueError(f"min_l0 {self.min_l0:g} is above max_l0 {self.max_l0:g}")
-
-    @property
-    def middle_l0(self) -> float | None:
-        """What L0 is expected to be: as many times above the least as below the most, which is what files state."""
-        if not self.min_l0 or not self.max_l0:
-            return None
-        return sqrt(self.min_l0) * sqrt(self.max_l0)
-
-    def admits(self, l0: float, fvu: float | None) -> bool:
-        """Whether these lie inside; an FVU that was not measured does."""
-        numbers = [l0] if fvu is None else [l0, fvu]
-        low, high = self.min_l0, self.max_l0
-        within = (low is None or l0 >= low) and (high is None or l0 <= high)
-        return all(map(isfinite, numbers)) and within and (fvu is None or self.max_fvu is None or fvu <= self.max_fvu)
-
-
-_NAMES = ("min_l0", "max_l0", "max_fvu", "max_ce_increase")
-
-
-class _Derived(NamedTuple):
-    value: float
-    why: str
-
-
-def bounds_from(stated: Quality | None, stated_l0: float | None, given: CheckBounds) -> CheckBounds:
-    """The bounds that are given; for each that is not, what follows from what is stated.
-
-    Args:
-        stated: what ``quality.json`` beside the weights says.
-        stated_l0: what the SAE's own files say, where that does not.
-        given: what the settings say.
-    """
-    derived = _derived(stated or Quality(), stated_l0)
-    # A bound that is given takes the opposite one along where the two would contradict each other.
-    if given.min_l0 is not None and "max_l0" in derived and derived["max_l0"].value < given.min_l0:
-        del derived["max_l0"]
-    if given.max_l0 is not None and "min_l0" in derived and derived["min_l0"].value > given.max_l0:
-        del derived["min_l0"]
-    own = {name: value for name in _NAMES if (value := getattr(given, name)) is not None}
-    rest = {name: one for name, one in derived.items() if name not in own}
-    reasons = {**given.stated, **{name: one.why for name, one in rest.items()}}
-    return CheckBounds(**own, **{name: one.value for name, one in rest.items()}, stated=reasons)
-
-
-def _derived(stated: Quality, stated_l0: float | None) -> dict[str, _Derived]:
-    found: dict[str, _Derived] = {}
-    l0 = stated.l0 if stated.l0 is not None else stated_l0
-    if l0 is not None and l0 > 0:
-        found["min_l0"] = _Derived(l0 / L0_FACTOR, f"the {_said(l0)} that its files state, by {L0_FACTOR:g}")
-        found["max_l0"] = _Derived(l0 * L0_FACTOR, f"{L0_FACTOR:g} x the {_said(l0)} that its files state")
-    if stated.fvu is not None and stated.fvu >= 0:
-        value = max(stated.fvu * FVU_FACTOR, stated.fvu + FVU_MARGIN)
-        by = f"{FVU_FACTOR:g} x" if value == stated.fvu * FVU_FACTOR else f"{FVU_MARGIN:g} more than"
-        found["max_fvu"] = _Derived(value, f"{by} the {_said(stated.fvu)} that its files state")
-    if stated.ce_base is not None and stated.ce_spliced is not None:
-        rise = stated.ce_spliced - stated.ce_base
-        why = f"{CE_FACTOR:g} x the {_said(rise)} that its files state, and {CE_MARGIN:g}"
-        found["max_ce_increase"] = _Derived(max(rise, 0.0) * CE_FACTOR + CE_MARGIN, why)
-    return found
-
-
-class _Limit(NamedTuple):
-    """One bound beside what it is about."""
-
-    bound: str
-    label: str
-    value: float | None
-    side: str
-
-    def breaks(self, limit: float) -> bool:
-        assert self.value is not None, "measured"
-        return self.value > limit if self.side == "above" else self.value < limit
-
-
-def violations(measured: SaeMeasurements, bounds: CheckBounds) -> list[str]:
-    """What lies outside, in words with both numbers."""
-    found = [f"{label} is {value}, not a number that means anything" for label, value in _senseless(measured)]
-    for one in _limits(measured):
-        limit, why = getattr(bounds, one.bound), bounds.stated.get(one.bound)
-        if limit is None:
-            continue
-        if one.value is None:
-            if why is None:  # a bound that somebody set must not be passed over
-                found.append(f"{one.bound} is set, but {one.label} cannot be measured of this SAE alone")
-        elif isfinite(one.value) and one.breaks(limit):
-            value, bound = _pair(one.value, limit)
-            found.append(f"{one.label} {value} is {one.side} {bound} ({why or f'{one.bound} in the settings'})")
-    return found
-
-
-def _limits(measured: SaeMeasurements) -> Iterator[_Limit]:
-    rise = "the rise in cross-entropy with its reconstructions in place, in nats per token,"
-    yield _Limit("min_l0", "L0", measured.l0, "below")
-    yield _Limit("max_l0", "L0", measured.l0, "above")
-    yield _Limit("max_fvu", "FVU", measured.fvu, "above")
-    yield _Limit("max_ce_increase", rise, measured.ce_increase, "above")
-
-
-def _senseless(measured: SaeMeasurements) -> Iterator[tuple[str, float]]:
-    labels = {
-        "l0": "L0",
-        "fvu": "FVU",
-        "ce_base": "the model's cross-entropy",
-        "ce_spliced": "the cross-entropy with its reconstructions in place",
-    }
-    for name, label in labels.items():
-        value = getattr(measured, name)
-        if value is not None and not isfinite(value):
-            yield label, value
-
-
-def _said(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _pair(value: float, limit: float) -> tuple[str, str]:
-    """Both as people read them, with as many digits as it takes to tell them apart."""
-    for digits in (4, 6, 9):
-        if (one := f"{value:.{digits}g}") != (two := f"{limit:.{digits}g}"):
-            return one, two
-    return repr(value), repr(limit)
+def _moved(sae: LoadedSae, own: Site, site: Site, writes: Site, config: ModelConfig) -> ConventionChange:
+    what = f"it reads {site} and writes {writes}, not {sae.site} and {own}"
+    setting = f'{_read_setting(sae, site, config)}\nwrite_site = "{writes}"'
+    return ConventionChange("site", what, setting, lambda setup: Setup(site, writes, setup.reader))
 
 
 SHOWN = 5
-"""Suspects that are named at most."""
+"""Hypotheses that are named at most."""
 
 # The settings refuse a moved value bias under a normalisation.
 _EXCLUSIVE = ({"bias"}, {"normalisation"}, {"decoder norms"}, {"scale"}, {"normalisation", "processing"})
@@ -542,7 +351,7 @@ _BETTER = 2.0
 _USABLE = 0.9
 """and less than this: just below what the mean leaves."""
 _CLEARLY = 1.2
-"""Within the bounds, an alternative is a doubt if it leaves this many times less unexplained."""
+"""Within the bounds, an alternative is a warning if it leaves this many times less unexplained."""
 NEIGHBOURS = 2
 """Sites that are tried of an SAE within its bounds: the layers before and after."""
 
@@ -559,13 +368,6 @@ class Hypothesis:
     fvu: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    change: ConventionChange
-    l0: float
-    fvu: float | None
-
-
 @torch.inference_mode()
 def hypotheses(
     model: nn.Module,
@@ -574,56 +376,32 @@ def hypotheses(
     tokens: Sequence[Tensor],
     special_ids: frozenset[int],
     bounds: CheckBounds,
+    *,
+    near: bool = False,
 ) -> list[Hypothesis]:
     """Alternatives inside the bounds, then those that clearly leave less unexplained; best first.
 
     One change at a time, and pairs of two where no single one lies inside the bounds. The model runs once.
+
+    Args:
+        near: for an SAE within its bounds, of which every one that is served is tried: only the neighbouring layers,
+            the bias convention and the normalisation, where they leave clearly less unexplained.
     """
-    moves = relocations(sae, config)
-    search, rest = _prepared(model, config, sae, tokens, special_ids, bounds, moves)
-    return _named(search.through(moves, rest), bounds)
-
-
-@torch.inference_mode()
-def unstated_warnings(
-    model: nn.Module,
-    config: ModelConfig,
-    sae: LoadedSae,
-    tokens: Sequence[Tensor],
-    special_ids: frozenset[int],
-    bounds: CheckBounds,
-) -> list[Hypothesis]:
-    """What bounds alone let pass: near alternatives that leave clearly less unexplained; best first.
-
-    The neighbouring layers, the bias convention and the normalisation: few, since every SAE that is served is tried.
-    """
-    moves = relocations(sae, config)[:NEIGHBOURS]
-    search, rest = _prepared(model, config, sae, tokens, special_ids, bounds, moves)
-    near = [one for one in rest if one.kind in ("bias", "normalisation")]
-    return _named(search.clearly_better([*moves, *near]), bounds)
-
-
-def _prepared(
-    model: nn.Module,
-    config: ModelConfig,
-    sae: LoadedSae,
-    tokens: Sequence[Tensor],
-    special_ids: frozenset[int],
-    bounds: CheckBounds,
-    moves: list[ConventionChange],
-) -> tuple[_Search, list[ConventionChange]]:
-    """The search over activations at the sites of these moves, and every other change."""
+    moves = relocations(sae, config)[: NEIGHBOURS if near else None]
     own = Setup(sae.site, target(sae), reader(sae.dictionary))
-    wanted = {site for one in (own, *(move.apply(own) for move in moves)) for site in one[:2] if site is not None}
-    captured = capture(model, config, wanted, {sae.dictionary.d_in, sae.write_width}, tokens, special_ids)
+    setups = (own, *(move.apply(own) for move in moves))
+    places = {site for setup in setups for site in (setup.reads, setup.target) if site is not None}
+    captured = capture(model, config, places, {sae.dictionary.d_in, sae.write_width}, tokens, special_ids)
     target_rows = None if own.target is None else captured.rows(own.target)
     rest = conventions(sae, model, config, captured.rows(own.reads), target_rows)
-    return _Search(own, captured, bounds), rest
-
-
-def _named(found: list[_Tried], bounds: CheckBounds) -> list[Hypothesis]:
-    found.sort(key=lambda one: (not bounds.admits(one.l0, one.fvu), merit(one.l0, one.fvu, bounds)))
-    return [Hypothesis(one.change.what, one.change.setting, one.l0, one.fvu) for one in found[:SHOWN]]
+    search = _Search(own, captured, bounds)
+    if near:
+        conventional = (change for change in rest if change.kind in ("bias", "normalisation"))
+        better = search.clearly_better([*moves, *conventional])
+    else:
+        better = search.through(moves, rest)
+    better.sort(key=lambda item: (not bounds.admits(item.l0, item.fvu), merit(item.l0, item.fvu, bounds)))
+    return better[:SHOWN]
 
 
 def merit(l0: float, fvu: float | None, bounds: CheckBounds) -> float:
@@ -639,16 +417,14 @@ def merit(l0: float, fvu: float | None, bounds: CheckBounds) -> float:
 
 def _pairs(moves: list[ConventionChange], rest: list[ConventionChange]) -> Iterator[ConventionChange]:
     """Two conventions of different kinds, or another site with the other bias convention."""
-    for at, one in enumerate(rest):
-        yield from (one.then(other) for other in rest[at + 1 :] if {one.kind, other.kind} not in _EXCLUSIVE)
+    for at, change in enumerate(rest):
+        yield from (change.then(other) for other in rest[at + 1 :] if {change.kind, other.kind} not in _EXCLUSIVE)
     for bias in rest:
         if bias.kind == "bias":
             yield from (move.then(bias) for move in moves)
 
 
 class _Search:
-    """Tries changes of one SAE and keeps those that count."""
-
     def __init__(self, own: Setup, captured: Captured, bounds: CheckBounds) -> None:
         self._own = own
         self._captured = captured
@@ -656,33 +432,27 @@ class _Search:
         l0, self._best = self._measure(own)
         self._fails = not bounds.admits(l0, self._best)
 
-    def through(self, moves: list[ConventionChange], rest: list[ConventionChange]) -> list[_Tried]:
+    def through(self, moves: list[ConventionChange], rest: list[ConventionChange]) -> list[Hypothesis]:
         """The changes that count; of pairs too where no single one lies inside the bounds."""
-        found = self._among([*moves, *rest])
-        if any(self._bounds.admits(one.l0, one.fvu) for one in found):
-            return found
+        singles = list(filter(self._counts, self._tried([*moves, *rest])))
+        if any(self._bounds.admits(item.l0, item.fvu) for item in singles):
+            return singles
         # A second change must be worth it beside the best of the first.
-        self._best = min((one.fvu for one in found if one.fvu is not None), default=self._best)
-        return found + self._among(_pairs(moves, rest))
+        self._best = min((item.fvu for item in singles if item.fvu is not None), default=self._best)
+        return [*singles, *filter(self._counts, self._tried(_pairs(moves, rest)))]
 
-    def clearly_better(self, changes: list[ConventionChange]) -> list[_Tried]:
+    def clearly_better(self, changes: list[ConventionChange]) -> list[Hypothesis]:
         """Those that leave less unexplained by more than the text's chance."""
-        now = self._best
-        if now is None or not isfinite(now):
+        if self._best is None or not isfinite(self._best):
             return []
-        return [one for one in self._tried(changes) if one.fvu is not None and one.fvu * _CLEARLY <= min(now, _USABLE)]
+        limit = min(self._best, _USABLE)
+        return [item for item in self._tried(changes) if item.fvu is not None and item.fvu * _CLEARLY <= limit]
 
-    def _among(self, changes: Iterable[ConventionChange]) -> list[_Tried]:
-        """Those of the changes that count."""
-        return [one for one in self._tried(changes) if self._counts(one)]
-
-    def _tried(self, changes: Iterable[ConventionChange]) -> list[_Tried]:
-        tried = []
+    def _tried(self, changes: Iterable[ConventionChange]) -> Iterator[Hypothesis]:
         for change in changes:
             setup = change.apply(self._own)
             if self._is_as_wide(setup):
-                tried.append(_Tried(change, *self._measure(setup)))
-        return tried
+                yield Hypothesis(change.what, change.setting, *self._measure(setup))
 
     def _is_as_wide(self, setup: Setup) -> bool:
         """As where it is now: that the SAE fits there was seen before."""
@@ -701,12 +471,12 @@ class _Search:
                 metrics.compare(reconstruction, goal[rows].float())
         return metrics.l0, None if setup.target is None else metrics.fvu
 
-    def _counts(self, one: _Tried) -> bool:
-        if self._fails and self._bounds.admits(one.l0, one.fvu) and self._is_usable(one):
+    def _counts(self, item: Hypothesis) -> bool:
+        if self._fails and self._bounds.admits(item.l0, item.fvu) and self._is_usable(item):
             return True
-        if one.fvu is None or self._best is None or not one.fvu < _USABLE:
+        if item.fvu is None or self._best is None or not item.fvu < _USABLE:
             return False
-        return not isfinite(self._best) or one.fvu * _BETTER <= self._best
+        return not isfinite(self._best) or item.fvu * _BETTER <= self._best
 
-    def _is_usable(self, one: _Tried) -> bool:
-        return one.fvu is None or self._bounds.max_fvu is not None or one.fvu < _USABLE
+    def _is_usable(self, item: Hypothesis) -> bool:
+        return item.fvu is None or self._bounds.max_fvu is not None or item.fvu < _USABLE

@@ -9,13 +9,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from saeguard_sae.catalogue import Quality
 from saeguard_sae.coders import MatchingPursuit, SparseCoder, Temporal
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss, SaeMetrics
 from saeguard_sae.models import ModelConfig, Site, hooked
-
-# A dictionary read by other conventions than its own, without a copy of its weights.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +31,7 @@ class Variant:
     scale_out: float = 1.0
     """Divides what is decoded."""
     before: Tensor | None = None
-    """[d_sae] multiplies pre-activations: what thresholds and rivals are compared with."""
+    """[d_sae] multiplies pre-activations: what thresholds and competitors are compared with."""
     after: Tensor | None = None
     """[d_sae] multiplies features before they are decoded."""
 
@@ -113,31 +112,6 @@ def ordinary(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
     return ~is_special & (torch.arange(len(ids), device=ids.device) > 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaeMeasurements:
-    """Sums over ordinary tokens, which a text's first one is not.
-
-    None stands for what an SAE that writes at several sites has no part in alone.
-    """
-
-    tokens: int
-    l0: float
-    """Features that are not 0 on a token, mean."""
-    fvu: float | None
-    """Share of the variance of what it must reproduce that it leaves unexplained."""
-    ce_base: float | None
-    """The model's cross-entropy, in nats per token."""
-    ce_spliced: float | None
-    """The same with reconstructions in place of the activations of ordinary tokens."""
-    dead_share: float
-    """Share of features that were 0 on every token."""
-
-    @property
-    def ce_increase(self) -> float | None:
-        """By how much the model gets worse."""
-        return None if self.ce_base is None or self.ce_spliced is None else self.ce_spliced - self.ce_base
-
-
 def reader(coder: SparseCoder) -> Reader:
     """What is served, as it is measured."""
     return Variant(coder) if isinstance(coder, Dictionary) else coder
@@ -161,8 +135,10 @@ def target(sae: LoadedSae) -> Site | None:
 @torch.inference_mode()
 def measure_sae(
     model: nn.Module, config: ModelConfig, sae: LoadedSae, tokens: Sequence[Tensor], special_ids: frozenset[int]
-) -> SaeMeasurements:
-    """What the SAE does on these texts, each read on its own.
+) -> Quality:
+    """What the SAE does on these texts, each read on its own: sums over ordinary tokens, which a first one is not.
+
+    None stands for what an SAE that writes at several sites has no part in alone.
 
     Args:
         tokens: int64 ids [T] of each text.
@@ -183,7 +159,6 @@ def measure_sae(
 
 
 def _add_text(loss: NextTokenLoss, logits: Tensor, ids: Tensor) -> None:
-    """Of one text: logits [T, vocabulary] from ids [T]."""
     ids = ids.to(logits.device)[None]
     loss.add(logits[None], ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
 
@@ -200,21 +175,21 @@ class _Splice:
         self.sites = {site for site in (sae.site, self.target, self._writes) if site is not None}
         self._ordinary: Tensor | None = None
         self._reconstruction: Tensor | None = None
-        self._wanted: Tensor | None = None
+        self._target_rows: Tensor | None = None
 
     def begin(self, ordinary: Tensor) -> None:
         """Before a text is read: which of its tokens are ordinary."""
         self._ordinary = ordinary
-        self._reconstruction = self._wanted = None
+        self._reconstruction = self._target_rows = None
 
-    def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> SaeMeasurements:
+    def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> Quality:
         """Of all the texts that were read."""
         metrics, alone = self.metrics, self.target is not None
         if metrics.tokens < 2:
             raise ValueError(
                 f"the text has {metrics.tokens} tokens to measure on, the first and special ones aside; give more"
             )
-        return SaeMeasurements(
+        return Quality(
             tokens=metrics.tokens,
             l0=metrics.l0,
             fvu=metrics.fvu if alone else None,
@@ -231,24 +206,21 @@ class _Splice:
             decodes = self.target is not None
             self._reconstruction = reconstruct_text(self._reader, seen[0], rows, self.metrics, decodes=decodes)
         if site == self.target:
-            self._wanted = seen[0, rows].float()
+            self._target_rows = seen[0, rows].float()
         return self._written(x, rows) if site == self._writes else None
 
     def _written(self, x: Tensor, rows: Tensor) -> Tensor:
         assert self._reconstruction is not None, "what is written was read before"
-        assert self._wanted is not None, "and what it must reproduce is at the same place or before"
-        self.metrics.compare(self._reconstruction, self._wanted)
+        assert self._target_rows is not None, "and what it must reproduce is at the same place or before"
+        self.metrics.compare(self._reconstruction, self._target_rows)
         new = self._reconstruction
         if self._writes != self.target:
-            error = new - self._wanted
+            error = new - self._target_rows
             gain = self._sae.write_gain
             new = x[0, rows].float() + (error if gain is None else error * gain.to(error))
         out = x.clone()
         out[0, rows] = new.to(x.dtype)
         return out
-
-
-# Activations of a sample of the text at every site that an SAE may belong to, from one pass over it.
 
 
 SAMPLE = 256

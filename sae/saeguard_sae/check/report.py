@@ -8,8 +8,10 @@ from importlib.resources import files
 
 from torch import Tensor, nn
 
-from saeguard_sae.check.check import CheckBounds, Hypothesis, hypotheses, unstated_warnings, violations
-from saeguard_sae.check.measure import SaeMeasurements, measure_sae
+from saeguard_sae.catalogue import Quality
+from saeguard_sae.check.bounds import CheckBounds, violations
+from saeguard_sae.check.check import Hypothesis, hypotheses
+from saeguard_sae.check.measure import measure_sae
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig
 
@@ -28,54 +30,52 @@ _ONLY_LOSS = (
 class CheckReport:
     """What the check found; it is passed when there are no violations."""
 
-    measured: SaeMeasurements
+    measured: Quality
     bounds: CheckBounds
     violations: tuple[str, ...] = ()
-    suspects: tuple[Hypothesis, ...] = ()
-    doubts: tuple[Hypothesis, ...] = ()
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """Of one that did not pass: what would fit it better."""
+    warnings: tuple[Hypothesis, ...] = ()
     """Of one that passed: what would fit it clearly better."""
 
     def explain(self) -> str:
         """What was found, what was expected, and the convention that is most likely wrong, with its setting."""
         if not self.violations:
-            return "\n".join([self._found(), *map(_doubt, self.doubts)])
-        return "\n".join([f"{'; '.join(self.violations)}.", self._found(), *self._diagnosis()])
+            return "\n".join([self._measurements(), *map(_warning, self.warnings)])
+        return "\n".join([f"{'; '.join(self.violations)}.", self._measurements(), *self._diagnosis()])
 
-    def _found(self) -> str:
-        found = self.measured
-        parts = [f"L0 {found.l0:.4g}"]
-        if found.fvu is not None:
-            parts.append(f"FVU {found.fvu:.4g}")
-        if found.ce_base is not None and found.ce_spliced is not None:
-            parts.append(f"cross-entropy {found.ce_base:.4g}, with its reconstructions in place {found.ce_spliced:.4g}")
-        parts.append(f"{found.dead_share:.1%} of its features fired on no token")
-        return f"Measured on {found.tokens} tokens: {', '.join(parts)}."
+    def _measurements(self) -> str:
+        measured = self.measured
+        parts = [f"L0 {measured.l0:.4g}"]
+        if measured.fvu is not None:
+            parts.append(f"FVU {measured.fvu:.4g}")
+        if measured.ce_base is not None and measured.ce_spliced is not None:
+            spliced = f"with its reconstructions in place {measured.ce_spliced:.4g}"
+            parts.append(f"cross-entropy {measured.ce_base:.4g}, {spliced}")
+        parts.append(f"{measured.dead_share:.1%} of its features fired on no token")
+        return f"Measured on {measured.tokens} tokens: {', '.join(parts)}."
 
     def _diagnosis(self) -> Iterator[str]:
-        inside = [one for one in self.suspects if self.bounds.admits(one.l0, one.fvu)]
-        if not self.suspects:
+        if not self.hypotheses:
+            assert self.measured.l0 is not None
             yield _ONLY_LOSS if self.bounds.admits(self.measured.l0, self.measured.fvu) else _NONE_FITS
-        for at, one in enumerate(self.suspects):
-            if inside:
-                lead = "Most likely" if at == 0 else "Also possible"
-            else:
-                lead = "Nothing that was tried fits its bounds; closest" if at == 0 else "Then"
-            yield f"{lead}: {one.what}. {_numbers(one)} {_remedy(one)}"
+        leads = ("Nothing that was tried fits its bounds; closest", "Then")
+        if any(self.bounds.admits(item.l0, item.fvu) for item in self.hypotheses):
+            leads = ("Most likely", "Also possible")
+        for rank, item in enumerate(self.hypotheses):
+            yield f"{leads[min(rank, 1)]}: {_remedy(item)}"
 
 
-def _doubt(one: Hypothesis) -> str:
-    return f"Another reading fits it better: {one.what}. {_numbers(one)} {_remedy(one)}"
+def _warning(item: Hypothesis) -> str:
+    return f"Another reading fits it better: {_remedy(item)}"
 
 
-def _numbers(one: Hypothesis) -> str:
-    fvu = "" if one.fvu is None else f" and FVU {one.fvu:.4g}"
-    return f"So it has L0 {one.l0:.4g}{fvu} on a sample of the text."
-
-
-def _remedy(one: Hypothesis) -> str:
-    if one.setting is None:
-        return "No setting makes it so: its files must be converted."
-    return "In its settings: " + one.setting.replace("\n", "; ")
+def _remedy(item: Hypothesis) -> str:
+    fvu = "" if item.fvu is None else f" and FVU {item.fvu:.4g}"
+    remedy = "No setting makes it so: its files must be converted."
+    if item.setting is not None:
+        remedy = "In its settings: " + item.setting.replace("\n", "; ")
+    return f"{item.what}. So it has L0 {item.l0:.4g}{fvu} on a sample of the text. {remedy}"
 
 
 def check_sae(
@@ -98,15 +98,14 @@ def check_sae(
         ValueError: fewer than two ordinary tokens.
     """
     measured = measure_sae(model, config, sae, tokens, special_ids)
-    broken = violations(measured, bounds)
-    look = hypotheses if broken else unstated_warnings
-    found = tuple(look(model, config, sae, tokens, special_ids, bounds))
-    return CheckReport(measured, bounds, tuple(broken), *((found, ()) if broken else ((), found)))
-
-
-# The text on which SAEs are checked where the settings name none.
+    problems = tuple(violations(measured, bounds))
+    better = tuple(hypotheses(model, config, sae, tokens, special_ids, bounds, near=not problems))
+    return CheckReport(measured, bounds, problems, *((better, ()) if problems else ((), better)))
 
 
 def calibration_text() -> str:
-    """General English: stories, dialogue, letters, numbers, a little code. Passages are parted by empty lines."""
+    """The text on which SAEs are checked where the settings name none.
+
+    General English: stories, dialogue, letters, numbers, a little code. Passages are parted by empty lines.
+    """
     return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")

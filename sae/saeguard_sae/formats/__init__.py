@@ -1,4 +1,4 @@
-"""On-disk formats, one module each: ``NAME``, ``recognises(path)`` and ``load(source) -> Found``.
+"""On-disk formats, one module each: ``NAME``, ``recognises(path)`` and ``parse(source) -> ParsedSae``.
 
 Foreign hook names live in these modules and nowhere else.
 """
@@ -37,12 +37,8 @@ class Format(Protocol):
         """Whether the folder or file holds this format; looks at names of files, keys and shapes, never at folders'."""
         ...
 
-    def load(self, source: Source) -> ParsedSae:
-        """The SAE.
-
-        Raises:
-            ValueError: something in it is not understood or not supported, named.
-        """
+    def parse(self, source: Source) -> ParsedSae:
+        """The SAE. Raises ValueError: something in it is not understood or not supported, named."""
         ...
 
 

@@ -8,20 +8,8 @@ from typing import Any
 import torch
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK, check_finite
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Source,
-    Tensors,
-    check_keys,
-    check_size,
-    choice,
-    flag,
-    hook_site,
-    json_object,
-    state_dict,
-    whole,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "bussmann"
@@ -41,34 +29,11 @@ _KINDS = {
 _KNOWN = {"act_size", "dict_size", "hook_point", "input_unit_norm", "model_name", "sae_type", "top_k"}
 # What only training reads. Configurations of the first version have keys of their own, which changed what is computed.
 _TRAINING = {
-    "aux_penalty",
-    "bandwidth",
-    "batch_size",
-    "beta1",
-    "beta2",
-    "checkpoint_freq",
-    "dataset_path",
-    "device",
-    "dtype",
-    "group_sizes",
-    "l1_coeff",
-    "layer",
-    "lr",
-    "max_grad_norm",
-    "model_batch_size",
-    "model_dtype",
-    "n_batches_to_dead",
-    "name",
-    "num_batches_in_buffer",
-    "num_tokens",
-    "perf_log_freq",
-    "seed",
-    "seq_len",
-    "site",
-    "top_k_aux",
-    "top_k_matryoshka",
-    "wandb_project",
-}
+    "aux_penalty", "bandwidth", "batch_size", "beta1", "beta2", "checkpoint_freq", "dataset_path", "device",
+    "dtype", "group_sizes", "l1_coeff", "layer", "lr", "max_grad_norm", "model_batch_size", "model_dtype",
+    "n_batches_to_dead", "name", "num_batches_in_buffer", "num_tokens", "perf_log_freq", "seed", "seq_len", "site",
+    "top_k_aux", "top_k_matryoshka", "wandb_project",
+}  # fmt: skip
 
 
 def recognises(path: Path) -> bool:
@@ -76,23 +41,19 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE in the folder.
-
-    Raises:
-        ValueError: a kind that is not supported, an unknown key, missing or surplus weights, or no threshold.
-    """
-    config, notes = json_object(source.path / CONFIG), Conventions()
-    check_keys(config, _KNOWN | _TRAINING, CONFIG)
-    kind = _KINDS[choice(config, "sae_type", _KINDS, CONFIG)]
+def parse(source: Source) -> ParsedSae:
+    """The SAE in the folder."""
+    config, notes = parsed.json_object(source.path / CONFIG), Conventions()
+    parsed.check_keys(config, _KNOWN | _TRAINING, CONFIG)
+    kind = _KINDS[parsed.choice(config, "sae_type", _KINDS, CONFIG)]
     model = config.get("model_name")
     return ParsedSae(
-        dictionary=_dictionary(kind, config, state_dict(source.path / WEIGHTS), notes),
+        dictionary=_dictionary(kind, config, parsed.state_dict(source.path / WEIGHTS), notes),
         files=(source.path / CONFIG, source.path / WEIGHTS),
         reads=_reads(config, notes),
         processing=None,
         model=model if isinstance(model, str) else None,
-        stated_l0=float(whole(config, "top_k", CONFIG)) if kind == "batchtopk" else None,
+        stated_l0=float(parsed.whole(config, "top_k", CONFIG)) if kind == "batchtopk" else None,
         conventions=notes.all(),
     )
 
@@ -101,14 +62,14 @@ def _dictionary(kind: str, config: dict[str, Any], tensors: Tensors, notes: Conv
     W_enc, b_enc, W_dec, b_dec = (tensors.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     activation = _activation(kind, config, tensors, b_enc.numel(), notes)
     tensors.close()
-    check_size(config, "act_size", b_dec.numel(), CONFIG)
-    check_size(config, "dict_size", b_enc.numel(), CONFIG)
+    parsed.check_size(config, "act_size", b_dec.numel(), CONFIG)
+    parsed.check_size(config, "dict_size", b_enc.numel(), CONFIG)
     check_finite("b_enc", b_enc)
     if kind in ("topk", "batchtopk"):
         notes.note("b_enc", "not used, though it is there", f"the format: {kind}")
         b_enc = torch.zeros_like(b_enc)
     notes.note("centring", kind != "jumprelu", f"the format: {kind}")
-    normed = flag(config, "input_unit_norm", False, CONFIG)
+    normed = parsed.flag(config, "input_unit_norm", False, CONFIG)
     notes.note("normalisation", "layer_norm" if normed else "none", f"{CONFIG}: input_unit_norm")
     return Dictionary(
         W_enc, b_enc, W_dec, b_dec, activation, kind != "jumprelu", normalisation="layer_norm" if normed else "none"
@@ -125,31 +86,16 @@ def _activation(
             check_finite("jumprelu.log_threshold", log_threshold := tensors.take("jumprelu.log_threshold"))
             activation = JumpReLU(log_threshold.exp())
         case "topk":
-            activation = TopK(whole(config, "top_k", CONFIG))
+            activation = TopK(parsed.whole(config, "top_k", CONFIG))
         case _:
-            activation = _above_threshold(tensors, d_sae, notes)
+            activation = parsed.above_threshold(tensors, d_sae, notes)
     notes.note("activation", activation.name, f"{CONFIG}: sae_type")
     return activation
 
 
-def _above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> ActivationFunction:
-    """BatchTopK as it encodes outside training."""
-    if "threshold" not in tensors:
-        raise ValueError(
-            f"{WEIGHTS}: no threshold: without one a feature depends on which other tokens are in the batch. Calibrate "
-            "one, the mean over batches of the smallest value that the batch's top k keeps, and add it as 'threshold'"
-        )
-    threshold = tensors.scalar("threshold")
-    if threshold <= 0:
-        notes.note("threshold", f"{threshold:g}: never calibrated, so the SAE is a plain ReLU", WEIGHTS)
-        return ReLU()
-    notes.note("threshold", threshold, WEIGHTS)
-    return JumpReLU(torch.full((d_sae,), threshold))
-
-
 def _reads(config: dict[str, Any], notes: Conventions) -> Site | None:
     name = config.get("hook_point")
-    site = hook_site(name) if isinstance(name, str) else None
+    site = parsed.hook_site(name) if isinstance(name, str) else None
     notes.note("reads", site or f"not known: {name!r}", f"{CONFIG}: hook_point")
     # Their scripts differ: one trains on the model as it is, one on the model that TransformerLens has changed.
     notes.note("processing", "not stated", "the format")

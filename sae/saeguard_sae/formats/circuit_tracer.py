@@ -8,23 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
-from saeguard_sae.formats.parsed import (
-    Choices,
-    Conventions,
-    ParsedSae,
-    Place,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    choice,
-    in_and_out,
-    safetensors,
-    text,
-    whole,
-    yaml_object,
-)
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Place, Source, Tensors
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
@@ -42,26 +28,22 @@ def recognises(path: Path) -> bool:
     return _file(path) is not None
 
 
-def load(source: Source) -> ParsedSae:
-    """The transcoder.
-
-    Raises:
-        ValueError: an unknown key, missing or surplus weights, a hook that is not known, or k is not known.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The transcoder."""
     file = _file(source.path)
     if file is None:
         raise ValueError("no layer_N.safetensors, or several; name one of them")
     beside, notes = file.with_name(CONFIG), Conventions()
     config = _config(beside) if beside.is_file() else None
     reads, writes = _places(int(file.stem.removeprefix("layer_")), config, notes)
-    weights = safetensors(file)
+    weights = parsed.safetensors(file)
     activation, used = _activation(weights, config, source.choices, notes)
     return ParsedSae(
         dictionary=_dictionary(weights, activation, notes),
         files=(file,) if config is None else (file, beside),
         reads=reads,
         writes=writes,
-        model=text(config, "model_name", CONFIG) if config and "model_name" in config else None,
+        model=parsed.text(config, "model_name", CONFIG) if config and "model_name" in config else None,
         conventions=notes.all(),
         used=used,
     )
@@ -70,16 +52,16 @@ def load(source: Source) -> ParsedSae:
 def _file(path: Path) -> Path | None:
     if not path.is_dir():
         return path if path.is_file() and _FILE.fullmatch(path.name) else None
-    inside = [one for one in path.iterdir() if _FILE.fullmatch(one.name)]
+    inside = [file for file in path.iterdir() if _FILE.fullmatch(file.name)]
     return inside[0] if len(inside) == 1 else None
 
 
 def _config(file: Path) -> dict[str, Any]:
-    config = yaml_object(file)
-    check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
-    choice(config, "model_kind", ("transcoder_set",), CONFIG)
+    config = parsed.yaml_object(file)
+    parsed.check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
+    parsed.choice(config, "model_kind", ("transcoder_set",), CONFIG)
     if "activation" in config:
-        choice(config, "activation", _ACTIVATIONS, CONFIG)
+        parsed.choice(config, "activation", _ACTIVATIONS, CONFIG)
     return config
 
 
@@ -88,9 +70,9 @@ def _places(layer: int, config: dict[str, Any] | None, notes: Conventions) -> tu
     if config is None:
         return None, ()
     inward, outward = (
-        f"blocks.{layer}.{text(config, key, CONFIG)}" for key in ("feature_input_hook", "feature_output_hook")
+        f"blocks.{layer}.{parsed.text(config, key, CONFIG)}" for key in ("feature_input_hook", "feature_output_hook")
     )
-    reads, writes = in_and_out(inward, outward, f"{CONFIG}: feature_output_hook")
+    reads, writes = parsed.in_and_out(inward, outward, f"{CONFIG}: feature_output_hook")
     notes.note("reads", reads or f"{inward} (not a place that is known)", f"{CONFIG}: feature_input_hook")
     for place in writes:
         notes.note("writes", place, f"{CONFIG}: feature_output_hook")
@@ -100,7 +82,6 @@ def _places(layer: int, config: dict[str, Any] | None, notes: Conventions) -> tu
 def _activation(
     weights: Tensors, config: dict[str, Any] | None, choices: Choices, notes: Conventions
 ) -> tuple[ActivationFunction, frozenset[str]]:
-    """What decides which features fire, and which of the user's choices it took."""
     stated = (config or {}).get("activation")
     where = f"{CONFIG}: activation" if stated else "the format"
     silent = config is None and THRESHOLD not in weights and choices.k is not None
@@ -110,7 +91,7 @@ def _activation(
         return TopK(k, keeps_negative=True), used
     if stated in ("jump_relu", "jumprelu") or (stated is None and THRESHOLD in weights):
         notes.note("activation", "jumprelu", where if stated else THRESHOLD)
-        return JumpReLU(_threshold(weights)), frozenset()
+        return parsed.circuit_tracer_jump_relu(weights, THRESHOLD), frozenset()
     notes.note("activation", "relu", where if config is not None else f"the format (no {CONFIG}, no {THRESHOLD})")
     return ReLU(), frozenset()
 
@@ -118,28 +99,17 @@ def _activation(
 def _k(weights: Tensors, config: dict[str, Any], choices: Choices) -> tuple[int, str, frozenset[str]]:
     """k, who says so, and whether that is the user."""
     file = weights.file.name
-    said = {f"{file}: k": whole({"k": weights.scalar("k")}, "k", file)} if "k" in weights else {}
+    stated = {f"{file}: k": parsed.whole({"k": weights.scalar("k")}, "k", file)} if "k" in weights else {}
     if config.get("k") is not None:
-        said[f"{CONFIG}: k"] = whole(config, "k", CONFIG)
-    if len(set(said.values())) > 1:
-        raise ValueError(f"{' and '.join(said)} differ: {' and '.join(map(str, said.values()))}")
-    if said:
-        who, k = next(iter(said.items()))
+        stated[f"{CONFIG}: k"] = parsed.whole(config, "k", CONFIG)
+    if len(set(stated.values())) > 1:
+        raise ValueError(f"{' and '.join(stated)} differ: {' and '.join(map(str, stated.values()))}")
+    if stated:
+        who, k = next(iter(stated.items()))
         return k, who, frozenset()
     if choices.k is None:
         raise ValueError(f"{CONFIG}: activation is topk, but k is not in the files; give k")
     return choices.k, "the user", frozenset({"k"})
-
-
-def _threshold(weights: Tensors) -> Tensor:
-    threshold = weights.take(THRESHOLD)
-    if bool((threshold < 0).any()):
-        # circuit-tracer's JumpReLU has no ReLU in it.
-        raise ValueError(
-            f"{weights.file.name}: {THRESHOLD} is below 0 for some features, whose negative values circuit-tracer "
-            "lets through; that is not supported"
-        )
-    return threshold
 
 
 def _dictionary(weights: Tensors, activation: ActivationFunction, notes: Conventions) -> Dictionary:
@@ -153,7 +123,7 @@ def _dictionary(weights: Tensors, activation: ActivationFunction, notes: Convent
         "b_enc": (b_enc, (d_sae,)), "b_dec": (b_dec, (d_out,)), "W_enc": (W_enc, (d_sae, d_in)),
         "W_dec": (W_dec, (d_out, d_sae) if turned else (d_sae, d_out)),
     }  # fmt: skip
-    check_shapes(shapes if skip is None else shapes | {"W_skip": (skip, (d_out, d_in))}, weights.file.name)
+    parsed.check_shapes(shapes if skip is None else shapes | {"W_skip": (skip, (d_out, d_in))}, weights.file.name)
     notes.note("kind", "transcoder", "the format")
     notes.note("centring", False, "the format")
     notes.note(

@@ -6,23 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch.nn.functional import pad
-
-from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Place,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    choice,
-    place,
-    safetensors,
-    text,
-    yaml_object,
-)
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
 
 NAME = "circuit_tracer_clt"
 CONFIG = "config.yaml"
@@ -38,12 +24,8 @@ def recognises(path: Path) -> bool:
     return _layer(path) is not None
 
 
-def load(source: Source) -> ParsedSae:
-    """One layer: what it reads there, and what it writes there and at every later layer.
-
-    Raises:
-        ValueError: a file is missing, an unknown key, missing or surplus weights, or a hook that is not known.
-    """
+def parse(source: Source) -> ParsedSae:
+    """One layer: what it reads there, and what it writes there and at every later layer."""
     layer = _layer(source.path)
     if layer is None:
         raise ValueError("no W_enc_N.safetensors, or several; name one of them")
@@ -52,19 +34,19 @@ def load(source: Source) -> ParsedSae:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {_names(files)}")
     config, notes = _config(files[2]), Conventions()
-    dictionary, n_writes = _dictionary(safetensors(files[0]), safetensors(files[1]), layer, notes)
+    dictionary, n_writes = _dictionary(parsed.safetensors(files[0]), parsed.safetensors(files[1]), layer, notes)
     return ParsedSae(
         dictionary=dictionary,
         files=files,
         reads=_reads(config, layer, notes),
         writes=_writes(config, range(layer, layer + n_writes), notes),
-        model=text(config, "model_name", CONFIG) if "model_name" in config else None,
+        model=parsed.text(config, "model_name", CONFIG) if "model_name" in config else None,
         conventions=notes.all(),
     )
 
 
 def _layer(path: Path) -> int | None:
-    names = [one.name for one in path.iterdir()] if path.is_dir() else [path.name] if path.is_file() else []
+    names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name] if path.is_file() else []
     layers = {int(match[1]) for name in names if (match := _FILE.fullmatch(name))}
     return layers.pop() if len(layers) == 1 else None
 
@@ -74,32 +56,32 @@ def _names(files: tuple[Path, ...]) -> str:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    config = yaml_object(file)
-    check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
-    choice(config, "model_kind", ("cross_layer_transcoder",), CONFIG)
+    config = parsed.yaml_object(file)
+    parsed.check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
+    parsed.choice(config, "model_kind", ("cross_layer_transcoder",), CONFIG)
     return config
 
 
 def _place(config: dict[str, Any], key: str, layer: int) -> Place:
-    hook = text(config, key, CONFIG)
-    found = place(f"blocks.{layer}.{hook}")
-    if found is None:
+    hook = parsed.text(config, key, CONFIG)
+    place = parsed.place(f"blocks.{layer}.{hook}")
+    if place is None:
         raise ValueError(f"{CONFIG}: {key} {hook!r} is not a place that is known")
-    return found
+    return place
 
 
 def _reads(config: dict[str, Any], layer: int, notes: Conventions) -> Place:
     key = "feature_input_hook"
-    found = _place(config, key, layer)
-    notes.note("reads", found, f"{CONFIG}: {key}")
-    return found
+    place = _place(config, key, layer)
+    notes.note("reads", place, f"{CONFIG}: {key}")
+    return place
 
 
 def _writes(config: dict[str, Any], layers: range, notes: Conventions) -> tuple[Place, ...]:
     key = "feature_output_hook"
-    found = tuple(_place(config, key, layer) for layer in layers)
+    places = tuple(_place(config, key, layer) for layer in layers)
     notes.note("writes", f"at layers {layers[0]} to {layers[-1]}: {config[key]}", f"{CONFIG}: {key}")
-    return found
+    return places
 
 
 def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventions) -> tuple[Dictionary, int]:
@@ -111,39 +93,21 @@ def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventio
     decoder.close()
     d_sae, d_model = b_enc.numel(), b_dec.numel()
     n_writes = W_dec.shape[1] if W_dec.ndim == 3 else 1
-    check_shapes({f"W_dec_{layer}": (W_dec, (d_sae, n_writes, d_model))}, decoder.file.name)
+    parsed.check_shapes({f"W_dec_{layer}": (W_dec, (d_sae, n_writes, d_model))}, decoder.file.name)
     shapes = {"W_enc": (W_enc, (d_sae, d_model)), "b_enc": (b_enc, (d_sae,)), "b_dec": (b_dec, (d_model,))}
     shapes |= {"W_skip": (skip, (d_model, d_model))} if skip is not None else {}
-    check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
+    parsed.check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
     _note(skip is not None, notes)
-    # The bias and the skip connection belong to the layer that reads, the first of those that are written.
-    later = (n_writes - 1) * d_model
-    dictionary = Dictionary(
-        W_enc=W_enc.T,
-        b_enc=b_enc,
-        W_dec=W_dec.flatten(1),
-        b_dec=pad(b_dec, (0, later)),
-        activation=activation,
-        centre=False,
-        is_transcoder=True,
-        W_skip=None if skip is None else pad(skip.T, (0, 0, 0, later)),
-    )
-    return dictionary, n_writes
+    return parsed.cross_layer(W_enc.T, b_enc, W_dec, b_dec, activation, skip), n_writes
 
 
 def _activation(encoder: Tensors, layer: int, notes: Conventions) -> ActivationFunction:
-    threshold, name = encoder.take_if(f"threshold_{layer}"), f"threshold_{layer}"
-    if threshold is None:
+    name = f"threshold_{layer}"
+    if name not in encoder:
         notes.note("activation", "relu", f"no {name}")
         return ReLU()
-    if bool((threshold < 0).any()):
-        # circuit-tracer's JumpReLU has no ReLU in it.
-        raise ValueError(
-            f"{encoder.file.name}: {name} is below 0 for some features, whose negative values circuit-tracer lets "
-            "through; that is not supported"
-        )
     notes.note("activation", "jumprelu", name)
-    return JumpReLU(threshold)
+    return parsed.circuit_tracer_jump_relu(encoder, name)
 
 
 def _note(has_skip: bool, notes: Conventions) -> None:

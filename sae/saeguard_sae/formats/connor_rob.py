@@ -9,20 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    check_size,
-    flag,
-    hook_site,
-    json_object,
-    shapes,
-    state_dict,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "connor_rob"
@@ -30,62 +18,27 @@ NAME = "connor_rob"
 _KNOWN = {"act_name", "act_size", "concat_heads", "dict_size", "head", "model_name"}
 # What only training reads.
 _TRAINING = {
-    "anthropic_neuron_resample_scale",
-    "anthropic_resample_batches",
-    "anthropic_resample_last",
-    "b_dec_init",
-    "batch_size",
-    "beta1",
-    "beta2",
-    "buffer_batches",
-    "buffer_mult",
-    "buffer_size",
-    "dead_direction_cutoff",
-    "device",
-    "dict_mult",
-    "enc_dtype",
-    "eval_every",
-    "l1_coeff",
-    "layer",
-    "lr",
-    "model_batch_size",
-    "name",
-    "num_resamples",
-    "num_tokens",
-    "re_init_every",
-    "reinit",
-    "resample_factor",
-    "resample_scheme",
-    "save_state_dict_every",
-    "sched_epochs",
-    "sched_finish",
-    "sched_lr_factor",
-    "sched_type",
-    "sched_warmup_epochs",
-    "seed",
-    "seq_len",
-    "site",
-    "wandb_entity",
-    "wandb_project_name",
-}
+    "anthropic_neuron_resample_scale", "anthropic_resample_batches", "anthropic_resample_last", "b_dec_init",
+    "batch_size", "beta1", "beta2", "buffer_batches", "buffer_mult", "buffer_size", "dead_direction_cutoff",
+    "device", "dict_mult", "enc_dtype", "eval_every", "l1_coeff", "layer", "lr", "model_batch_size", "name",
+    "num_resamples", "num_tokens", "re_init_every", "reinit", "resample_factor", "resample_scheme",
+    "save_state_dict_every", "sched_epochs", "sched_finish", "sched_lr_factor", "sched_type", "sched_warmup_epochs",
+    "seed", "seq_len", "site", "wandb_entity", "wandb_project_name",
+}  # fmt: skip
 
 
 def recognises(path: Path) -> bool:
     """Its settings are there, and a torch file that has what such an SAE's must."""
-    return _config_file(path).is_file() and shapes(path).keys() >= {"W_enc", "b_enc"}
+    return _config_file(path).is_file() and parsed.shapes(path).keys() >= {"W_enc", "b_enc"}
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE in the file.
-
-    Raises:
-        ValueError: it is of a single head, an unknown key, missing or surplus weights.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE in the file."""
     file = _config_file(source.path)
-    config, notes = json_object(file), Conventions()
-    check_keys(config, _KNOWN | _TRAINING, file.name)
+    config, notes = parsed.json_object(file), Conventions()
+    parsed.check_keys(config, _KNOWN | _TRAINING, file.name)
     # Left out by those who keep only what is needed; then the width says it.
-    if not flag(config, "concat_heads", True, file.name):
+    if not parsed.flag(config, "concat_heads", True, file.name):
         raise ValueError(f"{file.name}: concat_heads is false: SAEs of single attention heads are not supported")
     notes.note("activation", "relu", "the format")
     notes.note("centring", True, "the format")
@@ -93,7 +46,7 @@ def load(source: Source) -> ParsedSae:
     notes.note("processing", "not stated", "the format")
     model = config.get("model_name")
     return ParsedSae(
-        dictionary=_dictionary(state_dict(source.path), config, file.name),
+        dictionary=_dictionary(parsed.state_dict(source.path), config, file.name),
         files=(source.path, file),
         reads=_reads(config, file.name, notes),
         processing=None,
@@ -109,9 +62,9 @@ def _config_file(path: Path) -> Path:
 def _dictionary(tensors: Tensors, config: dict[str, Any], file: str) -> Dictionary:
     W_enc, b_enc, W_dec, b_dec = (tensors.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     tensors.close()
-    check_shapes({"W_enc": (W_enc, (b_dec.numel(), b_enc.numel()))}, tensors.file.name)
-    check_size(config, "act_size", b_dec.numel(), file)
-    check_size(config, "dict_size", b_enc.numel(), file)
+    parsed.check_shapes({"W_enc": (W_enc, (b_dec.numel(), b_enc.numel()))}, tensors.file.name)
+    parsed.check_size(config, "act_size", b_dec.numel(), file)
+    parsed.check_size(config, "dict_size", b_enc.numel(), file)
     return Dictionary(W_enc, b_enc, W_dec, b_dec, ReLU())
 
 
@@ -119,6 +72,6 @@ def _reads(config: dict[str, Any], file: str, notes: Conventions) -> Site | None
     name = config.get("act_name")
     if not isinstance(name, str):
         raise ValueError(f"{file}: act_name must name a hook, got {name!r}")
-    site = hook_site(name)
+    site = parsed.hook_site(name)
     notes.note("reads", site or f"not known: {name!r}", f"{file}: act_name")
     return site

@@ -17,20 +17,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU, TopK
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ModulePlace,
-    ParsedSae,
-    Place,
-    Source,
-    Tensors,
-    check_shapes,
-    check_size,
-    choice,
-    json_object,
-    state_dict,
-    whole,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ModulePlace, ParsedSae, Place, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "dictionary_learning"
@@ -65,15 +53,11 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder.
-
-    Raises:
-        ValueError: a class that is not supported, missing or surplus weights, or settings that contradict them.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE or transcoder in the folder."""
     trainer, buffer = _tables(source.path / CONFIG)
-    kind = choice(trainer, "dict_class", _READERS, _TRAINER)
-    weights, notes = state_dict(source.path / WEIGHTS), Conventions()
+    kind = parsed.choice(trainer, "dict_class", _READERS, _TRAINER)
+    weights, notes = parsed.state_dict(source.path / WEIGHTS), Conventions()
     if "optimizer" in weights:
         raise ValueError(f"{WEIGHTS}: a backup of unfinished training, with biases in other units; take a finished one")
     dictionary = _READERS[kind](_Trained(weights, trainer, notes))
@@ -96,8 +80,7 @@ def load(source: Source) -> ParsedSae:
 
 
 def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The trainer's settings, and the buffer's, which are missing where it kept none."""
-    config = json_object(file)
+    config = parsed.json_object(file)
     trainer, buffer = config.get("trainer"), config.get("buffer", {})
     if not isinstance(trainer, dict) or not isinstance(buffer, dict):
         raise ValueError(f"{CONFIG}: trainer must be a table of settings, and so must buffer where it is there")
@@ -111,24 +94,13 @@ def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_sizes(dictionary: Dictionary, trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> None:
-    check_size(trainer, "activation_dim", dictionary.d_in, _TRAINER)
-    check_size(trainer, "dict_size", dictionary.d_sae, _TRAINER)
-    check_size(buffer, "d_submodule", dictionary.d_in, _BUFFER)
+    parsed.check_size(trainer, "activation_dim", dictionary.d_in, _TRAINER)
+    parsed.check_size(trainer, "dict_size", dictionary.d_sae, _TRAINER)
+    parsed.check_size(buffer, "d_submodule", dictionary.d_in, _BUFFER)
 
 
 def _layers(weights: Tensors, b_enc: str, b_dec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc, b_enc, W_dec, b_dec of the classes that are made of two linear layers."""
-    rows, bias = weights.take("encoder.weight"), weights.take(b_enc)
-    columns, centre = weights.take("decoder.weight"), weights.take(b_dec)
-    d_in, d_sae = centre.numel(), bias.numel()
-    wanted = {
-        "encoder.weight": (rows, (d_sae, d_in)),
-        b_enc: (bias, (d_sae,)),
-        "decoder.weight": (columns, (d_in, d_sae)),
-        b_dec: (centre, (d_in,)),
-    }
-    check_shapes(wanted, WEIGHTS)
-    return rows.T, bias, columns.T, centre
+    return parsed.linear_layers(weights, "encoder.weight", b_enc, "decoder.weight", b_dec)
 
 
 def _parameters(weights: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,30 +158,20 @@ def _matryoshka(trained: _Trained) -> Dictionary:
 
 
 def _above_threshold(trained: _Trained, b_enc: Tensor) -> ActivationFunction:
-    """BatchTopK as it encodes outside training: what is above the threshold that training settled on."""
     _k(trained)
-    if "threshold" not in trained.weights:
-        raise ValueError(
-            f"{WEIGHTS}: no threshold: without one a feature depends on which other tokens are in the batch. Calibrate "
-            "one, the mean over batches of the smallest value that the batch's top k keeps, and add it as 'threshold'"
-        )
-    threshold = trained.weights.scalar("threshold")
-    if threshold < 0:
-        said = f"threshold {threshold:g}: never calibrated, so the SAE is a plain ReLU"
-        trained.notes.note("threshold", said, WEIGHTS)
-        return ReLU()
-    trained.notes.note("threshold", threshold, WEIGHTS)
-    return JumpReLU(torch.full(b_enc.shape, threshold))
+    return parsed.above_threshold(trained.weights, b_enc.numel(), trained.notes)
 
 
 def _k(trained: _Trained) -> int:
     """Of the settings and of the weights, which must agree; older weights do not have it."""
-    said = whole(trained.trainer, "k", _TRAINER) if "k" in trained.trainer or "k" not in trained.weights else None
-    kept = whole({"k": trained.weights.scalar("k")}, "k", WEIGHTS) if "k" in trained.weights else None
-    if said and kept and said != kept:
-        raise ValueError(f"{_TRAINER}: k is {said}, but {WEIGHTS} has {kept}")
-    k = said or kept or 0
-    trained.notes.note("k", k, f"{_TRAINER}.k" if said else WEIGHTS)
+    stated = (
+        parsed.whole(trained.trainer, "k", _TRAINER) if "k" in trained.trainer or "k" not in trained.weights else None
+    )
+    stored = parsed.whole({"k": trained.weights.scalar("k")}, "k", WEIGHTS) if "k" in trained.weights else None
+    if stated and stored and stated != stored:
+        raise ValueError(f"{_TRAINER}: k is {stated}, but {WEIGHTS} has {stored}")
+    k = stated or stored or 0
+    trained.notes.note("k", k, f"{_TRAINER}.k" if stated else WEIGHTS)
     return k
 
 
@@ -226,14 +188,12 @@ _BATCHED = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 
 
 def _io(buffer: Mapping[str, Any], notes: Conventions) -> str:
-    """Whether it reads the input of the submodule, its output, or one to write the other."""
-    io = choice({"io": "out"} | dict(buffer), "io", ("in", "out", "in_and_out"), _BUFFER)
+    io = parsed.choice({"io": "out"} | dict(buffer), "io", ("in", "out", "in_and_out"), _BUFFER)
     notes.note("side of the submodule", io, f"{_BUFFER}.io" if "io" in buffer else "the library's default")
     return io
 
 
 def _places(where: tuple[int, str] | None, io: str) -> tuple[Place | None, tuple[Place, ...]]:
-    """Where it reads, and where it writes if it is a transcoder."""
     if where is None:
         return None, ()
     reads = _side(*where, "out" if io == "out" else "in")
@@ -241,7 +201,6 @@ def _places(where: tuple[int, str] | None, io: str) -> tuple[Place | None, tuple
 
 
 def _submodule(trainer: Mapping[str, Any], notes: Conventions) -> tuple[int, str] | None:
-    """Layer and module inside it; None where that is not said or not in the usual words."""
     name, layer = trainer.get("submodule_name"), _layer(trainer)
     if not name:
         notes.note("submodule", "the layer's residual output", "the library's default: there is no submodule_name")

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU, feature_major
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, SaeOrigin, Source, Tensors, check_shapes, npz
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, SaeOrigin, Source, Tensors
 from saeguard_sae.models import Point, Site
 
 NAME = "gemma_scope"
@@ -30,8 +31,6 @@ _POINTS: dict[str, Point] = {
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """What the repository and the path in it say."""
-
     reads: Site
     writes: tuple[Site, ...]
     model: str
@@ -44,17 +43,13 @@ def recognises(path: Path) -> bool:
     return path.suffix == ".npz" and path.is_file() and _holds_keys(path)
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE or transcoder.
-
-    Raises:
-        ValueError: missing or surplus arrays, or an origin whose path names no layer.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE or transcoder."""
     file, notes = _file(source.path), Conventions()
     published = _published(source.origin) if source.origin else None
     _note_kind(published, notes)
     return ParsedSae(
-        dictionary=_dictionary(npz(file), published, notes),
+        dictionary=_dictionary(parsed.npz(file), published, notes),
         files=(file,),
         reads=published.reads if published else None,
         writes=published.writes if published else (),
@@ -69,7 +64,7 @@ def _file(path: Path) -> Path:
 
 def _holds_keys(path: Path) -> bool:
     try:
-        return {name.lower() for name in npz(path).names} >= _KEYS
+        return {name.lower() for name in parsed.npz(path).names} >= _KEYS
     except ValueError:
         return False
 
@@ -113,7 +108,7 @@ def _dictionary(weights: Tensors, published: _Published | None, notes: Conventio
         "b_enc": (b_enc, (d_sae,)), "b_dec": (b_dec, (d_model,)), "threshold": (threshold, (d_sae,)),
         enc: (W_enc, (d_model, d_sae)), dec: (W_dec, (d_sae, d_model)),
     }  # fmt: skip
-    check_shapes(shapes, weights.file.name)
+    parsed.check_shapes(shapes, weights.file.name)
     notes.note("activation", "jumprelu", "the format")
     notes.note("centring", False, "the format")
     if published and published.reads.point == "embed":

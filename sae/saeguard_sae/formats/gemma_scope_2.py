@@ -14,27 +14,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU, check_finite, feature_major
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Place,
-    SaeOrigin,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    check_size,
-    choice,
-    flag,
-    in_and_out,
-    json_object,
-    module_place,
-    safetensors,
-    text,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, SaeOrigin, Source, Tensors
 
 NAME = "gemma_scope_2"
 CONFIG = "config.json"
@@ -84,24 +67,20 @@ def recognises(path: Path) -> bool:
     return path.suffix == ".safetensors" and path.is_file() and _holds_tensors(path)
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE, the transcoder, or one layer of a cross-layer transcoder.
-
-    Raises:
-        ValueError: a crosscoder, an unknown key, missing or surplus weights, or a layer that nothing names.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE, the transcoder, or one layer of a cross-layer transcoder."""
     file, notes = _file(source.path), Conventions()
-    stated, weights = _stated(file, source.origin), safetensors(file)
+    stated, weights = _stated(file, source.origin), parsed.safetensors(file)
     w_dec = weights.take("w_dec")
     kind = _kind(stated, weights, w_dec, notes)
-    check_size(stated.config, "width", _width(kind, w_dec), stated.source)
+    parsed.check_size(stated.config, "width", _width(kind, w_dec), stated.source)
     if kind == "clt":
         layer = _layer(file, stated, source.origin, notes)
-        places, kept = _layers(stated, layer, w_dec, notes), _targets(w_dec, layer, file.name)
+        places, w_dec = _layers(stated, layer, w_dec, notes), _targets(w_dec, layer, file.name)
     else:
-        places, kept = _places(stated, kind, notes), w_dec
+        places = _places(stated, kind, notes)
     return ParsedSae(
-        dictionary=_dictionary(weights, kept, kind, stated, notes),
+        dictionary=_dictionary(weights, w_dec, kind, stated, notes),
         files=(file,) if stated.file is None else (file, stated.file),
         reads=places[0],
         writes=places[1],
@@ -117,7 +96,7 @@ def _file(path: Path) -> Path:
 
 def _holds_tensors(path: Path) -> bool:
     try:
-        return safetensors(path).names >= _TENSORS
+        return parsed.safetensors(path).names >= _TENSORS
     except ValueError:
         return False
 
@@ -126,9 +105,9 @@ def _stated(file: Path, origin: SaeOrigin | None) -> _Stated:
     beside = file.with_name(CONFIG)
     if not beside.is_file():
         return _Stated(_published(origin) if origin else {}, "the repository")
-    config = json_object(beside)
-    check_keys(config, _KNOWN, CONFIG)
-    choice(config, "architecture", ("jump_relu",), CONFIG)
+    config = parsed.json_object(beside)
+    parsed.check_keys(config, _KNOWN, CONFIG)
+    parsed.choice(config, "architecture", ("jump_relu",), CONFIG)
     return _Stated(config, CONFIG, beside)
 
 
@@ -152,7 +131,7 @@ def _published(origin: SaeOrigin) -> dict[str, Any]:
 
 def _kind(stated: _Stated, weights: Tensors, w_dec: Tensor, notes: Conventions) -> Kind:
     if "type" in stated.config:
-        kind, who = _KINDS[choice(stated.config, "type", _KINDS, stated.source)], stated.says("type")
+        kind, who = _KINDS[parsed.choice(stated.config, "type", _KINDS, stated.source)], stated.says("type")
     else:
         kind, who = _kind_by_weights(stated, weights, w_dec)
     if w_dec.ndim != (3 if kind == "clt" else 2) or (kind != "clt" and _LAYER_FILE.fullmatch(weights.file.name)):
@@ -183,14 +162,12 @@ def _width(kind: Kind, w_dec: Tensor) -> int:
 
 
 def _places(stated: _Stated, kind: Kind, notes: Conventions) -> Places:
-    """Of an SAE or a transcoder; unknown where nothing is said."""
     if HOOK_IN not in stated.config:
         return None, ()
-    inward = text(stated.config, HOOK_IN, stated.source)
-    outward = (
-        inward if kind == "sae" and HOOK_OUT not in stated.config else text(stated.config, HOOK_OUT, stated.source)
-    )
-    reads, writes = in_and_out(inward, outward, stated.says(HOOK_OUT))
+    inward = parsed.text(stated.config, HOOK_IN, stated.source)
+    is_alone = kind == "sae" and HOOK_OUT not in stated.config
+    outward = inward if is_alone else parsed.text(stated.config, HOOK_OUT, stated.source)
+    reads, writes = parsed.in_and_out(inward, outward, stated.says(HOOK_OUT))
     if reads is None:
         raise ValueError(f"{stated.says(HOOK_IN)} {inward!r} is not a place that is known")
     if writes and kind == "sae":
@@ -202,18 +179,17 @@ def _places(stated: _Stated, kind: Kind, notes: Conventions) -> Places:
 
 
 def _layer(file: Path, stated: _Stated, origin: SaeOrigin | None, notes: Conventions) -> int:
-    """Which layer of the cross-layer transcoder the file holds."""
     last = origin.path.rpartition("/")[2] if origin else ""
     hook = _HOOK_LAYER.search(str(stated.config.get(HOOK_IN)))
-    said = {
+    matches = {
         file.name: _LAYER_NAME.fullmatch(file.stem),
         stated.says(HOOK_IN): None if hook and hook[1] == "{all}" else hook,
         "the repository's path": _LAYER_NAME.fullmatch(last.removesuffix(".safetensors")),
     }
-    layers = {who: int(match[1]) for who, match in said.items() if match}
+    layers = {who: int(match[1]) for who, match in matches.items() if match}
     if len(set(layers.values())) != 1:
-        found = "; ".join(f"{who} says {layer}" for who, layer in layers.items()) or "nothing says"
-        raise ValueError(f"{file.name}: which layer is it? {found}; call the file params_layer_N.safetensors")
+        answers = "; ".join(f"{who} says {layer}" for who, layer in layers.items()) or "nothing says"
+        raise ValueError(f"{file.name}: which layer is it? {answers}; call the file params_layer_N.safetensors")
     who, layer = next(iter(layers.items()))
     notes.note("layer", layer, who)
     return layer
@@ -221,7 +197,7 @@ def _layer(file: Path, stated: _Stated, origin: SaeOrigin | None, notes: Convent
 
 def _layers(stated: _Stated, layer: int, w_dec: Tensor, notes: Conventions) -> Places:
     """Where one layer of a cross-layer transcoder reads, and where it writes: there and at every later layer."""
-    own = {key: text(stated.config, key, stated.source) for key in _CLT_HOOKS if key in stated.config}
+    own = {key: parsed.text(stated.config, key, stated.source) for key in _CLT_HOOKS if key in stated.config}
     hooks, n_layers = _CLT_HOOKS | own, w_dec.shape[1]
     who = {key: stated.says(key) if key in own else "the format" for key in hooks}
     reads = _at(hooks[HOOK_IN], layer)
@@ -232,10 +208,10 @@ def _layers(stated: _Stated, layer: int, w_dec: Tensor, notes: Conventions) -> P
 
 
 def _at(hook: str, layer: int) -> Place:
-    found = module_place(_HOOK_LAYER.sub(str(layer), hook, count=1))
-    if found is None:
+    place = parsed.module_place(_HOOK_LAYER.sub(str(layer), hook, count=1))
+    if place is None:
         raise ValueError(f"{hook!r} is not a place that is known")
-    return found
+    return place
 
 
 def _targets(w_dec: Tensor, layer: int, file: str) -> Tensor:
@@ -258,35 +234,24 @@ def _dictionary(weights: Tensors, w_dec: Tensor, kind: Kind, stated: _Stated, no
         "b_enc": (b_enc, (d_sae,)), "threshold": (threshold, (d_sae,)), "b_dec": (b_dec, (d_out,)),
         "w_enc": (w_enc, (d_in if kind != "sae" else d_out, d_sae)), "w_dec": (w_dec, (d_sae, *w_dec.shape[1:])),
     }  # fmt: skip
-    check_shapes(shapes if skip is None else shapes | {SKIP: (skip, (d_in, d_out))}, weights.file.name)
+    parsed.check_shapes(shapes if skip is None else shapes | {SKIP: (skip, (d_in, d_out))}, weights.file.name)
     notes.note("activation", "jumprelu", "the format")
     notes.note("centring", False, "the format")
-    # The bias and the skip connection belong to the layer that reads, the first of those that are written.
-    later = w_dec.shape[1:].numel() - d_out
-    return Dictionary(
-        W_enc=w_enc,
-        b_enc=b_enc,
-        W_dec=w_dec.flatten(1),
-        b_dec=pad(b_dec, (0, later)),
-        activation=JumpReLU(threshold),
-        centre=False,
-        is_transcoder=kind != "sae",
-        W_skip=None if skip is None else pad(skip.T, (0, 0, 0, later)),
-    )
+    return parsed.cross_layer(w_enc, b_enc, w_dec, b_dec, JumpReLU(threshold), skip, is_transcoder=kind != "sae")
 
 
 def _skip(weights: Tensors, stated: _Stated, notes: Conventions) -> Tensor | None:
     if "affine_connection" in stated.config:
-        said = flag(stated.config, "affine_connection", None, stated.source)
-        if said != (SKIP in weights):
-            there = "holds" if SKIP in weights else "lacks"
-            raise ValueError(f"{stated.says('affine_connection')} is {said}, but {weights.file.name} {there} {SKIP}")
+        has_skip = parsed.flag(stated.config, "affine_connection", None, stated.source)
+        if has_skip != (SKIP in weights):
+            there = f"{weights.file.name} {'holds' if SKIP in weights else 'lacks'} {SKIP}"
+            raise ValueError(f"{stated.says('affine_connection')} is {has_skip}, but {there}")
     notes.note("skip connection", SKIP in weights, weights.file.name)
     return weights.take_if(SKIP)
 
 
 def _model(stated: _Stated) -> str | None:
-    return text(stated.config, "model_name", stated.source) if "model_name" in stated.config else None
+    return parsed.text(stated.config, "model_name", stated.source) if "model_name" in stated.config else None
 
 
 def _l0(stated: _Stated, kind: Kind) -> float | None:

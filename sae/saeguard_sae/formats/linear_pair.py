@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors, check_shapes, shapes, state_dict
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors, shapes, state_dict
 from saeguard_sae.models import Site
 
 NAME = "linear_pair"
@@ -18,25 +19,18 @@ _LAYER = re.compile(r"-l(\d+)$")
 
 def recognises(path: Path) -> bool:
     """A torch file with layers of these names; the more common ones must be there with weights and biases."""
-    held = shapes(path).keys()
-    return f"{_GOODFIRE[0]}.weight" in held or held >= set(_names(*_QRESEARCH))
+    names = shapes(path).keys()
+    return f"{_GOODFIRE[0]}.weight" in names or names >= set(_names(*_QRESEARCH))
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE in the file.
-
-    Raises:
-        ValueError: missing or surplus weights, or shapes that disagree.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE in the file."""
     tensors, notes = state_dict(source.path), Conventions()
     notes.note("activation", "relu", "the format")
     notes.note("centring", False, "the format")
     notes.note("feature units", "decoder rows as stored", "the format")
     return ParsedSae(
-        dictionary=_dictionary(tensors),
-        files=(source.path,),
-        reads=_reads(source, notes),
-        conventions=notes.all(),
+        dictionary=_dictionary(tensors), files=(source.path,), reads=_reads(source, notes), conventions=notes.all()
     )
 
 
@@ -46,11 +40,9 @@ def _names(encoder: str, decoder: str) -> tuple[str, str, str, str]:
 
 def _dictionary(tensors: Tensors) -> Dictionary:
     names = _names(*(_GOODFIRE if f"{_GOODFIRE[0]}.weight" in tensors else _QRESEARCH))
-    rows, b_enc, columns, b_dec = (tensors.take(name) for name in names)
+    layers = parsed.linear_layers(tensors, *names)
     tensors.close()
-    d_in, d_sae = b_dec.numel(), b_enc.numel()
-    check_shapes({names[0]: (rows, (d_sae, d_in)), names[2]: (columns, (d_in, d_sae))}, tensors.file.name)
-    return Dictionary(rows.T, b_enc, columns.T, b_dec, ReLU(), centre=False)
+    return Dictionary(*layers, ReLU(), centre=False)
 
 
 def _reads(source: Source, notes: Conventions) -> Site | None:

@@ -7,42 +7,33 @@ from __future__ import annotations
 
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
-from saeguard_sae.formats.parsed import (
-    Choices,
-    Conventions,
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.openmoss_common import (
+    NORMS,
+    TINY,
     NormScales,
-    ParsedSae,
-    Place,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    check_size,
-    choice,
-    flag,
-    in_and_out,
-    json_object,
-    number,
-    safetensors,
+    Rule,
+    check_scale,
+    decoder_bias_is_input_bias,
+    gating_rule,
+    hook_places,
+    per_token_scales,
+    read_config,
     scaled,
-    whole,
-)
+)  # fmt: skip
+from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
 
 NAME = "llama_scope"
 CONFIG = "hyperparams.json"
 WEIGHTS = ("sae_weights.safetensors", "checkpoints/final.safetensors")  # in the order in which OpenMOSS looks
 MODEL = "lm_config.json"
-NORMS = "dataset_average_activation_norm"
 
-Rule: TypeAlias = Literal["openmoss", "saelens"]
-
-_TINY = 1e-30
 _KNOWN = {
     "act_fn", "apply_decoder_bias_to_pre_encoder", "d_model", "d_sae", NORMS, "hook_point_in", "hook_point_out",
     "jump_relu_threshold", "norm_activation", "sparsity_include_decoder_norm", "top_k", "use_decoder_bias",
@@ -62,21 +53,20 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and _weights_file(path) is not None
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder.
-
-    Raises:
-        ValueError: a convention that is not supported, an unknown key, missing or surplus weights, or a bad choice.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE or transcoder in the folder."""
     file = _weights_file(source.path)
     if file is None:
         raise ValueError(f"no {' or '.join(WEIGHTS)}")
-    config, notes = _config(source.path / CONFIG), Conventions()
-    reads, writes = _places(config)
-    rule = _rule(config, source.choices, bool(writes), notes)
+    config, notes = read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
+    reads, writes = hook_places(config, CONFIG)
+    rule: Rule = "openmoss"
+    if _jumps(config):
+        is_transcoder, centres = bool(writes), _centres(config)
+        rule = gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
     used = {"gating": _jumps(config), "scale": config.get("norm_activation") == "dataset-wise"}
     return ParsedSae(
-        dictionary=_dictionary(config, safetensors(file), rule, source.choices, notes),
+        dictionary=_dictionary(config, parsed.safetensors(file), rule, source.choices, notes),
         files=(source.path / CONFIG, file),
         reads=reads,
         writes=writes,
@@ -93,67 +83,26 @@ def _weights_file(path: Path) -> Path | None:
 def _model(file: Path) -> str | None:
     if not file.is_file():
         return None
-    name = json_object(file).get("model_name")
+    name = parsed.json_object(file).get("model_name")
     return name if isinstance(name, str) else None
-
-
-def _config(file: Path) -> dict[str, Any]:
-    config = json_object(file)
-    check_keys(config, _KNOWN | _TRAINING, CONFIG)
-    choice(config, "act_fn", ("jumprelu", "relu", "topk"), CONFIG)
-    if flag(config, "use_glu_encoder", False, CONFIG):
-        raise ValueError(f"{CONFIG}: use_glu_encoder: gated linear encoders are not supported")
-    return config
-
-
-def _places(config: dict[str, Any]) -> tuple[Place | None, tuple[Place, ...]]:
-    return in_and_out(config.get("hook_point_in"), config.get("hook_point_out"), f"{CONFIG}: hook_point_out")
 
 
 def _jumps(config: dict[str, Any]) -> bool:
     """Whether features fire above a threshold: a TopK SAE that states one is served so, as OpenMOSS does."""
     if config["act_fn"] == "topk":
-        return config.get("jump_relu_threshold") is not None and number(config, "jump_relu_threshold", CONFIG) > 0
+        has_threshold = config.get("jump_relu_threshold") is not None
+        return has_threshold and parsed.number(config, "jump_relu_threshold", CONFIG) > 0
     return bool(config["act_fn"] == "jumprelu")
 
 
-def _rule(config: dict[str, Any], choices: Choices, is_transcoder: bool, notes: Conventions) -> Rule:
-    """Whose rule decides which features fire.
-
-    SAELens' by default where it can read the SAE, because feature ids and dashboards were made with it.
-    """
-    if not _jumps(config):
-        return "openmoss"
-    rule: Rule = choices.gating or ("openmoss" if is_transcoder else "saelens")
-    if rule == "saelens":
-        _refuse_under_saelens(config, is_transcoder)
-    own = "p * |decoder row|" if flag(config, "sparsity_include_decoder_norm", True, CONFIG) else "p"
-    said = {
-        "saelens": f"saelens: p > threshold, as dashboards were made; OpenMOSS' own rule is {own} > threshold",
-        "openmoss": f"openmoss: {own} > threshold; SAELens, which dashboards were made with, has p > threshold",
-    }
-    notes.note("gating", said[rule], "the user" if choices.gating else "the format")
-    return rule
-
-
-def _refuse_under_saelens(config: dict[str, Any], is_transcoder: bool) -> None:
-    if is_transcoder:
-        raise ValueError("gating saelens: SAELens does not read these transcoders; choose gating openmoss")
-    if _centres(config):
-        raise ValueError(
-            f"{CONFIG}: apply_decoder_bias_to_pre_encoder is true, which SAELens leaves out; choose gating openmoss"
-        )
-
-
 def _centres(config: dict[str, Any]) -> bool:
-    asked = flag(config, "apply_decoder_bias_to_pre_encoder", True, CONFIG)
-    return asked and flag(config, "use_decoder_bias", True, CONFIG)
+    return decoder_bias_is_input_bias(config, CONFIG, default=True)
 
 
 def _dictionary(
     config: dict[str, Any], tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions
 ) -> Dictionary:
-    is_transcoder = bool(_places(config)[1])
+    is_transcoder = bool(hook_places(config, CONFIG)[1])
     W_enc, b_enc, W_dec, b_dec = _weights(config, tensors)
     scales = _scales(config, b_dec.numel(), rule, choices, is_transcoder, notes)
     gain = _gain(config, W_dec, scales, rule, notes)
@@ -163,7 +112,7 @@ def _dictionary(
     return Dictionary(
         W_enc=scaled(W_enc, gain * scales.inward).T,
         b_enc=b_enc * gain,
-        W_dec=scaled(W_dec.T, 1 / (gain.clamp_min(_TINY) * scales.outward)),
+        W_dec=scaled(W_dec.T, 1 / (gain.clamp_min(TINY) * scales.outward)),
         b_dec=b_dec / scales.outward,
         activation=_activation(config, scales, rule, b_enc, notes),
         centre=_centres(config),
@@ -174,7 +123,7 @@ def _dictionary(
 
 def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W_enc, b_enc, W_dec = (tensors.take(name) for name in ("encoder.weight", "encoder.bias", "decoder.weight"))
-    has_bias = flag(config, "use_decoder_bias", True, CONFIG)
+    has_bias = parsed.flag(config, "use_decoder_bias", True, CONFIG)
     b_dec = tensors.take("decoder.bias") if has_bias else torch.zeros(W_dec.shape[:1])
     tensors.close()
     d_sae, d_model = b_enc.numel(), b_dec.numel()
@@ -184,27 +133,20 @@ def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, 
         "decoder.weight": (W_dec, (d_model, d_sae)),
         "decoder.bias": (b_dec, (d_model,)),
     }
-    check_shapes(shapes, tensors.file.name)
-    check_size(config, "d_sae", d_sae, CONFIG)
-    check_size(config, "d_model", d_model, CONFIG)
+    parsed.check_shapes(shapes, tensors.file.name)
+    parsed.check_size(config, "d_sae", d_sae, CONFIG)
+    parsed.check_size(config, "d_model", d_model, CONFIG)
     return W_enc, b_enc, W_dec, b_dec
 
 
 def _scales(
     config: dict[str, Any], d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
 ) -> NormScales:
-    kind = choice(config, "norm_activation", ("dataset-wise", "token-wise", "inference", "none"), CONFIG)
-    if kind == "dataset-wise":
+    scales = per_token_scales(config, CONFIG, notes, is_transcoder=is_transcoder)
+    if scales is None:
         inward, outward = _dataset_wise(config, d_model, choices, is_transcoder, notes)
         return NormScales(inward, inward if rule == "saelens" else outward)
-    notes.note("activation scale", {"token-wise": "of each token"}.get(kind, "none"), f"{CONFIG}: norm_activation")
-    if kind == "token-wise":
-        if is_transcoder:
-            raise ValueError(
-                f"{CONFIG}: norm_activation token-wise: what a transcoder writes would have no known scale"
-            )
-        return NormScales(1.0, 1.0, "constant_norm_rescale")
-    return NormScales(1.0, 1.0)
+    return scales
 
 
 def _dataset_wise(
@@ -213,8 +155,7 @@ def _dataset_wise(
     norms, key = config.get(NORMS), f"{CONFIG}: {NORMS}"
     if isinstance(norms, dict):
         inward, outward = _factor(norms, "in", d_model), _factor(norms, "out", d_model)
-        if choices.scale is not None and abs(choices.scale / inward - 1) > 0.01:
-            raise ValueError(f"scale is {choices.scale:g}, but {key} says {inward:g}")
+        check_scale(choices, inward, key)
         notes.note("activation scale", inward, key)
         if is_transcoder:
             notes.note("activation scale of what it writes", outward, key)
@@ -229,7 +170,7 @@ def _dataset_wise(
 
 
 def _factor(norms: dict[str, Any], side: str, d_model: int) -> float:
-    norm = number(norms, side, f"{CONFIG}: {NORMS}")
+    norm = parsed.number(norms, side, f"{CONFIG}: {NORMS}")
     if norm <= 0:
         raise ValueError(f"{CONFIG}: {NORMS}: {side} must be above 0, got {norm:g}")
     return sqrt(d_model) / norm
@@ -241,7 +182,7 @@ def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule,
     SAELens leaves it as it is. OpenMOSS takes it back to the activations' own scale and, where the norm counts, on to a
     decoder of unit norm.
     """
-    includes = flag(config, "sparsity_include_decoder_norm", True, CONFIG)
+    includes = parsed.flag(config, "sparsity_include_decoder_norm", True, CONFIG)
     if rule == "saelens":
         notes.note("feature units", "of training: activations scaled, decoder as stored", "SAELens")
         return torch.ones(W_dec.shape[1])
@@ -257,7 +198,7 @@ def _activation(
     config: dict[str, Any], scales: NormScales, rule: Rule, b_enc: Tensor, notes: Conventions
 ) -> ActivationFunction:
     if _jumps(config):
-        threshold = number(config, "jump_relu_threshold", CONFIG)
+        threshold = parsed.number(config, "jump_relu_threshold", CONFIG)
         if threshold < 0:
             raise ValueError(f"{CONFIG}: jump_relu_threshold {threshold:g} is below 0, which is not supported")
         threshold *= scales.inward if rule == "saelens" else 1.0
@@ -265,4 +206,4 @@ def _activation(
         return JumpReLU(torch.full_like(b_enc, threshold))
     if config["act_fn"] == "relu":
         return ReLU()
-    return TopK(whole(config, "top_k", CONFIG))
+    return TopK(parsed.whole(config, "top_k", CONFIG))

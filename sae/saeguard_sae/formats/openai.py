@@ -6,17 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Source,
-    Tensors,
-    check_shapes,
-    checkpoint,
-    choice,
-    shapes,
-    whole,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
 
 NAME = "openai"
 
@@ -35,19 +26,15 @@ _BESIDES = (
 
 def recognises(path: Path) -> bool:
     """A torch file with names that this format alone has."""
-    return {"pre_bias", "latent_bias"} <= shapes(path).keys()
+    return {"pre_bias", "latent_bias"} <= parsed.shapes(path).keys()
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE in the file, which does not say where in the model it belongs.
-
-    Raises:
-        ValueError: an activation that is not supported, missing or surplus weights.
-    """
-    held, notes = checkpoint(source.path), Conventions()
-    tensors = Tensors(source.path, (str(name) for name in held), held.__getitem__)
+def parse(source: Source) -> ParsedSae:
+    """The SAE in the file, which does not say where in the model it belongs."""
+    content, notes = parsed.checkpoint(source.path), Conventions()
+    tensors = Tensors(source.path, (str(name) for name in content), content.__getitem__)
     tensors.ignore(*_BESIDES)
-    activation = _activation(held, source.path.name, notes)
+    activation = _activation(content, source.path.name, notes)
     # The library's own rule: it keeps no other record of whether tokens were normalised.
     normed = isinstance(activation, TopK)
     notes.note("normalisation", "layer_norm" if normed else "none", "the format: TopK alone has it")
@@ -57,25 +44,21 @@ def load(source: Source) -> ParsedSae:
 
 
 def _dictionary(tensors: Tensors, activation: ActivationFunction, normed: bool) -> Dictionary:
-    names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
-    rows, b_enc, columns, b_dec = (tensors.take(name) for name in names)
+    layers = parsed.linear_layers(tensors, "encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
     tensors.close()
-    d_in, d_sae = b_dec.numel(), b_enc.numel()
-    wanted = {"encoder.weight": (rows, (d_sae, d_in)), "decoder.weight": (columns, (d_in, d_sae))}
-    check_shapes(wanted, tensors.file.name)
-    return Dictionary(rows.T, b_enc, columns.T, b_dec, activation, normalisation="layer_norm" if normed else "none")
+    return Dictionary(*layers, activation, normalisation="layer_norm" if normed else "none")
 
 
-def _activation(held: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
-    name = choice({"activation": "ReLU"} | held, "activation", ("ReLU", "TopK"), file)
-    notes.note("activation", name, f"{file}: activation" if "activation" in held else "the library's default")
+def _activation(content: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
+    name = parsed.choice({"activation": "ReLU"} | content, "activation", ("ReLU", "TopK"), file)
+    notes.note("activation", name, f"{file}: activation" if "activation" in content else "the library's default")
     if name == "ReLU":
         return ReLU()
-    state, key = held.get(_STATE), f"{file}: {_STATE}"
+    state, key = content.get(_STATE), f"{file}: {_STATE}"
     if not isinstance(state, dict):
         raise ValueError(f"{key} must hold k and postact_fn, got {state!r}")
-    k = whole(state, "k", key)
-    after = choice(state, "postact_fn", ("ReLU", "Identity"), key)
+    k = parsed.whole(state, "k", key)
+    after = parsed.choice(state, "postact_fn", ("ReLU", "Identity"), key)
     notes.note("k", k, key)
     notes.note("negative values", "kept" if after == "Identity" else "0", f"{key}: postact_fn")
     return TopK(k, keeps_negative=after == "Identity")

@@ -15,16 +15,17 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saeguard_sae.coders import SparseCoder
-from saeguard_sae.dictionary import Normalisation
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
 from saeguard_sae.models import Point, Site
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -49,53 +50,41 @@ class Tensors:
         return name in self.names
 
     def take(self, name: str, *, keep_dtype: bool = False) -> Tensor:
-        """The tensor, in float32 unless ``keep_dtype``.
-
-        Raises:
-            ValueError: it is not there, or not floating point.
-        """
+        """The tensor, in float32 unless ``keep_dtype``. Raises ValueError: it is not there, or not floating point."""
         if name not in self.names:
             there = ", ".join(sorted(self.names)) or "nothing"
             raise ValueError(f"{self.file.name}: no {name}; it holds {there}")
         self._left.discard(name)
-        found = self._get(name)
-        if not isinstance(found, Tensor):
+        tensor = self._get(name)
+        if not isinstance(tensor, Tensor):
             raise ValueError(f"{self.file.name}: {name} is not a tensor")
-        found = found.detach()
+        tensor = tensor.detach()
         if keep_dtype:
-            return found
-        if found.dtype not in _FLOATS:
-            raise ValueError(f"{self.file.name}: {name} is {found.dtype}, not a float")
-        if found.ndim < 2 and not torch.isfinite(found).all():
+            return tensor
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{self.file.name}: {name} is {tensor.dtype}, not a float")
+        if tensor.ndim < 2 and not torch.isfinite(tensor).all():
             # Matrices are looked at once they are a dictionary; what a loader takes the exponential of is seen here.
             raise ValueError(f"{self.file.name}: {name} holds values that are not finite")
-        return found.float()
+        return tensor.float()
 
     def take_if(self, name: str) -> Tensor | None:
         """The tensor, or None where the file has none of that name."""
         return self.take(name) if name in self.names else None
 
     def scalar(self, name: str) -> float:
-        """A tensor of one element.
-
-        Raises:
-            ValueError: it is not there or has more.
-        """
-        found = self.take(name, keep_dtype=True)
-        if found.numel() != 1:
-            raise ValueError(f"{self.file.name}: {name} must hold one number, has shape {tuple(found.shape)}")
-        return float(found)
+        """A tensor of one element. Raises ValueError: it is not there or has more."""
+        tensor = self.take(name, keep_dtype=True)
+        if tensor.numel() != 1:
+            raise ValueError(f"{self.file.name}: {name} must hold one number, has shape {tuple(tensor.shape)}")
+        return float(tensor)
 
     def ignore(self, *names: str) -> None:
         """Names that are known to make no difference."""
         self._left -= set(names)
 
     def close(self) -> None:
-        """Says that everything was taken.
-
-        Raises:
-            ValueError: a tensor is left whose meaning is not known.
-        """
+        """Says that everything was taken. Raises ValueError: a tensor is left whose meaning is not known."""
         if self._left:
             raise ValueError(f"{self.file.name}: unexpected {sorted(self._left)[0]!r}: what it changes is not known")
 
@@ -111,10 +100,10 @@ def safetensors(file: Path) -> Tensors:
     def get(name: str) -> Tensor:
         try:
             with safe_open(file, framework="pt") as opened:
-                found: Tensor = opened.get_tensor(name)
+                tensor: Tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as err:
             raise ValueError(f"{file.name}: {err}") from err
-        return found
+        return tensor
 
     return Tensors(file, names, get)
 
@@ -142,7 +131,7 @@ def checkpoint(file: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a plain pickle's version before it refuses the pickle
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as err:
         raise ValueError(
             f"{file.name}: holds Python objects besides tensors, which could run any code, and is not read. Where you "
@@ -150,15 +139,15 @@ def checkpoint(file: Path) -> dict[str, Any]:
         ) from err
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
         raise ValueError(f"{file.name}: not a readable torch file: {err}") from err
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name}: holds a {type(found).__name__}, not a state dict")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name}: holds a {type(content).__name__}, not a state dict")
+    return content
 
 
 def state_dict(file: Path) -> Tensors:
     """A state dict that ``torch.save`` wrote."""
-    found = checkpoint(file)
-    return Tensors(file, (str(name) for name in found), found.__getitem__)
+    content = checkpoint(file)
+    return Tensors(file, (str(name) for name in content), content.__getitem__)
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -169,68 +158,121 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     if file.suffix not in (".pt", ".pth") or not file.is_file():
         return {}
     try:
-        found = checkpoint(file)
+        content = checkpoint(file)
     except ValueError:
         return {}
-    return {str(name): tuple(one.shape) if isinstance(one, Tensor) else () for name, one in found.items()}
+    return {str(name): tuple(value.shape) if isinstance(value, Tensor) else () for name, value in content.items()}
 
 
 def json_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
     try:
-        found = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (ValueError, OSError, RecursionError) as err:
         raise ValueError(f"{file.name}: not JSON: {err}") from err
-    return _table(found, file)
+    return _table(content, file)
 
 
 def yaml_object(file: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping; tags that build Python objects are refused."""
     try:
-        found = yaml.safe_load(file.read_bytes())
+        content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as err:
         raise ValueError(f"{file.name}: not YAML: {err}") from err
-    return _table(found, file)
+    return _table(content, file)
 
 
 def check_keys(config: Mapping[str, Any], known: Iterable[str], file: str) -> None:
-    """Refuses keys that nobody here knows: they may change what the weights mean.
-
-    Raises:
-        ValueError: names the first.
-    """
+    """Refuses keys that nobody here knows, by the first one's name: they may change what the weights mean."""
     unknown = sorted(str(key) for key in config.keys() - set(known))
     if unknown:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}: what it changes is not known")
 
 
 def check_size(config: Mapping[str, Any], key: str, size: int, file: str) -> None:
-    """Compares a size that a file states with the weights' own.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Compares a size that a file states with the weights' own. Raises ValueError: they differ."""
     if key in config and config[key] is not None and config[key] != size:
         raise ValueError(f"{file}: {key} is {config[key]}, but the weights have {size}")
 
 
 def check_shapes(shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]], file: str) -> None:
-    """Compares tensors, by their names in the file, with the shapes that they must have.
-
-    Raises:
-        ValueError: names the first that differs.
-    """
+    """Refuses tensors, by their names in the file, that have other shapes than they must have."""
     for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def number(config: Mapping[str, Any], key: str, file: str) -> float:
-    """A finite number.
+def linear_layers(
+    tensors: Tensors, encoder: str, b_enc: str, decoder: str, b_dec: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in] and b_dec of two layers that are stored as torch does, by name.
 
     Raises:
-        ValueError: it is missing or something else.
+        ValueError: one is missing, or their shapes disagree.
     """
+    rows, bias, columns, centre = (tensors.take(name) for name in (encoder, b_enc, decoder, b_dec))
+    d_in, d_sae = centre.numel(), bias.numel()
+    check_shapes({encoder: (rows, (d_sae, d_in)), decoder: (columns, (d_in, d_sae))}, tensors.file.name)
+    return rows.T, bias, columns.T, centre
+
+
+def above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> ActivationFunction:
+    """BatchTopK as it encodes outside training: what is above the threshold that training settled on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = tensors.file.name
+    if "threshold" not in tensors:
+        raise ValueError(
+            f"{file}: no threshold: without one a feature depends on which other tokens are in the batch. Calibrate "
+            "one, the mean over batches of the smallest value that the batch's top k keeps, and add it as 'threshold'"
+        )
+    threshold = tensors.scalar("threshold")
+    if threshold <= 0:
+        notes.note("threshold", f"{threshold:g}: never calibrated, so the SAE is a plain ReLU", file)
+        return ReLU()
+    notes.note("threshold", threshold, file)
+    return JumpReLU(torch.full((d_sae,), threshold))
+
+
+def circuit_tracer_jump_relu(tensors: Tensors, name: str) -> JumpReLU:
+    """circuit-tracer's, which has no ReLU in it.
+
+    Raises:
+        ValueError: a threshold below 0, where that makes a difference.
+    """
+    threshold = tensors.take(name)
+    if bool((threshold < 0).any()):
+        raise ValueError(
+            f"{tensors.file.name}: {name} is below 0 for some features, whose negative values circuit-tracer lets "
+            "through; that is not supported"
+        )
+    return JumpReLU(threshold)
+
+
+def cross_layer(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    activation: ActivationFunction,
+    W_skip: Tensor | None,
+    *,
+    is_transcoder: bool = True,
+) -> Dictionary:
+    """One layer of a cross-layer transcoder: W_dec [d_sae, d] or [d_sae, layers, d], side by side in what is returned.
+
+    The bias and the skip connection [d_in, d] belong to the layer that reads, the first of those that are written.
+    """
+    later = W_dec.shape[1:].numel() - b_dec.numel()
+    skip = None if W_skip is None else pad(W_skip.T, (0, 0, 0, later))
+    b_dec, W_dec = pad(b_dec, (0, later)), W_dec.flatten(1)
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, activation, centre=False, is_transcoder=is_transcoder, W_skip=skip)
+
+
+def number(config: Mapping[str, Any], key: str, file: str) -> float:
+    """A finite number. Raises ValueError: it is missing or something else."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
         raise ValueError(f"{file}: {key} must be a number, got {value!r}")
@@ -238,11 +280,7 @@ def number(config: Mapping[str, Any], key: str, file: str) -> float:
 
 
 def whole(config: Mapping[str, Any], key: str, file: str) -> int:
-    """A whole number above zero.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """A whole number above zero. Raises ValueError: it is missing or something else."""
     value = number(config, key, file)
     if value < 1 or value != int(value):
         raise ValueError(f"{file}: {key} must be a whole number above 0, got {config[key]!r}")
@@ -262,11 +300,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool | None, file: str) -
 
 
 def choice(config: Mapping[str, Any], key: str, allowed: Iterable[str], file: str) -> str:
-    """One of these words.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """One of these words. Raises ValueError: it is missing or something else."""
     value, words = config.get(key), list(allowed)
     if value not in words:
         raise ValueError(f"{file}: {key} {value!r} is not supported; supported are {', '.join(words)}")
@@ -274,24 +308,17 @@ def choice(config: Mapping[str, Any], key: str, allowed: Iterable[str], file: st
 
 
 def text(config: Mapping[str, Any], key: str, file: str) -> str:
-    """A piece of text that is not empty.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """A piece of text that is not empty. Raises ValueError: it is missing or something else."""
     value = config.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{file}: {key} must be text, got {value!r}")
     return value
 
 
-def _table(found: Any, file: Path) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name}: must hold a table of keys, holds a {type(found).__name__}")
-    return found
-
-
-# What a format's loader is given and what it returns.
+def _table(content: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name}: must hold a table of keys, holds a {type(content).__name__}")
+    return content
 
 
 Processing: TypeAlias = Literal["none", "centred", "transformer_lens"]
@@ -388,24 +415,21 @@ class Conventions:
     """Collects conventions while a loader decides."""
 
     def __init__(self) -> None:
-        self._found: list[Convention] = []
+        self._notes: list[Convention] = []
 
     def note(self, name: str, value: object, source: str) -> None:
         """``value`` as people read it."""
-        self._found.append(Convention(name, _said(value), source))
+        self._notes.append(Convention(name, _as_text(value), source))
 
     def all(self) -> tuple[Convention, ...]:
         """In the order in which they were decided."""
-        return tuple(self._found)
+        return tuple(self._notes)
 
 
-def _said(value: object) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# Places in a model as other libraries spell them: TransformerLens' hooks and Hugging Face's module paths.
 
 
 _POINTS: dict[str, Point] = {
@@ -478,30 +502,10 @@ def in_and_out(inward: object, outward: object, key: str) -> tuple[Place | None,
 
 
 def hook_name(site: Site) -> str:
-    """A site as TransformerLens spells it.
-
-    Raises:
-        ValueError: it has no hook there.
-    """
+    """A site as TransformerLens spells it. Raises ValueError: it has no hook there."""
     if site.point == "embed":
         return "hook_embed"
     hooks = [hook for hook, point in _POINTS.items() if point == site.point]
     if not hooks:
         raise ValueError(f"TransformerLens has no hook at {site}")
     return f"blocks.{site.layer}.{hooks[0]}"
-
-
-# What OpenMOSS' formats share: the factors of training, and folding them into rows of weights.
-
-
-class NormScales(NamedTuple):
-    """What takes activations to the scale of training, where it reads and where it writes; or how each token is."""
-
-    inward: float
-    outward: float
-    normalisation: Normalisation = "none"
-
-
-def scaled(rows: Tensor, by: Tensor) -> Tensor:
-    """rows [d_sae, d] times by [d_sae], each row contiguous: copied once, whatever their layout in the file."""
-    return torch.mul(rows, by[:, None], out=torch.empty(rows.shape))

@@ -10,20 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeguard_sae.dictionary import Dictionary, TopK
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    check_size,
-    choice,
-    json_object,
-    shapes,
-    state_dict,
-    whole,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "qwen_scope"
@@ -35,28 +23,22 @@ _FILE = re.compile(r"layer(\d+)\.sae\.pth?")
 _REPO = re.compile(r"SAE-Res-(.+)-W\d+K-L0_(\d+)$")
 
 
-class _Said(NamedTuple):
-    """A value and who says it."""
-
+class _Stated(NamedTuple):
     value: Any
     source: str
 
 
 def recognises(path: Path) -> bool:
     """A torch file with these weights, the encoder's one row for each feature."""
-    held = shapes(path)
-    if not held.keys() >= set(WEIGHTS) or held["W_enc"] != (*held["b_enc"], *held["b_dec"]):
+    stored = parsed.shapes(path)
+    if not stored.keys() >= set(WEIGHTS) or stored["W_enc"] != (*stored["b_enc"], *stored["b_dec"]):
         return False
     # Square weights fit either way round: then settings of its own beside the file make it another format's.
-    return held["b_enc"] != held["b_dec"] or not (path.parent / f"{path.stem}_cfg.json").is_file()
+    return stored["b_enc"] != stored["b_dec"] or not (path.parent / f"{path.stem}_cfg.json").is_file()
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE in the file.
-
-    Raises:
-        ValueError: missing or surplus weights, or k is not known.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE in the file."""
     config, notes = _config(source.path.parent / CONFIG), Conventions()
     repo = _REPO.search(source.origin.repo) if source.origin else None
     known = _known_k(config, repo)
@@ -64,7 +46,7 @@ def load(source: Source) -> ParsedSae:
     notes.note("activation", "topk", "the format")
     notes.note("centring", False, "the format")
     return ParsedSae(
-        dictionary=_dictionary(state_dict(source.path), config, k),
+        dictionary=_dictionary(parsed.state_dict(source.path), config, k),
         files=(source.path, *((source.path.parent / CONFIG,) if config else ())),
         reads=_reads(source, config, notes),
         model=_model(config, repo),
@@ -75,47 +57,45 @@ def load(source: Source) -> ParsedSae:
 
 def _config(file: Path) -> dict[str, Any]:
     """The repository's settings where they were downloaded as well; another model's ``config.json`` is not that."""
-    config = json_object(file) if file.is_file() else {}
+    config = parsed.json_object(file) if file.is_file() else {}
     if config.get("model_type") != "topk_sae":
         return {}
-    check_keys(config, _KNOWN, CONFIG)
+    parsed.check_keys(config, _KNOWN, CONFIG)
     return config
 
 
-def _known_k(config: dict[str, Any], repo: re.Match[str] | None) -> _Said | None:
-    stated = _Said(whole(config, "k", CONFIG), f"{CONFIG}: k") if config else None
-    named = _Said(int(repo[2]), "the repository's name") if repo else None
+def _known_k(config: dict[str, Any], repo: re.Match[str] | None) -> _Stated | None:
+    stated = _Stated(parsed.whole(config, "k", CONFIG), f"{CONFIG}: k") if config else None
+    named = _Stated(int(repo[2]), "the repository's name") if repo else None
     if stated and named and stated.value != named.value:
         raise ValueError(f"{CONFIG}: k is {stated.value}, but the repository's name says {named.value}")
     return stated or named
 
 
-def _k(known: _Said | None, source: Source, notes: Conventions) -> int:
-    chosen = _Said(source.choices.k, "the user") if source.choices.k is not None else None
-    said = known or chosen
-    if said is None:
+def _k(known: _Stated | None, source: Source, notes: Conventions) -> int:
+    chosen = _Stated(source.choices.k, "the user") if source.choices.k is not None else None
+    k = known or chosen
+    if k is None:
         raise ValueError(
             f"{source.path.name}: how many features are kept is not in the file; give k, the number after 'L0_' in the "
             "repository's name, or keep the repository's config.json beside the file"
         )
-    notes.note("k", said.value, said.source)
-    return int(said.value)
+    notes.note("k", k.value, k.source)
+    return int(k.value)
 
 
 def _dictionary(tensors: Tensors, config: dict[str, Any], k: int) -> Dictionary:
-    rows, columns, b_enc, b_dec = (tensors.take(name) for name in WEIGHTS)
+    W_enc, b_enc, W_dec, b_dec = parsed.linear_layers(tensors, "W_enc", "b_enc", "W_dec", "b_dec")
     tensors.close()
-    d_in, d_sae = b_dec.numel(), b_enc.numel()
-    check_shapes({"W_enc": (rows, (d_sae, d_in)), "W_dec": (columns, (d_in, d_sae))}, tensors.file.name)
-    check_size(config, "d_model", d_in, CONFIG)
-    check_size(config, "d_sae", d_sae, CONFIG)
-    return Dictionary(rows.T, b_enc, columns.T, b_dec, TopK(k), centre=False)
+    parsed.check_size(config, "d_model", b_dec.numel(), CONFIG)
+    parsed.check_size(config, "d_sae", b_enc.numel(), CONFIG)
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, TopK(k), centre=False)
 
 
 def _reads(source: Source, config: dict[str, Any], notes: Conventions) -> Site | None:
     """The layer is in the file's name, as it was published where that is known."""
     if config:
-        choice(config, "hook_point", ("resid_post",), CONFIG)
+        parsed.choice(config, "hook_point", ("resid_post",), CONFIG)
     name = Path(source.origin.path).name if source.origin and source.origin.path else source.path.name
     match = _FILE.fullmatch(name)
     if match is None:

@@ -1,6 +1,6 @@
 """SAELens' format: ``cfg.json`` and ``sae_weights.safetensors``, of every version that wrote these two files.
 
-Also its training checkpoints. Modules named ``saelens_...`` each know one part of the format.
+Also its training checkpoints. ``saelens_config`` knows ``cfg.json``, ``saelens_save`` writes both files.
 """
 
 from __future__ import annotations
@@ -30,27 +30,37 @@ from saeguard_sae.dictionary import (
 )
 from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
-from saeguard_sae.formats.saelens_config import (
-    ARCHITECTURES,
-    BASE_KEYS,
-    CONFIG,
-    WEIGHTS,
-    SaelensConfig,
-    current,
-    hook_point,
-    is_current,
-    words,
-)
+from saeguard_sae.formats.saelens_config import CONFIG, WEIGHTS, SaelensConfig, hook_point, read_config
 
-# What SAELens does to an activation before it is encoded: its ``normalize_activations`` and the files behind it.
-
-
+NAME = "saelens"
 SCALER = "activation_scaler.json"
 WHITENING = "activation_whitening.safetensors"
 
 _KEY = "normalize_activations"
 _SCALED, _WHITENED, _FACTOR = "expected_average_only_in", "covariance_whitening", "constant_scalar_rescale"
 _PER_TOKEN = ("none", "layer_norm", "constant_norm_rescale")
+
+
+def recognises(path: Path) -> bool:
+    """Both files are there."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def parse(source: Source) -> ParsedSae:
+    """The SAE in the folder, in float32."""
+    path, notes = source.path, Conventions()
+    settings = read_config(path)
+    where = hook_point(settings, source.origin, notes)
+    normalization = input_normalization(source, settings, notes)
+    coder = build_coder(Parts(settings, parsed.safetensors(path / WEIGHTS), normalization, source.choices, notes))
+    chose_k = {note.name for note in notes.all() if note.source == "the user"} & {"k"}
+    return ParsedSae(
+        dictionary=coder,
+        files=(path / CONFIG, path / WEIGHTS, *normalization.files),
+        **where._asdict(),
+        conventions=notes.all(),
+        used=normalization.used | chose_k,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +85,24 @@ class InputNormalization:
     """Names of the choices that it was taken from."""
 
 
-def input_normalization(source: Source, settings: SaelensConfig, said: Conventions) -> InputNormalization:
+def input_normalization(source: Source, settings: SaelensConfig, notes: Conventions) -> InputNormalization:
     """What the config, the checkpoint's other files and the user say together.
 
     Raises:
         ValueError: a normalisation that is not supported, or one whose numbers are not known.
     """
     mode, who = _mode(source, settings)
-    said.note("normalisation", mode, who)
+    notes.note("normalisation", mode, who)
     scaler = _Scaler(source.path)
     if mode == _SCALED:
-        return _scaled(source, scaler, said)
+        return _scaled(source, scaler, notes)
     if mode == _WHITENED:
-        return _whitened(scaler, said)
+        return _whitened(scaler, notes)
     scaler.must_be_idle(mode)
     if mode == _FACTOR:
         table = {"activation_normalization_factor": 1.0} | dict(settings.table)
         factor = parsed.number(table, "activation_normalization_factor", CONFIG)
-        said.note("activation scale", factor, settings.source("activation_normalization_factor"))
+        notes.note("activation scale", factor, settings.source("activation_normalization_factor"))
         return InputNormalization(
             scale=_positive(factor, f"{CONFIG}: activation_normalization_factor"), files=scaler.files
         )
@@ -100,7 +110,6 @@ def input_normalization(source: Source, settings: SaelensConfig, said: Conventio
 
 
 def _mode(source: Source, settings: SaelensConfig) -> tuple[str, str]:
-    """Its name, and who says so."""
     published = releases.at(source.origin.repo, source.origin.path) if source.origin else None
     if published is not None and published.normalisation is not None:
         return published.normalisation, releases.source()
@@ -140,7 +149,7 @@ class _Scaler:
             raise ValueError(f"{SCALER}: {key} is {self._table[key]!r}, but {CONFIG} says {_KEY} {mode!r}")
 
 
-def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> InputNormalization:
+def _scaled(source: Source, scaler: _Scaler, notes: Conventions) -> InputNormalization:
     if scaler.factor is not None:
         factor, who = parsed.number({"scaling_factor": scaler.factor}, "scaling_factor", SCALER), SCALER
     elif source.choices.scale is not None:
@@ -149,106 +158,32 @@ def _scaled(source: Source, scaler: _Scaler, said: Conventions) -> InputNormaliz
         raise ValueError(
             f"{CONFIG}: {_KEY} is {_SCALED}, but the factor is not in the files; give scale = sqrt(d_in) / mean |x|"
         )
-    said.note("activation scale", factor, who)
+    notes.note("activation scale", factor, who)
     used = frozenset({"scale"}) if who == source.choices.scale_said_by else frozenset()
     return InputNormalization(scale=_positive(factor, "scale"), files=scaler.files, used=used)
 
 
-def _whitened(scaler: _Scaler, said: Conventions) -> InputNormalization:
+def _whitened(scaler: _Scaler, notes: Conventions) -> InputNormalization:
     if not scaler.whitening.is_file():
         raise ValueError(
             f"{CONFIG}: {_KEY} is {_WHITENED}, but {WHITENING} is not in the folder; SAELens writes it beside a "
             "checkpoint and folds it into the SAE when training ends"
         )
     tensors = parsed.safetensors(scaler.whitening)
-    parts = [tensors.take(name, keep_dtype=True).to(torch.float64) for name in ("mean", "matrix", "inverse_matrix")]
+    names = ("mean", "matrix", "inverse_matrix")
+    parts = [tensors.take(name, keep_dtype=True).to(torch.float64) for name in names]
     tensors.close()
-    _check_square(parts)
-    said.note("input whitening", "folded into the weights", WHITENING)
-    return InputNormalization(whitening=Whitening(*parts), files=(*scaler.files, scaler.whitening))
-
-
-def _check_square(parts: list[Tensor]) -> None:
     width = parts[0].numel()
-    for name, part, wanted in zip(
-        ("mean", "matrix", "inverse_matrix"), parts, ((width,), (width, width), (width, width)), strict=True
-    ):
-        if tuple(part.shape) != wanted:
-            raise ValueError(f"{WHITENING}: {name} has shape {tuple(part.shape)}, expected {wanted}")
+    shapes = ((width,), (width, width), (width, width))
+    parsed.check_shapes(dict(zip(names, zip(parts, shapes, strict=True), strict=True)), WHITENING)
+    notes.note("input whitening", "folded into the weights", WHITENING)
+    return InputNormalization(whitening=Whitening(*parts), files=(*scaler.files, scaler.whitening))
 
 
 def _positive(factor: float, name: str) -> float:
     if not 0 < factor < float("inf"):
         raise ValueError(f"{name} must be above 0, got {factor}")
     return factor
-
-
-# Folds of SAELens that leave what is computed as it is and rid the weights of one convention each.
-
-
-def finetuned(dictionary: Dictionary, factors: Tensor) -> Dictionary:
-    """``(f * factors) @ W_dec``, as SAELens decoded before 6.0 after its fine-tuning against shrinkage."""
-    return replace(dictionary, W_dec=dictionary.W_dec * factors[:, None])
-
-
-def scaled(dictionary: Dictionary, scale: float, *, rescales: bool) -> Dictionary:
-    """For inputs that are not multiplied by ``scale``, and outputs not divided by it.
-
-    Features keep their values, unless they are rescaled by the decoder's norm (``rescales``), which this divides: then
-    a threshold, which is in their units, goes along.
-    """
-    activation = dictionary.activation
-    if rescales and isinstance(activation, JumpReLU):
-        activation = JumpReLU(activation.threshold / scale)
-    return replace(
-        dictionary,
-        W_enc=dictionary.W_enc * scale,
-        W_dec=dictionary.W_dec / scale,
-        b_dec=dictionary.b_dec / scale,
-        activation=activation,
-    )
-
-
-def rescaled(dictionary: Dictionary) -> Dictionary:
-    """Pre-activations times the norm of the feature's decoder row, and rows of norm 1."""
-    norms = dictionary.W_dec.norm(dim=1)
-    # A row of zeros stays one: its feature is never seen, whatever it is divided by.
-    by = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return replace(
-        dictionary,
-        W_enc=dictionary.W_enc * norms,
-        b_enc=dictionary.b_enc * norms,
-        W_dec=dictionary.W_dec / by[:, None],
-    )
-
-
-def unwhitened(dictionary: Dictionary, whitening: Whitening) -> Dictionary:
-    """For inputs that are not whitened, and outputs not taken back.
-
-    Raises:
-        ValueError: it is of another width.
-    """
-    if whitening.mean.shape != dictionary.b_dec.shape:
-        raise ValueError(f"{WHITENING}: mean has {whitening.mean.numel()} values, but the SAE reads {dictionary.d_in}")
-    # Transposed, the product comes out feature by feature as Dictionary keeps it.
-    W_enc = (dictionary.W_enc.T.double() @ whitening.matrix.T).T
-    W_dec = (dictionary.W_dec.double() @ whitening.inverse).float()
-    b_dec = (dictionary.b_dec.double() @ whitening.inverse + whitening.mean).float()
-    moved = replace(dictionary, W_enc=W_enc.float(), W_dec=W_dec, b_dec=b_dec)
-    # Where b_dec is taken off the input, the mean in it already is.
-    return moved if dictionary.centre else _shifted(moved, (whitening.mean @ W_enc).float())
-
-
-def _shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
-    """Pre-activations less ``shift`` [d_sae]."""
-    activation = dictionary.activation
-    if isinstance(activation, Gated):
-        b_mag = activation.b_mag - shift * activation.r_mag.exp()
-        return replace(dictionary, activation=Gated(activation.b_gate - shift, b_mag, activation.r_mag))
-    return replace(dictionary, b_enc=dictionary.b_enc - shift)
-
-
-# The SAE that SAELens' weights describe.
 
 
 _BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
@@ -261,9 +196,9 @@ class Parts:
 
     settings: SaelensConfig
     weights: Tensors
-    arrives: InputNormalization
+    input: InputNormalization
     choices: Choices
-    said: Conventions
+    notes: Conventions
 
     @property
     def table(self) -> Mapping[str, Any]:
@@ -272,7 +207,7 @@ class Parts:
 
     def note(self, name: str, value: object, key: str) -> None:
         """A convention that ``key`` of the config, or its default, decides."""
-        self.said.note(name, value, self.settings.source(key))
+        self.notes.note(name, value, self.settings.source(key))
 
 
 def build_coder(parts: Parts) -> SparseCoder:
@@ -282,21 +217,18 @@ def build_coder(parts: Parts) -> SparseCoder:
         ValueError: weights or settings that are missing, surplus or disagree.
     """
     parts.note("architecture", parts.settings.architecture, "architecture")
-    built = _built(parts)
-    parts.weights.close()
-    for key, size in (("d_in", built.d_in), ("d_sae", built.d_sae), ("d_out", built.d_out)):
-        parsed.check_size(parts.table, key, size, CONFIG)
-    return built
-
-
-def _built(parts: Parts) -> SparseCoder:
+    coder: SparseCoder
     match parts.settings.architecture:
         case "matching_pursuit":
-            return _pursuit(parts)
+            coder = _pursuit(parts)
         case "temporal":
-            return _temporal(parts)
+            coder = _temporal(parts)
         case _:
-            return _linear(parts)
+            coder = _linear(parts)
+    parts.weights.close()
+    for key, size in (("d_in", coder.d_in), ("d_sae", coder.d_sae), ("d_out", coder.d_out)):
+        parsed.check_size(parts.table, key, size, CONFIG)
+    return coder
 
 
 def _centre(parts: Parts) -> bool:
@@ -310,20 +242,19 @@ def _centre(parts: Parts) -> bool:
 
 def _linear(parts: Parts) -> Dictionary:
     """In SAELens' order: its own folds come before rescaling, which they change, and whitening after it."""
-    dictionary, arrives, rescales = _unfolded(parts), parts.arrives, _rescales(parts)
+    dictionary, normalization, rescales = _unfolded(parts), parts.input, _rescales(parts)
     if (factors := _finetuning(parts, dictionary.d_sae)) is not None:
         dictionary = finetuned(dictionary, factors)
-    if arrives.scale != 1:
-        dictionary = scaled(dictionary, arrives.scale, rescales=rescales)
+    if normalization.scale != 1:
+        dictionary = scaled(dictionary, normalization.scale, rescales=rescales)
     if rescales:
         dictionary = rescaled(dictionary)
-    if arrives.whitening is not None:
-        dictionary = unwhitened(dictionary, arrives.whitening)
+    if normalization.whitening is not None:
+        dictionary = unwhitened(dictionary, normalization.whitening)
     return dictionary
 
 
 def _unfolded(parts: Parts) -> Dictionary:
-    """The weights as they are."""
     settings, weights = parts.settings, parts.weights
     activation = _coder_activation(parts)
     return Dictionary(
@@ -333,7 +264,7 @@ def _unfolded(parts: Parts) -> Dictionary:
         weights.take("b_dec"),
         activation,
         centre=_centre(parts),
-        normalisation=parts.arrives.normalisation,
+        normalisation=parts.input.normalisation,
         is_transcoder=settings.is_transcoder,
         W_skip=weights.take("W_skip") if "skip" in settings.architecture else None,
     )
@@ -368,7 +299,7 @@ def _threshold(weights: Tensors) -> Tensor:
 def _batch_threshold(parts: Parts) -> Tensor:
     """[d_sae] what stands in for the choice among a whole training batch when SAELens exports the SAE."""
     threshold = parts.weights.scalar("topk_threshold")
-    parts.said.note("selection", f"above {threshold:g}, not among a batch", f"{WEIGHTS}: topk_threshold")
+    parts.notes.note("selection", f"above {threshold:g}, not among a batch", f"{WEIGHTS}: topk_threshold")
     return torch.full_like(parts.weights.take("b_enc"), threshold)
 
 
@@ -380,7 +311,7 @@ def _k(parts: Parts) -> int:
         return k
     if choice is None:
         raise ValueError(f"{CONFIG}: no k, the number of features kept per token; give k")
-    parts.said.note("k", choice, "the user")
+    parts.notes.note("k", choice, "the user")
     return choice
 
 
@@ -408,13 +339,13 @@ def _finetuning(parts: Parts, d_sae: int) -> Tensor | None:
         return None
     if parts.settings.is_finetuned is False:
         raise ValueError(f"{WEIGHTS}: {name} is not 1, but {CONFIG} does not say finetuning_scaling_factor")
-    parts.said.note("decoder scaled per feature", True, f"{WEIGHTS}: {name}")
+    parts.notes.note("decoder scaled per feature", True, f"{WEIGHTS}: {name}")
     return factors
 
 
 def _pursuit(parts: Parts) -> MatchingPursuit:
     W_dec, b_dec = parts.weights.take("W_dec"), parts.weights.take("b_dec")
-    table, scale = {"residual_threshold": 1e-2} | dict(parts.table), parts.arrives.scale
+    table, scale = {"residual_threshold": 1e-2} | dict(parts.table), parts.input.scale
     most = table.get("max_iterations")
     return MatchingPursuit(
         W_dec,
@@ -424,7 +355,7 @@ def _pursuit(parts: Parts) -> MatchingPursuit:
         residual_threshold=parsed.number(table, "residual_threshold", CONFIG) / scale,
         stop_on_duplicate_support=parsed.flag(table, "stop_on_duplicate_support", True, CONFIG),
         centre=_centre(parts),
-        normalisation=parts.arrives.normalisation,
+        normalisation=parts.input.normalisation,
     )
 
 
@@ -439,7 +370,7 @@ def _temporal(parts: Parts) -> Temporal:
         tuple(_attention(weights, index) for index in range(parsed.whole(table, "n_attn_layers", CONFIG))),
         n_heads=parsed.whole(table, "n_heads", CONFIG),
         k=_temporal_k(table),
-        scale=parts.arrives.scale,
+        scale=parts.input.scale,
         centre=_centre(parts),
         tied=tied,
     )
@@ -457,145 +388,55 @@ def _temporal_k(table: Mapping[str, Any]) -> int | None:
     return parsed.whole(table, "kval_topk", CONFIG)
 
 
-# Flat ``cfg.json`` of SAELens before 6.0, which held the settings of the whole training run beside the SAE's own.
+def finetuned(dictionary: Dictionary, factors: Tensor) -> Dictionary:
+    """``(f * factors) @ W_dec``, as SAELens decoded before 6.0 after its fine-tuning against shrinkage."""
+    return replace(dictionary, W_dec=dictionary.W_dec * factors[:, None])
 
 
-_NOW_CALLED = {
-    "hook_point": "hook_name",
-    "hook_point_head_index": "hook_head_index",
-    "activation_fn_str": "activation_fn",
-}
-_METADATA = words(
-    """model_name hook_name hook_head_index model_class_name model_from_pretrained_kwargs prepend_bos neuronpedia_id
-    exclude_special_tokens context_size seqpos_slice dataset_path sae_lens_version sae_lens_training_version
-    hook_name_out hook_head_index_out hf_hook_name hf_hook_name_out"""
-)
-_OWN = frozenset({"activation_fn", "activation_fn_kwargs", "finetuning_scaling_factor"})
-# Settings of the training run that every version up to 5.10 could write; none changes what the weights compute.
-_RUN = words(
-    """act_store_device adam_beta1 adam_beta2 autocast autocast_dtype autocast_lm b_dec_init_method begin_batch_token
-    begin_sequence_token cached_activations_path checkpoint_path coefficient_warm_up_steps compile_llm compile_sae
-    dataset_trust_remote_code dead_feature_estimation_method dead_feature_threshold dead_feature_window
-    decoder_heuristic_init decoder_heuristic_init_norm decoder_orthogonal_init disable_concat_sequences end_pos_offset
-    eval_batch_size_prompts eval_every_n_wandb_logs exclude_bos_between_sequences expansion_factor feature_reinit_scale
-    feature_sampling_method feature_sampling_window finetuning_method finetuning_tokens from_pretrained_path hook_eval
-    hook_layer hook_point_eval hook_point_layer init_encoder_as_decoder_transpose is_dataset_tokenized
-    jumprelu_bandwidth jumprelu_init_threshold l0_lambda l0_warm_up_steps l1_coefficient l1_normalization_fn
-    l1_warm_up_steps l1_warmup_steps llm_compilation_mode log_activations_store_to_wandb log_optimizer_state_to_wandb
-    log_to_wandb logger lp_norm lr lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps model_kwargs
-    mse_loss_normalization n_batches_in_buffer n_checkpoints n_eval_batches n_eval_seqs n_restart_cycles noise_scale
-    normalize_sae_decoder resample_batches resume run_name sae_compilation_mode scale_sparsity_penalty_by_decoder_norm
-    seed sequence_separator_token sparsity_coefficient start_pos_offset store_batch_size store_batch_size_prompts
-    streaming tokens_per_buffer total_training_tokens train_batch_size train_batch_size_tokens training_tokens
-    use_cached_activations use_ghost_grads verbose wandb_entity wandb_id wandb_log_frequency wandb_project"""
-)
+def scaled(dictionary: Dictionary, scale: float, *, rescales: bool) -> Dictionary:
+    """For inputs that are not multiplied by ``scale``, and outputs not divided by it.
 
-
-def modernised(config: Mapping[str, Any]) -> SaelensConfig:
-    """The settings as SAELens 6 would write them.
-
-    Raises:
-        ValueError: a key or a value that is not known.
+    Features keep their values, unless they are rescaled by the decoder's norm (``rescales``), which this divides: then
+    a threshold, which is in their units, goes along.
     """
-    flat, spelled = _renamed(config)
-    stated = frozenset(flat)
-    flat.setdefault("architecture", "standard")
-    parsed.choice(flat, "architecture", ARCHITECTURES, CONFIG)
-    parsed.check_keys(flat, BASE_KEYS | ARCHITECTURES[flat["architecture"]] | _METADATA | _OWN | _RUN, CONFIG)
-    activation = _activation(flat)
-    if activation == "topk":
-        stated |= _take_k(flat, spelled)
-    flat["normalize_activations"] = _normalisation(flat.get("normalize_activations"))
-    own = BASE_KEYS | ARCHITECTURES[flat["architecture"]]
-    return SaelensConfig(
-        table={key: value for key, value in flat.items() if key in own},
-        metadata={key: value for key, value in flat.items() if key in _METADATA},
-        stated=stated,
-        where=f"{CONFIG}: ",
-        spelled=spelled,
-        is_tanh=activation == "tanh-relu",
-        is_finetuned=_finetuned(flat),
+    activation = dictionary.activation
+    if rescales and isinstance(activation, JumpReLU):
+        activation = JumpReLU(activation.threshold / scale)
+    return replace(
+        dictionary,
+        W_enc=dictionary.W_enc * scale,
+        W_dec=dictionary.W_dec / scale,
+        b_dec=dictionary.b_dec / scale,
+        activation=activation,
     )
 
 
-def _renamed(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The table with today's names, and what the file called them."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        now = _NOW_CALLED.get(key, key)
-        if now in flat and flat[now] != value:
-            raise ValueError(f"{CONFIG}: {key} is {value!r}, but the same is {flat[now]!r} under another name")
-        flat[now] = value
-    return flat, {now: old for old, now in _NOW_CALLED.items() if old in config}
-
-
-def _activation(flat: dict[str, Any]) -> str:
-    """What the features go through; only plain SAEs could have anything but ReLU."""
-    name = parsed.choice({"activation_fn": "relu"} | flat, "activation_fn", ("relu", "tanh-relu", "topk"), CONFIG)
-    allowed = {"topk": ("standard", "topk"), "tanh-relu": ("standard",)}
-    if name in allowed and flat["architecture"] not in allowed[name]:
-        raise ValueError(f"{CONFIG}: activation_fn {name!r} is not supported for architecture {flat['architecture']!r}")
-    return name
-
-
-def _take_k(flat: dict[str, Any], spelled: dict[str, str]) -> set[str]:
-    """Makes a plain SAE with that activation what SAELens 6 calls it; the keys that this states."""
-    flat["architecture"], spelled["architecture"] = "topk", spelled.get("activation_fn", "activation_fn")
-    given = flat.get("activation_fn_kwargs") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{CONFIG}: activation_fn_kwargs must be a table, got {given!r}")
-    parsed.check_keys(given, {"k"}, f"{CONFIG}: activation_fn_kwargs")
-    if "k" in given:
-        flat["k"], spelled["k"] = given["k"], "activation_fn_kwargs.k"
-    return {"architecture", "k"}
-
-
-def _normalisation(said: object) -> object:
-    # Until May 2024 it was a question with one possible answer.
-    if isinstance(said, bool):
-        return "expected_average_only_in" if said else "none"
-    return "none" if said is None else said
-
-
-def _finetuned(flat: dict[str, Any]) -> bool | None:
-    if "finetuning_scaling_factor" not in flat:
-        return None
-    return parsed.flag(flat, "finetuning_scaling_factor", None, CONFIG)
-
-
-NAME = "saelens"
-
-
-def recognises(path: Path) -> bool:
-    """Both files are there."""
-    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
-
-
-def load(source: Source) -> ParsedSae:
-    """The SAE in the folder, in float32.
-
-    Raises:
-        ValueError: a convention that is not supported, an unknown key, missing or surplus weights.
-    """
-    path, said = source.path, Conventions()
-    settings = _settings(path)
-    place = hook_point(settings, source.origin, said)
-    arrives = input_normalization(source, settings, said)
-    coder = build_coder(Parts(settings, parsed.safetensors(path / WEIGHTS), arrives, source.choices, said))
-    chose_k = {one.name for one in said.all() if one.source == "the user"} & {"k"}
-    return ParsedSae(
-        dictionary=coder,
-        files=(path / CONFIG, path / WEIGHTS, *arrives.files),
-        reads=place.reads,
-        writes=place.writes,
-        processing=place.processing,
-        model=place.model,
-        stated_l0=place.stated_l0,
-        conventions=said.all(),
-        used=arrives.used | chose_k,
+def rescaled(dictionary: Dictionary) -> Dictionary:
+    """Pre-activations times the norm of the feature's decoder row, and rows of norm 1."""
+    norms = dictionary.W_dec.norm(dim=1)
+    # A row of zeros stays one: its feature is never seen, whatever it is divided by.
+    by = torch.where(norms > 0, norms, torch.ones_like(norms))
+    return replace(
+        dictionary, W_enc=dictionary.W_enc * norms, b_enc=dictionary.b_enc * norms, W_dec=dictionary.W_dec / by[:, None]
     )
 
 
-def _settings(path: Path) -> SaelensConfig:
-    config = parsed.json_object(path / CONFIG)
-    return current(config) if is_current(config) else modernised(config)
+def unwhitened(dictionary: Dictionary, whitening: Whitening) -> Dictionary:
+    """For inputs that are not whitened, and outputs not taken back. Raises ValueError: it is of another width."""
+    if whitening.mean.shape != dictionary.b_dec.shape:
+        raise ValueError(f"{WHITENING}: mean has {whitening.mean.numel()} values, but the SAE reads {dictionary.d_in}")
+    # Transposed, the product comes out feature by feature as Dictionary keeps it.
+    W_enc = (dictionary.W_enc.T.double() @ whitening.matrix.T).T
+    W_dec = (dictionary.W_dec.double() @ whitening.inverse).float()
+    b_dec = (dictionary.b_dec.double() @ whitening.inverse + whitening.mean).float()
+    moved = replace(dictionary, W_enc=W_enc.float(), W_dec=W_dec, b_dec=b_dec)
+    # Where b_dec is taken off the input, the mean in it already is.
+    return moved if dictionary.centre else _shifted(moved, (whitening.mean @ W_enc).float())
+
+
+def _shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
+    activation = dictionary.activation
+    if isinstance(activation, Gated):
+        b_mag = activation.b_mag - shift * activation.r_mag.exp()
+        return replace(dictionary, activation=Gated(activation.b_gate - shift, b_mag, activation.r_mag))
+    return replace(dictionary, b_enc=dictionary.b_enc - shift)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeguard_sae.coders import ATTENTION, MatchingPursuit, SparseCoder, Temporal
-from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, TopK, is_selection
+from saeguard_sae.dictionary import AbsTopK, CompetingActivation, Dictionary, Gated, TopK
 from saeguard_sae.formats import parsed
 from saeguard_sae.formats.parsed import Processing
 from saeguard_sae.formats.saelens_config import CONFIG, PROCESSED, WEIGHTS
@@ -68,7 +68,6 @@ def save_saelens(
 
 
 def _described(coder: SparseCoder, site: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The part of the config that decides the arithmetic, and the weights, as SAELens names them."""
     # TransformerLens keeps heads apart, and SAELens flattens them only if told to; its transcoders never do.
     is_transcoder = isinstance(coder, Dictionary) and coder.is_transcoder
     heads = {"reshape_activations": "hook_z" if site.point == "attn_z" and not is_transcoder else "none"}
@@ -107,7 +106,7 @@ def _sae(dictionary: Dictionary) -> str:
     _refuse(dictionary.W_skip is not None, "a skip connection in an SAE")
     _refuse(act.name not in _SAES, f"a {act.name} SAE")
     _refuse(isinstance(act, TopK) and act.keeps_negative, "a TopK that keeps negative values")
-    _refuse(is_selection(act) and bool(act.parameters()), "a gain on what was selected")
+    _refuse(isinstance(act, CompetingActivation) and bool(act.parameters()), "a gain on what was selected")
     return _SAES[act.name]
 
 

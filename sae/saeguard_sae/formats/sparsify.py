@@ -10,39 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from saeguard_sae.dictionary import AbsTopK, ActivationFunction, Dictionary, GroupMax, TopK
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Place,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    check_size,
-    choice,
-    flag,
-    json_object,
-    module_place,
-    safetensors,
-    whole,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
 
 NAME = "sparsify"
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
 
 _KNOWN = {
-    "activation",
-    "d_in",
-    "expansion_factor",
-    "k",
-    "multi_topk",
-    "normalize_decoder",
-    "num_latents",
-    "signed",
-    "skip_connection",
-    "transcode",
-}
+    "activation", "d_in", "expansion_factor", "k", "multi_topk", "normalize_decoder", "num_latents", "signed",
+    "skip_connection", "transcode",
+}  # fmt: skip
 # With several seeds the SAEs lie one folder deeper.
 _SEED = re.compile(r"seed\d+")
 
@@ -52,15 +30,11 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder.
-
-    Raises:
-        ValueError: a convention that is not supported, an unknown key, missing or surplus weights.
-    """
-    config, notes = json_object(source.path / CONFIG), Conventions()
-    check_keys(config, _KNOWN, CONFIG)
-    dictionary = _dictionary(config, safetensors(source.path / WEIGHTS), notes)
+def parse(source: Source) -> ParsedSae:
+    """The SAE or transcoder in the folder."""
+    config, notes = parsed.json_object(source.path / CONFIG), Conventions()
+    parsed.check_keys(config, _KNOWN, CONFIG)
+    dictionary = _dictionary(config, parsed.safetensors(source.path / WEIGHTS), notes)
     reads, writes = _places(_hookpoint(source), dictionary.is_transcoder, notes)
     return ParsedSae(
         dictionary=dictionary,
@@ -75,9 +49,9 @@ def _dictionary(config: dict[str, Any], tensors: Tensors, notes: Conventions) ->
     is_transcoder, centre = _kind(config, notes)
     activation = _activation(config, notes)
     rows, b_enc, W_dec, b_dec = (tensors.take(name) for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
-    W_skip = tensors.take("W_skip") if flag(config, "skip_connection", False, CONFIG) else None
+    W_skip = tensors.take("W_skip") if parsed.flag(config, "skip_connection", False, CONFIG) else None
     tensors.close()
-    check_shapes({"encoder.weight": (rows, (b_enc.numel(), b_dec.numel()))}, WEIGHTS)
+    parsed.check_shapes({"encoder.weight": (rows, (b_enc.numel(), b_dec.numel()))}, WEIGHTS)
     _check_sizes(config, d_in=b_dec.numel(), d_sae=b_enc.numel())
     return Dictionary(rows.T, b_enc, W_dec, b_dec, activation, centre, is_transcoder=is_transcoder, W_skip=W_skip)
 
@@ -88,40 +62,40 @@ def _kind(config: dict[str, Any], notes: Conventions) -> tuple[bool, bool]:
     Before 2025-02-12 sparsify took it from what transcoders read as well, and ``cfg.json`` did not say which are
     transcoders. Those with a skip connection are known by it: an autoencoder would only learn to copy.
     """
-    skips = flag(config, "skip_connection", False, CONFIG)
+    skips = parsed.flag(config, "skip_connection", False, CONFIG)
     if "transcode" in config:
-        is_transcoder = flag(config, "transcode", None, CONFIG)
+        is_transcoder = parsed.flag(config, "transcode", None, CONFIG)
         notes.note("kind", "transcoder" if is_transcoder else "SAE", f"{CONFIG}: transcode")
         notes.note("centring", not is_transcoder, f"{CONFIG}: transcode")
         return is_transcoder, not is_transcoder
-    said = "transcoder of before 2025-02-12" if skips else "SAE (before 2025-02-12 a transcoder's files look the same)"
-    notes.note("kind", said, f"{CONFIG}: skip_connection, without transcode" if skips else f"{CONFIG}: no transcode")
+    kind = "transcoder of before 2025-02-12" if skips else "SAE (before 2025-02-12 a transcoder's files look the same)"
+    notes.note("kind", kind, f"{CONFIG}: skip_connection, without transcode" if skips else f"{CONFIG}: no transcode")
     notes.note("centring", True, "the format: sparsify before 2025-02-12 did for both" if skips else "the format")
     return skips, True
 
 
 def _activation(config: dict[str, Any], notes: Conventions) -> ActivationFunction:
-    name = choice({"activation": "topk"} | config, "activation", ("topk", "groupmax"), CONFIG)
-    k, signed = whole(config, "k", CONFIG), flag(config, "signed", False, CONFIG)
+    name = parsed.choice({"activation": "topk"} | config, "activation", ("topk", "groupmax"), CONFIG)
+    k, signed = parsed.whole(config, "k", CONFIG), parsed.flag(config, "signed", False, CONFIG)
     if signed and name == "groupmax":
         raise ValueError(f"{CONFIG}: signed goes with activation topk alone")
     activation = AbsTopK(k) if signed else GroupMax(k) if name == "groupmax" else TopK(k)
     notes.note("activation", activation.name, f"{CONFIG}: {'signed' if signed else 'activation'}")
     notes.note("k", k, f"{CONFIG}: k")
-    if flag(config, "multi_topk", False, CONFIG):
+    if parsed.flag(config, "multi_topk", False, CONFIG):
         notes.note("multi_topk", "not used: it adds to the loss in training", f"{CONFIG}: multi_topk")
-    flag(config, "normalize_decoder", True, CONFIG)  # done in training; the weights are served as they are
+    parsed.flag(config, "normalize_decoder", True, CONFIG)  # done in training; the weights are served as they are
     return activation
 
 
 def _check_sizes(config: dict[str, Any], *, d_in: int, d_sae: int) -> None:
-    whole(config, "d_in", CONFIG)
-    check_size(config, "d_in", d_in, CONFIG)
+    parsed.whole(config, "d_in", CONFIG)
+    parsed.check_size(config, "d_in", d_in, CONFIG)
     if config.get("num_latents"):
-        check_size(config, "num_latents", d_sae, CONFIG)
+        parsed.check_size(config, "num_latents", d_sae, CONFIG)
         return
     # Missing or 0: as many as this times the width.
-    expansion = whole({"expansion_factor": 32} | config, "expansion_factor", CONFIG)
+    expansion = parsed.whole({"expansion_factor": 32} | config, "expansion_factor", CONFIG)
     if expansion * d_in != d_sae:
         raise ValueError(
             f"{CONFIG}: expansion_factor {expansion} is {expansion * d_in} features, the weights have {d_sae}"
@@ -137,8 +111,8 @@ def _hookpoint(source: Source) -> str:
 
 def _places(hookpoint: str, is_transcoder: bool, notes: Conventions) -> tuple[Place | None, tuple[Place, ...]]:
     """Where it reads, and where it writes if that is elsewhere; an SAE has the module's output for both."""
-    output = module_place(hookpoint)
-    reads = module_place(f"{hookpoint}.input") if is_transcoder else output
+    output = parsed.module_place(hookpoint)
+    reads = parsed.module_place(f"{hookpoint}.input") if is_transcoder else output
     if output is None or reads is None:
         notes.note("reads", f"not known: {hookpoint!r} is not a layer's or a module's path", "the folder's name")
         return None, ()

@@ -9,20 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from saeguard_sae.coders import ATTENTION, Temporal
-from saeguard_sae.formats.parsed import (
-    Conventions,
-    ParsedSae,
-    Source,
-    Tensors,
-    check_keys,
-    check_shapes,
-    choice,
-    flag,
-    number,
-    safetensors,
-    whole,
-    yaml_object,
-)
+from saeguard_sae.formats import parsed
+from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "temporal_repo"
@@ -31,16 +19,9 @@ WEIGHTS = "latest_ckpt.safetensors"
 
 _SAE = f"{CONFIG}: sae"
 _KNOWN = {
-    "bottleneck_factor",
-    "exp_factor",
-    "kval_topk",
-    "n_attn_layers",
-    "n_heads",
-    "sae_diff_type",
-    "sae_type",
-    "scaling_factor",
-    "tied_weights",
-}
+    "bottleneck_factor", "exp_factor", "kval_topk", "n_attn_layers", "n_heads", "sae_diff_type", "sae_type",
+    "scaling_factor", "tied_weights",
+}  # fmt: skip
 # What only training reads, or another kind of SAE.
 _OTHERS = {"block_id", "gamma_reg", "inference_mode_batchtopk", "min_act_regularizer_batchtopk"}
 _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
@@ -51,17 +32,13 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def load(source: Source) -> ParsedSae:
-    """The SAE in the folder.
-
-    Raises:
-        ValueError: another kind of SAE, an unknown key, missing or surplus weights.
-    """
+def parse(source: Source) -> ParsedSae:
+    """The SAE in the folder."""
     llm, sae = _tables(source.path / CONFIG)
     notes = Conventions()
     model = llm.get("model_hf_name")
     return ParsedSae(
-        dictionary=_temporal(llm, sae, safetensors(source.path / WEIGHTS), notes),
+        dictionary=_temporal(llm, sae, parsed.safetensors(source.path / WEIGHTS), notes),
         files=(source.path / CONFIG, source.path / WEIGHTS),
         reads=_reads(source, notes),
         model=model if isinstance(model, str) else None,
@@ -70,27 +47,27 @@ def load(source: Source) -> ParsedSae:
 
 
 def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = yaml_object(file)
+    config = parsed.yaml_object(file)
     llm, sae = config.get("llm"), config.get("sae")
     if not isinstance(llm, dict) or not isinstance(sae, dict):
         raise ValueError(f"{CONFIG}: llm and sae must be tables of settings")
     # The other tables are of the training run.
-    check_keys(sae, _KNOWN | _OTHERS, _SAE)
-    choice({"sae_type": "temporal"} | sae, "sae_type", ("temporal",), _SAE)
+    parsed.check_keys(sae, _KNOWN | _OTHERS, _SAE)
+    parsed.choice({"sae_type": "temporal"} | sae, "sae_type", ("temporal",), _SAE)
     return llm, sae
 
 
 def _temporal(llm: dict[str, Any], sae: dict[str, Any], tensors: Tensors, notes: Conventions) -> Temporal:
-    d_in = whole(llm, "dimin", f"{CONFIG}: llm")
-    d_sae = int(d_in * number(sae, "exp_factor", _SAE))
-    tied = flag(sae, "tied_weights", None, _SAE)
+    d_in = parsed.whole(llm, "dimin", f"{CONFIG}: llm")
+    d_sae = int(d_in * parsed.number(sae, "exp_factor", _SAE))
+    tied = parsed.flag(sae, "tied_weights", None, _SAE)
     W_dec, b_dec = tensors.take("D"), tensors.take("b")
-    check_shapes({"D": (W_dec, (d_sae, d_in)), "b": (b_dec, (d_in,))}, WEIGHTS)
+    parsed.check_shapes({"D": (W_dec, (d_sae, d_in)), "b": (b_dec, (d_in,))}, WEIGHTS)
     W_enc = W_dec.T if tied else tensors.take("E")
-    width = d_sae // whole(sae, "bottleneck_factor", _SAE)
-    attention = [_attention(tensors, layer, d_sae, width) for layer in range(whole(sae, "n_attn_layers", _SAE))]
+    width = d_sae // parsed.whole(sae, "bottleneck_factor", _SAE)
+    attention = [_attention(tensors, layer, d_sae, width) for layer in range(parsed.whole(sae, "n_attn_layers", _SAE))]
     tensors.close()
-    k, scale, n_heads = _k(sae, notes), _scale(sae, notes), whole(sae, "n_heads", _SAE)
+    k, scale, n_heads = _k(sae, notes), _scale(sae, notes), parsed.whole(sae, "n_heads", _SAE)
     notes.note("centring", True, "the format")
     return Temporal(W_enc, W_dec, b_dec, tuple(attention), n_heads, k, scale, centre=True, tied=tied)
 
@@ -98,25 +75,25 @@ def _temporal(llm: dict[str, Any], sae: dict[str, Any], tensors: Tensors, notes:
 def _attention(tensors: Tensors, layer: int, d_sae: int, width: int) -> dict[str, Tensor]:
     """One layer's projections; queries and keys are ``width`` wide."""
     outs = {name: width if name in ("k_ctx", "q_target") else d_sae for name in ATTENTION}
-    wanted: dict[str, tuple[int, ...]] = {f"{name}.weight": (out, d_sae) for name, out in outs.items()}
-    wanted |= {f"{name}.bias": (out,) for name, out in outs.items()}
-    parts = {name: tensors.take(f"attn_layers.{layer}.{name}") for name in wanted}
-    check_shapes({name: (parts[name], shape) for name, shape in wanted.items()}, f"{WEIGHTS}: attn_layers.{layer}")
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (out, d_sae) for name, out in outs.items()}
+    shapes |= {f"{name}.bias": (out,) for name, out in outs.items()}
+    parts = {name: tensors.take(f"attn_layers.{layer}.{name}") for name in shapes}
+    parsed.check_shapes({name: (parts[name], shapes[name]) for name in shapes}, f"{WEIGHTS}: attn_layers.{layer}")
     return parts
 
 
 def _k(sae: dict[str, Any], notes: Conventions) -> int | None:
-    kind = choice(sae, "sae_diff_type", ("topk", "relu"), _SAE)
+    kind = parsed.choice(sae, "sae_diff_type", ("topk", "relu"), _SAE)
     notes.note("activation", kind, f"{_SAE}.sae_diff_type")
     if kind == "relu":
         return None
-    k = whole(sae, "kval_topk", _SAE)
+    k = parsed.whole(sae, "kval_topk", _SAE)
     notes.note("k", k, f"{_SAE}.kval_topk")
     return k
 
 
 def _scale(sae: dict[str, Any], notes: Conventions) -> float:
-    scale = number(sae, "scaling_factor", _SAE)
+    scale = parsed.number(sae, "scaling_factor", _SAE)
     if scale <= 0:
         raise ValueError(f"{_SAE}: scaling_factor must be above 0, got {scale:g}")
     notes.note("activation scale", scale, f"{_SAE}.scaling_factor")

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from saeguard_client.cli.terminal import table
 from saeguard_sae import releases
+from saeguard_sae.catalogue import merge_entries, write_catalogue
 from saeguard_sae.check import CheckReport
 from saeguard_sae.coders import SparseCoder
 from saeguard_sae.formats import Convention, ParsedSae, Source, saelens_save
 from saeguard_sae.formats.parsed import Place
 from saeguard_sae.formats.saelens_config import CONFIG
 from saeguard_sae.loading import OpenedSae, detect_format, read_sae
-from saeguard_sae.metadata import Dropped, import_features, merge_entries, write_catalogue
+from saeguard_sae.metadata import Dropped, import_features
 from saeguard_sae.models import DTYPES, Site, torch_dtype
 from saeguard_server import app
 from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
@@ -145,31 +146,28 @@ def run_check(arguments: argparse.Namespace) -> int:
     opened = open_sae_source(settings).sae
     _print(_recognised(opened))
     if arguments.model is None:
-        _print(("", *_conventions(opened.found.conventions)))
+        _print(("", *_conventions(opened.parsed.conventions)))
         return 0
     return _check(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     # Here, so that looking at a file does not wait for the model library.
-    from saeguard_server.engine import load as startup
-    from saeguard_server.engine.load import load_model, load_saes
+    from saeguard_server.engine.load import calibration_tokens, load_model, load_saes, measure_served_sae
 
     served = sae_settings_of(arguments)
     check = CheckSettings(text=arguments.text and str(arguments.text), max_tokens=arguments.max_tokens)
     settings = app.resolve_bundled(Settings(model=ModelSettings(path=arguments.model), saes=(served,), check=check))
     model = load_model(settings.model, max_context=2048)
     sae = load_saes((served,), model)[served.name]
-    report = startup.measure_served_sae(
-        sae, startup.bounds_of(sae, served), model, startup.calibration_tokens(settings.check, model)
-    )
+    report = measure_served_sae(sae, served, model, calibration_tokens(settings.check, model))
     _print(("", *_conventions(sae.conventions), "", *_measured(report, model)))
     _print(("", f"does not hold: {report.explain()}" if report.violations else f"holds: {report.explain()}"))
     return 1 if report.violations else 0
 
 
 def _recognised(opened: OpenedSae) -> Iterator[str]:
-    parsed, coder = opened.found, opened.found.dictionary
+    parsed, coder = opened.parsed, opened.parsed.dictionary
     size = sum(tensor.numel() * tensor.element_size() for tensor in coder.tensors().values()) / MIB
     yield f"format        {opened.format}"
     yield f"architecture  {coder.architecture}, {coder.d_sae} features"
@@ -250,7 +248,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if (arguments.out / CONFIG).exists():
         raise ValueError(f"{arguments.out} holds an SAE already")
     opened = open_sae_source(settings).sae
-    parsed = opened.found
+    parsed = opened.parsed
     saelens_save.save_saelens(
         parsed.dictionary,
         arguments.out,
@@ -318,7 +316,7 @@ def run_labels(arguments: argparse.Namespace) -> int:
     """Imports labels and statistics that others published, merges them with the SAE's catalogue, writes."""
     source = open_sae_source(sae_settings_of(arguments))
     opened, path = source.sae, source.path
-    coder = opened.found.dictionary
+    coder = opened.parsed.dictionary
     norms = coder.W_dec.float().norm(dim=1) if arguments.units == "unit_decoder" else None
     imported = import_features(
         arguments.files, coder.d_sae, decoder_norms=norms, units=arguments.units, source=arguments.source

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from saeguard_sae.loading import LoadError
 from saeguard_sae.models import ModelLoadError
 from saeguard_server.engine.protocol import Engine
-from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, Settings
 
 
-class LoadedEngine(Engine, Protocol):
-    """An engine with the tokenizer of its model."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-
-def load_engine(settings: Settings, metrics: Metrics) -> LoadedEngine:
+def load_engine(settings: Settings, metrics: Metrics) -> Engine:
     """The engine that the settings ask for, loaded and checked, not started.
 
     Raises:
@@ -29,26 +19,16 @@ def load_engine(settings: Settings, metrics: Metrics) -> LoadedEngine:
     if is_apart and kind == "vllm":
         raise BadSettings("engine.process: the vllm engine runs in processes of its own already")
     try:
-        if is_apart:
-            from saeguard_server.engine import worker as process
-            from saeguard_server.engine.transformers import load_engine as embedded
+        if kind == "vllm":
+            from saeguard_server.engine.vllm.engine import load_engine as load_vllm
 
-            return process.load_engine(settings, metrics, embedded)
-        return _LOADERS[kind](settings, metrics)
+            return load_vllm(settings, metrics)
+        from saeguard_server.engine.transformers import load_engine as load_transformers
+
+        if is_apart:
+            from saeguard_server.engine.worker import load_engine as load_worker
+
+            return load_worker(settings, metrics, load_transformers)
+        return load_transformers(settings, metrics)
     except (LoadError, ModelLoadError) as err:
         raise BadSettings(str(err)) from err
-
-
-def _transformers(settings: Settings, metrics: Metrics) -> LoadedEngine:
-    from saeguard_server.engine.transformers import load_engine as load
-
-    return load(settings, metrics)
-
-
-def _vllm(settings: Settings, metrics: Metrics) -> LoadedEngine:
-    from saeguard_server.engine.vllm.engine import load_engine as load
-
-    return load(settings, metrics)
-
-
-_LOADERS = {"transformers": _transformers, "vllm": _vllm}

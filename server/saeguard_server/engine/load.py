@@ -1,36 +1,35 @@
-"""What is known of a model from its files alone, without its weights: the same for every engine."""
+"""The model and its SAEs from the settings, checked against each other before anybody is served; for every engine."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from saeguard.catalog import Model
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, calibration_text, check_sae
 from saeguard_sae.loading import LoadedSae, LoadError, bind, weights_digest, with_settings
-from saeguard_sae.models import (
-    ModelConfig,
-    ModelFolder,
-    ModelLoadError,
-    Site,
-    hooked,
-    open_folder,
-    open_model,
-    torch_dtype,
-)
+from saeguard_sae.models import ModelFolder, ModelLoadError, Site, hooked, open_folder, open_model, torch_dtype
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
-from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings
+from saeguard_server.settings import CheckSettings, ModelSettings, ServedSaeSettings, Settings
 from saeguard_server.sources import open_sae_source
+
+_log = logging.getLogger(__name__)
+
+PASSAGE_TOKENS = 256
+"""Longer passages are read in pieces of this: SAEs are trained on contexts of hundreds of tokens."""
+_ROWS = 4096
+"""Decoder rows turned to float32 at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +97,26 @@ class LoadedModel:
     device: torch.device
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KvShape:
+    """What one token keeps: keys and values of ``layers`` layers, [heads, size] each."""
+
+    layers: int
+    heads: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> KvShape:
+        """From a Hugging Face configuration."""
+        heads: int = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Memory of one token."""
+        return 2 * self.layers * self.heads * self.size * dtype.itemsize
+
+
 def load_model(settings: ModelSettings, max_context: int) -> LoadedModel:
     """Loads the model that the settings name.
 
@@ -112,7 +131,21 @@ def load_model(settings: ModelSettings, max_context: int) -> LoadedModel:
     return LoadedModel(network, files.tokenizer, files.eos_ids, files.info, torch.device(settings.device))
 
 
-# SAEs tied to the sites of a loaded model: where they read and write there, and whether they fit.
+def load_checked_saes(settings: Settings, model: LoadedModel, metrics: Metrics) -> dict[str, LoadedSae]:
+    """The SAEs of the settings with what the check measured of each, which the metrics show.
+
+    Raises:
+        LoadError: one cannot be loaded or does not fit the model; names the convention that is most likely wrong.
+    """
+    saes = load_saes(settings.saes, model)
+    if not settings.check.enabled or not saes:
+        return saes
+    tokens = calibration_tokens(settings.check, model)
+    for served in settings.saes:
+        sae = saes[served.name] = _check(saes[served.name], served, model, tokens)
+        if sae.measured is not None:
+            _show(sae.name, sae.measured, metrics)
+    return saes
 
 
 def load_saes(settings: tuple[ServedSaeSettings, ...], model: LoadedModel) -> dict[str, LoadedSae]:
@@ -121,71 +154,42 @@ def load_saes(settings: tuple[ServedSaeSettings, ...], model: LoadedModel) -> di
     Raises:
         LoadError: one cannot be loaded, names a site that the model lacks, or has another width.
     """
-    saes = {one.name: load_served_sae(one, model) for one in settings}
+    network = model.network
+    saes = {}
+    for served in settings:
+        source = open_sae_source(served)
+        saes[served.name] = place_sae(bind(source.sae, network, network.config, source.overrides), served, model.device)
     _check_widths(model, saes)
     return saes
 
 
-def load_served_sae(settings: ServedSaeSettings, model: LoadedModel) -> LoadedSae:
-    """One SAE as the settings ask for it, at its sites in this model; its width is not yet compared.
-
-    Raises:
-        LoadError: it cannot be loaded, or names a site that the model lacks.
-    """
-    source = open_sae_source(settings)
-    sae = bind(source.sae, model.network, model.network.config, source.overrides)
+def place_sae(sae: LoadedSae, settings: ServedSaeSettings, device: torch.device) -> LoadedSae:
+    """The SAE on a device in the settings' dtype, which its digest tells."""
     own = {} if settings.dtype == "float32" else {"dtype": settings.dtype}
-    moved = sae.dictionary.to(model.device, torch_dtype(settings.dtype))
-    return replace(sae, dictionary=moved, digest=with_settings(sae.digest, own))
+    return replace(
+        sae,
+        dictionary=sae.dictionary.to(device, torch_dtype(settings.dtype)),
+        write_gain=None if sae.write_gain is None else sae.write_gain.to(device),
+        digest=with_settings(sae.digest, own),
+    )
 
 
 def _check_widths(model: LoadedModel, saes: dict[str, LoadedSae]) -> None:
     """Reads one token and compares every site's width with its SAEs'."""
-    used = {site for sae in saes.values() for site in (sae.site, *sae.write_sites)}
-    widths = measure_widths(model.network, model.network.config, used, model.device)
+    widths: dict[Site, int] = {}
+
+    def measure(site: Site, x: Tensor, _: Tensor) -> None:
+        widths[site] = x.shape[-1]
+
+    sites = {site for sae in saes.values() for site in (sae.site, *sae.write_sites)}
+    with hooked(model.network, model.network.config, sites, measure), torch.inference_mode():
+        model.network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     for sae in saes.values():
         sizes = [(sae.site, "d_in", sae.dictionary.d_in)]
         sizes += [(site, "d_out", sae.write_width) for site in sae.writes]
         for site, name, size in sizes:
             if widths[site] != size:
                 raise LoadError(f"SAE {sae.name!r} has {name} {size}, but {site} of this model is {widths[site]} wide")
-
-
-def measure_widths(
-    model: nn.Module, config: ModelConfig, sites: Iterable[Site], device: torch.device
-) -> dict[Site, int]:
-    """How wide the activations at these sites are, found by reading one token."""
-    widths: dict[Site, int] = {}
-
-    def measure(site: Site, x: Tensor, _: Tensor) -> None:
-        widths[site] = x.shape[-1]
-
-    with hooked(model, config, sites, measure), torch.inference_mode():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    return widths
-
-
-# The check of every SAE on the model, before anybody is served: does it fit as its files or the settings say?
-
-
-_log = logging.getLogger(__name__)
-
-PASSAGE_TOKENS = 256
-"""Longer passages are read in pieces of this: SAEs are trained on contexts of hundreds of tokens."""
-
-
-def check_saes(
-    saes: dict[str, LoadedSae], given: tuple[ServedSaeSettings, ...], model: LoadedModel, settings: CheckSettings
-) -> dict[str, LoadedSae]:
-    """The SAEs with what was measured of each.
-
-    Raises:
-        LoadError: one does not hold; names the convention that is most likely wrong.
-    """
-    if not settings.enabled or not saes:
-        return saes
-    tokens = calibration_tokens(settings, model)
-    return {one.name: _checked(saes[one.name], one, model, tokens) for one in given}
 
 
 def calibration_tokens(settings: CheckSettings, model: LoadedModel) -> list[Tensor]:
@@ -201,65 +205,10 @@ def calibration_tokens(settings: CheckSettings, model: LoadedModel) -> list[Tens
     passages = list(_passages(text, model, settings.max_tokens))
     if not passages:
         raise LoadError(f"check.text: {settings.text} holds no text")
-    largest = max(int(one.max()) for one in passages)
+    largest = max(int(ids.max()) for ids in passages)
     if largest >= model.info.vocab_size:
         raise LoadError(f"check.text: the tokenizer gives id {largest}, the model knows {model.info.vocab_size} ids")
     return passages
-
-
-def measure_served_sae(sae: LoadedSae, bounds: CheckBounds, model: LoadedModel, tokens: list[Tensor]) -> CheckReport:
-    """What the check finds of one SAE."""
-    network = model.network
-    return check_sae(network, network.config, sae, tokens, model.tokenizer.special_ids, bounds)
-
-
-def bounds_of(sae: LoadedSae, given: ServedSaeSettings) -> CheckBounds:
-    """What the check must find: what the settings say, else what the SAE's files state."""
-    said = CheckBounds(**{name: getattr(given.bounds, name) for name in given.bounds.__struct_fields__})
-    return bounds_from(sae.catalogue.quality, sae.stated_l0, said)
-
-
-def record_checks(saes: dict[str, LoadedSae], metrics: Metrics) -> None:
-    """What was measured, as metrics."""
-    for name, sae in saes.items():
-        found = sae.measured
-        if found is None:
-            continue
-        for gauge, value in ((metrics.sae_l0, found.l0), (metrics.sae_fvu, found.fvu)):
-            if value is not None:
-                gauge.labels(name).set(value)
-        if found.ce_spliced is not None and found.ce_base is not None:
-            metrics.sae_ce_increase.labels(name).set(found.ce_spliced - found.ce_base)
-
-
-def _checked(sae: LoadedSae, given: ServedSaeSettings, model: LoadedModel, tokens: list[Tensor]) -> LoadedSae:
-    started = time.monotonic()
-    try:
-        report = measure_served_sae(sae, bounds_of(sae, given), model, tokens)
-    except ValueError as err:
-        raise LoadError(f"SAE {sae.name!r}: the check cannot be made: {err}") from err
-    if report.violations:
-        raise LoadError(f"SAE {sae.name!r} does not fit this model: {report.explain()}")
-    found = report.measured
-    facts = {"sae": sae.name, "l0": found.l0, "fvu": found.fvu, "seconds": round(time.monotonic() - started, 2)}
-    _log.info("checked", extra={"fields": facts})
-    for doubt in report.doubts:
-        fields = {"sae": sae.name, "reading": doubt.what, "fvu": doubt.fvu, "setting": doubt.setting}
-        _log.warning("an SAE is within its bounds, but another reading fits it better", extra={"fields": fields})
-    return replace(sae, measured=quality_of(report))
-
-
-def quality_of(report: CheckReport) -> Quality:
-    """What was measured, as the catalogue holds it."""
-    found = report.measured
-    return Quality(
-        l0=found.l0,
-        fvu=found.fvu,
-        ce_base=found.ce_base,
-        ce_spliced=found.ce_spliced,
-        dead_share=found.dead_share,
-        tokens=found.tokens,
-    )
 
 
 def _passages(text: str, model: LoadedModel, budget: int) -> Iterator[Tensor]:
@@ -273,30 +222,82 @@ def _passages(text: str, model: LoadedModel, budget: int) -> Iterator[Tensor]:
                 yield torch.tensor(part, device=model.device)
 
 
-# When an engine that failed may start again.
+def measure_served_sae(
+    sae: LoadedSae, settings: ServedSaeSettings, model: LoadedModel, tokens: list[Tensor]
+) -> CheckReport:
+    """What the check finds of one SAE, against what the settings say, else what the SAE's files state."""
+    stated = CheckBounds(**msgspec.structs.asdict(settings.bounds))
+    bounds = bounds_from(sae.catalogue.quality, sae.stated_l0, stated)
+    network = model.network
+    return check_sae(network, network.config, sae, tokens, model.tokenizer.special_ids, bounds)
 
 
-FIRST_S, LONGEST_S = 0.5, 30.0
-GOOD_SERVICE_S = 60.0
-"""An engine that ran this long has recovered."""
+def _check(sae: LoadedSae, settings: ServedSaeSettings, model: LoadedModel, tokens: list[Tensor]) -> LoadedSae:
+    started = time.monotonic()
+    try:
+        report = measure_served_sae(sae, settings, model, tokens)
+    except ValueError as err:
+        raise LoadError(f"SAE {sae.name!r}: the check cannot be made: {err}") from err
+    if report.violations:
+        raise LoadError(f"SAE {sae.name!r} does not fit this model: {report.explain()}")
+    measured = report.measured
+    facts = {"sae": sae.name, "l0": measured.l0, "fvu": measured.fvu, "seconds": round(time.monotonic() - started, 2)}
+    _log.info("checked", extra={"fields": facts})
+    for warning in report.warnings:
+        fields = {"sae": sae.name, "reading": warning.what, "fvu": warning.fvu, "setting": warning.setting}
+        _log.warning("an SAE is within its bounds, but another reading fits it better", extra={"fields": fields})
+    return replace(sae, measured=measured)
 
 
-class Backoff:
-    """Waits before each start: none before the first, then half a second, doubled each time, up to half a minute."""
+def _show(name: str, measured: Quality, metrics: Metrics) -> None:
+    for gauge, value in ((metrics.sae_l0, measured.l0), (metrics.sae_fvu, measured.fvu)):
+        if value is not None:
+            gauge.labels(name).set(value)
+    if measured.ce_increase is not None:
+        metrics.sae_ce_increase.labels(name).set(measured.ce_increase)
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._failures = 0
-        self._started: float | None = None
 
-    def started(self) -> None:
-        """Notes that it serves again."""
-        self._started = self._clock()
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoteSae(LoadedSae):
+    """An SAE whose weights are in another process: its tensors are on torch's "meta" device, shapes without memory.
 
-    def failed(self) -> float:
-        """Notes a failure, of a running engine or of a start -> seconds to wait before the next start."""
-        if self._started is not None and self._clock() - self._started >= GOOD_SERVICE_S:
-            self._failures = 0
-        self._failures, self._started = self._failures + 1, None
-        doublings = min(self._failures - 2, 10)  # 2 ** n overflows a float at last
-        return 0.0 if self._failures == 1 else min(FIRST_S * 2.0**doublings, LONGEST_S)
+    Its classes are the real ones, so that whoever asks what the SAE is gets the answer that it would get in the engine,
+    and whoever computes with it gets an error and not a wrong number.
+    """
+
+    decoder_norms: Tensor = field(kw_only=True)
+    """[d_sae] lengths of the decoder's rows, in float32: what the unit "unit_decoder" needs."""
+
+    def decoder_norm(self, feature: int) -> float:
+        """The length of what one unit of the feature writes."""
+        return float(self.decoder_norms[feature])
+
+
+def remote_sae(sae: LoadedSae) -> RemoteSae:
+    """The SAE as the front end gets it."""
+    values = {attribute.name: getattr(sae, attribute.name) for attribute in fields(LoadedSae)}
+    values |= {name: to_meta(values[name]) for name in ("dictionary", "write_gain")}
+    return RemoteSae(**values, decoder_norms=_norms(sae.dictionary.W_dec))
+
+
+def to_meta(value: Any) -> Any:
+    """The same value with every tensor in it on the meta device."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple | list):
+        return type(value)(to_meta(item) for item in value)
+    if isinstance(value, dict):
+        return {key: to_meta(item) for key, item in value.items()}
+    if not is_dataclass(value):
+        return value
+    # Not through the constructor: it checks that weights are finite, which was done where they are.
+    copy: Any = object.__new__(type(value))
+    for attribute in fields(value):
+        object.__setattr__(copy, attribute.name, to_meta(getattr(value, attribute.name)))
+    return copy
+
+
+def _norms(W_dec: Tensor) -> Tensor:
+    """W_dec [d_sae, d_out] -> [d_sae], on the host."""
+    parts = [W_dec[first : first + _ROWS].float().norm(dim=1) for first in range(0, len(W_dec), _ROWS)]
+    return torch.cat(parts).cpu()

@@ -1,32 +1,31 @@
 """What an engine is to the rest of the server: requests in, a stream of events out, and what it can do.
 
-Everything a task holds is already resolved and checked by ``flows``: names are found, positions can be reached.
+Everything a task holds is already resolved and checked: names are known, positions can be reached.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from saeguard.catalog import Model
-from saeguard.requests import Sampling
+from saeguard.requests import Sampling, Selection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import EVERY_TOKEN, FeatureRef, Operator, Scope, Window
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.caller import Call
-from saeguard_server.errors import NonFiniteOutput
+from saeguard_server.engine.tokenizer import Tokenizer
+from saeguard_server.errors import NonFiniteOutput, SaeguardError
 
-# How far one steering takes the model from another on the same tokens, measured from the logits as they are made.
-#
-# Two tasks read the same tokens, each under its own steering, and hand their logits here. What waits for the other
-# side stays on the device; it is two rows of the vocabulary for every token at most.
-
+NOT_FINITE = "the model's output is not finite for this request; an edit may be too large"
 
 Side: TypeAlias = Literal["steered", "unsteered"]
 
@@ -34,28 +33,30 @@ Side: TypeAlias = Literal["steered", "unsteered"]
 class Divergence:
     """KL(steered || unsteered) of the next-token distributions in nats, at positions ``[first, first + count)``.
 
-    Position p's logits predict the token at p + 1. A task is read again from its first token when it gave its memory
-    up; what comes twice is the same and counts once.
+    Two tasks read the same tokens, each under its own steering, and hand their logits here; what waits for the other
+    side stays on the device. Position p's logits predict the token at p + 1. A preempted task is read again from its
+    first token; what comes twice is the same and counts once.
     """
 
     def __init__(self, first: int, count: int) -> None:
         self._first, self._count = first, count
         self._waiting: dict[Side, dict[int, Tensor]] = {"steered": {}, "unsteered": {}}
-        self._found: dict[int, Tensor] = {}
+        self._divergences: dict[int, Tensor] = {}
 
     def offer(self, side: Side, start: int, logits: Tensor) -> None:
         """logits [T, vocabulary] of one side at positions ``[start, start + T)``."""
         other: Side = "unsteered" if side == "steered" else "steered"
         first, last = max(start, self._first), min(start + len(logits), self._first + self._count)
-        wanted = [position for position in range(first, last) if position not in self._found]
-        for position in wanted:
+        for position in range(first, last):
+            if position in self._divergences:
+                continue
             row = logits[position - start].log_softmax(dim=-1)
             match = self._waiting[other].pop(position, None)
             if match is None:
                 self._waiting[side][position] = row
             else:
                 pair = (row, match) if side == "steered" else (match, row)
-                self._found[position] = _kl(*pair)
+                self._divergences[position] = _kl(*pair)
 
     def result(self) -> tuple[float, ...]:
         """The divergence at each position, in order.
@@ -63,12 +64,12 @@ class Divergence:
         Raises:
             NonFiniteOutput: a side's logits were not finite.
         """
-        assert len(self._found) == self._count, "both sides were read to the end"
+        assert len(self._divergences) == self._count, "both sides were read to the end"
         if not self._count:
             return ()
-        values = torch.stack([self._found[self._first + index] for index in range(self._count)])
+        values = torch.stack([self._divergences[self._first + index] for index in range(self._count)])
         if not values.isfinite().all():
-            raise NonFiniteOutput("the model's output is not finite for this request; an edit may be too large")
+            raise NonFiniteOutput(NOT_FINITE)
         return tuple(values.clamp_min(0.0).tolist())
 
 
@@ -85,7 +86,7 @@ class Capabilities:
     sites: frozenset[Site]
     kinds: frozenset[str]
     conditions: bool = False
-    """Whether it decides conditions: guards, and edits that depend on one."""
+    """Whether it decides conditions: triggers, and edits that depend on one."""
     compares: bool = False
     """Whether two tasks can be measured against each other."""
 
@@ -181,12 +182,12 @@ class CompiledEdit:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """All edits and guards of one request, the limit on ``|edit| / |x|`` per site, and their digest (hex SHA-256)."""
+    """One request's edits and conditions, the limit on ``|edit| / |x|`` per site, and their digest (hex SHA-256)."""
 
     edits: tuple[CompiledEdit, ...] = ()
     max_relative_edit: float = float("inf")
     digest: str = ""
-    guards: tuple[CompiledCondition, ...] = ()
+    conditions: tuple[CompiledCondition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,16 +206,6 @@ class GenerateTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pick:
-    """What to keep of one SAE's activations: the ``top_k`` largest, those above ``threshold``, or ``features``."""
-
-    sae: str
-    top_k: int | None = None
-    threshold: float | None = None
-    features: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class InspectTask:
     """One input to read. ``index`` is its place in the caller's request."""
 
@@ -222,44 +213,59 @@ class InspectTask:
     index: int
     tokens: tuple[int, ...]
     offsets: tuple[int | None, ...]
-    picks: tuple[Pick, ...]
+    selections: tuple[tuple[str, Selection], ...]
+    """What to keep of which SAE's activations."""
     steering: Steering = Steering()
 
 
-class Engine(Protocol):
-    """A model that runs. Its methods are called on the event loop; its work happens elsewhere."""
+Event: TypeAlias = StreamChunk | ActivationPart | SaeguardError
+"""What a task's owner gets; an error, a completion, or None after the last activation part ends it."""
 
-    @property
-    def model(self) -> Model: ...
 
-    @property
-    def saes(self) -> Mapping[str, LoadedSae]: ...
+class Engine(ABC):
+    """A model that runs. Its methods are called on one event loop; its work happens elsewhere."""
 
-    @property
-    def capabilities(self) -> Capabilities: ...
+    model: Model
+    tokenizer: Tokenizer
+    saes: Mapping[str, LoadedSae]
+    """By name; without their weights where those are in another process."""
+    capabilities: Capabilities
 
+    @abstractmethod
     def is_ready(self) -> bool:
         """Whether a task submitted now would be taken up."""
-        ...
 
+    @abstractmethod
     def queued(self) -> int:
-        """Tasks that wait for a slot."""
-        ...
+        """Tasks that wait for a slot, those that the core has not seen yet included."""
 
-    def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
+    @abstractmethod
+    def start(self) -> None:
+        """Takes tasks from now on; call it on the event loop that will submit them."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ends the engine; whatever still runs fails with Unavailable. Idempotent."""
+
+    async def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
         """Chunks as they are made; the last has a completion. Closing the iterator cancels the task.
 
         Raises:
-            SaeguardError: DeadlineExceeded, NonFiniteOutput, Unavailable or InternalFailure.
+            SaeguardError: DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure, or InvalidRequest for what
+                this engine's sampling does not have.
         """
-        ...
+        async with aclosing(self.events(task)) as events:
+            async for event in events:
+                assert isinstance(event, StreamChunk), "a generation gets chunks"
+                yield event
 
-    def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
+    async def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
         """Activations, a part per SAE and chunk of the input, in order of position. Same errors as ``generate``."""
-        ...
+        async with aclosing(self.events(task)) as events:
+            async for event in events:
+                assert isinstance(event, ActivationPart), "an inspection gets activations"
+                yield event
 
-    def start(self) -> None: ...
-
-    def stop(self) -> None:
-        """Ends the engine; whatever still runs fails with Unavailable."""
-        ...
+    @abstractmethod
+    def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
+        """What ``generate`` or ``inspect`` gives, whichever the task is for."""

@@ -14,8 +14,9 @@ from bench.work import EDITS_EACH
 from bench.worker import serve
 from bench.world import WIDTH
 from saeguard_sae.dictionary import Dictionary, JumpReLU
-from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable, Group, Rows
+from saeguard_sae.edit_table import FOREVER, EditColumn, EditTable
 from saeguard_sae.edits import Affine
+from saeguard_sae.rows import Group, Rows
 from support.saes import plain_sae
 
 SLOTS = 32

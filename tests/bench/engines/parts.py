@@ -13,7 +13,7 @@ from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers.attention import PagedAttention
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.engine import TransformersEngine
-from saeguard_server.engine.transformers.output import OutputProcessor
+from saeguard_server.engine.transformers.output import StepOutputProcessor
 from saeguard_server.engine.transformers.runner import ForwardPass, Network, PackedLinear, SlotState
 from saeguard_server.engine.transformers.sampler import Sampler
 from saeguard_server.engine.transformers.scheduler import Scheduler
@@ -27,10 +27,10 @@ _METHODS: tuple[tuple[type, tuple[str, ...], str], ...] = (
     (PagedAttention, ("attend",), ATTENTION),
     (SteeringTables, ("begin", "edit"), EDITS),
     (Network, ("forward",), REST),
-    (Sampler, ("pick",), SAMPLING),
+    (Sampler, ("sample",), SAMPLING),
     (Scheduler, ("admit", "make_room", "next_parts"), SCHEDULING),
     (SlotState, ("build",), SCHEDULING),
-    (OutputProcessor, ("token",), ANSWERS),
+    (StepOutputProcessor, ("token",), ANSWERS),
     (TransformersEngine, ("_deliver",), ANSWERS),
     (Core, ("step",), ANSWERS),
 )

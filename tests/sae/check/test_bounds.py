@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from saeguard_sae.catalogue import Quality
-from saeguard_sae.check import CheckBounds, SaeMeasurements, bounds_from, violations
+from saeguard_sae.check import CheckBounds, bounds_from, violations
 
 NAMES = tuple(one.name for one in fields(CheckBounds) if one.name != "stated")
 UPPER = {"max_l0": "l0", "max_fvu": "fvu", "max_ce_increase": "ce_increase"}
@@ -30,11 +30,11 @@ def bounds(draw: Any) -> CheckBounds:
     return CheckBounds(min_l0=low, max_l0=high, max_fvu=draw(perhaps), max_ce_increase=rise)
 
 
-def measured(**values: Any) -> SaeMeasurements:
+def measured(**values: Any) -> Quality:
     known: dict[str, Any] = {
         "tokens": 500, "l0": 20.0, "fvu": 0.2, "ce_base": 3.0, "ce_spliced": 3.1, "dead_share": 0.1
     }  # fmt: skip
-    return SaeMeasurements(**known | values)
+    return Quality(**known | values)
 
 
 measurements = st.builds(
@@ -54,7 +54,7 @@ def test_what_is_given_wins(stated: Quality, l0: float | None, own: CheckBounds)
 
 
 @given(measurements, bounds())
-def test_a_violation_is_what_lies_outside(found: SaeMeasurements, own: CheckBounds) -> None:
+def test_a_violation_is_what_lies_outside(found: Quality, own: CheckBounds) -> None:
     outside = {name for name, value in UPPER.items() if _beyond(getattr(found, value), getattr(own, name))}
     if own.min_l0 is not None and found.l0 < own.min_l0:
         outside.add("min_l0")
@@ -80,7 +80,7 @@ def test_what_is_stated_passes_its_own_bounds(stated: Quality, l0: float | None)
 
 
 @given(measurements)
-def test_nothing_known_is_no_bound(found: SaeMeasurements) -> None:
+def test_nothing_known_is_no_bound(found: Quality) -> None:
     assert bounds_from(None, None, CheckBounds()) == bounds_from(Quality(), None, CheckBounds()) == CheckBounds()
     assert violations(found, CheckBounds()) == []
 

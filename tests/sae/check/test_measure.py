@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard_sae.catalogue import Catalogue
-from saeguard_sae.check import SaeMeasurements, measure, measure_sae
+from saeguard_sae.catalogue import Catalogue, Quality
+from saeguard_sae.check import measure, measure_sae
 from saeguard_sae.coders import MatchingPursuit, Temporal
 from saeguard_sae.dictionary import AbsTopK, Dictionary, Gated, JumpReLU, ReLU, TopK
 from saeguard_sae.formats.parsed import ParsedSae
@@ -81,7 +81,7 @@ def expected_statistics(features: Tensor, made: Tensor, wanted: Tensor) -> dict[
     }
 
 
-def close(found: SaeMeasurements, wanted: dict[str, float]) -> None:
+def close(found: Quality, wanted: dict[str, float]) -> None:
     for name, value in wanted.items():
         assert getattr(found, name) == pytest.approx(value, rel=2e-4, abs=1e-5), name
 
@@ -102,7 +102,7 @@ def spliced_loss(world: Any, site: Site, change: Callable[[Tensor], Tensor]) -> 
     return loss
 
 
-def measured(world: Any, sae: LoadedSae) -> SaeMeasurements:
+def measured(world: Any, sae: LoadedSae) -> Quality:
     return measure_sae(world.model, world.config, sae, world.texts, world.special)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from subprocess import run
 from typing import Any
 
+import msgspec
 import pytest
 
 import saeguard_sae.check as package
@@ -16,7 +17,6 @@ from saeguard_sae.check import (
     CheckBounds,
     CheckReport,
     Hypothesis,
-    SaeMeasurements,
     bounds_from,
     calibration_text,
     check_sae,
@@ -27,13 +27,13 @@ from saeguard_sae.check.check import merit
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.models import Site
 
-FOUND = SaeMeasurements(tokens=1000, l0=412.0, fvu=1.3, ce_base=3.214, ce_spliced=7.9, dead_share=0.021)
+FOUND = Quality(tokens=1000, l0=412.0, fvu=1.3, ce_base=3.214, ce_spliced=7.9, dead_share=0.021)
 EXPECTED = bounds_from(Quality(l0=20.4, fvu=0.14), None, CheckBounds())
 SITE = Hypothesis("it reads resid_post.3, not resid_post.4", 'site = "resid_post.3"', 21.0, 0.12)
 SCALE = Hypothesis("its activations are scaled by 0.37", None, 60.0, 0.25)
 
 
-def report(*suspects: Hypothesis, found: SaeMeasurements = FOUND, bounds: CheckBounds = EXPECTED) -> CheckReport:
+def report(*suspects: Hypothesis, found: Quality = FOUND, bounds: CheckBounds = EXPECTED) -> CheckReport:
     return CheckReport(found, bounds, tuple(violations(found, bounds)), suspects)
 
 
@@ -66,13 +66,13 @@ def test_nothing_fits() -> None:
 
 
 def test_only_the_model_suffers() -> None:
-    costly = replace(FOUND, l0=20.0, fvu=0.1)
+    costly = msgspec.structs.replace(FOUND, l0=20.0, fvu=0.1)
     text = report(found=costly, bounds=CheckBounds(max_l0=30.0, max_ce_increase=1.0)).explain()
     assert "its conventions are likely right" in text
 
 
 def test_what_was_not_measured_is_not_said() -> None:
-    alone = replace(FOUND, fvu=None, ce_base=None, ce_spliced=None)
+    alone = msgspec.structs.replace(FOUND, fvu=None, ce_base=None, ce_spliced=None)
     text = report(replace(SITE, fvu=None), found=alone).explain()
     assert "cross-entropy" not in text
     assert "FVU" not in text
@@ -105,8 +105,10 @@ def test_the_check_looks_for_reasons_only_where_it_fails(
     failed = check_sae(*arguments, CheckBounds(max_l0=own.l0 / 2))
     assert failed.measured == own
     assert failed.violations
-    monkeypatch.setitem(check_sae.__globals__, "suspects", None)
+    searches: list[bool] = []
+    monkeypatch.setitem(check_sae.__globals__, "hypotheses", lambda *_, near: searches.append(near) or [])
     assert check_sae(*arguments, bounds) == CheckReport(own, bounds)
+    assert searches == [True], "one that passes is compared with its neighbours alone"
 
 
 def test_the_text() -> None:

@@ -19,7 +19,7 @@ from support.published.bussmann import BUILDERS, K, build, settings
 
 
 def load(path: Path) -> ParsedSae:
-    return bussmann.load(Source(path))
+    return bussmann.parse(Source(path))
 
 
 def said(found: ParsedSae, name: str) -> str:

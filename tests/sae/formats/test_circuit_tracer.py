@@ -51,7 +51,7 @@ def change_weights(file: Path, by: dict[str, Tensor | None]) -> None:
 def test_equals_the_reference(case: str, reference_saes: Path) -> None:
     architecture, reads, writes = CASES[case]
     found, reference = (
-        circuit_tracer.load(Source(reference_saes / case)),
+        circuit_tracer.parse(Source(reference_saes / case)),
         np.load(reference_saes / case / "ref.npz"),
     )
     x = torch.from_numpy(reference["x"])
@@ -64,14 +64,14 @@ def test_equals_the_reference(case: str, reference_saes: Path) -> None:
 def test_topk_of_the_reference_keeps_negative_values(reference_saes: Path) -> None:
     reference = np.load(reference_saes / "ext_circuit_tracer_topk_gate" / "ref.npz")
     assert reference["feature_acts"].min() < 0
-    found = circuit_tracer.load(Source(reference_saes / "ext_circuit_tracer_topk_gate"))
+    found = circuit_tracer.parse(Source(reference_saes / "ext_circuit_tracer_topk_gate"))
     assert dictionary(found).activation == TopK(48, keeps_negative=True)
     assert said(found)["activation"] == ("topk, k = 48; negative values stay", "config.yaml: k")
 
 
 def test_files_from_before_august_2025_are_turned(tmp_path: Path) -> None:
     published = BUILDERS["circuit_tracer_turned"](tmp_path, 1)
-    found, x = circuit_tracer.load(Source(published.path)), torch.randn(9, published.d_in)
+    found, x = circuit_tracer.parse(Source(published.path)), torch.randn(9, published.d_in)
     assert published.reconstruct is not None
     torch.testing.assert_close(
         dictionary(found).reconstruct(x), published.reconstruct(x.double()).float(), rtol=1e-5, atol=1e-5
@@ -85,7 +85,7 @@ def test_a_square_decoder_is_read_feature_by_feature(tmp_path: Path) -> None:
         name: torch.randn(6) for name in ("b_enc", "b_dec")
     }
     save_file(tensors, tmp_path / "layer_0.safetensors")
-    found = circuit_tracer.load(Source(tmp_path))
+    found = circuit_tracer.parse(Source(tmp_path))
     assert torch.equal(dictionary(found).W_dec, tensors["W_dec"])
     assert said(found)["W_dec"] == ("[d_sae, d_out]", "the format")
 
@@ -96,8 +96,8 @@ def test_the_layer_is_the_file_s_and_the_set_s_settings_are_beside_it(tmp_path: 
     (tmp_path / "wandb-config.yaml").write_text("anything: {}\n")
     assert not circuit_tracer.recognises(tmp_path)
     with pytest.raises(ValueError, match=r"no layer_N\.safetensors, or several"):
-        circuit_tracer.load(Source(tmp_path))
-    found = circuit_tracer.load(Source(tmp_path / "layer_11.safetensors"))
+        circuit_tracer.parse(Source(tmp_path))
+    found = circuit_tracer.parse(Source(tmp_path / "layer_11.safetensors"))
     assert (found.reads, found.writes) == (Site(11, "mlp_in"), (Site(11, "mlp_out"),))
     assert found.model == "Qwen/Qwen3-4B"
     assert {file.name for file in found.files} == {"layer_11.safetensors", "config.yaml"}
@@ -106,7 +106,7 @@ def test_the_layer_is_the_file_s_and_the_set_s_settings_are_beside_it(tmp_path: 
 def test_an_input_hook_that_is_no_site_leaves_the_site_to_the_user(tmp_path: Path) -> None:
     published = BUILDERS["circuit_tracer_relu"](tmp_path, 3)
     change(published.config, {"feature_input_hook": "attn.hook_q"})
-    found = circuit_tracer.load(Source(published.path))
+    found = circuit_tracer.parse(Source(published.path))
     assert (found.reads, found.writes) == (None, (Site(3, "mlp_out"),))
 
 
@@ -114,26 +114,26 @@ def test_k_comes_from_the_settings_the_weights_or_the_user(tmp_path: Path) -> No
     published = BUILDERS["circuit_tracer_topk"](tmp_path, 4)
     change(published.config, {"k": None})
     with pytest.raises(ValueError, match="activation is topk, but k is not in the files; give k"):
-        circuit_tracer.load(Source(published.path))
-    given = circuit_tracer.load(Source(published.path, choices=Choices(k=7)))
+        circuit_tracer.parse(Source(published.path))
+    given = circuit_tracer.parse(Source(published.path, choices=Choices(k=7)))
     assert (dictionary(given).activation, given.used) == (TopK(7, keeps_negative=True), {"k"})
     change_weights(published.weights, {"k": torch.tensor(K)})
-    found = circuit_tracer.load(Source(published.path, choices=Choices(k=7)))
+    found = circuit_tracer.parse(Source(published.path, choices=Choices(k=7)))
     assert (dictionary(found).activation, found.used) == (TopK(K, keeps_negative=True), frozenset())
     change(published.config, {"k": 9})
     with pytest.raises(ValueError, match=r"layer_3\.safetensors: k and config\.yaml: k differ: 15 and 9"):
-        circuit_tracer.load(Source(published.path))
+        circuit_tracer.parse(Source(published.path))
 
 
 def test_k_is_a_choice_where_no_settings_are_there(tmp_path: Path) -> None:
     published = BUILDERS["circuit_tracer_relu"](tmp_path, 5)
     assert published.config is not None
-    with_settings = circuit_tracer.load(Source(published.path, choices=Choices(k=7)))
+    with_settings = circuit_tracer.parse(Source(published.path, choices=Choices(k=7)))
     assert (dictionary(with_settings).activation.name, with_settings.used) == ("relu", frozenset())
     published.config.unlink()
-    alone = circuit_tracer.load(Source(published.path, choices=Choices(k=7)))
+    alone = circuit_tracer.parse(Source(published.path, choices=Choices(k=7)))
     assert (dictionary(alone).activation, alone.used) == (TopK(7, keeps_negative=True), {"k"})
-    assert dictionary(circuit_tracer.load(Source(published.path))).activation.name == "relu"
+    assert dictionary(circuit_tracer.parse(Source(published.path))).activation.name == "relu"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_refuses_settings_that_it_does_not_understand(by: dict[str, Any], says: 
     published = BUILDERS["circuit_tracer_relu"](tmp_path, 6)
     change(published.config, by)
     with pytest.raises(ValueError, match=says):
-        circuit_tracer.load(Source(published.path))
+        circuit_tracer.parse(Source(published.path))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_refuses_weights_that_it_does_not_understand(by: dict[str, Any], says: s
     published = BUILDERS["circuit_tracer_relu"](tmp_path, 7)
     change_weights(published.weights, by)
     with pytest.raises(ValueError, match=says):
-        circuit_tracer.load(Source(published.path))
+        circuit_tracer.parse(Source(published.path))
 
 
 def test_thresholds_below_zero_would_let_negative_values_through(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_thresholds_below_zero_would_let_negative_values_through(tmp_path: Path)
     threshold[5] = -0.1
     change_weights(published.weights, {"activation_function.threshold": threshold})
     with pytest.raises(ValueError, match="is below 0 for some features"):
-        circuit_tracer.load(Source(published.path))
+        circuit_tracer.parse(Source(published.path))
 
 
 def test_recognises_by_name_alone(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_recognises_by_name_alone(tmp_path: Path) -> None:
     assert circuit_tracer.recognises(tmp_path)
     assert circuit_tracer.recognises(published.weights)
     with pytest.raises(ValueError, match=r"layer_3\.safetensors"):
-        circuit_tracer.load(Source(tmp_path))
+        circuit_tracer.parse(Source(tmp_path))
     assert not circuit_tracer.recognises(published.weights.rename(tmp_path / "layer_3_width_16k.safetensors"))
     assert not circuit_tracer.recognises(tmp_path)
     assert not circuit_tracer.recognises(tmp_path / "layer_4.safetensors")

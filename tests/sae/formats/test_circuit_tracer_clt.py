@@ -31,7 +31,7 @@ def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
 
 
 def test_one_layer_equals_the_reference(reference_saes: Path) -> None:
-    found = circuit_tracer_clt.load(Source(reference_saes / CASE / "W_enc_1.safetensors"))
+    found = circuit_tracer_clt.parse(Source(reference_saes / CASE / "W_enc_1.safetensors"))
     reference = np.load(reference_saes / CASE / "ref.npz")
     x = torch.from_numpy(reference["x"])
     close(dictionary(found).encode(x), reference["feature_acts"])
@@ -45,7 +45,7 @@ def test_all_layers_together_equal_the_reference(reference_saes: Path) -> None:
     xs = torch.from_numpy(reference["clt_x"])
     outs = {Site(layer, "mlp_out"): torch.zeros(9, 64) for layer in range(3)}
     for layer, x in enumerate(xs):
-        found = circuit_tracer_clt.load(Source(reference_saes / CASE / f"W_enc_{layer}.safetensors"))
+        found = circuit_tracer_clt.parse(Source(reference_saes / CASE / f"W_enc_{layer}.safetensors"))
         close(dictionary(found).encode(x), reference["clt_acts"][layer])
         blocks = dictionary(found).reconstruct(x).unflatten(-1, (len(found.writes), 64)).unbind(-2)
         for site, block in zip(found.writes, blocks, strict=True):
@@ -59,7 +59,7 @@ def test_all_layers_together_equal_the_reference(reference_saes: Path) -> None:
 def test_bias_and_skip_connection_go_to_its_own_layer(name: str, tmp_path: Path) -> None:
     published = BUILDERS[name](tmp_path, 1)
     assert published.reconstruct is not None
-    found, x = circuit_tracer_clt.load(Source(published.path)), torch.randn(9, published.d_in)
+    found, x = circuit_tracer_clt.parse(Source(published.path)), torch.randn(9, published.d_in)
     assert len(found.writes) == N_LAYERS - LAYER
     torch.testing.assert_close(dictionary(found).encode(x), published.encode(x.double()).float())
     torch.testing.assert_close(
@@ -76,8 +76,8 @@ def test_a_folder_of_several_layers_is_not_one_of_them(tmp_path: Path) -> None:
     assert not circuit_tracer_clt.recognises(tmp_path)
     assert not circuit_tracer_clt.recognises(tmp_path / "config.yaml")
     with pytest.raises(ValueError, match="or several; name one of them"):
-        circuit_tracer_clt.load(Source(tmp_path))
-    by_decoder = circuit_tracer_clt.load(Source(tmp_path / "W_dec_2.safetensors"))
+        circuit_tracer_clt.parse(Source(tmp_path))
+    by_decoder = circuit_tracer_clt.parse(Source(tmp_path / "W_dec_2.safetensors"))
     assert by_decoder.writes == (Site(2, "mlp_out"), Site(3, "mlp_out"))
     assert [file.name for file in by_decoder.files] == ["W_enc_2.safetensors", "W_dec_2.safetensors", "config.yaml"]
 
@@ -87,7 +87,7 @@ def test_each_of_its_files_is_needed(name: str, tmp_path: Path) -> None:
     published = BUILDERS["circuit_tracer_clt_jumprelu_skip"](tmp_path, 3)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing"):
-        circuit_tracer_clt.load(Source(published.path))
+        circuit_tracer_clt.parse(Source(published.path))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_refuses_settings_that_it_does_not_understand(by: dict[str, Any], says: 
     assert published.config is not None
     published.config.write_text(yaml.safe_dump(yaml.safe_load(published.config.read_text()) | by))
     with pytest.raises(ValueError, match=says):
-        circuit_tracer_clt.load(Source(published.path))
+        circuit_tracer_clt.parse(Source(published.path))
 
 
 @pytest.mark.parametrize(
@@ -127,4 +127,4 @@ def test_refuses_weights_that_it_does_not_understand(file: str, by: dict[str, An
     tensors = load_file(path) | by
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(ValueError, match=says):
-        circuit_tracer_clt.load(Source(published.path))
+        circuit_tracer_clt.parse(Source(published.path))

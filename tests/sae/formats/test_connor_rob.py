@@ -18,7 +18,7 @@ from support.published.connor_rob import SETTINGS, hook_z
 
 
 def load(file: Path) -> ParsedSae:
-    return connor_rob.load(Source(file))
+    return connor_rob.parse(Source(file))
 
 
 def test_equals_saelens_with_the_heads_side_by_side(reference_saes: Path) -> None:

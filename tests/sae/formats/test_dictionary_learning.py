@@ -29,7 +29,7 @@ CLASSES = (
 
 
 def load(path: Path) -> ParsedSae:
-    return dictionary_learning.load(Source(path))
+    return dictionary_learning.parse(Source(path))
 
 
 def said(found: ParsedSae, name: str) -> str:
@@ -86,7 +86,7 @@ def test_batch_top_k_has_a_threshold_or_says_that_it_was_never_calibrated(kind: 
     weights = torch.load(tmp_path / "ae.pt")
     torch.save(weights | {"threshold": torch.tensor(-1.0)}, tmp_path / "ae.pt")
     found = load(tmp_path)
-    assert said(found, "threshold") == "threshold -1: never calibrated, so the SAE is a plain ReLU"
+    assert said(found, "threshold") == "-1: never calibrated, so the SAE is a plain ReLU"
     assert isinstance(found.dictionary, Dictionary)
     assert found.dictionary.activation == ReLU()
     del weights["threshold"]

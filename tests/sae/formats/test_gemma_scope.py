@@ -38,7 +38,7 @@ def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case: str, reference_saes: Path) -> None:
     kind, path, reads, writes = CASES[case]
-    found = gemma_scope.load(Source(reference_saes / case / path, SaeOrigin(REPO + kind, path)))
+    found = gemma_scope.parse(Source(reference_saes / case / path, SaeOrigin(REPO + kind, path)))
     reference = np.load(reference_saes / case / "ref.npz")
     x = torch.from_numpy(reference["x"]).reshape(18, 64)
     close(dictionary(found).encode(x), reference["feature_acts"])
@@ -50,7 +50,7 @@ def test_equals_the_reference(case: str, reference_saes: Path) -> None:
 
 def test_the_center_is_not_subtracted_and_said_so(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 1)
-    found = gemma_scope.load(Source(published.path))
+    found = gemma_scope.parse(Source(published.path))
     assert not dictionary(found).centre
     assert said(found)["centring"] == ("no", "the format")
 
@@ -58,7 +58,7 @@ def test_the_center_is_not_subtracted_and_said_so(tmp_path: Path) -> None:
 def test_a_feature_fires_above_its_threshold_and_not_at_it(tmp_path: Path) -> None:
     arrays = {"W_enc": [[1.0, 1.0]], "W_dec": [[1.0], [2.0]], "b_enc": [0.5, 0.5], "b_dec": [0.0], "threshold": [1, 1]}
     np.savez(tmp_path / "params.npz", **{name: np.asarray(value, np.float32) for name, value in arrays.items()})
-    found = gemma_scope.load(Source(tmp_path))
+    found = gemma_scope.parse(Source(tmp_path))
     assert isinstance(dictionary(found).activation, JumpReLU)
     features = dictionary(found).encode(torch.tensor([[0.5], [0.75]]))
     assert features.tolist() == [[0.0, 0.0], [1.25, 1.25]]
@@ -68,7 +68,7 @@ def test_without_an_origin_neither_site_nor_kind_is_known(tmp_path: Path) -> Non
     folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_5" / "width_16k"
     folder.mkdir(parents=True)
     published = BUILDERS["gemma_scope_transcoders"](folder, 2)
-    found = gemma_scope.load(Source(published.path))
+    found = gemma_scope.parse(Source(published.path))
     assert (found.reads, found.writes, found.model) == (None, (), None)
     assert "could as well be a transcoder" in said(found)["kind"][0]
 
@@ -76,7 +76,7 @@ def test_without_an_origin_neither_site_nor_kind_is_known(tmp_path: Path) -> Non
 @pytest.mark.parametrize("repo", ["someone/gemma-scope-2b-pt-res", "google/gemma-scope-2-1b-pt", "a/layer_3"])
 def test_other_repositories_say_nothing(repo: str, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 3)
-    found = gemma_scope.load(Source(published.path, SaeOrigin(repo, LAYER)))
+    found = gemma_scope.parse(Source(published.path, SaeOrigin(repo, LAYER)))
     assert (found.reads, found.model) == (None, None)
 
 
@@ -84,12 +84,12 @@ def test_other_repositories_say_nothing(repo: str, tmp_path: Path) -> None:
 def test_a_path_that_names_no_sae_of_the_repository_is_refused(kind: str, path: str, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 4)
     with pytest.raises(ValueError, match=f"google/gemma-scope-2b-pt-{kind}: the path '{path}' names no SAE"):
-        gemma_scope.load(Source(published.path, SaeOrigin(REPO + kind, path)))
+        gemma_scope.parse(Source(published.path, SaeOrigin(REPO + kind, path)))
 
 
 def test_models_are_named_as_they_were_tuned(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 5)
-    found = gemma_scope.load(Source(published.path, SaeOrigin("google/gemma-scope-9b-it-res", LAYER)))
+    found = gemma_scope.parse(Source(published.path, SaeOrigin("google/gemma-scope-9b-it-res", LAYER)))
     assert found.model == "google/gemma-2-9b-it"
 
 
@@ -111,16 +111,16 @@ def test_refuses_arrays_that_it_does_not_understand(change: dict[str, Any], says
         arrays = dict(archive) | change
     np.savez(published.weights, **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(ValueError, match=says):
-        gemma_scope.load(Source(published.path))
+        gemma_scope.parse(Source(published.path))
 
 
 def test_a_scaling_factor_of_ones_changes_nothing(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_res"](tmp_path, 7)
-    plain = dictionary(gemma_scope.load(Source(published.path)))
+    plain = dictionary(gemma_scope.parse(Source(published.path)))
     with np.load(published.weights) as archive:
         arrays = dict(archive)
     np.savez(published.weights, **arrays, scaling_factor=np.ones(48, np.float32))
-    assert torch.equal(dictionary(gemma_scope.load(Source(published.path))).W_dec, plain.W_dec)
+    assert torch.equal(dictionary(gemma_scope.parse(Source(published.path))).W_dec, plain.W_dec)
 
 
 def test_recognises_names_and_the_arrays_of_a_file_of_another_name(tmp_path: Path) -> None:
@@ -137,4 +137,4 @@ def test_recognises_names_and_the_arrays_of_a_file_of_another_name(tmp_path: Pat
     (tmp_path / "params.npz").write_bytes(b"damaged")
     assert gemma_scope.recognises(tmp_path)
     with pytest.raises(ValueError, match=r"params\.npz"):
-        gemma_scope.load(Source(tmp_path))
+        gemma_scope.parse(Source(tmp_path))

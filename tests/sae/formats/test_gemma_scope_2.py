@@ -46,7 +46,7 @@ def said(found: ParsedSae) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case: str, reference_saes: Path) -> None:
     path, reads, writes = CASES[case]
-    found = gemma_scope_2.load(Source(reference_saes / case / path, SaeOrigin(REPO, path)))
+    found = gemma_scope_2.parse(Source(reference_saes / case / path, SaeOrigin(REPO, path)))
     reference = np.load(reference_saes / case / "ref.npz")
     x = torch.from_numpy(reference["x"])
     close(dictionary(found).encode(x), reference["feature_acts"])
@@ -63,7 +63,7 @@ def test_every_target_of_the_reference_layer_adds_up(reference_saes: Path, tmp_p
     case = reference_saes / "gemmascope2_clt_layer"
     file = tmp_path / "params_layer_0.safetensors"  # its random vectors for all five layers are then allowed
     save_file(load_file(case / CLT), file)
-    found, reference = gemma_scope_2.load(Source(file)), np.load(case / "ref.npz")
+    found, reference = gemma_scope_2.parse(Source(file)), np.load(case / "ref.npz")
     x = torch.from_numpy(reference["x"])
     close(dictionary(found).encode(x), reference["feature_acts"])
     close(dictionary(found).reconstruct(x).unflatten(-1, (5, 64)).sum(dim=-2), reference["recon"])
@@ -78,7 +78,7 @@ def test_a_later_layer_of_the_reference_writes_at_the_layers_that_are_left(
     tensors["w_dec"][:, :3] = 0
     file = tmp_path / Path(CLT).name
     save_file(tensors, file)
-    found, reference = gemma_scope_2.load(Source(file)), np.load(case / "ref.npz")
+    found, reference = gemma_scope_2.parse(Source(file)), np.load(case / "ref.npz")
     x, features = torch.from_numpy(reference["x"]), torch.from_numpy(reference["feature_acts"])
     close(dictionary(found).encode(x), reference["feature_acts"])
     own, later = dictionary(found).reconstruct(x).unflatten(-1, (2, 64)).unbind(-2)
@@ -91,12 +91,12 @@ def test_a_later_layer_of_the_reference_writes_at_the_layers_that_are_left(
 
 def test_vectors_for_layers_before_its_own_are_refused(reference_saes: Path) -> None:
     with pytest.raises(ValueError, match="its w_dec writes at layers before 3"):
-        gemma_scope_2.load(Source(reference_saes / "gemmascope2_clt_layer" / CLT))
+        gemma_scope_2.parse(Source(reference_saes / "gemmascope2_clt_layer" / CLT))
 
 
 def test_the_settings_of_all_layers_give_each_its_place(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_clt"](tmp_path, 1)
-    found = gemma_scope_2.load(Source(published.path))
+    found = gemma_scope_2.parse(Source(published.path))
     assert found.reads == ModulePlace(LAYER, "pre_feedforward_layernorm", "out")
     assert found.writes == tuple(
         ModulePlace(layer, "post_feedforward_layernorm", "out") for layer in range(LAYER, N_LAYERS)
@@ -117,7 +117,7 @@ def test_the_settings_of_all_layers_give_each_its_place(tmp_path: Path) -> None:
 )
 def test_the_repository_says_what_config_json_would(path: str, reads: Any, kind: str, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_attention_without_config"](tmp_path, 2)
-    found = gemma_scope_2.load(Source(published.path, SaeOrigin("google/gemma-scope-2-270m-pt", path)))
+    found = gemma_scope_2.parse(Source(published.path, SaeOrigin("google/gemma-scope-2-270m-pt", path)))
     assert (found.reads, found.model) == (reads, "google/gemma-3-270m")
     assert said(found)["kind"] == (kind, "the repository")
 
@@ -127,7 +127,7 @@ def test_the_repository_says_what_config_json_would(path: str, reads: Any, kind:
 )
 def test_without_config_and_origin_the_site_is_unknown(origin: SaeOrigin | None, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_attention_without_config"](tmp_path, 3)
-    found = gemma_scope_2.load(Source(published.path, origin))
+    found = gemma_scope_2.parse(Source(published.path, origin))
     assert (found.reads, found.writes, found.model) == (None, (), None)
     assert "nothing says" in said(found)["kind"][1]
 
@@ -137,24 +137,24 @@ def test_the_repository_can_name_the_layer(tmp_path: Path) -> None:
     file = published.weights.rename(tmp_path / "downloaded.safetensors")
     assert gemma_scope_2.recognises(file)
     with pytest.raises(ValueError, match=r"which layer is it\? nothing says; call the file params_layer_N"):
-        gemma_scope_2.load(Source(file))
-    found = gemma_scope_2.load(Source(file, SaeOrigin(REPO, "clt/width_262k_l0_big/params_layer_2.safetensors")))
+        gemma_scope_2.parse(Source(file))
+    found = gemma_scope_2.parse(Source(file, SaeOrigin(REPO, "clt/width_262k_l0_big/params_layer_2.safetensors")))
     assert found.reads == ModulePlace(2, "pre_feedforward_layernorm", "out")
     with pytest.raises(ValueError, match="before 3"):
-        gemma_scope_2.load(Source(file, SaeOrigin(REPO, "clt/layer_3_width_16k_l0_big")))
+        gemma_scope_2.parse(Source(file, SaeOrigin(REPO, "clt/layer_3_width_16k_l0_big")))
 
 
 def test_contradicting_layers_are_refused(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_clt"](tmp_path, 5)
     with pytest.raises(ValueError, match=r"params_layer_2\.safetensors says 2; the repository's path says 1"):
-        gemma_scope_2.load(Source(published.path, SaeOrigin(REPO, "clt/width_16k/params_layer_1.safetensors")))
+        gemma_scope_2.parse(Source(published.path, SaeOrigin(REPO, "clt/width_16k/params_layer_1.safetensors")))
     change(published.config, {"hf_hook_point_in": f"model.layers.4.{NORM_IN}"})
     with pytest.raises(ValueError, match=r"says 2; config\.json: hf_hook_point_in says 4"):
-        gemma_scope_2.load(Source(published.path))
+        gemma_scope_2.parse(Source(published.path))
     far = published.weights.rename(tmp_path / "params_layer_7.safetensors")
     change(published.config, {"hf_hook_point_in": None})
     with pytest.raises(ValueError, match="holds layer 7, but its w_dec writes at 5 layers only"):
-        gemma_scope_2.load(Source(far))
+        gemma_scope_2.parse(Source(far))
 
 
 def change(file: Path | None, by: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ def test_refuses_settings_that_it_does_not_understand(
     published = BUILDERS[f"gemma_scope_2_{builder}"](tmp_path, 6)
     change(published.config, by)
     with pytest.raises(ValueError, match=says):
-        gemma_scope_2.load(Source(published.path))
+        gemma_scope_2.parse(Source(published.path))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_the_kind_follows_from_the_rest_where_it_is_not_stated(
 ) -> None:
     published = BUILDERS[f"gemma_scope_2_{builder}"](tmp_path, 7)
     change(published.config, {"type": None})
-    found = gemma_scope_2.load(Source(published.path))
+    found = gemma_scope_2.parse(Source(published.path))
     assert said(found)["kind"][0] == kind
     assert who in said(found)["kind"][1]
 
@@ -218,14 +218,14 @@ def test_the_kind_follows_from_the_rest_where_it_is_not_stated(
 def test_an_l0_that_is_no_number_is_left_out(l0: Any, tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_sae"](tmp_path, 8)
     change(published.config, {"l0": l0})
-    assert gemma_scope_2.load(Source(published.path)).stated_l0 is None
+    assert gemma_scope_2.parse(Source(published.path)).stated_l0 is None
 
 
 def test_the_layers_of_a_multimodal_model_are_the_same_layers(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_transcoder"](tmp_path, 9)
     hooks = {"hf_hook_point_in": NORM_IN, "hf_hook_point_out": NORM_OUT}
     change(published.config, {key: f"model.language_model.layers.17.{hook}" for key, hook in hooks.items()})
-    found = gemma_scope_2.load(Source(published.path))
+    found = gemma_scope_2.parse(Source(published.path))
     assert (found.reads, found.writes) == (READS, (WRITES,))
 
 
@@ -247,16 +247,16 @@ def test_refuses_weights_that_it_does_not_understand(by: dict[str, Any], says: s
     tensors = load_file(published.weights) | by
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, published.weights)
     with pytest.raises(ValueError, match=says):
-        gemma_scope_2.load(Source(published.path))
+        gemma_scope_2.parse(Source(published.path))
 
 
 def test_a_part_of_a_crosscoder_is_not_taken_for_an_sae(tmp_path: Path) -> None:
     published = BUILDERS["gemma_scope_2_attention_without_config"](tmp_path, 11)
     part = published.weights.rename(tmp_path / "params_layer_0.safetensors")
     with pytest.raises(ValueError, match="parts of crosscoders are not supported"):
-        gemma_scope_2.load(Source(part))
+        gemma_scope_2.parse(Source(part))
     with pytest.raises(ValueError, match="the repository: type 'crosscoder' is not supported"):
-        gemma_scope_2.load(Source(part, SaeOrigin(REPO, "crosscoder/layer_5_9_12_15_width_1m_l0_big")))
+        gemma_scope_2.parse(Source(part, SaeOrigin(REPO, "crosscoder/layer_5_9_12_15_width_1m_l0_big")))
 
 
 def test_recognises_names_and_the_tensors_of_a_file_of_another_name(tmp_path: Path) -> None:
@@ -270,4 +270,4 @@ def test_recognises_names_and_the_tensors_of_a_file_of_another_name(tmp_path: Pa
     damaged = other.rename(tmp_path / "params.safetensors")
     assert gemma_scope_2.recognises(tmp_path)
     with pytest.raises(ValueError, match=r"params\.safetensors"):
-        gemma_scope_2.load(Source(damaged))
+        gemma_scope_2.parse(Source(damaged))

@@ -19,7 +19,7 @@ GOODFIRE = "Goodfire/Llama-3.1-8B-Instruct-SAE-l19"
 
 
 def load(file: Path, repo: str | None = None) -> ParsedSae:
-    return linear_pair.load(Source(file, SaeOrigin(repo) if repo else None))
+    return linear_pair.parse(Source(file, SaeOrigin(repo) if repo else None))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from support.published.llama_scope import BUILDERS, openmoss, saelens, topk, tra
 
 
 def load(path: Path, **choices: Any) -> ParsedSae:
-    return llama_scope.load(Source(path, None, Choices(**choices)))
+    return llama_scope.parse(Source(path, None, Choices(**choices)))
 
 
 def said(found: ParsedSae, name: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ def memory(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
 before = memory("VmRSS")
-weights = open_sae("one", Path(sys.argv[1])).found.dictionary.tensors().values()
+weights = open_sae("one", Path(sys.argv[1])).parsed.dictionary.tensors().values()
 size = sum(one.numel() * one.element_size() for one in weights)
 print(json.dumps({"peak": memory("VmHWM") - before, "size": size}))
 """
@@ -66,7 +66,7 @@ def test_the_peak_of_loading_is_the_size_of_the_sae(write: object, tmp_path: Pat
 def test_decoders_of_one_file_are_one_mapping(tmp_path: Path) -> None:
     write_saelens(tmp_path)
     for _ in range(2):
-        dictionary = open_sae("one", tmp_path).found.dictionary
+        dictionary = open_sae("one", tmp_path).parsed.dictionary
         where = dictionary.W_dec.data_ptr()  # type: ignore[union-attr]
         maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "sae_weights" in line]
         spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]

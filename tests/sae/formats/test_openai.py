@@ -16,7 +16,7 @@ from support.published.openai import BUILDERS, build, held
 
 
 def load(file: Path) -> ParsedSae:
-    return openai.load(Source(file))
+    return openai.parse(Source(file))
 
 
 @pytest.mark.parametrize("case", ["relu_v1", "topk_v5"])

@@ -20,7 +20,7 @@ from support.published.openmoss import BUILDERS, linear, plain
 
 
 def load(path: Path, **choices: Any) -> ParsedSae:
-    return openmoss.load(Source(path, None, Choices(**choices)))
+    return openmoss.parse(Source(path, None, Choices(**choices)))
 
 
 def said(found: ParsedSae, name: str) -> tuple[str, str]:

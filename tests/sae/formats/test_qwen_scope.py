@@ -18,7 +18,7 @@ from support.published.qwen_scope import BUILDERS, REPO, SETTINGS, alone, build,
 
 
 def load(file: Path, origin: SaeOrigin | None = None, k: int | None = None) -> ParsedSae:
-    return qwen_scope.load(Source(file, origin, Choices(k=k)))
+    return qwen_scope.parse(Source(file, origin, Choices(k=k)))
 
 
 def who(found: ParsedSae) -> tuple[str, str]:

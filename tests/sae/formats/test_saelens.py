@@ -49,7 +49,7 @@ def flat(x: np.ndarray[Any, Any]) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_saelens(case: str) -> None:
-    found, reference = saelens.load(Source(DATA / case)), np.load(DATA / case / "ref.npz")
+    found, reference = saelens.parse(Source(DATA / case)), np.load(DATA / case / "ref.npz")
     coder, x = found.dictionary, torch.from_numpy(reference["x"])
     features = coder.encode(x)
     close(features, reference["features"])
@@ -65,7 +65,7 @@ def test_equals_the_larger_reference(reference_saes: Path) -> None:
     assert len(paths) >= 54
     for path in paths:
         reference = outputs(path)
-        coder = saelens.load(Source(path, choices=choices(path, reference))).dictionary
+        coder = saelens.parse(Source(path, choices=choices(path, reference))).dictionary
         x = flat(reference["x"])
         features = coder.encode(x)
         close(features, reference["feature_acts"])
@@ -79,7 +79,7 @@ def test_half_precision_is_close_in_float32_and_equal_in_its_own(reference_saes:
     assert len(paths) == 4
     for path in paths:
         reference, dtype = np.load(path / "ref.npz"), HALF[path.name.rsplit("_", 1)[1]]
-        coder, x = saelens.load(Source(path)).dictionary, torch.from_numpy(reference["x"])
+        coder, x = saelens.parse(Source(path)).dictionary, torch.from_numpy(reference["x"])
         wanted, features = torch.from_numpy(reference["feature_acts"]), coder.encode(x)
         both = (wanted != 0) & (features != 0)
         assert float(((features - wanted).abs() / wanted.abs())[both].median()) <= 1e-2
@@ -95,7 +95,7 @@ def test_half_precision_is_close_in_float32_and_equal_in_its_own(reference_saes:
 def test_equals_the_plain_formulas(architecture: str, centre: bool, tmp_path: Path) -> None:
     plain = plain_sae(architecture, 20, 50, seed=31, centre=centre)
     save_sae(plain, tmp_path, "blocks.0.hook_mlp_out", centre=centre)
-    dictionary = saelens.load(Source(tmp_path)).dictionary
+    dictionary = saelens.parse(Source(tmp_path)).dictionary
     x = torch.randn(40, 20)
     torch.testing.assert_close(dictionary.encode(x), plain.encode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -125,4 +125,4 @@ def test_a_feature_at_its_threshold_is_off(architecture: str, own: dict[str, Ten
         replace(plain_sae("standard", 4, 4, seed=33), architecture=architecture, weights=weights), tmp_path, "hook"
     )
     x = torch.tensor([0.0, 1.0, 1.5, -2.0])
-    assert saelens.load(Source(tmp_path)).dictionary.encode(x).tolist() == [0.0, 0.0, 1.5, 0.0]
+    assert saelens.parse(Source(tmp_path)).dictionary.encode(x).tolist() == [0.0, 0.0, 1.5, 0.0]

@@ -27,7 +27,7 @@ def places(coder: SparseCoder) -> dict[str, Any]:
 
 def written(coder: SparseCoder, path: Path, **own: Any) -> ParsedSae:
     saelens_save.save_saelens(coder, path, model_name="tiny", **places(coder) | own)
-    return saelens.load(Source(path))
+    return saelens.parse(Source(path))
 
 
 @pytest.mark.parametrize("name", SAVEABLE)
@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("saeguard_sae.formats.saelens_save.save_file", fails)
     with pytest.raises(OSError, match="no space"):
         saelens_save.save_saelens(SAVEABLE["relu"](35), tmp_path, site=READS, model_name="tiny")
-    assert torch.equal(saelens.load(Source(tmp_path)).dictionary.tensors()["W_dec"], first.tensors()["W_dec"])
+    assert torch.equal(saelens.parse(Source(tmp_path)).dictionary.tensors()["W_dec"], first.tensors()["W_dec"])
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if point not in NO_HOOK])

@@ -21,7 +21,7 @@ CASES = ("topk", "topk_no_normalize_decoder", "groupmax", "transcoder", "skip_tr
 
 
 def load(path: Path, origin: SaeOrigin | None = None) -> ParsedSae:
-    return sparsify.load(Source(path, origin))
+    return sparsify.parse(Source(path, origin))
 
 
 def said(found: ParsedSae, name: str) -> str:

@@ -21,7 +21,7 @@ REPO = "canrager/temporalSAEs"
 
 
 def load(path: Path, place: str = "gemma-2-2B/layer_12/temporal") -> ParsedSae:
-    return temporal_repo.load(Source(path, SaeOrigin(REPO, place)))
+    return temporal_repo.parse(Source(path, SaeOrigin(REPO, place)))
 
 
 def test_equals_saelens(reference_saes: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_layer_is_in_the_repositorys_path(tmp_path: Path) -> None:
     found = load(tmp_path)
     assert (found.reads, found.model) == (Site(12, "resid_post"), "google/gemma-2-2b")
     assert load(tmp_path, "elsewhere").reads is None
-    assert temporal_repo.load(Source(tmp_path)).reads is None
+    assert temporal_repo.parse(Source(tmp_path)).reads is None
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saeguard_sae import catalogue, metadata
-from saeguard_sae.catalogue import BadCatalogue
-from saeguard_sae.metadata import import_features, write_catalogue
+from saeguard_sae.catalogue import BadCatalogue, write_catalogue
+from saeguard_sae.metadata import import_features
 
 D_SAE = 6
 NORMS = torch.linspace(0.0, 2.0, D_SAE)

@@ -10,9 +10,16 @@ import pytest
 import torch
 
 from saeguard_sae import catalogue
-from saeguard_sae.catalogue import BadCatalogue, CatalogueFeature, CatalogueToken, Example
+from saeguard_sae.catalogue import (
+    BadCatalogue,
+    CatalogueFeature,
+    CatalogueToken,
+    Example,
+    merge_entries,
+    write_catalogue,
+)
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.metadata import import_features, merge_entries, write_catalogue
+from saeguard_sae.metadata import import_features
 
 
 def record(index: int, **said: object) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.edit_table import Group, Rows, RowSpan
+from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.transformers.attention import (
     Kernel,
     KvShape,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saeguard_server.engine.load import GOOD_SERVICE_S, LONGEST_S, Backoff
+from saeguard_server.engine.front import GOOD_SERVICE_S, LONGEST_S, Backoff
 
 
 class Clock:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard_server.engine.transformers.runner import ForwardPass, SlotState
-from saeguard_server.engine.transformers.scheduler import PromptPart
+from saeguard_server.engine.transformers.scheduler import Batch, PromptPart
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for
 from support.symbolic import generation
 
@@ -19,15 +19,25 @@ class Plain:
     """Requests in slots, each with blocks of its own."""
 
     def __init__(self, lengths: list[int], computed: list[int]) -> None:
-        self.seats = SlotState(SLOTS, CONTEXT, IS_SPECIAL)
+        self.slots = SlotState(SLOTS, CONTEXT, IS_SPECIAL)
         self.sequences: list[Sequence] = []
         for slot, (length, known) in enumerate(zip(lengths, computed, strict=True)):
             one = generation(slot, [(slot * 31 + at * 7) % 300 for at in range(length)])
             one.slot, one.computed = slot, known
             # Numbers that go down: a place that was computed from a neighbour's block would show.
             one.blocks = [(slot + 1) * 20 - index for index in range(blocks_for(CONTEXT))]
-            self.seats.take(slot, known, one.blocks)
+            self.slots.join(slot, known, one.blocks)
             self.sequences.append(one)
+
+    def build(
+        self,
+        running: tuple[int, ...],
+        parts: list[PromptPart],
+        ending: list[PromptPart] | None = None,
+        scored: list[PromptPart] | None = None,
+    ) -> ForwardPass:
+        sequences = tuple(self.sequences[slot] for slot in running)
+        return self.slots.build(Batch(sequences, tuple(parts), tuple(ending or ()), tuple(scored or ())))
 
     def place(self, slot: int, at: int) -> int:
         return self.sequences[slot].blocks[at // BLOCK] * BLOCK + at % BLOCK
@@ -57,8 +67,8 @@ def test_a_pass_reads_each_request_where_it_stands(
     plain, running, parts, ending, scored = step
     if not running and not parts:
         return
-    plain.seats.choose(running, [200 + slot for slot in running])
-    one = plain.seats.build(running, parts, ending, scored)
+    plain.slots.choose(running, [200 + slot for slot in running])
+    one = plain.build(running, parts, ending, scored)
 
     read = [(slot, plain.sequences[slot].computed, 200 + slot) for slot in running]
     for part in parts:
@@ -107,22 +117,22 @@ def _sees(plain: Plain, one: ForwardPass, read: list[tuple[int, int, int]]) -> N
 def test_two_steps_go_on_where_the_first_ended() -> None:
     plain = Plain([40, 20], [0, 19])
     first, second = plain.sequences
-    plain.seats.build((), [PromptPart(first, 0, 17), PromptPart(second, 19, 20)], [], [])
-    plain.seats.choose((1,), [77])
-    one = plain.seats.build((1,), [PromptPart(first, 17, 40)], [], [])
+    plain.build((), [PromptPart(first, 0, 17), PromptPart(second, 19, 20)])
+    plain.slots.choose((1,), [77])
+    one = plain.build((1,), [PromptPart(first, 17, 40)])
     assert one.positions.tolist() == [[20, *range(17, 40)]]
-    plain.seats.choose((1, 0), [5, 6])
-    one = plain.seats.build((1, 0), [], [], [])
+    plain.slots.choose((1, 0), [5, 6])
+    one = plain.build((1, 0), [])
     assert (one.ids.tolist(), one.positions.tolist()) == ([[5, 6]], [[21, 40]])
     assert [reading.where.shape for reading in one.readings] == [(2, 48)]
 
 
 def test_a_new_owner_of_a_slot_sees_nothing_of_the_last_ones_places() -> None:
     plain = Plain([60, 60], [59, 40])
-    plain.seats.take(0, 0, [3])
+    plain.slots.join(0, 0, [3])
     newcomer = generation(9, [1, 2, 3])
     newcomer.slot = 0
-    one = plain.seats.build((), [PromptPart(newcomer, 0, 3), PromptPart(plain.sequences[1], 40, 43)], [], [])
+    one = plain.build((), [PromptPart(newcomer, 0, 3), PromptPart(plain.sequences[1], 40, 43)])
     assert one.write.tolist()[:3] == [3 * BLOCK + at for at in range(3)]
     nobodys = list(range(BLOCK))
     assert one.readings[0].where[0].tolist() == [3 * BLOCK + at for at in range(BLOCK)] + nobodys * 2
@@ -130,8 +140,8 @@ def test_a_new_owner_of_a_slot_sees_nothing_of_the_last_ones_places() -> None:
 
 def test_blocks_that_came_later_are_placed_behind_the_first() -> None:
     plain = Plain([16], [15])
-    plain.seats.take(0, 16, [2])
-    plain.seats.place(0, [2, 9])
-    one = plain.seats.build((0,), [], [], [])
+    plain.slots.join(0, 16, [2])
+    plain.slots.place(0, [2, 9])
+    one = plain.build((0,), [])
     assert one.write.tolist() == [9 * BLOCK]
     assert one.readings[0].where[0].tolist() == [*range(32, 48), *range(144, 160)]

@@ -77,8 +77,8 @@ class Holding(RuleBasedStateMachine):
 
     @invariant()
     def they_add_up(self) -> None:
-        assert self.blocks.held == len(self._held())
-        assert self.blocks.held + self.blocks.available == self.blocks.count == COUNT
+        assert self.blocks.in_use == len(self._held())
+        assert self.blocks.in_use + self.blocks.available == self.blocks.count == COUNT
 
     @invariant()
     def notes_are_of_known_blocks(self) -> None:
@@ -87,7 +87,7 @@ class Holding(RuleBasedStateMachine):
     def teardown(self) -> None:
         for one in self.holders:
             self.blocks.release(one)
-        assert (self.blocks.held, self.blocks.available) == (0, COUNT)
+        assert (self.blocks.in_use, self.blocks.available) == (0, COUNT)
 
 
 TestHolding = Holding.TestCase

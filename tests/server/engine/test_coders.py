@@ -15,9 +15,10 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saeguard.requests import TopKSelection
 from saeguard.types import Add, Clamp, FeatureRef, Zero
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.protocol import InspectTask
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
 from support.engines import Running, greedy, prompt, running
@@ -177,7 +178,7 @@ async def inspect(one: Running, sae: str) -> Tensor:
     """Its activations on the prompt [T, d_sae], which is read in chunks of 5."""
     task = InspectTask(
         call=Call("test", time.monotonic() + 60), index=0, tokens=tuple(PROMPT), offsets=(None,) * len(PROMPT),
-        picks=(Pick(sae=sae, top_k=64),),
+        selections=((sae, TopKSelection(64)),),
     )  # fmt: skip
     rows = []
     async for part in one.engine.inspect(task):

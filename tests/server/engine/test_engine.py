@@ -10,12 +10,13 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.requests import GenerateRequest, Sampling, TokenInput, TopKSelection
 from saeguard.types import Add, Clamp, Scale, Scope, Zero
 from saeguard_sae.edit_table import EditColumns
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import InspectTask, Pick
-from saeguard_server.engine.tokenizer import Assembler
+from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.protocol import InspectTask
+from saeguard_server.engine.tokenizer import Detokenizer
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import DeadlineExceeded, InternalFailure, InvalidRequest, NonFiniteOutput
@@ -125,7 +126,7 @@ def logits_of(world: World, *, with_saes: bool) -> list[torch.Tensor]:
     for index in range(4):
         request = greedy(prompt(9, 8), 9, interventions=steer if index % 2 else ())
         task = flow._compile(request, Call("test", time.monotonic() + 60), None).task
-        core.scheduler.add(Sequence(index, task, Assembler(engine.tokenizer.stream(), ()), lambda event: None))
+        core.scheduler.add(Sequence(index, task, RequestState.of(task, engine.tokenizer), lambda event: None))
     with torch.inference_mode():
         while core.scheduler.has_work:
             core.step()
@@ -207,7 +208,7 @@ async def _poison(one: Running, request: GenerateRequest, way: str) -> None:
     task = one.flow._compile(request, Call("test", time.monotonic() + 60), None).task
     if way == "inspected":
         read = InspectTask(call=task.call, index=0, tokens=task.tokens, offsets=(None,) * 60,
-                           picks=(Pick(sae="embed", top_k=1),), steering=task.steering)  # fmt: skip
+                           selections=(("embed", TopKSelection(1)),), steering=task.steering)  # fmt: skip
         assert len([part async for part in one.engine.inspect(read)]) == 10
         return
     asked = asyncio.create_task(one.ask(request))
@@ -227,8 +228,10 @@ async def test_a_receipt_that_does_not_add_up_fails_the_request(world: World, mo
 
 
 async def test_an_exception_in_one_requests_text_fails_it_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    push = Assembler.push
-    monkeypatch.setattr(Assembler, "push", lambda self, token: 1 / 0 if self._stops == ("boom",) else push(self, token))
+    push = Detokenizer.push
+    monkeypatch.setattr(
+        Detokenizer, "push", lambda self, token: 1 / 0 if self._stops == ("boom",) else push(self, token)
+    )
     broken = GenerateRequest(input="hello", sampling=Sampling(max_new_tokens=9, stop=("boom",)))
     with running(world.settings()) as one:
         results = await asyncio.gather(
@@ -276,7 +279,7 @@ async def test_generation_ends_at_eos_and_at_stop_strings(world: World) -> None:
             input=TokenInput(tuple(prompt(2, 9))), sampling=Sampling(max_new_tokens=30, temperature=0.0, stop=(stop,))
         )
         stopped = await one.ask(request)
-        object.__setattr__(one.engine._core.model, "eos_ids", frozenset({free.ids[6]}))
+        one.engine._core.output._eos_ids = frozenset({free.ids[6]})
         ended = await one.ask(
             GenerateRequest(input=request.input, sampling=Sampling(max_new_tokens=30, temperature=0.0))
         )

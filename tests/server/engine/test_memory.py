@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard.requests import GenerateRequest
+from saeguard.requests import GenerateRequest, TopKSelection
 from saeguard.types import Clamp
 from saeguard_sae import models
 from saeguard_sae.models import ModelLoadError, free_bytes
 from saeguard_server.engine.load import LoadedModel
-from saeguard_server.engine.protocol import Pick
 from saeguard_server.engine.transformers import engine, runner
 from saeguard_server.engine.transformers.runner import ForwardPass, is_out_of_memory, kv_blocks
 from saeguard_server.engine.transformers.sequence import BLOCK
@@ -175,7 +174,7 @@ def test_the_youngest_is_refused_and_the_others_do_not_notice(
 def test_an_inspection_that_ran_out_of_memory_is_refused(loaded: Loaded, alone: Alone) -> None:
     """It has sent a part of its activations: it cannot begin again."""
     one = loaded.core(prefill_tokens=20)
-    read = one.inspect(prompt(2, 90), (Pick(sae="resid_post", top_k=3),))
+    read = one.inspect(prompt(2, 90), (("resid_post", TopKSelection(3)),))
     request = crowd()[1]
     asked = one.ask(request)
     run_out(one, 2, MemoryError())

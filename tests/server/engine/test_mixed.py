@@ -17,9 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.requests import FeatureSelection, GenerateRequest, Sampling, TokenInput
 from saeguard.types import Add, Cap, Clamp, FeatureRef, Intervention, Scale, Scope, Zero
-from saeguard_server.engine.protocol import Pick
 from saeguard_server.engine.transformers import engine
 from saeguard_server.engine.transformers.sequence import BLOCK
 from support.alone import Alone
@@ -153,7 +152,7 @@ def near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
 
-PICKS = (Pick(sae="resid_post", features=(4, 9)),)
+PICKS = (("resid_post", FeatureSelection([FeatureRef("resid_post", feature) for feature in (4, 9)])),)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])
@@ -288,8 +287,8 @@ async def test_the_running_engine_in_a_crowd(truth: Truth, monkeypatch: pytest.M
             if index % 5 != 4:
                 truth.check(requests[index], answer)
         for _ in range(200):
-            if one.engine._core.scheduler.blocks.held == 0:
+            if one.engine._core.scheduler.blocks.in_use == 0:
                 break
             await asyncio.sleep(0.01)
         scheduler = one.engine._core.scheduler
-        assert (scheduler.slots_in_use, scheduler.blocks.held, one.engine.queued()) == (0, 0, 0)
+        assert (scheduler.slots_in_use, scheduler.blocks.in_use, one.engine.queued()) == (0, 0, 0)

@@ -34,11 +34,11 @@ STEERINGS = (
     Steering((change(feature=2),), digest="9"),
     Steering((change(sae="b"),), digest="10"),
     Steering((change(is_shadow=True),), digest="11"),
-    Steering((change(gate=0),), digest="12", guards=(guard(),)),
-    Steering((change(gate=0),), digest="13", guards=(guard(40),)),
-    Steering((change(50, gate=0),), digest="14", guards=(guard(0, 30),)),
-    Steering(digest="15", guards=(guard(),)),
-    Steering(digest="16", guards=(guard(threshold=0.7),)),
+    Steering((change(gate=0),), digest="12", conditions=(guard(),)),
+    Steering((change(gate=0),), digest="13", conditions=(guard(40),)),
+    Steering((change(50, gate=0),), digest="14", conditions=(guard(0, 30),)),
+    Steering(digest="15", conditions=(guard(),)),
+    Steering(digest="16", conditions=(guard(threshold=0.7),)),
 )
 
 
@@ -55,7 +55,7 @@ def test_nobody_reads_what_was_written_under_another_steering(asked: list[Any], 
     for uid, (length, steering) in enumerate(asked):
         batch.scheduler.add(generation(uid, TOKENS[:length], 3, steering))
         batch.finish(budget)
-    assert batch.scheduler.blocks.held == 0
+    assert batch.scheduler.blocks.in_use == 0
 
 
 @pytest.mark.parametrize("steering", STEERINGS)
@@ -107,7 +107,7 @@ def test_a_steered_prefix_is_shared_from_where_its_counts_were_kept(budget: int,
 def test_a_steering_shares_nothing_with_another_from_its_first_token_on(other: Steering) -> None:
     for one in STEERINGS:
         found = reused(generation(0, TOKENS[:100], 3, other), generation(1, TOKENS[:100], 3, one))
-        scopes = [*one.edits, *other.edits, *one.guards, *other.guards]
+        scopes = [*one.edits, *other.edits, *one.conditions, *other.conditions]
         first = min([scope.first for scope in scopes], default=96)
         assert found <= first - first % 16 or one == other
 
@@ -237,7 +237,7 @@ def test_requests_that_run_at_the_same_time_share(loaded: Loaded, alone: Alone) 
     asked += [one.ask(request) for request in requests[1:]]
     one.step()
     assert [len(one.sequence.blocks) for one in asked] == [7, 7, 7, 7]
-    assert one.core.scheduler.blocks.held == 7 + 1 + 1 + 7
+    assert one.core.scheduler.blocks.in_use == 7 + 1 + 1 + 7
     one.finish()
     for request, found in zip(requests, asked, strict=True):
         alone.check(request, found.answer)

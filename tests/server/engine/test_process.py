@@ -22,13 +22,13 @@ import pytest_asyncio
 import torch
 from prometheus_client import CollectorRegistry
 
-from saeguard.requests import GenerateRequest, Sampling
+from saeguard.requests import FeatureSelection, GenerateRequest, Sampling, Selection, ThresholdSelection, TopKSelection
 from saeguard.results import ActivationPart
 from saeguard.types import Clamp, FeatureRef, Scale
 from saeguard_sae.loading import LoadError
 from saeguard_server.caller import Call
 from saeguard_server.engine import transformers
-from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.protocol import InspectTask
 from saeguard_server.engine.worker import engine, load_engine
 from saeguard_server.engine.worker import engine as child
 from saeguard_server.errors import DeadlineExceeded, NonFiniteOutput, Unavailable
@@ -91,12 +91,12 @@ async def until(is_so: Callable[[], bool], within_s: float) -> None:
             await asyncio.sleep(0.02)
 
 
-async def read(one: Running, **pick: Any) -> list[ActivationPart]:
+async def read(one: Running, select: Callable[[str], Selection]) -> list[ActivationPart]:
     call = Call("test", time.monotonic() + 60)
     task = one.flow._compile(greedy(prompt(3, 20), 1, interventions=STEER[:1]), call, None).task
     given = {"call": call, "tokens": task.tokens, "offsets": (None,) * 20, "steering": task.steering}
-    picks = (Pick(sae="resid_post", **pick), Pick(sae="attn_z", **pick))
-    return [part async for part in one.engine.inspect(InspectTask(index=2, picks=picks, **given))]
+    selections = tuple((sae, select(sae)) for sae in ("resid_post", "attn_z"))
+    return [part async for part in one.engine.inspect(InspectTask(index=2, selections=selections, **given))]
 
 
 async def everything(one: Running) -> list[Any]:
@@ -113,7 +113,12 @@ async def everything(one: Running) -> list[Any]:
         assert 0 <= answer.completion.timings.time_to_first_token_s <= answer.completion.timings.total_s < 60
         known = {"timings": None, "seed": request.sampling.seed}  # where none was given, one was drawn
         answer.completion = dataclasses.replace(answer.completion, **known)
-    return [answers, await read(one, top_k=3), await read(one, threshold=0.5), await read(one, features=(4, 1))]
+    selects: list[Callable[[str], Selection]] = [
+        lambda sae: TopKSelection(3),
+        lambda sae: ThresholdSelection(0.5),
+        lambda sae: FeatureSelection([FeatureRef(sae, 4), FeatureRef(sae, 1)]),
+    ]
+    return [answers, *[await read(one, select) for select in selects]]
 
 
 async def test_answers_are_those_of_the_engine_without_a_process(world: World, apart: Apart) -> None:

@@ -37,6 +37,7 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server import errors
 from saeguard_server.caller import Call
+from saeguard_server.engine.load import remote_sae
 from saeguard_server.engine.protocol import Capabilities, GenerateTask
 from saeguard_server.engine.worker import engine, messages
 from saeguard_server.engine.worker.messages import (
@@ -45,10 +46,8 @@ from saeguard_server.engine.worker.messages import (
     StepOutput,
     Submit,
     SummedMetrics,
-    WorkerFailure,
     WorkerReady,
     count_metrics,
-    remote_sae,
 )
 from saeguard_server.errors import SaeguardError, Unavailable
 from saeguard_server.observe import Metrics
@@ -80,7 +79,7 @@ def make(kind: type[SaeguardError]) -> SaeguardError:
 @pytest.mark.parametrize("kind", sorted(set(subclasses(SaeguardError)), key=lambda kind: kind.__name__))
 def test_every_error_arrives_with_all_it_says(kind: type[SaeguardError]) -> None:
     sent = make(kind)
-    got = pickle.loads(messages.dump_message(WorkerFailure.of(sent))).error()
+    got = pickle.loads(messages.dump_message(sent))
     assert type(got) is kind
     assert str(got) == str(sent)
     assert vars(got) == vars(sent) != {}
@@ -187,7 +186,7 @@ class FakeChild:
     def send(self, command: Any) -> None:
         self.sent.append(command)
 
-    def reports(self) -> Iterator[StepOutput]:
+    def outputs(self) -> Iterator[StepOutput]:
         while not self.dies.wait(0.005) or self.said:
             if self.said:
                 yield self.said.pop(0)
@@ -195,7 +194,7 @@ class FakeChild:
     def stop(self) -> None:
         self.dies.set()
 
-    def bury(self) -> str:
+    def join(self) -> str:
         return "exited with code 1"
 
 
@@ -205,7 +204,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeChild]:
         script, born = [lambda: READY], []
 
     monkeypatch.setattr(engine, "WorkerProcess", Fake)
-    monkeypatch.setattr("saeguard_server.engine.load.FIRST_S", 0.02)
+    monkeypatch.setattr("saeguard_server.engine.front.FIRST_S", 0.02)
     return Fake
 
 
@@ -277,7 +276,7 @@ async def test_tasks_are_queued_until_a_report_says_otherwise(fake: type[FakeChi
     await until(lambda: len(fake.born[0].sent) == 3)
     assert one.queued() == 3
     uids = [command.uid for command in fake.born[0].sent if isinstance(command, Submit)]
-    end = WorkerFailure.of(errors.InternalFailure("broken"))
+    end = errors.InternalFailure("broken")
     fake.born[0].said.append(StepOutput([(uids[0], end), (99, None)], True, 3, 1, None))
     with pytest.raises(errors.InternalFailure, match="broken"):
         await asked[0]

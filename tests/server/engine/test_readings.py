@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from saeguard.requests import GenerateRequest, Sampling, TokenInput
+from saeguard.requests import GenerateRequest, Sampling, ThresholdSelection, TokenInput
 from saeguard.types import Clamp, FeatureRef
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.protocol import InspectTask
 from support.engines import World, greedy, make_world, prompt, running
 from support.models import SITES
 
@@ -77,7 +77,7 @@ async def test_activations_equal_the_plain_encoder(world: World, point: str) -> 
     ids = prompt(6, 33)
     task = InspectTask(
         call=Call("test", time.monotonic() + 60), index=0, tokens=tuple(ids), offsets=(None,) * 33,
-        picks=(Pick(sae=point, threshold=0.0), ),
+        selections=((point, ThresholdSelection(0.0)), ),
     )  # fmt: skip
     found = torch.zeros(33, world.saes[point].weights["W_dec"].shape[0])
     with running(world.settings()) as one:

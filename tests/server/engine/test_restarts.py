@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from saeguard.requests import GenerateRequest
+from saeguard.requests import GenerateRequest, TopKSelection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import Clamp
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import InspectTask, Pick
+from saeguard_server.engine.protocol import Event, InspectTask
 from saeguard_server.engine.transformers.engine import _Add
-from saeguard_server.engine.transformers.sequence import Event, Sequence
+from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import SaeguardError, Unavailable
 from support.alone import Alone
 from support.engines import Answer, Running, World, greedy, make_world, prompt, running
@@ -79,7 +79,7 @@ async def inspect(one: Running, length: int) -> list[ActivationPart]:
     ids = tuple(prompt(2, length))
     task = InspectTask(
         call=Call("test", time.monotonic() + 60), index=0, tokens=ids, offsets=(None,) * length,
-        picks=(Pick(sae="resid_post", top_k=2),),
+        selections=(("resid_post", TopKSelection(2)),),
     )  # fmt: skip
     return [part async for part in one.engine.inspect(task)]
 
@@ -112,7 +112,7 @@ async def test_everybody_is_told_once_and_the_engine_serves_again(
         for request, answer in zip(requests(), again, strict=True):
             alone.check(request, answer)
         scheduler = one.engine._core.scheduler
-        assert (scheduler.slots_in_use, scheduler.blocks.held, one.engine.queued()) == (0, 0, 0)
+        assert (scheduler.slots_in_use, scheduler.blocks.in_use, one.engine.queued()) == (0, 0, 0)
         assert one.engine._core.metrics.engine_restarts._value.get() == 1
     # Those that come while it is down are refused at the door.
     assert 10 < len(ends) <= 20
@@ -151,7 +151,7 @@ async def test_a_request_that_was_already_on_its_way_is_refused_during_the_wait(
         late = Sequence(999, task, None, lambda _: None)
         told: list[Event | None] = []
         late.send = told.append
-        one.engine._added += 1
+        one.engine._submitted += 1
         one.engine._commands.put(_Add(late))
         with pytest.raises(Unavailable):
             await first

@@ -70,7 +70,7 @@ def test_draws_follow_hugging_face_probabilities(one: Sampling) -> None:
         made = Sampler(1, STEPS, VOCAB, torch.device("cpu"))
         made.write(0, one, seed, STEPS, prompt)
         for _ in range(STEPS):
-            counts[made.pick(scores, (0,)).token] += 1
+            counts[made.sample(scores, (0,)).token] += 1
             if one.repetition_penalty != 1:
                 made._seen[0] = False
                 made._seen[0, list(prompt)] = True
@@ -92,7 +92,8 @@ def test_a_request_draws_the_same_in_any_company(seed: int, others: list[Samplin
     crowd.write(mine, one, seed, STEPS, (5,))
     for step in steps:
         row = step[mine : mine + 1]
-        assert alone.pick(row, (0,)).token.item() == crowd.pick(step[: mine + 1], tuple(range(mine + 1))).token[mine]
+        chosen = crowd.sample(step[: mine + 1], tuple(range(mine + 1))).token[mine]
+        assert alone.sample(row, (0,)).token.item() == chosen
 
 
 def test_a_request_that_was_interrupted_goes_on_as_if_nothing_had_happened() -> None:
@@ -101,16 +102,16 @@ def test_a_request_that_was_interrupted_goes_on_as_if_nothing_had_happened() -> 
     whole, first, second = (Sampler(SLOTS, STEPS, VOCAB, torch.device("cpu")) for _ in range(3))
     for made in (whole, first):
         made.write(0, sampling, 77, STEPS, [5])
-    wanted = [whole.pick(logits(step), (0,)).token.item() for step in range(10)]
-    tokens = [5, *(int(first.pick(logits(step), (0,)).token.item()) for step in range(4))]
+    wanted = [whole.sample(logits(step), (0,)).token.item() for step in range(10)]
+    tokens = [5, *(int(first.sample(logits(step), (0,)).token.item()) for step in range(4))]
     second.write(3, sampling, 77, STEPS, tokens, generated=4)
-    assert [*tokens[1:], *(second.pick(logits(step), (3,)).token.item() for step in range(4, 10))] == wanted
+    assert [*tokens[1:], *(second.sample(logits(step), (3,)).token.item() for step in range(4, 10))] == wanted
 
 
 def test_greedy_takes_the_largest_and_ignores_filters() -> None:
     made = sampler({0: Sampling(temperature=0.0, top_k=3, min_p=0.5)})
     scores = logits(3)
-    assert made.pick(scores, (0,)).token.tolist() == scores.argmax(-1).tolist()
+    assert made.sample(scores, (0,)).token.tolist() == scores.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -120,7 +121,7 @@ def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not(bad: float) -
     scores = logits(4, 3)
     poisoned = scores.clone()
     poisoned[1, 7] = bad
-    found, wanted = made.pick(poisoned, tuple(range(3))).token, clean.pick(scores, tuple(range(3))).token
+    found, wanted = made.sample(poisoned, tuple(range(3))).token, clean.sample(scores, tuple(range(3))).token
     assert found[1] == -1
     assert found[[0, 2]].tolist() == wanted[[0, 2]].tolist()
 
@@ -128,7 +129,7 @@ def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not(bad: float) -
 def test_logprobs_are_the_models_own() -> None:
     made = sampler({0: Sampling(temperature=0.5, top_k=2, logprobs=4), 1: Sampling()})
     scores = logits(5, 2)
-    picked = made.pick(scores, tuple(range(2)))
+    picked = made.sample(scores, tuple(range(2)))
     own = scores.log_softmax(-1)
     assert picked.logprob is not None
     assert picked.top is not None
@@ -141,5 +142,5 @@ def test_every_bit_of_the_seed_counts() -> None:
     for seed in (1, 1 + 2**32, 1 + 2**63, 2**64 - 1):
         made = Sampler(1, STEPS, VOCAB, torch.device("cpu"))
         made.write(0, Sampling(), seed, STEPS, (1,))
-        drawn.add(tuple(made.pick(torch.zeros(1, VOCAB), (0,)).token.item() for _ in range(8)))
+        drawn.add(tuple(made.sample(torch.zeros(1, VOCAB), (0,)).token.item() for _ in range(8)))
     assert len(drawn) == 4

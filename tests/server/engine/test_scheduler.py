@@ -87,8 +87,8 @@ class Batching(RuleBasedStateMachine):
         before = {one.uid: (one.computed, one.generated_tokens) for one in self.scheduler.everyone()}
         held = self._running()
         room, parts = self.batch.step(budget)
-        gone = [one.uid for one, _ in room.given_up if isinstance(one.task, GenerateTask)]
-        assert len(gone) == len(room.given_up), "an inspection gave its memory up"
+        gone = [one.uid for one, _ in room.preempted if isinstance(one.task, GenerateTask)]
+        assert len(gone) == len(room.preempted), "an inspection gave its memory up"
         stayed = [uid for uid in held if uid not in gone]
         assert gone == sorted(gone, reverse=True)
         assert not gone or not stayed or min(gone) > max(stayed), "not the youngest gave its memory up"
@@ -139,8 +139,8 @@ class Batching(RuleBasedStateMachine):
         blocks = self.scheduler.blocks
         everyone = self.scheduler.everyone()
         held = {block for one in everyone for block in one.blocks}
-        assert blocks.held == len(held)
-        assert blocks.held + blocks.available == blocks.count == BLOCKS
+        assert blocks.in_use == len(held)
+        assert blocks.in_use + blocks.available == blocks.count == BLOCKS
         assert all(len(set(one.blocks)) == len(one.blocks) >= blocks_for(one.computed) for one in everyone)
         written = Counter(block for one in everyone for block in one.blocks[one.reused // BLOCK :])
         assert max(written.values(), default=1) == 1
@@ -156,7 +156,7 @@ class Batching(RuleBasedStateMachine):
         """All that is left comes to its end, and nothing is held."""
         self.batch.finish()
         assert {one.uid for one in self.batch.finished} >= set(self.alive)
-        assert (self.scheduler.blocks.held, self.scheduler.slots_in_use) == (0, 0)
+        assert (self.scheduler.blocks.in_use, self.scheduler.slots_in_use) == (0, 0)
         for one in self.batch.finished:
             assert one.tokens[one.prompt_tokens :] == _wanted(one)
 
@@ -253,7 +253,7 @@ def test_the_youngest_gives_its_memory_up_and_comes_back_before_all_who_came_lat
     given_up = []
     while 2 not in given_up:
         room, _ = batch.step(200)
-        given_up += [one.uid for one, _ in room.given_up]
+        given_up += [one.uid for one, _ in room.preempted]
     assert [one.uid for one in batch.scheduler.waiting] == [2, 3]
     batch.finish()
     assert [one.uid for one in batch.finished] == [0, 1, 2, 3]
@@ -273,7 +273,7 @@ def test_an_inspection_never_gives_its_memory_up() -> None:
     batch.scheduler.add(generation(0, story(0, 16), 50))
     batch.step(64)
     batch.scheduler.add(inspection(1, story(1, 48)))
-    given_up = [one.uid for _ in range(47) for one, _ in batch.step(1)[0].given_up]
+    given_up = [one.uid for _ in range(47) for one, _ in batch.step(1)[0].preempted]
     assert given_up == [0], "the generation had no other to take from"
     batch.finish()
     assert [one.uid for one in batch.finished] == [1, 0]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_server.engine.tokenizer import Assembler, Tokenizer
+from saeguard_server.engine.tokenizer import Detokenizer, Tokenizer
 from support.models import VOCAB, tokenizer
 
 
-class Letters:
-    """One letter per token."""
-
-    def push(self, tokens: Sequence[int]) -> str:
-        return "".join(chr(97 + token) for token in tokens)
+def letter(token: int) -> str:
+    return chr(97 + token)
 
 
 letters = st.lists(st.integers(0, 2), max_size=40)
@@ -24,11 +19,11 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
 @given(letters, stops)
 def test_the_text_ends_before_the_first_stop_string(tokens: list[int], found: list[str]) -> None:
-    text = Assembler(Letters(), tuple(found))
+    text = Detokenizer(letter, tuple(found))
     out, read = "", ""
     for token in tokens:
         out += text.push(token)
-        read += chr(97 + token)
+        read += letter(token)
         assert not any(stop in out for stop in found), "a stop string was sent"
         assert read.startswith(out)
         if text.stopped_by:
@@ -44,13 +39,13 @@ def test_the_text_ends_before_the_first_stop_string(tokens: list[int], found: li
 
 @given(letters)
 def test_without_stop_strings_nothing_waits(tokens: list[int]) -> None:
-    text = Assembler(Letters(), ())
-    assert [text.push(token) for token in tokens] == [chr(97 + token) for token in tokens]
+    text = Detokenizer(letter, ())
+    assert [text.push(token) for token in tokens] == [letter(token) for token in tokens]
 
 
 @given(st.text(max_size=60).filter(lambda text: text.isprintable()))
 def test_streamed_tokens_give_the_text_back(text: str) -> None:
     ours = Tokenizer(tokenizer(), VOCAB)
     ids = ours._backend.encode(text, add_special_tokens=False).ids
-    stream = ours.stream()
-    assert "".join(stream.push([one]) for one in ids) == text
+    out = ours.detokenizer(())
+    assert "".join(map(out.push, ids)) == text

@@ -1,7 +1,7 @@
 """The default engine: continuous batching over stock Hugging Face models, in this process.
 
-``core`` steps, ``scheduler`` says who is next, ``runner`` runs the model, ``sampler`` picks tokens, ``steering`` holds
-the edit tables in the model, ``engine`` carries requests in and events out.
+``core`` steps: ``scheduler`` says who is next, ``runner`` runs the model, ``sampler`` chooses tokens, ``output`` makes
+events; ``engine`` carries requests in and events out.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeguard_sae.edit_table import Group
+from saeguard_sae.rows import Group
+from saeguard_server.engine.load import KvShape
 
 _SMALLEST = torch.finfo(torch.float32).min
 
@@ -29,26 +30,6 @@ class Reading:
 
     group: Group
     where: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KvShape:
-    """What one token keeps: keys and values of ``layers`` layers, [heads, size] each."""
-
-    layers: int
-    heads: int
-    size: int
-
-    @classmethod
-    def of(cls, config: Any) -> KvShape:
-        """From a Hugging Face configuration."""
-        heads: int = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
-
-    def token_bytes(self, dtype: torch.dtype) -> int:
-        """Memory of one token."""
-        return 2 * self.layers * self.heads * self.size * dtype.itemsize
 
 
 class PagedAttention:
@@ -99,11 +80,10 @@ class PagedAttention:
             if mine.shape[1] == 1:
                 # Copied, so that a compiled kernel meets one layout only.
                 query = torch.empty(mine[:, 0].shape, dtype=mine.dtype, device=mine.device).copy_(mine[:, 0])
-                one = self._kernel(query, keys, values, where, first[:, 0], last[:, 0], scaling, softcap)
-                found = one[:, None]
+                attended = self._kernel(query, keys, values, where, first[:, 0], last[:, 0], scaling, softcap)[:, None]
             else:
-                found = attend_many(mine, keys, values, where, first, last, scaling, softcap)
-            group.put(found, out)
+                attended = attend_many(mine, keys, values, where, first, last, scaling, softcap)
+            group.put(attended, out)
         return out[None]
 
 
@@ -128,7 +108,7 @@ def attend_many(
     visible = (at >= first[..., None]) & (at <= last[..., None])
     # What a place held before its request came may not be finite, and a weight of zero would not silence it.
     unused = (at > last.amax(dim=1, keepdim=True))[:, None, :, None]
-    k, v = (_taken(one, where).masked_fill(unused, 0.0) for one in (keys, values))
+    k, v = (_gather(memory, where).masked_fill(unused, 0.0) for memory in (keys, values))
     q = q.view(count, length, shared, heads // shared, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
     mask = visible[:, None].repeat(1, 1, heads // shared, 1)
     if softcap or length == 1:
@@ -141,7 +121,7 @@ def attend_many(
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _taken(memory: Tensor, where: Tensor) -> Tensor:
+def _gather(memory: Tensor, where: Tensor) -> Tensor:
     """memory [places, heads, size] at ``where`` [B, L] -> [B, heads, L, size]."""
     return memory.index_select(0, where.flatten()).view(*where.shape, *memory.shape[1:]).transpose(1, 2)
 
@@ -165,10 +145,8 @@ def attend_fused(
     return parts.sum(dim=1).view(count, heads, size).to(q.dtype)
 
 
-# What a compiled model calls but does not look into: attention over blocks, edits, packed products.
-#
-# A graph can hold numbers and tensors only, so the objects that do the work are found here by number.
-
+# What a compiled model calls but does not look into. A graph can hold numbers and tensors only, so the objects that do
+# the work are found here by number.
 
 _LIVE: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _HANDLES = itertools.count()
@@ -184,8 +162,8 @@ def register(worker: Any) -> int:
 @torch.library.custom_op("saeguard::linear", mutates_args=())
 def linear(x: Tensor, handle: int, out_features: int) -> Tensor:
     """x [..., in] -> [..., out_features] by a ``PackedLinear``."""
-    found: Tensor = _LIVE[handle].product(x)
-    return found
+    y: Tensor = _LIVE[handle].product(x)
+    return y
 
 
 @linear.register_fake
@@ -198,8 +176,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, handle: int, layer: int, scaling: float, window: int, softcap: float
 ) -> Tensor:
     """q [1, heads, N, size], k and v [1, KV heads, N, size] -> [1, N, heads, size] by a ``Network``'s attention."""
-    found: Tensor = _LIVE[handle].attention.attend(q, k, v, layer, scaling, window, softcap)
-    return found
+    out: Tensor = _LIVE[handle].attention.attend(q, k, v, layer, scaling, window, softcap)
+    return out
 
 
 @attend.register_fake

@@ -1,20 +1,20 @@
-"""The engine's step: one forward pass of everybody's next tokens, and telling everyone what happened."""
+"""The engine's step: schedule, forward, sample, hand out."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
-from saeguard_server.engine.transformers.output import HostTokens, OutputProcessor
-from saeguard_server.engine.transformers.runner import Capture, Found, Network, Runner, is_out_of_memory
-from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler
+from saeguard_server.engine.transformers.output import HostTokens, StepOutputProcessor
+from saeguard_server.engine.transformers.runner import CapturedRows, Network, Runner, is_out_of_memory
+from saeguard_server.engine.transformers.scheduler import Batch, PromptPart, Scheduler
 from saeguard_server.engine.transformers.sequence import KvBlocks, PrefixCache, PrefixHit, Sequence
 from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, SaeguardError
 from saeguard_server.observe import Metrics
@@ -50,139 +50,124 @@ class Core:
         memory = KvBlocks(blocks)
         self.prefixes = PrefixCache(memory, self.runner.tables.tally) if reuse else None
         self.scheduler = Scheduler(slots, memory, self.prefixes)
-        self.capture = Capture(saes)
-        self.answers = OutputProcessor(model, saes, metrics, self.runner.tables)
+        self.output = StepOutputProcessor(model, saes, metrics, self.runner.tables)
 
     def step(self) -> None:
         """One turn for everyone."""
-        self._expire()
-        self._make_room()
-        self._admit()
-        self._pass(tuple(self.scheduler.running), self.scheduler.next_parts(self.prefill_tokens))
-        self._gauges()
+        batch = self._schedule()
+        logits = self._forward(batch)
+        if logits is not None:
+            sampled = self._sample(batch, logits)
+            self._hand_out(batch, logits, *sampled)
+        self._set_gauges()
 
     def cancel(self, uid: int) -> None:
-        """Drops a request whose owner is gone; it is told nothing."""
+        """Drops a request whose owner is gone; it is sent nothing."""
         for sequence in self.scheduler.everyone():
             if sequence.uid == uid:
                 self._leave(sequence)
-                self._gauges()
+                self._set_gauges()
 
     def fail_all(self, error: SaeguardError) -> None:
         """Ends every request with this error."""
         for sequence in self.scheduler.everyone():
             self._fail(sequence, error)
-        self._gauges()
+        self._set_gauges()
 
     def release(self) -> None:
         """Lets go of the memory for KV, so that another core can take it; this one steps no more."""
         self.runner.network.detach()
 
-    def _expire(self) -> None:
+    def _schedule(self) -> Batch:
+        """Late requests leave, running ones get memory for their next token, waiting ones what is left of it."""
         now = time.monotonic()
         for sequence in self.scheduler.everyone():
             if now >= sequence.task.call.deadline:
                 self._fail(sequence, DeadlineExceeded("the deadline passed before the answer was complete"))
-
-    def _make_room(self) -> None:
-        room = self.scheduler.make_room()
-        for sequence, slot in room.given_up:
-            self._given_up(sequence, slot)
-        for sequence in room.grown:
-            self.runner.seats.place(sequence.slot, sequence.blocks)
-
-    def _admit(self) -> None:
+        budget = self.scheduler.make_room()
+        for sequence, slot in budget.preempted:
+            self._note_preempted(sequence, slot)
+        for sequence in budget.grown:
+            self.runner.slots.place(sequence.slot, sequence.blocks)
         while admitted := self.scheduler.admit():
-            sequence, hit = admitted
-            self._guarded(sequence, partial(self._join, sequence, hit))
+            self._join(*admitted)
+        return Batch.of(self.scheduler.running, self.scheduler.next_parts(self.prefill_tokens))
 
-    def _join(self, sequence: Sequence, hit: PrefixHit) -> None:
-        if not sequence.started:
-            sequence.started = time.monotonic()
-        self.metrics.reused_tokens.inc(sequence.reused)
-        self.runner.join(sequence, hit.tallies)
-
-    def _pass(self, running: tuple[Sequence, ...], parts: list[PromptPart]) -> None:
-        """One forward pass: the last token of those who generate, and these parts of prompts."""
-        everyone = (*running, *(part.sequence for part in parts))
-        ending = [part for part in parts if part.is_last and isinstance(part.sequence.task, GenerateTask)]
-        scored = [part for part in parts if _is_scored(part)]
-        if not everyone:
-            return
+    def _forward(self, batch: Batch) -> Tensor | None:
+        """logits [M, vocabulary] of one forward pass; None where nobody is in it, or memory ran out."""
+        sequences = batch.sequences
+        if not sequences:
+            return None
         try:
-            slots = tuple(one.slot for one in running)
-            logits = self.runner.forward(slots, parts, ending, scored, self.capture)
+            logits = self.runner.forward(batch)
         except Exception as err:
             if not is_out_of_memory(err):
                 raise
-            self._out_of_memory(everyone)
-            return
-        self._account(everyone, [*(one.computed + 1 for one in running), *(part.end for part in parts)])
-        choosing = [*running, *(part.sequence for part in ending)]
-        alive = [row for row, one in enumerate(choosing) if not one.is_done]
-        picked = self._choose([choosing[row] for row in alive], alive, everyone, logits)
-        self._report(parts, scored, logits[len(choosing) :])
-        for part in ending:
+            self._run_out_of_memory(batch)
+            return None
+        self.metrics.steps.inc()
+        self.metrics.batch_size.observe(len(sequences))
+        is_whole = not self.runner.tables.missed()
+        for sequence, end in zip(sequences, batch.ends, strict=True):
+            with self._isolated(sequence):
+                if not is_whole:
+                    self.runner.tables.check(sequence.slot)
+                self._advance(sequence, end)
+        return logits
+
+    def _sample(self, batch: Batch, logits: Tensor) -> tuple[list[Sequence], HostTokens]:
+        """Those whose tokens are all read, and a row for each with its next token; whom a trigger stops leaves."""
+        stoppable = [sequence for sequence in batch.sequences if sequence.stops and not sequence.is_done]
+        stopped = self.runner.tables.stopped(tuple(sequence.slot for sequence in stoppable)) if stoppable else None
+        sampling = batch.sampling
+        rows = [row for row, sequence in enumerate(sampling) if not sequence.is_done]
+        sequences = [sampling[row] for row in rows]
+        slots = tuple(sequence.slot for sequence in sequences)
+        mine = logits[: len(rows)] if len(rows) == len(sampling) else logits[rows]
+        tokens = HostTokens.fetch(self.runner.sampler.sample(mine, slots) if slots else None, stopped)
+        self.runner.slots.choose(slots, [max(token, 0) for token in tokens.tokens])
+        for sequence, is_stopped in zip(stoppable, tokens.stopped, strict=True):
+            if is_stopped:
+                with self._isolated(sequence):
+                    chunk = self.output.stopped(sequence)
+                    self._leave(sequence)
+                    sequence.send(chunk)
+        return sequences, tokens
+
+    def _hand_out(self, batch: Batch, logits: Tensor, sequences: list[Sequence], tokens: HostTokens) -> None:
+        """What the pass showed of prompts, and the tokens."""
+        captured, scored = self.runner.capture.results(), logits[len(batch.sampling) :]
+        for part in batch.parts:
+            rows = scored[: part.length] if part in batch.scored else scored[:0]
+            scored = scored[len(rows) :]
+            if not part.sequence.is_done:
+                with self._isolated(part.sequence):
+                    self._send_prompt(part, rows, captured)
+        for part in batch.ending:
             if not part.sequence.is_done:
                 self.scheduler.start_generating(part.sequence)
-        for row, at in enumerate(alive):
-            self._guarded(choosing[at], partial(self._take, choosing[at], picked, row, at < len(running)))
+        for row, sequence in enumerate(sequences):
+            if not sequence.is_done:
+                with self._isolated(sequence):
+                    self._send_token(sequence, tokens, row)
 
-    def _account(self, everyone: tuple[Sequence, ...], computed: list[int]) -> None:
-        """What the pass did to everyone in it: up to where their tokens are read now, edited wherever that was due."""
-        if self.runner.tables.missed():
-            for sequence in everyone:
-                self._guarded(sequence, partial(self.runner.tables.check, sequence.slot))
-        self.metrics.steps.inc()
-        self.metrics.batch_size.observe(len(everyone))
-        for sequence, end in zip(everyone, computed, strict=True):
-            self._guarded(sequence, partial(self._advance, sequence, end))
+    @contextmanager
+    def _isolated(self, sequence: Sequence) -> Iterator[None]:
+        """What goes wrong in here ends this request and no other."""
+        try:
+            yield
+        except SaeguardError as err:
+            self._fail(sequence, err)
+        except Exception:
+            _log.exception("a request failed in the engine", extra={"request_id": sequence.task.call.request_id})
+            self._fail(sequence, InternalFailure("the engine failed on this request"))
 
-    def _report(self, parts: list[PromptPart], scored: list[PromptPart], logits: Tensor) -> None:
-        """What the parts of prompts showed: readings, their log-probabilities, activations."""
-        found = self.capture.results()
-        for part in parts:
-            mine = logits[: part.end - part.start] if part in scored else logits[:0]
-            logits = logits[len(mine) :]
-            self._guarded(part.sequence, partial(self._tell, part, mine, found))
-
-    def _tell(self, part: PromptPart, logits: Tensor, found: Found) -> None:
-        sequence = part.sequence
-        if isinstance(sequence.task, GenerateTask):
-            self.answers.prompt(sequence, sequence.task, part, logits)
-            return
-        for activations in self.answers.activations(sequence, sequence.task, part, found):
-            sequence.send(activations)
-        if part.is_last:
-            self._leave(sequence)
-            sequence.send(None)
-
-    def _choose(
-        self, choosing: list[Sequence], rows: list[int], everyone: tuple[Sequence, ...], logits: Tensor
-    ) -> HostTokens:
-        """The next token of those whose tokens are all read; whoever a trigger stops is told so."""
-        watched = [one for one in everyone if one.stops and not one.is_done]
-        stopped = self.runner.tables.stopped(tuple(one.slot for one in watched)) if watched else None
-        slots = tuple(one.slot for one in choosing)
-        wanted = logits[: len(rows)] if rows == list(range(len(rows))) else logits[rows]
-        picked = HostTokens.fetch(self.runner.pick(wanted, slots) if slots else None, stopped)
-        self.runner.seats.choose(slots, [max(token, 0) for token in picked.tokens])
-        for sequence, is_stopped in zip(watched, picked.stopped, strict=True):
-            if is_stopped:
-                self._guarded(sequence, partial(self._stop, sequence))
-        return picked
-
-    def _stop(self, sequence: Sequence) -> None:
-        chunk = self.answers.stopped(sequence)
-        self._leave(sequence)
-        sequence.send(chunk)
-
-    def _take(self, sequence: Sequence, picked: HostTokens, row: int, is_read: bool) -> None:
-        chunk = self.answers.token(sequence, picked, row, is_read=is_read)
-        if chunk is not None:
-            if chunk.completion is not None:
-                self._leave(sequence)
-            sequence.send(chunk)
+    def _join(self, sequence: Sequence, hit: PrefixHit) -> None:
+        with self._isolated(sequence):
+            if sequence.state is not None and not sequence.state.started:
+                sequence.state.started = time.monotonic()
+            self.metrics.reused_tokens.inc(sequence.reused)
+            self.runner.join(sequence, hit.tallies)
 
     def _advance(self, sequence: Sequence, computed: int) -> None:
         if sequence.computed < sequence.prompt_tokens:
@@ -192,33 +177,41 @@ class Core:
         if self.prefixes is not None:
             self.prefixes.learn(sequence)
 
-    def _out_of_memory(self, sequences: tuple[Sequence, ...]) -> None:
-        """The youngest of the pass is refused; the others start again from what they have."""
-        _log.error("out of memory in a step", extra={"fields": {"requests": len(sequences)}})
-        youngest = max(sequences, key=lambda one: one.uid)
-        self._fail(youngest, Overloaded("the engine ran out of memory", _RETRY_S))
-        for sequence in sequences:
-            if isinstance(sequence.task, InspectTask):
-                self._fail(sequence, Overloaded("the engine ran out of memory", _RETRY_S))
-            elif not sequence.is_done:
-                self._given_up(sequence, self.scheduler.preempt(sequence))
+    def _send_prompt(self, part: PromptPart, logits: Tensor, captured: CapturedRows) -> None:
+        sequence = part.sequence
+        if isinstance(sequence.task, GenerateTask):
+            if (chunk := self.output.prompt(sequence, sequence.task, part, logits)) is not None:
+                sequence.send(chunk)
+            return
+        for activations in self.output.activations(sequence, sequence.task, part, captured[sequence.uid]):
+            sequence.send(activations)
+        if part.is_last:
+            self._leave(sequence)
+            sequence.send(None)
 
-    def _given_up(self, sequence: Sequence, slot: int) -> None:
+    def _send_token(self, sequence: Sequence, tokens: HostTokens, row: int) -> None:
+        assert isinstance(sequence.task, GenerateTask), "only generations sample"
+        chunk = self.output.token(sequence, sequence.task, tokens, row)
+        if chunk is None:
+            return
+        if chunk.completion is not None:
+            self._leave(sequence)
+        sequence.send(chunk)
+
+    def _run_out_of_memory(self, batch: Batch) -> None:
+        """The youngest of the pass is refused, and whoever inspects; the others start again from what they have."""
+        _log.error("out of memory in a step", extra={"fields": {"requests": len(batch.sequences)}})
+        youngest = max(batch.sequences, key=lambda sequence: sequence.uid)
+        for sequence in batch.sequences:
+            if sequence is youngest or isinstance(sequence.task, InspectTask):
+                self._fail(sequence, Overloaded("the engine ran out of memory", _RETRY_S))
+            else:
+                self._note_preempted(sequence, self.scheduler.preempt(sequence))
+
+    def _note_preempted(self, sequence: Sequence, slot: int) -> None:
         _log.info("a request gave its memory up", extra={"request_id": sequence.task.call.request_id})
         self.metrics.preemptions.inc()
         self.runner.leave(slot)
-
-    def _guarded(self, sequence: Sequence, work: Callable[[], None]) -> None:
-        """Work for one request: what goes wrong in it ends that request and no other."""
-        if sequence.is_done:
-            return
-        try:
-            work()
-        except SaeguardError as err:
-            self._fail(sequence, err)
-        except Exception:
-            _log.exception("a request failed in the engine", extra={"request_id": sequence.task.call.request_id})
-            self._fail(sequence, InternalFailure("the engine failed on this request"))
 
     def _fail(self, sequence: Sequence, error: SaeguardError) -> None:
         if not sequence.is_done:
@@ -233,13 +226,8 @@ class Core:
         if slot >= 0:
             self.runner.leave(slot)
 
-    def _gauges(self) -> None:
+    def _set_gauges(self) -> None:
         self.metrics.queue_length.set(len(self.scheduler.waiting))
         self.metrics.running_requests.set(self.scheduler.slots_in_use)
         self.metrics.slots_in_use.set(self.scheduler.slots_in_use)
-        self.metrics.kv_blocks_in_use.set(self.scheduler.blocks.held)
-
-
-def _is_scored(part: PromptPart) -> bool:
-    task = part.sequence.task
-    return isinstance(task, GenerateTask) and task.sampling.prompt_logprobs and part.end > part.sequence.reported
+        self.metrics.kv_blocks_in_use.set(self.scheduler.blocks.in_use)

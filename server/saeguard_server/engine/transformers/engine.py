@@ -1,44 +1,40 @@
-"""The engine as the server sees it: one thread that steps, commands in by a queue, one fan-out per step back."""
+"""The engine on a thread of this process: commands in by a queue, the events of a step back in one hand-over."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from saeguard.catalog import Model
-from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import KINDS
-from saeguard_sae.edit_table import Group, Rows, RowSpan
-from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelLoadError, sites
-from saeguard_server.engine import load
-from saeguard_server.engine.load import Backoff, LoadedModel, load_model, load_saes
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask
-from saeguard_server.engine.tokenizer import Assembler, Tokenizer
+from saeguard_sae.rows import Group, Rows, RowSpan
+from saeguard_server.engine.front import RETRY_S, Backoff, EngineFront
+from saeguard_server.engine.load import LoadedModel, load_checked_saes, load_model
+from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers.attention import Reading
 from saeguard_server.engine.transformers.core import Core
 from saeguard_server.engine.transformers.runner import ForwardPass, Network, kv_blocks
-from saeguard_server.engine.transformers.sequence import BLOCK, Event, Sequence
-from saeguard_server.errors import SaeguardError, Unavailable
+from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
+from saeguard_server.errors import Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import Settings
 
 _log = logging.getLogger(__name__)
 
 NAME = "transformers"
-_RETRY_S = 1.0
+SMALL = 20_000_000
+"""Parameters below which a second CPU thread costs more than it gives (measured: 2.5M, 1,250 against 680 tokens/s)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +52,9 @@ class _Stop:
 
 
 _Command: TypeAlias = _Add | _Cancel | _Stop
-_Inbox: TypeAlias = asyncio.Queue[Event | None]
 
 
-class TransformersEngine:
+class TransformersEngine(EngineFront):
     """Continuous batching over a stock Hugging Face model, on a thread of its own.
 
     Args:
@@ -67,93 +62,44 @@ class TransformersEngine:
     """
 
     def __init__(self, build: Callable[[], Core]) -> None:
+        super().__init__()
         self._build = build
-        self._core = build()
+        self._core = core = build()
+        self.model, self.tokenizer, self.saes = core.model.info, core.model.tokenizer, core.saes
+        reached = sites(core.model.network.config)
+        self.capabilities = Capabilities(NAME, reached, frozenset(KINDS), conditions=True, compares=True)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._outbox: list[tuple[_Inbox, Event | None]] = []
-        self._uids = itertools.count()
+        self._outbox: list[tuple[int, Event | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._added = self._taken = 0
+        self._submitted = self._taken = 0
         self._backoff, self._is_down = Backoff(), False
-        reached = sites(self._core.model.network.config)
-        self._capabilities = Capabilities(NAME, reached, frozenset(KINDS), conditions=True, compares=True)
-
-    @property
-    def model(self) -> Model:
-        """The served model."""
-        return self._core.model.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The served model's tokenizer."""
-        return self._core.model.tokenizer
-
-    @property
-    def saes(self) -> Mapping[str, LoadedSae]:
-        """The served SAEs by name."""
-        return self._core.saes
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this engine can do."""
-        return self._capabilities
 
     def is_ready(self) -> bool:
-        """True while the thread steps."""
         return self._thread is not None and self._thread.is_alive() and not self._is_down
 
     def queued(self) -> int:
-        """Requests that wait for a slot, those not yet seen by the thread included."""
-        return len(self._core.scheduler.waiting) + self._added - self._taken
+        return len(self._core.scheduler.waiting) + self._submitted - self._taken
 
     def start(self) -> None:
-        """Starts the thread; call it on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
         self._backoff.started()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; whatever still runs fails with Unavailable. Idempotent."""
         if self._thread is not None:
             self._commands.put(_Stop())
             self._thread.join()
             self._thread = None
 
-    async def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
-        """Chunks as they are made; closing the iterator cancels the task."""
-        text = Assembler(self.tokenizer.stream(), task.sampling.stop)
-        async with aclosing(self._events(task, text)) as events:
-            async for event in events:
-                assert isinstance(event, StreamChunk), "a generation gets chunks"
-                yield event
-                if event.completion is not None:
-                    return
+    def _submit(self, uid: int, task: GenerateTask | InspectTask) -> None:
+        state = RequestState.of(task, self.tokenizer) if isinstance(task, GenerateTask) else None
+        self._submitted += 1
+        self._commands.put(_Add(Sequence(uid, task, state, lambda event: self._outbox.append((uid, event)))))
 
-    async def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
-        """Activations as the input is read; closing the iterator cancels the task."""
-        async with aclosing(self._events(task, None)) as events:
-            async for event in events:
-                assert isinstance(event, ActivationPart), "an inspection gets activations"
-                yield event
-
-    async def _events(
-        self, task: GenerateTask | InspectTask, text: Assembler | None
-    ) -> AsyncGenerator[StreamChunk | ActivationPart]:
-        if not self.is_ready():
-            raise Unavailable("the engine is not running", _RETRY_S)
-        uid, inbox = next(self._uids), _Inbox()
-        sequence = Sequence(uid, task, text, lambda event: self._outbox.append((inbox, event)))
-        self._added += 1
-        self._commands.put(_Add(sequence))
-        try:
-            while (event := await inbox.get()) is not None:
-                if isinstance(event, SaeguardError):
-                    raise event
-                yield event
-        finally:
-            self._commands.put(_Cancel(uid))  # every way out frees the slot; of one already free it changes nothing
+    def _cancel(self, uid: int) -> None:
+        self._commands.put(_Cancel(uid))
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -178,6 +124,14 @@ class TransformersEngine:
                     return False
         return True
 
+    def _step(self) -> bool:
+        try:
+            self._core.step()
+        except Exception:
+            _log.exception("the engine failed; it starts again")
+            return False
+        return True
+
     def _restart(self) -> bool:
         """A failure of the whole step: its requests fail by name, and the engine goes on with clean memory and tables.
 
@@ -186,7 +140,7 @@ class TransformersEngine:
         """
         self._is_down = True
         self._core.metrics.engine_restarts.inc()
-        error = Unavailable("the engine failed and starts again", _RETRY_S)
+        error = Unavailable("the engine failed and starts again", RETRY_S)
         for sequence in self._core.scheduler.everyone():
             sequence.is_done = True
             sequence.send(error)
@@ -207,17 +161,9 @@ class TransformersEngine:
             return False
         return True
 
-    def _step(self) -> bool:
-        try:
-            self._core.step()
-        except Exception:
-            _log.exception("the engine failed; it starts again")
-            return False
-        return True
-
     def _refuse_for(self, wait: float) -> bool:
         """Refuses whatever comes within so many seconds; False when told to stop."""
-        error = Unavailable("the engine failed and starts again", max(wait, _RETRY_S))
+        error = Unavailable("the engine failed and starts again", max(wait, RETRY_S))
         until = time.monotonic() + wait
         while (left := until - time.monotonic()) > 0:
             try:
@@ -235,19 +181,12 @@ class TransformersEngine:
     def _deliver(self) -> None:
         """One hand-over to the event loop for everything that the step produced."""
         if self._outbox and self._loop is not None:
-            batch, self._outbox = self._outbox, []
-            self._loop.call_soon_threadsafe(_hand_out, batch)
+            events, self._outbox = self._outbox, []
+            self._loop.call_soon_threadsafe(self._hand_out, events)
 
 
-def _hand_out(batch: list[tuple[_Inbox, Event | None]]) -> None:
-    for inbox, event in batch:
-        inbox.put_nowait(event)
-
-
-# Compiles before anybody waits for it: passes of every kind that a compiled model tells apart, in nobody's memory.
-
-
-_KINDS = (
+_WARM_UPS = (
+    # For what, running requests, prompt tokens, blocks.
     # Sizes that differ all come first: what is equal in the first pass would be taken to be equal always.
     ("prompts among running requests", 3, 7, 2),
     ("one running request", 1, 0, 1),
@@ -258,8 +197,11 @@ _KINDS = (
 
 @torch.inference_mode()
 def warm_up(network: Network) -> None:
-    """Runs the passes and logs how long each took, compiling included. Memory block 0 is all zeros again after it."""
-    for name, running, prompt, blocks in _KINDS:
+    """Passes of every kind that a compiled model tells apart, so that nobody waits for a compiler later.
+
+    They run in memory block 0, which is all zeros again afterwards.
+    """
+    for name, running, prompt, blocks in _WARM_UPS:
         started = time.monotonic()
         network.forward(_idle(network.device, running, prompt, blocks))
         _log.info("warmed up", extra={"fields": {"for": name, "seconds": round(time.monotonic() - started, 1)}})
@@ -288,13 +230,6 @@ def _idle(device: torch.device, running: int, prompt: int, blocks: int) -> Forwa
     )
 
 
-# Builds the engine from settings: the model, its SAEs, and the check that they fit together.
-
-
-SMALL = 20_000_000
-"""Parameters below which a second CPU thread costs more than it gives (measured: 2.5M, 1,250 against 680 tokens/s)."""
-
-
 def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
     """The engine with its model and SAEs loaded and checked, not started.
 
@@ -306,43 +241,35 @@ def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
     # there would be more of them than cores, and those of the engine's thread would sleep between operations instead
     # of spinning (measured at 125M parameters, one request: 32 ms a token instead of 20).
     with ThreadPoolExecutor(1, "engine-loading") as loader:
-        made = loader.submit(_load, settings, metrics).result()
+        engine = loader.submit(_load, settings, metrics).result()
         # How many it may use is this thread's own too: a graph compiled for one number is not used with another.
         torch.set_num_threads(loader.submit(torch.get_num_threads).result())
-        return made
+        return engine
 
 
 def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
-    model = load_model(settings.model, settings.engine.max_context)
-    _set_threads(settings.engine.threads, model)
-    saes = load.check_saes(load_saes(settings.saes, model), settings.saes, model, settings.check)
-    load.record_checks(saes, metrics)
-
-    engine = settings.engine
-    sites = frozenset(site for sae in saes.values() for site in (sae.site, *sae.write_sites))
-    blocks = kv_blocks(model, engine.max_slots, engine.kv_cache_mb)
+    own = settings.engine
+    model = load_model(settings.model, own.max_context)
+    _set_threads(own.threads, model)
+    saes = load_checked_saes(settings, model, metrics)
+    blocks = kv_blocks(model, own.max_slots, own.kv_cache_mb)
     model = replace(model, info=replace(model.info, max_context=min(model.info.max_context, blocks * BLOCK)))
-    network = Network(model, sites, compiled=engine.compile, packed=engine.pack_weights)
+    edited = frozenset(site for sae in saes.values() for site in (sae.site, *sae.write_sites))
+    network = Network(model, edited, compiled=own.compile, packed=own.pack_weights)
 
     def build() -> Core:
         return Core(
-            model,
-            network,
-            saes,
-            metrics,
-            slots=engine.max_slots,
-            prefill_tokens=engine.prefill_tokens,
-            blocks=blocks,
-            reuse=engine.prefix_cache,
-        )
+            model, network, saes, metrics,
+            slots=own.max_slots, prefill_tokens=own.prefill_tokens, blocks=blocks, reuse=own.prefix_cache,
+        )  # fmt: skip
 
-    made = TransformersEngine(build)
-    if engine.compile != "none":
-        _warm_up(network)
-    return made
+    engine = TransformersEngine(build)
+    if own.compile != "none":
+        _compile(network)
+    return engine
 
 
-def _warm_up(network: Network) -> None:
+def _compile(network: Network) -> None:
     try:
         warm_up(network)
     except BackendCompilerFailed as err:
@@ -354,7 +281,7 @@ def _warm_up(network: Network) -> None:
 
 def _set_threads(threads: int | None, model: LoadedModel) -> None:
     """The process's torch threads; one for a small model, whose layers are over before a second thread has begun."""
-    if threads is None and sum(one.numel() for one in model.network.parameters()) < SMALL:
+    if threads is None and sum(weights.numel() for weights in model.network.parameters()) < SMALL:
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ Everything here runs in inference mode, which the engine's thread enters once.
 
 from __future__ import annotations
 
-from array import array
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
@@ -20,31 +19,30 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from saeguard_sae.coders import Temporal, is_signed
-from saeguard_sae.edit_table import Group, Rows, RowSpan
-from saeguard_sae.encoding import FeatureSelector, SelectedFeatures
+from saeguard.requests import Selection
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelLoadError, Site, depth, free_bytes, hook, locate
-from saeguard_server.engine.load import LoadedModel
-from saeguard_server.engine.protocol import InspectTask, Pick
-from saeguard_server.engine.tables import SteeringTables, Tallies, select_activations, select_features
+from saeguard_sae.rows import Group, Rows, RowSpan
+from saeguard_server.engine.load import KvShape, LoadedModel
+from saeguard_server.engine.protocol import InspectTask
+from saeguard_server.engine.selection import ActivationSelector, SparseRows
+from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.transformers import attention as ops
 from saeguard_server.engine.transformers.attention import (
     Kernel,
-    KvShape,
     PagedAttention,
     Reading,
     attend_fused,
     attend_one,
 )
-from saeguard_server.engine.transformers.sampler import SampledTokens, Sampler
-from saeguard_server.engine.transformers.scheduler import PromptPart
+from saeguard_server.engine.transformers.sampler import Sampler
+from saeguard_server.engine.transformers.scheduler import Batch, PromptPart
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for
 
-# One forward pass on the device: which tokens it reads, where their KV goes, what each request sees.
-
-
-Numbers = NDArray[np.int64]
+Numbers: TypeAlias = NDArray[np.int64]
+Compile: TypeAlias = Literal["none", "attention", "all"]
+CapturedRows: TypeAlias = "Mapping[int, Mapping[str, SparseRows | Exception]]"
+"""By request and SAE, what was selected on the last pass' part of it, or what went wrong."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +78,8 @@ class SlotState:
         self._is_special, self._device = is_special, is_special.device
         self._inside = np.arange(BLOCK, dtype=np.int64)
 
-    def take(self, slot: int, computed: int, blocks: Many[int]) -> None:
-        """A request sits down of which ``computed`` tokens are read."""
+    def join(self, slot: int, computed: int, blocks: Many[int]) -> None:
+        """A request comes of which ``computed`` tokens are read."""
         self._computed[slot], self._blocks[slot] = computed, 0
         self.place(slot, blocks)
 
@@ -93,36 +91,26 @@ class SlotState:
         """What the generating requests read next."""
         self._last[list(slots)] = tokens
 
-    def build(
-        self,
-        running: tuple[int, ...],
-        parts: Many[PromptPart],
-        ending: Many[PromptPart],
-        scored: Many[PromptPart],
-    ) -> ForwardPass:
-        """The pass that reads the last token of the running slots and these parts.
-
-        Args:
-            ending: those of the parts after which a request chooses its first token.
-            scored: those of which every logit is wanted.
-        """
+    def build(self, batch: Batch) -> ForwardPass:
+        """The pass that reads a batch; afterwards it counts as read."""
+        running, parts = tuple(sequence.slot for sequence in batch.running), batch.parts
         order = np.array(running, np.int64)
         spans, start = [], len(running)
         for part in parts:
-            spans.append(RowSpan(part.sequence.slot, start, part.end - part.start))
-            start += part.end - part.start
-        owner = np.concatenate([order, *(np.full(one.length, one.slot) for one in spans)])
-        ids = np.concatenate([self._last[order], *(one.sequence.tokens[one.start : one.end] for one in parts)])
-        at = np.concatenate([self._computed[order], *(np.arange(one.start, one.end) for one in parts)])
+            spans.append(RowSpan(part.sequence.slot, start, part.length))
+            start += part.length
+        owner = np.concatenate([order, *(np.full(span.length, span.slot) for span in spans)])
+        ids = np.concatenate([self._last[order], *(part.sequence.tokens[part.start : part.end] for part in parts)])
+        at = np.concatenate([self._computed[order], *(np.arange(part.start, part.end) for part in parts)])
         write = self._blocks[owner, at // BLOCK] * BLOCK + at % BLOCK
-        keep = _kept(len(running), list(zip(parts, spans, strict=True)), ending, scored)
+        keep = _rows_to_keep(batch, spans)
         self._computed[order] += 1
         for part in parts:
             self._computed[part.sequence.slot] = part.end
         return self._on_device(running, spans, (ids, at, write, keep))
 
     def _on_device(self, running: tuple[int, ...], spans: list[RowSpan], host: tuple[Numbers, ...]) -> ForwardPass:
-        ids, at, write, keep = (torch.from_numpy(one.astype(np.int64)).to(self._device) for one in host)
+        ids, at, write, keep = (torch.from_numpy(column.astype(np.int64)).to(self._device) for column in host)
         special = self._is_special[ids]
         groups = Rows.of(spans, at, special).groups
         if running:
@@ -138,25 +126,19 @@ class SlotState:
         return torch.from_numpy((blocks[..., None] * BLOCK + self._inside).reshape(len(slots), -1)).to(self._device)
 
 
-def _kept(
-    running: int, pairs: list[tuple[PromptPart, RowSpan]], ending: Many[PromptPart], scored: Many[PromptPart]
-) -> Numbers:
-    ends = [span.start + span.length - 1 for part, span in pairs if part in ending]
-    every = [np.arange(span.start, span.start + span.length) for part, span in pairs if part in scored]
-    return np.concatenate([np.arange(running), np.array(ends, np.int64), *every])
-
-
-# Linear layers on the CPU in oneDNN's own weight layout, which a product over few rows reads at full bandwidth.
-#
-# The plain layout is turned on every call: measured at 125M parameters in bfloat16 with one row, 18 ms against 12.
-#
-# oneDNN makes a kernel of about half a MiB for every number of rows that a layer ever sees, and torch keeps a
-# thousand of them: rows are padded to a few sizes, so that the memory of a server that reads prompts of all lengths
-# stays flat.
+def _rows_to_keep(batch: Batch, spans: list[RowSpan]) -> Numbers:
+    pairs = list(zip(batch.parts, spans, strict=True))
+    ends = [span.start + span.length - 1 for part, span in pairs if part in batch.ending]
+    every = [np.arange(span.start, span.start + span.length) for part, span in pairs if part in batch.scored]
+    return np.concatenate([np.arange(len(batch.running)), np.array(ends, np.int64), *every])
 
 
 class PackedLinear(nn.Module):
-    """``x @ weight.T + bias`` with packed weights; takes the place of ``nn.Linear`` and of GPT-2's ``Conv1D``."""
+    """``x @ weight.T + bias`` with packed weights; takes the place of ``nn.Linear`` and of GPT-2's ``Conv1D``.
+
+    oneDNN's own weight layout is read at full bandwidth by a product over few rows; the plain one is turned on every
+    call (measured at 125M parameters in bfloat16 with one row, 18 ms against 12).
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out, in]."""
@@ -168,22 +150,25 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if torch.compiler.is_compiling():
-            found: Tensor = ops.linear(x, self._handle, self.out_features)
-            return found
-        return self.product(x)
+        is_compiling = torch.compiler.is_compiling()
+        y: Tensor = ops.linear(x, self._handle, self.out_features) if is_compiling else self.product(x)
+        return y
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], outside of any graph."""
         rows = x.flatten(0, -2)
         count = len(rows)
         padded = nn.functional.pad(rows, (0, 0, 0, padded_rows(count) - count))
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
-        return found[:count].view(*x.shape[:-1], self.out_features)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
+        return y[:count].view(*x.shape[:-1], self.out_features)
 
 
 def padded_rows(count: int) -> int:
-    """As how many rows ``count`` of them are multiplied: at most an eighth more, eight sizes for every doubling."""
+    """As how many rows ``count`` of them are multiplied: at most an eighth more, eight sizes for every doubling.
+
+    oneDNN makes a kernel of about half a MiB for every number of rows that a layer ever sees, and torch keeps a
+    thousand of them: with a few sizes the memory of a server that reads prompts of all lengths stays flat.
+    """
     step = 1 << max((count - 1).bit_length() - 4, 0)
     return -(-count // step) * step
 
@@ -200,9 +185,11 @@ def pack(model: nn.Module) -> None:
     """Packs every linear layer of a model that will not be trained; an embedding that shares its weight keeps it."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            found = _weights(child)
-            if found is not None:
-                setattr(parent, name, _like(child, PackedLinear(*found)))
+            weights = _weights(child)
+            if weights is not None:
+                # Hooks are of the layer, not of its layout.
+                assert not child._forward_hooks | child._forward_pre_hooks, "packed before anything is hooked"
+                setattr(parent, name, PackedLinear(*weights))
 
 
 def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -213,25 +200,14 @@ def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return None
 
 
-def _like(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Hooks are of the layer, not of its layout."""
-    kept: Any = (old._forward_hooks, old._forward_pre_hooks)
-    assert not any(kept), "layers are packed before anything is hooked"
-    return new
-
-
-# The model as the engine runs it: attention over blocks, packed weights, edits at its sites, compiled where asked.
-#
-# Made once; when the engine starts again it is given new memory and tables.
-
-
-Compile: TypeAlias = Literal["none", "attention", "all"]
 _LEAST = 2
 """Rows that a compiled pass keeps at least: one row would be a graph of its own."""
 
 
 class Network:
-    """A loaded model with hooks at ``sites``.
+    """A loaded model as the engine runs it: attention over blocks, packed weights, edits at ``sites``, compiled or not.
+
+    Made once; when the engine starts again it is given new memory and tables.
 
     Args:
         compiled: "attention" compiles what generating requests attend with, "all" the whole model too.
@@ -272,25 +248,25 @@ class Network:
         for handle in self._handles:
             handle.remove()
 
-    def forward(self, one: ForwardPass) -> Tensor:
+    def forward(self, step: ForwardPass) -> Tensor:
         """The logits [M, vocabulary] that the pass keeps, in float32."""
-        self.tables.begin(one.rows)
-        self.attention.begin(one.write, one.readings)
-        keep = one.keep
+        self.tables.begin(step.rows)
+        self.attention.begin(step.write, step.readings)
+        keep = step.keep
         if self._compiled == "all" and len(keep) < _LEAST:
             keep = torch.cat([keep, keep.new_zeros(_LEAST - len(keep))])
-        return self._run(one.ids, one.positions, keep)[: len(one.keep)]
+        return self._run(step.ids, step.positions, keep)[: len(step.keep)]
 
     def edit(self, x: Tensor, place: int) -> Tensor:
         """x [1, N, width] at a hooked place, edited; x itself where nobody edits."""
-        site, found = self._places[place]
+        site, located = self._places[place]
         flat = x[0]
-        edited = self.tables.edit(site, flat, found.see)
+        edited = self.tables.edit(site, flat, located.see)
         return x if edited is flat else edited[None]
 
     def _plain(self, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
-        found = self._network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
-        logits: Tensor = found.logits[0].float()
+        out = self._network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
+        logits: Tensor = out.logits[0].float()
         return logits
 
     def _take_over_attention(self) -> None:
@@ -333,126 +309,74 @@ def can_pack(model: LoadedModel) -> bool:
     return can_pack_weights(model.device, model.network.dtype)
 
 
-# Which features fire on the tokens of one forward pass: encoded whole, picked on the device, sparse on the host.
-
-
 @dataclass(frozen=True, slots=True)
-class SparseValues:
-    """Rows of a sparse matrix: row i holds ``indices[indptr[i]:indptr[i + 1]]``."""
-
-    indptr: array[int]
-    indices: array[int]
-    values: array[float]
-
-
-Found: TypeAlias = dict[tuple[int, str], SparseValues | Exception]
-"""By request and SAE, what was picked on the last pass' part of it, or what went wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One pick of one part: rows ``[start, end)`` of what is kept at its SAE's site."""
+class _Capture:
+    """What to keep of one SAE in one part: of rows ``[start, end)`` of what is captured at its site."""
 
     part: PromptPart
-    pick: Pick
+    sae: str
+    selection: Selection
     start: int
     end: int
 
 
-class Capture:
-    """What the forward passes show of the SAEs that somebody inspects.
+class ActivationCapture:
+    """What a forward pass shows of the SAEs that somebody inspects.
 
     Whoever asks the same of an SAE in one pass shares one product with its encoder, and one transfer to the host.
     """
 
     def __init__(self, saes: Mapping[str, LoadedSae]) -> None:
-        self._saes = saes
+        self._saes, self._selector = saes, ActivationSelector(saes)
         self._tokens = torch.zeros(0, dtype=torch.int64)
-        self._asked: list[_Asked] = []
-        self._seen: dict[Site, Tensor] = {}
-        self._pickers: dict[str, FeatureSelector] = {}
+        self._captures: list[_Capture] = []
+        self._activations: dict[Site, Tensor] = {}
         self._sites: set[Site] = set()
 
     def begin(self, parts: Many[PromptPart], spans: Many[RowSpan]) -> Callable[[Site, Tensor], None] | None:
         """Before a pass that reads these parts: what to call with each site's activations; None where none asks."""
-        self._asked, self._seen = [], {}
-        kept: list[Tensor] = []
+        self._captures, self._activations = [], {}
+        tokens: list[Tensor] = []
         row = 0
         for part, span in zip(parts, spans, strict=True):
             if isinstance(part.sequence.task, InspectTask):
-                kept.append(torch.arange(span.start, span.start + span.length))
+                tokens.append(torch.arange(span.start, span.start + span.length))
                 end = row + span.length
-                self._asked += [_Asked(part, pick, row, end) for pick in part.sequence.task.picks]
+                self._captures += [_Capture(part, *each, row, end) for each in part.sequence.task.selections]
                 row = end
-        if not kept:
+        if not tokens:
             return None
-        self._tokens = torch.cat(kept)
-        self._sites = {self._saes[one.pick.sae].site for one in self._asked}
+        self._tokens = torch.cat(tokens)
+        self._sites = {self._saes[capture.sae].site for capture in self._captures}
         return self._see
 
-    def results(self) -> Found:
+    def results(self) -> CapturedRows:
         """What the last pass showed; once."""
-        groups: dict[Pick, list[_Asked]] = defaultdict(list)
-        for one in self._asked:
-            groups[one.pick].append(one)
-        found: Found = {}
-        for pick, asked in groups.items():
+        groups: dict[tuple[str, Selection], list[_Capture]] = defaultdict(list)
+        for capture in self._captures:
+            groups[capture.sae, capture.selection].append(capture)
+        results: dict[int, dict[str, SparseRows | Exception]] = defaultdict(dict)
+        for (sae, selection), captures in groups.items():
+            rows: Many[SparseRows | Exception]
             try:
-                parts: Many[SparseValues | Exception] = self._choose(pick, asked)
+                activations = self._activations[self._saes[sae].site]
+                rows = self._selector.select(
+                    sae,
+                    selection,
+                    [activations[capture.start : capture.end] for capture in captures],
+                    [capture.part.sequence.prefix for capture in captures],
+                )
             except Exception as err:  # one request's activations must not end another's
-                parts = [err] * len(asked)
-            found.update({(one.part.sequence.uid, pick.sae): part for one, part in zip(asked, parts, strict=True)})
-        self._asked, self._seen = [], {}
-        return found
+                rows = [err] * len(captures)
+            for capture, row in zip(captures, rows, strict=True):
+                results[capture.part.sequence.uid][sae] = row
+        self._captures, self._activations = [], {}
+        return results
 
     def _see(self, site: Site, x: Tensor) -> None:
         """x [N, width] at ``site``, before its edits. Copied: the model goes on to use its memory for other things."""
         if site in self._sites:
-            self._seen[site] = x[self._tokens.to(x.device)]
-
-    def _choose(self, pick: Pick, asked: list[_Asked]) -> list[SparseValues]:
-        sae = self._saes[pick.sae]
-        parts = [self._seen[sae.site][one.start : one.end] for one in asked]
-        if isinstance(sae.dictionary, Temporal):
-            encoded = [_with_prefix(sae.dictionary, one, x) for one, x in zip(asked, parts, strict=True)]
-            found = select_features(torch.cat(encoded), pick, signed=is_signed(sae.dictionary))
-        else:
-            found = select_activations(self._picker(sae), torch.cat(parts), pick)
-        return _split(_pack(found), [len(x) for x in parts])
-
-    def _picker(self, sae: LoadedSae) -> FeatureSelector:
-        if sae.name not in self._pickers:
-            self._pickers[sae.name] = FeatureSelector(sae.dictionary)
-        return self._pickers[sae.name]
-
-
-def _with_prefix(temporal: Temporal, asked: _Asked, x: Tensor) -> Tensor:
-    """A temporal SAE reads a token together with everything before it, whatever part that came in."""
-    before = asked.part.sequence.prefix
-    whole = torch.cat([before[asked.pick.sae], x]) if asked.pick.sae in before else x
-    before[asked.pick.sae] = whole
-    return temporal.encode(whole)[-len(x) :]
-
-
-def _split(whole: SparseValues, lengths: list[int]) -> list[SparseValues]:
-    """Rows one after the other -> so many for each."""
-    found, row = [], 0
-    for length in lengths:
-        first, last = whole.indptr[row], whole.indptr[row + length]
-        indptr = array("I", (one - first for one in whole.indptr[row : row + length + 1]))
-        found.append(SparseValues(indptr, whole.indices[first:last], whole.values[first:last]))
-        row += length
-    return found
-
-
-def _pack(picked: SelectedFeatures) -> SparseValues:
-    """Candidates and which to keep -> rows of a sparse matrix."""
-    ends = picked.keep.sum(dim=-1).cumsum(dim=0).tolist()
-    return SparseValues(
-        array("I", [0, *ends]),
-        array("I", picked.features[picked.keep].tolist()),
-        array("f", picked.values[picked.keep].tolist()),
-    )
+            self._activations[site] = x[self._tokens.to(x.device)]
 
 
 class Runner:
@@ -461,22 +385,23 @@ class Runner:
     def __init__(
         self, model: LoadedModel, network: Network, saes: Mapping[str, LoadedSae], slots: int, blocks: int
     ) -> None:
-        config, self.device = model.network.config, model.device
+        config, device = model.network.config, model.device
         self.network = network
-        self.tables = SteeringTables(saes, slots, self.device)
+        self.tables = SteeringTables(saes, slots, device)
+        self.capture = ActivationCapture(saes)
         shape, places = KvShape.of(config), (blocks + 1) * BLOCK
-        attention = PagedAttention(shape, places, model.network.dtype, self.device, network.kernel)
+        attention = PagedAttention(shape, places, model.network.dtype, device, network.kernel)
         network.attach(attention, self.tables)
-        self.sampler = Sampler(slots, model.info.max_context, config.vocab_size, self.device)
-        is_special = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
-        special = [one for one in model.tokenizer.special_ids if one < config.vocab_size]
-        is_special[torch.tensor(special, dtype=torch.int64, device=self.device)] = True
-        self.seats = SlotState(slots, model.info.max_context, is_special)
+        self.sampler = Sampler(slots, model.info.max_context, config.vocab_size, device)
+        is_special = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
+        special = [token for token in model.tokenizer.special_ids if token < config.vocab_size]
+        is_special[torch.tensor(special, dtype=torch.int64, device=device)] = True
+        self.slots = SlotState(slots, model.info.max_context, is_special)
 
     def join(self, sequence: Sequence, tallies: Tallies | None) -> None:
         """Prepares a request's slot; ``tallies``: what its edits counted on tokens that are not read again."""
         slot, task = sequence.slot, sequence.task
-        self.seats.take(slot, sequence.computed, sequence.blocks)
+        self.slots.join(slot, sequence.computed, sequence.blocks)
         if isinstance(task, InspectTask):
             self.tables.write(slot, task.steering)
             return
@@ -492,25 +417,11 @@ class Runner:
         self.tables.clear(slot)
         self.sampler.clear(slot)
 
-    def forward(
-        self,
-        running: tuple[int, ...],
-        parts: Many[PromptPart],
-        ending: Many[PromptPart],
-        scored: Many[PromptPart],
-        capture: Capture,
-    ) -> Tensor:
-        """One pass; see ``Seats.build`` -> logits [M, vocabulary], float32; ``capture`` sees what it was asked for."""
-        one = self.seats.build(running, parts, ending, scored)
-        self.tables.watch = capture.begin(parts, one.spans)
-        return self.network.forward(one)
-
-    def pick(self, logits: Tensor, slots: tuple[int, ...]) -> SampledTokens:
-        """logits [B, vocabulary] of B slots -> their next tokens."""
-        return self.sampler.pick(logits, slots)
-
-
-# How much memory KV may take, and what running out of memory looks like.
+    def forward(self, batch: Batch) -> Tensor:
+        """One pass -> logits [M, vocabulary] in float32: of each that samples next, then of every scored token."""
+        step = self.slots.build(batch)
+        self.tables.watch = self.capture.begin(batch.parts, step.spans)
+        return self.network.forward(step)
 
 
 SHARE = 0.5

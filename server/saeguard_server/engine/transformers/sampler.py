@@ -24,7 +24,7 @@ class SampledTokens:
 
     token: Tensor  # int64 [B]
     logprob: Tensor | None  # [B], when any request asked
-    top: tuple[Tensor, Tensor] | None  # log-probabilities and ids [B, most asked for]
+    top: tuple[Tensor, Tensor] | None  # log-probabilities and ids [B, most of any request]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,15 @@ class _View:
     logprobs: int | None
 
     @classmethod
-    def of(cls, at: Tensor, columns: dict[str, Tensor], asked: list[Sampling]) -> _View:
-        drawn = [one for one in asked if one.temperature > 0]
+    def of(cls, at: Tensor, columns: dict[str, Tensor], settings: list[Sampling]) -> _View:
+        drawn = [sampling for sampling in settings if sampling.temperature > 0]
         return cls(
             at,
             columns,
-            has_penalty=any(one.repetition_penalty != 1 for one in asked),
+            has_penalty=any(sampling.repetition_penalty != 1 for sampling in settings),
             has_noise=bool(drawn),
-            has_filters=any(one.top_k or one.top_p < 1 or one.min_p > 0 for one in drawn),
-            logprobs=max((one.logprobs for one in asked if one.logprobs is not None), default=None),
+            has_filters=any(sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0 for sampling in drawn),
+            logprobs=max((sampling.logprobs for sampling in settings if sampling.logprobs is not None), default=None),
         )
 
 
@@ -73,7 +73,7 @@ class Sampler:
         self._steps = column(0, torch.int64)
         self._noise = torch.zeros(slots, context, device=device)
         self._seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
-        self._asked: list[Sampling | None] = [None] * slots
+        self._settings: list[Sampling | None] = [None] * slots
         self._views: dict[tuple[int, ...], _View] = {}
 
     def write(
@@ -104,16 +104,15 @@ class Sampler:
         if sampling.repetition_penalty != 1:
             self._seen[slot] = False
             self._seen[slot, torch.tensor(tokens, device=self._seen.device)] = True
-        self._asked[slot] = sampling
-
+        self._settings[slot] = sampling
         self._views.clear()
 
     def clear(self, slot: int) -> None:
         """Frees the slot; its columns are written anew before they are read again."""
-        self._asked[slot] = None
+        self._settings[slot] = None
         self._views.clear()
 
-    def pick(self, logits: Tensor, slots: tuple[int, ...]) -> SampledTokens:
+    def sample(self, logits: Tensor, slots: tuple[int, ...]) -> SampledTokens:
         """logits [B, vocabulary] float32 of B slots -> one token each."""
         view = self._view(slots)
         steps = self._steps[view.at]
@@ -138,8 +137,8 @@ class Sampler:
             if len(self._views) >= _REMEMBERED:
                 self._views.clear()
             at = torch.tensor(slots, device=self._steps.device)
-            asked = [one for one in (self._asked[slot] for slot in slots) if one is not None]
-            self._views[slots] = _View.of(at, {name: column[at] for name, column in self._columns.items()}, asked)
+            settings = [sampling for sampling in (self._settings[slot] for slot in slots) if sampling is not None]
+            self._views[slots] = _View.of(at, {name: column[at] for name, column in self._columns.items()}, settings)
         return self._views[slots]
 
     def _penalise(self, scores: Tensor, view: _View) -> Tensor:
@@ -155,9 +154,9 @@ def _draw(scores: Tensor, view: _View, noise: Tensor) -> Tensor:
         scaled = scaled.masked_fill(scaled < _cutoff(scaled, view.columns), -torch.inf)
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
     # Just below the total, or rounding could land behind the last token that may be chosen.
-    wanted = noise * (1 - 1e-6) * cumulative[:, -1:]
+    share = noise * (1 - 1e-6) * cumulative[:, -1:]
     last = scores.shape[-1] - 1
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_max(last)
+    return torch.searchsorted(cumulative, share, right=True).squeeze(1).clamp_max(last)
 
 
 def _cutoff(scaled: Tensor, at: dict[str, Tensor]) -> Tensor:

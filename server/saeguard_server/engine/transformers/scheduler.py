@@ -8,6 +8,7 @@ again from what it has so far.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from saeguard_server.engine.protocol import GenerateTask
@@ -35,17 +36,64 @@ class PromptPart:
     end: int
 
     @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return self.end - self.start
+
+    @property
     def is_last(self) -> bool:
         """True when the model knows everything so far after this."""
         return self.end == len(self.sequence.tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass reads: the last token of each of ``running``, then ``parts`` of prompts."""
+
+    running: tuple[Sequence, ...]
+    parts: tuple[PromptPart, ...]
+    ending: tuple[PromptPart, ...]
+    """Parts after which a generation samples its first token."""
+    scored: tuple[PromptPart, ...]
+    """Parts of which the logits of every token are wanted."""
+
+    @classmethod
+    def of(cls, running: Iterable[Sequence], parts: Iterable[PromptPart]) -> Batch:
+        """The batch of these."""
+        parts = tuple(parts)
+        generations = [(part, part.sequence.task) for part in parts if isinstance(part.sequence.task, GenerateTask)]
+        return cls(
+            tuple(running),
+            parts,
+            ending=tuple(part for part, _ in generations if part.is_last),
+            scored=tuple(
+                part for part, task in generations
+                if task.sampling.prompt_logprobs and part.end > part.sequence.reported
+            ),
+        )  # fmt: skip
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Everyone in it."""
+        return *self.running, *(part.sequence for part in self.parts)
+
+    @property
+    def sampling(self) -> tuple[Sequence, ...]:
+        """Those whose tokens are all read after it, in the order of its logits."""
+        return *self.running, *(part.sequence for part in self.ending)
+
+    @property
+    def ends(self) -> list[int]:
+        """Up to where each of the sequences is read after it."""
+        return [*(sequence.computed + 1 for sequence in self.running), *(part.end for part in self.parts)]
+
+
 @dataclass(slots=True)
 class StepBudget:
-    """What became of the memory before a step: who got a block, and who gave all up, with the slot it had."""
+    """What became of the memory before a step: who got a block, and who lost all, with the slot it had."""
 
     grown: list[Sequence] = field(default_factory=list)
-    given_up: list[tuple[Sequence, int]] = field(default_factory=list)
+    preempted: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -102,16 +150,16 @@ class Scheduler:
 
     def make_room(self) -> StepBudget:
         """Memory for the next token of everyone who generates."""
-        room = StepBudget()
+        budget = StepBudget()
         for sequence in list(self.running):
             while self._wants_block(sequence) and not self.blocks.available:
                 youngest = self._youngest()
-                room.given_up.append((youngest, self.preempt(youngest)))
+                budget.preempted.append((youngest, self.preempt(youngest)))
             if self._wants_block(sequence):
                 sequence.blocks += self.blocks.take(1)
-                room.grown.append(sequence)
-        room.grown = [one for one in room.grown if one.slot >= 0]
-        return room
+                budget.grown.append(sequence)
+        budget.grown = [sequence for sequence in budget.grown if sequence.slot >= 0]
+        return budget
 
     def preempt(self, sequence: Sequence) -> int:
         """Sends an admitted request back to the queue, before all that came later; returns the slot it had.
@@ -121,8 +169,7 @@ class Scheduler:
         slot = sequence.slot
         self.remove(sequence)
         sequence.computed = sequence.reused = sequence.learned = 0
-        at = next((index for index, one in enumerate(self.waiting) if one.uid > sequence.uid), len(self.waiting))
-        self.waiting.insert(at, sequence)
+        self.waiting.insert(sum(other.uid < sequence.uid for other in self.waiting), sequence)
         return slot
 
     def next_parts(self, budget: int) -> list[PromptPart]:
@@ -131,18 +178,18 @@ class Scheduler:
         Half of the budget is for whoever came first, so that no prompt starves; the rest goes to the shortest
         first, so that a long prompt does not hold up short ones.
         """
-        ends = {id(one): one.computed for one in self.reading}
-        for order, share in (
-            (self.reading, budget - budget // 2),
-            (sorted(self.reading, key=lambda one: len(one.tokens) - one.computed), budget),
-        ):
-            spent = sum(ends[id(one)] - one.computed for one in self.reading)
-            left = min(share, budget - spent)
-            for one in order:
-                more = min(left, len(one.tokens) - ends[id(one)])
-                ends[id(one)] += more
+        ends = {sequence.uid: sequence.computed for sequence in self.reading}
+        shortest_first = sorted(self.reading, key=lambda sequence: len(sequence.tokens) - sequence.computed)
+        for order, share in ((self.reading, budget - budget // 2), (shortest_first, budget)):
+            left = min(share, budget - sum(ends[sequence.uid] - sequence.computed for sequence in self.reading))
+            for sequence in order:
+                more = min(left, len(sequence.tokens) - ends[sequence.uid])
+                ends[sequence.uid] += more
                 left -= more
-        parts = [PromptPart(one, one.computed, self._cut(one, ends[id(one)])) for one in self.reading]
+        parts = [
+            PromptPart(sequence, sequence.computed, self._cut(sequence, ends[sequence.uid]))
+            for sequence in self.reading
+        ]
         return [part for part in parts if part.end > part.start]
 
     def start_generating(self, sequence: Sequence) -> None:
@@ -166,8 +213,8 @@ class Scheduler:
 
     def _youngest(self) -> Sequence:
         return max(
-            (one for one in (*self.running, *self.reading) if isinstance(one.task, GenerateTask)),
-            key=lambda one: one.uid,
+            (sequence for sequence in (*self.running, *self.reading) if isinstance(sequence.task, GenerateTask)),
+            key=lambda sequence: sequence.uid,
         )
 
     def _cut(self, sequence: Sequence, end: int) -> int:

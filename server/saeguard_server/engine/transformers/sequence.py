@@ -1,25 +1,31 @@
-"""One request inside the engine: its tokens, how far the model has read them, and what it has sent."""
+"""One request inside the engine, the blocks of KV memory that it holds, and those that a later one may find again."""
 
 from __future__ import annotations
 
 import hashlib
-import time
+import itertools
 from array import array
 from collections import OrderedDict, abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
-from saeguard.results import ActivationPart, StreamChunk, Timings, Token
-from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, GenerateTask, InspectTask, Steering
+from saeguard.results import Token
+from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.protocol import (
+    CompiledCondition,
+    CompiledEdit,
+    Event,
+    GenerateTask,
+    InspectTask,
+    Steering,
+)
 from saeguard_server.engine.tables import Tallies
-from saeguard_server.engine.tokenizer import Assembler
-from saeguard_server.errors import SaeguardError
 
-Event: TypeAlias = StreamChunk | ActivationPart | SaeguardError
-"""What a request's owner gets; an error, a completion, or None after the last activation part ends it."""
+BLOCK = 16
+"""Tokens of one block of KV memory."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,12 +34,13 @@ class Sequence:
 
     uid: int
     task: GenerateTask | InspectTask
-    text: Assembler | None
+    state: RequestState | None
+    """Of a generation: what it was sent."""
     send: Callable[[Event | None], None]
     """Takes an event for the request's owner; called on the engine's thread."""
     tokens: list[int] = field(init=False)
     stops: tuple[CompiledCondition, ...] = field(init=False)
-    """The guards that can end it."""
+    """The conditions that can end it."""
     computed: int = 0
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
@@ -45,22 +52,17 @@ class Sequence:
     reused: int = 0
     """Tokens that were not read again because somebody had read them."""
     reported: int = 0
-    """Position up to which readings and log-probabilities of the prompt were sent."""
-    held: Token | None = None
-    """The last token, chosen and kept back until the model has read it: a trigger may stop it."""
+    """Position up to which readings and log-probabilities were sent."""
+    pending: Token | None = None
+    """The last token, sampled and not sent until the model has read it: a trigger may stop it."""
     forward_passes: int = 0
     is_done: bool = False
     prefix: dict[str, Tensor] = field(default_factory=dict)
     """By SAE that reads a token together with all before it: what an inspection has seen so far."""
-    submitted: float = field(init=False)
-    started: float = 0.0
-    first_token: float = 0.0
-    last_token: float = 0.0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.task.tokens)
-        self.stops = tuple(one for one in self.task.steering.guards if one.stops)
-        self.submitted = self.task.call.arrived
+        self.stops = tuple(condition for condition in self.task.steering.conditions if condition.stops)
 
     @property
     def prompt_tokens(self) -> int:
@@ -74,25 +76,10 @@ class Sequence:
 
     def must_be_read(self, position: int, *, is_special: bool) -> bool:
         """Whether a trigger could stop the token at a position: then it is sent only when the model has read it."""
-        return any(one.first <= position < one.last and (one.special or not is_special) for one in self.stops)
-
-    def timings(self) -> Timings:
-        """Seconds since the request was submitted."""
-        return Timings(
-            queue_s=self.started - self.submitted,
-            time_to_first_token_s=self.first_token - self.submitted if self.first_token else 0.0,
-            total_s=time.monotonic() - self.submitted,
+        return any(
+            condition.first <= position < condition.last and (condition.special or not is_special)
+            for condition in self.stops
         )
-
-
-# Which blocks of KV memory belong to whom, and which hold a prefix that somebody may need again. No tensors.
-#
-# A full block is known by what was read and how the model was steered meanwhile; blocks that nobody holds stay known
-# until their memory is needed, the longest unused first.
-
-
-BLOCK = 16
-"""Tokens of one block."""
 
 
 def block_key(parent: bytes, tokens: abc.Sequence[int], steering: bytes) -> bytes:
@@ -110,7 +97,11 @@ def blocks_for(tokens: int) -> int:
 
 
 class KvBlocks:
-    """``count`` blocks, numbered from 1: block 0 is nobody's, and what padded places read."""
+    """``count`` blocks, numbered from 1: block 0 is nobody's, and what padded places read. No tensors.
+
+    A full block is known by its key; blocks that nobody holds stay known until their memory is needed, the longest
+    unused first.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -127,7 +118,7 @@ class KvBlocks:
         return len(self._free) + len(self._idle)
 
     @property
-    def held(self) -> int:
+    def in_use(self) -> int:
         """Blocks that a request holds."""
         return self.count - self.available
 
@@ -153,12 +144,7 @@ class KvBlocks:
 
     def find(self, keys: abc.Sequence[bytes]) -> list[int]:
         """The known blocks of the longest beginning of these keys."""
-        found = []
-        for key in keys:
-            if key not in self._by_key:
-                break
-            found.append(self._by_key[key])
-        return found
+        return [self._by_key[key] for key in itertools.takewhile(self._by_key.__contains__, keys)]
 
     def idle_among(self, blocks: abc.Sequence[int]) -> int:
         """How many of them nobody holds: sharing those makes as many fewer available."""
@@ -189,12 +175,6 @@ class KvBlocks:
         return block
 
 
-# Reuse of what was read before: blocks of KV by what was read and how the model was steered meanwhile.
-#
-# A reused token passes no edit again, so the counts of the edits are kept beside the blocks at which a pass ended,
-# and a steered request goes on from such a block only.
-
-
 @dataclass(frozen=True, slots=True)
 class CountedPrefix:
     """What a steering counted up to the end of a block."""
@@ -214,6 +194,9 @@ class PrefixHit:
 class PrefixCache:
     """Finds and learns prefixes among ``blocks``.
 
+    A reused token passes no edit again, so the counts of the edits are kept beside the blocks at which a pass ended,
+    and a steered request goes on from such a block only.
+
     Args:
         tally: what the edits in a slot counted so far.
     """
@@ -227,14 +210,14 @@ class PrefixCache:
             return PrefixHit()
         most = (len(sequence.tokens) - 1) // BLOCK
         self._extend(sequence, most)
-        found = self._blocks.find(sequence.keys[:most])
-        while found:
-            if not is_steered(sequence, len(found) * BLOCK):
-                return PrefixHit(tuple(found))
-            counted = self._blocks.note_of(found[-1])
+        blocks = self._blocks.find(sequence.keys[:most])
+        while blocks:
+            if not is_steered(sequence, len(blocks) * BLOCK):
+                return PrefixHit(tuple(blocks))
+            counted = self._blocks.note_of(blocks[-1])
             if counted is not None and counted.steering == sequence.task.steering:
-                return PrefixHit(tuple(found), counted.tallies)
-            found.pop()
+                return PrefixHit(tuple(blocks), counted.tallies)
+            blocks.pop()
         return PrefixHit()
 
     def learn(self, sequence: Sequence) -> None:
@@ -271,20 +254,20 @@ def can_reuse(sequence: Sequence) -> bool:
 
 
 def is_steered(sequence: Sequence, end: int) -> bool:
-    """Whether an edit's or guard's scope holds any of the tokens before position ``end``."""
+    """Whether an edit's or condition's scope holds any of the tokens before position ``end``."""
     steering = sequence.task.steering
-    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.guards)
-    return any(one.first < min(end, one.last) for one in scopes)
+    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.conditions)
+    return any(scope.first < min(end, scope.last) for scope in scopes)
 
 
 def _active(steering: Steering, start: int) -> bytes:
     """What is applied to the tokens of the block that begins at ``start``; empty where nothing is."""
     end = start + BLOCK
     here = [edit for edit in steering.edits if edit.first < end and edit.last > start]
-    guards = [(one.first, min(one.last, end)) for one in steering.guards]
-    if any(first < end and last > start for first, last in guards) or any(edit.gate is not None for edit in here):
-        # What a guard holds in this block follows from all that it has seen since it began.
-        what: object = steering.digest, guards, [(edit.first, min(edit.last, end)) for edit in here]
+    decided = [(condition.first, min(condition.last, end)) for condition in steering.conditions]
+    if any(first < end and last > start for first, last in decided) or any(edit.gate is not None for edit in here):
+        # What a condition is in this block follows from all that it has seen since it began.
+        what: object = steering.digest, decided, [(edit.first, min(edit.last, end)) for edit in here]
     elif here:
         what = [_part(edit, start) for edit in here], steering.max_relative_edit
     else:

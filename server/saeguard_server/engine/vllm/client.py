@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from saeguard_server.engine.vllm.orders import WorkerOutput
 from saeguard_server.engine.vllm.output import merge_outputs
+from saeguard_server.engine.vllm.worker_messages import WorkerOutput
 from saeguard_server.errors import InternalFailure
 from saeguard_server.observe import Metrics
 
@@ -65,7 +65,7 @@ class VllmClient:
         """vLLM's outputs as they come; closing the iterator ends the request.
 
         Raises:
-            Died: it did, meanwhile.
+            EngineDied: it did, meanwhile.
         """
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -82,15 +82,20 @@ class VllmClient:
         finally:
             await outputs.aclose()
 
-    async def report(self, uid: int, tokens: int) -> WorkerOutput:
+    async def worker_output(self, uid: int, tokens: int) -> WorkerOutput:
         """What the workers did for a request while they read its first ``tokens`` tokens.
 
         Raises:
             InternalFailure: a worker has a problem.
-            Died: vLLM did, meanwhile.
+            EngineDied: vLLM did, meanwhile.
         """
-        found = await self._call("saeguard_report", uid, tokens)
-        return merge_outputs(msgspec.msgpack.decode(one, type=WorkerOutput) for one in found)
+        try:
+            outputs: list[bytes] = await self._llm.collective_rpc("saeguard_output", args=(uid, tokens))
+        except Exception as err:
+            if self.is_dead:
+                raise EngineDied from err
+            raise InternalFailure("vLLM's workers failed on this request") from err
+        return merge_outputs(msgspec.msgpack.decode(output, type=WorkerOutput) for output in outputs)
 
     def shut_down(self) -> None:
         """Ends its processes, by force after ``STOP_S``. What still waits for them waits for ever."""
@@ -102,18 +107,10 @@ class VllmClient:
         self._llm.engine_core.resources.ctx.destroy(linger=0)
         del self._llm
 
-    async def _call(self, method: str, *arguments: Any) -> list[bytes]:
-        try:
-            found: list[bytes] = await self._llm.collective_rpc(method, args=arguments)
-        except Exception as err:
-            if self.is_dead:
-                raise EngineDied from err
-            raise InternalFailure("vLLM's workers failed on this request") from err
-        return found
-
 
 class _Load:
-    """Takes part in vLLM's statistics, for the number of requests that wait; its own factory."""
+    """Takes part in vLLM's statistics, for the number of requests that wait; its own factory. What it leaves empty is
+    a part of vLLM's interface."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.waiting = 0
@@ -130,11 +127,8 @@ class _Load:
         if iteration_stats is not None:
             self._metrics.preemptions.inc(iteration_stats.num_preempted_reqs)
 
-    def log_engine_initialized(self) -> None:
-        """Part of vLLM's interface."""
+    def log_engine_initialized(self) -> None: ...
 
-    def log(self) -> None:
-        """Part of vLLM's interface."""
+    def log(self) -> None: ...
 
-    def record_sleep_state(self, *_: Any) -> None:
-        """Part of vLLM's interface."""
+    def record_sleep_state(self, *_: Any) -> None: ...

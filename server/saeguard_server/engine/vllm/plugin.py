@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import torch
 
-from saeguard_sae.loading import LoadedSae, LoadError, bind, with_settings
-from saeguard_sae.models import ModelConfig, torch_dtype
+from saeguard_sae.loading import LoadedSae, LoadError, bind
+from saeguard_sae.models import ModelConfig
+from saeguard_server.engine.load import place_sae
 from saeguard_server.engine.vllm import steering
-from saeguard_server.engine.vllm.orders import KEY, WorkerPlan
 from saeguard_server.engine.vllm.steering import SteeredModel
+from saeguard_server.engine.vllm.worker_messages import KEY, WorkerPlan
 from saeguard_server.settings import ServedSaeSettings
 from saeguard_server.sources import open_sae_source
 
@@ -24,10 +24,10 @@ class Extension:
     """Methods that vLLM adds to its workers, for ``collective_rpc``."""
 
     @torch.inference_mode()
-    def saeguard_report(self: Any, uid: int, tokens: int) -> bytes:
-        """``Steered.report``, packed."""
+    def saeguard_output(self: Any, uid: int, tokens: int) -> bytes:
+        """``SteeredModel.output``, packed."""
         steered: SteeredModel = self.saeguard
-        return msgspec.msgpack.encode(steered.report(uid, tokens))
+        return msgspec.msgpack.encode(steered.output(uid, tokens))
 
 
 def register() -> None:
@@ -41,9 +41,9 @@ def register() -> None:
     @functools.wraps(load_model)
     def load_and_attach(worker: Any, **options: Any) -> None:
         load_model(worker, **options)
-        given = worker.vllm_config.additional_config
-        if isinstance(given, dict) and KEY in given:
-            worker.saeguard = attach(worker, msgspec.convert(given[KEY], WorkerPlan))
+        config = worker.vllm_config.additional_config
+        if isinstance(config, dict) and KEY in config:
+            worker.saeguard = attach(worker, msgspec.convert(config[KEY], WorkerPlan))
 
     setattr(load_and_attach, _OURS, True)
     # The model is there and not yet compiled: what is put into it now is a part of the graph.
@@ -63,12 +63,14 @@ def attach(worker: Any, plan: WorkerPlan) -> SteeredModel:
     model, config = runner.get_model(), worker.model_config.hf_text_config
     steering.check_class(model, config)
     device = torch.device(worker.device)
-    loaded = [_load(one, model, config, device) for one in plan.saes]
+    loaded = [_load(served, model, config, device) for served in plan.saes]
     saes = {sae.name: sae for sae in loaded if sae is not None}
-    _check_digests(saes, plan.digests)
+    for name, sae in saes.items():
+        if sae.digest != plan.digests[name]:
+            raise LoadError(f"SAE {name!r}: its files are not those that the server has checked")
     special = torch.tensor(plan.special_ids, dtype=torch.int64, device=device)
     wipe = functools.partial(steering.clear_request, runner) if device.type == "cpu" else _leave
-    steered = SteeredModel([one.name for one in plan.saes], saes, plan.slots, special, device, wipe)
+    steered = SteeredModel(saes, plan.slots, special, device, wipe)
     steering.attach_edits(model, config, steered.tables)
     _follow(runner, model, steered)
     return steered
@@ -79,28 +81,28 @@ def _follow(runner: Any, model: torch.nn.Module, steered: SteeredModel) -> None:
 
     on_cpu = torch.device(runner.device).type == "cpu"
 
-    def begin(_: Any, __: Any, given: dict[str, Any]) -> None:
+    def begin(_: Any, __: Any, arguments: dict[str, Any]) -> None:
         if on_cpu:
             steering.keep_generators(runner)
         steered.forget(runner.requests.__contains__)
         steered.begin(
             steering.batch_parts(runner),
-            lambda request: (steering.order_of(runner, request, KEY), steering.state_of(runner, request)),
-            given["input_ids"],
-            given["positions"],
+            lambda name: (steering.worker_request_of(runner, name, KEY), runner.requests[name]),
+            arguments["input_ids"],
+            arguments["positions"],
         )
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
-    model.register_forward_hook(lambda _, __, made: steered.end(_tensors(made)))
+    model.register_forward_hook(lambda _, __, out: steered.end(_tensors(out)))
 
 
 def _leave(_: Any) -> None:
     """On other devices attention leaves out what it does not use."""
 
 
-def _tensors(made: Any) -> list[torch.Tensor]:
+def _tensors(out: Any) -> list[torch.Tensor]:
     """What a model, or a pipeline stage of one, puts out."""
-    return [made] if isinstance(made, torch.Tensor) else list(made.tensors.values())
+    return [out] if isinstance(out, torch.Tensor) else list(out.tensors.values())
 
 
 def _load(
@@ -109,20 +111,11 @@ def _load(
     """The SAE on the device; None where its layers are in another pipeline stage."""
     source = open_sae_source(settings)
     sae = bind(source.sae, model, config, source.overrides)
-    wanted = frozenset({sae.site, *sae.write_sites})
-    here = steering.hooked_sites(model, config, wanted)
+    sites = frozenset({sae.site, *sae.write_sites})
+    here = steering.hooked_sites(model, config, sites)
     if not here:
         return None
-    if here != wanted:
-        away = ", ".join(str(one) for one in sorted(wanted - here))
+    if here != sites:
+        away = ", ".join(map(str, sorted(sites - here)))
         raise LoadError(f"SAE {sae.name!r}: {away} is in another pipeline stage than the rest of it")
-    own = {} if settings.dtype == "float32" else {"dtype": settings.dtype}
-    moved = sae.dictionary.to(device, torch_dtype(settings.dtype))
-    gain = None if sae.write_gain is None else sae.write_gain.to(device)
-    return replace(sae, dictionary=moved, write_gain=gain, digest=with_settings(sae.digest, own))
-
-
-def _check_digests(saes: dict[str, LoadedSae], wanted: dict[str, str]) -> None:
-    for name, sae in saes.items():
-        if sae.digest != wanted[name]:
-            raise LoadError(f"SAE {name!r}: its files are not those that the server has checked")
+    return place_sae(sae, settings, device)

@@ -1,4 +1,4 @@
-"""The requests that vLLM's worker steers or reads: their edits in the tables, what was counted, and their reports.
+"""Steering inside a worker of vLLM: its requests with their edits and counts, and the ops in its model that apply them.
 
 vLLM tells its workers neither when a request is preempted nor when it ends: a request that goes back was preempted, and
 its counts go back with it; one that the runner no longer knows has ended, and is kept until it is asked for.
@@ -7,35 +7,40 @@ its counts go back with it; one that the runner no longer knows has ended, and i
 from __future__ import annotations
 
 import logging
-from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from saeguard_sae.coders import Temporal, is_signed
-from saeguard_sae.edit_table import Rows, RowSpan
-from saeguard_sae.encoding import FeatureSelector, SelectedFeatures
+from saeguard.requests import Selection
+from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.models import ModelConfig, Point, Site, depth, layout, locate, sites
+from saeguard_sae.models import Located, ModelConfig, Point, Site, depth, layout, locate, sites
+from saeguard_sae.rows import Rows, RowSpan
 from saeguard_server.engine.protocol import Steering
-from saeguard_server.engine.tables import SteeringTables, Tallies, select_activations, select_features
-from saeguard_server.engine.vllm.orders import (
-    Activations,
-    EditCounts,
-    Readings,
+from saeguard_server.engine.selection import ActivationSelector
+from saeguard_server.engine.tables import SteeringTables, Tallies
+from saeguard_server.engine.vllm.worker_messages import (
+    WorkerActivations,
     WorkerOutput,
+    WorkerReadings,
     WorkerRequest,
-    WorkerSelection,
     read_worker_request,
-    steering_of_request,
 )
 from saeguard_server.errors import InternalFailure
 
-# Whose tokens a forward pass of vLLM's model runner reads.
+_log = logging.getLogger(__name__)
+
+MAX_ENDED = 4096
+"""Ended requests of which nobody asked for the output yet; the oldest go first."""
+MAX_PAST = 512
+"""Passes whose counts are kept of a request that may overrun its end."""
+BLOCK = 16
+"""Tokens that vLLM reuses at once, or a multiple of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class UnknownRunner(RuntimeError):
 
 
 def check_runner(runner: Any) -> None:
-    """Refuses what ``parts`` does not know.
+    """Refuses what ``batch_parts`` does not know.
 
     Raises:
         UnknownRunner: says what to set.
@@ -78,11 +83,11 @@ def batch_parts(runner: Any) -> list[BatchPart]:
     ]
 
 
-def order_of(runner: Any, request: str, key: str) -> bytes | None:
+def worker_request_of(runner: Any, request: str, key: str) -> bytes | None:
     """What a request says under ``key`` of its extra arguments."""
     params = runner.requests[request].sampling_params
-    given = params.extra_args if params is not None else None
-    return given.get(key) if given else None
+    extra = params.extra_args if params is not None else None
+    return extra[key] if extra and key in extra else None
 
 
 def keep_generators(runner: Any) -> None:
@@ -101,11 +106,6 @@ def keep_generators(runner: Any) -> None:
             batch.generators[row] = generator
 
 
-def state_of(runner: Any, request: str) -> Any:
-    """What the runner knows of a request: an object that stays the same while the request lives."""
-    return runner.requests[request]
-
-
 def clear_request(runner: Any, state: Any) -> None:
     """Writes zeros over those of a request's keys and values that are not finite, wherever they are now.
 
@@ -116,8 +116,8 @@ def clear_request(runner: Any, state: Any) -> None:
     layers = runner.compilation_config.static_forward_context
     for group, blocks in zip(runner.kv_cache_config.kv_cache_groups, state.block_ids, strict=True):
         for name in group.layer_names:
-            cache, held = layers[name].kv_cache, list(blocks)
-            cache[held] = cache[held].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            cache, rows = layers[name].kv_cache, list(blocks)
+            cache[rows] = cache[rows].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _is_real() -> bool:
@@ -127,110 +127,64 @@ def _is_real() -> bool:
     return get_forward_context().attn_metadata is not None
 
 
-# What inspections see of a pass: features picked where the activations are, packed for their way to the server.
-
-
-@dataclass(slots=True)
-class Inspection:
-    """One request's picks, and what they found so far."""
-
-    picks: tuple[WorkerSelection, ...]
-    found: list[Activations] = field(default_factory=list)
-    prefix: dict[int, Tensor] = field(default_factory=dict)
-    """By SAE, all activations so far, where its features need them."""
-
-
-class Selectors:
-    """Picks features with the SAEs of a process, by their number."""
-
-    def __init__(self, saes: Mapping[int, LoadedSae]) -> None:
-        self._saes = saes
-        self._pickers: dict[int, FeatureSelector] = {}
-
-    def see(self, inspection: Inspection, pick: WorkerSelection, start: int, x: Tensor) -> None:
-        """x [T, width] at the pick's site, of the tokens from position ``start`` on."""
-        coder = self._saes[pick.sae].dictionary
-        if isinstance(coder, Temporal):
-            # It reads a token together with everything before it, whatever part that came in.
-            whole = torch.cat([inspection.prefix[pick.sae], x]) if pick.sae in inspection.prefix else x.clone()
-            inspection.prefix[pick.sae] = whole
-            picked = select_features(coder.encode(whole)[-len(x) :].float(), pick, signed=is_signed(coder))
-        else:
-            picked = select_activations(self._picker(pick.sae), x, pick)
-        inspection.found.append(_pack(picked, pick.sae, start))
-
-    def _picker(self, sae: int) -> FeatureSelector:
-        if sae not in self._pickers:
-            self._pickers[sae] = FeatureSelector(self._saes[sae].dictionary)
-        return self._pickers[sae]
-
-
-def _pack(picked: SelectedFeatures, sae: int, start: int) -> Activations:
-    ends = picked.keep.sum(dim=-1).cumsum(dim=0).tolist()
-    return Activations(
-        sae,
-        start,
-        array("I", [0, *ends]).tobytes(),
-        array("I", picked.features[picked.keep].tolist()).tobytes(),
-        array("f", picked.values[picked.keep].tolist()).tobytes(),
-    )
-
-
-_log = logging.getLogger(__name__)
-
-MAX_ENDED = 4096
-"""Reports of ended requests that nobody asked for yet; the oldest go first."""
-MAX_PAST = 512
-"""Passes whose counts are kept of a request that may overrun its end."""
-BLOCK = 16
-"""Tokens that vLLM reuses at once, or a multiple of them."""
-
-
 @dataclass(slots=True, eq=False)
 class LiveRequest:
-    """A request with edits, watched features or picks, as far as the tables of this process have them."""
+    """A request with edits, watched features or selections, as far as the tables of this process have them."""
 
-    order: WorkerRequest
+    request: WorkerRequest
     steering: Steering
     edits: tuple[int, ...]
-    """Of the order's edits those here, in the order of ``steering``."""
-    watch: tuple[int, ...]
+    """Of the request's edits those here, in the order of ``steering``."""
+    columns: tuple[int, ...]
     """Of the watched features those here."""
-    inspection: Inspection
+    selections: tuple[tuple[str, Selection], ...]
+    state: Any = None
+    """Of the request in vLLM's runner, by which its memory is found."""
     slot: int = -1
     read: int = 0
     """Tokens that the model read for it, from the first one on."""
     passes: int = 0
     problem: str = ""
-    state: Any = None
-    """Of the request in vLLM's runner, by which its memory is found."""
     blew_up: Tensor | None = None
     """bool [], whether the model made something of it that is not finite; on the device."""
     tallies: Tallies = field(default_factory=Tallies)
     """What was counted, while it has no slot."""
     past: dict[int, Tallies] = field(default_factory=dict)
     """What was counted when it had read that many tokens."""
-    kept: dict[int, Tallies] = field(default_factory=dict)
+    block_ends: dict[int, Tallies] = field(default_factory=dict)
     """What was counted at the ends of blocks, of a request that vLLM may take up again there."""
-    readings: list[Readings] = field(default_factory=list)
+    readings: list[WorkerReadings] = field(default_factory=list)
+    activations: list[WorkerActivations] = field(default_factory=list)
+    prefix: dict[str, Tensor] = field(default_factory=dict)
+    """By SAE, all activations so far, where its features need them."""
+
+    @property
+    def watch(self) -> tuple[tuple[str, int], ...]:
+        """The watched features that are here."""
+        return tuple(self.request.watch[column] for column in self.columns)
 
     def take_up(self, start: int) -> None:
         """It is read on from there: what comes before was found in memory, or it was preempted.
 
         The passes so far were made all the same.
         """
-        if start > self.order.untouched and start not in self.kept:
+        if start > self.request.untouched and start not in self.block_ends:
             self.problem = f"vLLM read on at position {start} after {self.read} tokens"
-        self.read, self.tallies, self.readings = start, self.kept.get(start, Tallies()), []
+        self.read, self.tallies = start, self.block_ends.get(start, Tallies())
         self.past = {read: tallies for read, tallies in self.past.items() if read <= start}
-        self.inspection = Inspection(self.inspection.picks)
+        self.readings, self.activations, self.prefix = [], [], {}
+
+    def note_past(self, tallies: Tallies) -> None:
+        """Keeps what was counted up to here; of the oldest it lets go."""
+        self.past[self.read] = tallies
+        if len(self.past) > MAX_PAST:
+            del self.past[next(iter(self.past))]
 
 
 class SteeredModel:
     """What one worker process does for steered requests.
 
     Args:
-        names: of all SAEs, in the order that orders number them.
         saes: those whose sites are in this process.
         slots: requests in one pass at most.
         wipe: called with the state of a request with edits that left the pass, if what it left in memory would do harm.
@@ -238,7 +192,6 @@ class SteeredModel:
 
     def __init__(
         self,
-        names: Sequence[str],
         saes: Mapping[str, LoadedSae],
         slots: int,
         special: Tensor,
@@ -246,15 +199,15 @@ class SteeredModel:
         wipe: Callable[[Any], None],
     ) -> None:
         self.saes = saes
-        # One more, to turn kept tallies into counts when every slot is taken.
+        # One more, to turn tallies into counts when every slot is taken.
         self.tables = SteeringTables(saes, slots + 1, device)
-        self._names, self._special, self._wipe = tuple(names), special, wipe
-        self._pickers = Selectors({at: saes[name] for at, name in enumerate(names) if name in saes})
+        self._special, self._wipe = special, wipe
+        self._selector = ActivationSelector(saes)
         self._free, self._spare = list(range(slots)), slots
         self._live: dict[str, LiveRequest | None] = {}
         """By vLLM's name of the request; None for those that ask for nothing here."""
         self._ended: dict[int, LiveRequest] = {}
-        self._now: list[tuple[BatchPart, LiveRequest]] = []
+        self._batch: list[tuple[BatchPart, LiveRequest]] = []
 
     def begin(
         self, parts: list[BatchPart], meet: Callable[[str], tuple[bytes | None, Any]], ids: Tensor, positions: Tensor
@@ -262,114 +215,96 @@ class SteeredModel:
         """Before a pass over these parts, of which ids and positions [N] are the tokens.
 
         Args:
-            meet: the order and the state in vLLM's runner of a request seen for the first time.
+            meet: the ``WorkerRequest``, packed, and the state in vLLM's runner of a request seen for the first time.
         """
         for part in parts:
             if part.request not in self._live:
                 self._live[part.request] = self._meet(*meet(part.request))
-        self._clean({part.request for part in parts})
-        self._now = [(part, live) for part in parts if (live := self._live[part.request]) is not None]
-        for part, live in self._now:
+        present = {part.request for part in parts}
+        for name, live in self._live.items():
+            # Those who are not in the pass may have lost their memory to one who is.
+            if live is not None and name not in present:
+                self._wipe_if_bad(live)
+        self._batch = [(part, live) for part in parts if (live := self._live[part.request]) is not None]
+        for part, live in self._batch:
             self._resume(live, part)
-        spans = [RowSpan(live.slot, part.first, part.length) for part, live in self._now]
+        spans = [RowSpan(live.slot, part.first, part.length) for part, live in self._batch]
         special = torch.isin(ids, self._special) if spans else torch.zeros(0, dtype=torch.bool)
         self.tables.begin(Rows.of(spans, positions, special))
-        self.tables.watch = self._see if any(live.inspection.picks for _, live in self._now) else None
+        self.tables.watch = self._see if any(live.selections for _, live in self._batch) else None
 
-    def end(self, made: Iterable[Tensor]) -> None:
-        """After it; ``made`` [N, width] each is what the model made of the tokens last."""
-        bad = self._bad_tokens(made) if self._now else None
-        for part, live in self._now:
-            self._check(live)
-            if bad is not None and live.edits:
-                mine = bad[part.first : part.first + part.length].any()
-                live.blew_up = mine if live.blew_up is None else live.blew_up | mine
+    def end(self, out: Iterable[Tensor]) -> None:
+        """After it; ``out`` [N, width] each is what the model made of the tokens last."""
+        if self._batch:
+            bad = torch.stack([~tensor.isfinite().all(dim=-1) for tensor in out]).any(dim=0)
+        for part, live in self._batch:
+            try:
+                self.tables.check(live.slot)
+            except InternalFailure as err:
+                live.problem = live.problem or err.message
+            if live.edits:
+                is_bad = bad[part.first : part.first + part.length].any()
+                live.blew_up = is_bad if live.blew_up is None else live.blew_up | is_bad
             live.read, live.passes = part.start + part.length, live.passes + 1
-            if live.order.may_overrun:
-                live.past[live.read] = self.tables.tally(live.slot)
-                if len(live.past) > MAX_PAST:
-                    del live.past[next(iter(live.past))]
-            if 0 < live.order.untouched < live.read and live.read % BLOCK == 0:
-                live.kept[live.read] = self.tables.tally(live.slot)
-            if live.watch and not live.problem:
-                live.readings.append(self._readings(live, part.start))
-        self._now = []
+            self._note_counts(live)
+            if live.columns and not live.problem:
+                values = self.tables.readings(live.steering, live.watch, live.slot).float().cpu().numpy()
+                live.readings.append(WorkerReadings(part.start, live.columns, values.tobytes()))
+        self._batch = []
 
     def forget(self, known: Callable[[str], bool]) -> None:
-        """Lets go of the requests that vLLM no longer knows; their reports are kept."""
-        for request in [one for one in self._live if not known(one)]:
-            live = self._live.pop(request)
+        """Lets go of the requests that vLLM no longer knows; their outputs stay."""
+        for name in [name for name in self._live if not known(name)]:
+            live = self._live.pop(name)
             if live is not None:
-                self._clean_one(live)
+                self._wipe_if_bad(live)
                 self._give_up_slot(live)
-                self._ended[live.order.uid] = live
+                self._ended[live.request.uid] = live
         while len(self._ended) > MAX_ENDED:
             del self._ended[next(iter(self._ended))]
 
-    def report(self, uid: int, tokens: int) -> WorkerOutput:
+    def output(self, uid: int, tokens: int) -> WorkerOutput:
         """What was done for a request while it read its first ``tokens`` tokens; asked for once."""
-        live = self._ended.pop(uid, None) or self._find(uid)
+        running = (live for live in self._live.values() if live is not None and live.request.uid == uid)
+        live = self._ended.pop(uid, None) or next(running, None)
         if live is None:
             return WorkerOutput(problem="vLLM's worker knows nothing of this request")
-        counted = live.past.get(tokens) if live.read != tokens else self._tallies(live)
-        if counted is None:
+        tallies, passes = live.past.get(tokens), live.passes
+        if live.read == tokens:
+            tallies = self.tables.tally(live.slot) if live.slot >= 0 else live.tallies
+        elif tallies is not None:
+            passes = list(live.past).index(tokens) + 1 + live.passes - len(live.past)
+        if tallies is None:
             return WorkerOutput(problem=f"vLLM's worker read {live.read} tokens of this request, not {tokens}")
-        return WorkerOutput(
-            self._counts(live, counted),
-            tuple(live.readings),
-            tuple(live.inspection.found),
-            live.passes if live.read == tokens else list(live.past).index(tokens) + 1 + live.passes - len(live.past),
-            live.problem,
-        )
+        counts = dict(zip(live.edits, self._counts(live, tallies), strict=True))
+        return WorkerOutput(counts, tuple(live.readings), tuple(live.activations), passes, live.problem)
 
-    def _meet(self, given: bytes | None, state: Any) -> LiveRequest | None:
-        if given is None:
+    def _meet(self, packed: bytes | None, state: Any) -> LiveRequest | None:
+        if packed is None:
             return None
-        order = read_worker_request(given)
-        whole = steering_of_request(order, self._names)
-        edits = tuple(at for at, one in enumerate(whole.edits) if one.sae in self.saes)
-        here = Steering(tuple(whole.edits[at] for at in edits), whole.max_relative_edit)
-        watch = tuple(at for at, (sae, _) in enumerate(order.watch) if self._names[sae] in self.saes)
-        picks = tuple(one for one in order.picks if self._names[one.sae] in self.saes)
-        return LiveRequest(order, here, edits, watch, Inspection(picks), state=state)
+        request = read_worker_request(packed)
+        edits = tuple(at for at, edit in enumerate(request.steering.edits) if edit.sae in self.saes)
+        here = Steering(tuple(request.steering.edits[at] for at in edits), request.steering.max_relative_edit)
+        columns = tuple(column for column, (sae, _) in enumerate(request.watch) if sae in self.saes)
+        selections = tuple((sae, selection) for sae, selection in request.selections() if sae in self.saes)
+        return LiveRequest(request, here, edits, columns, selections, state)
 
     def _resume(self, live: LiveRequest, part: BatchPart) -> None:
         if part.start != live.read:
             self._give_up_slot(live)
             live.take_up(part.start)
         if live.slot < 0:
-            live.slot = self._seat()
-            self.tables.write(live.slot, live.steering, self._watched(live))
+            live.slot = self._take_slot()
+            self.tables.write(live.slot, live.steering, live.watch)
             self.tables.resume(live.slot, live.tallies)
 
-    def _clean(self, present: set[str]) -> None:
-        """Those who are not in the pass may have lost their memory to one who is."""
-        for request, live in self._live.items():
-            if live is not None and request not in present:
-                self._clean_one(live)
-
-    def _clean_one(self, live: LiveRequest) -> None:
-        blew_up, live.blew_up = live.blew_up, None
-        if blew_up is not None and bool(blew_up):
-            self._wipe(live.state)
-
-    @staticmethod
-    def _bad_tokens(made: Iterable[Tensor]) -> Tensor:
-        """bool [N], True for tokens of which something is not finite."""
-        return torch.stack([~one.isfinite().all(dim=-1) for one in made]).any(dim=0)
-
-    def _check(self, live: LiveRequest) -> None:
-        try:
-            self.tables.check(live.slot)
-        except InternalFailure as err:
-            live.problem = live.problem or err.message
-
-    def _seat(self) -> int:
+    def _take_slot(self) -> int:
         """A free slot; of those who pause if need be."""
         if not self._free:
-            busy = {id(live) for _, live in self._now}
-            pausing = (one for one in self._live.values() if one is not None and one.slot >= 0 and id(one) not in busy)
-            self._give_up_slot(next(pausing))
+            busy = {id(live) for _, live in self._batch}
+            self._give_up_slot(
+                next(live for live in self._live.values() if live and live.slot >= 0 and id(live) not in busy)
+            )
         return self._free.pop()
 
     def _give_up_slot(self, live: LiveRequest) -> None:
@@ -379,50 +314,44 @@ class SteeredModel:
             self._free.append(live.slot)
             live.slot = -1
 
-    def _find(self, uid: int) -> LiveRequest | None:
-        return next((one for one in self._live.values() if one is not None and one.order.uid == uid), None)
+    def _note_counts(self, live: LiveRequest) -> None:
+        if live.request.may_overrun:
+            live.note_past(self.tables.tally(live.slot))
+        if 0 < live.request.untouched < live.read and live.read % BLOCK == 0:
+            live.block_ends[live.read] = self.tables.tally(live.slot)
 
-    def _watched(self, live: LiveRequest) -> tuple[tuple[str, int], ...]:
-        return tuple((self._names[live.order.watch[at][0]], live.order.watch[at][1]) for at in live.watch)
-
-    def _tallies(self, live: LiveRequest) -> Tallies:
-        return self.tables.tally(live.slot) if live.slot >= 0 else live.tallies
-
-    def _counts(self, live: LiveRequest, counted: Tallies) -> tuple[EditCounts, ...]:
-        self.tables.write(self._spare, live.steering, self._watched(live))
+    def _counts(self, live: LiveRequest, tallies: Tallies) -> list[EditCounts]:
+        self.tables.write(self._spare, live.steering, live.watch)
         try:
-            self.tables.resume(self._spare, counted)
-            found = self.tables.counts(self._spare, live.steering)
+            self.tables.resume(self._spare, tallies)
+            return self.tables.counts(self._spare, live.steering)
         finally:
             self.tables.clear(self._spare)
-        return tuple(
-            EditCounts(at, *(getattr(one, name) for name in EditCounts.__struct_fields__[1:]))
-            for at, one in zip(live.edits, found, strict=True)
-        )
 
-    def _readings(self, live: LiveRequest, start: int) -> Readings:
-        values = self.tables.readings(live.steering, self._watched(live), live.slot)
-        return Readings(start, live.watch, values.float().cpu().numpy().tobytes())
+    def _wipe_if_bad(self, live: LiveRequest) -> None:
+        blew_up, live.blew_up = live.blew_up, None
+        if blew_up is not None and bool(blew_up):
+            self._wipe(live.state)
 
     def _see(self, site: Site, x: Tensor) -> None:
-        for part, live in self._now:
-            for pick in live.inspection.picks:
-                if self.saes[self._names[pick.sae]].site == site:
-                    self._pick(live, pick, part.start, x[part.first : part.first + part.length])
+        for part, live in self._batch:
+            for sae, selection in live.selections:
+                if self.saes[sae].site == site:
+                    self._select(live, sae, selection, part.start, x[part.first : part.first + part.length])
 
-    def _pick(self, live: LiveRequest, pick: WorkerSelection, start: int, x: Tensor) -> None:
+    def _select(self, live: LiveRequest, sae: str, selection: Selection, start: int, x: Tensor) -> None:
         try:
-            self._pickers.see(live.inspection, pick, start, x)
+            (rows,) = self._selector.select(sae, selection, [x], [live.prefix])
         except Exception:  # one request's activations must not end another's
             _log.exception("activations could not be read")
             live.problem = live.problem or "the activations could not be read"
+            return
+        arrays = (rows.indptr.tobytes(), rows.indices.tobytes(), rows.values.tobytes())
+        live.activations.append(WorkerActivations(sae, start, *arrays))
 
 
-# The ops that vLLM's compiled graphs call at every site: a graph holds numbers and tensors, the tables are found
-# here.
-#
-# They change their tensors in place, so that an idle site costs no copy, and where nobody edits nothing is written.
-
+# The ops that vLLM's compiled graphs call at every site. They change their tensors in place, so that an idle site costs
+# no copy, and where nobody edits nothing is written.
 
 Edit: TypeAlias = Callable[[Tensor], Tensor]
 """x [N, width] as the model made it -> as it goes on with it; x itself where nobody edits."""
@@ -467,11 +396,10 @@ torch.library.register_fake("saeguard_vllm::edit", lambda x, place: None)
 torch.library.register_fake("saeguard_vllm::edit_sum", lambda hidden, residual, place: None)
 
 
-# Where our ops go in vLLM's models, whose modules have the names that Hugging Face gives them.
+# Where the ops go in vLLM's models, whose modules have the names that Hugging Face gives them.
 #
 # Llama's and Gemma's blocks pass the residual stream on in two tensors, and the norm that follows adds them. What is
 # sharded under tensor parallelism cannot be edited: an SAE reads and writes whole vectors.
-
 
 MODELS: Mapping[str, str] = {
     "gemma2": "Gemma2ForCausalLM",
@@ -497,9 +425,9 @@ def check_class(model: nn.Module, config: ModelConfig) -> None:
     Raises:
         ValueError: names both.
     """
-    wanted, found = MODELS[config.model_type], type(model).__name__
-    if found != wanted:
-        raise ValueError(f"vLLM runs this {config.model_type} model as {found}; its sites are known in {wanted}")
+    expected, actual = MODELS[config.model_type], type(model).__name__
+    if actual != expected:
+        raise ValueError(f"vLLM runs this {config.model_type} model as {actual}; its sites are known in {expected}")
 
 
 def offered_sites(config: ModelConfig, tensor_parallel: int) -> frozenset[Site]:
@@ -513,15 +441,15 @@ def offered_sites(config: ModelConfig, tensor_parallel: int) -> frozenset[Site]:
 def attach_edits(model: nn.Module, config: ModelConfig, tables: SteeringTables) -> None:
     """Puts an op into the model at every site of the tables, which this process must hold; before it is compiled."""
     # Sites may share a module: those that change what later ones see come first.
-    placed = sorted(tables.sites, key=depth)
-    install_edits([_edit_op(model, config, tables, site) for site in placed])
-    for number, site in enumerate(placed):
-        _hook(model, config, site, number)
+    places = [(site, locate(model, config, site)) for site in sorted(tables.sites, key=depth)]
+    install_edits([partial(tables.edit, site, see=place.see) for site, place in places])
+    for number, (site, place) in enumerate(places):
+        _hook(place, site, number)
 
 
-def hooked_sites(model: nn.Module, config: ModelConfig, wanted: Iterable[Site]) -> frozenset[Site]:
+def hooked_sites(model: nn.Module, config: ModelConfig, sites: Iterable[Site]) -> frozenset[Site]:
     """Those of the sites whose module is in this process: pipeline stages hold a part of the layers each."""
-    return frozenset(site for site in wanted if _is_here(model, config, site))
+    return frozenset(site for site in sites if _is_here(model, config, site))
 
 
 def _is_here(model: nn.Module, config: ModelConfig, site: Site) -> bool:
@@ -530,13 +458,7 @@ def _is_here(model: nn.Module, config: ModelConfig, site: Site) -> bool:
     return type(model.get_submodule(path)).__name__ != "PPMissingLayer"
 
 
-def _edit_op(model: nn.Module, config: ModelConfig, tables: SteeringTables, site: Site) -> Edit:
-    see = locate(model, config, site).see
-    return lambda x: tables.edit(site, x, see)
-
-
-def _hook(model: nn.Module, config: ModelConfig, site: Site, number: int) -> None:
-    place = locate(model, config, site)
+def _hook(place: Located, site: Site, number: int) -> None:
     # A norm that adds first puts out what it normalised and the sum: an SAE behind the norm reads the former alone.
     is_whole = place.side == "in" or site.point == "resid_post"
     place.attach(lambda value: _apply(value if is_whole or isinstance(value, Tensor) else value[:1], number))
@@ -544,9 +466,9 @@ def _hook(model: nn.Module, config: ModelConfig, site: Site, number: int) -> Non
 
 def _apply(value: Any, number: int) -> None:
     """Edits the activations among a module's arguments or output in place: one tensor, or two that are summed."""
-    given = (value,) if isinstance(value, Tensor) else value
+    values = (value,) if isinstance(value, Tensor) else value
     # Blocks get positions first, in integers.
-    x, *more = [one for one in given if isinstance(one, Tensor) and one.is_floating_point()]
+    x, *more = [item for item in values if isinstance(item, Tensor) and item.is_floating_point()]
     if more:
         torch.ops.saeguard_vllm.edit_sum(x, more[0], number)
     else:

@@ -1,4 +1,4 @@
-"""What a child process runs: ``python -m saeguard_server.engine.worker <file descriptor>``."""
+"""What the process runs: ``python -m saeguard_server.engine.worker <file descriptor>``."""
 
 from __future__ import annotations
 

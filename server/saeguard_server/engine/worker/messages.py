@@ -1,5 +1,9 @@
-"""What parent and child say to each other. The child gets a ``Start``, then commands; it sends ``Ready`` or
-``Refused``, then reports."""
+"""What the server and the process that runs its engine say to each other, as bytes on a socket pair.
+
+The process gets a ``Start``, then commands; it sends ``WorkerReady`` or the error of loading, then a ``StepOutput``
+after each step. Pickle is safe here and nowhere else: the pair is made before the process, has no name, and only these
+two processes of the same code hold its ends. Whoever could write to it could write to their memory.
+"""
 
 from __future__ import annotations
 
@@ -7,90 +11,29 @@ import copyreg
 import io
 import pickle
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from operator import attrgetter
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
-import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from torch import Tensor
 
 from saeguard.catalog import Model
 from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
-from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask
+from saeguard_server.engine.load import RemoteSae
+from saeguard_server.engine.protocol import Capabilities, Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.tokenizer import Tokenizer
-from saeguard_server.errors import SaeguardError
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import Settings
 
-# What the front end knows of an SAE whose weights are in another process: everything but the weights.
-#
-# Its tensors are on torch's "meta" device: shapes without memory. The class is the real one, so that whoever asks
-# what the SAE is (how wide, what architecture, whether it can be edited) gets the answer it would get in the engine,
-# and whoever computes with it gets an error and not a wrong number.
+_PROTOCOL = 5
+_EACH_STEP = (ActivationPart, StreamChunk, FeatureReading, Token, TokenLogprob, TokenText)
 
 
-_ROWS = 4096
-"""Decoder rows turned to float32 at once."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RemoteSae(LoadedSae):
-    """An SAE without its weights."""
-
-    decoder_norms: Tensor = field(kw_only=True)
-    """[d_sae] lengths of the decoder's rows, in float32: what the unit "unit_decoder" needs."""
-
-    def decoder_norm(self, feature: int) -> float:
-        """The length of what one unit of the feature writes."""
-        return float(self.decoder_norms[feature])
-
-
-def remote_sae(sae: LoadedSae) -> RemoteSae:
-    """The SAE as the front end gets it."""
-    known = {one.name: getattr(sae, one.name) for one in fields(LoadedSae)}
-    known |= {name: to_meta(known[name]) for name in ("dictionary", "write_gain")}
-    return RemoteSae(**known, decoder_norms=_norms(sae.dictionary.W_dec))
-
-
-def to_meta(value: Any) -> Any:
-    """The same value with every tensor in it on the meta device."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, tuple | list):
-        return type(value)(to_meta(one) for one in value)
-    if isinstance(value, dict):
-        return {key: to_meta(one) for key, one in value.items()}
-    return _hollow_object(value) if is_dataclass(value) else value
-
-
-def _hollow_object(value: Any) -> Any:
-    # Not through the constructor: it checks that weights are finite, which was done where they are.
-    made = object.__new__(type(value))
-    for one in fields(value):
-        object.__setattr__(made, one.name, to_meta(getattr(value, one.name)))
-    return made
-
-
-def _norms(W_dec: Tensor) -> Tensor:
-    """W_dec [d_sae, d_out] -> [d_sae], on the host."""
-    parts = [W_dec[first : first + _ROWS].float().norm(dim=1) for first in range(0, len(W_dec), _ROWS)]
-    return torch.cat(parts).cpu()
-
-
-class InnerEngine(Engine, Protocol):
-    """The engine that the child runs, with the tokenizer of its model."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-
-Loader: TypeAlias = Callable[[Settings, Metrics], InnerEngine]
+Loader: TypeAlias = Callable[[Settings, Metrics], Engine]
 """Makes the engine in the child; a function of a module, since it travels by its name."""
 
 Samples: TypeAlias = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -120,19 +63,10 @@ class WorkerReady:
     saes: dict[str, RemoteSae]
     tokenizer: Tokenizer
 
-    def differs_from(self, other: WorkerReady) -> bool:
-        """Whether it would give other answers."""
-        return self._identity() != other._identity()
-
-    def _identity(self) -> tuple[str, Capabilities, Mapping[str, str]]:
+    @property
+    def identity(self) -> tuple[str, Capabilities, Mapping[str, str]]:
+        """Whoever has the same gives the same answers."""
         return self.model.digest, self.capabilities, {name: sae.digest for name, sae in self.saes.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerRefused:
-    """The engine cannot be loaded; ``error`` is what loading raised."""
-
-    error: Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,34 +93,10 @@ Command: TypeAlias = Submit | Cancel | Stop
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerFailure:
-    """A SaeguardError on its way: their constructors take other arguments than exceptions are pickled with."""
-
-    kind: type[SaeguardError]
-    args: tuple[Any, ...]
-    facts: dict[str, Any]
-
-    @classmethod
-    def of(cls, error: SaeguardError) -> WorkerFailure:
-        """The error, ready to be sent."""
-        return cls(type(error), error.args, vars(error))
-
-    def error(self) -> SaeguardError:
-        """The error as it was: class, message, field, seconds to wait."""
-        made = self.kind.__new__(self.kind, *self.args)
-        vars(made).update(self.facts)
-        return made
-
-
-Event: TypeAlias = StreamChunk | ActivationPart | WorkerFailure | None
-"""What a task's owner gets; a failure, a completion, or None after the last activation part ends it."""
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What happened since the last one; sent after each step of the engine and once a second."""
 
-    events: list[tuple[int, Event]]
+    events: list[tuple[int, Event | None]]
     is_ready: bool
     taken: int
     """Tasks that have arrived so far."""
@@ -196,20 +106,10 @@ class StepOutput:
     """The metrics, once a second."""
 
 
-# Messages as bytes on a socket pair.
-#
-# Pickle is safe here and nowhere else: the pair is made before the child, has no name, and only these two processes
-# of the same code hold its ends. Whoever could write to it could write to their memory.
-
-
-_PROTOCOL = 5
-_EACH_STEP = (ActivationPart, StreamChunk, FeatureReading, Token, TokenLogprob, TokenText)
-
-
 def _by_fields(kind: type[Any]) -> Callable[[Any], tuple[type[Any], tuple[Any, ...]]]:
     """Reduces a dataclass to its class and its values: a third of what it takes through its own state."""
     values = attrgetter(*(field.name for field in fields(kind)))
-    return lambda one: (kind, values(one))
+    return lambda message: (kind, values(message))
 
 
 class _Pickler(pickle.Pickler):
@@ -241,30 +141,29 @@ def receive_message(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
-# The metrics of an engine that lives in processes that come and go, on the server's own /metrics.
-#
-# A child counts in a registry of its own and sends all of it once a second. Shown are the server's own values, plus
-# the last counts of every child that is gone, plus those of the one that runs: so a counter never goes back, and a
-# child that is killed takes at most a second of counts with it. Gauges of a child that is gone are gone too.
-
-
 def count_metrics(registry: CollectorRegistry) -> Counts:
     """Everything in a registry."""
-    return {
-        family.name: {(one.name, tuple(one.labels.items())): one.value for one in family.samples}
-        for family in registry.collect()
-    }
+    return {family.name: _samples(family) for family in registry.collect()}
+
+
+def _samples(family: Metric) -> Samples:
+    return {(sample.name, tuple(sample.labels.items())): sample.value for sample in family.samples}
 
 
 class SummedMetrics(Collector):
-    """Stands in the server's registry in place of its metrics, with the children's counts added."""
+    """Stands in the server's registry in place of its metrics, with the counts of the engine's processes added.
+
+    A process counts in a registry of its own and sends all of it once a second. Shown are the server's own values, the
+    last counts of every process that is gone, and those of the one that runs: so a counter never goes back, and a
+    process that is killed takes at most a second of counts with it. Gauges of one that is gone are gone too.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
-        self._own = [one for one in vars(metrics).values() if isinstance(one, MetricWrapperBase)]
+        self._own = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
         self._past_and_live: tuple[Counts, Counts] = {}, {}
         """Replaced as one, since another thread may be collecting."""
-        for one in self._own:
-            metrics.registry.unregister(one)
+        for metric in self._own:
+            metrics.registry.unregister(metric)
         metrics.registry.register(self)
 
     def update(self, counts: Counts) -> None:
@@ -275,27 +174,23 @@ class SummedMetrics(Collector):
         """The child that ran is gone."""
         past, live = self._past_and_live
         gauges = {family.name for family in self.describe() if family.type == "gauge"}
-        kept = {name: _add([past.get(name, {}), samples]) for name, samples in live.items() if name not in gauges}
-        self._past_and_live = past | kept, {}
+        totals = {name: _add([past.get(name, {}), samples]) for name, samples in live.items() if name not in gauges}
+        self._past_and_live = past | totals, {}
 
     def describe(self) -> Iterable[Metric]:
         """The names, without values."""
-        return [family for one in self._own for family in one.describe()]
+        return [family for metric in self._own for family in metric.describe()]
 
     def collect(self) -> Iterable[Metric]:
         """Every metric with its total."""
         parts = self._past_and_live
-        for one in self._own:
-            for family in one.collect():
-                yield _total(family, [part.get(family.name, {}) for part in parts])
-
-
-def _total(own: Metric, children: list[Samples]) -> Metric:
-    total = Metric(own.name, own.documentation, own.type, own.unit)
-    values = _add([{(one.name, tuple(one.labels.items())): one.value for one in own.samples}, *children])
-    for (name, labels), value in values.items():
-        total.add_sample(name, dict(labels), value)
-    return total
+        for metric in self._own:
+            for family in metric.collect():
+                total = Metric(family.name, family.documentation, family.type, family.unit)
+                counts = _add([_samples(family), *(part.get(family.name, {}) for part in parts)])
+                for (name, labels), value in counts.items():
+                    total.add_sample(name, dict(labels), value)
+                yield total
 
 
 def _add(parts: list[Samples]) -> Samples:

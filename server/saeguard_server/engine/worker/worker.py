@@ -1,4 +1,4 @@
-"""What runs in the child: the engine on an event loop of its own, commands in, reports out.
+"""What runs in the process: the engine on an event loop of its own, commands in, its output out.
 
 Interrupts are ignored: Ctrl-C and a service manager's SIGTERM reach every process of a group, and the parent drains
 first. It says when to stop; and when the parent is gone, so is its end of the connection, and the child exits at once.
@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -22,25 +21,10 @@ from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry
 
-from saeguard.results import ActivationPart, StreamChunk
 from saeguard_server import observe
-from saeguard_server.engine.protocol import GenerateTask, InspectTask
+from saeguard_server.engine.load import remote_sae
+from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
-from saeguard_server.engine.worker.messages import (
-    Cancel,
-    Command,
-    Event,
-    InnerEngine,
-    Start,
-    StepOutput,
-    Stop,
-    Submit,
-    WorkerFailure,
-    WorkerReady,
-    WorkerRefused,
-    count_metrics,
-    remote_sae,
-)
 from saeguard_server.errors import InternalFailure, SaeguardError
 from saeguard_server.observe import Metrics
 
@@ -59,7 +43,7 @@ def run_worker(descriptor: int) -> None:
     # Or programs that the engine starts would hold the socket open after us.
     os.set_inheritable(descriptor, False)
     line: _Line = Connection(descriptor)
-    start: Start = messages.receive_message(line)
+    start: messages.Start = messages.receive_message(line)
     observe.configure_logs(start.settings.server.log_level, sys.stderr)
     asyncio.run(_serve(line, start))
     # Not by returning: to take torch's modules down takes a second or more, and the parent waits for it.
@@ -67,25 +51,25 @@ def run_worker(descriptor: int) -> None:
     os._exit(0)
 
 
-async def _serve(line: _Line, start: Start) -> None:
-    loop, commands = asyncio.get_running_loop(), asyncio.Queue[Command]()
+async def _serve(line: _Line, start: messages.Start) -> None:
+    loop, commands = asyncio.get_running_loop(), asyncio.Queue[messages.Command]()
     # Before loading, which may take minutes: a parent that goes away meanwhile must not be outlived.
     threading.Thread(target=_listen, args=(line, loop, commands), name="commands", daemon=True).start()
     metrics = Metrics(CollectorRegistry())
     try:
         engine = start.load(start.settings, metrics)
     except Exception as err:
-        messages.send_message(line, WorkerRefused(_portable(err)))
+        messages.send_message(line, _portable(err))
         return
     engine.start()
     saes = {name: remote_sae(sae) for name, sae in engine.saes.items()}
     # Two tasks are measured in one process only.
     can = replace(engine.capabilities, compares=False)
-    messages.send_message(line, WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
+    messages.send_message(line, messages.WorkerReady(time.monotonic(), engine.model, can, saes, engine.tokenizer))
     await WorkerService(line, engine, metrics).run(commands)
 
 
-def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[Command]) -> None:
+def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[messages.Command]) -> None:
     while True:
         try:
             command = messages.receive_message(line)
@@ -106,55 +90,52 @@ def _portable(error: Exception) -> Exception:
 class WorkerService:
     """Runs the tasks that come and reports what they give: one report for everything that a step produced."""
 
-    def __init__(self, line: _Line, engine: InnerEngine, metrics: Metrics) -> None:
+    def __init__(self, line: _Line, engine: Engine, metrics: Metrics) -> None:
         self._line, self._engine, self._metrics = line, engine, metrics
         self._loop = asyncio.get_running_loop()
-        self._answers: dict[int, asyncio.Task[None]] = {}
-        self._events: list[tuple[int, Event]] = []
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._events: list[tuple[int, Event | None]] = []
         self._taken = 0
 
-    async def run(self, commands: asyncio.Queue[Command]) -> None:
+    async def run(self, commands: asyncio.Queue[messages.Command]) -> None:
         """Serves until told to stop; whatever still runs then fails with the engine's last words."""
-        pulse = asyncio.create_task(self._beat())
-        while not isinstance(command := await commands.get(), Stop):
-            self._obey(command)
+        pulse = asyncio.create_task(self._report_regularly())
+        while not isinstance(command := await commands.get(), messages.Stop):
+            self._handle(command)
         pulse.cancel()
         self._engine.stop()
-        await asyncio.gather(*self._answers.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._report(with_counts=True)
 
-    def _obey(self, command: Command) -> None:
-        if isinstance(command, Submit):
+    def _handle(self, command: messages.Command) -> None:
+        if isinstance(command, messages.Submit):
             self._taken += 1
-            self._answers[command.uid] = asyncio.create_task(self._answer(command.uid, command.task))
-        elif isinstance(command, Cancel) and command.uid in self._answers:
-            self._answers[command.uid].cancel()
+            self._tasks[command.uid] = asyncio.create_task(self._run_task(command.uid, command.task))
+        elif isinstance(command, messages.Cancel) and command.uid in self._tasks:
+            self._tasks[command.uid].cancel()
 
-    async def _answer(self, uid: int, task: GenerateTask | InspectTask) -> None:
+    async def _run_task(self, uid: int, task: GenerateTask | InspectTask) -> None:
         observe.REQUEST_ID.set(task.call.request_id)
         try:
-            async with aclosing(self._stream(task)) as events:
+            async with aclosing(self._engine.events(task)) as events:
                 async for event in events:
-                    self._tell(uid, event)
-            self._tell(uid, None)
+                    self._send(uid, event)
+            self._send(uid, None)
         except SaeguardError as err:
-            self._tell(uid, WorkerFailure.of(err))
+            self._send(uid, err)
         except Exception:
             _log.exception("a request failed in the engine's process")
-            self._tell(uid, WorkerFailure.of(InternalFailure("the engine failed on this request")))
+            self._send(uid, InternalFailure("the engine failed on this request"))
         finally:
-            del self._answers[uid]
+            del self._tasks[uid]
 
-    def _stream(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk] | AsyncGenerator[ActivationPart]:
-        return self._engine.generate(task) if isinstance(task, GenerateTask) else self._engine.inspect(task)
-
-    def _tell(self, uid: int, event: Event) -> None:
+    def _send(self, uid: int, event: Event | None) -> None:
         if not self._events:
             # Runs after the other tasks that the same step has woken.
             self._loop.call_soon(self._report)
         self._events.append((uid, event))
 
-    async def _beat(self) -> None:
+    async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(PULSE_S)
             self._report(with_counts=True)
@@ -163,10 +144,10 @@ class WorkerService:
         events, self._events = self._events, []
         if not events and not with_counts:
             return  # a pulse took them along
-        counts = count_metrics(self._metrics.registry) if with_counts else None
-        report = StepOutput(events, self._engine.is_ready(), self._taken, self._engine.queued(), counts)
+        counts = messages.count_metrics(self._metrics.registry) if with_counts else None
+        output = messages.StepOutput(events, self._engine.is_ready(), self._taken, self._engine.queued(), counts)
         try:
-            messages.send_message(self._line, report)
+            messages.send_message(self._line, output)
         except Exception:
             # Its events would be lost; the end of the process fails their requests by name.
             _log.exception("a report cannot be sent; the engine's process ends")

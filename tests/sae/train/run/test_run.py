@@ -39,7 +39,7 @@ def test_from_a_configuration_to_an_sae_that_loads(tree: Tree, console: Console,
     ]
     paths = train_from_config(parse_run_config(tree), console=console)
     assert [path.name for path in paths] == ["mid-k2", "mid-k8", "over", "classic"]
-    found = {path.name: open_sae(path.name, path).found for path in paths}
+    found = {path.name: open_sae(path.name, path).parsed for path in paths}
     assert {name: one.dictionary.architecture for name, one in found.items()} == {
         "mid-k2": "jumprelu",
         "mid-k8": "jumprelu",
@@ -61,7 +61,7 @@ def test_from_a_configuration_to_an_sae_that_loads(tree: Tree, console: Console,
 def test_it_learns(tree: Tree, console: Console) -> None:
     tree["run"]["tokens"] = 64 * 300
     (path,) = train_from_config(parse_run_config(tree), console=console)
-    dictionary = open_sae("mid", path).found.dictionary
+    dictionary = open_sae("mid", path).parsed.dictionary
     assert isinstance(dictionary, Dictionary)
     model = open_language_model(LanguageModelSettings(path=tree["model"]["path"]))
     held_out = DataSettings(path=tree["data"]["path"], skip=100)

@@ -47,8 +47,8 @@ def test_an_edit_is_made_only_where_its_guard_is_on() -> None:
     table, x = EditTable(3, D), tokens(1, 3, 9)
     held = torch.rand(3, 9, 3, generator=torch.Generator().manual_seed(2)) < 0.5
     held[..., 0] = True
-    table.write(0, [column(1, CLAMP, guard=1), column(2, ADD, guard=0), column(3, ADD)])
-    table.write(2, [column(4, CLAMP, guard=1)])
+    table.write(0, [column(1, CLAMP, condition=1), column(2, ADD, condition=0), column(3, ADD)])
+    table.write(2, [column(4, CLAMP, condition=1)])
     out = apply(table, x, held)
     for slot, gated in ((0, {1: (CLAMP, 2), 2: (ADD, 1), 3: (ADD, 0)}), (1, {}), (2, {4: (CLAMP, 2)})):
         for at in range(9):
@@ -64,7 +64,7 @@ def test_an_edit_is_made_only_where_its_guard_is_on() -> None:
 
 def test_a_shadow_edit_counts_as_made_and_changes_nothing() -> None:
     """Beside an applied edit of the same feature: each measures from the same value."""
-    x, edits = tokens(3, 2, 20), [column(1, CLAMP), column(2, Affine(alpha=0.0), guard=0)]
+    x, edits = tokens(3, 2, 20), [column(1, CLAMP), column(2, Affine(alpha=0.0), condition=0)]
     held = torch.rand(2, 20, 2, generator=torch.Generator().manual_seed(4)) < 0.5
     held[..., 0] = True
     made, shadow, both = EditTable(2, D), EditTable(2, D), EditTable(2, D)

@@ -46,9 +46,9 @@ def checked(world: Any, right: LoadedSae, wrong: LoadedSae) -> CheckReport:
 
 
 def named(report: CheckReport, what: str, setting: str | None) -> None:
-    """The first suspect is this one, and it lies inside the bounds."""
-    assert report.suspects, report.explain()
-    first = report.suspects[0]
+    """The first hypothesis is this one, and it lies inside the bounds."""
+    assert report.hypotheses, report.explain()
+    first = report.hypotheses[0]
     assert (first.what, first.setting) == (what, setting), report.explain()
     assert report.bounds.admits(first.l0, first.fvu)
 
@@ -67,7 +67,7 @@ def test_the_site(worlds: Worlds, fitted: Fitted, loaded: Any, model_type: str, 
     report = checked(world, loaded(HERE, dictionary), loaded(Site.parse(wrong), dictionary))
     if wrong == "resid_pre.1":  # of the neighbouring layer, it is the same tensor
         named(report, f"it reads resid_pre.2, not {wrong}", 'site = "resid_pre.2"')
-        report = replace(report, suspects=report.suspects[1:])
+        report = replace(report, hypotheses=report.hypotheses[1:])
     named(report, f"it reads {HERE}, not {wrong}", f'site = "{HERE}"')
 
 
@@ -301,7 +301,7 @@ def test_the_activation_scale(quiet: Any, fitted: Fitted, loaded: Any, off: floa
     notes = () if off is None else (Convention("activation scale", f"{folded:g}", source),)
     wrong = loaded(site, _at_scale(trained, folded), conventions=notes)
     report = checked(quiet, loaded(site, _at_scale(trained, scale)), wrong)
-    first = report.suspects[0]
+    first = report.hypotheses[0]
     assert report.bounds.admits(first.l0, first.fvu)
     assert first.what.startswith("its activations are scaled by "), report.explain()
     assert first.what.endswith(f"not by {folded:.4g}")
@@ -321,7 +321,7 @@ def test_the_scales_of_a_transcoder(quiet: Any, fitted: Fitted, loaded: Any) -> 
     trained = fitted(x * inward, target=y * outward)
     right = replace(trained, W_enc=trained.W_enc * inward, W_dec=trained.W_dec / outward, b_dec=trained.b_dec / outward)
     report = checked(quiet, loaded(reads, right, writes=(writes,)), loaded(reads, trained, writes=(writes,)))
-    first = report.suspects[0]
+    first = report.hypotheses[0]
     assert first.what.startswith("what it reads is scaled by "), report.explain()
     assert first.setting is None
 
@@ -430,7 +430,7 @@ def test_one_layer_of_a_cross_layer_transcoder(worlds: Worlds, fitted: Fitted, l
     writes = (Site(1, "mlp_out"), Site(2, "mlp_out"))
     report = checked(world, loaded(right, dictionary, writes=writes), loaded(wrong, dictionary, writes=writes))
     named(report, f"it reads {right}, not {wrong}", f'site = "{right}"')
-    assert all(one.fvu is None for one in report.suspects)
+    assert all(one.fvu is None for one in report.hypotheses)
 
 
 def test_two_mistakes(worlds: Worlds, uneven: Any, fitted: Fitted, loaded: Any) -> None:
@@ -453,7 +453,7 @@ def test_nothing_fits_an_sae_of_another_model(worlds: Worlds, fitted: Fitted, lo
     report = check_sae(
         world.model, world.config, loaded(HERE, other), world.texts, world.special, CheckBounds(max_fvu=0.1)
     )
-    assert not any(report.bounds.admits(one.l0, one.fvu) for one in report.suspects), report.explain()
+    assert not any(report.bounds.admits(one.l0, one.fvu) for one in report.hypotheses), report.explain()
 
 
 def test_no_reason_is_sought_for_what_is_as_expected(worlds: Worlds, fitted: Fitted, loaded: Any) -> None:
@@ -462,7 +462,7 @@ def test_no_reason_is_sought_for_what_is_as_expected(worlds: Worlds, fitted: Fit
     report = check_sae(world.model, world.config, loaded(HERE, fitted(world.rows(HERE))), world.texts, world.special,
                    CheckBounds(max_l0=90.0, max_fvu=1e6, max_ce_increase=-9.0))  # fmt: skip
     assert report.violations
-    assert report.suspects == ()
+    assert report.hypotheses == ()
 
 
 def test_the_right_l0_alone_is_no_fit(worlds: Worlds, loaded: Any) -> None:

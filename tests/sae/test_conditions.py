@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.conditions import NEVER, Comparison, CompiledCondition, ConditionTable, WeightedFeature, WindowKind
+from saeguard_sae.conditions import NEVER, Comparison, ConditionColumn, ConditionTable, WindowKind
 from saeguard_sae.dictionary import Dictionary, ReLU
-from saeguard_sae.edit_table import Rows, RowSpan
+from saeguard_sae.feature_sums import WeightedFeature
+from saeguard_sae.rows import Rows, RowSpan
 from support.guarding import PlainGuard
 
 D = 6
@@ -31,7 +32,7 @@ def identity() -> Dictionary:
 CODERS = {"early": identity(), "late": identity()}
 
 
-def some_guard(draw: random.Random) -> CompiledCondition:
+def some_guard(draw: random.Random) -> ConditionColumn:
     """Sums, thresholds and weights are multiples of an eighth, so that ties happen and every sum is exact."""
     comparison, window = draw.choice(COMPARISONS), draw.choice(WINDOWS)
     threshold, slack = draw.randint(-2, 12) / 4, draw.choice((0, 0, 0.25, 1.0))
@@ -39,7 +40,7 @@ def some_guard(draw: random.Random) -> CompiledCondition:
         slack = 0
     tokens = draw.choice((1, 2, 3, 4, 7))
     first = draw.choice((0, 0, 3))
-    return CompiledCondition(
+    return ConditionColumn(
         summands=tuple(some_sum(draw, place) for place in draw.choice((PLACES, PLACES[:1], PLACES[1:]))),
         bias=draw.choice((0.0, -0.5, 0.25)),
         comparison=comparison,
@@ -80,7 +81,7 @@ class Trace:
         self.special = torch.tensor([draw.random() < 0.2 for _ in range(length)])
         self.lists = {where: values.tolist() for where, values in self.read.items()}
 
-    def value(self, guard: CompiledCondition, at: int) -> float:
+    def value(self, guard: ConditionColumn, at: int) -> float:
         parts = (
             weight * max(0.0, self.lists[one.place, one.source][at][feature])
             for one in guard.summands
@@ -98,7 +99,7 @@ class Live:
         self.columns: dict[int, list[int]] = {}
         self.read: dict[int, int] = {}
 
-    def join(self, slot: int, trace: Trace, guards: list[CompiledCondition], read: int = 0) -> None:
+    def join(self, slot: int, trace: Trace, guards: list[ConditionColumn], read: int = 0) -> None:
         self.traces[slot], self.read[slot] = trace, read
         self.columns[slot] = self.guards.write(slot, guards)
 
@@ -117,9 +118,9 @@ class Live:
         rows = Rows.of(spans, positions, torch.cat([self.traces[slot].special[at] for slot, at in now.items()]))
         self.guards.begin(rows)
         for place in PLACES:
-            self.guards.see(place, joined(place, None), rows, {"aside": joined("late", "aside")})
+            self.guards.decide(place, joined(place, None), rows, {"aside": joined("late", "aside")})
         found = {}
-        for group, held in zip(rows.groups, self.guards.held, strict=True):
+        for group, held in zip(rows.groups, self.guards.on, strict=True):
             for row, (slot, length) in enumerate(zip(group.slots, group.lengths, strict=True)):
                 columns = [1 + column for column in self.columns[slot]]
                 empty = torch.zeros(length, 0, dtype=torch.bool)
@@ -128,7 +129,7 @@ class Live:
         return found
 
 
-def plainly(trace: Trace, guards: list[CompiledCondition], until: int) -> tuple[list[PlainGuard], list[list[bool]]]:
+def plainly(trace: Trace, guards: list[ConditionColumn], until: int) -> tuple[list[PlainGuard], list[list[bool]]]:
     plain = [PlainGuard(one) for one in guards]
     return plain, [
         [one.read(trace.value(one.rule, at), at, bool(trace.special[at])) for one in plain] for at in range(until)
@@ -136,7 +137,7 @@ def plainly(trace: Trace, guards: list[CompiledCondition], until: int) -> tuple[
 
 
 def check_seen(live: Live, slot: int, plain: list[PlainGuard], trace: Trace) -> None:
-    for seen, one in zip(live.guards.seen(slot), plain, strict=True):
+    for seen, one in zip(live.guards.counts(slot), plain, strict=True):
         assert (seen.evaluated, seen.on) == (len(one.values), len(one.positions))
         assert seen.first == (one.positions[0] if one.positions else None)
         assert seen.maximum == max(one.values, default=-torch.inf)
@@ -213,7 +214,7 @@ def test_long_means_do_not_drift() -> None:
     """A running sum would carry the error of one huge value along; each window is added up on its own."""
     live, draw = Live(1), random.Random(3)
     value = WeightedFeature("early", None, CODERS["early"], (0,), (1.0,))
-    guard = CompiledCondition(
+    guard = ConditionColumn(
         summands=(value,), comparison="at_least", threshold=0.25, release=0.25, window="rolling_mean", tokens=3
     )
     trace = Trace(draw, 40)
@@ -223,7 +224,7 @@ def test_long_means_do_not_drift() -> None:
     live.join(0, trace, [guard])
     for part in (1, 4, 1, 34):
         assert live.step({0: part})[0].all()
-    assert live.guards.seen(0)[0].on == 40
+    assert live.guards.counts(0)[0].on == 40
 
 
 def test_equal_sums_of_many_requests_are_held_once() -> None:
@@ -232,11 +233,10 @@ def test_equal_sums_of_many_requests_are_held_once() -> None:
     for slot in range(4):
         live.join(slot, Trace(draw, 3), [replace(one, threshold=one.threshold + slot) for one in guards])
     live.step(dict.fromkeys(range(4), 3))
-    for sources in live.guards._probes.values():
-        for probes in sources.values():
-            assert len(probes._known) <= 5
+    every = [sums for by_source in live.guards._sums.values() for sums in by_source.values()]
+    assert all(len(sums._sums) <= 5 for sums in every)
     live.guards.clear(2)
-    assert all(one.users == 3 for probes in live.guards._probes["early"].values() for one in probes._known.values())
+    assert all(sums._sums.keys() == sums._used() - {()} for sums in every)
 
 
 def test_a_neighbours_feature_that_overflows_changes_nothing() -> None:
@@ -249,7 +249,7 @@ def test_a_neighbours_feature_that_overflows_changes_nothing() -> None:
     live = Live(2)
     live.join(0, trace, guards)
     live.join(
-        1, Trace(draw, 9), [CompiledCondition(summands=(WeightedFeature("early", None, wild, (0, 1), (1.0, -1.0)),))]
+        1, Trace(draw, 9), [ConditionColumn(summands=(WeightedFeature("early", None, wild, (0, 1), (1.0, -1.0)),))]
     )
     held = live.step({0: 9, 1: 9})[0].tolist()
     assert held == plainly(trace, guards, 9)[1]
@@ -258,7 +258,7 @@ def test_a_neighbours_feature_that_overflows_changes_nothing() -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_it_reads_only_what_it_must(place: str) -> None:
     guards = ConditionTable(2)
-    guards.write(0, [CompiledCondition(summands=(WeightedFeature(place, None, CODERS[place], (1,), (1.0,)),))])
+    guards.write(0, [ConditionColumn(summands=(WeightedFeature(place, None, CODERS[place], (1,), (1.0,)),))])
     rows = Rows.of([RowSpan(0, 0, 1)], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
     assert [guards.reads_at(one, 0) for one in PLACES] == [one == place for one in PLACES]
     assert guards.reads(place, None, rows)

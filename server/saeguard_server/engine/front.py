@@ -1,0 +1,97 @@
+"""The front of an engine whose core runs on a thread or in a process: tasks go out under numbers, events come back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import TypeAlias
+
+from saeguard.results import ActivationPart, StreamChunk
+from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
+from saeguard_server.errors import SaeguardError, Unavailable
+
+RETRY_S = 1.0
+FIRST_S, LONGEST_S = 0.5, 30.0
+GOOD_SERVICE_S = 60.0
+"""An engine that ran this long has recovered."""
+
+_Inbox: TypeAlias = asyncio.Queue[Event | None]
+
+
+class EngineFront(Engine):
+    """Hands tasks to a core and its events to their owners; everything here happens on the event loop."""
+
+    def __init__(self) -> None:
+        self._uids = itertools.count()
+        self._inboxes: dict[int, _Inbox] = {}
+
+    @abstractmethod
+    def _submit(self, uid: int, task: GenerateTask | InspectTask) -> None:
+        """Hands a task to the core."""
+
+    @abstractmethod
+    def _cancel(self, uid: int) -> None:
+        """Tells the core that a task's owner is gone."""
+
+    def _retry_s(self) -> float:
+        """When to come back to an engine that is not ready."""
+        return RETRY_S
+
+    async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
+        if not self.is_ready():
+            raise Unavailable("the engine is not running", self._retry_s())
+        uid, inbox = next(self._uids), _Inbox()
+        self._inboxes[uid] = inbox
+        self._submit(uid, task)
+        try:
+            while (event := await inbox.get()) is not None:
+                if isinstance(event, SaeguardError):
+                    raise event
+                yield event
+                if ends_task(event):
+                    return
+        finally:
+            if self._inboxes.pop(uid, None) is not None:
+                self._cancel(uid)
+
+    def _hand_out(self, events: Iterable[tuple[int, Event | None]]) -> None:
+        """The core's events to their owners; those of a task that was cancelled meanwhile go nowhere."""
+        for uid, event in events:
+            if uid in self._inboxes:
+                self._inboxes[uid].put_nowait(event)
+                if ends_task(event):
+                    del self._inboxes[uid]
+
+    def _fail_all(self, error: SaeguardError) -> None:
+        self._hand_out([(uid, error) for uid in self._inboxes])
+
+
+def ends_task(event: Event | None) -> bool:
+    """Whether nothing comes after it."""
+    if isinstance(event, StreamChunk):
+        return event.completion is not None
+    return not isinstance(event, ActivationPart)
+
+
+class Backoff:
+    """Waits before each start: none before the first, then half a second, doubled each time, up to half a minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._started: float | None = None
+
+    def started(self) -> None:
+        """Notes that it serves again."""
+        self._started = self._clock()
+
+    def failed(self) -> float:
+        """Notes a failure, of a running engine or of a start -> seconds to wait before the next start."""
+        if self._started is not None and self._clock() - self._started >= GOOD_SERVICE_S:
+            self._failures = 0
+        self._failures, self._started = self._failures + 1, None
+        doublings = min(self._failures - 2, 10)  # 2 ** n overflows a float at last
+        return 0.0 if self._failures == 1 else min(FIRST_S * 2.0**doublings, LONGEST_S)

@@ -1,0 +1,245 @@
+"""From what an engine's core made to what callers get: text, completions with receipts, activations."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from saeguard.catalog import Model
+from saeguard.results import (
+    ActivationPart,
+    Completion,
+    FinishReason,
+    InterventionReceipt,
+    Receipt,
+    StoppedBy,
+    Timings,
+    TokenText,
+    TriggerReceipt,
+    Usage,
+)
+from saeguard_sae.conditions import ConditionCounts
+from saeguard_sae.edit_table import EditCounts
+from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.protocol import (
+    NOT_FINITE,
+    CompiledCondition,
+    CompiledEdit,
+    GenerateTask,
+    InspectTask,
+    Steering,
+)
+from saeguard_server.engine.selection import SparseRows
+from saeguard_server.engine.tokenizer import Detokenizer, Tokenizer
+from saeguard_server.errors import InternalFailure, NonFiniteOutput
+from saeguard_server.observe import Metrics
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """What a generation has been given so far. Times are on the ``time.monotonic`` clock, 0 while not reached."""
+
+    task: GenerateTask
+    text: Detokenizer
+    generated: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    """Why it ended; None while it goes on."""
+    started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    @classmethod
+    def of(cls, task: GenerateTask, tokenizer: Tokenizer) -> RequestState:
+        """Of a generation that has been given nothing yet."""
+        return cls(task, tokenizer.detokenizer(task.sampling.stop))
+
+    def timings(self) -> Timings:
+        """Seconds since the request arrived."""
+        arrived = self.task.call.arrived
+        return Timings(
+            queue_s=self.started - arrived,
+            time_to_first_token_s=self.first_token - arrived if self.first_token else 0.0,
+            total_s=time.monotonic() - arrived,
+        )
+
+
+class OutputProcessor:
+    """What every engine does with its core's output; a receipt is checked here before anybody sees it."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        saes: Mapping[str, LoadedSae],
+        metrics: Metrics,
+    ) -> None:
+        self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
+        self._saes, self._metrics = saes, metrics
+
+    def add_token(self, state: RequestState, token: int) -> str:
+        """The text that a generated token makes certain; the last token sets the state's ``finish_reason``."""
+        task = state.task
+        state.generated.append(token)
+        self._observe_time(state)
+        is_end = token in self._eos_ids and not task.sampling.ignore_eos
+        text = "" if is_end else state.text.push(token)
+        if is_end or state.text.stopped_by:
+            state.finish_reason = "stop"
+        elif len(state.generated) >= min(task.max_new_tokens, self._model.max_context - len(task.tokens)):
+            state.finish_reason = "length"
+        return text if state.finish_reason is None else text + state.text.flush()
+
+    def complete(self, state: RequestState, receipt: Receipt | None, stopped_by: StoppedBy | None = None) -> Completion:
+        """How a generation ended."""
+        assert state.finish_reason is not None, "it has ended"
+        return Completion(
+            finish_reason=state.finish_reason,
+            stop_string=state.text.stopped_by,
+            usage=Usage(len(state.task.tokens), len(state.generated)),
+            timings=state.timings(),
+            receipt=receipt,
+            seed=state.task.seed,
+            stopped_by=stopped_by,
+        )
+
+    def receipt(
+        self,
+        steering: Steering,
+        counts: Sequence[EditCounts],
+        *,
+        read: Sequence[int],
+        forward_passes: int,
+        condition_counts: Sequence[ConditionCounts] = (),
+    ) -> Receipt | None:
+        """The receipt of a request that had edits or triggers; None for others.
+
+        Args:
+            counts: what each edit did, in the order of the steering.
+            read: the tokens that the model read for this request, prompt first.
+            condition_counts: what each condition saw, in the order of the steering.
+
+        Raises:
+            InternalFailure: an edit or condition was not offered every token in its scope exactly once.
+        """
+        if not steering.edits and not steering.conditions:
+            return None
+        _check_counts(steering, counts, condition_counts, read, self._tokenizer.special_ids)
+        pairs = zip(steering.conditions, condition_counts, strict=True)
+        triggers = tuple(_trigger_receipt(condition, count) for condition, count in pairs if condition.is_trigger)
+        if not steering.edits and not triggers:
+            return None
+        edits = zip(steering.edits, counts, strict=True)
+        interventions = tuple(_intervention_receipt(edit, count, self._saes[edit.sae]) for edit, count in edits)
+        for edited in interventions:
+            if not edited.is_shadow:
+                self._metrics.tokens_edited.labels(edited.sae, edited.kind).inc(edited.tokens_edited)
+                self._metrics.relative_edit.labels(edited.sae).observe(edited.mean_relative_edit)
+        return Receipt(self._model.digest, steering.digest, interventions, forward_passes, triggers)
+
+    def activation_part(self, task: InspectTask, sae: str, start: int, rows: SparseRows) -> ActivationPart:
+        """What was selected of an input's tokens from position ``start`` on.
+
+        Raises:
+            NonFiniteOutput: an edit made them so.
+        """
+        if any(value != value for value in rows.values):
+            raise NonFiniteOutput("activations are not finite; an edit may be too large")
+        positions = range(start, start + len(rows.indptr) - 1)
+        tokens = tuple(
+            TokenText(task.tokens[at], self._tokenizer.text(task.tokens[at]), task.offsets[at]) for at in positions
+        )
+        is_last = positions.stop == len(task.tokens)
+        return ActivationPart(task.index, sae, tokens, rows.indptr, rows.indices, rows.values, start, is_last)
+
+    def _observe_time(self, state: RequestState) -> None:
+        now = time.monotonic()
+        self._metrics.generated_tokens.inc()
+        if len(state.generated) == 1:
+            state.first_token = now
+            self._metrics.time_to_first_token.observe(now - state.task.call.arrived)
+        else:
+            self._metrics.time_per_output_token.observe(now - state.last_token)
+        state.last_token = now
+
+
+def check_finite(logprobs: Sequence[float]) -> None:
+    """Refuses log-probabilities that are not numbers.
+
+    Raises:
+        NonFiniteOutput: one is not.
+    """
+    if any(logprob != logprob for logprob in logprobs):
+        raise NonFiniteOutput(NOT_FINITE)
+
+
+def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) -> StoppedBy:
+    """The trigger that ended a generation: the first to be on, and of those the first of the request."""
+    fired = [
+        (count.first, condition.origin)
+        for condition, count in zip(steering.conditions, condition_counts, strict=True)
+        if condition.stops and count.first is not None
+    ]
+    _, origin = min(fired, key=lambda pair: pair[0])
+    return StoppedBy(origin.policy, origin.rule)
+
+
+def _check_counts(
+    steering: Steering,
+    counts: Sequence[EditCounts],
+    condition_counts: Sequence[ConditionCounts],
+    read: Sequence[int],
+    special_ids: frozenset[int],
+) -> None:
+    special_at = [position for position, token in enumerate(read) if token in special_ids]
+    for edit, edited in zip(steering.edits, counts, strict=True):
+        expected = _in_scope(edit, len(read), special_at)
+        if edited.eligible != expected:
+            raise InternalFailure(
+                f"{edit.kind} of feature {edit.feature} of {edit.sae!r} was applied to {edited.eligible} tokens "
+                f"instead of {expected}"
+            )
+    for condition, decided in zip(steering.conditions, condition_counts, strict=True):
+        expected = _in_scope(condition, len(read), special_at)
+        if decided.evaluated != expected:
+            name = f"trigger {condition.origin.rule!r}" if condition.is_trigger else "a condition"
+            raise InternalFailure(f"{name} was decided on {decided.evaluated} tokens instead of {expected}")
+
+
+def _in_scope(scope: CompiledEdit | CompiledCondition, length: int, special_at: list[int]) -> int:
+    first, last = min(scope.first, length), min(scope.last, length)
+    skipped = 0 if scope.special else bisect_left(special_at, last) - bisect_left(special_at, first)
+    return last - first - skipped
+
+
+def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> TriggerReceipt:
+    return TriggerReceipt(
+        policy=condition.origin.policy,
+        name=condition.origin.rule,
+        is_shadow=condition.is_shadow,
+        tokens_evaluated=count.evaluated,
+        tokens_on=count.on,
+        first_position=count.first,
+        maximum=count.maximum,
+    )
+
+
+def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
+    return InterventionReceipt(
+        sae=edit.sae,
+        feature=edit.feature,
+        kind=edit.kind,
+        sae_digest=sae.digest,
+        site=str(sae.write_sites[0]),
+        tokens_eligible=count.eligible,
+        tokens_edited=count.edited,
+        mean_activation=count.mean_activation,
+        max_activation=count.max_activation,
+        mean_relative_edit=count.mean_relative_edit,
+        tokens_capped=count.capped,
+        policy=edit.origin.policy,
+        rule=edit.origin.rule,
+        is_shadow=edit.is_shadow,
+    )

@@ -1,0 +1,121 @@
+"""What the server tells vLLM's workers of a request, and what they tell of it afterwards; of one version only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import msgspec
+
+from saeguard.requests import Selection
+from saeguard_sae.edit_table import EditCounts
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
+from saeguard_server.errors import InternalFailure
+from saeguard_server.settings import ServedSaeSettings
+
+KEY = "saeguard"
+"""Of our entry in ``SamplingParams.extra_args`` and in vLLM's ``additional_config``."""
+VERSION = 3
+_SELECTIONS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Selection)}
+
+
+class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the workers serve; in vLLM's ``additional_config``, which is a part of its compiled graphs' key."""
+
+    saes: tuple[ServedSaeSettings, ...]
+    digests: dict[str, str]
+    """Of the SAEs by name, as the server has them; workers refuse others."""
+    slots: int
+    """Requests in one pass at most."""
+    special_ids: tuple[int, ...]
+    """Tokens that are edited only when asked."""
+
+
+class WorkerRequest(msgspec.Struct, frozen=True, array_like=True):
+    """What the workers must do for one request, by the number ``uid`` under which they are asked for its output."""
+
+    version: int
+    uid: int
+    steering: Steering
+    watch: tuple[tuple[str, int], ...] = ()
+    selected: tuple[tuple[str, str, dict[str, Any]], ...] = ()
+    """SAE, class and fields of each selection."""
+    may_overrun: bool = False
+    """Whether it may end before vLLM knows, at a stop string: then its counts are kept as of every pass."""
+    untouched: int = 0
+    """Tokens from the first one on of which nobody need know whether they were read, or found in memory."""
+
+    def selections(self) -> Iterator[tuple[str, Selection]]:
+        """What to keep of which SAE's activations."""
+        for sae, kind, fields in self.selected:
+            yield sae, msgspec.convert(fields, _SELECTIONS[kind])
+
+
+class WorkerReadings(msgspec.Struct, frozen=True, array_like=True):
+    """Watched features ``columns`` of tokens from ``start`` on: float32 [tokens, columns]."""
+
+    start: int
+    columns: tuple[int, ...]
+    values: bytes
+
+
+class WorkerActivations(msgspec.Struct, frozen=True, array_like=True):
+    """What was selected of tokens from ``start`` on: the arrays of ``SparseRows``."""
+
+    sae: str
+    start: int
+    indptr: bytes
+    indices: bytes
+    values: bytes
+
+
+class WorkerOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one worker did for a request; ``problem`` says what went wrong, if anything did."""
+
+    counts: dict[int, EditCounts] = {}
+    """By place in the request: of the edits at its layers."""
+    readings: tuple[WorkerReadings, ...] = ()
+    activations: tuple[WorkerActivations, ...] = ()
+    forward_passes: int = 0
+    problem: str = ""
+
+
+def worker_request(uid: int, task: GenerateTask | InspectTask) -> bytes | None:
+    """A task as it travels; None where the workers have nothing to do for it."""
+    assert not task.steering.conditions, "a condition is refused at admission"
+    if isinstance(task, InspectTask):
+        request = WorkerRequest(VERSION, uid, task.steering, selected=tuple(_pack(*each) for each in task.selections))
+    else:
+        untouched = min((edit.first for edit in task.steering.edits), default=0) if may_reuse(task) else 0
+        may_overrun = bool(task.sampling.stop)
+        request = WorkerRequest(VERSION, uid, task.steering, task.watch, may_overrun=may_overrun, untouched=untouched)
+    if not (request.steering.edits or request.watch or request.selected):
+        return None
+    return msgspec.msgpack.encode(request)
+
+
+def _pack(sae: str, selection: Selection) -> tuple[str, str, dict[str, Any]]:
+    return sae, type(selection).__name__, msgspec.to_builtins(selection)
+
+
+def may_reuse(task: GenerateTask | InspectTask) -> bool:
+    """Whether a request wants nothing of its prompt's tokens but their KV.
+
+    vLLM leaves out whole blocks of the prompt, and its scheduler says how many; what edits counted on them is known
+    only for where a pass ended. So an edit, too, must begin after all that can be left out: the last token is read.
+    """
+    if not isinstance(task, GenerateTask) or task.watch or task.sampling.prompt_logprobs:
+        return False
+    return all(edit.first >= len(task.tokens) - 1 for edit in task.steering.edits)
+
+
+def read_worker_request(packed: bytes) -> WorkerRequest:
+    """The request that a worker got.
+
+    Raises:
+        InternalFailure: it was written by another version of the server.
+    """
+    version = msgspec.msgpack.decode(packed)[0]
+    if version != VERSION:
+        raise InternalFailure(f"a request for vLLM's workers has version {version}, they know {VERSION}")
+    return msgspec.msgpack.decode(packed, type=WorkerRequest)
