@@ -19,7 +19,7 @@ from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import FLOAT32_MAX, Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
-from saeguard_server.engine.protocol import OWN, CompiledCondition, CompiledEdit, Engine, Origin, Probe, Steering
+from saeguard_server.engine.protocol import OWN, CompiledCondition, CompiledEdit, Engine, Origin, Steering
 from saeguard_server.errors import InvalidRequest, UnknownName
 
 C = TypeVar("C", CompiledCondition, CompiledEdit)
@@ -183,11 +183,14 @@ def compile_condition(
         }
     )
     return CompiledCondition(
-        probe=Probe(tuple((term.sae, term.feature, term.weight) for term in when.terms), when.bias),
+        terms=tuple((term.sae, term.feature, term.weight) for term in when.terms),
+        bias=when.bias,
         comparison=when.comparison,
         threshold=threshold,
         release=release,
-        window=when.window,
+        window=when.window.kind,
+        tokens=when.window.tokens,
+        k=when.window.k,
         first=when.scope.start,
         last=FOREVER if when.scope.end is None else when.scope.end,
         special=when.scope.include_special_tokens,
@@ -356,7 +359,7 @@ def _find_term(engine: Engine, when: Condition, index: int, field: str) -> Loade
 def _check_order(engine: Engine, sae: LoadedSae, condition: CompiledCondition) -> None:
     """A condition is decided where its last feature is read: what was written before cannot wait for it."""
     first: Site = min(sae.write_sites, key=depth)
-    decided: Site = max((engine.saes[name].write_sites[0] for name, _, _ in condition.probe.terms), key=depth)
+    decided: Site = max((engine.saes[name].write_sites[0] for name, _, _ in condition.terms), key=depth)
     if depth(first) < depth(decided):
         raise InvalidRequest(
             condition.field, f"is decided at {decided}, after {first}, where {sae.name!r} edits; it must read that "

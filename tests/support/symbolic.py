@@ -7,7 +7,6 @@ from math import inf
 from typing import Any
 
 from saeguard.requests import Sampling, TopKSelection
-from saeguard.types import Window
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import (
@@ -15,7 +14,6 @@ from saeguard_server.engine.protocol import (
     CompiledEdit,
     GenerateTask,
     InspectTask,
-    Probe,
     Steering,
 )
 from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler, StepBudget
@@ -43,8 +41,10 @@ def change(
 
 def guard(first: int = 0, last: int = 10**9, threshold: float = 0.5) -> CompiledCondition:
     """One that is decided on the tokens at positions ``[first, last)``."""
-    probe = Probe((("a", 1, 1.0),))
-    return CompiledCondition(probe, "above", threshold, threshold, Window(), first, last, special=False)
+    return CompiledCondition(
+        terms=(("a", 1, 1.0),), threshold=threshold, release=threshold, first=first, last=last,
+        digest=f"above {threshold}",
+    )  # fmt: skip
 
 
 def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = UNSTEERED, **more: Any) -> Sequence:
@@ -78,7 +78,7 @@ def fingerprints(tokens: list[int], steering: Steering) -> list[int]:
 def _seen(steering: Steering, gate: int | None, at: int) -> object:
     """What a guard's state follows from, beside the tokens: what it is, and which of them it has seen."""
     one = None if gate is None else steering.conditions[gate]
-    return None if one is None else (one.probe, one.threshold, one.first, min(at + 1, one.last))
+    return None if one is None else (one.terms, one.threshold, one.first, min(at + 1, one.last))
 
 
 def eligible(edit: CompiledEdit | CompiledCondition, tokens: list[int]) -> int:
