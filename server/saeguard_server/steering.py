@@ -233,15 +233,15 @@ def steer(
     numbers: dict[int | str, int] = {id(trigger.condition): number for number, trigger in enumerate(triggers)}
     placed = []
     for edit in every:
-        gate = None
+        number = None
         if edit.condition is not None:
             key = id(edit.condition) if id(edit.condition) in numbers else edit.condition.digest
             if key not in numbers:
                 numbers[key] = len(conditions)
                 conditions.append(place(edit.condition, tokens))
-            gate = numbers[key]
+            number = numbers[key]
         in_place = place(edit, tokens)
-        placed.append(in_place if gate is None else replace(in_place, gate=gate, condition=None))
+        placed.append(in_place if number is None else replace(in_place, condition_number=number, condition=None))
     _check_disjoint(placed)
     parts = sorted([edit.digest for edit in every] + [trigger.condition.digest for trigger in triggers])
     digest = _digest([parts, max_relative_edit])

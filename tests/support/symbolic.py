@@ -69,15 +69,15 @@ def fingerprints(tokens: list[int], steering: Steering) -> list[int]:
     found, state = [], 0
     for at, token in enumerate(tokens):
         edits = [one for one in steering.edits if _applies(one, at, token) and not one.is_shadow]
-        what = [(one.sae, one.feature, one.affine, _seen(steering, one.gate, at)) for one in edits]
+        what = [(one.sae, one.feature, one.affine, _seen(steering, one.condition_number, at)) for one in edits]
         state = hash((state, token, tuple(what), steering.max_relative_edit if what else None))
         found.append(state)
     return found
 
 
-def _seen(steering: Steering, gate: int | None, at: int) -> object:
+def _seen(steering: Steering, number: int | None, at: int) -> object:
     """What a guard's state follows from, beside the tokens: what it is, and which of them it has seen."""
-    one = None if gate is None else steering.conditions[gate]
+    one = None if number is None else steering.conditions[number]
     return None if one is None else (one.terms, one.threshold, one.first, min(at + 1, one.last))
 
 

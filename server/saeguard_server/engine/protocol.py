@@ -140,8 +140,8 @@ class CompiledEdit:
     last: int
     special: bool
     """Also on special tokens."""
-    gate: int | None = None
-    """Index of the request's condition that must be on; None is always."""
+    condition_number: int | None = None
+    """Of ``Steering.conditions``, the one that must be on; None is always."""
     is_shadow: bool = False
     """Counted as if it were made, and not made."""
     is_limited: bool = True
@@ -149,7 +149,7 @@ class CompiledEdit:
     origin: Origin = OWN
     scope: Scope = EVERY_TOKEN
     condition: CompiledCondition | None = None
-    """Until it has the number of a request's condition, ``gate``."""
+    """Until it has the number of one of ``Steering.conditions``."""
     field: str = ""
     """How refusals name it, such as ``interventions[2]``."""
     digest: str = ""

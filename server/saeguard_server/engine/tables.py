@@ -63,7 +63,7 @@ class SteeringTables:
                     EditColumn(
                         sae.dictionary, edit.feature, edit.affine, edit.first, edit.last, edit.special,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
-                        condition=None if edit.gate is None else numbers[edit.gate],
+                        condition=None if edit.condition_number is None else numbers[edit.condition_number],
                         is_shadow=edit.is_shadow, is_limited=edit.is_limited,
                     )
                 )  # fmt: skip

@@ -265,7 +265,9 @@ def _active(steering: Steering, start: int) -> bytes:
     end = start + BLOCK
     here = [edit for edit in steering.edits if edit.first < end and edit.last > start]
     decided = [(condition.first, min(condition.last, end)) for condition in steering.conditions]
-    if any(first < end and last > start for first, last in decided) or any(edit.gate is not None for edit in here):
+    if any(first < end and last > start for first, last in decided) or any(
+        edit.condition_number is not None for edit in here
+    ):
         # What a condition is in this block follows from all that it has seen since it began.
         what: object = steering.digest, decided, [(edit.first, min(edit.last, end)) for edit in here]
     elif here:
