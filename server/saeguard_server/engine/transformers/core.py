@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.front import RETRY_S
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.transformers.output import HostTokens, StepOutputProcessor
@@ -20,7 +21,6 @@ from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)
-_RETRY_S = 1.0
 
 
 class Core:
@@ -204,7 +204,7 @@ class Core:
         youngest = max(batch.sequences, key=lambda sequence: sequence.uid)
         for sequence in batch.sequences:
             if sequence is youngest or isinstance(sequence.task, InspectTask):
-                self._fail(sequence, Overloaded("the engine ran out of memory", _RETRY_S))
+                self._fail(sequence, Overloaded("the engine ran out of memory", RETRY_S))
             else:
                 self._note_preempted(sequence, self.scheduler.preempt(sequence))
 

@@ -225,7 +225,7 @@ class Network:
         self.kernel: Kernel = attend_one
         if compiled != "none":
             self.kernel = torch.compile(attend_fused, dynamic=True, fullgraph=True)
-        if packed and can_pack(model):
+        if packed and can_pack_weights(model.device, model.network.dtype):
             pack(model.network)
         self._take_over_attention()
         # Sites may share a module: those that change what later ones see come first.
@@ -302,11 +302,6 @@ class Network:
             located,
             lambda x: ops.edit(x, self._handle, place) if torch.compiler.is_compiling() else self.edit(x, place),
         )
-
-
-def can_pack(model: LoadedModel) -> bool:
-    """Whether this model's linear layers can be packed."""
-    return can_pack_weights(model.device, model.network.dtype)
 
 
 @dataclass(frozen=True, slots=True)

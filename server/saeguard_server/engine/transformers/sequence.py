@@ -176,14 +176,6 @@ class KvBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class CountedPrefix:
-    """What a steering counted up to the end of a block."""
-
-    steering: Steering
-    tallies: Tallies
-
-
-@dataclass(frozen=True, slots=True)
 class PrefixHit:
     """Blocks that a request need not read again, and what its edits counted on them."""
 
@@ -214,9 +206,9 @@ class PrefixCache:
         while blocks:
             if not is_steered(sequence, len(blocks) * BLOCK):
                 return PrefixHit(tuple(blocks))
-            counted = self._blocks.note_of(blocks[-1])
-            if counted is not None and counted.steering == sequence.task.steering:
-                return PrefixHit(tuple(blocks), counted.tallies)
+            steering, tallies = self._blocks.note_of(blocks[-1]) or (None, None)
+            if steering == sequence.task.steering:
+                return PrefixHit(tuple(blocks), tallies)
             blocks.pop()
         return PrefixHit()
 
@@ -236,8 +228,8 @@ class PrefixCache:
         """Keeps the counts, if this is where a pass ended and they are those of the edits alone."""
         if sequence.computed % BLOCK or not can_reuse(sequence) or not is_steered(sequence, sequence.computed):
             return
-        counted = CountedPrefix(sequence.task.steering, self._tally(sequence.slot))
-        self._blocks.note(sequence.blocks[sequence.learned - 1], counted)
+        note = sequence.task.steering, self._tally(sequence.slot)
+        self._blocks.note(sequence.blocks[sequence.learned - 1], note)
 
     def _extend(self, sequence: Sequence, count: int) -> None:
         keys, steering = sequence.keys, sequence.task.steering
