@@ -36,7 +36,7 @@ from saeguard_server.engine.transformers.attention import (
     attend_one,
 )
 from saeguard_server.engine.transformers.sampler import Sampler
-from saeguard_server.engine.transformers.scheduler import Batch, PromptPart
+from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for
 
 Numbers: TypeAlias = NDArray[np.int64]
@@ -308,7 +308,7 @@ class Network:
 class _Capture:
     """What to keep of one SAE in one part: of rows ``[start, end)`` of what is captured at its site."""
 
-    part: PromptPart
+    part: PrefillChunk
     sae: str
     selection: Selection
     start: int
@@ -328,7 +328,7 @@ class ActivationCapture:
         self._activations: dict[Site, Tensor] = {}
         self._sites: set[Site] = set()
 
-    def begin(self, parts: Many[PromptPart], spans: Many[RowSpan]) -> Callable[[Site, Tensor], None] | None:
+    def begin(self, parts: Many[PrefillChunk], spans: Many[RowSpan]) -> Callable[[Site, Tensor], None] | None:
         """Before a pass that reads these parts: what to call with each site's activations; None where none asks."""
         self._captures, self._activations = [], {}
         tokens: list[Tensor] = []
