@@ -83,7 +83,6 @@ def endpoint(
 
 
 def open_channel(api: Any, endpoint: Endpoint | None) -> Any:
-    """A channel of ``grpc`` or ``grpc.aio``."""
     assert endpoint is not None
     if endpoint.credentials is None:
         return api.insecure_channel(endpoint.target, endpoint.options)
@@ -131,56 +130,53 @@ class CallOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Bearer:
-    """What shows the server who calls, beside a certificate: nothing, an API key, or a token."""
-
-    api_key: str | None = field(default=None, repr=False)
-    token: AccessToken | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.api_key is not None and self.token is not None:
-            raise FieldError("api_key", "the server takes one credential, not token as well")
-        if self.api_key is not None:
-            _check_secret("api_key", self.api_key)
-        if self.token is not None and not callable(self.token):
-            _check_secret("token", self.token)
-
-    def metadata(self) -> Metadata:
-        """For the next call; raises ValueError where the token for it cannot be sent."""
-        secret = self.token() if callable(self.token) else self.token or self.api_key
-        if secret is None:
-            return ()
-        _check_secret("token", secret)
-        return ((AUTHORIZATION, f"Bearer {secret}"),)
-
-
-@dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a client says for every call that does not."""
+    """What a client says for every call that does not, and what shows the server who calls, beside a certificate."""
 
     deadline_s: float | None
     metadata: Metadata
-    bearer: Bearer = Bearer()
+    secret: AccessToken | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, deadline_s: float | None, metadata: Mapping[str, str], bearer: Bearer) -> Defaults:
+    def of(
+        cls, deadline_s: float | None, metadata: Mapping[str, str], api_key: str | None, token: AccessToken | None
+    ) -> Defaults:
         """Raises ValueError for a deadline not above 0, metadata that HTTP/2 cannot carry, or two credentials."""
         for key, value in metadata.items():
             _check_header(f"metadata[{key!r}]", value)
         pairs = tuple((key.lower(), value) for key, value in metadata.items())
-        if bearer != Bearer() and AUTHORIZATION in dict(pairs):
+        secret = _credential(api_key, token)
+        if secret is not None and AUTHORIZATION in dict(pairs):
             problem = "the server takes one credential, not api_key or token as well"
             raise FieldError("metadata['authorization']", problem)
-        return cls(None if deadline_s is None else _check_deadline(deadline_s), pairs, bearer)
+        return cls(None if deadline_s is None else _check_deadline(deadline_s), pairs, secret)
 
     def of_call(self, call: CallOptions) -> tuple[float | None, Metadata]:
-        """``(timeout_s, metadata)``; None is no limit, and the call's request id replaces the client's."""
+        """``(timeout_s, metadata)``; None is no limit, and the call's request id replaces the client's.
+
+        Raises:
+            ValueError: the token for this call cannot be sent.
+        """
         timeout_s = self.deadline_s if call.deadline_s is None else call.deadline_s
-        metadata = (*self.metadata, *self.bearer.metadata())
+        metadata = self.metadata
+        secret = self.secret() if callable(self.secret) else self.secret
+        if secret is not None:
+            _check_secret("token", secret)
+            metadata = (*metadata, (AUTHORIZATION, f"Bearer {secret}"))
         if call.request_id is not None:
             others = (pair for pair in metadata if pair[0] != REQUEST_ID)
             metadata = (*others, (REQUEST_ID, call.request_id))
         return timeout_s, metadata
+
+
+def _credential(api_key: str | None, token: AccessToken | None) -> AccessToken | None:
+    if api_key is not None and token is not None:
+        raise FieldError("api_key", "the server takes one credential, not token as well")
+    if api_key is not None:
+        _check_secret("api_key", api_key)
+    if token is not None and not callable(token):
+        _check_secret("token", token)
+    return api_key if token is None else token
 
 
 def _check_deadline(deadline_s: float) -> float:
@@ -306,7 +302,6 @@ class FeaturePages:
         return self._next(page_size=page_size, page_token=self._page_token)
 
     def accept(self, page: FeaturePage) -> tuple[Feature, ...]:
-        """The page's features, as many as the caller still wants."""
         features = page.features[: self._left]
         if self._left is not None:
             self._left -= len(features)

@@ -58,7 +58,7 @@ class Client:
         options: ChannelOptions = (),
     ) -> None:
         tls = (root_certificates, private_key, certificate_chain)
-        self._defaults = calls.Defaults.of(deadline_s, metadata or {}, calls.Bearer(api_key, token))
+        self._defaults = calls.Defaults.of(deadline_s, metadata or {}, api_key, token)
         self._endpoint = calls.endpoint(target, channel, tls, retries, options)
         self._channel: grpc.Channel = channel or calls.open_channel(grpc, self._endpoint)
 

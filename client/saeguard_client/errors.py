@@ -150,12 +150,10 @@ def _rich_status(call: Any) -> status_pb2.Status:
 
 
 def malformed(problem: str) -> InternalError:
-    """The server said OK and sent something that cannot be right."""
     return InternalError(f"the server's reply cannot be used: {problem}", "MALFORMED_REPLY")
 
 
 def receipt_mismatch(problem: str) -> ReceiptMismatch:
-    """The text is there, and nothing proves that it was steered as asked."""
     return ReceiptMismatch(f"the server's reply may be unsteered: {problem}", "RECEIPT_MISMATCH")
 
 

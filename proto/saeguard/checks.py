@@ -24,7 +24,6 @@ class FieldError(ValueError):
 
 
 def check_text(field: str, value: object) -> str:
-    """A string that UTF-8 can carry."""
     if not isinstance(value, str):
         raise FieldError(field, f"must be a string, got {value!r}")
     if not value.isascii():
@@ -89,7 +88,6 @@ def check_instance(field: str, value: object, kind: Any, noun: str) -> None:
 
 
 def check_limit(field: str, limit: float) -> float:
-    """A number above 0 that float32 holds."""
     number = check_number(field, limit)
     if not 0.0 < number <= FLOAT32_MAX:
         raise FieldError(field, f"must be finite and above 0, got {number}")
@@ -100,7 +98,6 @@ def check_limit(field: str, limit: float) -> float:
 
 
 def store(of: object, field: str, value: object) -> None:
-    """Sets a field of a frozen value while it is made."""
     object.__setattr__(of, field, value)
 
 

@@ -193,7 +193,6 @@ class Condition:
         window: Window = THIS_TOKEN,
         scope: Scope = EVERY_TOKEN,
     ) -> Condition:
-        """A condition on one feature."""
         return cls(
             terms=(Term(sae, feature),), threshold=threshold, comparison=comparison, release=release, unit=unit,
             window=window, scope=scope,

@@ -74,7 +74,6 @@ def from_message(cls: type[T], message: Message, path: str = "") -> T:
 
 
 def to_message(kind: type[M], value: object) -> M:
-    """The message of this kind that holds the value."""
     special = _SPECIAL.get(kind.DESCRIPTOR.name)
     message: M = special.write(value) if special else kind(**_written(type(value), kind.DESCRIPTOR, value))
     return message
@@ -95,8 +94,6 @@ def request_message(rpc: str, **values: Any) -> Message:
 
 
 class _Field(NamedTuple):
-    """How a field of a class is read and written; None is as it is."""
-
     target: str
     read: Callable[[Any, str], Any] | None
     write: Callable[[Any], Any] | None

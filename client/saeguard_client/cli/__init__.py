@@ -73,7 +73,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _explained(error: SaeguardError, target: str) -> str:
-    """The message, the fields that it does not name itself, and when to come back."""
     parts = [error.message]
     for violation in error.violations:
         if violation.field not in error.message:
@@ -115,7 +114,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_plugins(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """A stand-in for every installed command."""
     for entry_point in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         package = entry_point.module.partition(".")[0]
         stand_in = subparsers.add_parser(entry_point.name, help=f"from {package}; see its --help", add_help=False)

@@ -151,7 +151,6 @@ def _both_texts(plain: str, steered: str, terminal: Terminal) -> list[str]:
 
 
 def summary(completion: Completion) -> str:
-    """Why it ended, how much, how long, what was edited."""
     spent, receipt, by = completion.usage, completion.receipt, completion.stopped_by
     parts = [
         completion.finish_reason if by is None else f"stopped by {_qualified(by.policy, by.name)}",
@@ -227,7 +226,6 @@ class EditFlag:
         return cls(kind, *_split_value(spelling, "value", () if kind == "scale" else types.UNITS))
 
     def build(self, unit: str, scope: types.Scope) -> Intervention:
-        """The edit, with what the other flags say."""
         edit = types.KINDS[self.kind]
         operands = () if self.operand is None else (self.operand,)
         units: dict[str, Any] = {"unit": self.unit or unit} if issubclass(edit, types.ValuedIntervention) else {}
@@ -237,7 +235,6 @@ class EditFlag:
 def _split_value(
     spelling: str, noun: str, units: Sequence[Unit] = types.UNITS
 ) -> tuple[FeatureRef, float, Unit | None]:
-    """``sae:feature=number[unit]``."""
     target, equals, value = spelling.rpartition("=")
     if not equals:
         raise ValueError(f"{spelling!r} has no {noun}; write it like 'resid4:4021=2'")

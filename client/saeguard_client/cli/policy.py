@@ -190,7 +190,6 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def run_lint(args: argparse.Namespace) -> int:
-    """1 where the server notices anything."""
     terminal, documents = Terminal(), read_documents(args.paths)
     with connect(args) as client:
         change = client.apply_policies(documents, dry_run=True)

@@ -47,7 +47,6 @@ class Terminal:
 
     @property
     def width(self) -> int:
-        """Columns; 80 where nobody knows."""
         return shutil.get_terminal_size().columns
 
     def write(self, text: str) -> None:
@@ -59,7 +58,6 @@ class Terminal:
         self._out.flush()
 
     def end_line(self) -> None:
-        """Completes the line that ``write`` began, if there is one."""
         if self._is_mid_line:
             self.write("\n")
 
@@ -72,7 +70,6 @@ class Terminal:
         self._err.write(f"{text}\n")
 
     def shaded(self, text: str, sgr: str) -> str:
-        """``text`` under the SGR parameters ``sgr``, line by line so that no colour runs to a line's end."""
         if not self.has_color or not sgr:
             return text
         return "\n".join(f"\x1b[{sgr}m{line}{_RESET}" if line else "" for line in text.split("\n"))
@@ -143,7 +140,6 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def pad(text: str, width: int) -> str:
-    """``text`` and the spaces that fill ``width`` cells."""
     return text + " " * (width - cells(text))
 
 
@@ -163,7 +159,6 @@ def _fold_line(line: str, width: int) -> Iterator[str]:
 
 
 def _cut(line: str, width: int) -> int:
-    """Index at which to break: after the last space that fits, else after the last character that fits."""
     end, used = 0, 0
     while used + cells(line[end]) <= width:
         used += cells(line[end])
@@ -183,7 +178,6 @@ def shade(value: float, maximum: float) -> str:
 
 
 def shaded(tokens: Sequence[str], values: Sequence[float], maximum: float, terminal: Terminal) -> str:
-    """The tokens' text on one string; one value per token."""
     pairs = [(safe(text), value) for text, value in zip(tokens, values, strict=True)]
     if terminal.has_color:
         return "".join(terminal.shaded(text, shade(value, maximum)) for text, value in pairs)
@@ -250,7 +244,6 @@ def command(
 def command_group(
     subparsers: argparse._SubParsersAction[Any], name: str, help: str, description: str, epilog: str
 ) -> argparse._SubParsersAction[Any]:
-    """Adds a command that has actions, and gives what they are added to."""
     layout = argparse.RawDescriptionHelpFormatter
     group = subparsers.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=layout)
     actions: argparse._SubParsersAction[Any] = group.add_subparsers(
