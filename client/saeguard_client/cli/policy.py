@@ -178,26 +178,27 @@ def run_apply(args: argparse.Namespace) -> int:
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    terminal, documents = Terminal(), read_documents(args.paths)
-    with connect(args) as client:
-        change = client.apply_policies(documents, prune=args.prune, dry_run=True)
-    _note_findings(terminal, change)
+    change = _dry_run(args, prune=args.prune)
     if change.revision.diff:
-        _write_diff(terminal, change)
+        _write_diff(Terminal(), change)
     else:
-        terminal.line("nothing would change")
+        Terminal().line("nothing would change")
     return 0
 
 
 def run_lint(args: argparse.Namespace) -> int:
-    terminal, documents = Terminal(), read_documents(args.paths)
-    with connect(args) as client:
-        change = client.apply_policies(documents, dry_run=True)
-    _note_findings(terminal, change)
-    if change.findings:
+    if _dry_run(args, prune=False).findings:
         return NOTICED
-    terminal.line("nothing to say against these policies")
+    Terminal().line("nothing to say against these policies")
     return 0
+
+
+def _dry_run(args: argparse.Namespace, *, prune: bool) -> PolicyChange:
+    documents = read_documents(args.paths)
+    with connect(args) as client:
+        change = client.apply_policies(documents, prune=prune, dry_run=True)
+    _note_findings(Terminal(), change)
+    return change
 
 
 def run_delete(args: argparse.Namespace) -> int:
