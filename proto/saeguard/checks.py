@@ -62,6 +62,11 @@ def check_number(field: str, value: Any) -> float:
         raise FieldError(field, f"must be a number, got {value!r}") from None
 
 
+def check_filled(field: str, value: object) -> None:
+    if not value:
+        raise FieldError(field, "must not be empty")
+
+
 def check_bool(field: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise FieldError(field, f"must be True or False, got {value!r}")

@@ -37,8 +37,7 @@ class ChatInput:
 
     def __post_init__(self) -> None:
         checks.store_several(self, "messages", ChatMessage, "a ChatMessage")
-        if not self.messages:
-            raise FieldError("messages", "must not be empty")
+        checks.check_filled("messages", self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,7 @@ class TokenInput:
 
     def __post_init__(self) -> None:
         ids = checks.check_sequence("ids", self.ids)
-        if not ids:
-            raise FieldError("ids", "must not be empty")
+        checks.check_filled("ids", ids)
         checks.store(self, "ids", tuple(checks.check_integer(f"ids[{index}]", id) for index, id in enumerate(ids)))
 
 
@@ -69,12 +67,10 @@ def model_input(value: Input, field: str = "input") -> ModelInput:
     if isinstance(value, ChatInput | TokenInput):
         return value
     if isinstance(value, str):
-        if not checks.check_text(field, value):
-            raise FieldError(field, "must not be empty")
+        checks.check_filled(field, checks.check_text(field, value))
         return value
     items = checks.check_sequence(field, value)
-    if not items:
-        raise FieldError(field, "must not be empty")
+    checks.check_filled(field, items)
     if isinstance(items[0], ChatMessage | Mapping):
         return ChatInput(tuple(_chat_message(f"{field}[{index}]", item) for index, item in enumerate(items)))
     return TokenInput(tuple(checks.check_integer(f"{field}[{index}]", item) for index, item in enumerate(items)))
@@ -207,8 +203,7 @@ class FeatureSelection:
 
     def __post_init__(self) -> None:
         checks.store_several(self, "features", FeatureRef, "a FeatureRef")
-        if not self.features:
-            raise FieldError("features", "must not be empty")
+        checks.check_filled("features", self.features)
         _check_distinct("features", self.features, "a feature is named twice")
 
 
@@ -226,8 +221,7 @@ class ActivationRequest:
 
     def __post_init__(self) -> None:
         checks.store(self, "inputs", checks.check_sequence("inputs", self.inputs))
-        if not self.inputs:
-            raise FieldError("inputs", "must not be empty")
+        checks.check_filled("inputs", self.inputs)
         for index, input in enumerate(self.inputs):
             _check_input(input, f"inputs[{index}].")
         checks.check_instance(

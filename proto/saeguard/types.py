@@ -31,8 +31,7 @@ MAX_TERMS: Final = 4096
 
 
 def check_feature(of: FeatureRef | Term | Intervention) -> None:
-    if not checks.check_text("sae", of.sae):
-        raise FieldError("sae", "must not be empty")
+    checks.check_filled("sae", checks.check_text("sae", of.sae))
     checks.store_integer(of, "feature")
 
 
@@ -338,8 +337,7 @@ class Apply:
 
     def __post_init__(self) -> None:
         checks.store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
-        if not self.interventions:
-            raise FieldError("interventions", "must not be empty")
+        checks.check_filled("interventions", self.interventions)
         for index, edit in enumerate(self.interventions):
             if edit.when is not None:
                 raise FieldError(f"interventions[{index}].when", "the trigger's own condition decides")
@@ -357,8 +355,7 @@ class Trigger:
     action: Action = Flag()
 
     def __post_init__(self) -> None:
-        if not checks.check_text("name", self.name):
-            raise FieldError("name", "must not be empty")
+        checks.check_filled("name", checks.check_text("name", self.name))
         checks.check_instance("when", self.when, Condition, "a Condition")
         checks.check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
 
