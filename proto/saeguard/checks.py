@@ -117,8 +117,10 @@ def store_finite(of: object, *fields: str) -> None:
             store(of, field, number)
 
 
-def store_integer(of: object, field: str, most: int = MAX_UINT32, least: int = 0) -> None:
+def store_integer(of: object, field: str, most: int = MAX_UINT32, least: int = 0, *, optional: bool = False) -> None:
     value = getattr(of, field)
+    if value is None and optional:
+        return
     number = check_integer(field, value, most, least)
     if number is not value:
         store(of, field, number)

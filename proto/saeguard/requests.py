@@ -104,12 +104,9 @@ class Sampling:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            checks.store_integer(self, "max_new_tokens", least=1)
-        if self.seed is not None:
-            checks.store_integer(self, "seed", MAX_UINT64)
-        if self.logprobs is not None:
-            checks.store_integer(self, "logprobs", MAX_LOGPROBS)
+        checks.store_integer(self, "max_new_tokens", least=1, optional=True)
+        checks.store_integer(self, "seed", MAX_UINT64, optional=True)
+        checks.store_integer(self, "logprobs", MAX_LOGPROBS, optional=True)
         checks.store_integer(self, "top_k")
         checks.store(self, "temperature", checks.check_number("temperature", self.temperature))
         if self.temperature != 0 and not 0.001 <= self.temperature <= 100:
@@ -169,8 +166,7 @@ class GenerateRequest:
         if len(checks.check_text("conversation", self.conversation)) > MAX_CONVERSATION_CHARS:
             length = len(self.conversation)
             raise FieldError("conversation", f"at most {MAX_CONVERSATION_CHARS} characters, got {length}")
-        if self.min_policy_activation is not None:
-            checks.store_integer(self, "min_policy_activation", MAX_UINT64)
+        checks.store_integer(self, "min_policy_activation", MAX_UINT64, optional=True)
 
 
 @dataclass(frozen=True, slots=True)
