@@ -61,12 +61,10 @@ class SaeMetrics:
 
     @property
     def l0(self) -> float:
-        """Features that fire on a token, mean."""
         return float(self.fired.sum()) / self.tokens
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained."""
         if self._variance.squares:
             return self._error / self._variance.squares
         return inf if self._error else 0.0
@@ -83,7 +81,6 @@ class SaeMetrics:
 
     @property
     def dead_share(self) -> float:
-        """Share of features that never fired."""
         return float((self.fired == 0).double().mean())
 
     @property
@@ -125,7 +122,6 @@ class NextTokenLoss:
 
     @property
     def cross_entropy(self) -> float:
-        """Of the next token."""
         return self._nats / self.positions
 
     @property

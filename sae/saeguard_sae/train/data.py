@@ -52,8 +52,6 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRows:
-    """Rows of one forward pass."""
-
     ids: Tensor
     """int64 [rows, context]"""
     mask: Tensor
@@ -65,11 +63,7 @@ class TokenRows:
 
 
 class Contexts:
-    """Rows of tokens without end, from a data set that starts again when it ends.
-
-    Raises:
-        TrainError: a context that the model cannot read, a tokenizer that is not the model's, wrong data.
-    """
+    """Rows of tokens without end, from a data set that starts again when it ends."""
 
     def __init__(self, model: LanguageModel, data: DataSettings, settings: StreamSettings) -> None:
         self.context = context_length(model, settings)
@@ -88,7 +82,6 @@ class Contexts:
 
     @property
     def epoch(self) -> int:
-        """How often the data set was started again."""
         return self._documents.epoch
 
     def __iter__(self) -> Iterator[TokenRow]:
@@ -105,7 +98,6 @@ class Contexts:
         return TokenRow(ids, mask, self._first_document)
 
     def rows(self, count: int) -> TokenRows:
-        """The next rows, together."""
         first = self._row + 1
         rows = [next(self) for _ in range(count)]
         return TokenRows(
@@ -116,7 +108,6 @@ class Contexts:
         )
 
     def state(self) -> dict[str, Any]:
-        """Where it is: plain values and a tensor."""
         return self.mark()()
 
     def mark(self) -> Callable[[], dict[str, Any]]:
@@ -131,11 +122,7 @@ class Contexts:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the row after which ``state`` was taken.
-
-        Raises:
-            TrainError: the data set has changed since.
-        """
+        """Goes on behind the row after which ``state`` was taken."""
         self._documents.resume(state["documents"])
         self._pending, self._at = state["pending"].tolist(), 0
         self._document, self._row = state["document"], state["row"]
@@ -173,11 +160,6 @@ class Contexts:
 
 
 def context_length(model: LanguageModel, settings: StreamSettings) -> int:
-    """Tokens of a row.
-
-    Raises:
-        TrainError: more than the model can read.
-    """
     if settings.context > model.max_context:
         raise TrainError(
             f"stream.context: {model.name} can read {model.max_context} tokens at once, got {settings.context}"
@@ -190,11 +172,7 @@ def _id(token: Any) -> list[int]:
 
 
 class Documents:
-    """The documents of a data set, in its order, started again when it ends. Those without text are left out.
-
-    Raises:
-        TrainError: nothing there, no such column, no text in it; the message names the file and the place.
-    """
+    """The documents of a data set, in its order, started again when it ends. Those without text are left out."""
 
     def __init__(self, settings: DataSettings) -> None:
         self._settings = settings
@@ -225,7 +203,6 @@ class Documents:
                 return text
 
     def state(self) -> dict[str, Any]:
-        """Where it is, as plain values."""
         return {
             "epoch": self.epoch,
             "number": self.number,
@@ -235,11 +212,7 @@ class Documents:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the document after which ``state`` was taken.
-
-        Raises:
-            TrainError: the data set has changed since.
-        """
+        """Goes on behind the document after which ``state`` was taken."""
         self.epoch, self.number = state["epoch"], state["number"]
         self._seen, self._taken = state["seen"], state["taken"]
         self._texts = self._source.begin(state["source"])
@@ -254,11 +227,7 @@ class Documents:
 
 
 def open_documents(settings: DataSettings) -> Documents:
-    """The documents that the settings name; the first one is looked at now, so that mistakes show before work is done.
-
-    Raises:
-        TrainError: as ``Documents``.
-    """
+    """The documents that the settings name; the first is looked at now, so that mistakes show before work is done."""
     documents = Documents(settings)
     start = documents.state()
     next(documents)
@@ -279,11 +248,6 @@ class TextSource(Protocol):
 
 
 def open_source(settings: DataSettings) -> TextSource:
-    """The source that the settings name.
-
-    Raises:
-        TrainError: nothing there, or more than one kind of thing.
-    """
     kind = data_kind(settings)
     if kind == "activations":
         raise TrainError(f"data.kind: {settings.path!r} holds activations, and text is needed here")
@@ -298,11 +262,7 @@ def open_source(settings: DataSettings) -> TextSource:
 
 
 def data_kind(settings: DataSettings) -> str:
-    """What the data set is: ``data.kind``, by its names where that is "auto".
-
-    Raises:
-        TrainError: it cannot be told.
-    """
+    """What the data set is: ``data.kind``, by its names where that is "auto"."""
     path = Path(settings.path).expanduser()
     if settings.kind != "auto":
         return settings.kind
@@ -321,8 +281,6 @@ def data_kind(settings: DataSettings) -> str:
 
 
 class FileSource:
-    """Records of files, file after file."""
-
     def __init__(self, files: tuple[Path, ...], records: Records) -> None:
         self._files = files
         self._records = records
@@ -331,10 +289,6 @@ class FileSource:
         self._digest = sha256(sizes.encode()).hexdigest()
 
     def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
-        """
-        Raises:
-            TrainError: the files are not those of the state.
-        """
         if state is not None and state["digest"] != self._digest:
             raise TrainError("data.path: its files have other names or sizes than when the checkpoint was written")
         self._file, self._record = (state["file"], state["record"]) if state is not None else (0, 0)
@@ -445,21 +399,12 @@ def _package(name: str, needed_for: str) -> Any:
 
 
 def read_plain(path: Path, start: int, *, separator: str) -> Iterator[str]:
-    """The documents of a plain file, from number ``start`` on.
-
-    Raises:
-        TrainError: not UTF-8, a document that is too long.
-    """
     with _reading(path, "rt") as file:
         yield from islice(_split(path, file, separator), start, None)
 
 
 def read_jsonl(path: Path, start: int, *, column: str) -> Iterator[str]:
-    """The texts in a JSONL file, from line ``start`` on; "" for a blank line.
-
-    Raises:
-        TrainError: not JSON, no such column, no text in it.
-    """
+    """The texts in a JSONL file, from line ``start`` on; "" for a blank line."""
     with _reading(path, "rb") as file:
         for number, line in islice(enumerate(file, 1), start, None):
             if line.isspace():
@@ -474,11 +419,7 @@ def read_jsonl(path: Path, start: int, *, column: str) -> Iterator[str]:
 
 
 def record_text(record: Any, column: str, where: str) -> str:
-    """The text in a record, "" where it is null.
-
-    Raises:
-        TrainError: no such column, or something else than text in it.
-    """
+    """The text in a record, "" where it is null."""
     if not isinstance(record, Mapping):
         raise TrainError(
             f"data.path: {where} is a JSON {type(record).__name__}, not an object with a column {column!r}"

@@ -181,7 +181,6 @@ class SparseLearner:
         self.rows.load_state({name: state[name][here] for name in self.rows.state()})
 
     def _small_state(self) -> dict[str, Tensor]:
-        """What every process has all of."""
         own = {"b_dec": self.b_dec, "moments": self._moments, "threshold": self.threshold, "cut": self._proposer.cut}
         return own | self.tracking.state()
 
@@ -259,8 +258,6 @@ class SparseLearner:
 
 
 class ActiveFeatures(NamedTuple):
-    """Which features fire on a batch."""
-
     pairs: Pairs
     values: Tensor
     """float32 [n]"""
@@ -293,7 +290,6 @@ class Proposer:
         return ActiveFeatures(pairs, values, smallest if smallest < inf else torch.zeros_like(smallest), aux)
 
     def _over_batch(self, x: Tensor, aux: Pairs | None) -> ActiveFeatures:
-        """The k * B largest of the batch, of those that are positive."""
         count = self._settings.k * len(x) * self._mesh.data
         guess = self._guess(x)
         while True:

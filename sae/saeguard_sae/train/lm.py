@@ -17,11 +17,7 @@ Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 
 class LanguageModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which language model is read.
-
-    Raises:
-        TrainError: names the field and what is allowed.
-    """
+    """Which language model is read."""
 
     path: str
     """A local folder or a Hugging Face repository."""
@@ -54,7 +50,6 @@ class LanguageModel:
 
     @property
     def max_context(self) -> int:
-        """Tokens that it can read at once."""
         return int(self.config.max_position_embeddings)
 
     @property

@@ -76,11 +76,7 @@ class ActivationStream:
         return self._source.epoch
 
     def sample(self, tokens: int) -> dict[Site, Tensor]:
-        """The first tokens of the data, in their order, float32 [tokens, width]; the stream stays where it is.
-
-        Raises:
-            TrainError: wrong data, activations that are not finite.
-        """
+        """The first tokens of the data, in their order, float32 [tokens, width]; the stream stays where it is."""
         parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         source, count = self._source.again(), 0
         while count < tokens:
@@ -91,11 +87,7 @@ class ActivationStream:
         return {site: torch.cat(chunks)[:tokens].to(self.device) for site, chunks in parts.items()}
 
     def batch(self) -> dict[Site, Tensor]:
-        """The next batch, float32 [batch, width] at each site.
-
-        Raises:
-            TrainError: wrong data, activations that are not finite.
-        """
+        """The next batch, float32 [batch, width] at each site."""
         if self._buffer is None:
             self._buffer = self._new_buffer()
         while self._buffer.free >= self._source.chunk:
@@ -103,7 +95,6 @@ class ActivationStream:
         return {site: x.to(self.device) for site, x in self._buffer.draw(self.settings.batch).items()}
 
     def state(self) -> dict[str, Any]:
-        """All that decides the batches to come, the buffer included: tensors and plain values."""
         return {
             "source": self._source.state(),
             "limits": {str(site): limit for site, limit in self._norm_limits().items()},
@@ -112,11 +103,7 @@ class ActivationStream:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Gives the batches that would have followed ``state``; on a CPU, bit for bit.
-
-        Raises:
-            TrainError: the data has changed, or it is the state of other sites.
-        """
+        """Gives the batches that would have followed ``state``; on a CPU, bit for bit."""
         if set(state["limits"]) != {str(site) for site in self.sites}:
             there = ", ".join(state["limits"])
             raise TrainError(f"sites: the checkpoint has {there}, the settings {', '.join(map(str, self.sites))}")
@@ -135,7 +122,6 @@ class ActivationStream:
         return Buffer(source.widths, settings.buffer, self.dtype, source.device, settings.seed * 1_000_003)
 
     def _chunk(self, source: ActivationSource) -> dict[Site, Tensor]:
-        """The next chunk that has tokens, without outliers."""
         limits = self._norm_limits()
         for _ in range(_PATIENCE):
             tokens = source.read()
@@ -148,7 +134,6 @@ class ActivationStream:
         raise TrainError(f"data.path: {_PATIENCE} forward passes left no token to learn from (see the masks of stream)")
 
     def _norm_limits(self) -> dict[Site, float]:
-        """The norm above which a token is left out, by site."""
         if self._limits is None:
             self._limits = dict.fromkeys(self.sites, inf)
             if self.settings.outlier_norm:
@@ -171,10 +156,6 @@ class ActivationStream:
 def _open_source(
     model: LanguageModel | None, sites: Sequence[Site], data: DataSettings, settings: StreamSettings, mesh: Mesh
 ) -> ActivationSource:
-    """
-    Raises:
-        TrainError: no model where text is to be read; what the sources raise.
-    """
     if data_kind(data) == "activations":
         return CachedActivations(data, sites, settings)
     if model is None:
@@ -261,16 +242,13 @@ class Buffer:
 
     @property
     def free(self) -> int:
-        """How many tokens can be added."""
         return len(self._free)
 
     @property
     def filled(self) -> int:
-        """How many tokens can be drawn."""
         return self.capacity - len(self._free)
 
     def add(self, tokens: Mapping[Site, Tensor]) -> None:
-        """Takes tokens in: at each site [n, width], ``n`` at most ``free``."""
         n = len(next(iter(tokens.values())))
         assert n <= self.free, "whoever adds asks how much fits"
         slots, self._free = self._free[:n], self._free[n:]
@@ -290,7 +268,6 @@ class Buffer:
         return {site: storage[slots].float() for site, storage in self._storage.items()}
 
     def state(self) -> dict[str, Any]:
-        """All that is held, in its order: tensors and plain values."""
         slots = self._filled_slots()
         return {
             "tokens": {str(site): storage[slots] for site, storage in self._storage.items()},
@@ -338,10 +315,6 @@ class SharedActivations:
         self.epoch, self._state = own.epoch, own.mark()
 
     def read(self) -> dict[Site, Tensor]:
-        """
-        Raises:
-            TrainError: as one process, in all of them.
-        """
         if not self._ahead:
             self._read_on()
         chunk, self.epoch, self._state = self._ahead.popleft()
@@ -378,7 +351,6 @@ class SharedActivations:
     def _chunk_of(
         self, turn: int, kinds: Sequence[tuple[torch.Size, torch.dtype]], mine: Mapping[Site, Tensor]
     ) -> dict[Site, Tensor]:
-        """The chunk that process ``turn`` made."""
         if turn == self._mesh.rank:
             return {site: self._mesh.broadcast(x.contiguous(), turn) for site, x in mine.items()}
         rooms = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in kinds]

@@ -82,7 +82,6 @@ class Scaling:
     """[d_out]"""
 
     def state(self) -> dict[str, Tensor]:
-        """By which the same is made again."""
         return {
             "scaling": torch.tensor([self.read, self.written, self.variance], dtype=torch.float64),
             "mean": self.mean,

@@ -99,7 +99,6 @@ def _openmp() -> list[Path]:
 
 
 def _folder() -> Path:
-    """Beside what torch keeps for this user, in a folder that the user may move (``TORCH_HOME``)."""
     return Path(torch.hub.get_dir()).parent / "saeguard"
 
 

@@ -36,7 +36,6 @@ class Pairs(NamedTuple):
 
     @classmethod
     def join(cls, parts: list[Pairs]) -> Pairs:
-        """Those of consecutive tokens, one after the other."""
         if len(parts) == 1:
             return parts[0]
         counts = torch.cat([part.starts.diff() for part in parts])
@@ -81,7 +80,6 @@ class PreActivations(NamedTuple):
     bias: Tensor | None = None
 
     def wide(self) -> Tensor:
-        """[n, F] in float32, or as they are."""
         if self.of_row is None or self.of_feature is None or self.bias is None:
             return self.values
         return self.values.float() * (self.of_row[:, None] * self.of_feature) + self.bias
@@ -111,7 +109,6 @@ class LowPrecision:
         return cls(*shrink(rows)) if precision == "int8" and rows.shape[1] > 1 else cls(rows)
 
     def write(self, at: slice | Tensor, rows: Tensor) -> None:
-        """Some rows anew."""
         if self.values.dtype == torch.float32:
             return  # they are the rows themselves
         if self.scale is None:
@@ -126,7 +123,6 @@ class LowPrecision:
         return LowPrecision(x.to(self.values.dtype))
 
     def at(self, index: Tensor) -> LowPrecision:
-        """Some rows, copied."""
         values = self.values[index]
         if self.scale is None:
             return LowPrecision(values)
@@ -280,7 +276,6 @@ class TorchKernels:
     name = "torch"
 
     def __init__(self, mesh: Mesh = ALONE) -> None:
-        """``mesh``: where the features of a reconstruction lie in several processes."""
         self._mesh = mesh
 
     def above(self, x: Tensor, W: LowPrecision, bias: Tensor, cut: float) -> Pairs:
@@ -370,7 +365,6 @@ class TorchKernels:
 
 
 def _where(mask: Tensor) -> Pairs:
-    """Those where ``mask`` [B, F] is True."""
     return Pairs(starts(mask.sum(1)), mask.nonzero()[:, 1].int())
 
 

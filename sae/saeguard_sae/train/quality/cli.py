@@ -122,7 +122,6 @@ def _site(text: str | None) -> Site | None:
 
 
 def _progress_line(goal: int) -> Callable[[int], None]:
-    """A line on the terminal that renews itself; nothing where nobody looks."""
     is_terminal = sys.stderr.isatty()
 
     def draw(tokens: int) -> None:

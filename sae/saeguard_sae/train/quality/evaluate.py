@@ -77,11 +77,7 @@ WHAT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateSettings:
-    """One evaluation; every token count is of ordinary tokens, which special ones and padding are not.
-
-    Raises:
-        TrainError: names the field and what is allowed.
-    """
+    """One evaluation; every token count is of ordinary tokens, which special ones and padding are not."""
 
     tokens: int = DEAD_TOKENS
     """On which what fires and what is reconstructed is measured."""
@@ -205,7 +201,6 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     examples: tuple[FeatureExamples, ...] = ()
 
     def quality(self) -> Quality:
-        """The part that an SAE's catalogue has a place for."""
         return Quality(
             l0=self.sae.l0,
             fvu=self.sae.fvu,
@@ -274,8 +269,6 @@ def evaluate_saes(
 
 
 class _Side:
-    """One of the two dictionaries with its sums."""
-
     def __init__(self, coder: SparseCoder, device: torch.device) -> None:
         self.coder = coder
         self.metrics = SaeMetrics(coder.d_sae, device)
@@ -283,7 +276,6 @@ class _Side:
         self.reader = reader(coder)
 
     def read(self, captured: CapturedSite, watch: Watch | None = None) -> Tensor:
-        """Reconstructions [n, d_out] in float32, counted and compared with the targets."""
         reconstruction = reconstruct_counted(self.reader, captured.x, self.metrics, watch=watch)
         assert reconstruction is not None, "it decodes"
         self.metrics.compare(reconstruction, captured.target)
@@ -291,8 +283,6 @@ class _Side:
 
 
 class _Evaluator:
-    """One evaluation: what was read first to fit the baseline, then the sums over the text."""
-
     def __init__(self, sae: LoadedSae, material: Material, settings: EvaluateSettings) -> None:
         self._sae, self._material, self._settings = sae, material, settings
         self._model = SplicedModel(material.model, material.model.config, sae)
@@ -329,7 +319,6 @@ class _Evaluator:
             raise TrainError("data: too little text: no two tokens are left to measure on")
 
     def evaluation(self, other: LoadedSae | None) -> Evaluation:
-        """Of the text that was read."""
         own, frozen, settings = self._own, self._frozen, self._settings
         labelled, losses = self._material.labelled, self._losses()
         probes = agreement = chance = None
@@ -354,7 +343,6 @@ class _Evaluator:
         )
 
     def _fit_sample(self, rows: list[EvaluationRow]) -> tuple[CapturedSite, tuple[float, float]]:
-        """What is at the sites for the first rows, and the norms above which a token is an outlier."""
         parts = [
             self._model.capture(batch.to(self._model.device), logits=False)
             for batch in evaluation_batches(rows, self._pass_tokens)
@@ -515,7 +503,6 @@ def _linear(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cut(draft: Dictionary, x: Tensor, count: int) -> float:
-    """Above which ``count`` of all pre-activations lie."""
     count = max(1, min(count, len(x) * draft.d_sae - 1)) + 1
     largest = torch.empty(0, device=x.device)
     for part in torch.split(x, max(1, VALUES // draft.d_sae)):

@@ -94,7 +94,6 @@ def _best_other(unit: Tensor, rows: Tensor) -> Tensor:
 
 
 def _matched(first: Tensor, second: Tensor) -> Tensor:
-    """Cosines [min(n, m)] of the pairs of the best matching, float64."""
     # Here, as everything heavy: the command line asks every command to register before it knows which one runs.
     from scipy.optimize import linear_sum_assignment
 
@@ -194,7 +193,6 @@ class ExampleCollector:
         self._positions = torch.empty(0, 2, dtype=torch.long)
 
     def begin(self, batch: EvaluationBatch) -> None:
-        """Before a batch's features come."""
         if self._batch is not None:
             self._rows_before += len(self._batch.ids)
         self._batch, self._positions = batch, batch.ordinary.nonzero()
@@ -216,7 +214,6 @@ class ExampleCollector:
                     self._add(peaks, value, self._batch, at, int(positions[in_row.argmax(), 1]))
 
     def examples(self, density: Tensor, decode: Decode) -> tuple[FeatureExamples, ...]:
-        """``density`` [d_sae]."""
         return tuple(
             FeatureExamples(
                 feature=feature, density=float(density[feature]), contexts=tuple(peak.context(decode) for peak in peaks)

@@ -56,10 +56,6 @@ class Probes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_labelled(file: Path) -> list[LabelledText]:
-    """
-    Raises:
-        TrainError: a line without ``text`` or ``label``, or too few texts of a label; names the file and line.
-    """
     texts = []
     try:
         lines = file.read_bytes().splitlines()
@@ -208,7 +204,6 @@ def _most_telling(pooled: Pooled, split: Split, most: int) -> Tensor:
 
 
 def _score(k: int, values: list[Tensor], split: Split) -> Score:
-    """values: for each question [texts, k]."""
     ranks, hits = [], []
     for x, is_label in zip(values, split.is_label, strict=True):
         train, test = x[~split.is_test].double(), x[split.is_test].double()

@@ -94,7 +94,6 @@ def table_lines(evaluation: Evaluation) -> list[Line]:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The outcome in two sentences."""
     sae, base = evaluation.sae, evaluation.losses.ce_base
     return (
         f"On average {sae.l0:.3g} of {evaluation.subjects.d_sae:,} features fire on a token, and together they leave "
@@ -273,7 +272,6 @@ _Draw = Callable[["Axes", Theme], None]
 
 
 def plots(evaluation: Evaluation) -> tuple[Plot, ...]:
-    """All that there is something to show of."""
     return tuple(_plots(evaluation))
 
 

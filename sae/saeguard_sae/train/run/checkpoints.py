@@ -49,11 +49,6 @@ class RunFolder:
         return self.path / "saes" / name
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
-        """Looks whether this run may have the folder; writes nothing.
-
-        Raises:
-            BadConfig: it holds something else, another run, or this one without ``resume``.
-        """
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -72,11 +67,6 @@ class RunFolder:
             raise BadConfig(f"run.out: {self.path} holds a run of another configuration: {'; '.join(changed)}")
 
     def claim(self, config: RunConfig) -> None:
-        """Makes it and marks it as this run's.
-
-        Raises:
-            BadConfig: it cannot be written.
-        """
         part = self.path / f"{_MARK}.part"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +76,6 @@ class RunFolder:
             raise BadConfig(f"run.out: {self.path} cannot be written: {err.strerror}") from err
 
     def _before(self) -> dict[str, Any] | None:
-        """The configuration of the run that it holds; None where there is none."""
         mark = self.path / _MARK
         if not mark.is_file():
             return None
@@ -116,19 +105,12 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those of one run, in one folder."""
-
     def __init__(self, folder: Path, keep: int) -> None:
-        """``keep``: how many are left there, the newest."""
         self.folder = folder
         self._keep = keep
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Writes one beside the others, then takes away the oldest.
-
-        Raises:
-            RunFailed: it could not be written; those that were there are as they were.
-        """
+        """Writes one beside the others, then takes away the oldest."""
         path = self.folder / f"step-{checkpoint.step:012d}.pt"
         part = self.folder / f"{path.name}.part"
         try:
@@ -154,21 +136,14 @@ class Checkpoints:
         return sorted(path for path in files if _CHECKPOINT_NAME.fullmatch(path.name))
 
     def latest(self) -> Checkpoint | None:
-        """The newest, its tensors mapped from the file; None where there is none.
-
-        Raises:
-            RunFailed: it cannot be read.
-        """
         paths = self.paths()
         return _read_checkpoint(paths[-1]) if paths else None
 
     def discard_parts(self) -> None:
-        """Takes away what a killed run had begun to write."""
         for part in self.folder.glob("step-*.pt.part"):
             part.unlink()
 
     def resumable(self) -> str:
-        """For messages: what there is to go on from."""
         paths = self.paths()
         match = _CHECKPOINT_NAME.fullmatch(paths[-1].name) if paths else None
         return f"the checkpoint of step {int(match[1]):,} is kept" if match else "there is no checkpoint yet"
@@ -244,11 +219,7 @@ def export_sae(
     stream: ActivationStream,
     model: LanguageModel | None,
 ) -> Path:
-    """Writes one trained SAE with its card; its folder.
-
-    Raises:
-        RunFailed: it could not be written, or holds values that are not finite.
-    """
+    """Writes one trained SAE with its card; its folder."""
     path = folder.sae(plan.name)
     metadata: dict[str, Any] = {
         "training_tokens": config.steps * config.stream.batch,

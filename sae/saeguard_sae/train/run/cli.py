@@ -70,7 +70,6 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def train_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags on the command line, as a tree in the shape of the file."""
     tree: dict[str, Any] = {}
     for key, _, _ in FLAGS.values():
         value = vars(arguments)[key]

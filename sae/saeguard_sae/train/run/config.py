@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class BadConfig(TrainError):
-    """A configuration or a flag that cannot be used; the message names the key and what is allowed."""
+    """A configuration or a flag that cannot be used; raised by whatever reads it or checks it against the machine."""
 
 
 class RunFailed(Exception):
@@ -57,28 +57,17 @@ class RunStopped(Exception):
     """A run that was asked to stop and saved itself."""
 
     def __init__(self, number: int, step: int, steps: int) -> None:
-        """``number``: the signal; ``step`` of ``steps``: the last one done."""
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step:,} of {steps:,}, which is saved")
         self.number = number
 
 
 def as_table(name: str, value: object) -> Mapping[str, Any]:
-    """What must be a table.
-
-    Raises:
-        BadConfig: it is something else.
-    """
     if not isinstance(value, Mapping):
         raise BadConfig(f"{name}: must be a table, got {value!r}")
     return value
 
 
 def refuse_unknown(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
-    """Looks at keys.
-
-    Raises:
-        BadConfig: one is not among those allowed.
-    """
     names = list(allowed)
     for key in keys:
         if key not in names:
@@ -89,11 +78,6 @@ def refuse_unknown(where: str, keys: Iterable[str], allowed: Iterable[str]) -> N
 
 
 def convert_value(where: str, value: object, hint: Any) -> Any:
-    """A value as ``hint`` wants it.
-
-    Raises:
-        BadConfig: it is none; a choice that there is not is told with those that there are.
-    """
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise BadConfig(f"{where}: must be one of {', '.join(get_args(hint))}, got {value!r}")
     try:
@@ -113,11 +97,7 @@ def conversion_error(name: str, err: msgspec.ValidationError) -> str:
 
 
 class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One SAE of a run.
-
-    Raises:
-        ValueError: names the key.
-    """
+    """One SAE of a run."""
 
     name: str
     """Its folder."""
@@ -148,30 +128,20 @@ class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def writes(self) -> Site | None:
-        """Where a transcoder writes; None for an SAE."""
         return Site.parse(self.write_site) if self.write_site else None
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """All that it needs activations of."""
         return (self.reads,) if self.writes is None else (self.reads, self.writes)
 
     def sae_settings(self, d_in: int, steps: int, batch: int) -> SaeSettings:
-        """What the learner is made from, for a site ``d_in`` wide.
-
-        Raises:
-            ValueError: names the field and what is allowed.
-        """
+        """What the learner is made from, for a site ``d_in`` wide."""
         of_run: dict[str, Any] = {"steps": steps, "batch": batch, "is_transcoder": self.write_site is not None}
         return SaeSettings(**{"d_sae": self.expansion * d_in, **self.settings, **of_run})
 
 
 def read_entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
-    """The tables of the file -> every SAE of the run; ``seed`` is for those that name none.
-
-    Raises:
-        BadConfig: names the key.
-    """
+    """The tables of the file -> every SAE of the run; ``seed`` is for those that name none."""
     if not isinstance(tables, list | tuple):
         raise BadConfig("saes: must be tables, written [[saes]]")
     return tuple(entry for index, value in enumerate(tables) for entry in _of_table(f"saes[{index}]", value, seed))
@@ -277,17 +247,14 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """All that activations are needed of."""
         return tuple(dict.fromkeys(site for entry in self.saes for site in entry.sites))
 
     @property
     def training_data(self) -> DataSettings:
-        """Without what is held out."""
         return replace(self.data, skip=self.data.skip + self.run.heldout) if self.run.evaluate else self.data
 
     @property
     def heldout_data(self) -> DataSettings:
-        """What is held out, alone."""
         return replace(self.data, limit=self.run.heldout)
 
     @property
@@ -320,11 +287,6 @@ def load_run_config(path: Path, overrides: Mapping[str, Any] | None = None) -> R
 
 
 def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
-    """A tree in the shape of the TOML file -> the configuration.
-
-    Raises:
-        BadConfig: names the key.
-    """
     refuse_unknown("", tree, [*_TABLES, "saes"])
     parts = {name: dict(as_table(name, tree.get(name, {}))) for name in _TABLES}
     for name, part in parts.items():
@@ -347,7 +309,6 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def config_as_json(config: RunConfig) -> dict[str, Any]:
-    """As JSON gives it back, SAEs by their names."""
     tree: dict[str, Any] = {name: msgspec.to_builtins(getattr(config, name)) for name in _TABLES}
     tree["saes"] = {entry.name: msgspec.to_builtins(entry) for entry in config.saes}
     return dict(json.loads(json.dumps(tree)))

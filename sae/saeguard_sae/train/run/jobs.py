@@ -71,11 +71,7 @@ class SaePlan:
 
 
 def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE) -> tuple[SaePlan, ...]:
-    """Every SAE of the configuration.
-
-    Raises:
-        BadConfig: settings that do not fit the widths, or the processes that share the work; named.
-    """
+    """Every SAE of the configuration."""
     plans = []
     for entry in config.saes:
         d_in = widths[entry.reads]
@@ -96,9 +92,6 @@ def rehearse_export(plan: SaePlan, sample: Mapping[Site, Tensor], model_name: st
 
     Args:
         sample: activations [tokens, width] at its sites.
-
-    Raises:
-        BadConfig: the format has no way to say it.
     """
     small = replace(plan.settings, d_sae=_REHEARSED, k=min(plan.settings.k, 1), widths=(), steps=1, kernels="torch")
     target = None if plan.writes is None else sample[plan.writes]
@@ -117,9 +110,6 @@ def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.devi
     Args:
         device: where the SAEs learn and the buffer is.
         mesh: of the processes that each have them, those of this machine in one memory unless it is a GPU's.
-
-    Raises:
-        BadConfig: more is needed than there is, with the numbers.
     """
     free = free_bytes(device)
     mesh.gather_objects(None)  # nobody takes memory before all have looked
@@ -144,11 +134,7 @@ def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.devi
 
 
 def check_disk(plans: Sequence[SaePlan], stream_bytes: int, keep: int, folder: Path) -> None:
-    """Room for the checkpoints that are kept, one more while it is written, and the SAEs; what is there counts as room.
-
-    Raises:
-        BadConfig: more is needed than there is, with the numbers.
-    """
+    """Room for the kept checkpoints, one more while it is written, and the SAEs; what is there counts as room."""
     checkpoint = sum(plan.checkpoint_bytes() for plan in plans) + stream_bytes
     needed = (keep + 1) * checkpoint + sum(plan.export_bytes() for plan in plans)
     reusable = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0

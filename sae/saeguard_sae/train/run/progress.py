@@ -32,8 +32,6 @@ _LOGGED = ("loss", "l0", "fvu", "dead_share", "learning_rate")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """Where a run is, and how every SAE is doing."""
-
     step: int
     steps: int
     tokens: int
@@ -56,11 +54,7 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """One JSON object a line for each SAE and report.
-
-    Raises:
-        RunFailed: it cannot be opened, or written.
-    """
+    """One JSON object a line for each SAE and report."""
 
     def __init__(self, path: Path, size: int) -> None:
         """``size``: bytes that belong to the run so far; what a killed run wrote after its checkpoint is cut off."""
@@ -71,7 +65,6 @@ class MetricsFile:
                 self._file.truncate(size)
 
     def add(self, metrics: StepMetrics) -> None:
-        """Appends."""
         with self._naming_errors():
             for line in metrics.lines():
                 self._file.write(json.dumps(line).encode() + b"\n")
@@ -101,7 +94,6 @@ class TensorBoard:
     """The same as scalars, by name of the SAE; nothing where no writer is installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """``step``: what was written of later steps is left out of the charts."""
         self._writer = _tensorboard_writer(folder, step)
 
     def add(self, metrics: StepMetrics) -> None:
@@ -130,7 +122,6 @@ def _tensorboard_writer(folder: Path, step: int) -> Any:
 
 
 def last_metrics(path: Path) -> dict[str, dict[str, Any]]:
-    """The last line of every SAE, by its name."""
     lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return {line["sae"]: line for line in lines}
 
@@ -146,13 +137,11 @@ class Console:
         self._next = 0.0
 
     def note(self, text: str) -> None:
-        """A line of its own."""
         self.clear()
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
     def report(self, metrics: StepMetrics) -> None:
-        """Metrics of every SAE: on the same line where there is one, else below."""
         is_last = metrics.step == metrics.steps
         ends = f"took {format_duration(metrics.elapsed_s)}" if is_last else f"ETA {format_duration(metrics.left_s)}"
         head = f"step {metrics.step:,}/{metrics.steps:,}  {format_rate(metrics.tokens_per_s)}  {ends}"
@@ -179,7 +168,6 @@ class Console:
         self._drawn = text
 
     def clear(self) -> None:
-        """Takes the moving line away."""
         if self._drawn:
             self._stream.write("\r" + " " * len(self._drawn) + "\r")
             self._drawn = ""
@@ -190,7 +178,6 @@ def format_metrics(metrics: LearnerMetrics) -> str:
 
 
 def format_rate(tokens_per_s: float) -> str:
-    """Three digits of it."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if tokens_per_s >= size:
             return f"{tokens_per_s / size:.3g}{unit} tokens/s"
@@ -224,22 +211,16 @@ class Pace:
         return self.elapsed_s() / step * (steps - step)
 
     def tokens_per_s(self) -> float:
-        """Since the last lap."""
         return self._tokens / max(self._clock() - self._mark, 1e-9)
 
     def lap(self) -> float:
-        """The same, and begins the next."""
         pace = self.tokens_per_s()
         self._mark, self._tokens = self._clock(), 0
         return pace
 
 
 def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
-    """Whether the SAEs can be evaluated when they are trained, where that is asked for.
-
-    Raises:
-        BadConfig: packages or held-out text are missing.
-    """
+    """Whether the SAEs can be evaluated when they are trained, where that is asked for."""
     if not config.run.evaluate:
         return
     off = 'run.evaluate = false leaves it to "saeguard evaluate"'
@@ -259,11 +240,7 @@ def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
 
 
 def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Path], console: Console) -> None:
-    """Evaluates every SAE of a run, those that differ by their seed alone against each other.
-
-    Raises:
-        RunFailed: some could not be; all others were.
-    """
+    """Evaluates every SAE of a run, those that differ by their seed alone against each other."""
     from saeguard_sae.train.quality.report import evaluate_folder, summary
 
     failed = []
@@ -289,7 +266,6 @@ def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Pa
 
 
 def _other_seed(entry: SaeEntry, config: RunConfig) -> str | None:
-    """The first SAE that is like this one but for its seed."""
     others = (other.name for other in config.saes if other.name != entry.name and _but_seed(other) == _but_seed(entry))
     return next(others, None)
 

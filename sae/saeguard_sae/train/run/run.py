@@ -187,14 +187,11 @@ class SaeTrainer:
     learner: Learner
 
     def step(self, batch: Mapping[Site, Tensor]) -> None:
-        """Learns from a batch, of several processes from its part of it."""
         writes = self.plan.writes
         self.learner.step(batch[self.plan.reads], None if writes is None else batch[writes])
 
 
 class TrainLoop:
-    """A run between its first step, or the checkpoint it goes on from, and its last."""
-
     def __init__(
         self,
         config: RunConfig,
@@ -204,7 +201,6 @@ class TrainLoop:
         resumed: Checkpoint | None,
         mesh: Mesh = ALONE,
     ) -> None:
-        """``mesh``: of the processes that do the same at the same time, one of which has a recorder."""
         self._config, self._stream, self._trainers, self._recorder = config, stream, trainers, recorder
         self._mesh = mesh
         self.step = 0 if resumed is None else resumed.step
@@ -301,29 +297,23 @@ class TrainLoop:
 
 
 class RunRecorder:
-    """Everything that a run writes while it goes, to its folder and the console."""
-
     def __init__(
         self, folder: RunFolder, checkpoints: Checkpoints, console: Console, resumed: Checkpoint | None
     ) -> None:
-        """``resumed``: what the run goes on from."""
         step, size = (resumed.step, resumed.metrics) if resumed is not None else (0, 0)
         self._checkpoints, self._console = checkpoints, console
         self._metrics = MetricsFile(folder.metrics, size)
         self._board = TensorBoard(folder.tensorboard, step)
 
     def live(self, step: int, steps: int, pace: Pace) -> None:
-        """A step was done that is not reported."""
         self._console.live(step, steps, pace.tokens_per_s(), pace.left_s(step, steps))
 
     def report(self, metrics: StepMetrics) -> None:
-        """To the metrics file, TensorBoard and the console."""
         self._metrics.add(metrics)
         self._board.add(metrics)
         self._console.report(metrics)
 
     def metrics_size(self) -> int:
-        """Bytes of metrics that are safely on disk."""
         return self._metrics.size()
 
     def save(self, checkpoint: Checkpoint) -> None:
