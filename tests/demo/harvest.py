@@ -9,8 +9,7 @@ from torch import Tensor
 from demo.lm import N_SPECIAL, Tokens, as_row
 from saeguard_sae.models import Site
 from saeguard_sae.train.activations import Harvester
-from saeguard_sae.train.data import TokenRows
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel, TokenRows
 from saeguard_sae.train.quality.material import evaluation_batches
 
 PASS_TOKENS = 4096

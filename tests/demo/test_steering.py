@@ -15,7 +15,7 @@ from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edit_table import FOREVER, EditColumn
 from saeguard_sae.edits import Affine
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel
 from saeguard_sae.train.quality.material import pad_rows
 from saeguard_server.demo.scenarios import ScenarioEdit
 

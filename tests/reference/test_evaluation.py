@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from saeguard_sae.loading import load_sae
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
+from saeguard_sae.train.quality.evaluate import EvaluateSettings, Evaluation, evaluate_saes
+from saeguard_sae.train.quality.material import EvaluationRow, Material
 from support.models import save_model
 from support.saes import plain_sae, save_sae
 

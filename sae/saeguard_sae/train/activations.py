@@ -20,8 +20,7 @@ from torch import Tensor
 
 from saeguard_sae.models import Site, depth, hook, locate
 from saeguard_sae.models import sites as known_sites
-from saeguard_sae.train.data import INDEX, Contexts, TokenRows, context_length
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import INDEX, Contexts, LanguageModel, TokenRows, context_length
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
 
 _TOKENS, _TOKENS_GPU = 4096, 16_384

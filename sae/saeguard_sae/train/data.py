@@ -1,5 +1,5 @@
-"""Text as rows of tokens: from plain, JSONL and parquet files or Hugging Face data sets, one document after another and
-over again, from any place on; and which tokens SAEs learn from.
+"""A language model, and text as the rows of tokens that it reads: from plain, JSONL and parquet files or Hugging Face
+data sets, one document after another and over again, from any place on; and which tokens SAEs learn from.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import IO, Any, Protocol, TypeAlias
 import msgspec
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
+from saeguard_sae.models import ModelLoadError, open_folder, open_model, torch_dtype
+from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, StreamSettings, TrainError, one_line
 
 INDEX = "activations.json"
 """What a folder of activations has."""
@@ -36,6 +37,45 @@ _CONTEXT = 1024
 
 Records: TypeAlias = Callable[[Path, int], Iterator[str]]
 """``records(path, start)``: the texts of a file from this one on; "" where there is none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LanguageModel:
+    """A model that is loaded, for reading only."""
+
+    network: Any
+    """A Hugging Face causal language model, in evaluation mode, without gradients."""
+    tokenizer: PreTrainedTokenizerFast
+    config: Any
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def max_context(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text."""
+        return frozenset(map(int, self.tokenizer.all_special_ids))
+
+
+def open_language_model(settings: LanguageModelSettings) -> LanguageModel:
+    """Loads a model and its tokenizer, from the hub where the path is no local folder.
+
+    Raises:
+        TrainError: no such device or model, an architecture whose sites are not known, incomplete weights, no fast
+            tokenizer.
+    """
+    try:
+        folder = open_folder(settings.path, settings.revision)
+        network = open_model(folder, settings.dtype, settings.device)
+    except ModelLoadError as err:
+        raise TrainError(one_line(err)) from err
+    name = settings.name or Path(settings.path).resolve().name
+    device, dtype = torch.device(settings.device), torch_dtype(settings.dtype)
+    return LanguageModel(network, folder.tokenizer, folder.config, name, device, dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,7 +19,8 @@ from torch import Tensor
 from saeguard_sae.dictionary import Dictionary, JumpReLU, TopK
 from saeguard_sae.metrics import fires
 from saeguard_sae.train.dense import DenseLearner
-from saeguard_sae.train.kernels import AdamStep, FeatureRows, Kernels, Pairs, TorchKernels, choose_kernels
+from saeguard_sae.train.kernels.compiled import choose_kernels
+from saeguard_sae.train.kernels.torch_kernels import AdamStep, FeatureRows, Kernels, Pairs, TorchKernels
 from saeguard_sae.train.parallel import ALONE, Mesh, check_parts
 from saeguard_sae.train.settings import SaeSettings
 from saeguard_sae.train.tracking import LearnerMetrics, Scaling, Tracking, unit_rows

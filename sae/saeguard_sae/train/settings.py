@@ -1,4 +1,4 @@
-"""The settings of training: of one SAE, of the data, of the stream of activations; and how a user's mistake is told."""
+"""The settings of training: of one SAE, the language model, the data, the activations; and what a user gets wrong."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ JumpLoss: TypeAlias = Literal["tanh", "l0"]
 KernelChoice: TypeAlias = Literal["auto", "compiled", "torch"]
 Precision: TypeAlias = Literal["int8", "bfloat16", "float32"]
 
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 DataKind: TypeAlias = Literal["auto", "text", "jsonl", "parquet", "hub", "activations"]
 Packing: TypeAlias = Literal["packed", "documents"]
 Store: TypeAlias = Literal["model", "float32", "bfloat16"]
@@ -178,6 +179,26 @@ _RANGES: tuple[tuple[str, tuple[str, ...], Callable[[float], bool]], ...] = (
     ),
     ("be 0 to 1", ("warm_up", "decay", "dead_after", "aux_share", "threshold_memory"), lambda value: 0 <= value <= 1),
 )
+
+
+class LanguageModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which language model is read."""
+
+    path: str
+    """A local folder or a Hugging Face repository."""
+    revision: str = ""
+    """Commit or tag of a Hugging Face repository."""
+    name: str = ""
+    """What the SAE's files say it belongs to; empty: the last part of the path."""
+    dtype: Dtype = "float32"
+    """How it computes."""
+    device: str = "cpu"
+    """A torch device such as cpu or cuda:0."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise TrainError("model.path: must name a folder or a Hugging Face repository, got nothing")
+        check_choice("model.dtype", self.dtype, get_args(Dtype))
 
 
 class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from saeguard_sae.models import Site
 from saeguard_sae.train.activations import ActivationSource, CachedActivations, ModelActivations, Shard, ShardIndex
-from saeguard_sae.train.data import INDEX, data_kind
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import INDEX, LanguageModel, data_kind
 from saeguard_sae.train.parallel import ALONE, Mesh
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, check_at_least, one_line
 

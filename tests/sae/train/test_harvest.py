@@ -11,8 +11,7 @@ from torch import Tensor
 
 from saeguard_sae.models import Site
 from saeguard_sae.train.activations import Harvester
-from saeguard_sae.train.data import TokenRows
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel, TokenRows
 from saeguard_sae.train.settings import TrainError
 from support.models import CONFIGS, SITES, WIDTH
 from support.streams import plain_activations, small_model

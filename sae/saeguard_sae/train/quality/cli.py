@@ -71,10 +71,10 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
+    from saeguard_sae.train.data import open_language_model
     from saeguard_sae.train.quality.evaluate import EvaluateSettings
     from saeguard_sae.train.quality.report import evaluate_folder
-    from saeguard_sae.train.settings import DataSettings, StreamSettings, check_at_least
+    from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, StreamSettings, check_at_least
 
     data = DataSettings(
         path=arguments.data,

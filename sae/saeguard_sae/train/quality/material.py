@@ -16,8 +16,7 @@ from saeguard_sae.coders import MatchingPursuit
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig, Site, depth, hooked
-from saeguard_sae.train.data import Contexts
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import Contexts, LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeguard_sae.loading import LoadedSae, LoadError, Overrides, bind, open_sae
 from saeguard_sae.models import Site
-from saeguard_sae.train.data import context_length
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel, context_length
 from saeguard_sae.train.quality import evaluate
 from saeguard_sae.train.quality.evaluate import DEAD_TOKENS, EvaluateSettings, Evaluation, evaluate_saes
 from saeguard_sae.train.quality.feature_stats import Histogram

@@ -23,10 +23,8 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import saelens_save
-from saeguard_sae.train.data import context_length
-from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, config_as_json, differences
-from saeguard_sae.train.run.jobs import SaePlan
+from saeguard_sae.train.data import LanguageModel, context_length
+from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, SaePlan, config_as_json, differences
 from saeguard_sae.train.run.progress import last_metrics
 from saeguard_sae.train.stream import ActivationStream
 

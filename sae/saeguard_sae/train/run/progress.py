@@ -16,8 +16,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
-from saeguard_sae.train.data import data_kind
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel, data_kind
 from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, SaeEntry
 from saeguard_sae.train.settings import TrainError
 from saeguard_sae.train.tracking import LearnerMetrics

@@ -19,8 +19,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from saeguard_sae.models import Site
+from saeguard_sae.train.data import LanguageModel, open_language_model
 from saeguard_sae.train.learner import Learner, make_learner
-from saeguard_sae.train.lm import LanguageModel, open_language_model
 from saeguard_sae.train.parallel import ALONE, Mesh, PeerLost, join_processes, own_device
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints, RunFolder, export_sae
 from saeguard_sae.train.run.config import (
@@ -29,10 +29,14 @@ from saeguard_sae.train.run.config import (
     RunFailed,
     RunLost,
     RunStopped,
+    SaePlan,
+    check_disk,
+    check_memory,
     config_as_json,
     differences,
+    plan_saes,
+    rehearse_export,
 )
-from saeguard_sae.train.run.jobs import SaePlan, check_disk, check_memory, plan_saes, rehearse_export
 from saeguard_sae.train.run.progress import (
     Console,
     MetricsFile,

@@ -15,7 +15,8 @@ from saeguard_sae.catalogue import Catalogue
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
+from saeguard_sae.train.quality.evaluate import EvaluateSettings, Evaluation, evaluate_saes
+from saeguard_sae.train.quality.material import EvaluationRow, Material
 from support.models import BOS, EOS, PAD, SITES, save_model
 
 SPECIAL = torch.tensor([BOS, EOS, PAD])

@@ -15,8 +15,8 @@ from saeguard_sae.check import measure
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import Site
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
-from saeguard_sae.train.quality.evaluate import _parted, frozen_baseline
+from saeguard_sae.train.quality.evaluate import EvaluateSettings, Evaluation, _parted, evaluate_saes, frozen_baseline
+from saeguard_sae.train.quality.material import EvaluationRow, Material
 from saeguard_sae.train.settings import TrainError
 
 SITE = Site(1, "resid_post")

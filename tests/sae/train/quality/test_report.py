@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from saeguard_sae.train.quality import Evaluation
+from saeguard_sae.train.quality.evaluate import Evaluation
 from saeguard_sae.train.quality.feature_stats import Agreement, Context, FeatureExamples
 from saeguard_sae.train.quality.report import html, plots, summary, table_lines, write_report
 
