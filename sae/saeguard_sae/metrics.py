@@ -130,13 +130,8 @@ class NextTokenLoss:
         return self._divergence / self.positions
 
     def add(self, logits: Tensor, ids: Tensor, predicted: Tensor, base: Tensor | None = None) -> None:
-        """
-        Args:
-            logits: [rows, T, vocabulary] of the changed model.
-            ids: [rows, T] what it read.
-            predicted: bool [rows, T - 1] positions whose next token counts.
-            base: logits of the model as it is.
-        """
+        """logits of the changed model, and ``base`` of the model as it is, [rows, T, vocabulary]; ids [rows, T];
+        ``predicted`` bool [rows, T - 1]: positions whose next token counts."""
         following = ids[:, 1:][predicted]
         row, position = predicted.nonzero(as_tuple=True)
         self.positions += len(following)

@@ -111,7 +111,8 @@ class Contexts:
         self._settings = settings
         self._vocab_size = int(model.config.vocab_size)
         self._backend = model.tokenizer.backend_tokenizer
-        bos, eos, pad = (_id(getattr(model.tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "pad"))
+        tokens = (getattr(model.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        bos, eos, pad = ([] if token is None else [int(token)] for token in tokens)
         self._start = bos
         self._end = (eos or bos) if settings.packing == "packed" else []
         self._pad = (pad or eos or bos or [0])[0]
@@ -207,10 +208,6 @@ def context_length(model: LanguageModel, settings: StreamSettings) -> int:
     return settings.context or min(model.max_context, _CONTEXT)
 
 
-def _id(token: Any) -> list[int]:
-    return [] if token is None else [int(token)]
-
-
 class Documents:
     """The documents of a data set, in its order, started again when it ends. Those without text are left out."""
 
@@ -218,7 +215,6 @@ class Documents:
         self._settings = settings
         self._source = open_source(settings)
         self.epoch = 0
-        """How often the data set was started again."""
         self.number = 0
         """Of the document that was given last, counted from 1 and through all epochs."""
         self._seen = self._taken = 0

@@ -55,7 +55,6 @@ class Mesh:
     shards: int = 1
     """Parts of an SAE."""
     rank: int = 0
-    """Of this process, from 0."""
     neighbours: int = 1
     """Processes on this machine, this one included."""
     by_rows: Any = None
@@ -276,14 +275,8 @@ class PeerWatch:
 
 @contextmanager
 def join_processes(shards: int, batch: int, device: str, resumable: Callable[[], str]) -> Iterator[Mesh]:
-    """The mesh of this process while it lasts; the one of ``ALONE`` where torchrun did not start it.
-
-    Args:
-        shards: parts of an SAE.
-        batch: tokens that are dealt out.
-        device: where it computes, by ``own_device``: with NCCL where that is a GPU, else with gloo.
-        resumable: what there is to go on from, should another process be lost.
-    """
+    """The mesh of this process while it lasts; ``ALONE`` where torchrun did not start it. ``device`` is that of
+    ``own_device``; ``resumable`` says what there is to go on from if another process is lost."""
     if not is_launched():
         if shards > 1:
             raise TrainError(f"parallel.shards: {shards} parts need as many processes: {LAUNCH.format(shards)}")

@@ -61,7 +61,6 @@ class ActivationStream:
         self.device = self._source.device if model is None else model.device
         """Of the batches. Cached activations lie in the machine's memory, the model's where the model is."""
         self.model_name = self._source.model_name
-        """Whose activations they are."""
         self.dtype = settings.store_dtype(self._source.dtype)
         """In which activations are kept; batches are float32."""
         self.buffer_bytes = buffer_bytes(self.widths, settings.buffer, self.dtype)
@@ -76,14 +75,8 @@ class ActivationStream:
 
     def sample(self, tokens: int) -> dict[Site, Tensor]:
         """The first tokens of the data, in their order, float32 [tokens, width]; the stream stays where it is."""
-        parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        source, count = self._source.again(), 0
-        while count < tokens:
-            chunk = self._chunk(source)
-            count += _count(chunk)
-            for site, x in chunk.items():
-                parts[site].append(x.to(self.dtype).float())
-        return {site: torch.cat(chunks)[:tokens].to(self.device) for site, chunks in parts.items()}
+        stored = self._read_first(tokens, lambda x: x.to(self.dtype).float())
+        return {site: x[:tokens].to(self.device) for site, x in stored.items()}
 
     def batch(self) -> dict[Site, Tensor]:
         """The next batch, float32 [batch, width] at each site."""
@@ -106,9 +99,9 @@ class ActivationStream:
         if set(state["limits"]) != {str(site) for site in self.sites}:
             there = ", ".join(state["limits"])
             raise TrainError(f"sites: the checkpoint has {there}, the settings {', '.join(map(str, self.sites))}")
-        if state["capacity"] != self.settings.buffer:
-            wrong = f"the checkpoint has {state['capacity']}, the settings {self.settings.buffer}"
-            raise TrainError(f"stream.buffer: {wrong}")
+        capacity, buffer = state["capacity"], self.settings.buffer
+        if capacity != buffer:
+            raise TrainError(f"stream.buffer: the checkpoint has {capacity}, the settings {buffer}")
         self._source.resume(state["source"])
         self._limits = {site: state["limits"][str(site)] for site in self.sites}
         self._buffer = None
@@ -140,16 +133,20 @@ class ActivationStream:
         return self._limits
 
     def _measure_limits(self) -> dict[Site, float]:
+        norms = self._read_first(_MEASURED, lambda x: x.float().norm(dim=1))
+        # A median of 0 says that most tokens have nothing here, not that the others are outliers.
+        return {site: self.settings.outlier_norm * float(x.median()) or inf for site, x in norms.items()}
+
+    def _read_first(self, tokens: int, transform: Callable[[Tensor], Tensor]) -> dict[Site, Tensor]:
+        """At each site that of the data's first chunks, which have at least so many tokens."""
         source, count = self._source.again(), 0
-        norms: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        while count < _MEASURED:
+        parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        while count < tokens:
             chunk = self._chunk(source)
             count += _count(chunk)
             for site, x in chunk.items():
-                norms[site].append(x.float().norm(dim=1))
-        medians = {site: float(torch.cat(chunks).median()) for site, chunks in norms.items()}
-        # A median of 0 says that most tokens have nothing here, not that the others are outliers.
-        return {site: self.settings.outlier_norm * median or inf for site, median in medians.items()}
+                parts[site].append(transform(x))
+        return {site: torch.cat(chunks) for site, chunks in parts.items()}
 
 
 def _open_source(

@@ -116,12 +116,6 @@ class LowPrecision:
         else:
             self.values[at], self.scale[at] = shrink(rows)
 
-    def like(self, x: Tensor) -> LowPrecision:
-        """x [n, d] in the same precision."""
-        if self.scale is not None:
-            return LowPrecision(*shrink(x))
-        return LowPrecision(x.to(self.values.dtype))
-
     def at(self, index: Tensor) -> LowPrecision:
         values = self.values[index]
         if self.scale is None:
@@ -133,15 +127,14 @@ class LowPrecision:
     def products(self, x: Tensor, bias: Tensor) -> Iterator[PreActivations]:
         """Pre-activations of x [B, d] in float32, bias [n]: a few hundred tokens at a time, looked at while they are in
         the cache. Each is overwritten by the next."""
-        tokens = self.like(x)
-        if tokens.scale is None or self.scale is None:
+        if self.scale is None:
             bias = bias.to(self.values.dtype)
-            for part in torch.split(tokens.values, _TOKENS):
+            for part in torch.split(x.to(self.values.dtype), _TOKENS):
                 yield PreActivations(F.linear(part, self.values, bias))
             return
         # Memory that is asked for anew for every product costs as much as a tenth of the product.
         room = self.scale.new_empty((min(len(x), _TOKENS), len(bias)), dtype=torch.int32)
-        for part, scale in zip(torch.split(tokens.values, _TOKENS), torch.split(tokens.scale, _TOKENS), strict=True):
+        for part, scale in zip(*(torch.split(tokens, _TOKENS) for tokens in shrink(x)), strict=True):
             sums = torch._int_mm(part, self.values.T, out=room[: len(part)])
             yield PreActivations(sums, scale, self.scale, bias)
 

@@ -27,8 +27,7 @@ def add_evaluate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--model", required=True, help="local folder or Hugging Face repository")
     parser.add_argument("--data", required=True, help=_TEXT)
     parser.add_argument("--out", type=Path, help="folder for the report; default: evaluation, in the SAE's folder")
-    _add_reading(parser)
-    _add_measuring(parser)
+    _add_options(parser)
     parser.set_defaults(run=run_evaluate)
 
 
@@ -44,7 +43,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default="", help="commit or tag of the model's repository")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
@@ -59,8 +58,6 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--packing", default="packed", help="packed or documents: whether a row may hold several")
 
-
-def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="INT", help="to measure on; default: 1,000,000")
     parser.add_argument("--loss-tokens", type=int, metavar="INT", help="of these with losses; default: 65,536")
     parser.add_argument("--seed", type=int, metavar="INT", help="of the frozen baseline and the probes' split")

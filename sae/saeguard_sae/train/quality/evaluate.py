@@ -24,18 +24,8 @@ from saeguard_sae.coders import SparseCoder
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss, SaeMetrics, recovered
-from saeguard_sae.train.quality.feature_stats import (
-    Agreement,
-    ExampleCollector,
-    FeatureExamples,
-    Histogram,
-    agreement_by_chance,
-    decoder_agreement,
-    histogram_of_counts,
-    histogram_of_values,
-    max_cosines,
-    spread_over_densities,
-)
+from saeguard_sae.train.quality import feature_stats
+from saeguard_sae.train.quality.feature_stats import Agreement, ExampleCollector, FeatureExamples, Histogram
 from saeguard_sae.train.quality.material import (
     CapturedSite,
     EvaluationBatch,
@@ -60,7 +50,6 @@ _COSINES = torch.linspace(-0.2, 1, 49, dtype=torch.float64)
 _LOGITS = 2**27
 """Held at once of one pass: 512 MiB in float32."""
 _TOKENS = 4096
-"""Of one forward pass at most."""
 _FIT_SHARE = 5
 """Of the first rows one in so many is for the fit."""
 _RIDGE = 1e-4
@@ -197,7 +186,6 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     agreement_by_chance: Agreement | None = None
     """Of random directions, as many in the same widths."""
     agreement_with: str | None = None
-    """The other SAE's path."""
     examples: tuple[FeatureExamples, ...] = ()
 
     def quality(self) -> Quality:
@@ -294,7 +282,7 @@ class _Evaluator:
         own = _Side(sae.dictionary.to(device), device)
         own.read(fit)
         self._examples = ExampleCollector(
-            spread_over_densities(own.metrics.density, settings.examples), settings.contexts
+            feature_stats.spread_over_densities(own.metrics.density, settings.examples), settings.contexts
         )
         baseline = frozen_baseline(
             fit.x,
@@ -326,11 +314,18 @@ class _Evaluator:
             probes = run_probes(self._model, labelled, own.reader, frozen.reader, settings.probe_k, settings.seed)
         if other is not None:
             W_dec, far = own.coder.W_dec, other.dictionary
-            agreement = decoder_agreement(W_dec, far.W_dec.to(W_dec.device), settings.seed)
-            chance = agreement_by_chance(far.d_out, own.coder.d_sae, far.d_sae, settings.seed)
+            agreement = feature_stats.decoder_agreement(W_dec, far.W_dec.to(W_dec.device), settings.seed)
+            chance = feature_stats.agreement_by_chance(far.d_out, own.coder.d_sae, far.d_sae, settings.seed)
         return Evaluation(
             subjects=self._subjects(),
-            text=self._text(),
+            text=Text(
+                source=self._material.source,
+                tokens=own.metrics.tokens,
+                loss_tokens=self._loss_tokens,
+                loss_positions=self._base.positions,
+                fit_tokens=self._fit_tokens,
+                outliers=self._outliers,
+            ),
             losses=losses,
             sae=_quality_metrics(own, losses, settings.seed),
             frozen=_quality_metrics(frozen, losses, settings.seed),
@@ -387,16 +382,6 @@ class _Evaluator:
             kl_zero_ablated=self._by_zero.divergence,
         )
 
-    def _text(self) -> Text:
-        return Text(
-            source=self._material.source,
-            tokens=self._own.metrics.tokens,
-            loss_tokens=self._loss_tokens,
-            loss_positions=self._base.positions,
-            fit_tokens=self._fit_tokens,
-            outliers=self._outliers,
-        )
-
     def _subjects(self) -> Subjects:
         coder = self._sae.dictionary
         return Subjects(
@@ -419,7 +404,7 @@ def _quality_metrics(side: _Side, losses: Losses, seed: int) -> QualityMetrics:
     sample = None
     if coder.d_sae > _COSINE_FEATURES:
         sample = torch.randperm(coder.d_sae, generator=torch.Generator().manual_seed(seed))[:_COSINE_FEATURES]
-    cosines = max_cosines(coder.W_dec, sample).double().cpu()
+    cosines = feature_stats.max_cosines(coder.W_dec, sample).double().cpu()
     return QualityMetrics(
         l0=metrics.l0,
         fvu=metrics.fvu,
@@ -437,9 +422,9 @@ def _quality_metrics(side: _Side, losses: Losses, seed: int) -> QualityMetrics:
         max_cosine=float(cosines.mean()),
         duplicate_share=float((cosines > DUPLICATE).double().mean()),
         cosine_features=len(cosines),
-        l0_histogram=histogram_of_counts(metrics.by_l0.cpu()),
-        density_histogram=histogram_of_values(density[density > 0].log10(), _DENSITIES),
-        cosine_histogram=histogram_of_values(cosines, _COSINES),
+        l0_histogram=feature_stats.histogram_of_counts(metrics.by_l0.cpu()),
+        density_histogram=feature_stats.histogram_of_values(density[density > 0].log10(), _DENSITIES),
+        cosine_histogram=feature_stats.histogram_of_values(cosines, _COSINES),
     )
 
 
@@ -470,11 +455,7 @@ def _parted(rows: Iterable[EvaluationRow], fit_tokens: int) -> tuple[list[Evalua
 def frozen_baseline(
     x: Tensor, target: Tensor, *, d_sae: int, l0: float, seed: int, is_transcoder: bool = False
 ) -> Dictionary:
-    """x [n, d_in], target [n, d_out], float32 -> a dictionary with random decoder directions and this L0.
-
-    Args:
-        is_transcoder: whether ``target`` is something else than ``x`` itself.
-    """
+    """x [n, d_in], target [n, d_out], float32 -> a dictionary with random decoder directions and this L0."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(d_sae, target.shape[1], generator=generator)
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(x.device)

@@ -34,7 +34,6 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     share_above_09: float
     """Share of the matched pairs with a cosine above 0.9."""
     matched: int
-    """Pairs."""
     is_sample: bool
     """Whether only a random sample of the features was matched, among its nearest."""
 
@@ -138,7 +137,6 @@ def histogram_of_counts(counts: Tensor) -> Histogram:
 
 
 Decode = Callable[[list[int]], str]
-"""Token ids to text."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -187,7 +185,6 @@ class ExampleCollector:
         self.features = features
         self._contexts = contexts
         self._peaks: list[list[_Peak]] = [[] for _ in features]
-        """Per feature, the strongest first."""
         self._rows_before = 0
         self._batch: EvaluationBatch | None = None
         self._positions = torch.empty(0, 2, dtype=torch.long)

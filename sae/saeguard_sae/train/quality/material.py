@@ -41,7 +41,6 @@ class Material:
     model: Any
     """A Hugging Face causal language model in evaluation mode."""
     name: str
-    """The model's."""
     rows: Iterable[EvaluationRow]
     """Of the text; each token once."""
     source: str
@@ -177,11 +176,7 @@ class SplicedModel:
         self.device = next(model.parameters()).device
 
     def capture(self, batch: EvaluationBatch, *, logits: bool = True) -> CapturedSite:
-        """Reads a batch as the model is.
-
-        Args:
-            logits: False ends the pass at the sites.
-        """
+        """Reads a batch as the model is; without ``logits`` the pass ends at the sites."""
         captured: dict[Site, Tensor] = {}
         last = max((self.reads, self.target), key=depth)
 

@@ -27,7 +27,6 @@ LEAST = 10
 _HELD_OUT = 4
 """One text in so many is held out."""
 _TEXTS = 16
-"""Read at once."""
 _ROUNDS = 100
 _STEADY = 1e-9
 """A step this small in every weight ends the search."""
@@ -84,12 +83,8 @@ def run_probes(
     numbers: tuple[int, ...],
     seed: int,
 ) -> Probes:
-    """Probes on an SAE's features, on the frozen baseline's, and on the activations themselves.
-
-    Args:
-        texts: tokenised, with their labels.
-        numbers: of features that a probe may use.
-    """
+    """Probes on an SAE's features, on the frozen baseline's, and on the activations themselves;
+    ``numbers``: of features that a probe may use."""
     labels = [label for _, label in texts]
     split = split_texts(labels, seed)
     dense = torch.cat([_means(x, batch) for batch, x in _activations(spliced, texts)])

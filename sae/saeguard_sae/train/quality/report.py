@@ -105,7 +105,7 @@ def summary(evaluation: Evaluation) -> str:
 def write_report(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
     """``evaluation.json``, ``report.html`` and a PNG of each plot in the folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = plots(evaluation)
+    pictures = tuple(plots(evaluation))
     page = html(evaluation, pictures)
     return (
         evaluate.write_evaluation(evaluation, folder),
@@ -204,7 +204,10 @@ def evaluate_folder(
     settings = settings or EvaluateSettings(outlier_norm=stream.outlier_norm)
     sae = _opened(path, model, site, "sae")
     far = None if other is None else _opened(other, model, site, "other")
-    _make_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # now, not after hours of measuring
+    except OSError as err:
+        raise TrainError(f"out: {out} cannot be made: {err.strerror}") from err
     labelled = [] if probe is None else read_labelled(probe)
     material = Material(
         model=model.network,
@@ -220,14 +223,6 @@ def evaluate_folder(
     except OSError as err:
         raise TrainError(f"out: {out} cannot be written: {err.strerror}") from err
     return evaluation
-
-
-def _make_folder(out: Path) -> None:
-    """Now, not after hours of measuring."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise TrainError(f"out: {out} cannot be made: {err.strerror}") from err
 
 
 def _opened(path: Path, model: LanguageModel, site: Site | None, field: str) -> LoadedSae:
@@ -270,11 +265,7 @@ class Plot:
 _Draw = Callable[["Axes", Theme], None]
 
 
-def plots(evaluation: Evaluation) -> tuple[Plot, ...]:
-    return tuple(_plots(evaluation))
-
-
-def _plots(evaluation: Evaluation) -> Iterator[Plot]:
+def plots(evaluation: Evaluation) -> Iterator[Plot]:
     sae, frozen, losses = evaluation.sae, evaluation.frozen, evaluation.losses
     yield _plot(
         "loss",
@@ -315,16 +306,13 @@ def _plots(evaluation: Evaluation) -> Iterator[Plot]:
             axes, theme, sae.cosine_histogram, frozen.cosine_histogram, "largest cosine", "share of features"
         ),
     )
-    if evaluation.probes is not None:
-        yield _probe_plot(evaluation.probes)
-
-
-def _probe_plot(probes: Probes) -> Plot:
+    if (probes := evaluation.probes) is None:
+        return
     scores = ", ".join(
         f"with {own.k}: {own.auroc:.2f} and {baseline.auroc:.2f}"
         for own, baseline in zip(probes.sae, probes.frozen, strict=True)
     )
-    return _plot(
+    yield _plot(
         "probes",
         "Telling the labels apart with few features",
         f"Held-out AUROC, SAE and frozen baseline, {scores}; with all dimensions {probes.dense.auroc:.2f}.",

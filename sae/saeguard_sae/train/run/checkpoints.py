@@ -90,16 +90,13 @@ class Checkpoint:
 
     step: int
     config: str
-    """The run's configuration, as JSON."""
     learners: Mapping[str, Mapping[str, Any]]
     """By the SAE's name."""
     stream: Mapping[str, Any]
     metrics: int
     """Bytes of the metrics file that were written by then."""
     elapsed_s: float
-    """Seconds that the run had taken."""
     rng: Tensor
-    """torch's own random state on the CPU."""
 
 
 class Checkpoints:
@@ -246,12 +243,7 @@ def export_sae(
 
 
 def write_card(plan: SaePlan, config: RunConfig, model_name: str, epoch: int, metrics: Mapping[str, Any]) -> str:
-    """What a trained SAE is, what it learnt from, how it did, how to use it: Markdown, with the hub's header.
-
-    Args:
-        epoch: how often the data was started again.
-        metrics: the last line of the run's.
-    """
+    """What a trained SAE is, what it learnt from, how it did, how to use it: Markdown, with the hub's header."""
     stream, settings = config.stream, plan.settings
     left_out = ["each row's first token"] * stream.mask_first + ["special tokens"] * stream.mask_special
     if stream.outlier_norm:

@@ -184,11 +184,8 @@ def _of_table(where: str, value: object, seed: int) -> Iterator[SaeEntry]:
 
 
 def _is_swept(name: str, value: object) -> bool:
-    return isinstance(value, list | tuple) and name not in ("name", "write_site") and not _is_list(name)
-
-
-def _is_list(name: str) -> bool:
-    return get_origin(_HINTS.get(name)) is tuple
+    is_tuple = get_origin(_HINTS.get(name)) is tuple
+    return isinstance(value, list | tuple) and name not in ("name", "write_site") and not is_tuple
 
 
 def _values(where: str, name: str, sweep: Any) -> list[Any]:
@@ -204,13 +201,10 @@ def _entry(where: str, keys: Mapping[str, Any], swept: tuple[str, ...]) -> SaeEn
     }
     own: dict[str, Any] = {name: value for name, value in keys.items() if name not in _HINTS}
     if swept:
-        own["name"] = "-".join([str(own["name"]), *(_suffix(name, keys[name]) for name in swept)])
+        suffixes = (str(keys[name]) if isinstance(keys[name], str) else f"{name}{keys[name]}" for name in swept)
+        own["name"] = "-".join([str(own["name"]), *suffixes])
     entry: SaeEntry = convert_value(where, {**own, "settings": settings}, SaeEntry)
     return entry
-
-
-def _suffix(name: str, value: object) -> str:
-    return str(value) if isinstance(value, str) else f"{name}{value}"
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -384,7 +378,6 @@ class SaePlan:
     name: str
     reads: Site
     writes: Site | None
-    """Of a transcoder."""
     settings: SaeSettings
     d_in: int
     d_out: int
@@ -432,11 +425,7 @@ def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE)
 
 
 def rehearse_export(plan: SaePlan, sample: Mapping[Site, Tensor], model_name: str) -> None:
-    """Writes a small untrained SAE of the same kind, so that what the format cannot hold shows before work is done.
-
-    Args:
-        sample: activations [tokens, width] at its sites.
-    """
+    """Writes a small untrained SAE of the same kind, so that what the format cannot hold shows before work is done."""
     small = dataclasses.replace(
         plan.settings, d_sae=_REHEARSED, k=min(plan.settings.k, 1), widths=(), steps=1, kernels="torch"
     )
@@ -451,12 +440,8 @@ def rehearse_export(plan: SaePlan, sample: Mapping[Site, Tensor], model_name: st
 
 
 def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.device, mesh: Mesh = ALONE) -> None:
-    """The model is loaded by now, and so no longer part of what is available.
-
-    Args:
-        device: where the SAEs learn and the buffer is.
-        mesh: of the processes that each have them, those of this machine in one memory unless it is a GPU's.
-    """
+    """The model is loaded by now, and so no longer part of what is available on ``device``, where SAEs and buffer are.
+    The processes of one machine share its memory, unless it is a GPU's."""
     free = free_bytes(device)
     mesh.gather_objects(None)  # nobody takes memory before all have looked
     sharing = mesh.neighbours if device.type == "cpu" else 1

@@ -22,7 +22,6 @@ from saeguard_sae.train.settings import TrainError
 from saeguard_sae.train.tracking import LearnerMetrics
 
 EVALUATION = "evaluation"
-"""Folder in the SAE's."""
 _FEWEST_ROWS = 2
 _REDRAW_S = 0.25
 _WRITERS = ("torch.utils.tensorboard", "tensorboardX")
@@ -40,7 +39,6 @@ class StepMetrics:
     elapsed_s: float
     """Since the run began, pauses left out."""
     left_s: float
-    """Until it ends, as it looks."""
     saes: Mapping[str, LearnerMetrics]
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -93,7 +91,12 @@ class TensorBoard:
     """The same as scalars, by name of the SAE; nothing where no writer is installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer = _tensorboard_writer(folder, step)
+        self._writer: Any = None
+        for name in _WRITERS:
+            with suppress(ImportError):
+                # What was written of later steps is left out of the charts.
+                self._writer = import_module(name).SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+                return
 
     def add(self, metrics: StepMetrics) -> None:
         if self._writer is None:
@@ -108,16 +111,6 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def _tensorboard_writer(folder: Path, step: int) -> Any:
-    for name in _WRITERS:
-        try:
-            module = import_module(name)
-        except ImportError:
-            continue
-        return module.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    return None
 
 
 def last_metrics(path: Path) -> dict[str, dict[str, Any]]:

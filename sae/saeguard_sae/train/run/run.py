@@ -22,6 +22,7 @@ from saeguard_sae.models import Site
 from saeguard_sae.train.data import LanguageModel, open_language_model
 from saeguard_sae.train.learner import Learner, make_learner
 from saeguard_sae.train.parallel import ALONE, Mesh, PeerLost, join_processes, own_device
+from saeguard_sae.train.run import progress
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints, RunFolder, export_sae
 from saeguard_sae.train.run.config import (
     BadConfig,
@@ -37,15 +38,7 @@ from saeguard_sae.train.run.config import (
     plan_saes,
     rehearse_export,
 )
-from saeguard_sae.train.run.progress import (
-    Console,
-    MetricsFile,
-    Pace,
-    StepMetrics,
-    TensorBoard,
-    check_evaluation,
-    evaluate_all,
-)
+from saeguard_sae.train.run.progress import Console, MetricsFile, Pace, StepMetrics, TensorBoard
 from saeguard_sae.train.settings import TrainError
 from saeguard_sae.train.stream import ActivationStream
 
@@ -80,7 +73,7 @@ def train_from_config(config: RunConfig, *, resume: bool = False, console: Conso
                     folder.check(config, resume=resume)
                 torch.manual_seed(config.run.seed)
                 model = None if config.model is None else open_language_model(replace(config.model, device=device))
-                check_evaluation(config, model)
+                progress.check_evaluation(config, model)
                 try:
                     paths = _train(config, folder, checkpoints, model, console, mesh, resume=resume)
                 except RunStopped as err:
@@ -91,7 +84,7 @@ def train_from_config(config: RunConfig, *, resume: bool = False, console: Conso
         if stopped is not None:
             raise stopped
         if config.run.evaluate and model is not None and paths:
-            evaluate_all(config, model, paths, console)
+            progress.evaluate_all(config, model, paths, console)
     return list(paths.values())
 
 
@@ -208,7 +201,6 @@ class TrainLoop:
         self._config, self._stream, self._trainers, self._recorder = config, stream, trainers, recorder
         self._mesh = mesh
         self.step = 0 if resumed is None else resumed.step
-        """Steps done."""
         self._reported = self.step
         self._pace = Pace(0.0 if resumed is None else resumed.elapsed_s)
 
