@@ -62,11 +62,8 @@ class Learner(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the steps to come depend on; views of it, not copies.
-
-        Where its features lie in several processes as ``export``: the one that writes gets copies of the whole, such as
-        one process would have.
-        """
+        """Everything that the steps to come depend on; views of it, not copies. Where its features lie in several
+        processes as ``export``: the one that writes gets copies of the whole."""
         ...
 
     def align(self) -> None:

@@ -30,9 +30,7 @@ _SHARD_BYTES = 256 * 1024 * 1024
 
 
 class ActivationStream:
-    """Batches of activations, mixed: rows of a batch are the same tokens at every site.
-
-    A transcoder's site to read and site to write are two of its sites.
+    """Batches of activations, mixed: rows of a batch are the same tokens at every site, also a transcoder's two.
 
     Several processes each have the stream that one would have, and its state; the model's forward passes, one for each
     chunk, are dealt out to them.

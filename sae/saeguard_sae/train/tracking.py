@@ -23,7 +23,6 @@ class LearnerMetrics:
     """Means over the steps since it was asked for last."""
 
     steps: int
-    """All so far."""
     tokens: int
     """All so far."""
     loss: float
@@ -57,15 +56,9 @@ class Tracking:
         count, loss, l0, fvu = self._sums.tolist()
         self._sums.zero_()
         count = max(count, 1.0)
-        return LearnerMetrics(
-            steps,
-            steps * self._settings.batch,
-            loss / count,
-            l0 / count,
-            fvu / count,
-            float(self.dead().float().mean()),
-            self._settings.rate(max(steps - 1, 0)),
-        )
+        dead_share, rate = float(self.dead().float().mean()), self._settings.rate(max(steps - 1, 0))
+        tokens = steps * self._settings.batch
+        return LearnerMetrics(steps, tokens, loss / count, l0 / count, fvu / count, dead_share, rate)
 
     def state(self) -> dict[str, Tensor]:
         return {"silent": self.silent, "sums": self._sums}
@@ -94,11 +87,7 @@ class Scaling:
 
     @classmethod
     def of(cls, sample: Tensor, target: Tensor | None) -> Scaling:
-        """From activations [tokens, d].
-
-        Raises:
-            ValueError: they are all equal, so that nothing can be learnt.
-        """
+        """From activations [tokens, d]; ValueError where they are all equal, so that nothing can be learnt."""
         written = sample if target is None else target
         size = _size(written)
         scaled = written / size

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saeguard_sae.models import Site
     from saeguard_sae.train.quality.evaluate import Evaluation
 
 _TEXT = "text that did not train the SAE: a file, a folder, or a data set of the Hugging Face hub"
@@ -68,10 +67,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
+    from saeguard_sae.models import Site
     from saeguard_sae.train.data import open_language_model
     from saeguard_sae.train.quality.evaluate import EvaluateSettings
     from saeguard_sae.train.quality.report import evaluate_folder
-    from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, StreamSettings, check_at_least
+    from saeguard_sae.train.settings import (
+        DataSettings,
+        LanguageModelSettings,
+        StreamSettings,
+        TrainError,
+        check_at_least,
+    )
 
     data = DataSettings(
         path=arguments.data,
@@ -92,6 +98,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     )
     out: Path = arguments.out or (arguments.sae if arguments.sae.is_dir() else arguments.sae.parent) / "evaluation"
+    try:
+        site = None if arguments.site is None else Site.parse(arguments.site)
+    except ValueError as err:
+        raise TrainError(f"site: {err}") from err
     evaluation = evaluate_folder(
         arguments.sae,
         model,
@@ -99,23 +109,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         stream,
         out,
         settings=settings,
-        site=_site(arguments.site),
+        site=site,
         other=arguments.other,
         probe=arguments.probe,
         progress=_progress_line(settings.tokens),
     )
     sys.stdout.write(_table(evaluation, out))
     return 0
-
-
-def _site(text: str | None) -> Site | None:
-    from saeguard_sae.models import Site
-    from saeguard_sae.train.settings import TrainError
-
-    try:
-        return None if text is None else Site.parse(text)
-    except ValueError as err:
-        raise TrainError(f"site: {err}") from err
 
 
 def _progress_line(goal: int) -> Callable[[int], None]:

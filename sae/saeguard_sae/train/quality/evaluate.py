@@ -307,7 +307,7 @@ class _Evaluator:
             raise TrainError("data: too little text: no two tokens are left to measure on")
 
     def evaluation(self, other: LoadedSae | None) -> Evaluation:
-        own, frozen, settings = self._own, self._frozen, self._settings
+        own, frozen, settings, coder = self._own, self._frozen, self._settings, self._sae.dictionary
         labelled, losses = self._material.labelled, self._losses()
         probes = agreement = chance = None
         if labelled:
@@ -317,7 +317,18 @@ class _Evaluator:
             agreement = feature_stats.decoder_agreement(W_dec, far.W_dec.to(W_dec.device), settings.seed)
             chance = feature_stats.agreement_by_chance(far.d_out, own.coder.d_sae, far.d_sae, settings.seed)
         return Evaluation(
-            subjects=self._subjects(),
+            subjects=Subjects(
+                model=self._material.name,
+                sae=self._sae.name,
+                digest=self._sae.digest,
+                format=self._sae.format,
+                architecture=coder.architecture,
+                reads=str(self._model.reads),
+                writes=str(self._model.target),
+                d_in=coder.d_in,
+                d_out=coder.d_out,
+                d_sae=coder.d_sae,
+            ),
             text=Text(
                 source=self._material.source,
                 tokens=own.metrics.tokens,
@@ -380,21 +391,6 @@ class _Evaluator:
             ce_zero_ablated=self._by_zero.cross_entropy,
             kl_mean_ablated=self._by_mean.divergence,
             kl_zero_ablated=self._by_zero.divergence,
-        )
-
-    def _subjects(self) -> Subjects:
-        coder = self._sae.dictionary
-        return Subjects(
-            model=self._material.name,
-            sae=self._sae.name,
-            digest=self._sae.digest,
-            format=self._sae.format,
-            architecture=coder.architecture,
-            reads=str(self._model.reads),
-            writes=str(self._model.target),
-            d_in=coder.d_in,
-            d_out=coder.d_out,
-            d_sae=coder.d_sae,
         )
 
 

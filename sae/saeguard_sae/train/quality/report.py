@@ -9,6 +9,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from io import BytesIO
 from itertools import accumulate, groupby, pairwise
@@ -34,6 +35,7 @@ _GOOD_RECOVERED = 0.95
 _GOOD_DEAD = 0.10
 _INCHES = (5.6, 3.0)
 _DPI = 144
+_FROZEN_LINE: dict[str, Any] = {"linewidth": 1.8, "linestyle": (0, (4, 1.5)), "label": "frozen"}
 _L0_SHARE = 0.99
 """Share of the tokens that the plot of L0 reaches: a few may lie very far out."""
 
@@ -273,7 +275,7 @@ def plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"Bars: as it is {losses.ce_base:.3f}, SAE {sae.ce_spliced:.3f}, frozen baseline {frozen.ce_spliced:.3f}, "
         f"mean {losses.ce_mean_ablated:.3f}, zeros {losses.ce_zero_ablated:.3f} nats per token.",
         "Nats per token. The nearer the SAE is to the model as it is, the less is lost.",
-        lambda axes, theme: _losses(axes, theme, evaluation),
+        partial(_losses, evaluation),
     )
     yield _plot(
         "l0",
@@ -282,9 +284,7 @@ def plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"{frozen.l0:.1f} for the frozen baseline.",
         "Share of tokens by the number of features that fire. The baseline's mean was set equal. The rarest "
         "hundredth on the right is cut off.",
-        lambda axes, theme: _pair(
-            axes, theme, sae.l0_histogram, frozen.l0_histogram, "features", "share of tokens, by unit", True
-        ),
+        partial(_pair, sae.l0_histogram, frozen.l0_histogram, "features", "share of tokens, by unit", True),
     )
     yield _plot(
         "density",
@@ -292,9 +292,7 @@ def plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"Histogram of features by density; {sae.dead_share:.1%} of the SAE's features never fired and are not in it, "
         f"{sae.dense_share:.1%} fire on more than a tenth of the tokens.",
         "Share of the features that fired, by log10 of the share of tokens on which they do. Right of -1: dense.",
-        lambda axes, theme: _pair(
-            axes, theme, sae.density_histogram, frozen.density_histogram, "log10 density", "share of features"
-        ),
+        partial(_pair, sae.density_histogram, frozen.density_histogram, "log10 density", "share of features", False),
     )
     yield _plot(
         "cosine",
@@ -302,9 +300,7 @@ def plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"Histogram of features by their largest cosine with another; the mean is {sae.max_cosine:.2f} for the SAE and "
         f"{frozen.max_cosine:.2f} for the frozen baseline.",
         "Share of features by the largest cosine with another decoder row. Above 0.9 they are near to duplicates.",
-        lambda axes, theme: _pair(
-            axes, theme, sae.cosine_histogram, frozen.cosine_histogram, "largest cosine", "share of features"
-        ),
+        partial(_pair, sae.cosine_histogram, frozen.cosine_histogram, "largest cosine", "share of features", False),
     )
     if (probes := evaluation.probes) is None:
         return
@@ -317,7 +313,7 @@ def plots(evaluation: Evaluation) -> Iterator[Plot]:
         "Telling the labels apart with few features",
         f"Held-out AUROC, SAE and frozen baseline, {scores}; with all dimensions {probes.dense.auroc:.2f}.",
         "Held-out AUROC by the number of features; the dotted line is a probe on the activations themselves.",
-        lambda axes, theme: _probes(axes, theme, probes),
+        partial(_probes, probes),
     )
 
 
@@ -352,18 +348,9 @@ def _legend(axes: Axes, theme: Theme) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="best")
 
 
-def _pair(
-    axes: Axes, theme: Theme, sae: Histogram, frozen: Histogram, across: str, up: str, per_unit: bool = False
-) -> None:
+def _pair(sae: Histogram, frozen: Histogram, across: str, up: str, per_unit: bool, axes: Axes, theme: Theme) -> None:
     axes.stairs(_shares(sae, per_unit=per_unit), sae.edges, fill=True, color=theme.sae, alpha=0.85, label="SAE")
-    axes.stairs(
-        _shares(frozen, per_unit=per_unit),
-        frozen.edges,
-        color=theme.frozen,
-        linewidth=1.8,
-        linestyle=(0, (4, 1.5)),
-        label="frozen",
-    )
+    axes.stairs(_shares(frozen, per_unit=per_unit), frozen.edges, color=theme.frozen, **_FROZEN_LINE)
     axes.set_xlim(*_limits(_L0_SHARE if per_unit else 1, sae, frozen))
     axes.set_xlabel(across)
     axes.set_ylabel(up)
@@ -389,7 +376,7 @@ def _limits(share: float, *histograms: Histogram) -> tuple[float, float]:
     return min(low), max(high)
 
 
-def _losses(axes: Axes, theme: Theme, evaluation: Evaluation) -> None:
+def _losses(evaluation: Evaluation, axes: Axes, theme: Theme) -> None:
     bars = {
         "model as it is": (evaluation.losses.ce_base, theme.quiet),
         "SAE": (evaluation.sae.ce_spliced, theme.sae),
@@ -407,18 +394,10 @@ def _losses(axes: Axes, theme: Theme, evaluation: Evaluation) -> None:
         label.set_color(theme.ink)
 
 
-def _probes(axes: Axes, theme: Theme, probes: Probes) -> None:
+def _probes(probes: Probes, axes: Axes, theme: Theme) -> None:
     across = [str(score.k) for score in probes.sae]
     axes.plot(across, [score.auroc for score in probes.sae], color=theme.sae, marker="o", linewidth=2, label="SAE")
-    axes.plot(
-        across,
-        [score.auroc for score in probes.frozen],
-        color=theme.frozen,
-        marker="s",
-        linewidth=1.8,
-        linestyle=(0, (4, 1.5)),
-        label="frozen",
-    )
+    axes.plot(across, [score.auroc for score in probes.frozen], color=theme.frozen, marker="s", **_FROZEN_LINE)
     axes.axhline(probes.dense.auroc, color=theme.quiet, linewidth=1.4, linestyle=":", label="all dimensions")
     axes.set_ylim(min(0.45, *(score.auroc for score in (*probes.sae, *probes.frozen))), 1.02)
     axes.set_xlabel("features that the probe may use")

@@ -238,17 +238,11 @@ def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Pa
     failed = []
     for entry in config.saes:
         out = paths[entry.name] / EVALUATION
-        other = _other_seed(entry, config)
+        twin = _other_seed(entry, config)
+        other = None if twin is None else paths[twin]
         console.note(f"saeguard train: evaluating {entry.name} on the held-out text")
         try:
-            evaluation = evaluate_folder(
-                paths[entry.name],
-                model,
-                config.heldout_data,
-                config.stream,
-                out,
-                other=None if other is None else paths[other],
-            )
+            evaluation = evaluate_folder(paths[entry.name], model, config.heldout_data, config.stream, out, other=other)
         except TrainError as err:
             failed.append(f"{entry.name}: {err}")
             continue
