@@ -68,11 +68,11 @@ class ModelActivations:
         self, model: LanguageModel, sites: Sequence[Site], data: DataSettings, settings: StreamSettings
     ) -> None:
         self._arguments = model, sites, data, settings
-        self._harvester = Harvester(model, sites)
+        self._reader = ActivationReader(model, sites)
         self._contexts = Contexts(model, data, settings)
         self._rows = rows_per_pass(model, settings)
         self.chunk = self._rows * self._contexts.context
-        self.widths: Mapping[Site, int] = self._harvester.widths()
+        self.widths: Mapping[Site, int] = self._reader.widths()
         self.dtype, self.device, self.model_name = model.dtype, model.device, model.name
 
     @property
@@ -80,7 +80,7 @@ class ModelActivations:
         return self._contexts.epoch
 
     def read(self) -> dict[Site, Tensor]:
-        return self._harvester.read(self._contexts.rows(self._rows))
+        return self._reader.read(self._contexts.rows(self._rows))
 
     def pass_over(self) -> None:
         """Leaves the next chunk to another process."""
@@ -219,7 +219,7 @@ def _read_index(folder: Path) -> ShardIndex:
     return index
 
 
-class Harvester:
+class ActivationReader:
     """Reads a model's activations at some sites, by a forward pass that ends at the last of them."""
 
     def __init__(self, model: LanguageModel, sites: Iterable[Site]) -> None:

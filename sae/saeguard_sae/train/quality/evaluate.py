@@ -25,15 +25,15 @@ from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss, SaeMetrics, recovered
 from saeguard_sae.train.quality import feature_stats
-from saeguard_sae.train.quality.feature_stats import Agreement, ExampleCollector, FeatureExamples, Histogram
-from saeguard_sae.train.quality.material import (
+from saeguard_sae.train.quality.evaluation_data import (
     CapturedSite,
     EvaluationBatch,
+    EvaluationData,
     EvaluationRow,
-    Material,
     SplicedModel,
     evaluation_batches,
 )
+from saeguard_sae.train.quality.feature_stats import Agreement, ExampleCollector, FeatureExamples, Histogram
 from saeguard_sae.train.quality.probes import Probes, run_probes
 from saeguard_sae.train.settings import TrainError
 
@@ -232,7 +232,7 @@ def write_whole(file: Path, data: bytes) -> Path:
 @torch.inference_mode()
 def evaluate_saes(
     sae: LoadedSae,
-    material: Material,
+    data: EvaluationData,
     settings: EvaluateSettings | None = None,
     *,
     other: LoadedSae | None = None,
@@ -251,7 +251,7 @@ def evaluate_saes(
         raise TrainError(
             f"other: SAE {other.name!r} writes {other.dictionary.d_out} wide, the first one {sae.dictionary.d_out}"
         )
-    pass_over_text = _Evaluator(sae, material, settings or EvaluateSettings())
+    pass_over_text = _Evaluator(sae, data, settings or EvaluateSettings())
     pass_over_text.measure(progress)
     return pass_over_text.evaluation(other)
 
@@ -271,11 +271,11 @@ class _Side:
 
 
 class _Evaluator:
-    def __init__(self, sae: LoadedSae, material: Material, settings: EvaluateSettings) -> None:
-        self._sae, self._material, self._settings = sae, material, settings
-        self._model = SplicedModel(material.model, material.model.config, sae)
-        self._pass_tokens = min(_TOKENS, max(1, _LOGITS // int(material.model.config.vocab_size)))
-        first, self._rest = _parted(material.rows, settings.fit_tokens)
+    def __init__(self, sae: LoadedSae, data: EvaluationData, settings: EvaluateSettings) -> None:
+        self._sae, self._data, self._settings = sae, data, settings
+        self._model = SplicedModel(data.model, data.model.config, sae)
+        self._pass_tokens = min(_TOKENS, max(1, _LOGITS // int(data.model.config.vocab_size)))
+        first, self._rest = _parted(data.rows, settings.fit_tokens)
         fit, self._limits = self._fit_sample(first)
         self._fit_tokens, self._mean = len(fit.x), fit.target.mean(0)
         device = self._model.device
@@ -308,7 +308,7 @@ class _Evaluator:
 
     def evaluation(self, other: LoadedSae | None) -> Evaluation:
         own, frozen, settings, coder = self._own, self._frozen, self._settings, self._sae.dictionary
-        labelled, losses = self._material.labelled, self._losses()
+        labelled, losses = self._data.labelled, self._losses()
         probes = agreement = chance = None
         if labelled:
             probes = run_probes(self._model, labelled, own.reader, frozen.reader, settings.probe_k, settings.seed)
@@ -318,7 +318,7 @@ class _Evaluator:
             chance = feature_stats.agreement_by_chance(far.d_out, own.coder.d_sae, far.d_sae, settings.seed)
         return Evaluation(
             subjects=Subjects(
-                model=self._material.name,
+                model=self._data.name,
                 sae=self._sae.name,
                 digest=self._sae.digest,
                 format=self._sae.format,
@@ -330,7 +330,7 @@ class _Evaluator:
                 d_sae=coder.d_sae,
             ),
             text=Text(
-                source=self._material.source,
+                source=self._data.source,
                 tokens=own.metrics.tokens,
                 loss_tokens=self._loss_tokens,
                 loss_positions=self._base.positions,
@@ -345,7 +345,7 @@ class _Evaluator:
             agreement=agreement,
             agreement_by_chance=chance,
             agreement_with=None if other is None else other.name,
-            examples=self._examples.examples(own.metrics.density, self._material.decode),
+            examples=self._examples.examples(own.metrics.density, self._data.decode),
         )
 
     def _fit_sample(self, rows: list[EvaluationRow]) -> tuple[CapturedSite, tuple[float, float]]:

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from saeguard_sae.train.quality.material import EvaluationBatch
+from saeguard_sae.train.quality.evaluation_data import EvaluationBatch
 
 _ROWS = 2048
 """Of either side whose cosines are held at once."""

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from saeguard_sae.check.measure import VALUES, Reader
 from saeguard_sae.discover import auroc
-from saeguard_sae.train.quality.material import EvaluationBatch, EvaluationRow, LabelledText, SplicedModel, pad_rows
+from saeguard_sae.train.quality.evaluation_data import (
+    EvaluationBatch,
+    EvaluationRow,
+    LabelledText,
+    SplicedModel,
+    pad_rows,
+)
 from saeguard_sae.train.settings import TrainError
 
 LEAST = 10

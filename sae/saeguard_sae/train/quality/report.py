@@ -21,8 +21,8 @@ from saeguard_sae.models import Site
 from saeguard_sae.train.data import LanguageModel, context_length
 from saeguard_sae.train.quality import evaluate
 from saeguard_sae.train.quality.evaluate import DEAD_TOKENS, EvaluateSettings, Evaluation, evaluate_saes
+from saeguard_sae.train.quality.evaluation_data import EvaluationData, labelled_rows, text_rows
 from saeguard_sae.train.quality.feature_stats import Histogram
-from saeguard_sae.train.quality.material import Material, labelled_rows, text_rows
 from saeguard_sae.train.quality.probes import Probes, read_labelled
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 
@@ -211,7 +211,7 @@ def evaluate_folder(
     except OSError as err:
         raise TrainError(f"out: {out} cannot be made: {err.strerror}") from err
     labelled = [] if probe is None else read_labelled(probe)
-    material = Material(
+    evaluation_data = EvaluationData(
         model=model.network,
         name=model.name,
         rows=text_rows(model, data, stream),
@@ -219,7 +219,7 @@ def evaluate_folder(
         decode=lambda ids: str(model.tokenizer.decode(ids)),
         labelled=labelled_rows(model, labelled, context_length(model, stream)),
     )
-    evaluation = evaluate_saes(sae, material, settings, other=far, progress=progress)
+    evaluation = evaluate_saes(sae, evaluation_data, settings, other=far, progress=progress)
     try:
         write_report(evaluation, out)
     except OSError as err:

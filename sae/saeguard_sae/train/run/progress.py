@@ -219,7 +219,7 @@ def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
     if model is None or data_kind(config.data) == "activations":
         raise BadConfig(f"run.evaluate: cached activations hold no text to evaluate on; {off}")
     try:
-        from saeguard_sae.train.quality.material import text_rows
+        from saeguard_sae.train.quality.evaluation_data import text_rows
         from saeguard_sae.train.quality.report import evaluate_folder  # noqa: F401
     except ImportError as err:
         raise BadConfig(f"run.evaluate: needs packages that are not installed ({err}); {off}") from err

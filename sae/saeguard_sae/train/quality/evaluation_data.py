@@ -35,7 +35,7 @@ class LabelledText(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
+class EvaluationData:
     """What an SAE is measured on."""
 
     model: Any
