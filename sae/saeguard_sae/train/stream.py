@@ -38,9 +38,6 @@ class ActivationStream:
     Args:
         model: None where ``data`` is cached activations.
         mesh: of the processes that all call the same methods.
-
-    Raises:
-        TrainError: names the field, and what is allowed.
     """
 
     def __init__(
@@ -165,10 +162,8 @@ def _count(tokens: Mapping[Site, Tensor]) -> int:
 def cache_activations(stream: ActivationStream, folder: Path, tokens: int) -> None:
     """Takes at least ``tokens`` tokens from the stream, in whole batches, and writes them in its dtype.
 
-    They are written as they are drawn: mixed, and without what the stream leaves out.
-
-    Raises:
-        TrainError: ``folder`` is there already, or cannot be written (a full disk); what was begun is removed.
+    They are written as they are drawn: mixed, and without what the stream leaves out. ``folder`` must not be there;
+    where it cannot be written, what was begun is removed.
     """
     check_at_least("tokens", tokens, 1)
     if folder.exists():

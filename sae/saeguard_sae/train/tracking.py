@@ -107,22 +107,20 @@ class Scaling:
         centre: bool,
     ) -> Dictionary:
         """W_enc [d_sae, d_in] and the rest, as learnt -> the same on activations as the model makes them."""
+        if isinstance(activation, JumpReLU):
+            activation = JumpReLU(activation.threshold * self.written)
+        elif isinstance(activation, Gated):
+            b_gate, b_mag = activation.b_gate * self.written, activation.b_mag * self.written
+            activation = Gated(b_gate, b_mag, activation.r_mag.clone())
         return Dictionary(
             W_enc=(W_enc * (self.written / self.read)).T,
             b_enc=b_enc * self.written,
             W_dec=W_dec.clone(),
             b_dec=b_dec * self.written,
-            activation=self._folded(activation),
+            activation=activation,
             centre=centre,
             is_transcoder=not centre,
         )
-
-    def _folded(self, activation: ActivationFunction) -> ActivationFunction:
-        if isinstance(activation, JumpReLU):
-            return JumpReLU(activation.threshold * self.written)
-        if isinstance(activation, Gated):
-            return Gated(activation.b_gate * self.written, activation.b_mag * self.written, activation.r_mag.clone())
-        return activation
 
 
 def _size(x: Tensor) -> float:

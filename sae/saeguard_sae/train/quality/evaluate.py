@@ -205,10 +205,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """
-    Raises:
-        ValueError: not an evaluation of this version; the message names the file.
-    """
+    """ValueError where the file is no evaluation of this version."""
     try:
         evaluation = msgspec.json.decode(file.read_bytes(), type=Evaluation)
     except (msgspec.DecodeError, msgspec.ValidationError) as err:

@@ -284,11 +284,7 @@ _TABLES: dict[str, type[msgspec.Struct]] = {
 
 
 def load_run_config(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The configuration of a TOML file with ``overrides``, a tree of the same shape, on top.
-
-    Raises:
-        BadConfig: it cannot be read, an unknown key, a wrong type, a value out of range.
-    """
+    """The configuration of a TOML file with ``overrides``, a tree of the same shape, on top."""
     tree = _read_toml(path)
     for name, above in (overrides or {}).items():
         tree[name] = {**as_table(name, tree.get(name, {})), **above}

@@ -152,9 +152,7 @@ class Console:
         self._next = self._clock() + _REDRAW_S
         done = round(24 * step / steps)
         bar = "#" * done + "." * (24 - done)
-        self._draw(f"[{bar}] {step:,}/{steps:,}  {format_rate(tokens_per_s)}  ETA {format_duration(left_s)}")
-
-    def _draw(self, text: str) -> None:
+        text = f"[{bar}] {step:,}/{steps:,}  {format_rate(tokens_per_s)}  ETA {format_duration(left_s)}"
         self._stream.write("\r" + text.ljust(len(self._drawn)))
         self._stream.flush()
         self._drawn = text

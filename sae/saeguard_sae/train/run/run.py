@@ -205,13 +205,7 @@ class TrainLoop:
         self._pace = Pace(0.0 if resumed is None else resumed.elapsed_s)
 
     def run(self, stop: StopSignals) -> None:
-        """All steps that are left.
-
-        Raises:
-            RunStopped: a signal asked for it; the state is saved.
-            RunFailed: the data, memory or the disk gave out, or a loss is no longer a number.
-            RunLost: another process is gone.
-        """
+        """All steps that are left; each exception that ends them says how far it came."""
         try:
             while self.step < self._config.steps:
                 self._advance()
