@@ -62,8 +62,8 @@ class LanguageModel:
 
 
 def open_language_model(settings: LanguageModelSettings) -> LanguageModel:
-    """Loads a model and its tokenizer, from the hub where the path is no local folder. The sites of its architecture must be
-    known, its weights complete, its tokenizer fast."""
+    """Loads a model and its tokenizer, from the hub where the path is no local folder. The sites of its architecture
+    must be known, its weights complete, its tokenizer fast."""
     try:
         folder = open_folder(settings.path, settings.revision)
         network = open_model(folder, settings.dtype, settings.device)
