@@ -40,9 +40,7 @@ class CatalogueFeature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     label_metric: str | None = None
     """What ``label_score`` measures: auroc or f1, or as those who scored an imported label call it."""
     label_score: float | None = None
-    """Held-out score of the label."""
     maximum: float | None = None
-    """Largest activation seen."""
     quantiles: dict[str, float] = {}
     """Of the positive activations, by probability such as "0.99"."""
     density: float | None = None
@@ -76,7 +74,6 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     quality: Quality | None = None
 
     def feature(self, index: int) -> CatalogueFeature:
-        """What is known of a feature; an empty entry when nothing is."""
         return self.features.get(index) or CatalogueFeature(index=index)
 
 
@@ -85,11 +82,7 @@ class BadCatalogue(ValueError):
 
 
 def read_catalogue(directory: Path, d_sae: int) -> Catalogue:
-    """The catalogue beside an SAE's weights, empty where there is none.
-
-    Raises:
-        BadCatalogue: malformed, an index outside the SAE, or one given twice.
-    """
+    """The catalogue beside an SAE's weights, empty where there is none. Raises BadCatalogue, as ``read_features``."""
     lines = directory / FEATURES
     features = read_features(lines, d_sae) if lines.is_file() else {}
     quality = directory / "quality.json"
@@ -98,11 +91,7 @@ def read_catalogue(directory: Path, d_sae: int) -> Catalogue:
 
 
 def read_features(file: Path, d_sae: int | None = None) -> dict[int, CatalogueFeature]:
-    """The features of a ``features.jsonl``, by index; without ``d_sae`` any index is allowed.
-
-    Raises:
-        BadCatalogue: malformed, an index outside the SAE, or one given twice.
-    """
+    """By index, any one without ``d_sae``. Raises BadCatalogue: malformed, an index repeated or outside the SAE."""
     features: dict[int, CatalogueFeature] = {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -134,12 +123,7 @@ def merge_entries(
 
 
 def write_catalogue(directory: Path, features: Mapping[int, CatalogueFeature]) -> None:
-    """Merges features into the directory's ``features.jsonl``, which afterwards is the old one or the new one.
-
-    Raises:
-        BadCatalogue: the one that is there cannot be read.
-        OSError: it cannot be written.
-    """
+    """Merges into ``features.jsonl``, whole or not at all. Raises BadCatalogue: the one there; OSError: no writing."""
     target = directory / FEATURES
     part = directory / f"{FEATURES}.part"
     merged = merge_entries(read_features(target) if target.is_file() else {}, features)

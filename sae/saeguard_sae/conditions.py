@@ -49,7 +49,6 @@ class ConditionColumn:
     first: int = 0
     last: int = NEVER
     special: bool = False
-    """Also on special tokens."""
     latches: bool = False
     """For edits it stays on once it was on."""
     stops: bool = False
@@ -57,19 +56,15 @@ class ConditionColumn:
 
     @property
     def looks_back(self) -> int:
-        """Earlier values that it needs."""
         return self.tokens - 1 if self.is_windowed else 0
 
     @property
     def is_windowed(self) -> bool:
-        """Whether it looks at more than one value."""
         return self.window in ("rolling_mean", "k_of_n")
 
 
 @dataclass(frozen=True, slots=True)
 class ConditionCounts:
-    """What one condition saw so far, on the tokens in its scope."""
-
     evaluated: int
     on: int
     first: int | None
@@ -83,8 +78,6 @@ ConditionMemory: TypeAlias = Cells
 
 
 class ConditionTable:
-    """Decides the conditions of up to ``slots`` requests."""
-
     def __init__(self, slots: int, device: torch.device | str = "cpu") -> None:
         self._count, self._device = slots, torch.device(device)
         self._store = ConditionState(slots, self._device)
@@ -97,7 +90,6 @@ class ConditionTable:
         self._pass: list[_Pass | None] = []
 
     def holds(self, slots: Sequence[int]) -> bool:
-        """Whether any of these slots has conditions."""
         return bool(self._slots) and any(slot in self._slots for slot in slots)
 
     def reads(self, place: Hashable, source: Hashable, rows: Rows) -> bool:
@@ -106,11 +98,9 @@ class ConditionTable:
         return sums is not None and any(sums.holds(group.slots) for group in rows.groups)
 
     def reads_at(self, place: Hashable, slot: int) -> bool:
-        """Whether a condition of the slot reads something at that place."""
         return any(sums.holds((slot,)) for sums in self._sums.get(place, {}).values())
 
     def can_stop(self, slots: Sequence[int]) -> bool:
-        """Whether any of these slots has a condition that stops."""
         return bool(self._slots) and any(self._slots[slot].stops for slot in slots if slot in self._slots)
 
     def write(self, slot: int, conditions: Sequence[ConditionColumn]) -> list[int]:
@@ -127,7 +117,6 @@ class ConditionTable:
         return list(compiled.numbers)
 
     def clear(self, slot: int) -> None:
-        """Frees the slot; nothing of its request stays."""
         if self._slots.pop(slot, None) is not None:
             self._store.clear(slot)
             for by_source in self._sums.values():
@@ -136,7 +125,7 @@ class ConditionTable:
             self._note_change()
 
     def begin(self, rows: Rows) -> None:
-        """Before a forward pass that reads these tokens."""
+        """Before each forward pass."""
         self._pass = [self._open(group) if self.holds(group.slots) else None for group in rows.groups]
 
     def decide(self, place: Hashable, x: Tensor, rows: Rows, sources: Mapping[Any, Tensor]) -> None:
@@ -186,7 +175,6 @@ class ConditionTable:
         return self._store.tally(slot, len(self._slots[slot].numbers), self._slots[slot].looks_back)
 
     def resume(self, slot: int, memory: ConditionMemory) -> None:
-        """Goes on from there."""
         if memory:
             self._store.resume(slot, memory)
 
@@ -374,27 +362,22 @@ class ConditionState(ColumnStore):
         self.ring = torch.zeros(slots, 4, 0, dtype=torch.float64, device=device)
 
     def clear(self, slot: int) -> None:
-        """Makes a slot's cells idle."""
         super().clear(slot)
         self.ring[slot] = 0.0
 
     def grow(self, needed: int) -> None:
-        """Doubles the capacity until ``needed`` cells fit; what is there stays."""
         super().grow(needed)
         self.ring = functional.pad(self.ring, (0, 0, 0, self.capacity - self.ring.shape[1]))
 
     def fit(self, longest: int) -> None:
-        """Lets the ring hold ``longest`` values, the latest of those it holds."""
         if longest != self.ring.shape[2]:
             self.ring = functional.pad(self.ring, (longest - self.ring.shape[2], 0))
 
     def tally(self, slot: int, used: int, longest: int) -> ConditionMemory:
-        """What the slot's ``used`` conditions remember."""
         ring = self.ring[slot, :used, self.ring.shape[2] - longest :].clone()
         return self.copy(slot, used, MEMORY) | {"ring": ring}
 
     def resume(self, slot: int, memory: ConditionMemory) -> None:
-        """Goes on from there."""
         ring = memory["ring"]
         self.write(slot, {name: memory[name] for name in MEMORY})
         self.ring[slot, : len(ring), self.ring.shape[2] - ring.shape[1] :] = ring
@@ -425,7 +408,6 @@ def _cells(conditions: Sequence[ConditionColumn], places: Sequence[int], device:
 
 
 def _least(condition: ConditionColumn, threshold: float) -> float:
-    """The smallest number that compares true."""
     return math.nextafter(threshold, math.inf) if condition.comparison in ("above", "below") else threshold
 
 

@@ -24,7 +24,6 @@ class Columns:
 
     @classmethod
     def of(cls, b_enc: Tensor, threshold: float | Tensor, *, squashed: bool = False) -> Columns:
-        """Of what is not scaled."""
         return cls(torch.ones_like(b_enc), b_enc, b_enc, torch.zeros_like(b_enc) + threshold, squashed)
 
 
@@ -37,7 +36,6 @@ class ActivationFunction:
     """True when a feature's value depends on its own pre-activation alone, so that it can be computed alone."""
 
     def __call__(self, pre: Tensor) -> Tensor:
-        """pre [..., d_sae] -> features [..., d_sae]."""
         raise NotImplementedError
 
     def columns(self, b_enc: Tensor) -> Columns:
@@ -132,7 +130,6 @@ class CompetingActivation(ActivationFunction):
         return 1
 
     def score(self, pre: Tensor) -> Tensor:
-        """What is compared."""
         return pre
 
     def value(self, pre: Tensor) -> Tensor:
@@ -211,8 +208,6 @@ _TINY = 1e-30
 
 
 class InputScaling(NamedTuple):
-    """Per token [..., 1]: it is encoded as ``(x - shift) / divisor``; a decoded r means ``r * scale + shift``."""
-
     shift: Tensor
     divisor: Tensor
     scale: Tensor
@@ -241,7 +236,6 @@ def input_scaling(kind: Normalisation, x: Tensor) -> InputScaling:
 
 
 def normalise(kind: Normalisation, x: Tensor) -> Tensor:
-    """x [..., d_in] as it is encoded."""
     if kind == "none":
         return x
     token = input_scaling(kind, x)
@@ -297,7 +291,6 @@ class Dictionary:
 
     @property
     def d_in(self) -> int:
-        """Width of what is encoded."""
         return self.W_enc.shape[0]
 
     @property
@@ -307,7 +300,6 @@ class Dictionary:
 
     @property
     def d_sae(self) -> int:
-        """Number of features."""
         return self.W_dec.shape[0]
 
     @property
@@ -317,7 +309,6 @@ class Dictionary:
         return self.activation.name + kind
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> features [..., d_sae], in the dictionary's dtype."""
         return self.activation(self.pre_activations(x))
 
     def pre_activations(self, x: Tensor, features: slice = slice(None)) -> Tensor:
@@ -350,13 +341,11 @@ class Dictionary:
         return EncoderRows(weights, self.activation.with_parameters(own).columns(bias))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every weight by its name."""
         weights = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         skip = {} if self.W_skip is None else {"W_skip": self.W_skip}
         return weights | skip | self.activation.parameters()
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Dictionary:
-        """The same dictionary elsewhere."""
         moved = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
         own = {name: moved.pop(name) for name in self.activation.parameters()}
         activation = self.activation.with_parameters(own)

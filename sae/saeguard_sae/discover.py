@@ -82,8 +82,6 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A unit that seems to stand for the concept."""
-
     unit: int
     cut: float
     """It fires above this value."""

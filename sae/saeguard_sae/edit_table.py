@@ -37,7 +37,6 @@ class EditColumn:
     first: int = 0
     last: int = 0
     special: bool = False
-    """Also on special tokens."""
     source: Hashable = None
     """Which tensor it reads (a key of ``sources`` in ``EditTable.apply``); None for the one that is edited."""
     block: int = 0
@@ -86,11 +85,9 @@ class EditTable:
         self._values: list[tuple[Group, dict[Hashable, Tensor]]] = []
 
     def holds(self, slot: int) -> bool:
-        """Whether this slot has columns."""
         return slot in self._sources
 
     def reads(self, source: Hashable, rows: Rows) -> bool:
-        """Whether a column of these requests reads that source."""
         return source in self._columns and any(self._columns[source].used(group.slots) for group in rows.groups)
 
     def write(self, slot: int, columns: Sequence[EditColumn], max_relative_edit: float = float("inf")) -> None:
@@ -113,7 +110,6 @@ class EditTable:
         self._sources[slot] = [column.source for column in columns]
 
     def clear(self, slot: int) -> None:
-        """Frees the slot; nothing of its request stays."""
         if self._sources.pop(slot, None) is not None:
             for columns in self._columns.values():
                 columns.clear(slot)
@@ -151,7 +147,6 @@ class EditTable:
         sources: Mapping[Any, Tensor],
         on: Tensor | None,
     ) -> Tensor:
-        """[B, T, width] a group's tokens with their edits."""
         own = group.take(x)
         wide = own.float()
         read = {source: wide if source is None else group.take(sources[source]).float() for source in live}
@@ -189,7 +184,6 @@ class EditTable:
         return {source: columns.tally(slot) for source, columns in self._columns.items() if columns.used((slot,))}
 
     def resume(self, slot: int, tally: Mapping[Hashable, Tally]) -> None:
-        """Goes on counting from there."""
         for source, counters in tally.items():
             self._columns[source].store.write(slot, counters)
 
@@ -221,8 +215,6 @@ class EditChange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """What a slot's columns are."""
-
     used: int
     cells: Cells
     """Every column [used, ...], as it is before anything was counted."""
@@ -266,24 +258,20 @@ class EditColumns:
         self._live: dict[tuple[int, ...], _Live] = {}
 
     def used(self, slots: tuple[int, ...]) -> int:
-        """Columns that the fullest of these slots has."""
         return max((self._slots[slot].used for slot in slots if slot in self._slots), default=0)
 
     def write(self, slot: int, columns: Sequence[EditColumn]) -> None:
-        """Gives a free slot its columns, in this order."""
         compiled = remember(self._compiled, tuple(map(_key, columns)), lambda: self._compile(columns))
         self._slots[slot] = compiled
         self.store.write(slot, compiled.cells)
         self._note_change()
 
     def clear(self, slot: int) -> None:
-        """Frees the slot; nothing of its request stays."""
         if self._slots.pop(slot, None) is not None:
             self.store.clear(slot)
             self._note_change()
 
     def at(self, slots: tuple[int, ...]) -> slice | Tensor:
-        """These slots as an index."""
         return self._needs(slots).at
 
     def change(self, x: Tensor, group: Group, on: Tensor | None, *, is_limited: bool) -> EditChange:
@@ -313,7 +301,6 @@ class EditColumns:
         return EditChange(f, eligible, norm, change != 0, is_edited, live.product.write(delta), free)
 
     def count(self, slots: tuple[int, ...], change: EditChange, norm: Tensor, shrink: Tensor | None) -> None:
-        """Adds up a step; [B, T]: ``norm`` of the tokens that were written, and what limits left of the edits."""
         live = self._needs(slots)
         inside, relative = torch.where(change.eligible, change.f, 0.0), change.size / norm.clamp_min(_TINY)[..., None]
         amounts = {"eligible": change.eligible, "edited": change.is_changed, "sum": inside}
@@ -328,7 +315,6 @@ class EditColumns:
         largest[live.at, : live.used] = torch.maximum(largest[live.at, : live.used], most)
 
     def tally(self, slot: int) -> Tally:
-        """What the slot's columns counted so far; stays on the device."""
         return self.store.copy(slot, self.used((slot,)), COUNTERS)
 
     def _needs(self, slots: tuple[int, ...]) -> _Live:
@@ -510,16 +496,14 @@ class ColumnStore:
                 column.index_copy_(0, at, values.to(column.dtype))
 
     def clear(self, slot: int) -> None:
-        """Makes a slot's cells idle."""
         for name, kind in self._kinds.items():
             self._tensors[name][slot] = kind.idle
 
     def copy(self, slot: int, used: int, names: Iterable[str]) -> Cells:
-        """The slot's first ``used`` cells of these columns."""
         return {name: self._tensors[name][slot, :used].clone() for name in names}
 
     def grow(self, needed: int) -> None:
-        """Doubles the capacity until ``needed`` cells fit; what is there stays."""
+        """Doubles the capacity until ``needed`` cells fit."""
         old = self._tensors
         while self.capacity < needed:
             self.capacity *= 2

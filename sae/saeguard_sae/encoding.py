@@ -44,7 +44,7 @@ class Coders:
         self._competitors: dict[int, Competitors] = {}
 
     def number(self, coder: SparseCoder) -> int:
-        """Its number; 0 for one whose features are told by their own rows."""
+        """0 for one whose features are told by their own rows."""
         if is_local(coder):
             return 0
         for number, known in enumerate(self._whole, start=1):
@@ -88,7 +88,6 @@ class Needs:
 
     @classmethod
     def of(cls, coders: Iterable[SparseCoder], numbers: Coders) -> Needs:
-        """Those of features of these coders."""
         coders = list(coders)
         kinds = {coder.normalisation for coder in coders if not isinstance(coder, Temporal)}
         squashed = any(isinstance(coder, Dictionary) and isinstance(coder.activation, TanhReLU) for coder in coders)
@@ -139,7 +138,6 @@ def input_scalings(x: Tensor, kinds: frozenset[str]) -> Tensor | None:
 
 
 def of_kind(by_kind: Tensor, kind: Tensor) -> Tensor:
-    """by_kind [B, T, kinds], kind int64 [B or 1, E] -> [B, T, E]."""
     return by_kind.gather(-1, kind[:, None].expand(*by_kind.shape[:2], -1))
 
 
@@ -340,7 +338,6 @@ class FeatureSelector:
         return [first, *growing] if has_floor and growing else growing
 
     def _pays(self, candidates: int) -> bool:
-        """Whether computing so many features alone is less work than all of them at once."""
         return self.prepare() and candidates * SPARSE <= self._coder.d_sae
 
 
@@ -352,7 +349,6 @@ def top_of(features: Tensor, k: int, *, signed: bool = False) -> SelectedFeature
 
 
 def above_of(features: Tensor, threshold: float, *, signed: bool = False) -> SelectedFeatures:
-    """features [N, d_sae] -> as ``FeatureSelector.above``."""
     size = features.abs() if signed else features
     most = int((size > threshold).sum(dim=-1).max()) if len(features) else 0
     sizes, index = largest_per_row(size, most)
@@ -360,7 +356,6 @@ def above_of(features: Tensor, threshold: float, *, signed: bool = False) -> Sel
 
 
 def named_of(features: Tensor, names: Sequence[int]) -> SelectedFeatures:
-    """features [N, d_sae] -> as ``FeatureSelector.named``."""
     index = torch.tensor(names, device=features.device, dtype=torch.int64).expand(len(features), -1)
     return SelectedFeatures(features.gather(1, index), index, torch.ones_like(index, dtype=torch.bool))
 
@@ -373,7 +368,6 @@ def _is_bounded(coder: SparseCoder) -> bool:
 
 
 def _centred(dictionary: Dictionary, x: Tensor) -> Tensor:
-    """x [N, d_in] as it meets the encoder."""
     n = normalise(dictionary.normalisation, x.to(dictionary.W_enc.dtype))
     return n - dictionary.b_dec if dictionary.centre else n
 
@@ -419,7 +413,6 @@ def _spare(n: int) -> int:
 
 
 def _stacked(parts: list[SelectedFeatures]) -> SelectedFeatures:
-    """Parts of a batch below each other, the narrower ones padded with what is not kept."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.values.shape[1] for part in parts)

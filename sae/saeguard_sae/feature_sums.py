@@ -70,7 +70,6 @@ class FeatureSums:
         self._index = torch.zeros(slots, 1, dtype=torch.int64, device=device)
 
     def holds(self, slots: Sequence[int]) -> bool:
-        """Whether any of these slots has a sum here."""
         return any(slot in self._slots for slot in slots)
 
     def write(self, slot: int, sums: Sequence[Sum]) -> None:
@@ -84,7 +83,6 @@ class FeatureSums:
             self._compiled = None
 
     def clear(self, slot: int) -> None:
-        """Frees the slot."""
         if self._slots.pop(slot, None) is not None:
             self._index[slot] = len(self._sums)
             # What nobody needs any more stays while nobody pays for it: who comes next often needs the same.
@@ -144,7 +142,6 @@ class FeatureSums:
         return compiled
 
     def _rows(self, coders: list[SparseCoder], features: np.ndarray) -> Cells:
-        """The columns [1, U] of features, each numbered by its coder's place in the list and its own, in order."""
         store = ColumnStore(EDIT_COLUMNS, 1, len(features), self._device, self._d_read)
         whole = []
         for index, coder in enumerate(coders):

@@ -39,11 +39,7 @@ _WHITENING, _SPARSITY = "activation_whitening.safetensors", "sparsity.safetensor
 
 
 def needed(names: Set[str], inside: str) -> set[str]:
-    """Of a repository's files, those that make up the SAE at ``inside``: its weights, and what a format wants beside.
-
-    Raises:
-        ValueError: there is none at that place, or several.
-    """
+    """The files of the SAE at ``inside``, with what a format wants beside. Raises ValueError: there is not exactly one."""
     if inside in names:
         return _with_its_own(names, inside)
     folder = f"{inside}/" if inside else ""
@@ -119,12 +115,9 @@ class HubError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSae:
-    """An SAE on this machine, and where it came from."""
-
     path: Path
     origin: SaeOrigin | None = None
     revision: str | None = None
-    """The commit of the repository that the files are of."""
     is_pinned: bool = True
     """False where the commit is what a branch or tag happens to name today: naming it instead keeps it."""
     published: PublishedSae | None = None

@@ -56,7 +56,6 @@ class LoadedSae:
 
     name: str
     site: Site
-    """Where it reads."""
     dictionary: SparseCoder
     digest: str
     catalogue: Catalogue
@@ -72,7 +71,6 @@ class LoadedSae:
 
     @property
     def write_sites(self) -> tuple[Site, ...]:
-        """Where its edits change the model."""
         return self.writes or (self.site,)
 
     @property
@@ -81,7 +79,6 @@ class LoadedSae:
         return self.dictionary.d_out // len(self.write_sites)
 
     def decoder_norm(self, feature: int) -> float:
-        """The length of what one unit of the feature writes."""
         return float(self.dictionary.W_dec[feature].float().norm())
 
 
@@ -189,7 +186,7 @@ def _merged(choices: Choices | None, facts: Choices | None) -> Choices:
 
 
 def detect_format(path: Path) -> str | None:
-    """The name of the format of a folder or file; None for what is no SAE."""
+    """The name of the format; None for what is no SAE."""
     return next((known.NAME for known in FORMATS if known.recognises(path)), None)
 
 
@@ -323,11 +320,7 @@ class Overrides:
 
 
 def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Overrides | None = None) -> LoadedSae:
-    """The SAE at its sites in this model, in float32 on the CPU.
-
-    Raises:
-        LoadError: no site is known, the model lacks it, it writes before it reads, or an override cannot apply.
-    """
+    """The SAE at its sites in this model, in float32 on the CPU. Raises LoadError: an override or a site cannot be."""
     overrides = overrides or Overrides()
     try:
         dictionary, notes = _overridden(opened.parsed.dictionary, overrides)

@@ -65,17 +65,13 @@ class Dropped:
     statistics: int = 0
     """Densities and promoted tokens of a feature that had them already."""
     other_sources: int = 0
-    """Records of sources that were not chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What files say about an SAE's features."""
-
     features: dict[int, CatalogueFeature]
     """By index, in raw units; a feature that no record mentions is not there."""
     read: int
-    """Records."""
     dropped: Dropped
 
 
@@ -117,11 +113,7 @@ class Collector:
         self._left: dict[str, None] = {}
 
     def add(self, entry: ImportedFeature) -> None:
-        """One record.
-
-        Raises:
-            BadCatalogue: its feature is outside the SAE, or it is about another SAE than those before.
-        """
+        """Raises BadCatalogue: its feature is outside the SAE, or it is about another SAE than those before."""
         self.read += 1
         if entry.source is not None and not self._is_chosen(entry, entry.source):
             self.dropped.other_sources += 1
@@ -131,7 +123,6 @@ class Collector:
         self._take(entry, self._known.setdefault(entry.index, _Known()))
 
     def features(self) -> dict[int, CatalogueFeature]:
-        """Everything, by index. Raises BadCatalogue: nothing was of the chosen source."""
         if self._taken is None and self._left:
             raise BadCatalogue(
                 f"no record of source {self._source!r}; the files hold {', '.join(list(self._left)[:5])}"
@@ -187,7 +178,6 @@ class _Known:
     examples: list[Example] = field(default_factory=list)
 
     def add_label(self, label: ImportedLabel) -> bool:
-        """Whether one of two labels had to go."""
         if not label.text:
             return True
         is_second = self.label is not None
@@ -196,7 +186,6 @@ class _Known:
         return is_second
 
     def add_example(self, example: Example) -> bool:
-        """Whether one had to go."""
         same = next((known for known in self.examples if known.text == example.text), None)
         if same is not None:
             self.examples.remove(same)
@@ -208,7 +197,6 @@ class _Known:
         return is_over or same is not None
 
     def feature(self, index: int) -> CatalogueFeature:
-        """Its line of the catalogue."""
         label = self.label or ImportedLabel("")
         return CatalogueFeature(
             index=index,
@@ -223,11 +211,7 @@ class _Known:
 
 
 class UnitScale:
-    """Converts a file's activations to raw ones: ``f_unit = f_raw * norm`` for a decoder row of that length.
-
-    Raises:
-        ValueError: norms are needed and missing, or not one per feature.
-    """
+    """To raw activations: ``f_unit = f_raw * norm`` for a decoder row of that length. Raises ValueError: no norms."""
 
     def __init__(self, units: Units, decoder_norms: Tensor | None, d_sae: int) -> None:
         if units not in ("unit_decoder", "raw"):
@@ -239,7 +223,6 @@ class UnitScale:
             self._norms = decoder_norms.detach().to("cpu", torch.float64).tolist()
 
     def value(self, value: float, index: int, where: str) -> float:
-        """An activation."""
         return _in_range(value / self._norm(index, where), where)
 
     def logit(self, value: float, index: int, where: str) -> float:

@@ -22,13 +22,10 @@ _NO_COST = 1e-9
 
 
 def fires(features: Tensor) -> Tensor:
-    """bool, in the shape of ``features``."""
     return features != 0
 
 
 class SaeMetrics:
-    """L0, densities, FVU, cosine and norm ratio of one SAE."""
-
     def __init__(self, d_sae: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self.by_l0 = torch.zeros(d_sae + 1, dtype=torch.long, device=device)
@@ -61,12 +58,10 @@ class SaeMetrics:
 
     @property
     def l0(self) -> float:
-        """Features that fire on a token, mean."""
         return float(self.fired.sum()) / self.tokens
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained."""
         if self._variance.squares:
             return self._error / self._variance.squares
         return inf if self._error else 0.0
@@ -83,7 +78,6 @@ class SaeMetrics:
 
     @property
     def dead_share(self) -> float:
-        """Share of features that never fired."""
         return float((self.fired == 0).double().mean())
 
     @property
@@ -125,7 +119,6 @@ class NextTokenLoss:
 
     @property
     def cross_entropy(self) -> float:
-        """Of the next token."""
         return self._nats / self.positions
 
     @property

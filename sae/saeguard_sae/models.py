@@ -214,18 +214,13 @@ def layout(model_type: str) -> Layout:
 
 
 def sites(config: ModelConfig) -> frozenset[Site]:
-    """Every site of a model with this configuration."""
     points = layout(config.model_type).points
     of_blocks = {Site(layer, point) for layer in range(config.num_hidden_layers) for point in points}
     return frozenset(of_blocks | {Site(0, "embed")})
 
 
 def site_of(model_type: str, layer: int, module: str, side: Literal["in", "out"]) -> Site:
-    """The site that is the input or output of a module, named relative to its block.
-
-    Raises:
-        ValueError: no site of this architecture is there; names the modules that have one.
-    """
+    """The site at a module's input or output; its name is relative to the block. Raises ValueError: there is none."""
     where = layout(model_type)
     # An MLP's input is what the norm before it puts out.
     mlp = where.points["mlp_act"].module.rpartition(".")[0]
@@ -307,11 +302,7 @@ place of x, None to leave it."""
 
 @contextmanager
 def hooked(model: nn.Module, config: ModelConfig, sites: Iterable[Site], visit: Visit) -> Iterator[None]:
-    """While it lasts, ``visit`` is called at these sites in every forward pass, in the order of the pass.
-
-    Raises:
-        ValueError: the model lacks one.
-    """
+    """``visit`` is called at these sites in every forward pass, in order. Raises ValueError: the model lacks one."""
 
     def attach(site: Site) -> RemovableHandle:
         place = locate(model, config, site)
@@ -335,7 +326,6 @@ class ModelLoadError(ValueError):
 
 
 def torch_dtype(name: str, allowed: tuple[str, ...] = DTYPES) -> torch.dtype:
-    """The dtype of this name. Raises ValueError: none of those that are allowed."""
     import torch
 
     if name not in allowed:
@@ -359,11 +349,7 @@ class ModelFolder:
 
 
 def open_folder(path: str, revision: str | None = None) -> ModelFolder:
-    """A model's configuration and tokenizer, from the hub where the path is no local folder.
-
-    Raises:
-        ModelLoadError: no such model, an architecture whose sites are not known, no fast tokenizer.
-    """
+    """Configuration and tokenizer, from the hub where the path is no local folder. Raises ModelLoadError."""
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig
 
@@ -381,11 +367,7 @@ def open_folder(path: str, revision: str | None = None) -> ModelFolder:
 
 
 def open_model(folder: ModelFolder, dtype: str, device: str) -> Any:
-    """The Hugging Face causal language model in a folder, for reading only: in evaluation mode, without gradients.
-
-    Raises:
-        ModelLoadError: no such device or dtype, weights that are incomplete or not in safetensors.
-    """
+    """The causal language model: in evaluation mode, without gradients. Raises ModelLoadError: weights not whole."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -477,7 +459,6 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """What a cgroup file says; None where there is no such file or no limit."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except OSError:

@@ -40,7 +40,6 @@ class Competitors:
     dictionary: Dictionary
     selection: CompetingActivation
     W_enc: Tensor
-    """[d_in, n]"""
     bias: Tensor
     """[n] with the centring folded in."""
     first: Tensor
@@ -48,7 +47,7 @@ class Competitors:
 
     @classmethod
     def of(cls, dictionary: Dictionary, features: Iterable[int]) -> Competitors:
-        """The competitors of these features. Groups' rows are copied; everything else is a view."""
+        """Groups' rows are copied; everything else is a view."""
         selection = dictionary.activation
         assert isinstance(selection, CompetingActivation), "only competing features have competitors"
         first = torch.full((selection.groups,), -1, dtype=torch.int64, device=dictionary.W_enc.device)
@@ -208,7 +207,6 @@ class UpperBound:
         return bounds._replace(pattern=(least - 1 - pattern).clamp_(-1, 0).bitwise_and_(pattern))
 
     def _product(self, x: Tensor) -> Tensor:
-        """x [N, d_in + EXTRA] -> bfloat16 [N, rows], negative ones as 0."""
         if x.device.type == "cpu":
             bounds: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.rows, None, "relu", [], "")
             return bounds
@@ -247,7 +245,6 @@ def _floor(scalars: Columns, size: int) -> Tensor | None:
 
 
 def _rounded(w: Tensor, bias: Tensor) -> Tensor:
-    """w [n, d_in], bias [n] -> bfloat16 [n, d_in + EXTRA]."""
     near = w.bfloat16()
     size, lost = near.float().norm(dim=1), (near.float() - w).norm(dim=1)
     room = (w.shape[1] + EXTRA) * 2.0**-22

@@ -26,7 +26,6 @@ class PublishedSae:
     id: str
     repo: str
     path: str
-    """The folder or file in the repository."""
     model: str
     converter: str
     """What SAELens calls the kind of files: ``sae_lens`` for its own."""
@@ -39,7 +38,6 @@ class PublishedSae:
     hook: str | None = None
     """Where it reads, as TransformerLens spells it, in place of what the files say."""
     l0: float | None = None
-    """Mean number of features that fire on a token, as stated."""
     variance_explained: float | None = None
     neuronpedia: str | None = None
     """Its id there, ``model/layer-source``."""
@@ -47,13 +45,10 @@ class PublishedSae:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """SAEs that were published together."""
-
     name: str
     repo: str
     model: str
     saes: Mapping[str, PublishedSae]
-    """By their ids."""
 
 
 def source() -> str:
@@ -63,16 +58,11 @@ def source() -> str:
 
 @cache
 def all_releases() -> Mapping[str, Release]:
-    """Every release by its name."""
     return {name: _release(name, listed) for name, listed in _list()["releases"].items()}
 
 
 def find_release(release: str, sae_id: str) -> PublishedSae:
-    """The SAE of that id.
-
-    Raises:
-        ValueError: no such release, or none of that id in it; suggests some that are close.
-    """
+    """The SAE of that id. Raises ValueError: no such release or id in it; suggests some that are close."""
     every = all_releases()
     if release not in every:
         close = get_close_matches(release, every, n=3, cutoff=0.5)

@@ -48,7 +48,6 @@ class Group:
         return _cells(x, self.tokens)
 
     def put(self, cells: Tensor, x: Tensor) -> None:
-        """Writes cells [B, T, d] into their places in x [N, d]."""
         if isinstance(self.tokens, slice):
             x[self.tokens] = cells[:, 0]
         elif self.filled is None:
@@ -59,8 +58,6 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The N tokens of one forward pass."""
-
     groups: tuple[Group, ...] = ()
 
     @classmethod

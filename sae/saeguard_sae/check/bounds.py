@@ -27,9 +27,7 @@ class CheckBounds:
     """None is no bound. Values that are not finite never pass."""
 
     min_l0: float | None = None
-    """Least features that fire on a token, mean."""
     max_l0: float | None = None
-    """Most features that fire on a token, mean."""
     max_fvu: float | None = None
     """Largest share of variance that may be left unexplained."""
     max_ce_increase: float | None = None

@@ -51,7 +51,6 @@ class ConventionChange:
     apply: Callable[[Setup], Setup]
 
     def then(self, other: ConventionChange) -> ConventionChange:
-        """Both at once."""
         both = None if self.setting is None or other.setting is None else f"{self.setting}\n{other.setting}"
         return ConventionChange(
             self.kind, f"{self.what}, and {other.what}", both, lambda setup: other.apply(self.apply(setup))
@@ -59,7 +58,6 @@ class ConventionChange:
 
 
 def of_coder(change: Callable[[Any], Any]) -> Callable[[Setup], Setup]:
-    """A change of what is served."""
 
     def apply(setup: Setup) -> Setup:
         own = setup.reader
@@ -86,7 +84,6 @@ _SCALE = "activation scale"
 
 
 def convention(sae: LoadedSae, name: str) -> Convention | None:
-    """A convention by its name, as it was decided last when the SAE was loaded."""
     return next((known for known in reversed(sae.conventions) if known.name == name), None)
 
 
@@ -114,7 +111,6 @@ def asks_for_scale(sae: LoadedSae) -> bool:
 
 
 def gating(sae: LoadedSae) -> str | None:
-    """Whose rule decides what fires, where there are two."""
     known = convention(sae, "gating")
     return None if known is None else known.value.partition(":")[0]
 
@@ -291,7 +287,6 @@ def _others(sae: LoadedSae, here: Site, config: ModelConfig) -> Iterator[Site]:
 
 
 def _same_point(here: Site, config: ModelConfig) -> list[Site]:
-    """In the other layers, by distance."""
     others = [site for site in sites(config) if site.point == here.point and site != here]
     return sorted(others, key=lambda site: (abs(site.layer - here.layer), site.layer))
 
@@ -416,7 +411,6 @@ def merit(l0: float, fvu: float | None, bounds: CheckBounds) -> float:
 
 
 def _pairs(moves: list[ConventionChange], rest: list[ConventionChange]) -> Iterator[ConventionChange]:
-    """Two conventions of different kinds, or another site with the other bias convention."""
     for at, change in enumerate(rest):
         yield from (change.then(other) for other in rest[at + 1 :] if {change.kind, other.kind} not in _EXCLUSIVE)
     for bias in rest:
@@ -433,7 +427,6 @@ class _Search:
         self._fails = not bounds.admits(l0, self._best)
 
     def through(self, moves: list[ConventionChange], rest: list[ConventionChange]) -> list[Hypothesis]:
-        """The changes that count; of pairs too where no single one lies inside the bounds."""
         singles = list(filter(self._counts, self._tried([*moves, *rest])))
         if any(self._bounds.admits(item.l0, item.fvu) for item in singles):
             return singles
@@ -442,7 +435,6 @@ class _Search:
         return [*singles, *filter(self._counts, self._tried(_pairs(moves, rest)))]
 
     def clearly_better(self, changes: list[ConventionChange]) -> list[Hypothesis]:
-        """Those that leave less unexplained by more than the text's chance."""
         if self._best is None or not isfinite(self._best):
             return []
         limit = min(self._best, _USABLE)

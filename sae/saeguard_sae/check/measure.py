@@ -37,11 +37,9 @@ class Variant:
 
     @property
     def d_sae(self) -> int:
-        """Number of features."""
         return self.dictionary.d_sae
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> features [..., d_sae]."""
         pre = self.dictionary.pre_activations(self._scaled(x))
         return self.dictionary.activation(pre if self.before is None else pre * self.before)
 
@@ -96,7 +94,6 @@ def reconstruct_text(
 
 
 def run(model: nn.Module, ids: Tensor) -> Tensor:
-    """ids [T] -> logits [T, vocabulary]."""
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=ids[None].to(device), use_cache=False).logits
     return logits[0]
@@ -113,7 +110,6 @@ def ordinary(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
 
 
 def reader(coder: SparseCoder) -> Reader:
-    """What is served, as it is measured."""
     return Variant(coder) if isinstance(coder, Dictionary) else coder
 
 
@@ -178,12 +174,10 @@ class _Splice:
         self._target_rows: Tensor | None = None
 
     def begin(self, ordinary: Tensor) -> None:
-        """Before a text is read: which of its tokens are ordinary."""
         self._ordinary = ordinary
         self._reconstruction = self._target_rows = None
 
     def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> Quality:
-        """Of all the texts that were read."""
         metrics, alone = self.metrics, self.target is not None
         if metrics.tokens < 2:
             raise ValueError(
@@ -199,7 +193,6 @@ class _Splice:
         )
 
     def visit(self, site: Site, x: Tensor, seen: Tensor) -> Tensor | None:
-        """Reads where the SAE reads, compares with what it must reproduce, writes where it writes."""
         assert self._ordinary is not None, "begun"
         rows = self._ordinary.to(x.device)
         if site == self._sae.site:
@@ -236,7 +229,6 @@ class Captured:
         self.at: dict[Site, list[Tensor]] = {}
 
     def visit(self, site: Site, x: Tensor, seen: Tensor) -> None:
-        """Keeps what an SAE reads at the site."""
         if seen.shape[-1] in self._widths:
             self.at.setdefault(site, []).append(seen[0].clone())
 

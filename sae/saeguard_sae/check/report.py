@@ -28,8 +28,6 @@ _ONLY_LOSS = (
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What the check found; it is passed when there are no violations."""
-
     measured: Quality
     bounds: CheckBounds
     violations: tuple[str, ...] = ()

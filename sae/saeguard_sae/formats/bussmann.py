@@ -37,12 +37,10 @@ _TRAINING = {
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder."""
     config, notes = parsed.json_object(source.path / CONFIG), Conventions()
     parsed.check_keys(config, _KNOWN | _TRAINING, CONFIG)
     kind = _KINDS[parsed.choice(config, "sae_type", _KINDS, CONFIG)]

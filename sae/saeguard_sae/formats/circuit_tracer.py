@@ -24,12 +24,10 @@ _ACTIVATIONS = ("relu", "jump_relu", "jumprelu", "topk")
 
 
 def recognises(path: Path) -> bool:
-    """The file, or a folder with one such file alone."""
     return _file(path) is not None
 
 
 def parse(source: Source) -> ParsedSae:
-    """The transcoder."""
     file = _file(source.path)
     if file is None:
         raise ValueError("no layer_N.safetensors, or several; name one of them")

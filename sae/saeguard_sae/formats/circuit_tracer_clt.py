@@ -20,12 +20,10 @@ _PUBLISHING = {"scan", "transcoders", "repo_id", "revision", "subfolder"}
 
 
 def recognises(path: Path) -> bool:
-    """One of a layer's two files, or a folder with one layer's alone."""
     return _layer(path) is not None
 
 
 def parse(source: Source) -> ParsedSae:
-    """One layer: what it reads there, and what it writes there and at every later layer."""
     layer = _layer(source.path)
     if layer is None:
         raise ValueError("no W_enc_N.safetensors, or several; name one of them")
@@ -85,7 +83,6 @@ def _writes(config: dict[str, Any], layers: range, notes: Conventions) -> tuple[
 
 
 def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventions) -> tuple[Dictionary, int]:
-    """The layer, and the number of layers at which it writes."""
     W_enc, b_enc, b_dec = (encoder.take(f"{name}_{layer}") for name in ("W_enc", "b_enc", "b_dec"))
     W_dec, skip = decoder.take(f"W_dec_{layer}"), encoder.take_if(f"W_skip_{layer}")
     activation = _activation(encoder, layer, notes)

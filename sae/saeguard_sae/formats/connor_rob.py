@@ -28,12 +28,10 @@ _TRAINING = {
 
 
 def recognises(path: Path) -> bool:
-    """Its settings are there, and a torch file that has what such an SAE's must."""
     return _config_file(path).is_file() and parsed.shapes(path).keys() >= {"W_enc", "b_enc"}
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file."""
     file = _config_file(source.path)
     config, notes = parsed.json_object(file), Conventions()
     parsed.check_keys(config, _KNOWN | _TRAINING, file.name)

@@ -38,8 +38,6 @@ _ATTENTION = {
 
 
 class _Trained(NamedTuple):
-    """What one class's weights are read from, and what is said about them."""
-
     weights: Tensors
     trainer: Mapping[str, Any]
     notes: Conventions
@@ -49,12 +47,10 @@ _Reader: TypeAlias = Callable[[_Trained], Dictionary]
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
     trainer, buffer = _tables(source.path / CONFIG)
     kind = parsed.choice(trainer, "dict_class", _READERS, _TRAINER)
     weights, notes = parsed.state_dict(source.path / WEIGHTS), Conventions()
@@ -104,7 +100,6 @@ def _layers(weights: Tensors, b_enc: str, b_dec: str) -> tuple[Tensor, Tensor, T
 
 
 def _parameters(weights: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of the classes that keep them under these names, already the way round they are used."""
     W_enc, b_enc, W_dec, b_dec = (weights.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     return W_enc, b_enc, W_dec, b_dec
 

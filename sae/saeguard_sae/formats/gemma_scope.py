@@ -44,7 +44,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder."""
     file, notes = _file(source.path), Conventions()
     published = _published(source.origin) if source.origin else None
     _note_kind(published, notes)

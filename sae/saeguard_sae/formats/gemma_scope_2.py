@@ -68,7 +68,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE, the transcoder, or one layer of a cross-layer transcoder."""
     file, notes = _file(source.path), Conventions()
     stated, weights = _stated(file, source.origin), parsed.safetensors(file)
     w_dec = weights.take("w_dec")
@@ -112,7 +111,6 @@ def _stated(file: Path, origin: SaeOrigin | None) -> _Stated:
 
 
 def _published(origin: SaeOrigin) -> dict[str, Any]:
-    """What Google's repository and the folder in it say, as its config.json would."""
     repo, folder = _REPO.fullmatch(origin.repo), _FOLDER.fullmatch(origin.path)
     if repo is None or folder is None:
         return {}
@@ -196,7 +194,6 @@ def _layer(file: Path, stated: _Stated, origin: SaeOrigin | None, notes: Convent
 
 
 def _layers(stated: _Stated, layer: int, w_dec: Tensor, notes: Conventions) -> Places:
-    """Where one layer of a cross-layer transcoder reads, and where it writes: there and at every later layer."""
     own = {key: parsed.text(stated.config, key, stated.source) for key in _CLT_HOOKS if key in stated.config}
     hooks, n_layers = _CLT_HOOKS | own, w_dec.shape[1]
     who = {key: stated.says(key) if key in own else "the format" for key in hooks}

@@ -24,7 +24,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file."""
     tensors, notes = state_dict(source.path), Conventions()
     notes.note("activation", "relu", "the format")
     notes.note("centring", False, "the format")
@@ -46,7 +45,6 @@ def _dictionary(tensors: Tensors) -> Dictionary:
 
 
 def _reads(source: Source, notes: Conventions) -> Site | None:
-    """The files do not say; the repositories' names do."""
     match = _LAYER.search(source.origin.repo) if source.origin else None
     if match is None:
         return None

@@ -49,12 +49,10 @@ _TRAINING = {
 
 
 def recognises(path: Path) -> bool:
-    """Its settings and one of the files of weights are there."""
     return (path / CONFIG).is_file() and _weights_file(path) is not None
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
     file = _weights_file(source.path)
     if file is None:
         raise ValueError(f"no {' or '.join(WEIGHTS)}")

@@ -30,7 +30,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file, which does not say where in the model it belongs."""
     content, notes = parsed.checkpoint(source.path), Conventions()
     tensors = Tensors(source.path, (str(name) for name in content), content.__getitem__)
     tensors.ignore(*_BESIDES)

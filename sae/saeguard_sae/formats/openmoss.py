@@ -65,7 +65,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
     config, notes = read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
     tensors = parsed.safetensors(source.path / WEIGHTS)
     reads, writes = hook_places(config, CONFIG)

@@ -29,7 +29,7 @@ class _Stated(NamedTuple):
 
 
 def recognises(path: Path) -> bool:
-    """A torch file with these weights, the encoder's one row for each feature."""
+    """The encoder has one row for each feature."""
     stored = parsed.shapes(path)
     if not stored.keys() >= set(WEIGHTS) or stored["W_enc"] != (*stored["b_enc"], *stored["b_dec"]):
         return False
@@ -38,7 +38,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file."""
     config, notes = _config(source.path.parent / CONFIG), Conventions()
     repo = _REPO.search(source.origin.repo) if source.origin else None
     known = _known_k(config, repo)

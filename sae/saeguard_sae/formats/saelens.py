@@ -42,12 +42,10 @@ _PER_TOKEN = ("none", "layer_norm", "constant_norm_rescale")
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder, in float32."""
     path, notes = source.path, Conventions()
     settings = read_config(path)
     where = hook_point(settings, source.origin, notes)
@@ -80,17 +78,12 @@ class InputNormalization:
     scale: float = 1.0
     whitening: Whitening | None = None
     files: tuple[Path, ...] = ()
-    """Those that it was read from."""
     used: frozenset[str] = field(default_factory=frozenset)
     """Names of the choices that it was taken from."""
 
 
 def input_normalization(source: Source, settings: SaelensConfig, notes: Conventions) -> InputNormalization:
-    """What the config, the checkpoint's other files and the user say together.
-
-    Raises:
-        ValueError: a normalisation that is not supported, or one whose numbers are not known.
-    """
+    """What the config, the checkpoint's other files and the user say together. Raises ValueError."""
     mode, who = _mode(source, settings)
     notes.note("normalisation", mode, who)
     scaler = _Scaler(source.path)
@@ -192,7 +185,7 @@ _RESCALING_SINCE = (6, 14)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an SAE is built from, and where its conventions are noted."""
+    """What an SAE is built from."""
 
     settings: SaelensConfig
     weights: Tensors
@@ -202,7 +195,6 @@ class Parts:
 
     @property
     def table(self) -> Mapping[str, Any]:
-        """The settings that decide the arithmetic."""
         return self.settings.table
 
     def note(self, name: str, value: object, key: str) -> None:
@@ -211,11 +203,7 @@ class Parts:
 
 
 def build_coder(parts: Parts) -> SparseCoder:
-    """The SAE, with everything folded that SAELens computes apart from the weights.
-
-    Raises:
-        ValueError: weights or settings that are missing, surplus or disagree.
-    """
+    """The SAE, with everything folded that SAELens computes apart from the weights. Raises ValueError."""
     parts.note("architecture", parts.settings.architecture, "architecture")
     coder: SparseCoder
     match parts.settings.architecture:

@@ -17,7 +17,6 @@ WEIGHTS = "sae_weights.safetensors"
 
 
 def words(text: str) -> frozenset[str]:
-    """Those between its spaces."""
     return frozenset(text.split())
 
 
@@ -80,12 +79,10 @@ class SaelensConfig:
 
     @property
     def architecture(self) -> str:
-        """One of ``ARCHITECTURES``."""
         return str(self.table["architecture"])
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it writes elsewhere than it reads."""
         return self.architecture.endswith("transcoder")
 
     @property
@@ -100,11 +97,7 @@ class SaelensConfig:
 
 
 def read_config(folder: Path) -> SaelensConfig:
-    """The settings in a folder, as SAELens 6 would write them.
-
-    Raises:
-        ValueError: an architecture, a key or a value that is not known.
-    """
+    """The settings in a folder, as SAELens 6 would write them. Raises ValueError: one that is not known."""
     config = parsed.json_object(folder / CONFIG)
     # Since SAELens 6 there is a metadata table.
     is_current = "metadata" in config or re.match(r"[6-9]|\d\d", str(config.get("sae_lens_version")))
@@ -195,7 +188,6 @@ def _activation(flat: dict[str, Any]) -> str:
 
 
 def _take_k(flat: dict[str, Any], spelled: dict[str, str]) -> set[str]:
-    """Makes a plain SAE with that activation what SAELens 6 calls it; the keys that this states."""
     flat["architecture"], spelled["architecture"] = "topk", spelled.get("activation_fn", "activation_fn")
     options = flat.get("activation_fn_kwargs") or {}
     if not isinstance(options, dict):
@@ -221,8 +213,6 @@ _PROCESSING = ("fold_ln", "center_writing_weights", "fold_value_biases", "refact
 
 
 class HookPoint(NamedTuple):
-    """Where it reads and writes, and the model it was trained on."""
-
     reads: Place | None
     writes: tuple[Place, ...]
     processing: Processing
@@ -231,11 +221,7 @@ class HookPoint(NamedTuple):
 
 
 def hook_point(settings: SaelensConfig, origin: SaeOrigin | None, notes: Conventions) -> HookPoint:
-    """What the metadata say; a place that is none of ours is left open.
-
-    Raises:
-        ValueError: an SAE of a single head, or a model processed in a way that is not supported.
-    """
+    """A place that is none of ours is left open. Raises ValueError: a single head; processing that is not supported."""
     _refuse_heads(settings)
     reads = _place(settings, "", notes)
     writes = _place(settings, "_out", notes) if settings.is_transcoder else None

@@ -26,12 +26,10 @@ _SEED = re.compile(r"seed\d+")
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
     config, notes = parsed.json_object(source.path / CONFIG), Conventions()
     parsed.check_keys(config, _KNOWN, CONFIG)
     dictionary = _dictionary(config, parsed.safetensors(source.path / WEIGHTS), notes)
@@ -110,7 +108,6 @@ def _hookpoint(source: Source) -> str:
 
 
 def _places(hookpoint: str, is_transcoder: bool, notes: Conventions) -> tuple[Place | None, tuple[Place, ...]]:
-    """Where it reads, and where it writes if that is elsewhere; an SAE has the module's output for both."""
     output = parsed.module_place(hookpoint)
     reads = parsed.module_place(f"{hookpoint}.input") if is_transcoder else output
     if output is None or reads is None:

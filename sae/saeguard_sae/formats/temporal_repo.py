@@ -28,12 +28,10 @@ _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder."""
     llm, sae = _tables(source.path / CONFIG)
     notes = Conventions()
     model = llm.get("model_hf_name")
@@ -73,7 +71,6 @@ def _temporal(llm: dict[str, Any], sae: dict[str, Any], tensors: Tensors, notes:
 
 
 def _attention(tensors: Tensors, layer: int, d_sae: int, width: int) -> dict[str, Tensor]:
-    """One layer's projections; queries and keys are ``width`` wide."""
     outs = {name: width if name in ("k_ctx", "q_target") else d_sae for name in ATTENTION}
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (out, d_sae) for name, out in outs.items()}
     shapes |= {f"{name}.bias": (out,) for name, out in outs.items()}
@@ -101,7 +98,6 @@ def _scale(sae: dict[str, Any], notes: Conventions) -> float:
 
 
 def _reads(source: Source, notes: Conventions) -> Site | None:
-    """The files do not say; the repository's folders do."""
     match = _LAYER.search(source.origin.path) if source.origin else None
     if match is None:
         return None
