@@ -41,10 +41,8 @@ class CatalogueFeature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """What ``label_score`` measures: auroc or f1, or as those who scored an imported label call it."""
     label_score: float | None = None
     maximum: float | None = None
-    quantiles: dict[str, float] = {}
-    """Of the positive activations, by probability such as "0.99"."""
-    density: float | None = None
-    """Share of tokens on which the feature fires."""
+    quantiles: dict[str, float] = {}  # of the positive activations, by probability such as "0.99"
+    density: float | None = None  # share of tokens on which the feature fires
     top_tokens: tuple[CatalogueToken, ...] = ()
     examples: tuple[Example, ...] = ()
 
@@ -58,8 +56,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ce_spliced: float | None = None
     ce_mean_ablated: float | None = None
     dead_share: float | None = None
-    tokens: int | None = None
-    """Tokens these were measured on."""
+    tokens: int | None = None  # tokens these were measured on
 
     @property
     def ce_increase(self) -> float | None:
@@ -110,8 +107,7 @@ def _decode(data: bytes, kind: type[T], where: str) -> T:
         raise BadCatalogue(f"{where}: {err}") from err
 
 
-_LABEL = ("label", "label_metric", "label_score")
-"""Replaced together: a score belongs to the label that was scored."""
+_LABEL = ("label", "label_metric", "label_score")  # replaced together: a score belongs to the label that was scored
 
 
 def merge_entries(

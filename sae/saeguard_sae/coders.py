@@ -106,8 +106,7 @@ class MatchingPursuit(_Autoencoder):
         return goes_on
 
 
-ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")
-"""The projections of each attention layer, by their names on disk."""
+ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")  # the projections of each attention layer, by their names on disk
 _EPS = 1e-6
 
 
@@ -124,10 +123,8 @@ class Temporal(_Autoencoder):
     b_dec: Tensor
     attention: tuple[dict[str, Tensor], ...]
     n_heads: int
-    k: int | None
-    """Largest features kept per token; None keeps every positive one."""
-    scale: float = 1.0
-    """The input is multiplied by this before it is encoded."""
+    k: int | None  # largest features kept per token; None keeps every positive one
+    scale: float = 1.0  # the input is multiplied by this before it is encoded
     centre: bool = True
     tied: bool = True
     architecture: ClassVar[str] = "temporal"

@@ -24,8 +24,7 @@ from saeguard_sae.rows import Group, Rows, as_index
 Comparison: TypeAlias = Literal["above", "at_least", "below", "at_most"]
 WindowKind: TypeAlias = Literal["this_token", "any_so_far", "maximum", "rolling_mean", "k_of_n"]
 
-NEVER: int = torch.iinfo(torch.int64).max
-"""The first position of a condition that has not been on."""
+NEVER: int = torch.iinfo(torch.int64).max  # the first position of a condition that has not been on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,8 +36,7 @@ class ConditionColumn:
     (of fewer while there are fewer), or whether ``k`` of them compared true; ``any_so_far`` stays on.
     """
 
-    summands: tuple[WeightedFeature, ...]
-    """In the order in which a forward pass reaches their places."""
+    summands: tuple[WeightedFeature, ...]  # in the order in which a forward pass reaches their places
     bias: float = 0.0
     comparison: Comparison = "above"
     threshold: float = 0.0
@@ -49,10 +47,8 @@ class ConditionColumn:
     first: int = 0
     last: int = NEVER
     special: bool = False
-    latches: bool = False
-    """For edits it stays on once it was on."""
-    stops: bool = False
-    """``ConditionTable.stopped`` tells when it was on."""
+    latches: bool = False  # for edits it stays on once it was on
+    stops: bool = False  # ``ConditionTable.stopped`` tells when it was on
 
     @property
     def looks_back(self) -> int:
@@ -67,14 +63,11 @@ class ConditionColumn:
 class ConditionCounts:
     evaluated: int
     on: int
-    first: int | None
-    """Position of the first token on which it was on."""
-    maximum: float
-    """Largest value of its sum; -inf where nothing was evaluated."""
+    first: int | None  # position of the first token on which it was on
+    maximum: float  # largest value of its sum; -inf where nothing was evaluated
 
 
-ConditionMemory: TypeAlias = Cells
-"""What the conditions of one slot remember, by name."""
+ConditionMemory: TypeAlias = Cells  # what the conditions of one slot remember, by name
 
 
 class ConditionTable:
@@ -82,8 +75,7 @@ class ConditionTable:
         self._count, self._device = slots, torch.device(device)
         self._store = ConditionState(slots, self._device)
         self._slots: dict[int, _Slot] = {}
-        self._compiled: dict[tuple[ConditionColumn, ...], _Slot] = {}
-        """A policy's conditions come with every request."""
+        self._compiled: dict[tuple[ConditionColumn, ...], _Slot] = {}  # A policy's conditions come with every request
         self._places: dict[Hashable, int] = {}
         self._sums: dict[Hashable, dict[Hashable, FeatureSums]] = {}
         self._live: dict[tuple[int, ...], _Live] = {}
@@ -284,19 +276,14 @@ class ConditionTable:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    numbers: tuple[int, ...]
-    """The column of each condition, in the order of the request."""
-    cells: Cells
-    """What the conditions are, [n] by column."""
-    sums: dict[tuple[Hashable, Hashable], list[Sum]]
-    """By place and source, what each condition reads there."""
-    windowed: int
-    """So many of the first columns look back over several values."""
+    numbers: tuple[int, ...]  # the column of each condition, in the order of the request
+    cells: Cells  # what the conditions are, [n] by column
+    sums: dict[tuple[Hashable, Hashable], list[Sum]]  # by place and source, what each condition reads there
+    windowed: int  # so many of the first columns look back over several values
     looks_back: int
     has_maximum: bool
     stops: bool
-    places: frozenset[int]
-    """Where any of them is decided."""
+    places: frozenset[int]  # where any of them is decided
 
 
 class _Live(NamedTuple):
@@ -314,10 +301,8 @@ class _Live(NamedTuple):
 class _Pass:
     """A group's sums so far in this pass, and its conditions' states on each token."""
 
-    sums: Tensor
-    """float64 [B, T, G]"""
-    on: Tensor
-    """bool [B, T, 1 + G], after one that is always on."""
+    sums: Tensor  # float64 [B, T, G]
+    on: Tensor  # bool [B, T, 1 + G], after one that is always on
 
 
 CONDITION_COLUMNS: dict[str, Kind] = {
@@ -419,10 +404,8 @@ def _least(condition: ConditionColumn, threshold: float) -> float:
 class Scan(NamedTuple):
     """bool [B, T, G] each."""
 
-    on: Tensor
-    """After each token."""
-    fired: Tensor
-    """Whether it came on at or before each token."""
+    on: Tensor  # after each token
+    fired: Tensor  # whether it came on at or before each token
 
 
 def over_tokens(cells: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:

@@ -23,8 +23,7 @@ from saeguard_sae.edits import IDENTITY, Affine
 from saeguard_sae.encoding import Cells, Coders, Needs
 from saeguard_sae.rows import Group, Rows, as_index
 
-FOREVER: int = torch.iinfo(torch.int64).max
-"""A ``last`` position that is never reached."""
+FOREVER: int = torch.iinfo(torch.int64).max  # A ``last`` position that is never reached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,16 +38,11 @@ class EditColumn:
     special: bool = False
     source: Hashable = None
     """Which tensor it reads (a key of ``sources`` in ``EditTable.apply``); None for the one that is edited."""
-    block: int = 0
-    """Which of the vectors that its decoder row holds side by side is written here."""
-    write_gain: Tensor | None = None
-    """[width] multiplies what is written."""
-    condition: int | None = None
-    """Number of the slot's condition that must be on; None is always."""
-    is_shadow: bool = False
-    """Counted as if it were made, and not made."""
-    is_limited: bool = True
-    """Whether the slot's limit on ``|edit| / |x|`` counts and shortens it."""
+    block: int = 0  # which of the vectors that its decoder row holds side by side is written here
+    write_gain: Tensor | None = None  # [width] multiplies what is written
+    condition: int | None = None  # number of the slot's condition that must be on; None is always
+    is_shadow: bool = False  # counted as if it were made, and not made
+    is_limited: bool = True  # whether the slot's limit on ``|edit| / |x|`` counts and shortens it
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +57,7 @@ class EditCounts:
     mean_relative_edit: float
 
 
-Tally: TypeAlias = Cells
-"""What the columns of one slot counted, by the name of the counter."""
+Tally: TypeAlias = Cells  # what the columns of one slot counted, by the name of the counter
 
 
 class EditTable:
@@ -76,12 +69,10 @@ class EditTable:
     def __init__(self, slots: int, width: int, device: torch.device | str = "cpu", capacity: int = 8) -> None:
         self._slots, self._width, self._device = slots, width, torch.device(device)
         self._capacity = capacity
-        self._columns: dict[Hashable, EditColumns] = {}
-        """By the tensor that they read."""
+        self._columns: dict[Hashable, EditColumns] = {}  # by the tensor that they read
         self._limit = torch.full((slots,), torch.inf, device=device)
         self._limited: set[int] = set()
-        self._sources: dict[int, list[Hashable]] = {}
-        """Of each slot's columns, in their order."""
+        self._sources: dict[int, list[Hashable]] = {}  # of each slot's columns, in their order
         self._values: list[tuple[Group, dict[Hashable, Tensor]]] = []
 
     def holds(self, slot: int) -> bool:
@@ -205,35 +196,27 @@ class EditChange(NamedTuple):
     eligible: Tensor
     size: Tensor
     is_changed: Tensor
-    is_edited: Tensor
-    """Where an edit is made, whether or not it changes the value."""
-    delta: Tensor
-    """Of the edits that a limit may shorten."""
-    free: Tensor | None
-    """Of the others; None where there are none."""
+    is_edited: Tensor  # where an edit is made, whether or not it changes the value
+    delta: Tensor  # of the edits that a limit may shorten
+    free: Tensor | None  # of the others; None where there are none
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
     used: int
-    cells: Cells
-    """Every column [used, ...], as it is before anything was counted."""
+    cells: Cells  # every column [used, ...], as it is before anything was counted
     needs: Needs
-    whole: tuple[tuple[int, tuple[int, ...]], ...]
-    """Numbers of coders, each with its features."""
+    whole: tuple[tuple[int, tuple[int, ...]], ...]  # numbers of coders, each with its features
     is_conditional: bool
-    is_free: bool
-    """Whether an edit must not be shortened."""
+    is_free: bool  # whether an edit must not be shortened
 
 
 class _Live(NamedTuple):
     """What some slots need; found once for each change of who is here, not every step."""
 
     used: int
-    at: slice | Tensor
-    """The slots, as an index."""
-    cells: Cells
-    """Their columns: views of the table where the slots lie together, else copies."""
+    at: slice | Tensor  # the slots, as an index
+    cells: Cells  # their columns: views of the table where the slots lie together, else copies
     needs: Needs
     product: Product
     is_conditional: bool
@@ -249,8 +232,7 @@ class EditColumns:
     def __init__(self, slots: int, d_read: int, d_write: int, device: torch.device, capacity: int) -> None:
         self.store = ColumnStore(EDIT_COLUMNS, slots, capacity, device, d_read, d_write)
         self._d_read, self._d_write = d_read, d_write
-        self._compiled: dict[tuple[object, ...], _Slot] = {}
-        """A policy's columns come with every request."""
+        self._compiled: dict[tuple[object, ...], _Slot] = {}  # A policy's columns come with every request
         self._slots: dict[int, _Slot] = {}
         self._coders = Coders()
         self._writers: list[tuple[SparseCoder, int, Tensor | None]] = []
@@ -522,8 +504,7 @@ class ColumnStore:
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
-_REMEMBERED = 32
-"""Sets of slots whose columns stay at hand: a decode step's, and those of the prompts being read."""
+_REMEMBERED = 32  # sets of slots whose columns stay at hand: a decode step's, and those of the prompts being read
 
 
 def remember(cache: dict[_K, _V], key: _K, make: Callable[[], _V]) -> _V:
@@ -543,12 +524,9 @@ _WORTH_SHARING = 2
 class Product:
     """Rows of E features for each of B requests; ``index`` is None where each request has rows of its own."""
 
-    W_enc: Tensor
-    """[B, E, d_read], or the U different rows [U, d_read]."""
-    W_dec: Tensor
-    """[B, E, d_write], or [U, d_write]."""
-    index: Tensor | None = None
-    """int64 [B, 1, E], which of the U rows."""
+    W_enc: Tensor  # [B, E, d_read], or the U different rows [U, d_read]
+    W_dec: Tensor  # [B, E, d_write], or [U, d_write]
+    index: Tensor | None = None  # int64 [B, 1, E], which of the U rows
 
     @classmethod
     def of(cls, W_enc: Tensor, W_dec: Tensor, at: slice | Tensor, row: Tensor) -> Product:

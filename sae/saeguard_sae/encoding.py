@@ -26,8 +26,7 @@ from saeguard_sae.dictionary import (
 )
 from saeguard_sae.ranks import Competitors, FeatureBounds, UpperBound, checked_number, rank_upper_bounds
 
-Cells: TypeAlias = dict[str, Tensor]
-"""What the columns of a table hold, by name."""
+Cells: TypeAlias = dict[str, Tensor]  # what the columns of a table hold, by name
 
 READ = (
     *("W_enc", "total", "normalisation", "restores", "gain", "bias", "gate", "threshold", "squashed"),
@@ -79,12 +78,9 @@ class Coders:
 class Needs:
     """What reading some features takes beside their rows."""
 
-    kinds: frozenset[str] = frozenset({"none"})
-    """Normalisations of their coders."""
-    whole: frozenset[int] = frozenset()
-    """Numbers of the coders of which more than one row is needed."""
-    is_squashed: bool = False
-    """Whether any feature goes through tanh."""
+    kinds: frozenset[str] = frozenset({"none"})  # normalisations of their coders
+    whole: frozenset[int] = frozenset()  # numbers of the coders of which more than one row is needed
+    is_squashed: bool = False  # whether any feature goes through tanh
 
     @classmethod
     def of(cls, coders: Iterable[SparseCoder], numbers: Coders) -> Needs:
@@ -195,12 +191,9 @@ def _height(size: int, n: int) -> int:
 # is proven to lose, because the worst that was selected is at least the bound of the best that was not. For a token of
 # which that proves nothing more are computed, and in the end all.
 
-SPARE = 16
-"""Candidates beyond those asked for; half as many again where more than twice this are asked for."""
-SPARSE = 64
-"""At most one feature in so many is computed as a candidate: past that the whole product is as fast."""
-CELLS = 2**23
-"""Bounds held at a time, in tokens times features."""
+SPARE = 16  # candidates beyond those asked for; half as many again where more than twice this are asked for
+SPARSE = 64  # at most one feature in so many is computed as a candidate: past that the whole product is as fast
+CELLS = 2**23  # bounds held at a time, in tokens times features
 
 
 class SelectedFeatures(NamedTuple):

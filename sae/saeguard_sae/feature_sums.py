@@ -24,32 +24,25 @@ class WeightedFeature:
 
     place: Hashable
     """Where it is read, and the condition decided if it is the last: what ``ConditionTable.decide`` is given."""
-    source: Hashable
-    """Which tensor it reads there; None for the one that is edited at the place."""
+    source: Hashable  # which tensor it reads there; None for the one that is edited at the place
     coder: SparseCoder
     features: tuple[int, ...]
     weights: tuple[float, ...]
 
 
-Sum: TypeAlias = tuple[WeightedFeature, ...]
-"""Of one condition at one place, from one source."""
-_Key: TypeAlias = tuple[object, ...]
-"""Equal where sums are; empty for one of nothing."""
+Sum: TypeAlias = tuple[WeightedFeature, ...]  # of one condition at one place, from one source
+_Key: TypeAlias = tuple[object, ...]  # equal where sums are; empty for one of nothing
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     """U features and P sums: where the features' rows are, and each sum's features, one sum after another."""
 
-    columns: dict[_Key, int]
-    """Each sum's number."""
-    cells: Cells
-    """The columns ``READ``, [1, U]."""
+    columns: dict[_Key, int]  # each sum's number
+    cells: Cells  # the columns ``READ``, [1, U]
     needs: Needs
-    terms: Tensor
-    """int64 [n], which of the U features."""
-    weights: Tensor
-    """float64 [n]"""
+    terms: Tensor  # int64 [n], which of the U features
+    weights: Tensor  # float64 [n]
     starts: Tensor
     """int64 [P + 1], where each sum's terms begin; the last sum has none: that of conditions that read nothing here."""
 

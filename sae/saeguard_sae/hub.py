@@ -39,7 +39,7 @@ _WHITENING, _SPARSITY = "activation_whitening.safetensors", "sparsity.safetensor
 
 
 def needed(names: Set[str], inside: str) -> set[str]:
-    """The files of the SAE at ``inside``, with what a format wants beside. Raises ValueError: there is not exactly one."""
+    """The files of the SAE at ``inside``, with what a format wants beside. Raises ValueError: none or several."""
     if inside in names:
         return _with_its_own(names, inside)
     folder = f"{inside}/" if inside else ""
@@ -122,8 +122,7 @@ class HubSae:
     """False where the commit is what a branch or tag happens to name today: naming it instead keeps it."""
     published: PublishedSae | None = None
     """What SAELens' list says, if the SAE was named by a release or its place on the hub is listed."""
-    offline: str | None = None
-    """Why the cache alone was asked, where the hub was not or did not answer."""
+    offline: str | None = None  # why the cache alone was asked, where the hub was not or did not answer
 
 
 @dataclass(frozen=True, slots=True)

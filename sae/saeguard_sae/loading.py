@@ -66,8 +66,7 @@ class LoadedSae:
     format: str = ""
     conventions: tuple[Convention, ...] = ()
     stated_l0: float | None = None
-    measured: Quality | None = None
-    """On the model it is served with."""
+    measured: Quality | None = None  # on the model it is served with
 
     @property
     def write_sites(self) -> tuple[Site, ...]:

@@ -37,8 +37,7 @@ class ImportedFeature:
     where: str
     index: int
     model: str | None = None
-    source: str | None = None
-    """The SAE that it is about, as the publisher calls it; None where the file cannot say."""
+    source: str | None = None  # the SAE that it is about, as the publisher calls it; None where the file cannot say
     labels: tuple[ImportedLabel, ...] = ()
     maximum: float | None = None
     density: float | None = None
@@ -50,27 +49,22 @@ Units: TypeAlias = Literal["unit_decoder", "raw"]
 """What a file's activations are counted in: as if every decoder row had length 1, which is how Neuronpedia prepares
 most SAEs (not temporal ones, and not top-k ones that are not rescaled by the decoder's norm), or as the SAE gives them.
 """
-EXAMPLES = 5
-"""Kept per feature, the strongest."""
+EXAMPLES = 5  # kept per feature, the strongest
 
 
 @dataclass(slots=True)
 class Dropped:
     """How much was read and not kept."""
 
-    labels: int = 0
-    """Empty, or beside a label that is scored better or came first."""
-    examples: int = 0
-    """Weaker than those that were kept, or the same text again."""
-    statistics: int = 0
-    """Densities and promoted tokens of a feature that had them already."""
+    labels: int = 0  # empty, or beside a label that is scored better or came first
+    examples: int = 0  # weaker than those that were kept, or the same text again
+    statistics: int = 0  # densities and promoted tokens of a feature that had them already
     other_sources: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    features: dict[int, CatalogueFeature]
-    """By index, in raw units; a feature that no record mentions is not there."""
+    features: dict[int, CatalogueFeature]  # by index, in raw units; a feature that no record mentions is not there
     read: int
     dropped: Dropped
 

@@ -97,8 +97,7 @@ class Norm:
     """An architecture's norm: with the mean taken out ("layer") or without ("rms"); its gain is ``offset + weight``."""
 
     kind: Literal["layer", "rms"]
-    eps: str
-    """Name of the setting that holds its epsilon."""
+    eps: str  # name of the setting that holds its epsilon
     offset: float = 0.0
 
 
@@ -314,8 +313,7 @@ def hooked(model: nn.Module, config: ModelConfig, sites: Iterable[Site], visit: 
         yield
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""In which SAEs are held; models compute in the first two."""
+DTYPES = ("float32", "bfloat16", "float16")  # in which SAEs are held; models compute in the first two
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 # Its attention caps logits, which the fused kernel leaves out without a word.
 _EAGER = ("gemma2",)

@@ -27,20 +27,15 @@ class PublishedSae:
     repo: str
     path: str
     model: str
-    converter: str
-    """What SAELens calls the kind of files: ``sae_lens`` for its own."""
+    converter: str  # what SAELens calls the kind of files: ``sae_lens`` for its own
     scale: float | None = None
     """The factor that takes activations to the scale the SAE was trained on (``norm_scaling_factor``)."""
-    normalisation: str | None = None
-    """Normalisation of each token, in place of what the files say."""
-    is_centred: bool = False
-    """Whether the model's writing weights were centred (``center_writing_weights``)."""
-    hook: str | None = None
-    """Where it reads, as TransformerLens spells it, in place of what the files say."""
+    normalisation: str | None = None  # normalisation of each token, in place of what the files say
+    is_centred: bool = False  # whether the model's writing weights were centred (``center_writing_weights``)
+    hook: str | None = None  # where it reads, as TransformerLens spells it, in place of what the files say
     l0: float | None = None
     variance_explained: float | None = None
-    neuronpedia: str | None = None
-    """Its id there, ``model/layer-source``."""
+    neuronpedia: str | None = None  # its id there, ``model/layer-source``
 
 
 @dataclass(frozen=True, slots=True)

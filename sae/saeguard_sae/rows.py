@@ -28,14 +28,10 @@ class Group:
 
     slots: tuple[int, ...]
     lengths: tuple[int, ...]
-    tokens: Tensor | slice
-    """Of each cell, its token: int64 [B, T]; a slice where T is 1 and they lie together."""
-    positions: Tensor
-    """int64 [B, T], the token's position in its request."""
-    special: Tensor
-    """bool [B, T], True for special tokens."""
-    filled: Tensor | None
-    """int64 [n], the numbers in B x T of the cells that are not padded; None where none is."""
+    tokens: Tensor | slice  # of each cell, its token: int64 [B, T]; a slice where T is 1 and they lie together
+    positions: Tensor  # int64 [B, T], the token's position in its request
+    special: Tensor  # bool [B, T], True for special tokens
+    filled: Tensor | None  # int64 [n], the numbers in B x T of the cells that are not padded; None where none is
 
     @classmethod
     def singles(cls, slots: tuple[int, ...], positions: Tensor, special: Tensor) -> Group:

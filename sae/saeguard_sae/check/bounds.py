@@ -14,8 +14,7 @@ from math import isfinite, sqrt
 
 from saeguard_sae.catalogue import Quality
 
-L0_FACTOR = 3.0
-"""L0 may be this many times what is stated, or as many times less."""
+L0_FACTOR = 3.0  # L0 may be this many times what is stated, or as many times less
 FVU_FACTOR, FVU_MARGIN = 2.0, 0.1
 """FVU may be twice what is stated, or 0.1 more, whichever is more: small ones grow by the text's own strangeness."""
 CE_FACTOR, CE_MARGIN = 3.0, 0.5
@@ -28,10 +27,8 @@ class CheckBounds:
 
     min_l0: float | None = None
     max_l0: float | None = None
-    max_fvu: float | None = None
-    """Largest share of variance that may be left unexplained."""
-    max_ce_increase: float | None = None
-    """Largest rise of the model's cross-entropy, in nats per token."""
+    max_fvu: float | None = None  # largest share of variance that may be left unexplained
+    max_ce_increase: float | None = None  # largest rise of the model's cross-entropy, in nats per token
     stated: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How the bounds of these names follow from what the files state; the settings give those not in it."""
 

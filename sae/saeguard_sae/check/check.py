@@ -79,8 +79,7 @@ def of_variant(**fields: Any) -> Callable[[Setup], Setup]:
     return apply
 
 
-_SCALE = "activation scale"
-"""What formats call the factor that is folded into the weights."""
+_SCALE = "activation scale"  # what formats call the factor that is folded into the weights
 
 
 def convention(sae: LoadedSae, name: str) -> Convention | None:
@@ -115,8 +114,7 @@ def gating(sae: LoadedSae) -> str | None:
     return None if known is None else known.value.partition(":")[0]
 
 
-_ALIKE = 0.01
-"""Factors all this near to 1 make no difference that could be seen."""
+_ALIKE = 0.01  # factors all this near to 1 make no difference that could be seen
 
 
 def decoder_norms(sae: LoadedSae, dictionary: Dictionary) -> Iterator[ConventionChange]:
@@ -336,29 +334,22 @@ def _moved(sae: LoadedSae, own: Site, site: Site, writes: Site, config: ModelCon
     return ConventionChange("site", what, setting, lambda setup: Setup(site, writes, setup.reader))
 
 
-SHOWN = 5
-"""Hypotheses that are named at most."""
+SHOWN = 5  # hypotheses that are named at most
 
 # The settings refuse a moved value bias under a normalisation.
 _EXCLUSIVE = ({"bias"}, {"normalisation"}, {"decoder norms"}, {"scale"}, {"normalisation", "processing"})
-_BETTER = 2.0
-"""An alternative outside the bounds counts if it leaves this many times less unexplained,"""
-_USABLE = 0.9
-"""and less than this: just below what the mean leaves."""
-_CLEARLY = 1.2
-"""Within the bounds, an alternative is a warning if it leaves this many times less unexplained."""
-NEIGHBOURS = 2
-"""Sites that are tried of an SAE within its bounds: the layers before and after."""
+_BETTER = 2.0  # an alternative outside the bounds counts if it leaves this many times less unexplained,
+_USABLE = 0.9  # and less than this: just below what the mean leaves
+_CLEARLY = 1.2  # within the bounds, an alternative is a warning if it leaves this many times less unexplained
+NEIGHBOURS = 2  # sites that are tried of an SAE within its bounds: the layers before and after
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
     """An alternative that fits better than what the SAE was given."""
 
-    what: str
-    """In words: "it reads resid_post.3, not resid_post.4"."""
-    setting: str | None
-    """What to write into the SAE's settings, a line each; None where there is no setting for it."""
+    what: str  # in words: "it reads resid_post.3, not resid_post.4"
+    setting: str | None  # what to write into the SAE's settings, a line each; None where there is no setting for it
     l0: float
     fvu: float | None
 

@@ -26,14 +26,11 @@ class Variant:
     """
 
     dictionary: Dictionary
-    scale_in: float = 1.0
-    """Multiplies what is encoded."""
-    scale_out: float = 1.0
-    """Divides what is decoded."""
+    scale_in: float = 1.0  # multiplies what is encoded
+    scale_out: float = 1.0  # divides what is decoded
     before: Tensor | None = None
     """[d_sae] multiplies pre-activations: what thresholds and competitors are compared with."""
-    after: Tensor | None = None
-    """[d_sae] multiplies features before they are decoded."""
+    after: Tensor | None = None  # [d_sae] multiplies features before they are decoded
 
     @property
     def d_sae(self) -> int:
@@ -57,8 +54,7 @@ class Variant:
 Reader: TypeAlias = Variant | MatchingPursuit | Temporal
 """What is measured: ``encode(x)``, and ``decode(features, x)``, a skip connection included."""
 
-VALUES = 2**24
-"""Feature values held at once: 64 MiB in float32, of which an activation needs a few."""
+VALUES = 2**24  # feature values held at once: 64 MiB in float32, of which an activation needs a few
 Watch: TypeAlias = Callable[[Tensor, int], None]
 """``watch(features [n, d_sae], start)``: of the tokens from ``start`` on."""
 

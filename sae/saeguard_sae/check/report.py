@@ -31,10 +31,8 @@ class CheckReport:
     measured: Quality
     bounds: CheckBounds
     violations: tuple[str, ...] = ()
-    hypotheses: tuple[Hypothesis, ...] = ()
-    """Of one that did not pass: what would fit it better."""
-    warnings: tuple[Hypothesis, ...] = ()
-    """Of one that passed: what would fit it clearly better."""
+    hypotheses: tuple[Hypothesis, ...] = ()  # of one that did not pass: what would fit it better
+    warnings: tuple[Hypothesis, ...] = ()  # of one that passed: what would fit it clearly better
 
     def explain(self) -> str:
         """What was found, what was expected, and the convention that is most likely wrong, with its setting."""

@@ -313,8 +313,7 @@ class Choices:
     """The factor that takes activations to the scale the SAE was trained on (SAELens' norm_scaling_factor)."""
     gating: Literal["openmoss", "saelens"] | None = None
     """Whose rule decides whether a Llama Scope feature fires: with the decoder's norm (openmoss) or without."""
-    k: int | None = None
-    """Features kept per token, where the files do not say."""
+    k: int | None = None  # features kept per token, where the files do not say
     scale_said_by: str = "the user"
 
     def given(self) -> dict[str, Any]:
@@ -363,20 +362,16 @@ class ParsedSae:
     """An SAE read from disk."""
 
     dictionary: SparseCoder
-    files: tuple[Path, ...]
-    """What its digest covers."""
-    reads: Place | None
-    """Where it reads, if its files say so."""
+    files: tuple[Path, ...]  # what its digest covers
+    reads: Place | None  # where it reads, if its files say so
     writes: tuple[Place, ...] = ()
     """Where it writes; empty where that is the place it reads. Several for one layer of a cross-layer transcoder, whose
     ``W_dec`` then holds the vectors for each place side by side."""
-    processing: Processing | None = "none"
-    """None where files leave it open and it matters: the user must say."""
+    processing: Processing | None = "none"  # None where files leave it open and it matters: the user must say
     model: str | None = None
     stated_l0: float | None = None
     conventions: tuple[Convention, ...] = ()
-    used: frozenset[str] = field(default_factory=frozenset)
-    """Names of the choices that made a difference."""
+    used: frozenset[str] = field(default_factory=frozenset)  # names of the choices that made a difference
 
 
 class Conventions:

@@ -78,8 +78,7 @@ class InputNormalization:
     scale: float = 1.0
     whitening: Whitening | None = None
     files: tuple[Path, ...] = ()
-    used: frozenset[str] = field(default_factory=frozenset)
-    """Names of the choices that it was taken from."""
+    used: frozenset[str] = field(default_factory=frozenset)  # names of the choices that it was taken from
 
 
 def input_normalization(source: Source, settings: SaelensConfig, notes: Conventions) -> InputNormalization:

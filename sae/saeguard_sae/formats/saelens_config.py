@@ -62,12 +62,9 @@ class SaelensConfig:
 
     table: Mapping[str, Any]
     metadata: Mapping[str, Any]
-    stated: frozenset[str]
-    """Keys of the table that the file has, rather than SAELens' defaults."""
-    where: str = f"{CONFIG}: metadata."
-    """How a key of ``metadata`` is called in messages, before its name."""
-    spelled: Mapping[str, str] = field(default_factory=dict)
-    """Keys that the file spells otherwise."""
+    stated: frozenset[str]  # keys of the table that the file has, rather than SAELens' defaults
+    where: str = f"{CONFIG}: metadata."  # how a key of ``metadata`` is called in messages, before its name
+    spelled: Mapping[str, str] = field(default_factory=dict)  # keys that the file spells otherwise
     is_tanh: bool = False
     is_finetuned: bool | None = False
     """What ``finetuning_scaling_factor`` says; None where a file that could have it says nothing."""
