@@ -87,7 +87,7 @@ def import_features(
         BadCatalogue: a file that cannot be read or means another SAE; names file, line and field.
         ValueError: the norms are missing, or not one per feature.
     """
-    collector = Collector(d_sae, UnitScale(units, decoder_norms, d_sae), source)
+    collector = Collector(d_sae, _raw_norms(units, decoder_norms, d_sae), source)
     for file in files:
         is_table = file.name.lower().removesuffix(".gz").endswith(".csv")
         for entry in _csv_entries(file) if is_table else _neuronpedia_entries(file):
@@ -98,10 +98,10 @@ def import_features(
 class Collector:
     """Takes entries in any order."""
 
-    def __init__(self, d_sae: int, scale: UnitScale, source: str | None) -> None:
+    def __init__(self, d_sae: int, norms: list[float] | None, source: str | None) -> None:
         self.dropped = Dropped()
         self.read = 0
-        self._d_sae, self._scale, self._source = d_sae, scale, source
+        self._d_sae, self._norms, self._source = d_sae, norms, source
         self._known: dict[int, _Known] = {}
         self._taken: str | None = None
         self._left: dict[str, None] = {}
@@ -136,27 +136,32 @@ class Collector:
         return True
 
     def _take(self, entry: ImportedFeature, known: _Known) -> None:
-        index, where = entry.index, entry.where
+        where, norm = entry.where, self._norm(entry)
         self.dropped.labels += sum(known.add_label(label) for label in entry.labels)
         for example in entry.examples:
-            value = self._scale.value(example.value, index, where)
+            value = _in_range(example.value / norm, where)
             self.dropped.examples += known.add_example(Example(example.text, example.token_index, value))
             known.maximum = max(value, known.maximum or value)
         if entry.maximum is not None:
-            value = self._scale.value(entry.maximum, index, where)
+            value = _in_range(entry.maximum / norm, where)
             known.maximum = value if known.maximum is None else max(value, known.maximum)
         if entry.density is not None:
             self.dropped.statistics += known.density is not None
             known.density = entry.density if known.density is None else known.density
         if entry.top_tokens:
             self.dropped.statistics += bool(known.top_tokens)
-            known.top_tokens = known.top_tokens or self._raw(entry)
+            # An effect per unit of activation grows as that unit does.
+            known.top_tokens = known.top_tokens or tuple(
+                CatalogueToken(promoted.token, _in_range(promoted.logit * norm, where)) for promoted in entry.top_tokens
+            )
 
-    def _raw(self, entry: ImportedFeature) -> tuple[CatalogueToken, ...]:
-        return tuple(
-            CatalogueToken(promoted.token, self._scale.logit(promoted.logit, entry.index, entry.where))
-            for promoted in entry.top_tokens
-        )
+    def _norm(self, entry: ImportedFeature) -> float:
+        norm = 1.0 if self._norms is None else self._norms[entry.index]
+        if not (isfinite(norm) and norm > 0.0) and (entry.examples or entry.maximum is not None or entry.top_tokens):
+            raise BadCatalogue(
+                f"{entry.where}: index: feature {entry.index} has a decoder norm of {norm}: it has no raw units"
+            )
+        return norm
 
 
 def _score(label: ImportedLabel) -> float:
@@ -204,30 +209,15 @@ class _Known:
         )
 
 
-class UnitScale:
-    """To raw activations: ``f_unit = f_raw * norm`` for a decoder row of that length. Raises ValueError: no norms."""
-
-    def __init__(self, units: Units, decoder_norms: Tensor | None, d_sae: int) -> None:
-        if units not in ("unit_decoder", "raw"):
-            raise ValueError(f"units must be unit_decoder or raw, got {units!r}")
-        self._norms: list[float] | None = None
-        if units == "unit_decoder":
-            if decoder_norms is None or tuple(decoder_norms.shape) != (d_sae,):
-                raise ValueError(f"values in units of a unit decoder need the decoder's {d_sae} norms")
-            self._norms = decoder_norms.detach().to("cpu", torch.float64).tolist()
-
-    def value(self, value: float, index: int, where: str) -> float:
-        return _in_range(value / self._norm(index, where), where)
-
-    def logit(self, value: float, index: int, where: str) -> float:
-        """An effect per unit of activation, which grows as that unit does."""
-        return _in_range(value * self._norm(index, where), where)
-
-    def _norm(self, index: int, where: str) -> float:
-        norm = 1.0 if self._norms is None else self._norms[index]
-        if not (isfinite(norm) and norm > 0.0):
-            raise BadCatalogue(f"{where}: index: feature {index} has a decoder norm of {norm}: it has no raw units")
-        return norm
+def _raw_norms(units: Units, decoder_norms: Tensor | None, d_sae: int) -> list[float] | None:
+    """By which a file's activations are divided to be raw ones: ``f_unit = f_raw * norm`` for a row of that length."""
+    if units not in ("unit_decoder", "raw"):
+        raise ValueError(f"units must be unit_decoder or raw, got {units!r}")
+    if units == "raw":
+        return None
+    if decoder_norms is None or tuple(decoder_norms.shape) != (d_sae,):
+        raise ValueError(f"values in units of a unit decoder need the decoder's {d_sae} norms")
+    return decoder_norms.detach().to("cpu", torch.float64).tolist()
 
 
 def _in_range(value: float, where: str) -> float:
@@ -246,15 +236,9 @@ def _in_range(value: float, where: str) -> float:
 # - activations: ``tokens``, ``values``, ``maxValue``, ``maxValueTokenIndex``.
 
 BOS = (
-    "<bos>",
-    "<s>",
-    "<|begin_of_text|>",
-    "<|endoftext|>",
-    "<|startoftext|>",
-    "[CLS]",
-    "[BOS]",
+    "<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>", "<|startoftext|>", "[CLS]", "[BOS]",
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
-)
+)  # fmt: skip
 """Not part of an example's text: encoding the text puts it there again."""
 _VOCABULARY = {
     "▁": " ", "Ġ": " ", "Ċ": "\n", "ĉ": "\t", "<0x0A>": "\n", "âĢĶ": "\u2014", "âĢĵ": "\u2013",

@@ -22,20 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Point: TypeAlias = Literal[
-    "embed",
-    "resid_pre",
-    "attn_z",
-    "attn_raw",
-    "attn_out",
-    "resid_mid",
-    "mlp_read",
-    "mlp_normalized",
-    "mlp_in",
-    "mlp_act",
-    "mlp_raw",
-    "mlp_out",
-    "resid_post",
-]
+    "embed", "resid_pre", "attn_z", "attn_raw", "attn_out", "resid_mid", "mlp_read", "mlp_normalized", "mlp_in",
+    "mlp_act", "mlp_raw", "mlp_out", "resid_post",
+]  # fmt: skip
 """Where in a layer, in the order of a forward pass: the token embedding (layer 0 only); the residual stream before the
 block; the heads' outputs before the output projection; what attention adds to the stream, before (``attn_raw``, where
 the architecture has one) and after the norm on it; the stream between attention and MLP; the same as the MLP alone

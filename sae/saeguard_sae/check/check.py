@@ -109,11 +109,6 @@ def asks_for_scale(sae: LoadedSae) -> bool:
     return known is not None and known.source in (Choices().scale_said_by, USER, releases.source())
 
 
-def gating(sae: LoadedSae) -> str | None:
-    known = convention(sae, "gating")
-    return None if known is None else known.value.partition(":")[0]
-
-
 _ALIKE = 0.01  # factors all this near to 1 make no difference that could be seen
 
 
@@ -143,6 +138,12 @@ def decoder_norms(sae: LoadedSae, dictionary: Dictionary) -> Iterator[Convention
 
 def _gating(sae: LoadedSae, own: str, other: str) -> str | None:
     return f'gating = "{other}"' if gating(sae) == own else None
+
+
+def gating(sae: LoadedSae) -> str | None:
+    """Whose rule decides what fires, where there are two."""
+    known = convention(sae, "gating")
+    return None if known is None else known.value.partition(":")[0]
 
 
 def scales(sae: LoadedSae, x: Tensor, target: Tensor | None) -> Iterator[ConventionChange]:
@@ -263,17 +264,14 @@ def _processing(
 
 def relocations(sae: LoadedSae, config: ModelConfig) -> list[ConventionChange]:
     """The changes of site; whether an activation there is as wide as the SAE, only the model tells."""
-    own = target(sae)
-    if own is None:
-        return [_reads(sae, site, None, config) for site in _others(sae, sae.site, config)]
-    if not is_transcoder(sae):
-        return [_reads(sae, site, site, config) for site in _others(sae, sae.site, config)]
-    reads = (site for site in _others(sae, sae.site, config) if depth(site) <= depth(own))
+    own, reads = target(sae), list(_others(sae, sae.site, config))
+    if own is None or not is_transcoder(sae):
+        return [_moved(sae, site, own and site, config) for site in reads]
     writes = (site for site in _others(sae, own, config) if depth(site) >= depth(sae.site))
     return [
-        *(_moved(sae, own, *both, config) for both in _both(sae.site, own, config)),
-        *(_reads(sae, site, own, config) for site in reads),
-        *(_writes(sae, own, site) for site in writes),
+        *(_moved(sae, *both, config) for both in _both(sae.site, own, config)),
+        *(_moved(sae, site, own, config) for site in reads if depth(site) <= depth(own)),
+        *(_moved(sae, sae.site, site, config) for site in writes),
     ]
 
 
@@ -316,22 +314,16 @@ def _read_setting(sae: LoadedSae, site: Site, config: ModelConfig) -> str:
     return f'{setting}\nprocessing = "none"' if is_open or is_plain else setting
 
 
-def _reads(sae: LoadedSae, site: Site, writes: Site | None, config: ModelConfig) -> ConventionChange:
-    what = f"it reads {site}, not {sae.site}"
-    return ConventionChange(
-        "site", what, _read_setting(sae, site, config), lambda setup: Setup(site, writes, setup.reader)
-    )
-
-
-def _writes(sae: LoadedSae, own: Site, site: Site) -> ConventionChange:
-    what = f"it writes {site}, not {own}"
-    return ConventionChange("site", what, f'write_site = "{site}"', lambda setup: setup._replace(target=site))
-
-
-def _moved(sae: LoadedSae, own: Site, site: Site, writes: Site, config: ModelConfig) -> ConventionChange:
-    what = f"it reads {site} and writes {writes}, not {sae.site} and {own}"
-    setting = f'{_read_setting(sae, site, config)}\nwrite_site = "{writes}"'
-    return ConventionChange("site", what, setting, lambda setup: Setup(site, writes, setup.reader))
+def _moved(sae: LoadedSae, reads: Site, goal: Site | None, config: ModelConfig) -> ConventionChange:
+    """It reads elsewhere, reproduces another site, or both; what an SAE reproduces is what it reads."""
+    changes: list[tuple[str, str, str]] = []
+    if reads != sae.site:
+        changes.append((_read_setting(sae, reads, config), f"reads {reads}", str(sae.site)))
+    if is_transcoder(sae) and goal != target(sae):
+        changes.append((f'write_site = "{goal}"', f"writes {goal}", str(target(sae))))
+    settings, there, here = zip(*changes, strict=True)
+    what = f"it {' and '.join(there)}, not {' and '.join(here)}"
+    return ConventionChange("site", what, "\n".join(settings), lambda setup: Setup(reads, goal, setup.reader))
 
 
 SHOWN = 5  # hypotheses that are named at most

@@ -128,13 +128,5 @@ def _dictionary(weights: Tensors, activation: ActivationFunction, notes: Convent
         "W_dec", "[d_out, d_sae]" if turned else "[d_sae, d_out]", "the format" if d_sae == d_out else "its shape"
     )
     notes.note("skip connection", skip is not None, weights.file.name)
-    return Dictionary(
-        W_enc=W_enc.T,
-        b_enc=b_enc,
-        W_dec=W_dec.T.contiguous() if turned else W_dec,
-        b_dec=b_dec,
-        activation=activation,
-        centre=False,
-        is_transcoder=True,
-        W_skip=skip,
-    )
+    W_dec = W_dec.T.contiguous() if turned else W_dec
+    return Dictionary(W_enc.T, b_enc, W_dec, b_dec, activation, centre=False, is_transcoder=True, W_skip=skip)

@@ -13,20 +13,9 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.formats import openmoss_common as common
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.openmoss_common import (
-    NORMS,
-    TINY,
-    NormScales,
-    Rule,
-    check_scale,
-    decoder_bias_is_input_bias,
-    gating_rule,
-    hook_places,
-    per_token_scales,
-    read_config,
-    scaled,
-)  # fmt: skip
+from saeguard_sae.formats.openmoss_common import NormScales, Rule
 from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
 
 NAME = "llama_scope"
@@ -35,7 +24,7 @@ WEIGHTS = ("sae_weights.safetensors", "checkpoints/final.safetensors")  # in the
 MODEL = "lm_config.json"
 
 _KNOWN = {
-    "act_fn", "apply_decoder_bias_to_pre_encoder", "d_model", "d_sae", NORMS, "hook_point_in", "hook_point_out",
+    "act_fn", "apply_decoder_bias_to_pre_encoder", "d_model", "d_sae", common.NORMS, "hook_point_in", "hook_point_out",
     "jump_relu_threshold", "norm_activation", "sparsity_include_decoder_norm", "top_k", "use_decoder_bias",
     "use_glu_encoder",
 }  # fmt: skip
@@ -56,12 +45,12 @@ def parse(source: Source) -> ParsedSae:
     file = _weights_file(source.path)
     if file is None:
         raise ValueError(f"no {' or '.join(WEIGHTS)}")
-    config, notes = read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
-    reads, writes = hook_places(config, CONFIG)
+    config, notes = common.read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
+    reads, writes = common.hook_places(config, CONFIG)
     rule: Rule = "openmoss"
     if _jumps(config):
         is_transcoder, centres = bool(writes), _centres(config)
-        rule = gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
+        rule = common.gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
     used = {"gating": _jumps(config), "scale": config.get("norm_activation") == "dataset-wise"}
     return ParsedSae(
         dictionary=_dictionary(config, parsed.safetensors(file), rule, source.choices, notes),
@@ -94,13 +83,13 @@ def _jumps(config: dict[str, Any]) -> bool:
 
 
 def _centres(config: dict[str, Any]) -> bool:
-    return decoder_bias_is_input_bias(config, CONFIG, default=True)
+    return common.decoder_bias_is_input_bias(config, CONFIG, default=True)
 
 
 def _dictionary(
     config: dict[str, Any], tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions
 ) -> Dictionary:
-    is_transcoder = bool(hook_places(config, CONFIG)[1])
+    is_transcoder = bool(common.hook_places(config, CONFIG)[1])
     W_enc, b_enc, W_dec, b_dec = _weights(config, tensors)
     scales = _scales(config, b_dec.numel(), rule, choices, is_transcoder, notes)
     gain = _gain(config, W_dec, scales, rule, notes)
@@ -108,9 +97,9 @@ def _dictionary(
         raise ValueError(f"{CONFIG}: apply_decoder_bias_to_pre_encoder: not supported for a transcoder")
     notes.note("centring", _centres(config), f"{CONFIG}: apply_decoder_bias_to_pre_encoder")
     return Dictionary(
-        W_enc=scaled(W_enc, gain * scales.inward).T,
+        W_enc=common.scaled(W_enc, gain * scales.inward).T,
         b_enc=b_enc * gain,
-        W_dec=scaled(W_dec.T, 1 / (gain.clamp_min(TINY) * scales.outward)),
+        W_dec=common.scaled(W_dec.T, 1 / (gain.clamp_min(common.TINY) * scales.outward)),
         b_dec=b_dec / scales.outward,
         activation=_activation(config, scales, rule, b_enc, notes),
         centre=_centres(config),
@@ -140,7 +129,7 @@ def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, 
 def _scales(
     config: dict[str, Any], d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
 ) -> NormScales:
-    scales = per_token_scales(config, CONFIG, notes, is_transcoder=is_transcoder)
+    scales = common.per_token_scales(config, CONFIG, notes, is_transcoder=is_transcoder)
     if scales is None:
         inward, outward = _dataset_wise(config, d_model, choices, is_transcoder, notes)
         return NormScales(inward, inward if rule == "saelens" else outward)
@@ -150,10 +139,10 @@ def _scales(
 def _dataset_wise(
     config: dict[str, Any], d_model: int, choices: Choices, is_transcoder: bool, notes: Conventions
 ) -> tuple[float, float]:
-    norms, key = config.get(NORMS), f"{CONFIG}: {NORMS}"
+    norms, key = config.get(common.NORMS), f"{CONFIG}: {common.NORMS}"
     if isinstance(norms, dict):
         inward, outward = _factor(norms, "in", d_model), _factor(norms, "out", d_model)
-        check_scale(choices, inward, key)
+        common.check_scale(choices, inward, key)
         notes.note("activation scale", inward, key)
         if is_transcoder:
             notes.note("activation scale of what it writes", outward, key)
@@ -168,9 +157,9 @@ def _dataset_wise(
 
 
 def _factor(norms: dict[str, Any], side: str, d_model: int) -> float:
-    norm = parsed.number(norms, side, f"{CONFIG}: {NORMS}")
+    norm = parsed.number(norms, side, f"{CONFIG}: {common.NORMS}")
     if norm <= 0:
-        raise ValueError(f"{CONFIG}: {NORMS}: {side} must be above 0, got {norm:g}")
+        raise ValueError(f"{CONFIG}: {common.NORMS}: {side} must be above 0, got {norm:g}")
     return sqrt(d_model) / norm
 
 
@@ -182,7 +171,7 @@ def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule,
     """
     includes = parsed.flag(config, "sparsity_include_decoder_norm", True, CONFIG)
     if rule == "saelens":
-        notes.note("feature units", "of training: activations scaled, decoder as stored", "SAELens")
+        notes.note("feature units", "of training: activations common.scaled, decoder as stored", "SAELens")
         return torch.ones(W_dec.shape[1])
     if not includes:
         notes.note("feature units", "of the model's activations, decoder as stored", "OpenMOSS")

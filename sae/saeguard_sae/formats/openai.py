@@ -14,14 +14,9 @@ NAME = "openai"
 _STATE = "activation_state_dict"
 # Statistics of training, and the activation's settings, which are read from the entry above.
 _BESIDES = (
-    "activation",
-    _STATE,
-    "activation.k",
-    "activation.postact_fn",
-    "latents_activation_frequency",
-    "latents_mean_square",
-    "stats_last_nonzero",
-)
+    "activation", _STATE, "activation.k", "activation.postact_fn", "latents_activation_frequency",
+    "latents_mean_square", "stats_last_nonzero",
+)  # fmt: skip
 
 
 def recognises(path: Path) -> bool:

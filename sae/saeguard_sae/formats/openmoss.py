@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.formats import openmoss_common as common
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.openmoss_common import (
-    NORMS,
-    TINY,
-    NormScales,
-    Rule,
-    check_scale,
-    decoder_bias_is_input_bias,
-    gating_rule,
-    hook_places,
-    per_token_scales,
-    read_config,
-    scaled,
-)  # fmt: skip
+from saeguard_sae.formats.openmoss_common import NormScales, Rule
 from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
 
 NAME = "openmoss"
@@ -65,14 +54,14 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    config, notes = read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
+    config, notes = common.read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
     tensors = parsed.safetensors(source.path / WEIGHTS)
-    reads, writes = hook_places(config, CONFIG)
+    reads, writes = common.hook_places(config, CONFIG)
     used = {"gating": _has_two_rules(config, tensors), "scale": config.get("norm_activation") == "dataset-wise"}
     rule: Rule = "openmoss"
     if used["gating"]:
         is_transcoder, centres = bool(writes), _centres(config)
-        rule = gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
+        rule = common.gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
     return ParsedSae(
         dictionary=_dictionary(config, tensors, rule, source.choices, notes),
         files=(source.path / CONFIG, source.path / WEIGHTS),
@@ -93,27 +82,27 @@ def _has_two_rules(config: dict[str, Any], tensors: Tensors) -> bool:
 
 
 def _centres(config: dict[str, Any]) -> bool:
-    return decoder_bias_is_input_bias(config, CONFIG, default=False)
+    return common.decoder_bias_is_input_bias(config, CONFIG, default=False)
 
 
 def _dictionary(
     config: dict[str, Any], tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions
 ) -> Dictionary:
-    is_transcoder, centre = bool(hook_places(config, CONFIG)[1]), _centres(config)
+    is_transcoder, centre = bool(common.hook_places(config, CONFIG)[1]), _centres(config)
     if is_transcoder and centre:
         raise ValueError(f"{CONFIG}: apply_decoder_bias_to_pre_encoder: not supported for a transcoder")
     rows = _weights(config, tensors)
     scales = _scales(config, tensors, rows.b_dec.numel(), choices, notes)
-    norms = rows.decoder.norm(dim=1).clamp_min(TINY) if _counts_norm(config, rule, notes) else None
+    norms = rows.decoder.norm(dim=1).clamp_min(common.TINY) if _counts_norm(config, rule, notes) else None
     activation = _activation(config, tensors, norms, rows.b_enc)
     tensors.close()
     notes.note("centring", centre, f"{CONFIG}: apply_decoder_bias_to_pre_encoder")
     # A threshold takes the norm in; a ranking needs it in the encoder, and TopK's gain takes it out of the value again.
     ranked = norms if norms is not None and isinstance(activation, TopK) else torch.ones_like(rows.b_enc)
     return Dictionary(
-        W_enc=scaled(rows.encoder, ranked * scales.inward).T,
+        W_enc=common.scaled(rows.encoder, ranked * scales.inward).T,
         b_enc=rows.b_enc * ranked,
-        W_dec=scaled(rows.decoder, torch.full_like(rows.b_enc, 1 / scales.outward)),
+        W_dec=common.scaled(rows.decoder, torch.full_like(rows.b_enc, 1 / scales.outward)),
         b_dec=rows.b_dec / scales.outward,
         activation=activation,
         centre=centre,
@@ -166,24 +155,24 @@ def _activation(config: dict[str, Any], tensors: Tensors, norms: Tensor | None, 
 
 
 def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> NormScales:
-    scales = per_token_scales(config, CONFIG, notes, is_transcoder=bool(hook_places(config, CONFIG)[1]))
+    scales = common.per_token_scales(config, CONFIG, notes, is_transcoder=bool(common.hook_places(config, CONFIG)[1]))
     if scales is None:
         return _dataset_wise(config, tensors, d_model, choices, notes)
-    tensors.ignore(*(name for name in tensors.names if name.startswith(f"{NORMS}.")))
+    tensors.ignore(*(name for name in tensors.names if name.startswith(f"{common.NORMS}.")))
     return scales
 
 
 def _dataset_wise(
     config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions
 ) -> NormScales:
-    is_transcoder, inward = bool(hook_places(config, CONFIG)[1]), f"{NORMS}.{config.get('hook_point_in')}"
+    is_transcoder, inward = bool(common.hook_places(config, CONFIG)[1]), f"{common.NORMS}.{config.get('hook_point_in')}"
     if inward not in tensors and not is_transcoder:
         return _scale_given(inward, choices, notes)
     scale = _factor(tensors, inward, d_model, notes, "activation scale")
-    check_scale(choices, scale, f"{WEIGHTS}: {inward}")
+    common.check_scale(choices, scale, f"{WEIGHTS}: {inward}")
     if not is_transcoder:
         return NormScales(scale, scale)
-    outward = f"{NORMS}.{config.get('hook_point_out')}"
+    outward = f"{common.NORMS}.{config.get('hook_point_out')}"
     return NormScales(scale, _factor(tensors, outward, d_model, notes, "activation scale of what it writes"))
 
 
