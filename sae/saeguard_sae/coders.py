@@ -12,6 +12,7 @@ from torch.nn import functional
 from saeguard_sae.dictionary import (
     AbsTopK,
     BadDictionary,
+    DecoderRows,
     Dictionary,
     Normalisation,
     TopK,
@@ -21,25 +22,8 @@ from saeguard_sae.dictionary import (
 )
 
 
-class _Autoencoder:
-    __slots__ = ()
-    W_dec: Tensor
-
-    @property
-    def d_in(self) -> int:
-        return self.W_dec.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        return self.W_dec.shape[0]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class MatchingPursuit(_Autoencoder):
+class MatchingPursuit(DecoderRows):
     """Tied weights ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in]; SAELens' variant of Mallat and Zhang (1993).
 
     Each round takes the feature that fits the residual best, adds ``max(residual . d_j, 0)`` to it and takes it out of
@@ -111,7 +95,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Temporal(_Autoencoder):
+class Temporal(DecoderRows):
     """``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in], and attention layers over the prefix.
 
     ``attention``: per layer, ``{"k_ctx.weight": ..., ...}`` for every name of ``ATTENTION``; a bias may be missing.

@@ -263,8 +263,28 @@ class EncoderRows(NamedTuple):
     scalars: Columns
 
 
+class DecoderRows:
+    """The sizes of what decodes with ``W_dec`` [d_sae, d_out], and encodes the same width."""
+
+    __slots__ = ()
+    W_dec: Tensor
+
+    @property
+    def d_in(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Of all sites together for a dictionary that writes at several."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Dictionary:
+class Dictionary(DecoderRows):
     """An SAE or a transcoder: ``f = activation((n - b_dec if centre else n) @ W_enc + b_enc)``, ``f @ W_dec + b_dec``.
 
     ``n`` is x after its ``normalisation``; an SAE's decoded vector is taken back out of it, a transcoder's is not.
@@ -292,15 +312,6 @@ class Dictionary:
     @property
     def d_in(self) -> int:
         return self.W_enc.shape[0]
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is decoded; of all sites together for a dictionary that writes at several."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        return self.W_dec.shape[0]
 
     @property
     def architecture(self) -> str:

@@ -282,7 +282,7 @@ class FeatureSelector:
         assert self._bound is not None
         z = _centred(coder, x)
         bounds = self._bound.without_those_off(self._bound(z), threshold)
-        most = int(_positive(bounds.pattern).max()) if len(x) else 0
+        most = int(bounds.pattern.clamp(0, 1).sum(dim=-1, dtype=torch.int32).max()) if len(x) else 0
         if not (bounds.holds.all() and self._pays(most)):
             return above_of(coder.encode(x).float(), threshold, signed=self._signed)
         limits, index = largest_per_row(bounds.pattern, most)
@@ -324,7 +324,7 @@ class FeatureSelector:
 
     def _tries(self, n: int) -> list[int]:
         """How many candidates to look at for the n largest, one number after another."""
-        first = n + _spare(n)
+        first = n + max(SPARE, n // 2)
         growing = [first * 4**more for more in range(8) if self._pays(first * 4**more)]
         has_floor = self._bound is not None and self._bound.floor is not None
         # The second time only among features that may be on.
@@ -395,14 +395,6 @@ def _finished(activation: ActivationFunction, values: Tensor, index: Tensor, k: 
         index = index.gather(1, order)
     # Not a number is kept, as it is where everything is encoded.
     return SelectedFeatures(values, index, (values <= 0).logical_not())
-
-
-def _positive(pattern: Tensor) -> Tensor:
-    return pattern.clamp(0, 1).sum(dim=-1, dtype=torch.int32)
-
-
-def _spare(n: int) -> int:
-    return max(SPARE, n // 2)
 
 
 def _stacked(parts: list[SelectedFeatures]) -> SelectedFeatures:

@@ -52,9 +52,8 @@ class ConventionChange:
 
     def then(self, other: ConventionChange) -> ConventionChange:
         both = None if self.setting is None or other.setting is None else f"{self.setting}\n{other.setting}"
-        return ConventionChange(
-            self.kind, f"{self.what}, and {other.what}", both, lambda setup: other.apply(self.apply(setup))
-        )
+        what = f"{self.what}, and {other.what}"
+        return ConventionChange(self.kind, what, both, lambda setup: other.apply(self.apply(setup)))
 
 
 def of_coder(change: Callable[[Any], Any]) -> Callable[[Setup], Setup]:
@@ -123,21 +122,16 @@ def decoder_norms(sae: LoadedSae, dictionary: Dictionary) -> Iterator[Convention
     competes = isinstance(dictionary.activation, CompetingActivation)
     # Features that do not compete only change by the factor, whether it comes before or after.
     side = "before" if competes else "after"
-    yield ConventionChange(
-        "decoder norms", "its features are of unit decoder rows", None, of_variant(**{side: 1 / norms})
-    )
+    text = "its features are of unit decoder rows"
+    yield ConventionChange("decoder norms", text, None, of_variant(**{side: 1 / norms}))
     text = "its features are to be multiplied by the norms of their decoder rows"
     yield ConventionChange("decoder norms", text, None, of_variant(**{side: norms}))
     if competes or isinstance(dictionary.activation, JumpReLU):
         compared = "ranked by" if competes else "compared with their thresholds as"
-        yield ConventionChange("decoder norms", f"its features are {compared} value x norm of the decoder row",
-                     _gating(sae, "saelens", "openmoss"), of_variant(before=norms, after=1 / norms))  # fmt: skip
-        yield ConventionChange("decoder norms", f"its features are {compared} value / norm of the decoder row",
-                     _gating(sae, "openmoss", "saelens"), of_variant(before=1 / norms, after=norms))  # fmt: skip
-
-
-def _gating(sae: LoadedSae, own: str, other: str) -> str | None:
-    return f'gating = "{other}"' if gating(sae) == own else None
+        for sign, before, after, rule in (("x", norms, 1 / norms, "openmoss"), ("/", 1 / norms, norms, "saelens")):
+            text = f"its features are {compared} value {sign} norm of the decoder row"
+            setting = f'gating = "{rule}"' if gating(sae) not in (None, rule) else None
+            yield ConventionChange("decoder norms", text, setting, of_variant(before=before, after=after))
 
 
 def gating(sae: LoadedSae) -> str | None:
@@ -203,12 +197,8 @@ def _normalisation(
     own = coder.normalisation
     for kind in NORMALISATIONS:
         if kind != own and (kind != "centred" or _has_mean(sae, coder, model, config)):
-            yield ConventionChange(
-                "normalisation",
-                f"{_NORMALISED[kind]}{_NOT[own]}",
-                _normalisation_setting(own, kind),
-                of_coder(partial(replace, normalisation=kind)),
-            )
+            change = of_coder(partial(replace, normalisation=kind))
+            yield ConventionChange("normalisation", _normalised(own, kind), _normalisation_setting(own, kind), change)
 
 
 def _has_mean(sae: LoadedSae, coder: SparseCoder, model: nn.Module, config: ModelConfig) -> bool:
@@ -219,18 +209,12 @@ def _has_mean(sae: LoadedSae, coder: SparseCoder, model: nn.Module, config: Mode
     return as_unprocessed(plain, sae.site, "centred", model, config)[0].normalisation == "centred"
 
 
-_NORMALISED: dict[Normalisation, str] = {
-    "none": "each token is encoded as it is",
-    "layer_norm": "each token is encoded after layer_norm",
-    "constant_norm_rescale": "each token is encoded after constant_norm_rescale",
-    "centred": "the mean is taken out of each token before it is encoded",
-}
-_NOT: dict[Normalisation, str] = {
-    "none": "",
-    "layer_norm": ", not after layer_norm",
-    "constant_norm_rescale": ", not after constant_norm_rescale",
-    "centred": ", not without its mean",
-}
+def _normalised(own: Normalisation, kind: Normalisation) -> str:
+    there = "as it is" if kind == "none" else f"after {kind}"
+    here = {"none": "", "centred": ", not without its mean"}.get(own, f", not after {own}")
+    if kind == "centred":
+        return f"the mean is taken out of each token before it is encoded{here}"
+    return f"each token is encoded {there}{here}"
 
 
 def _normalisation_setting(own: Normalisation, kind: Normalisation) -> str:

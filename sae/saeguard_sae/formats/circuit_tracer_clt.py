@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Place, Source, Tensors
 
 NAME = "circuit_tracer_clt"
 CONFIG = "config.yaml"
@@ -53,14 +52,14 @@ def _names(files: tuple[Path, ...]) -> str:
     return ", ".join(file.name for file in files)
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> Config:
     config = parsed.yaml_object(file)
     parsed.check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
     parsed.choice(config, "model_kind", ("cross_layer_transcoder",), CONFIG)
     return config
 
 
-def _place(config: dict[str, Any], key: str, layer: int) -> Place:
+def _place(config: Config, key: str, layer: int) -> Place:
     hook = parsed.text(config, key, CONFIG)
     place = parsed.place(f"blocks.{layer}.{hook}")
     if place is None:
@@ -68,14 +67,14 @@ def _place(config: dict[str, Any], key: str, layer: int) -> Place:
     return place
 
 
-def _reads(config: dict[str, Any], layer: int, notes: Conventions) -> Place:
+def _reads(config: Config, layer: int, notes: Conventions) -> Place:
     key = "feature_input_hook"
     place = _place(config, key, layer)
     notes.note("reads", place, f"{CONFIG}: {key}")
     return place
 
 
-def _writes(config: dict[str, Any], layers: range, notes: Conventions) -> tuple[Place, ...]:
+def _writes(config: Config, layers: range, notes: Conventions) -> tuple[Place, ...]:
     key = "feature_output_hook"
     places = tuple(_place(config, key, layer) for layer in layers)
     notes.note("writes", f"at layers {layers[0]} to {layers[-1]}: {config[key]}", f"{CONFIG}: {key}")

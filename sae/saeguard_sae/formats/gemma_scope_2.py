@@ -10,14 +10,14 @@ import re
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU, check_finite, feature_major
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, SaeOrigin, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Place, Places, SaeOrigin, Source, Tensors
 
 NAME = "gemma_scope_2"
 CONFIG = "config.json"
@@ -26,7 +26,6 @@ HOOK_IN, HOOK_OUT = "hf_hook_point_in", "hf_hook_point_out"
 SKIP = "affine_skip_connection"
 
 Kind: TypeAlias = Literal["sae", "transcoder", "clt"]
-Places: TypeAlias = tuple[Place | None, tuple[Place, ...]]
 
 _TENSORS = frozenset({"w_enc", "w_dec", "b_enc", "b_dec", "threshold"})
 _KNOWN = {"architecture", "model_name", HOOK_IN, HOOK_OUT, "width", "l0", "affine_connection", "type"}
@@ -52,7 +51,7 @@ _CLT_HOOKS = {
 class _Stated:
     """What is said about the weights under config.json's keys, by that file (``file``) or by ``source``."""
 
-    config: dict[str, Any]
+    config: Config
     source: str
     file: Path | None = None
 
@@ -110,7 +109,7 @@ def _stated(file: Path, origin: SaeOrigin | None) -> _Stated:
     return _Stated(config, CONFIG, beside)
 
 
-def _published(origin: SaeOrigin) -> dict[str, Any]:
+def _published(origin: SaeOrigin) -> Config:
     repo, folder = _REPO.fullmatch(origin.repo), _FOLDER.fullmatch(origin.path)
     if repo is None or folder is None:
         return {}

@@ -28,9 +28,8 @@ def parse(source: Source) -> ParsedSae:
     notes.note("activation", "relu", "the format")
     notes.note("centring", False, "the format")
     notes.note("feature units", "decoder rows as stored", "the format")
-    return ParsedSae(
-        dictionary=_dictionary(tensors), files=(source.path,), reads=_reads(source, notes), conventions=notes.all()
-    )
+    dictionary, reads = _dictionary(tensors), _reads(source, notes)
+    return ParsedSae(dictionary=dictionary, files=(source.path,), reads=reads, conventions=notes.all())
 
 
 def _names(encoder: str, decoder: str) -> tuple[str, str, str, str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, Re
 from saeguard_sae.formats import openmoss_common as common
 from saeguard_sae.formats import parsed
 from saeguard_sae.formats.openmoss_common import NormScales, Rule
-from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Choices, Config, Conventions, ParsedSae, Source, Tensors
 
 NAME = "llama_scope"
 CONFIG = "hyperparams.json"
@@ -49,8 +48,7 @@ def parse(source: Source) -> ParsedSae:
     reads, writes = common.hook_places(config, CONFIG)
     rule: Rule = "openmoss"
     if _jumps(config):
-        is_transcoder, centres = bool(writes), _centres(config)
-        rule = common.gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
+        rule = common.gating_rule(config, CONFIG, source.choices, notes, centres=_centres(config))
     used = {"gating": _jumps(config), "scale": config.get("norm_activation") == "dataset-wise"}
     return ParsedSae(
         dictionary=_dictionary(config, parsed.safetensors(file), rule, source.choices, notes),
@@ -74,7 +72,7 @@ def _model(file: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _jumps(config: dict[str, Any]) -> bool:
+def _jumps(config: Config) -> bool:
     """Whether features fire above a threshold: a TopK SAE that states one is served so, as OpenMOSS does."""
     if config["act_fn"] == "topk":
         has_threshold = config.get("jump_relu_threshold") is not None
@@ -82,13 +80,11 @@ def _jumps(config: dict[str, Any]) -> bool:
     return bool(config["act_fn"] == "jumprelu")
 
 
-def _centres(config: dict[str, Any]) -> bool:
+def _centres(config: Config) -> bool:
     return common.decoder_bias_is_input_bias(config, CONFIG, default=True)
 
 
-def _dictionary(
-    config: dict[str, Any], tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions
-) -> Dictionary:
+def _dictionary(config: Config, tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions) -> Dictionary:
     is_transcoder = bool(common.hook_places(config, CONFIG)[1])
     W_enc, b_enc, W_dec, b_dec = _weights(config, tensors)
     scales = _scales(config, b_dec.numel(), rule, choices, is_transcoder, notes)
@@ -108,7 +104,7 @@ def _dictionary(
     )
 
 
-def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _weights(config: Config, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W_enc, b_enc, W_dec = (tensors.take(name) for name in ("encoder.weight", "encoder.bias", "decoder.weight"))
     has_bias = parsed.flag(config, "use_decoder_bias", True, CONFIG)
     b_dec = tensors.take("decoder.bias") if has_bias else torch.zeros(W_dec.shape[:1])
@@ -127,7 +123,7 @@ def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, 
 
 
 def _scales(
-    config: dict[str, Any], d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
+    config: Config, d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
 ) -> NormScales:
     scales = common.per_token_scales(config, CONFIG, notes, is_transcoder=is_transcoder)
     if scales is None:
@@ -137,7 +133,7 @@ def _scales(
 
 
 def _dataset_wise(
-    config: dict[str, Any], d_model: int, choices: Choices, is_transcoder: bool, notes: Conventions
+    config: Config, d_model: int, choices: Choices, is_transcoder: bool, notes: Conventions
 ) -> tuple[float, float]:
     norms, key = config.get(common.NORMS), f"{CONFIG}: {common.NORMS}"
     if isinstance(norms, dict):
@@ -156,14 +152,14 @@ def _dataset_wise(
     return choices.scale, choices.scale
 
 
-def _factor(norms: dict[str, Any], side: str, d_model: int) -> float:
+def _factor(norms: Config, side: str, d_model: int) -> float:
     norm = parsed.number(norms, side, f"{CONFIG}: {common.NORMS}")
     if norm <= 0:
         raise ValueError(f"{CONFIG}: {common.NORMS}: {side} must be above 0, got {norm:g}")
     return sqrt(d_model) / norm
 
 
-def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule, notes: Conventions) -> Tensor:
+def _gain(config: Config, W_dec: Tensor, scales: NormScales, rule: Rule, notes: Conventions) -> Tensor:
     """[d_sae] What the rule multiplies ``inward * x . w_j + b_j`` by before it is compared, and gives as the value.
 
     SAELens leaves it as it is. OpenMOSS takes it back to the activations' own scale and, where the norm counts, on to a
@@ -182,7 +178,7 @@ def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule,
 
 
 def _activation(
-    config: dict[str, Any], scales: NormScales, rule: Rule, b_enc: Tensor, notes: Conventions
+    config: Config, scales: NormScales, rule: Rule, b_enc: Tensor, notes: Conventions
 ) -> ActivationFunction:
     if _jumps(config):
         threshold = parsed.number(config, "jump_relu_threshold", CONFIG)

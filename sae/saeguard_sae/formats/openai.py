@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Source, Tensors
 
 NAME = "openai"
 
@@ -43,7 +42,7 @@ def _dictionary(tensors: Tensors, activation: ActivationFunction, normed: bool) 
     return Dictionary(*layers, activation, normalisation="layer_norm" if normed else "none")
 
 
-def _activation(content: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
+def _activation(content: Config, file: str, notes: Conventions) -> ActivationFunction:
     name = parsed.choice({"activation": "ReLU"} | content, "activation", ("ReLU", "TopK"), file)
     notes.note("activation", name, f"{file}: activation" if "activation" in content else "the library's default")
     if name == "ReLU":

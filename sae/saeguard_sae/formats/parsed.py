@@ -28,6 +28,7 @@ from saeguard_sae.coders import SparseCoder
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
 from saeguard_sae.models import Point, Site
 
+Config: TypeAlias = dict[str, Any]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What numpy and zipfile raise over a damaged archive; a damaged header can also ask for more memory than there is.
 _BAD_ARCHIVE = (
@@ -122,7 +123,7 @@ def npz(file: Path) -> Tensors:
     return Tensors(file, read(None), read)
 
 
-def checkpoint(file: Path) -> dict[str, Any]:
+def checkpoint(file: Path) -> Config:
     """What ``torch.save`` wrote. Raises ValueError: more than tensors and plain values, as could run code; damaged."""
     try:
         with warnings.catch_warnings():
@@ -159,7 +160,7 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {str(name): tuple(value.shape) if isinstance(value, Tensor) else () for name, value in content.items()}
 
 
-def json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> Config:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, OSError, RecursionError) as err:
@@ -167,7 +168,7 @@ def json_object(file: Path) -> dict[str, Any]:
     return _table(content, file)
 
 
-def yaml_object(file: Path) -> dict[str, Any]:
+def yaml_object(file: Path) -> Config:
     try:
         content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as err:
@@ -286,7 +287,7 @@ def text(config: Mapping[str, Any], key: str, file: str) -> str:
     return value
 
 
-def _table(content: Any, file: Path) -> dict[str, Any]:
+def _table(content: Any, file: Path) -> Config:
     if not isinstance(content, dict):
         raise ValueError(f"{file.name}: must hold a table of keys, holds a {type(content).__name__}")
     return content
@@ -316,7 +317,7 @@ class Choices:
     k: int | None = None  # features kept per token, where the files do not say
     scale_said_by: str = "the user"
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> Config:
         return {"scale": self.scale, "gating": self.gating, "k": self.k}
 
 
@@ -346,6 +347,7 @@ class ModulePlace:
 
 
 Place: TypeAlias = Site | ModulePlace
+Places: TypeAlias = tuple[Place | None, tuple[Place, ...]]  # where it reads, and where it writes if that is elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,7 +446,7 @@ def place(name: str) -> Place | None:
     return hook_site(name) or module_place(name)
 
 
-def in_and_out(inward: object, outward: object, key: str) -> tuple[Place | None, tuple[Place, ...]]:
+def in_and_out(inward: object, outward: object, key: str) -> Places:
     """Where it reads, and where it writes if that is elsewhere. Raises ValueError: it writes at no known place."""
     reads = place(inward) if isinstance(inward, str) else None
     if outward is None or outward == inward:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from saeguard_sae.dictionary import Dictionary, TopK
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "qwen_scope"
@@ -54,7 +54,7 @@ def parse(source: Source) -> ParsedSae:
     )
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> Config:
     """The repository's settings where they were downloaded as well; another model's ``config.json`` is not that."""
     config = parsed.json_object(file) if file.is_file() else {}
     if config.get("model_type") != "topk_sae":
@@ -63,7 +63,7 @@ def _config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _known_k(config: dict[str, Any], repo: re.Match[str] | None) -> _Stated | None:
+def _known_k(config: Config, repo: re.Match[str] | None) -> _Stated | None:
     stated = _Stated(parsed.whole(config, "k", CONFIG), f"{CONFIG}: k") if config else None
     named = _Stated(int(repo[2]), "the repository's name") if repo else None
     if stated and named and stated.value != named.value:
@@ -83,7 +83,7 @@ def _k(known: _Stated | None, source: Source, notes: Conventions) -> int:
     return int(k.value)
 
 
-def _dictionary(tensors: Tensors, config: dict[str, Any], k: int) -> Dictionary:
+def _dictionary(tensors: Tensors, config: Config, k: int) -> Dictionary:
     W_enc, b_enc, W_dec, b_dec = parsed.linear_layers(tensors, "W_enc", "b_enc", "W_dec", "b_dec")
     tensors.close()
     parsed.check_size(config, "d_model", b_dec.numel(), CONFIG)
@@ -91,7 +91,7 @@ def _dictionary(tensors: Tensors, config: dict[str, Any], k: int) -> Dictionary:
     return Dictionary(W_enc, b_enc, W_dec, b_dec, TopK(k), centre=False)
 
 
-def _reads(source: Source, config: dict[str, Any], notes: Conventions) -> Site | None:
+def _reads(source: Source, config: Config, notes: Conventions) -> Site | None:
     """The layer is in the file's name, as it was published where that is known."""
     if config:
         parsed.choice(config, "hook_point", ("resid_post",), CONFIG)
@@ -105,6 +105,6 @@ def _reads(source: Source, config: dict[str, Any], notes: Conventions) -> Site |
     return site
 
 
-def _model(config: dict[str, Any], repo: re.Match[str] | None) -> str | None:
+def _model(config: Config, repo: re.Match[str] | None) -> str | None:
     stated = config.get("base_model")
     return stated if isinstance(stated, str) else repo[1] if repo else None

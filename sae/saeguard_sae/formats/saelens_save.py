@@ -170,13 +170,8 @@ def _places(coder: SparseCoder, site: Site, writes: tuple[Site, ...]) -> dict[st
 def _model(coder: SparseCoder, processing: Processing) -> dict[str, Any]:
     if processing == "none" and not isinstance(coder, Temporal) and coder.normalisation == "centred":
         processing = "centred"
-    match processing:
-        case "none":
-            return {}
-        case "centred":
-            return {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-        case "transformer_lens":
-            return {"model_from_pretrained_kwargs": PROCESSED}
+    options = {"none": {}, "centred": {"center_writing_weights": True}, "transformer_lens": PROCESSED}[processing]
+    return {"model_from_pretrained_kwargs": options} if options else {}
 
 
 def _refuse(condition: bool, what: str) -> None:
