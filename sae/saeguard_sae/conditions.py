@@ -336,11 +336,7 @@ _COPIED = ("bias", "k", "first", "last", "special", "latches", "stops")
 
 
 class ConditionState(ColumnStore):
-    """What the conditions of ``slots`` requests are and remember.
-
-    ``ring`` [slots, capacity, longest] is as long as the longest window in use needs: the last values in scope, the
-    latest last.
-    """
+    """What they are and remember; ``ring`` [slots, capacity, longest] holds the last values in scope, in order."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         super().__init__(CONDITION_COLUMNS, slots, 4, device)
@@ -421,15 +417,10 @@ def running_maximum(value: Tensor, inside: Tensor, before: Tensor) -> Tensor:
 
 
 def window_sums(value: Tensor, inside: Tensor, ring: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the last values in scope at each token, and the ring that goes on from there.
+    """The sum of the last values in scope at each token [B, T, G], and the ring that goes on from there.
 
-    Each window is added up on its own, so that no error runs along.
-
-    Args:
-        value: float64 [B, T, G].
-        inside: bool [B, T, G], tokens out of scope are skipped.
-        ring: [B, G, R] the last values of earlier tokens, the latest last, zeros while there are fewer.
-        tokens: int64 [B, G], how many values a window holds, at most R + 1.
+    ``ring`` [B, G, R]: the last values of earlier tokens, the latest last, zeros while there are fewer. ``tokens``
+    int64 [B, G]: values in a window, at most R + 1. Each is added up on its own, so that no error runs along.
     """
     length, back = value.shape[1], ring.shape[2]
     recent = torch.arange(back, -1, -1, device=value.device) < tokens[..., None]
@@ -449,11 +440,8 @@ def window_sums(value: Tensor, inside: Tensor, ring: Tensor, tokens: Tensor) -> 
 def hold(comes: Tensor, stays: Tensor, inside: Tensor, on: Tensor, fired: Tensor) -> Scan:
     """Hysteresis: on where it ``comes``, as long as it ``stays``; tokens out of scope leave it as it is.
 
-    Whether it is on is whether the last token on which it came is later than the last on which it did not stay.
-
-    Args:
-        on: bool [B, G] before the first token.
-        fired: bool [B, G] whether it was ever on before.
+    That is: the last token on which it came is later than the last on which it did not stay. ``on`` and ``fired`` bool
+    [B, G]: whether it is on, and ever was, before the first token.
     """
     if comes.shape[1] == 1:
         came = inside & comes

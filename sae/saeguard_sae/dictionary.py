@@ -11,16 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Per feature [d_sae]: ``f = relu(gain * q + bias) if q + gate > threshold else 0``, with ``q = x . w_j``.
-
-    ``squashed``: ``tanh`` of that.
-    """
+    """Per feature [d_sae]: ``f = relu(gain * q + bias) if q + gate > threshold else 0``, with ``q = x . w_j``."""
 
     gain: Tensor
     bias: Tensor
     gate: Tensor
     threshold: Tensor
-    squashed: bool = False
+    squashed: bool = False  # tanh of that
 
     @classmethod
     def of(cls, b_enc: Tensor, threshold: float | Tensor, *, squashed: bool = False) -> Columns:
@@ -150,16 +147,11 @@ class CompetingActivation(ActivationFunction):
 
 @dataclass(frozen=True, slots=True)
 class TopK(CompetingActivation):
-    """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024).
-
-    Args:
-        keeps_negative: negative ones stay as they are, as in circuit-tracer.
-        gain: [d_sae] multiplies what was let through, where features are ranked in other units than their own.
-    """
+    """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024)."""
 
     k: int
-    keeps_negative: bool = False
-    gain: Tensor | None = field(default=None, kw_only=True)
+    keeps_negative: bool = False  # as they are, as in circuit-tracer
+    gain: Tensor | None = field(default=None, kw_only=True)  # [d_sae] multiplies what was let through
     name: ClassVar[str] = "topk"
 
     def value(self, pre: Tensor) -> Tensor:
@@ -400,10 +392,7 @@ class Dictionary(DecoderRows):
 
 
 def feature_major(W_enc: Tensor) -> Tensor:
-    """[d_in, d_sae] with each feature's row contiguous in memory; a view where it already is.
-
-    A loader calls it where it reads: then the file's own layout is let go before the next weight is read.
-    """
+    """Each feature's row contiguous; called where it is read, so that the file's own layout is let go at once."""
     return W_enc.T.contiguous().T if W_enc.ndim == 2 else W_enc
 
 

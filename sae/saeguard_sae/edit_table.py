@@ -116,10 +116,8 @@ class EditTable:
     ) -> Tensor:
         """x [N, width] -> the edited x in its dtype, or x itself; tokens on which nothing is edited are bit-identical.
 
-        Args:
-            rows: whose tokens they are.
-            sources: the tensors [N, d_read] that columns with a ``source`` read.
-            on: by group, which conditions are on: ``ConditionTable.on``; None where no column has a condition.
+        ``sources``: the tensors [N, d_read] that columns with a ``source`` read. ``on``: by group, which conditions are
+        on (``ConditionTable.on``); None where no column has one.
         """
         self._values.clear()
         out = x
@@ -257,12 +255,7 @@ class EditColumns:
         return self._needs(slots).at
 
     def change(self, x: Tensor, group: Group, on: Tensor | None, *, is_limited: bool) -> EditChange:
-        """x [B, T, d_read] in float32 -> what these edits add to the tensor that is written.
-
-        Args:
-            on: bool [B, T, 1 + conditions], after one that is always on.
-            is_limited: whether any of these requests has a limit.
-        """
+        """x [B, T, d_read] in float32, on bool [B, T, 1 + conditions] -> what these edits add to what is written."""
         live = self._needs(group.slots)
         cells = live.cells
         scalings = encoding.input_scalings(x, live.needs.kinds)
@@ -530,13 +523,7 @@ class Product:
 
     @classmethod
     def of(cls, W_enc: Tensor, W_dec: Tensor, at: slice | Tensor, row: Tensor) -> Product:
-        """The rows as they lie in a table.
-
-        Args:
-            W_enc: [slots, capacity, d_read], and so W_dec.
-            at: the B slots.
-            row: int64 [B, E] of their first E columns, equal where rows are.
-        """
+        """W_enc and W_dec [slots, capacity, d] of the slots ``at``; row int64 [B, E] is equal where rows are."""
         used = row.shape[1]
         rows, index = torch.unique(row, return_inverse=True)
         if len(rows) > _WORTH_SHARING * used or len(row) == 1:

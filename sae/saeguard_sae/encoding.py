@@ -138,12 +138,9 @@ def of_kind(by_kind: Tensor, kind: Tensor) -> Tensor:
 
 
 def values(x: Tensor, q: Tensor, cells: Cells, scalings: Tensor | None, needs: Needs, coders: Coders) -> Tensor:
-    """The features [B, T, E] of x [B, T, d].
+    """x [B, T, d] and its products q [B, T, E] with the features' rows -> the features [B, T, E].
 
-    Args:
-        q: [B, T, E] the products of x with the features' rows.
-        cells: the columns ``READ``, [B, E] or the same [1, E] for all.
-        scalings: ``input_scalings`` of x under what ``needs`` names.
+    ``cells``: ``READ``, [B, E] or the same [1, E] for all. ``scalings``: ``input_scalings`` of x under ``needs.kinds``.
     """
     if scalings is not None:
         kind = cells["normalisation"]
@@ -205,14 +202,10 @@ class SelectedFeatures(NamedTuple):
 
 
 class FeatureSelector:
-    """Selects features of one coder, token by token, on the device where its weights are.
+    """Selects features of one coder, token by token. Raises ValueError: a temporal SAE, which reads prefixes.
 
-    Args:
-        fast: keep a bfloat16 copy of the encoder, made at the first use or by ``prepare``, where the coder and the
-            hardware allow it. Without it every token is encoded whole.
-
-    Raises:
-        ValueError: a temporal SAE, which reads a token together with all before it.
+    ``fast``: keep a bfloat16 copy of the encoder, made at the first use or by ``prepare``, where coder and hardware
+    allow it; without it every token is encoded whole.
     """
 
     def __init__(self, coder: SparseCoder, *, fast: bool = True) -> None:
@@ -233,12 +226,9 @@ class FeatureSelector:
 
     @torch.no_grad()
     def top(self, x: Tensor, k: int) -> SelectedFeatures:
-        """x [N, d_in] -> the k features of largest size, largest first; those that are 0 are not kept.
+        """x [N, d_in] -> the k (1 or more) features of largest size, largest first; those that are 0 are not kept.
 
         Fewer columns where fewer can be on. A GPU is waited for once per ``CELLS``, and again where tokens are left.
-
-        Raises:
-            ValueError: k is below 1.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")

@@ -83,11 +83,7 @@ class FeatureSums:
                 self._compiled = None
 
     def read(self, x: Tensor, at: slice | Tensor, used: int) -> Tensor:
-        """x [B, T, d_read] in float32 of the slots ``at`` -> float64 [B, T, n], the sums of their first conditions.
-
-        Args:
-            used: as many conditions as the fullest of them has; n is less where later ones read nothing here.
-        """
+        """x [B, T, d_read] in float32 of the slots ``at`` -> their first conditions' sums, float64 [B, T, <= used]."""
         compiled = self._compiled or self._compile()
         cells = compiled.cells
         scalings = encoding.input_scalings(x, compiled.needs.kinds)

@@ -146,16 +146,9 @@ def resolve_hub_sae(
 ) -> HubSae:
     """The file or folder that ``path`` names, downloaded if it must be; a progress bar shows on a terminal alone.
 
-    Args:
-        path: of a file or folder here, ``hf://org/name/path/in/repo[@revision]``, or ``release/sae-id[@revision]``
-            by SAELens' list. What exists here is what is meant.
-        revision: a branch, tag or commit; ``main`` if it is not given.
-        cache_dir: in place of huggingface_hub's own.
-        local_files_only: the cache alone, as with ``HF_HUB_OFFLINE=1``.
-        endpoint: of the hub, in place of huggingface_hub's own.
-
-    Raises:
-        HubError: it is nowhere, not allowed, not one SAE, or cannot be downloaded now.
+    ``path``: here, ``hf://org/name/path/in/repo[@revision]``, or ``release/sae-id[@revision]`` by SAELens' list; what
+    exists here is what is meant. ``local_files_only``: the cache alone, as with ``HF_HUB_OFFLINE=1``.
+    Raises HubError: it is nowhere, not allowed, not one SAE, or cannot be downloaded now.
     """
     if not path.startswith(SCHEME) and os.path.exists(path):
         return _local(path, revision)

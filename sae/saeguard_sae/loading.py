@@ -49,15 +49,12 @@ class OpenedSae:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSae:
-    """An SAE with its place in the model.
-
-    ``digest``: SHA-256 of its weight and config files, hex; where settings decide what they mean, of those too.
-    """
+    """An SAE with its place in the model."""
 
     name: str
     site: Site
     dictionary: SparseCoder
-    digest: str
+    digest: str  # SHA-256 of its weight and config files, hex; also of settings that decide what they mean
     catalogue: Catalogue
     writes: tuple[Site, ...] = ()
     """Where it writes; empty where that is ``site``. Several for one layer of a cross-layer transcoder."""
@@ -89,17 +86,10 @@ def open_sae(
     choices: Choices | None = None,
     facts: Choices | None = None,
 ) -> OpenedSae:
-    """The SAE in ``path``, in float32, before it is tied to a model.
+    """The SAE in ``path``, in float32, before it is tied to a model. Raises LoadError.
 
-    Args:
-        name: what callers will call it.
-        path: a folder or file in one of the known formats.
-        origin: where it was published, which decides what some formats leave open.
-        choices: what the user says; one that makes no difference is refused.
-        facts: what a catalogue of releases says, where the files and the user do not.
-
-    Raises:
-        LoadError: unknown format, a convention not supported, or bad weights.
+    ``origin`` decides what some formats leave open. ``choices``: what the user says; one that makes no difference is
+    refused. ``facts``: what a catalogue of releases says, where the files and the user do not.
     """
     try:
         kind, parsed = read_sae(Source(path, origin, choices or Choices()), facts)
@@ -111,16 +101,7 @@ def open_sae(
 
 
 def load_sae(name: str, path: Path, site: Site | None = None) -> LoadedSae:
-    """The SAE in ``path`` as its files describe it, with no model to check it against.
-
-    Args:
-        name: what callers will call it.
-        path: a folder or file in one of the known formats.
-        site: overrides what the files say.
-
-    Raises:
-        LoadError: unknown format, a convention not supported, bad weights, or no site known.
-    """
+    """As its files describe it, or at ``site``, with no model to check it against. Raises LoadError."""
     opened = open_sae(name, path)
     where = site if site is not None else opened.parsed.reads
     writes = tuple(place for place in opened.parsed.writes if isinstance(place, Site))
@@ -161,13 +142,9 @@ def with_settings(files: str, settings: Mapping[str, object]) -> str:
 
 
 def read_sae(source: Source, facts: Choices | None = None) -> tuple[str, ParsedSae]:
-    """The name of the format and what it holds.
+    """The name of the format and what it holds. Raises ValueError: not understood, or a choice that it cannot use.
 
-    Args:
-        facts: its scale stands in where the user gives none; it does not matter if it makes no difference.
-
-    Raises:
-        ValueError: no known format, something in it that is not understood, or a choice that it cannot use.
+    The scale of ``facts`` stands in where the user gives none; it does not matter if it makes no difference.
     """
     path, known = _find(source.path)
     parsed = known.parse(replace(source, path=path, choices=_merged(source.choices, facts)))
@@ -221,10 +198,7 @@ def as_unprocessed(
     """The same SAE on the unprocessed model: its weights and the site where it reads.
 
     Models with RMS norms have no mean to take out. On models with layer norms a difference in the stream's mean changes
-    nothing downstream, so the edits need no counterpart.
-
-    Raises:
-        ValueError: a combination that has no exact counterpart.
+    nothing downstream, so the edits need no counterpart. Raises ValueError: there is no exact counterpart.
     """
     if processing == "none":
         return dictionary, site
@@ -270,10 +244,7 @@ def shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
 def value_bias(model: nn.Module, config: ModelConfig, layer: int) -> Tensor | None:
     """[heads * d_head] what every head puts out for its value bias, the folded norm's bias included; None for none.
 
-    Attention weights sum to 1, so the bias goes through attention as it is.
-
-    Raises:
-        ValueError: an architecture whose value weights are not known here.
+    Attention weights sum to 1, so the bias goes through attention as it is. Raises ValueError: value weights not known.
     """
     block: Any = model.get_submodule(f"{layout(config.model_type).blocks}.{layer}")
     match config.model_type:

@@ -75,17 +75,8 @@ def import_features(
     """Reads files of one SAE; they may divide its features, or tell different things of the same ones.
 
     A file whose name ends in ``.csv`` or ``.csv.gz`` is a table, everything else a Neuronpedia export.
-
-    Args:
-        d_sae: features of the SAE.
-        decoder_norms: [d_sae] lengths of the decoder's rows, in the SAE as it is served; needed for ``unit_decoder``.
-        units: what the files count activations in.
-        source: the SAE to take, as Neuronpedia calls it ("20-gemmascope-res-16k", or with the model before it and a
-            slash); needed where the files hold several.
-
-    Raises:
-        BadCatalogue: a file that cannot be read or means another SAE; names file, line and field.
-        ValueError: the norms are missing, or not one per feature.
+    ``decoder_norms`` [d_sae] are of the SAE as it is served. ``source``: which of several, as Neuronpedia calls it:
+    "20-gemmascope-res-16k", or the model and a slash before it. Raises BadCatalogue: names file, line and field.
     """
     collector = Collector(d_sae, _raw_norms(units, decoder_norms, d_sae), source)
     for file in files:

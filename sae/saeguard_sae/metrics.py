@@ -124,12 +124,9 @@ class NextTokenLoss:
         return self._divergence / self.positions
 
     def add(self, logits: Tensor, ids: Tensor, predicted: Tensor, base: Tensor | None = None) -> None:
-        """
-        Args:
-            logits: [rows, T, vocabulary] of the changed model.
-            ids: [rows, T] what it read.
-            predicted: bool [rows, T - 1] positions whose next token counts.
-            base: logits of the model as it is.
+        """logits [rows, T, vocabulary] of the changed model on ids [rows, T]; ``base``: of the model as it is.
+
+        ``predicted``: bool [rows, T - 1] positions whose next token counts.
         """
         following = ids[:, 1:][predicted]
         row, position = predicted.nonzero(as_tuple=True)

@@ -262,10 +262,7 @@ def _normaliser(norm: Norm, config: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 
 def hook(place: Located, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Calls ``visit(x)`` with the module's tensor at a site in every forward pass, until the handle is removed.
-
-    What it returns takes the place of x; x itself or None leaves it.
-    """
+    """Calls ``visit(x)`` with a site's tensor in every forward pass; what it returns, unless None, replaces x."""
     from torch import Tensor
 
     def visited(value: Any) -> Any:

@@ -58,13 +58,7 @@ class Rows:
 
     @classmethod
     def of(cls, spans: Sequence[RowSpan], positions: Tensor, special: Tensor) -> Rows:
-        """Groups the spans by the power of two that holds them, so that less than half of the cells are padded.
-
-        Args:
-            spans: each request at most once; they need not lie in order, nor cover every token.
-            positions: int64 [N].
-            special: bool [N].
-        """
+        """Groups spans, one a request, by the power of two that holds them: less than half of the cells are padded."""
         by_size: dict[int, list[RowSpan]] = defaultdict(list)
         for span in spans:
             by_size[(span.length - 1).bit_length()].append(span)

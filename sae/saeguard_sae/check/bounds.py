@@ -59,12 +59,7 @@ _NAMES = ("min_l0", "max_l0", "max_fvu", "max_ce_increase")
 
 
 def bounds_from(stated: Quality | None, stated_l0: float | None, settings: CheckBounds) -> CheckBounds:
-    """The bounds of the settings; for each that they leave open, what follows from what is stated.
-
-    Args:
-        stated: what ``quality.json`` beside the weights says.
-        stated_l0: what the SAE's own files say, where that does not.
-    """
+    """The settings' bounds, else what follows from ``stated`` (``quality.json``) or ``stated_l0`` (its own files)."""
     derived = _derived(stated or Quality(), stated_l0)
     # A bound of the settings takes the opposite one along where the two would contradict each other.
     if settings.min_l0 is not None and "max_l0" in derived and derived["max_l0"][0] < settings.min_l0:

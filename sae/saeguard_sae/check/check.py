@@ -162,12 +162,7 @@ def _factor(x: Tensor) -> float:
 def conventions(
     sae: LoadedSae, model: nn.Module, config: ModelConfig, x: Tensor, target: Tensor | None
 ) -> list[ConventionChange]:
-    """The changes of everything but the site.
-
-    Args:
-        x: [n, d_in] what it reads.
-        target: [n, d_out] what it must reproduce.
-    """
+    """Of everything but the site. x [n, d_in]: what it reads; target [n, d_out]: what it must reproduce."""
     coder = sae.dictionary
     if isinstance(coder, Temporal):
         return []
@@ -341,13 +336,10 @@ def hypotheses(
     *,
     near: bool = False,
 ) -> list[Hypothesis]:
-    """Alternatives inside the bounds, then those that clearly leave less unexplained; best first.
+    """Alternatives inside the bounds, then those that clearly leave less unexplained; best first. The model runs once.
 
-    One change at a time, and pairs of two where no single one lies inside the bounds. The model runs once.
-
-    Args:
-        near: for an SAE within its bounds, of which every one that is served is tried: only the neighbouring layers,
-            the bias convention and the normalisation, where they leave clearly less unexplained.
+    One change at a time, and pairs where no single one lies inside. ``near``: for an SAE within its bounds, of which
+    every one served is tried: only the next layers, the bias and the normalisation, where they are clearly better.
     """
     moves = relocations(sae, config)[: NEIGHBOURS if near else None]
     own = Setup(sae.site, target(sae), reader(sae.dictionary))
@@ -367,10 +359,7 @@ def hypotheses(
 
 
 def merit(l0: float, fvu: float | None, bounds: CheckBounds) -> float:
-    """Less is better: the FVU, times how many times L0 is off where it is known what to expect.
-
-    FVU alone would favour whatever makes more features fire.
-    """
+    """Less is better: the FVU, times how far L0 is off. FVU alone favours whatever makes more features fire."""
     left, expected = 1.0 if fvu is None else fvu, bounds.middle_l0
     if expected is None:
         return left

@@ -62,11 +62,7 @@ Watch: TypeAlias = Callable[[Tensor, int], None]
 def reconstruct_counted(
     reader: Reader, x: Tensor, metrics: SaeMetrics, *, decodes: bool = True, watch: Watch | None = None
 ) -> Tensor | None:
-    """x [n, d_in] -> reconstructions [n, d_out] in float32, their features counted.
-
-    Args:
-        decodes: False leaves the reconstruction out: None.
-    """
+    """x [n, d_in] -> reconstructions [n, d_out] in float32, their features counted; None unless ``decodes``."""
     parts, start = [], 0
     for part in torch.split(x, max(1, VALUES // reader.d_sae)):
         features = reader.encode(part)
@@ -128,16 +124,10 @@ def target(sae: LoadedSae) -> Site | None:
 def measure_sae(
     model: nn.Module, config: ModelConfig, sae: LoadedSae, tokens: Sequence[Tensor], special_ids: frozenset[int]
 ) -> Quality:
-    """What the SAE does on these texts, each read on its own: sums over ordinary tokens, which a first one is not.
+    """What the SAE does on these texts, int64 ids [T] each, read one by one: sums over ordinary tokens.
 
-    None stands for what an SAE that writes at several sites has no part in alone.
-
-    Args:
-        tokens: int64 ids [T] of each text.
-        special_ids: tokens that SAEs do not read; they keep their activations and are not counted.
-
-    Raises:
-        ValueError: fewer than two ordinary tokens.
+    None stands for what an SAE that writes at several sites has no part in alone. Other tokens keep their activations.
+    Raises ValueError: fewer than two ordinary tokens.
     """
     splice = _Splice(sae)
     base, spliced = NextTokenLoss(), NextTokenLoss()

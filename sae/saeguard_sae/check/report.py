@@ -84,14 +84,8 @@ def check_sae(
 ) -> CheckReport:
     """Measures an SAE on the model it is served with; where it lies outside the bounds, looks for the reason.
 
-    One that passes is compared with its nearest alternatives: a layer off by one can lie within any bounds.
-
-    Args:
-        tokens: int64 ids [T] of each text.
-        special_ids: tokens that SAEs do not read.
-
-    Raises:
-        ValueError: fewer than two ordinary tokens.
+    One that passes is compared with its nearest alternatives: a layer off by one can lie within any bounds. ``tokens``:
+    int64 ids [T] of each text. Raises ValueError: fewer than two ordinary tokens.
     """
     measured = measure_sae(model, config, sae, tokens, special_ids)
     problems = tuple(violations(measured, bounds))
@@ -100,8 +94,5 @@ def check_sae(
 
 
 def calibration_text() -> str:
-    """The text on which SAEs are checked where the settings name none.
-
-    General English: stories, dialogue, letters, numbers, a little code. Passages are parted by empty lines.
-    """
+    """Where the settings name none: general English, numbers, a little code; passages parted by empty lines."""
     return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")

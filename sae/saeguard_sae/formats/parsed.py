@@ -147,10 +147,7 @@ def state_dict(file: Path) -> Tensors:
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """What a torch file holds, by name: a tensor's shape, () for anything else; empty where it cannot be read.
-
-    For telling formats apart that have nothing else to go by; loading the file says what is wrong with it.
-    """
+    """By name a tensor's shape, () for anything else; empty where it cannot be read: loading it says what is wrong."""
     if file.suffix not in (".pt", ".pth") or not file.is_file():
         return {}
     try:
@@ -332,10 +329,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlace:
-    """A place as Hugging Face's module tree names it: the input or output of ``module``, relative to the layers' list.
-
-    Which ``Site`` that is depends on the model's architecture (``architectures.site_of``).
-    """
+    """The input or output of ``module``, relative to the layers' list; the architecture tells which site that is."""
 
     layer: int
     module: str

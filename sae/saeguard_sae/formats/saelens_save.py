@@ -37,15 +37,8 @@ def save_saelens(
 ) -> None:
     """Writes any SAE that SAELens 6 can represent; each file whole or not at all.
 
-    Args:
-        site: where it reads; written as SAELens' hook name.
-        dtype: of the weights on disk.
-        metadata: more entries for the ``metadata`` table, such as ``context_size``.
-        writes: where a transcoder writes.
-        processing: how the model was processed that its activations came from.
-
-    Raises:
-        ValueError: SAELens has no way to say what it computes, or where.
+    ``metadata``: more entries for that table, such as ``context_size``. ``processing``: of the model that was read.
+    Raises ValueError: SAELens has no way to say what it computes, or where.
     """
     config, weights = _described(dictionary, site)
     config |= {
