@@ -23,7 +23,7 @@ from saeguard_sae.edits import IDENTITY, Affine
 from saeguard_sae.encoding import Cells, Coders, Needs
 from saeguard_sae.rows import Group, Rows, as_index
 
-FOREVER: int = torch.iinfo(torch.int64).max  # A ``last`` position that is never reached
+FOREVER: int = torch.iinfo(torch.int64).max  # a ``last`` position that is never reached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,9 +91,8 @@ class EditTable:
             by_source[column.source].append(column)
         for source, group in by_source.items():
             if source not in self._columns:
-                self._columns[source] = EditColumns(
-                    self._slots, group[0].coder.d_in, self._width, self._device, self._capacity
-                )
+                d_read = group[0].coder.d_in
+                self._columns[source] = EditColumns(self._slots, d_read, self._width, self._device, self._capacity)
             self._columns[source].write(slot, group)
         self._limit[slot] = max_relative_edit
         if max_relative_edit < torch.inf:
@@ -383,12 +382,11 @@ def in_scope(group: Group, cells: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What one column holds: value when idle, dtype, and for vectors whether they are as wide as what is read or
-    written."""
+    """What one column holds."""
 
     idle: float | int | bool
     dtype: torch.dtype = torch.float32
-    width: Literal["scalar", "read", "write"] = "scalar"
+    width: Literal["scalar", "read", "write"] = "scalar"  # vectors as wide as what is read or written
 
 
 EDIT_COLUMNS: dict[str, Kind] = {

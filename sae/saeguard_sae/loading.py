@@ -188,8 +188,8 @@ def _find(path: Path) -> tuple[Path, Format]:
 # biases; the model computes the same, but the activations that an SAE saw differ. Each difference is exact and has an
 # exact counterpart on our side.
 
+# Points whose activations lose their mean under ``center_writing_weights``.
 _CENTRED = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_read", "mlp_out", "resid_post")
-"""Points whose activations lose their mean under ``center_writing_weights``."""
 
 
 def as_unprocessed(
@@ -296,7 +296,7 @@ def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Ov
         dictionary, notes = _overridden(opened.parsed.dictionary, overrides)
         site = _place(overrides.site or opened.parsed.reads, config, "site")
         writes = _writes(opened.parsed, overrides, config)
-        processing = _processing(opened.parsed, overrides, dictionary, site, config)
+        processing = _processing(overrides.processing or opened.parsed.processing, dictionary, site, config)
         if isinstance(dictionary, Dictionary):
             dictionary, site = as_unprocessed(dictionary, site, processing, model, config)
         elif processing != "none":
@@ -332,10 +332,7 @@ def _overridden(coder: SparseCoder, overrides: Overrides) -> tuple[SparseCoder, 
     return coder, notes
 
 
-def _processing(
-    parsed: ParsedSae, overrides: Overrides, coder: SparseCoder, site: Site, config: ModelConfig
-) -> Processing:
-    processing = overrides.processing or parsed.processing
+def _processing(processing: Processing | None, coder: SparseCoder, site: Site, config: ModelConfig) -> Processing:
     if processing is not None:
         return processing
     if isinstance(coder, Dictionary) and matters(coder, site, config):

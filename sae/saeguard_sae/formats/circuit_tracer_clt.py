@@ -29,13 +29,16 @@ def parse(source: Source) -> ParsedSae:
     folder = source.path if source.path.is_dir() else source.path.parent
     files = tuple(folder / name for name in (f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors", CONFIG))
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {_names(files)}")
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {names}")
     config, notes = _config(files[2]), Conventions()
+    reads = _place(config, "feature_input_hook", layer)
+    notes.note("reads", reads, f"{CONFIG}: feature_input_hook")
     dictionary, n_writes = _dictionary(parsed.safetensors(files[0]), parsed.safetensors(files[1]), layer, notes)
     return ParsedSae(
         dictionary=dictionary,
         files=files,
-        reads=_reads(config, layer, notes),
+        reads=reads,
         writes=_writes(config, range(layer, layer + n_writes), notes),
         model=parsed.text(config, "model_name", CONFIG) if "model_name" in config else None,
         conventions=notes.all(),
@@ -46,10 +49,6 @@ def _layer(path: Path) -> int | None:
     names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name] if path.is_file() else []
     layers = {int(match[1]) for name in names if (match := _FILE.fullmatch(name))}
     return layers.pop() if len(layers) == 1 else None
-
-
-def _names(files: tuple[Path, ...]) -> str:
-    return ", ".join(file.name for file in files)
 
 
 def _config(file: Path) -> Config:
@@ -64,13 +63,6 @@ def _place(config: Config, key: str, layer: int) -> Place:
     place = parsed.place(f"blocks.{layer}.{hook}")
     if place is None:
         raise ValueError(f"{CONFIG}: {key} {hook!r} is not a place that is known")
-    return place
-
-
-def _reads(config: Config, layer: int, notes: Conventions) -> Place:
-    key = "feature_input_hook"
-    place = _place(config, key, layer)
-    notes.note("reads", place, f"{CONFIG}: {key}")
     return place
 
 
@@ -93,7 +85,9 @@ def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventio
     shapes = {"W_enc": (W_enc, (d_sae, d_model)), "b_enc": (b_enc, (d_sae,)), "b_dec": (b_dec, (d_model,))}
     shapes |= {"W_skip": (skip, (d_model, d_model))} if skip is not None else {}
     parsed.check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
-    _note(skip is not None, notes)
+    notes.note("kind", "one layer of a cross-layer transcoder", "the format")
+    notes.note("centring", False, "the format")
+    notes.note("skip connection", skip is not None, "W_skip")
     return parsed.cross_layer(W_enc.T, b_enc, W_dec, b_dec, activation, skip), n_writes
 
 
@@ -104,9 +98,3 @@ def _activation(encoder: Tensors, layer: int, notes: Conventions) -> ActivationF
         return ReLU()
     notes.note("activation", "jumprelu", name)
     return parsed.circuit_tracer_jump_relu(encoder, name)
-
-
-def _note(has_skip: bool, notes: Conventions) -> None:
-    notes.note("kind", "one layer of a cross-layer transcoder", "the format")
-    notes.note("centring", False, "the format")
-    notes.note("skip connection", has_skip, "W_skip")

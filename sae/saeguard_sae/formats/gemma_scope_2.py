@@ -82,7 +82,7 @@ def parse(source: Source) -> ParsedSae:
         files=(file,) if stated.file is None else (file, stated.file),
         reads=places[0],
         writes=places[1],
-        model=_model(stated),
+        model=parsed.text(stated.config, "model_name", stated.source) if "model_name" in stated.config else None,
         stated_l0=_l0(stated, kind),
         conventions=notes.all(),
     )
@@ -244,10 +244,6 @@ def _skip(weights: Tensors, stated: _Stated, notes: Conventions) -> Tensor | Non
             raise ValueError(f"{stated.says('affine_connection')} is {has_skip}, but {there}")
     notes.note("skip connection", SKIP in weights, weights.file.name)
     return weights.take_if(SKIP)
-
-
-def _model(stated: _Stated) -> str | None:
-    return parsed.text(stated.config, "model_name", stated.source) if "model_name" in stated.config else None
 
 
 def _l0(stated: _Stated, kind: Kind) -> float | None:

@@ -162,23 +162,19 @@ def _scales(config: Config, tensors: Tensors, d_model: int, choices: Choices, no
 def _dataset_wise(config: Config, tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> NormScales:
     is_transcoder, inward = bool(common.hook_places(config, CONFIG)[1]), f"{common.NORMS}.{config.get('hook_point_in')}"
     if inward not in tensors and not is_transcoder:
-        return _scale_given(inward, choices, notes)
+        if not choices.scale:
+            raise ValueError(
+                f"{CONFIG}: norm_activation is dataset-wise, but {WEIGHTS} has no {inward}; "
+                "give scale = sqrt(d_model) / mean |x|"
+            )
+        notes.note("activation scale", choices.scale, choices.scale_said_by)
+        return NormScales(choices.scale, choices.scale)
     scale = _factor(tensors, inward, d_model, notes, "activation scale")
     common.check_scale(choices, scale, f"{WEIGHTS}: {inward}")
     if not is_transcoder:
         return NormScales(scale, scale)
     outward = f"{common.NORMS}.{config.get('hook_point_out')}"
     return NormScales(scale, _factor(tensors, outward, d_model, notes, "activation scale of what it writes"))
-
-
-def _scale_given(missing: str, choices: Choices, notes: Conventions) -> NormScales:
-    if not choices.scale:
-        raise ValueError(
-            f"{CONFIG}: norm_activation is dataset-wise, but {WEIGHTS} has no {missing}; "
-            "give scale = sqrt(d_model) / mean |x|"
-        )
-    notes.note("activation scale", choices.scale, choices.scale_said_by)
-    return NormScales(choices.scale, choices.scale)
 
 
 def _factor(tensors: Tensors, name: str, d_model: int, notes: Conventions, name_of_scale: str) -> float:
