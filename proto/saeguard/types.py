@@ -374,6 +374,11 @@ class Trigger:
         check_instance("when", self.when, Condition, "a Condition")
         check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
 
+    @property
+    def edits(self) -> Sequence[Intervention]:
+        """What it applies."""
+        return self.action.interventions if isinstance(self.action, Apply) else ()
+
 
 def check_edited_once(interventions: Sequence[Intervention]) -> None:
     """Two edits of one feature would each measure from the original value: refused, by the second one's field."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from saeguard_sae.edit_table import ColumnStore, Kind, in_scope, remember
 from saeguard_sae.encoding import Cells
-from saeguard_sae.feature_sums import FeatureSums, Sum, WeightedFeature
+from saeguard_sae.feature_sums import FeatureSums, Sum
 from saeguard_sae.rows import Group, Rows, as_index
 
 Comparison: TypeAlias = Literal["above", "at_least", "below", "at_most"]
@@ -27,8 +27,8 @@ WindowKind: TypeAlias = Literal["this_token", "any_so_far", "maximum", "rolling_
 NEVER: int = torch.iinfo(torch.int64).max  # the first position of a condition that has not been on
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ConditionColumn:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureCondition:
     """``bias + sum`` over a window, compared with a threshold, on tokens at positions ``[first, last)``.
 
     On from the token on which it compares true until one on which it no longer does with ``release``. Tokens out of
@@ -36,7 +36,7 @@ class ConditionColumn:
     (of fewer while there are fewer), or whether ``k`` of them compared true; ``any_so_far`` stays on.
     """
 
-    summands: tuple[WeightedFeature, ...]  # in the order in which a forward pass reaches their places
+    terms: tuple[tuple[str, int, float], ...]  # SAE, feature, weight: what ``ConditionTable`` is told to read
     bias: float = 0.0
     comparison: Comparison = "above"
     threshold: float = 0.0
@@ -71,11 +71,13 @@ ConditionMemory: TypeAlias = Cells  # what the conditions of one slot remember, 
 
 
 class ConditionTable:
-    def __init__(self, slots: int, device: torch.device | str = "cpu") -> None:
-        self._count, self._device = slots, torch.device(device)
+    """``sum_of``: a condition's terms in the model, in the order in which a forward pass reaches their places."""
+
+    def __init__(self, slots: int, sum_of: Callable[[Any], Sum], device: torch.device | str = "cpu") -> None:
+        self._count, self._sum_of, self._device = slots, sum_of, torch.device(device)
         self._store = ConditionState(slots, self._device)
         self._slots: dict[int, _Slot] = {}
-        self._compiled: dict[tuple[ConditionColumn, ...], _Slot] = {}  # A policy's conditions come with every request
+        self._compiled: dict[tuple[FeatureCondition, ...], _Slot] = {}  # a policy's conditions come with every request
         self._places: dict[Hashable, int] = {}
         self._sums: dict[Hashable, dict[Hashable, FeatureSums]] = {}
         self._live: dict[tuple[int, ...], _Live] = {}
@@ -95,7 +97,7 @@ class ConditionTable:
     def can_stop(self, slots: Sequence[int]) -> bool:
         return bool(self._slots) and any(self._slots[slot].stops for slot in slots if slot in self._slots)
 
-    def write(self, slot: int, conditions: Sequence[ConditionColumn]) -> list[int]:
+    def write(self, slot: int, conditions: Sequence[FeatureCondition]) -> list[int]:
         """Gives a free slot its conditions -> the number by which an edit's column waits for each."""
         assert slot not in self._slots, "the slot still holds another request's conditions"
         if not conditions:
@@ -243,14 +245,15 @@ class ConditionTable:
         self._store.fit(max((slot.looks_back for slot in self._slots.values()), default=0))
         self._live.clear()
 
-    def _compile(self, conditions: Sequence[ConditionColumn]) -> _Slot:
+    def _compile(self, conditions: Sequence[FeatureCondition]) -> _Slot:
         order = sorted(range(len(conditions)), key=lambda index: not conditions[index].is_windowed)
         ordered = [conditions[index] for index in order]
-        places = [self._places.setdefault(condition.summands[-1].place, len(self._places)) for condition in ordered]
+        sums = [self._sum_of(condition) for condition in ordered]
+        places = [self._places.setdefault(parts[-1].place, len(self._places)) for parts in sums]
         return _Slot(
             tuple(sorted(range(len(conditions)), key=lambda column: order[column])),
             _cells(ordered, places, self._device),
-            self._summands(ordered),
+            self._by_place(sums),
             sum(condition.is_windowed for condition in ordered),
             max(condition.looks_back for condition in ordered),
             any(condition.window == "maximum" for condition in ordered),
@@ -258,18 +261,14 @@ class ConditionTable:
             frozenset(places),
         )
 
-    def _summands(self, conditions: Sequence[ConditionColumn]) -> dict[tuple[Hashable, Hashable], list[Sum]]:
-        parts = [part for condition in conditions for part in condition.summands]
-        widths = {(part.place, part.source): part.coder.d_in for part in parts}
+    def _by_place(self, sums: Sequence[Sum]) -> dict[tuple[Hashable, Hashable], list[Sum]]:
+        widths = {(part.place, part.source): part.coder.d_in for parts in sums for part in parts}
         for (place, source), width in widths.items():
             by_source = self._sums.setdefault(place, {})
             if source not in by_source:
                 by_source[source] = FeatureSums(self._count, width, self._device)
         return {
-            where: [
-                tuple(part for part in condition.summands if (part.place, part.source) == where)
-                for condition in conditions
-            ]
+            where: [tuple(part for part in parts if (part.place, part.source) == where) for parts in sums]
             for where in widths
         }
 
@@ -364,7 +363,7 @@ class ConditionState(ColumnStore):
         self.ring[slot, : len(ring), self.ring.shape[2] - ring.shape[1] :] = ring
 
 
-def _cells(conditions: Sequence[ConditionColumn], places: Sequence[int], device: torch.device) -> Cells:
+def _cells(conditions: Sequence[FeatureCondition], places: Sequence[int], device: torch.device) -> Cells:
     """What n conditions are, decided at the places with these numbers: [n] by column."""
     signs = [1.0 if condition.comparison in ("above", "at_least") else -1.0 for condition in conditions]
     pairs = list(zip(signs, conditions, strict=True))
@@ -388,7 +387,7 @@ def _cells(conditions: Sequence[ConditionColumn], places: Sequence[int], device:
     }
 
 
-def _least(condition: ConditionColumn, threshold: float) -> float:
+def _least(condition: FeatureCondition, threshold: float) -> float:
     return math.nextafter(threshold, math.inf) if condition.comparison in ("above", "below") else threshold
 
 

@@ -229,7 +229,7 @@ class EditColumns:
     def __init__(self, slots: int, d_read: int, d_write: int, device: torch.device, capacity: int) -> None:
         self.store = ColumnStore(EDIT_COLUMNS, slots, capacity, device, d_read, d_write)
         self._d_read, self._d_write = d_read, d_write
-        self._compiled: dict[tuple[object, ...], _Slot] = {}  # A policy's columns come with every request
+        self._compiled: dict[tuple[object, ...], _Slot] = {}  # a policy's columns come with every request
         self._slots: dict[int, _Slot] = {}
         self._coders = Coders()
         self._writers: list[tuple[SparseCoder, int, Tensor | None]] = []

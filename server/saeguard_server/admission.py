@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import chain
 
 from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest
-from saeguard.types import Apply, Condition, FeatureRef, Intervention, Trigger
+from saeguard.types import Condition, FeatureRef, Intervention, Trigger
 from saeguard_server.caller import UNLIMITED, Caller, Quota, Role
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.errors import Overloaded, QuotaExceeded, Unavailable
@@ -84,8 +84,7 @@ def _of_edit(edit: Intervention) -> set[FeatureRef]:
 
 
 def _of_trigger(trigger: Trigger) -> set[FeatureRef]:
-    edits = trigger.action.interventions if isinstance(trigger.action, Apply) else ()
-    return _of_condition(trigger.when).union(*map(_of_edit, edits))
+    return _of_condition(trigger.when).union(*map(_of_edit, trigger.edits))
 
 
 def _of_condition(condition: Condition) -> set[FeatureRef]:

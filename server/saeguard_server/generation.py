@@ -133,7 +133,7 @@ class Generation:
             admitted.tokens.reserve(most)
             await record.admit(compiled)
             await admitted.turn(most)
-            steered, unsteered = await asyncio.gather(whole(self._engine, task), whole(self._engine, plain))
+            steered, unsteered = await asyncio.gather(all_chunks(self._engine, task), all_chunks(self._engine, plain))
             answer, plain_answer = token_ids(steered), token_ids(unsteered)
             kl = await measure_divergence(self._engine, task, answer, Steering())
             admitted.tokens.charge(4 * len(task.tokens) + 3 * len(answer) + len(plain_answer))
@@ -306,11 +306,13 @@ async def measure_divergence(
             measure=(measure, side),
         )
 
-    await asyncio.gather(whole(engine, reading("steered", task.steering)), whole(engine, reading("unsteered", other)))
+    await asyncio.gather(
+        all_chunks(engine, reading("steered", task.steering)), all_chunks(engine, reading("unsteered", other))
+    )
     return measure.result()
 
 
-async def whole(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, ...]:
+async def all_chunks(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, ...]:
     """Every chunk of a task.
 
     Raises:

@@ -19,7 +19,7 @@ from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import FLOAT32_MAX, Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
-from saeguard_server.engine.protocol import OWN, CompiledCondition, CompiledEdit, Engine, Origin, Probe, Steering
+from saeguard_server.engine.protocol import OWN, CompiledCondition, CompiledEdit, Engine, Origin, Steering
 from saeguard_server.errors import InvalidRequest, UnknownName
 
 C = TypeVar("C", CompiledCondition, CompiledEdit)
@@ -146,14 +146,9 @@ def compile_trigger(
             engine, edit, f"{field}.apply.interventions[{index}]", origin,
             is_shadow=is_shadow, is_limited=is_limited, condition=condition,
         )
-        for index, edit in enumerate(trigger_edits(trigger))
+        for index, edit in enumerate(trigger.edits)
     )  # fmt: skip
     return CompiledTrigger(condition, edits)
-
-
-def trigger_edits(trigger: Trigger) -> Sequence[Intervention]:
-    """The edits that a trigger makes."""
-    return trigger.action.interventions if isinstance(trigger.action, Apply) else ()
 
 
 def compile_condition(
@@ -188,11 +183,14 @@ def compile_condition(
         }
     )
     return CompiledCondition(
-        probe=Probe(tuple((term.sae, term.feature, term.weight) for term in when.terms), when.bias),
+        terms=tuple((term.sae, term.feature, term.weight) for term in when.terms),
+        bias=when.bias,
         comparison=when.comparison,
         threshold=threshold,
         release=release,
-        window=when.window,
+        window=when.window.kind,
+        tokens=when.window.tokens,
+        k=when.window.k,
         first=when.scope.start,
         last=FOREVER if when.scope.end is None else when.scope.end,
         special=when.scope.include_special_tokens,
@@ -235,15 +233,15 @@ def steer(
     numbers: dict[int | str, int] = {id(trigger.condition): number for number, trigger in enumerate(triggers)}
     placed = []
     for edit in every:
-        gate = None
+        number = None
         if edit.condition is not None:
             key = id(edit.condition) if id(edit.condition) in numbers else edit.condition.digest
             if key not in numbers:
                 numbers[key] = len(conditions)
                 conditions.append(place(edit.condition, tokens))
-            gate = numbers[key]
+            number = numbers[key]
         in_place = place(edit, tokens)
-        placed.append(in_place if gate is None else replace(in_place, gate=gate, condition=None))
+        placed.append(in_place if number is None else replace(in_place, condition_number=number, condition=None))
     _check_disjoint(placed)
     parts = sorted([edit.digest for edit in every] + [trigger.condition.digest for trigger in triggers])
     digest = _digest([parts, max_relative_edit])
@@ -361,7 +359,7 @@ def _find_term(engine: Engine, when: Condition, index: int, field: str) -> Loade
 def _check_order(engine: Engine, sae: LoadedSae, condition: CompiledCondition) -> None:
     """A condition is decided where its last feature is read: what was written before cannot wait for it."""
     first: Site = min(sae.write_sites, key=depth)
-    decided: Site = max((engine.saes[name].write_sites[0] for name, _, _ in condition.probe.terms), key=depth)
+    decided: Site = max((engine.saes[name].write_sites[0] for name, _, _ in condition.terms), key=depth)
     if depth(first) < depth(decided):
         raise InvalidRequest(
             condition.field, f"is decided at {decided}, after {first}, where {sae.name!r} edits; it must read that "

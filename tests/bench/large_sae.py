@@ -35,7 +35,7 @@ from saeguard_server.caller import Call
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
-from support.engines import Running, open_gate, prompt
+from support.engines import Running, open_admission, prompt
 from support.models import VOCAB, tokenizer
 
 ACTIVE = 100
@@ -92,7 +92,7 @@ async def serve(folder: Path, args: argparse.Namespace) -> None:
     engine = load_engine(settings, Metrics(CollectorRegistry()))
     engine.start()
     running = Running(engine, settings.limits)
-    reader = ReadActivations(engine, engine.tokenizer, settings.limits, open_gate(engine))
+    reader = ReadActivations(engine, engine.tokenizer, settings.limits, open_admission(engine))
     prompts = [prompt(index, 16) for index in range(args.requests)]
 
     async def generate(sae: str | None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.conditions import NEVER, Comparison, ConditionColumn, ConditionTable, WindowKind
+from saeguard_sae.conditions import NEVER, Comparison, ConditionTable, FeatureCondition, WindowKind
 from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.feature_sums import WeightedFeature
 from saeguard_sae.rows import Rows, RowSpan
@@ -32,7 +33,12 @@ def identity() -> Dictionary:
 CODERS = {"early": identity(), "late": identity()}
 
 
-def some_guard(draw: random.Random) -> ConditionColumn:
+def sum_of(condition: FeatureCondition) -> Any:
+    """Here the terms of a condition are its sum already."""
+    return condition.terms
+
+
+def some_guard(draw: random.Random) -> FeatureCondition:
     """Sums, thresholds and weights are multiples of an eighth, so that ties happen and every sum is exact."""
     comparison, window = draw.choice(COMPARISONS), draw.choice(WINDOWS)
     threshold, slack = draw.randint(-2, 12) / 4, draw.choice((0, 0, 0.25, 1.0))
@@ -40,8 +46,8 @@ def some_guard(draw: random.Random) -> ConditionColumn:
         slack = 0
     tokens = draw.choice((1, 2, 3, 4, 7))
     first = draw.choice((0, 0, 3))
-    return ConditionColumn(
-        summands=tuple(some_sum(draw, place) for place in draw.choice((PLACES, PLACES[:1], PLACES[1:]))),
+    return FeatureCondition(
+        terms=tuple(some_sum(draw, place) for place in draw.choice((PLACES, PLACES[:1], PLACES[1:]))),
         bias=draw.choice((0.0, -0.5, 0.25)),
         comparison=comparison,
         threshold=threshold,
@@ -81,10 +87,10 @@ class Trace:
         self.special = torch.tensor([draw.random() < 0.2 for _ in range(length)])
         self.lists = {where: values.tolist() for where, values in self.read.items()}
 
-    def value(self, guard: ConditionColumn, at: int) -> float:
+    def value(self, guard: FeatureCondition, at: int) -> float:
         parts = (
             weight * max(0.0, self.lists[one.place, one.source][at][feature])
-            for one in guard.summands
+            for one in guard.terms
             for feature, weight in zip(one.features, one.weights, strict=True)
         )
         return float(guard.bias + sum(parts))
@@ -94,12 +100,12 @@ class Live:
     """Guards with the traces of some slots, read part by part."""
 
     def __init__(self, slots: int) -> None:
-        self.guards = ConditionTable(slots)
+        self.guards = ConditionTable(slots, sum_of)
         self.traces: dict[int, Trace] = {}
         self.columns: dict[int, list[int]] = {}
         self.read: dict[int, int] = {}
 
-    def join(self, slot: int, trace: Trace, guards: list[ConditionColumn], read: int = 0) -> None:
+    def join(self, slot: int, trace: Trace, guards: list[FeatureCondition], read: int = 0) -> None:
         self.traces[slot], self.read[slot] = trace, read
         self.columns[slot] = self.guards.write(slot, guards)
 
@@ -129,7 +135,7 @@ class Live:
         return found
 
 
-def plainly(trace: Trace, guards: list[ConditionColumn], until: int) -> tuple[list[PlainGuard], list[list[bool]]]:
+def plainly(trace: Trace, guards: list[FeatureCondition], until: int) -> tuple[list[PlainGuard], list[list[bool]]]:
     plain = [PlainGuard(one) for one in guards]
     return plain, [
         [one.read(trace.value(one.rule, at), at, bool(trace.special[at])) for one in plain] for at in range(until)
@@ -214,8 +220,8 @@ def test_long_means_do_not_drift() -> None:
     """A running sum would carry the error of one huge value along; each window is added up on its own."""
     live, draw = Live(1), random.Random(3)
     value = WeightedFeature("early", None, CODERS["early"], (0,), (1.0,))
-    guard = ConditionColumn(
-        summands=(value,), comparison="at_least", threshold=0.25, release=0.25, window="rolling_mean", tokens=3
+    guard = FeatureCondition(
+        terms=(value,), comparison="at_least", threshold=0.25, release=0.25, window="rolling_mean", tokens=3
     )
     trace = Trace(draw, 40)
     trace.special[:] = False
@@ -248,17 +254,15 @@ def test_a_neighbours_feature_that_overflows_changes_nothing() -> None:
         trace.lists[where] = one.mul_(64).tolist()
     live = Live(2)
     live.join(0, trace, guards)
-    live.join(
-        1, Trace(draw, 9), [ConditionColumn(summands=(WeightedFeature("early", None, wild, (0, 1), (1.0, -1.0)),))]
-    )
+    live.join(1, Trace(draw, 9), [FeatureCondition(terms=(WeightedFeature("early", None, wild, (0, 1), (1.0, -1.0)),))])
     held = live.step({0: 9, 1: 9})[0].tolist()
     assert held == plainly(trace, guards, 9)[1]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_it_reads_only_what_it_must(place: str) -> None:
-    guards = ConditionTable(2)
-    guards.write(0, [ConditionColumn(summands=(WeightedFeature(place, None, CODERS[place], (1,), (1.0,)),))])
+    guards = ConditionTable(2, sum_of)
+    guards.write(0, [FeatureCondition(terms=(WeightedFeature(place, None, CODERS[place], (1,), (1.0,)),))])
     rows = Rows.of([RowSpan(0, 0, 1)], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
     assert [guards.reads_at(one, 0) for one in PLACES] == [one == place for one in PLACES]
     assert guards.reads(place, None, rows)

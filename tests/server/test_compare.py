@@ -29,16 +29,16 @@ from saeguard_server.generation import (
     Counterfactuals,
     Generation,
     RequestRecorder,
+    all_chunks,
     first_divergence,
     measure_divergence,
     token_ids,
-    whole,
     without_policy,
 )
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import AuditSettings, LimitSettings
 from support.alone import Alone
-from support.engines import World, greedy, make_world, open_gate, prompt
+from support.engines import World, greedy, make_world, open_admission, prompt
 from support.policy_shapes import when
 
 SAE, NEW = "resid_post", 7
@@ -74,7 +74,7 @@ def engine(world: World) -> TransformersEngine:
 @pytest.fixture
 async def side(world: World, engine: TransformersEngine) -> AsyncIterator[Side]:
     engine.start()
-    yield Side(world, engine, Generation(engine, engine.tokenizer, LimitSettings(), open_gate(engine)))
+    yield Side(world, engine, Generation(engine, engine.tokenizer, LimitSettings(), open_admission(engine)))
     engine.stop()
 
 
@@ -130,7 +130,7 @@ async def test_an_answer_that_a_trigger_ended_is_compared_up_to_there(side: Side
 async def test_a_comparison_is_audited_as_one(side: Side, tmp_path: Path) -> None:
     audit = Audit.of(AuditSettings(folder=str(tmp_path)), Metrics(CollectorRegistry()))
     engine, recorder = side.engine, RequestRecorder(audit)
-    flow = Generation(engine, engine.tokenizer, LimitSettings(), open_gate(engine), recorder=recorder)
+    flow = Generation(engine, engine.tokenizer, LimitSettings(), open_admission(engine), recorder=recorder)
     await flow.compare(greedy(prompt(3, 8), NEW, interventions=EDITS), call())
     audit.close()
     ((told, _),) = read_audit(tmp_path, None)
@@ -150,7 +150,7 @@ async def test_a_counterfactual_is_the_answer_read_without_one_policy(side: Side
     steering = ready.task.steering
     mine = replace(steering.edits[0], origin=Origin("calm", "r"))
     task = replace(ready.task, steering=replace(steering, edits=(mine, *steering.edits[1:])))
-    answer = token_ids(await whole(side.engine, task))
+    answer = token_ids(await all_chunks(side.engine, task))
     metrics = Metrics(CollectorRegistry())
     measuring = Counterfactuals(side.engine, metrics)
     async with measuring.running():

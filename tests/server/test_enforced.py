@@ -19,7 +19,7 @@ from saeguard_server.observe import Metrics
 from saeguard_server.policy.compile import Policies, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision
 from saeguard_server.settings import LimitSettings
-from support.engines import Answer, Running, greedy, make_world, open_gate, prompt
+from support.engines import Answer, Running, greedy, make_world, open_admission, prompt
 from support.policy_shapes import NOW, policy, rule, when
 
 SAE, NEW = "resid_post", 6
@@ -38,7 +38,7 @@ async def ask(engine: TransformersEngine) -> Any:
     engine.start()
     policies = Policies(inf)
     runs = Running(engine, LimitSettings())
-    runs.flow = Generation(engine, engine.tokenizer, LimitSettings(), open_gate(engine), policies)
+    runs.flow = Generation(engine, engine.tokenizer, LimitSettings(), open_admission(engine), policies)
 
     async def run(*found: Policy, **more: Any) -> Answer:
         revision = PolicyRevision(number=1, policies=found, author="ada", time=NOW, reason="test")

@@ -70,8 +70,8 @@ class Server:
 def server(engine: Any, metrics: Metrics) -> Server:
     engine.capabilities = replace(engine.capabilities, conditions=True)
     policies = Policies(30.0)
-    gate = Admission(engine, metrics, 4)
-    return Server(engine, policies, Generation(engine, Words(), LimitSettings(), gate, policies))
+    admission = Admission(engine, metrics, 4)
+    return Server(engine, policies, Generation(engine, Words(), LimitSettings(), admission, policies))
 
 
 @pytest.fixture

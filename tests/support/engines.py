@@ -93,7 +93,7 @@ class Answer:
         return [token.id for token in self.tokens]
 
 
-def open_gate(engine: Any) -> Admission:
+def open_admission(engine: Any) -> Admission:
     """One that lets everybody in at once."""
     return Admission(engine, Metrics(CollectorRegistry()), slots=2**31)
 
@@ -103,7 +103,7 @@ class Running:
 
     def __init__(self, engine: TransformersEngine, limits: LimitSettings) -> None:
         self.engine = engine
-        self.flow = Generation(engine, engine.tokenizer, limits, open_gate(engine))
+        self.flow = Generation(engine, engine.tokenizer, limits, open_admission(engine))
 
     async def ask(self, request: GenerateRequest, deadline_s: float = 60.0, stop_after: int | None = None) -> Answer:
         """One generation; ``stop_after`` closes the stream after that many tokens."""

@@ -24,7 +24,7 @@ from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import LimitSettings
-from support.engines import Answer, World, open_gate
+from support.engines import Answer, World, open_admission
 
 _LONG_S = 600.0
 
@@ -95,7 +95,7 @@ class Stepped:
         self._world, self._asked = loaded.world, 0
         can = Capabilities("transformers", sites(loaded.model.network.config), frozenset(KINDS), conditions=True)
         self.engine = cast(Any, SimpleNamespace(model=info, saes=loaded.saes, capabilities=can))
-        self.flow = Generation(self.engine, loaded.model.tokenizer, LimitSettings(), open_gate(self.engine))
+        self.flow = Generation(self.engine, loaded.model.tokenizer, LimitSettings(), open_admission(self.engine))
 
     def ask(self, request: GenerateRequest, deadline_s: float = _LONG_S) -> Asked:
         """A generation joins the queue."""

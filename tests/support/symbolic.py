@@ -7,7 +7,6 @@ from math import inf
 from typing import Any
 
 from saeguard.requests import Sampling, TopKSelection
-from saeguard.types import Window
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import (
@@ -15,11 +14,10 @@ from saeguard_server.engine.protocol import (
     CompiledEdit,
     GenerateTask,
     InspectTask,
-    Probe,
     Steering,
 )
-from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler, StepBudget
-from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, PrefixCache, PrefixHit, Sequence
+from saeguard_server.engine.transformers.scheduler import PrefillChunk, Scheduler, StepBudget
+from saeguard_server.engine.transformers.sequence import BLOCK, BlockPool, PrefixCache, PrefixHit, Sequence
 
 SPECIAL = 7
 """The token that is special here."""
@@ -43,8 +41,10 @@ def change(
 
 def guard(first: int = 0, last: int = 10**9, threshold: float = 0.5) -> CompiledCondition:
     """One that is decided on the tokens at positions ``[first, last)``."""
-    probe = Probe((("a", 1, 1.0),))
-    return CompiledCondition(probe, "above", threshold, threshold, Window(), first, last, special=False)
+    return CompiledCondition(
+        terms=(("a", 1, 1.0),), threshold=threshold, release=threshold, first=first, last=last,
+        digest=f"above {threshold}",
+    )  # fmt: skip
 
 
 def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = UNSTEERED, **more: Any) -> Sequence:
@@ -69,16 +69,16 @@ def fingerprints(tokens: list[int], steering: Steering) -> list[int]:
     found, state = [], 0
     for at, token in enumerate(tokens):
         edits = [one for one in steering.edits if _applies(one, at, token) and not one.is_shadow]
-        what = [(one.sae, one.feature, one.affine, _seen(steering, one.gate, at)) for one in edits]
+        what = [(one.sae, one.feature, one.affine, _seen(steering, one.condition_number, at)) for one in edits]
         state = hash((state, token, tuple(what), steering.max_relative_edit if what else None))
         found.append(state)
     return found
 
 
-def _seen(steering: Steering, gate: int | None, at: int) -> object:
+def _seen(steering: Steering, number: int | None, at: int) -> object:
     """What a guard's state follows from, beside the tokens: what it is, and which of them it has seen."""
-    one = None if gate is None else steering.conditions[gate]
-    return None if one is None else (one.probe, one.threshold, one.first, min(at + 1, one.last))
+    one = None if number is None else steering.conditions[number]
+    return None if one is None else (one.terms, one.threshold, one.first, min(at + 1, one.last))
 
 
 def eligible(edit: CompiledEdit | CompiledCondition, tokens: list[int]) -> int:
@@ -102,7 +102,7 @@ class Symbolic:
     """
 
     def __init__(self, slots: int, blocks: int, choose: Callable[[list[int]], int], *, reuse: bool = True) -> None:
-        memory = KvBlocks(blocks)
+        memory = BlockPool(blocks)
         self.scheduler = Scheduler(slots, memory, PrefixCache(memory, self._tally) if reuse else None)
         self._memory: dict[int, int] = {}
         self._counts: dict[int, list[int]] = {}
@@ -111,12 +111,12 @@ class Symbolic:
         """In their order, whoever came back after it had given its memory up included."""
         self.finished: list[Sequence] = []
 
-    def step(self, budget: int) -> tuple[StepBudget, list[PromptPart]]:
+    def step(self, budget: int) -> tuple[StepBudget, list[PrefillChunk]]:
         """One step, as the engine takes it."""
         room = self.scheduler.make_room()
         while found := self.scheduler.admit():
             self._join(*found)
-        running, parts = list(self.scheduler.running), self.scheduler.next_parts(budget)
+        running, parts = list(self.scheduler.running), self.scheduler.next_prefills(budget)
         for one in running:
             self._read(one, one.computed, one.computed + 1)
         for part in parts:
@@ -171,7 +171,7 @@ class Symbolic:
 
     def _end_of_prompt(self, sequence: Sequence) -> None:
         if isinstance(sequence.task, GenerateTask):
-            self.scheduler.start_generating(sequence)
+            self.scheduler.start_decoding(sequence)
         else:
             self._leave(sequence)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from saeguard.catalog import Model
 from saeguard.requests import Sampling, Selection
 from saeguard.results import ActivationPart, StreamChunk
-from saeguard.types import EVERY_TOKEN, FeatureRef, Operator, Scope, Window
+from saeguard.types import EVERY_TOKEN, FeatureRef, Scope
+from saeguard_sae.conditions import FeatureCondition
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
@@ -103,36 +104,13 @@ OWN: Final = Origin()
 """The request's own interventions."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """``bias + sum of weight * feature``, of features as they are before any edit of their site."""
-
-    terms: tuple[tuple[str, int, float], ...]
-    """SAE, feature, weight."""
-    bias: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledCondition:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledCondition(FeatureCondition):
     """A ``Condition`` compiled against what is served: in raw units, decided on tokens at positions ``[first, last)``.
 
-    Other tokens leave it as it is. ``scope`` is as asked; ``first`` and ``last`` are what it selects of one request.
+    ``scope`` is as asked; ``first`` and ``last`` are what it selects of one request.
     """
 
-    probe: Probe
-    comparison: Operator
-    threshold: float
-    release: float
-    """Equal to the threshold where there is no hysteresis."""
-    window: Window
-    first: int
-    last: int
-    special: bool
-    """Also on special tokens."""
-    latches: bool = False
-    """Once on, always on: edits that a trigger applies from then on."""
-    stops: bool = False
-    """The generation ends when it comes on."""
     is_trigger: bool = False
     """Whether receipts tell of it; an edit's own condition is told by the edit."""
     is_shadow: bool = False
@@ -142,6 +120,9 @@ class CompiledCondition:
     """How refusals name it, such as ``triggers[2].when``."""
     digest: str = ""
     """SHA-256 in hex of what it is, whoever wants it."""
+
+    def __hash__(self) -> int:
+        return hash((self.digest, self.first, self.last))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +140,8 @@ class CompiledEdit:
     last: int
     special: bool
     """Also on special tokens."""
-    gate: int | None = None
-    """Index of the request's condition that must be on; None is always."""
+    condition_number: int | None = None
+    """Of ``Steering.conditions``, the one that must be on; None is always."""
     is_shadow: bool = False
     """Counted as if it were made, and not made."""
     is_limited: bool = True
@@ -168,7 +149,7 @@ class CompiledEdit:
     origin: Origin = OWN
     scope: Scope = EVERY_TOKEN
     condition: CompiledCondition | None = None
-    """Until it has the number of a request's condition, ``gate``."""
+    """Until it has the number of one of ``Steering.conditions``."""
     field: str = ""
     """How refusals name it, such as ``interventions[2]``."""
     digest: str = ""

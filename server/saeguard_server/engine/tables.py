@@ -13,17 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saeguard_sae.conditions import ConditionColumn, ConditionCounts, ConditionMemory, ConditionTable
+from saeguard_sae.conditions import ConditionCounts, ConditionMemory, ConditionTable
 from saeguard_sae.edit_table import EditColumn, EditCounts, EditTable, Tally
-from saeguard_sae.feature_sums import WeightedFeature
+from saeguard_sae.feature_sums import Sum, WeightedFeature
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
 from saeguard_sae.rows import Rows
 from saeguard_server.engine.protocol import CompiledCondition, Steering
 from saeguard_server.errors import InternalFailure
-
-_REMEMBERED = 2048
-"""Guards that are kept as the table takes them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,8 +45,7 @@ class SteeringTables:
         self._saes = saes
         widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
         self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
-        self._conditions = ConditionTable(slots, device)
-        self._compiled: dict[int, tuple[CompiledCondition, ConditionColumn]] = {}
+        self._conditions = ConditionTable(slots, self._sum_of, device)
         self._read_by = _readers(saes)
         self._sources: dict[Site, Tensor] = {}
         self.sites = frozenset({sae.site for sae in saes.values()} | self._tables.keys())
@@ -58,7 +54,7 @@ class SteeringTables:
 
     def write(self, slot: int, steering: Steering, watch: Iterable[tuple[str, int]] = ()) -> None:
         """Gives a free slot its request's conditions, edits and watched features."""
-        numbers = self._conditions.write(slot, [self._column(condition) for condition in steering.conditions])
+        numbers = self._conditions.write(slot, steering.conditions)
         columns: dict[Site, list[EditColumn]] = defaultdict(list)
         for edit in steering.edits:
             sae = self._saes[edit.sae]
@@ -67,7 +63,7 @@ class SteeringTables:
                     EditColumn(
                         sae.dictionary, edit.feature, edit.affine, edit.first, edit.last, edit.special,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
-                        condition=None if edit.gate is None else numbers[edit.gate],
+                        condition=None if edit.condition_number is None else numbers[edit.condition_number],
                         is_shadow=edit.is_shadow, is_limited=edit.is_limited,
                     )
                 )  # fmt: skip
@@ -162,34 +158,12 @@ class SteeringTables:
         """Whether what the model goes on with after a site is read at a later one."""
         return self._tables[target].reads(site, self.rows) or self._conditions.reads(target, site, self.rows)
 
-    def _column(self, condition: CompiledCondition) -> ConditionColumn:
-        """A condition as the table takes it; a policy's come with every request."""
-        if id(condition) not in self._compiled or self._compiled[id(condition)][0] is not condition:
-            if len(self._compiled) >= _REMEMBERED:
-                self._compiled.clear()
-            self._compiled[id(condition)] = condition, self._compile(condition)
-        return self._compiled[id(condition)][1]
-
-    def _compile(self, condition: CompiledCondition) -> ConditionColumn:
+    def _sum_of(self, condition: CompiledCondition) -> Sum:
         terms: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        for name, feature, weight in condition.probe.terms:
+        for name, feature, weight in condition.terms:
             terms[name].append((feature, weight))
         saes = sorted((self._saes[name] for name in terms), key=lambda sae: depth(sae.write_sites[0]))
-        return ConditionColumn(
-            summands=tuple(_summand(sae, terms[sae.name]) for sae in saes),
-            bias=condition.probe.bias,
-            comparison=condition.comparison,
-            threshold=condition.threshold,
-            release=condition.release,
-            window=condition.window.kind,
-            tokens=condition.window.tokens,
-            k=condition.window.k,
-            first=condition.first,
-            last=condition.last,
-            special=condition.special,
-            latches=condition.latches,
-            stops=condition.stops,
-        )
+        return tuple(_summand(sae, terms[sae.name]) for sae in saes)
 
 
 def _summand(sae: LoadedSae, terms: list[tuple[int, float]]) -> WeightedFeature:

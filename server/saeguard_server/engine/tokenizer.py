@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from saeguard.checks import FieldError
 from saeguard.requests import ChatInput, ModelInput
 from saeguard_server.errors import InvalidRequest
 
@@ -42,7 +43,7 @@ class Tokenizer:
         """The ids the model will read.
 
         Raises:
-            ValueError: the message begins with the field of the prompt that is wrong.
+            FieldError: names the field that is wrong.
         """
         if isinstance(prompt, str):
             return self._encode(prompt, add_special_tokens=True, field="text")
@@ -50,7 +51,7 @@ class Tokenizer:
             return self._encode(self._layout(prompt), add_special_tokens=False, field="chat")
         for index, token in enumerate(prompt.ids):
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"tokens.ids[{index}]: must be 0 to {self.vocab_size - 1}, got {token}")
+                raise FieldError(f"tokens.ids[{index}]", f"must be 0 to {self.vocab_size - 1}, got {token}")
         return EncodedText(tuple(prompt.ids), (None,) * len(prompt.ids))
 
     def text(self, token: int) -> str:
@@ -64,17 +65,17 @@ class Tokenizer:
 
     def _layout(self, prompt: ChatInput) -> str:
         if not self.has_chat_template:
-            raise ValueError("chat: this model's tokenizer has no chat template; send text")
+            raise FieldError("chat", "this model's tokenizer has no chat template; send text")
         messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
         try:
             return str(self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as err:  # templates are programs, and raise what they like
-            raise ValueError(f"chat: the chat template refuses these messages: {err}") from err
+            raise FieldError("chat", f"the chat template refuses these messages: {err}") from err
 
     def _encode(self, text: str, *, add_special_tokens: bool, field: str) -> EncodedText:
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         if not encoding.ids:
-            raise ValueError(f"{field}: gives no tokens")
+            raise FieldError(field, "gives no tokens")
         return EncodedText(
             tuple(encoding.ids), tuple(start if end > start else None for start, end in encoding.offsets)
         )
@@ -88,9 +89,8 @@ def encode_input(tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str
     """
     try:
         encoded = tokenizer.encode(input)
-    except ValueError as err:
-        field, _, problem = str(err).partition(": ")
-        raise InvalidRequest(f"{prefix}{field}", problem) from err
+    except FieldError as err:
+        raise InvalidRequest(f"{prefix}{err.field}", err.problem) from err
     if len(encoded.ids) > most:
         name = "text" if isinstance(input, str) else "chat" if isinstance(input, ChatInput) else "tokens"
         raise InvalidRequest(f"{prefix}{name}", f"has {len(encoded.ids)} tokens, at most {most} fit")

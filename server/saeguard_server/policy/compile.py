@@ -32,7 +32,7 @@ from saeguard_server.policy.rules import (
     compile_rule,
     select_policies,
 )
-from saeguard_server.steering import compile_edit, find_feature, find_sae, trigger_edits
+from saeguard_server.steering import compile_edit, find_feature, find_sae
 
 LISTED = 20
 """Problems in one message; what there are more is counted."""
@@ -161,7 +161,7 @@ def _checks(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Calla
     for index, trigger in enumerate(policy.triggers):
         field = f"triggers[{index}]"
         yield from _terms(trigger.when, f"{field}.when", engine)
-        for number, edit in enumerate(trigger_edits(trigger)):
+        for number, edit in enumerate(trigger.edits):
             yield partial(compile_edit, engine, edit, f"{field}.apply.interventions[{number}]")
         yield partial(compile_policy_trigger, policy, index, engine)
     yield from _names(policy, engine)
@@ -283,7 +283,7 @@ def _edits(policy: Policy) -> Iterator[tuple[str, Intervention]]:
     for index, rule in enumerate(policy.rules):
         yield f"rules[{index}]", rule.intervention
     for index, trigger in enumerate(policy.triggers):
-        for number, edit in enumerate(trigger_edits(trigger)):
+        for number, edit in enumerate(trigger.edits):
             yield f"triggers[{index}].apply.interventions[{number}]", edit
 
 

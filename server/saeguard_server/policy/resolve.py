@@ -22,7 +22,7 @@ from saeguard_server.policy.rules import (
     tighten,
     without_edits,
 )
-from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger, trigger_edits
+from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +147,7 @@ class _OwnSteering:
     def add_triggers(self, request: GenerateRequest) -> None:
         for index, trigger in enumerate(request.triggers):
             field = f"triggers[{index}]"
-            for number, edit in enumerate(trigger_edits(trigger)):
+            for number, edit in enumerate(trigger.edits):
                 self._check_allowed(edit.ref, f"{field}.apply.interventions[{number}]")
             compiled = compile_trigger(self._engine, trigger, field, Origin(rule=trigger.name))
             enforced = {

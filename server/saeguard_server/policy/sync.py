@@ -37,161 +37,6 @@ LAST_LOOK_S = 2.0
 """How long the end waits for a look that has begun; a store that does not answer is left."""
 
 
-class PolicySync:
-    """Follows a store for as long as ``running`` is entered."""
-
-    def __init__(
-        self,
-        store: PolicyStore,
-        policies: Policies,
-        build: Callable[[Active], Snapshot],
-        metrics: Metrics,
-        *,
-        poll_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """``build`` makes a snapshot, in a thread, or raises when a rule cannot be applied here."""
-        self._clock = clock
-        self._store = store
-        self._policies = policies
-        self._build = build
-        self._metrics = metrics
-        self._poll_s = poll_s
-        self._applied: Active | None = None
-        self._enforced: str | None = None
-        self._said: str | None = None
-        self._looking = asyncio.Lock()
-        self._synced_at = clock()
-        metrics.policy_sync_age.set_function(lambda: clock() - self._synced_at)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """After one look, whatever it found, follows until the block ends."""
-        await self._attempt()
-        task = asyncio.create_task(self._follow())
-        try:
-            yield
-        finally:
-            # Not in the middle of a look: a driver that is interrupted cleans up when nobody waits for it any more.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_LOOK_S):
-                    await self._looking.acquire()
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-
-    async def sync(self) -> None:
-        """One look.
-
-        Raises:
-            StoreError: what is in force is not known, or cannot be applied here.
-        """
-        # The lease counts from before the look: what is found may be as old as that.
-        looked = self._clock()
-        active = await self._look(looked)
-        if active.digest != self._enforced:
-            self._check_forward(active)
-            await self._apply(active)
-        self._renew(looked)
-
-    async def _follow(self) -> None:
-        while True:
-            await self._store.wait(self._poll_s)
-            await self._attempt()
-
-    async def look_now(self) -> None:
-        """What was in force before this call is enforced after it, if it can be; else the lease decides, as ever."""
-        await self._attempt()
-
-    async def _attempt(self) -> None:
-        """A look whose failure is counted, said once, and left to the lease. One at a time: looks must not overtake."""
-        async with self._looking:
-            await self._try()
-
-    async def _try(self) -> None:
-        try:
-            await self.sync()
-        except StoreError as err:
-            self._metrics.policy_sync_failures.labels(reason=err.reason).inc()
-            self._say(err.reason, str(err))
-        except Exception as err:
-            # Our bug. Following must not end with it: the lease would, but nothing would ever be right again.
-            self._metrics.policy_sync_failures.labels(reason="internal").inc()
-            self._say("internal", repr(err))
-        else:
-            if self._said is not None:
-                self._said = None
-                LOG.info("policies are followed again", extra={"fields": self._facts()})
-
-    async def _look(self, looked: float) -> Active:
-        try:
-            active = await self._store.active()
-        except ContentRefused:
-            # The files could be looked at, and the last whole set among them is what is in force.
-            if self._enforced is not None:
-                self._renew(looked)
-            raise
-        if active is None:
-            message = "no revision of the policies is in force yet"
-            if self._applied is None:
-                self._policies.withdraw(message)
-            raise NothingActive(f"{message}: activate one, be it an empty one")
-        return active
-
-    def _check_forward(self, active: Active) -> None:
-        """A restored backup, or a standby that had not heard all, must not quietly undo what was in force."""
-        if self._applied is None:
-            return
-        last, number = self._applied.activation.number, active.activation.number
-        if 0 < last >= number and active.digest != self._applied.digest:
-            raise WentBack(
-                f"activation {number} of revision {active.revision.number} is in force, after {last} was: "
-                "if that is meant, restart the server"
-            )
-
-    async def _apply(self, active: Active) -> None:
-        try:
-            snapshot = await asyncio.to_thread(self._build, active)
-        except Exception as err:
-            message = f"revision {active.revision.number} cannot be applied here: {err}"
-            self._policies.withdraw(message)
-            self._enforced = None
-            raise NotApplicable(message) from err
-        self._policies.replace(snapshot)
-        self._count(active)
-        self._applied, self._enforced = active, active.digest
-        LOG.info("policies applied", extra={"fields": self._facts()})
-
-    def _renew(self, looked: float) -> None:
-        self._policies.renew(looked)
-        self._synced_at = looked
-
-    def _count(self, active: Active) -> None:
-        time_of = active.activation.time
-        self._metrics.policy_revision.set(active.revision.number)
-        self._metrics.policy_activation.set(active.activation.number)
-        self._metrics.policy_activation_time.set(time_of.timestamp())
-        if self._applied is not None:
-            self._metrics.policy_apply_lag.observe(max(0.0, (datetime.now(UTC) - time_of).total_seconds()))
-
-    def _say(self, reason: str, message: str) -> None:
-        if message != self._said:
-            self._said = message
-            LOG.error("policies cannot be followed", extra={"fields": {"reason": reason, "error": message}})
-
-    def _facts(self) -> dict[str, object]:
-        if self._applied is None:
-            return {}
-        return {
-            "activation": self._applied.activation.number,
-            "revision": self._applied.revision.number,
-            "digest": self._applied.digest,
-        }
-
-
-# --- policies while the server runs: their store, the snapshot that follows it, and what people may do to them
-
-
 @dataclass(frozen=True, slots=True)
 class Enforcement:
     """What a server with a store of policies has."""
@@ -246,3 +91,146 @@ async def enforcing(
     async with sync.running():
         administration = Administration(store, check, second_person=settings.second_person)
         yield Enforcement(policies, administration, sync.look_now)
+
+
+class PolicySync:
+    """Follows a store for as long as ``running`` is entered."""
+
+    def __init__(
+        self,
+        store: PolicyStore,
+        policies: Policies,
+        build: Callable[[Active], Snapshot],
+        metrics: Metrics,
+        *,
+        poll_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``build`` makes a snapshot, in a thread, or raises when a rule cannot be applied here."""
+        self._store, self._policies, self._build, self._metrics = store, policies, build, metrics
+        self._poll_s, self._clock = poll_s, clock
+        self._applied: Active | None = None
+        self._enforced: str | None = None
+        self._last_failure: str | None = None
+        self._looking = asyncio.Lock()
+        self._synced_at = clock()
+        metrics.policy_sync_age.set_function(lambda: clock() - self._synced_at)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """After one look, whatever it found, follows until the block ends."""
+        await self.look_now()
+        task = asyncio.create_task(self._follow())
+        try:
+            yield
+        finally:
+            # Not in the middle of a look: a driver that is interrupted cleans up when nobody waits for it any more.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_LOOK_S):
+                    await self._looking.acquire()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def sync(self) -> None:
+        """One look.
+
+        Raises:
+            StoreError: what is in force is not known, or cannot be applied here.
+        """
+        # The lease counts from before the look: what is found may be as old as that.
+        looked = self._clock()
+        active = await self._look(looked)
+        if active.digest != self._enforced:
+            self._check_forward(active)
+            await self._apply(active)
+        self._renew(looked)
+
+    async def _follow(self) -> None:
+        while True:
+            await self._store.wait(self._poll_s)
+            await self.look_now()
+
+    async def look_now(self) -> None:
+        """What was in force before this call is enforced after it, if it can be; else the lease decides, as ever.
+
+        A failure is counted, logged once, and left to the lease.
+        """
+        async with self._looking:  # looks must not overtake
+            try:
+                await self.sync()
+            except StoreError as err:
+                self._log_failure(err.reason, str(err))
+            except Exception as err:
+                # Our bug. Following must not end with it: the lease would, but nothing would ever be right again.
+                self._log_failure("internal", repr(err))
+            else:
+                if self._last_failure is not None:
+                    self._last_failure = None
+                    LOG.info("policies are followed again", extra={"fields": self._facts()})
+
+    async def _look(self, looked: float) -> Active:
+        try:
+            active = await self._store.active()
+        except ContentRefused:
+            # The files could be looked at, and the last whole set among them is what is in force.
+            if self._enforced is not None:
+                self._renew(looked)
+            raise
+        if active is None:
+            message = "no revision of the policies is in force yet"
+            if self._applied is None:
+                self._policies.withdraw(message)
+            raise NothingActive(f"{message}: activate one, be it an empty one")
+        return active
+
+    def _check_forward(self, active: Active) -> None:
+        """A restored backup, or a standby that had not heard all, must not quietly undo what was in force."""
+        if self._applied is None:
+            return
+        last, number = self._applied.activation.number, active.activation.number
+        if 0 < last >= number and active.digest != self._applied.digest:
+            raise WentBack(
+                f"activation {number} of revision {active.revision.number} is in force, after {last} was: "
+                "if that is meant, restart the server"
+            )
+
+    async def _apply(self, active: Active) -> None:
+        try:
+            snapshot = await asyncio.to_thread(self._build, active)
+        except Exception as err:
+            message = f"revision {active.revision.number} cannot be applied here: {err}"
+            self._policies.withdraw(message)
+            self._enforced = None
+            raise NotApplicable(message) from err
+        self._policies.replace(snapshot)
+        self._count(active)
+        self._applied, self._enforced = active, active.digest
+        LOG.info("policies applied", extra={"fields": self._facts()})
+
+    def _renew(self, looked: float) -> None:
+        self._policies.renew(looked)
+        self._synced_at = looked
+
+    def _count(self, active: Active) -> None:
+        time_of = active.activation.time
+        self._metrics.policy_revision.set(active.revision.number)
+        self._metrics.policy_activation.set(active.activation.number)
+        self._metrics.policy_activation_time.set(time_of.timestamp())
+        if self._applied is not None:
+            self._metrics.policy_apply_lag.observe(max(0.0, (datetime.now(UTC) - time_of).total_seconds()))
+
+    def _log_failure(self, reason: str, message: str) -> None:
+        self._metrics.policy_sync_failures.labels(reason=reason).inc()
+        if message != self._last_failure:
+            self._last_failure = message
+            LOG.error("policies cannot be followed", extra={"fields": {"reason": reason, "error": message}})
+
+    def _facts(self) -> dict[str, object]:
+        if self._applied is None:
+            return {}
+        return {
+            "activation": self._applied.activation.number,
+            "revision": self._applied.revision.number,
+            "digest": self._applied.digest,
+        }

@@ -34,9 +34,9 @@ STEERINGS = (
     Steering((change(feature=2),), digest="9"),
     Steering((change(sae="b"),), digest="10"),
     Steering((change(is_shadow=True),), digest="11"),
-    Steering((change(gate=0),), digest="12", conditions=(guard(),)),
-    Steering((change(gate=0),), digest="13", conditions=(guard(40),)),
-    Steering((change(50, gate=0),), digest="14", conditions=(guard(0, 30),)),
+    Steering((change(condition_number=0),), digest="12", conditions=(guard(),)),
+    Steering((change(condition_number=0),), digest="13", conditions=(guard(40),)),
+    Steering((change(50, condition_number=0),), digest="14", conditions=(guard(0, 30),)),
     Steering(digest="15", conditions=(guard(),)),
     Steering(digest="16", conditions=(guard(threshold=0.7),)),
 )

@@ -37,14 +37,13 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server import errors
 from saeguard_server.caller import Call
+from saeguard_server.engine.front import Cancel, Submit
 from saeguard_server.engine.load import remote_sae
 from saeguard_server.engine.protocol import Capabilities, GenerateTask
 from saeguard_server.engine.worker import engine, messages
 from saeguard_server.engine.worker.messages import (
-    Cancel,
     Start,
     StepOutput,
-    Submit,
     SummedMetrics,
     WorkerReady,
     count_metrics,

@@ -76,7 +76,7 @@ class Followed:
     async def look(self, says: Active | Exception | None) -> None:
         """One round of following."""
         self.store.says = says
-        await self.sync._attempt()
+        await self.sync.look_now()
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ async def test_the_lease_counts_from_before_the_look(followed: Followed) -> None
         return active(1)
 
     followed.store.active = slow  # type: ignore[method-assign]
-    await followed.sync._attempt()
+    await followed.sync.look_now()
     followed.clock[0] += 9.9
     assert followed.revision == 1
     followed.clock[0] += 0.2

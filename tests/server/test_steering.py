@@ -81,7 +81,7 @@ def test_scopes_become_positions_and_equal_conditions_are_shared(engine: Transfo
         engine, gated(generated), gated(generated, feature=5), gated(when(), feature=6), Zero("resid_post", 7),
         triggers=(Trigger("a", generated), Trigger("b", generated, Apply((Zero("resid_post", 9),)))),
     )  # fmt: skip
-    assert [one.gate for one in found.edits] == [2, 2, 3, None, 1], "a trigger's guard is its own"
+    assert [one.condition_number for one in found.edits] == [2, 2, 3, None, 1], "a trigger's guard is its own"
     assert [(one.first, one.last) for one in found.conditions] == [(4, FOREVER)] * 3 + [(0, FOREVER)]
     assert [(one.is_trigger, one.latches, one.origin.rule) for one in found.conditions] == [
         (True, False, "a"), (True, True, "b"), (False, False, ""), (False, False, "")
@@ -175,7 +175,12 @@ def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
     trigger = compile_trigger(engine, Trigger("t", when(), Stop()), "policy", origin, is_shadow=True)
     found = steer(wants, [trigger], None, REACH)
     first, second = found.edits
-    assert (first.affine, first.is_limited, first.origin, first.gate) == (Affine(lo=1, hi=2), False, origin, 1)
+    assert (first.affine, first.is_limited, first.origin, first.condition_number) == (
+        Affine(lo=1, hi=2),
+        False,
+        origin,
+        1,
+    )
     assert (second.is_shadow, second.first) == (True, 50)
     assert [(one.stops, one.is_shadow) for one in found.conditions] == [(False, True), (False, False)]
     with pytest.raises(InvalidRequest, match="max_relative_edit: has nothing to limit"):

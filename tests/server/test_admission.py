@@ -1,4 +1,4 @@
-"""The gate: who may steer, and which features a request names."""
+"""Admission: who may steer, and which features a request names."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.fixture
-def gate(engine: Any, metrics: Any) -> Admission:
+def admission(engine: Any, metrics: Any) -> Admission:
     return Admission(engine, metrics, slots=2)
 
 
 @pytest.mark.parametrize("request_", STEERED.values(), ids=STEERED)
-async def test_whoever_steers_needs_the_role(gate: Admission, request_: Any) -> None:
+async def test_whoever_steers_needs_the_role(admission: Admission, request_: Any) -> None:
     others = Caller("a", frozenset(Role) - {Role.STEER, Role.ADMIN})
     with pytest.raises(PermissionDenied, match="needs the role steer"):
-        async with gate.request(others, request_):
+        async with admission.request(others, request_):
             pass
     for role in (Role.STEER, Role.ADMIN):
-        async with gate.request(Caller("a", frozenset({role})), request_):
+        async with admission.request(Caller("a", frozenset({role})), request_):
             pass
 
 
 @pytest.mark.parametrize("request_", PLAIN.values(), ids=PLAIN)
-async def test_what_changes_nothing_needs_none(gate: Admission, request_: Any) -> None:
-    async with gate.request(Caller("a", frozenset()), request_):
+async def test_what_changes_nothing_needs_none(admission: Admission, request_: Any) -> None:
+    async with admission.request(Caller("a", frozenset()), request_):
         pass
 
 
-async def test_every_feature_of_a_request_counts_once(gate: Admission) -> None:
+async def test_every_feature_of_a_request_counts_once(admission: Admission) -> None:
     applied = Apply((Zero("mid", 7),))
     request = GenerateRequest(
         input=TEXT,
@@ -77,9 +77,9 @@ async def test_every_feature_of_a_request_counts_once(gate: Admission) -> None:
     for most in (7, 8):
         caller = Caller("a", frozenset(Role), quota=Quota(max_features=most))
         if most == 8:
-            async with gate.request(caller, request):
+            async with admission.request(caller, request):
                 pass
         else:
             with pytest.raises(QuotaExceeded):
-                async with gate.request(caller, request):
+                async with admission.request(caller, request):
                     pass
