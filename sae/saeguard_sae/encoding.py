@@ -28,11 +28,10 @@ from saeguard_sae.ranks import Competitors, FeatureBounds, UpperBound, checked_n
 
 Cells: TypeAlias = dict[str, Tensor]  # what the columns of a table hold, by name
 
+# The columns by which features are read.
 READ = (
-    *("W_enc", "total", "normalisation", "restores", "gain", "bias", "gate", "threshold", "squashed"),
-    *("whole", "feature"),
-)
-"""The columns by which features are read."""
+    "W_enc", "total", "normalisation", "restores", "gain", "bias", "gate", "threshold", "squashed", "whole", "feature",
+)  # fmt: skip
 
 
 class Coders:

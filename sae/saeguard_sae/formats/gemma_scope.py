@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,8 +29,7 @@ _POINTS: dict[str, Point] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Published:
+class _Published(NamedTuple):
     reads: Site
     writes: tuple[Site, ...]
     model: str

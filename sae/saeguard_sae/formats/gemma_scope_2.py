@@ -71,7 +71,9 @@ def parse(source: Source) -> ParsedSae:
     stated, weights = _stated(file, source.origin), parsed.safetensors(file)
     w_dec = weights.take("w_dec")
     kind = _kind(stated, weights, w_dec, notes)
-    parsed.check_size(stated.config, "width", _width(kind, w_dec), stated.source)
+    # In a cross-layer transcoder its config.json counts the features of all layers together.
+    width = w_dec.shape[0] * (w_dec.shape[1] if kind == "clt" else 1)
+    parsed.check_size(stated.config, "width", width, stated.source)
     if kind == "clt":
         layer = _layer(file, stated, source.origin, notes)
         places, w_dec = _layers(stated, layer, w_dec, notes), _targets(w_dec, layer, file.name)
@@ -151,11 +153,6 @@ def _kind_by_weights(stated: _Stated, weights: Tensors, w_dec: Tensor) -> tuple[
     if len(hooks) == 2:
         return "transcoder", f"{stated.says(HOOK_IN)} and {HOOK_OUT}"
     return "sae", "the format (nothing says that it is a transcoder)"
-
-
-def _width(kind: Kind, w_dec: Tensor) -> int:
-    """Number of features; of all layers together in a cross-layer transcoder, as its config.json counts them."""
-    return w_dec.shape[0] * (w_dec.shape[1] if kind == "clt" else 1)
 
 
 def _places(stated: _Stated, kind: Kind, notes: Conventions) -> Places:

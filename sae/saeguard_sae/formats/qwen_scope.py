@@ -40,7 +40,7 @@ def recognises(path: Path) -> bool:
 def parse(source: Source) -> ParsedSae:
     config, notes = _config(source.path.parent / CONFIG), Conventions()
     repo = _REPO.search(source.origin.repo) if source.origin else None
-    known = _known_k(config, repo)
+    known, base = _known_k(config, repo), config.get("base_model")
     k = _k(known, source, notes)
     notes.note("activation", "topk", "the format")
     notes.note("centring", False, "the format")
@@ -48,7 +48,7 @@ def parse(source: Source) -> ParsedSae:
         dictionary=_dictionary(parsed.state_dict(source.path), config, k),
         files=(source.path, *((source.path.parent / CONFIG,) if config else ())),
         reads=_reads(source, config, notes),
-        model=_model(config, repo),
+        model=base if isinstance(base, str) else repo[1] if repo else None,
         conventions=notes.all(),
         used=frozenset() if known else frozenset({"k"}),
     )
@@ -72,8 +72,7 @@ def _known_k(config: Config, repo: re.Match[str] | None) -> _Stated | None:
 
 
 def _k(known: _Stated | None, source: Source, notes: Conventions) -> int:
-    chosen = _Stated(source.choices.k, "the user") if source.choices.k is not None else None
-    k = known or chosen
+    k = known or (_Stated(source.choices.k, "the user") if source.choices.k is not None else None)
     if k is None:
         raise ValueError(
             f"{source.path.name}: how many features are kept is not in the file; give k, the number after 'L0_' in the "
@@ -103,8 +102,3 @@ def _reads(source: Source, config: Config, notes: Conventions) -> Site | None:
     site = Site(int(match[1]), "resid_post")
     notes.note("reads", site, "the file's name")
     return site
-
-
-def _model(config: Config, repo: re.Match[str] | None) -> str | None:
-    stated = config.get("base_model")
-    return stated if isinstance(stated, str) else repo[1] if repo else None
