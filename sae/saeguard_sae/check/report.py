@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check.bounds import CheckBounds, violations
-from saeguard_sae.check.check import Hypothesis, hypotheses
+from saeguard_sae.check.diagnosis import Hypothesis, hypotheses
 from saeguard_sae.check.measure import measure_sae
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig

@@ -23,7 +23,7 @@ from saeguard_sae.check import (
     measure_sae,
     violations,
 )
-from saeguard_sae.check.check import merit
+from saeguard_sae.check.diagnosis import merit
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.models import Site
 
