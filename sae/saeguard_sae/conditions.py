@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saeguard_sae.edit_table import ColumnStore, Kind, in_scope, remember
+from saeguard_sae.edit_table import ColumnStore, Kind, cached, in_scope
 from saeguard_sae.encoding import Cells
 from saeguard_sae.feature_sums import FeatureSums, Sum
 from saeguard_sae.rows import Group, Rows, as_index
@@ -102,7 +102,7 @@ class ConditionTable:
         assert slot not in self._slots, "the slot still holds another request's conditions"
         if not conditions:
             return []
-        compiled = remember(self._compiled, tuple(conditions), lambda: self._compile(conditions))
+        compiled = cached(self._compiled, tuple(conditions), lambda: self._compile(conditions))
         self._slots[slot] = compiled
         self._store.write(slot, compiled.cells)
         for (place, source), sums in compiled.sums.items():
@@ -178,7 +178,7 @@ class ConditionTable:
         inside = in_scope(group, cells) & is_here
         comes, stays = self._compared(state.sums, inside, live)
         before = {name: self._store[name][live.at, : live.used] for name in MEMORY}
-        scan = hold(comes, stays, inside, before["on"], before["position"] < NEVER)
+        scan = hysteresis(comes, stays, inside, before["on"], before["position"] < NEVER)
         on_inside = scan.on & inside
         position = torch.where(on_inside, group.positions[..., None], NEVER)
         largest = torch.where(inside, state.sums, -torch.inf)
@@ -227,7 +227,7 @@ class ConditionTable:
         return _Pass(sums, torch.ones(*shape[:2], live.used + 1, dtype=torch.bool, device=self._device))
 
     def _needs(self, slots: tuple[int, ...]) -> _Live:
-        return remember(self._live, slots, lambda: self._look_up(slots))
+        return cached(self._live, slots, lambda: self._look_up(slots))
 
     def _look_up(self, slots: tuple[int, ...]) -> _Live:
         here = [self._slots[slot] for slot in slots if slot in self._slots]
@@ -436,8 +436,8 @@ def window_sums(value: Tensor, inside: Tensor, ring: Tensor, tokens: Tensor) -> 
     return sums.gather(2, (rank - 1).clamp_min(0)).transpose(1, 2), line.gather(2, last)
 
 
-def hold(comes: Tensor, stays: Tensor, inside: Tensor, on: Tensor, fired: Tensor) -> Scan:
-    """Hysteresis: on where it ``comes``, as long as it ``stays``; tokens out of scope leave it as it is.
+def hysteresis(comes: Tensor, stays: Tensor, inside: Tensor, on: Tensor, fired: Tensor) -> Scan:
+    """On where it ``comes``, as long as it ``stays``; tokens out of scope leave it as it is.
 
     That is: the last token on which it came is later than the last on which it did not stay. ``on`` and ``fired`` bool
     [B, G]: whether it is on, and ever was, before the first token.

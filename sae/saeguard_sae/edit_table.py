@@ -240,7 +240,7 @@ class EditColumns:
         return max((self._slots[slot].used for slot in slots if slot in self._slots), default=0)
 
     def write(self, slot: int, columns: Sequence[EditColumn]) -> None:
-        compiled = remember(self._compiled, tuple(map(_key, columns)), lambda: self._compile(columns))
+        compiled = cached(self._compiled, tuple(map(_key, columns)), lambda: self._compile(columns))
         self._slots[slot] = compiled
         self.store.write(slot, compiled.cells)
         self._note_change()
@@ -292,7 +292,7 @@ class EditColumns:
         return self.store.copy(slot, self.used((slot,)), COUNTERS)
 
     def _needs(self, slots: tuple[int, ...]) -> _Live:
-        return remember(self._live, slots, lambda: self._look_up(slots))
+        return cached(self._live, slots, lambda: self._look_up(slots))
 
     def _look_up(self, slots: tuple[int, ...]) -> _Live:
         here = [self._slots[slot] for slot in slots if slot in self._slots]
@@ -495,13 +495,13 @@ class ColumnStore:
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
-_REMEMBERED = 32  # sets of slots whose columns stay at hand: a decode step's, and those of the prompts being read
+_CACHED = 32  # sets of slots whose columns stay at hand: a decode step's, and those of the prompts being read
 
 
-def remember(cache: dict[_K, _V], key: _K, make: Callable[[], _V]) -> _V:
+def cached(cache: dict[_K, _V], key: _K, make: Callable[[], _V]) -> _V:
     """What was made for this key before, or now; a full cache begins anew."""
     if key not in cache:
-        if len(cache) >= _REMEMBERED:
+        if len(cache) >= _CACHED:
             cache.clear()
         cache[key] = make()
     return cache[key]

@@ -177,7 +177,7 @@ def _local(path: str, revision: str | None) -> HubSae:
     for index, part in enumerate(parts[:-2]):
         if part.startswith("models--") and parts[index + 1] == "snapshots":
             origin = SaeOrigin(part.removeprefix("models--").replace("--", "/"), "/".join(parts[index + 3 :]))
-            published = releases.at(origin.repo, origin.path)
+            published = releases.find_published(origin.repo, origin.path)
             return HubSae(path=Path(path), origin=origin, revision=parts[index + 2], published=published)
     return HubSae(path=Path(path))
 
@@ -266,7 +266,7 @@ def _resolved(address: _Address, home: Path, commit: str, offline: str | None = 
         origin=SaeOrigin(address.repo, address.inside),
         revision=commit,
         is_pinned=address.revision == commit,
-        published=address.published or releases.at(address.repo, address.inside),
+        published=address.published or releases.find_published(address.repo, address.inside),
         offline=offline,
     )
 

@@ -94,7 +94,7 @@ def open_sae(
     try:
         kind, parsed = read_sae(Source(path, origin, choices or Choices()), facts)
         entries = catalogue.read_catalogue(path if path.is_dir() else path.parent, parsed.dictionary.d_sae)
-        choices_used = {key: value for key, value in _merged(choices, facts).given().items() if key in parsed.used}
+        choices_used = {key: value for key, value in _merged(choices, facts).by_name().items() if key in parsed.used}
         return OpenedSae(name, kind, parsed, with_settings(weights_digest(parsed.files), choices_used), entries)
     except (ValueError, OSError) as err:
         raise LoadError(f"SAE {name!r} in {path}: {err}") from err
@@ -148,7 +148,7 @@ def read_sae(source: Source, facts: Choices | None = None) -> tuple[str, ParsedS
     """
     path, known = _find(source.path)
     parsed = known.parse(replace(source, path=path, choices=_merged(source.choices, facts)))
-    choices = {name for name, value in source.choices.given().items() if value is not None}
+    choices = {name for name, value in source.choices.by_name().items() if value is not None}
     if unused := sorted(choices - parsed.used):
         raise ValueError(f"{unused[0]}: the {known.NAME} format, or this SAE in it, leaves no such choice")
     return known.NAME, parsed
@@ -214,7 +214,7 @@ def as_unprocessed(
     return dictionary, site
 
 
-def matters(dictionary: Dictionary, site: Site, config: ModelConfig) -> bool:
+def depends_on_processing(dictionary: Dictionary, site: Site, config: ModelConfig) -> bool:
     """Whether an SAE at this site would compute something else if its model had been processed."""
     if site.point in ("mlp_in", "attn_z"):
         return True
@@ -335,7 +335,7 @@ def _overridden(coder: SparseCoder, overrides: Overrides) -> tuple[SparseCoder, 
 def _processing(processing: Processing | None, coder: SparseCoder, site: Site, config: ModelConfig) -> Processing:
     if processing is not None:
         return processing
-    if isinstance(coder, Dictionary) and matters(coder, site, config):
+    if isinstance(coder, Dictionary) and depends_on_processing(coder, site, config):
         raise ValueError(
             f"its files do not say whether TransformerLens had changed the model it was trained on, which matters at "
             f"{site}; give the processing: transformer_lens (its defaults), centred, or none"

@@ -69,7 +69,7 @@ def find_release(release: str, sae_id: str) -> PublishedSae:
     return saes[sae_id]
 
 
-def at(repo: str, path: str) -> PublishedSae | None:
+def find_published(repo: str, path: str) -> PublishedSae | None:
     """The SAE at that place on the hub, under the name that the list has first; None where it has none."""
     return _places().get((repo, path.strip("/")))
 

@@ -18,7 +18,7 @@ from saeguard_sae.check.measure import Captured, Reader, Variant
 from saeguard_sae.coders import SparseCoder, Temporal
 from saeguard_sae.dictionary import NORMALISATIONS, CompetingActivation, Dictionary, JumpReLU, Normalisation
 from saeguard_sae.formats.parsed import Choices, Convention, Processing
-from saeguard_sae.loading import USER, LoadedSae, as_unprocessed, matters, shifted, value_bias
+from saeguard_sae.loading import USER, LoadedSae, as_unprocessed, depends_on_processing, shifted, value_bias
 from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import ModelConfig, Site, depth, sites
 
@@ -96,7 +96,7 @@ def hypotheses(
         better = search.clearly_better([*moves, *conventional])
     else:
         better = search.through(moves, rest)
-    better.sort(key=lambda item: (not bounds.admits(item.l0, item.fvu), merit(item.l0, item.fvu, bounds)))
+    better.sort(key=lambda item: (not bounds.admits(item.l0, item.fvu), mismatch(item.l0, item.fvu, bounds)))
     return better[:SHOWN]
 
 
@@ -156,7 +156,7 @@ class _Search:
         return item.fvu is None or self._bounds.max_fvu is not None or item.fvu < _USABLE
 
 
-def merit(l0: float, fvu: float | None, bounds: CheckBounds) -> float:
+def mismatch(l0: float, fvu: float | None, bounds: CheckBounds) -> float:
     """Less is better: the FVU, times how far L0 is off. FVU alone favours whatever makes more features fire."""
     left, expected = 1.0 if fvu is None else fvu, bounds.middle_l0
     if expected is None:
@@ -200,7 +200,9 @@ def _moved(sae: LoadedSae, reads: Site, goal: Site | None, config: ModelConfig) 
 def _read_setting(sae: LoadedSae, site: Site, config: ModelConfig) -> str:
     """The settings by which it reads there, by the conventions that it has here."""
     setting, own = f'site = "{site}"', processing(sae)
-    is_open = own is None and isinstance(sae.dictionary, Dictionary) and matters(sae.dictionary, site, config)
+    is_open = (
+        own is None and isinstance(sae.dictionary, Dictionary) and depends_on_processing(sae.dictionary, site, config)
+    )
     # What is an MLP's input to a processed model is another site of this one.
     is_plain = own == "transformer_lens" and site.point == "mlp_in"
     return f'{setting}\nprocessing = "none"' if is_open or is_plain else setting

@@ -314,7 +314,7 @@ class Choices:
     k: int | None = None  # features kept per token, where the files do not say
     scale_said_by: str = "the user"
 
-    def given(self) -> Config:
+    def by_name(self) -> Config:
         return {"scale": self.scale, "gating": self.gating, "k": self.k}
 
 

@@ -101,7 +101,7 @@ def input_normalization(source: Source, settings: SaelensConfig, notes: Conventi
 
 
 def _mode(source: Source, settings: SaelensConfig) -> tuple[str, str]:
-    published = releases.at(source.origin.repo, source.origin.path) if source.origin else None
+    published = releases.find_published(source.origin.repo, source.origin.path) if source.origin else None
     if published is not None and published.normalisation is not None:
         return published.normalisation, releases.source()
     table = {_KEY: "none" if (value := settings.table.get(_KEY)) is None else value}

@@ -257,7 +257,7 @@ def _processing(settings: SaelensConfig, origin: SaeOrigin | None, notes: Conven
     if not isinstance(options, dict):
         raise ValueError(f"{key} must be a table, got {options!r}")
     on = {name for name in _PROCESSING if parsed.flag(options, name, False, key)}
-    published = releases.at(origin.repo, origin.path) if origin else None
+    published = releases.find_published(origin.repo, origin.path) if origin else None
     if published is not None and published.is_centred:
         on, key = set(_CENTRED), releases.source()
     known: Mapping[frozenset[str], Processing] = {
