@@ -162,17 +162,9 @@ _GPT2 = Layout(
     Norm("layer", "layer_norm_epsilon"),
     _points("attn", "c_proj", "ln_2", "mlp", "c_proj"),
 )
-# Attention and MLP run in parallel from the same stream: there is no resid_mid.
-_NEOX = Layout(
-    "gpt_neox.embed_in",
-    "gpt_neox.layers",
-    Norm("layer", "layer_norm_eps"),
-    {
-        point: place
-        for point, place in _points("attention", "dense", "post_attention_layernorm", "mlp", "dense_4h_to_h").items()
-        if point != "resid_mid"
-    },
-)
+_NEOX_POINTS = _points("attention", "dense", "post_attention_layernorm", "mlp", "dense_4h_to_h")
+del _NEOX_POINTS["resid_mid"]  # there is none: attention and MLP run in parallel from the same stream
+_NEOX = Layout("gpt_neox.embed_in", "gpt_neox.layers", Norm("layer", "layer_norm_eps"), _NEOX_POINTS)
 
 LAYOUTS: dict[str, Layout] = {
     "gemma2": _GEMMA,

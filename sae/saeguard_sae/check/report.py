@@ -37,7 +37,8 @@ class CheckReport:
     def explain(self) -> str:
         """What was found, what was expected, and the convention that is most likely wrong, with its setting."""
         if not self.violations:
-            return "\n".join([self._measurements(), *map(_warning, self.warnings)])
+            better = (f"Another reading fits it better: {_remedy(item)}" for item in self.warnings)
+            return "\n".join([self._measurements(), *better])
         return "\n".join([f"{'; '.join(self.violations)}.", self._measurements(), *self._diagnosis()])
 
     def _measurements(self) -> str:
@@ -60,10 +61,6 @@ class CheckReport:
             leads = ("Most likely", "Also possible")
         for rank, item in enumerate(self.hypotheses):
             yield f"{leads[min(rank, 1)]}: {_remedy(item)}"
-
-
-def _warning(item: Hypothesis) -> str:
-    return f"Another reading fits it better: {_remedy(item)}"
 
 
 def _remedy(item: Hypothesis) -> str:
