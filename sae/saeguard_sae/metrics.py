@@ -15,26 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_POSITIONS = 128
-"""Whose log-probabilities are held at once: vocabularies go up to hundreds of thousands."""
-_NO_COST = 1e-9
-"""Nats: an ablation that costs less says nothing about what is recovered of it."""
+_POSITIONS = 128  # whose log-probabilities are held at once: vocabularies go up to hundreds of thousands
+_NO_COST = 1e-9  # nats: an ablation that costs less says nothing about what is recovered of it
 
 
 def fires(features: Tensor) -> Tensor:
-    """bool, in the shape of ``features``."""
     return features != 0
 
 
 class SaeMetrics:
-    """L0, densities, FVU, cosine and norm ratio of one SAE."""
-
     def __init__(self, d_sae: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self.by_l0 = torch.zeros(d_sae + 1, dtype=torch.long, device=device)
         """[d_sae + 1] tokens on which so many features fired."""
-        self.fired = torch.zeros(d_sae, dtype=torch.long, device=device)
-        """[d_sae] tokens on which each feature fired."""
+        self.fired = torch.zeros(d_sae, dtype=torch.long, device=device)  # [d_sae] tokens on which each feature fired
         self._error = 0.0
         self._variance = _Variance()
         self._directed = torch.zeros(3, dtype=torch.float64, device=device)
