@@ -221,9 +221,10 @@ class EditFlag:
         Raises:
             ValueError: it is none of these, or not the one for this kind.
         """
-        if kind == "zero":
+        operand = _operand(kind)
+        if operand is None:
             return cls(kind, FeatureRef.parse(spelling))
-        return cls(kind, *_split_value(spelling, "value", () if kind == "scale" else types.UNITS))
+        return cls(kind, *_split_value(spelling, operand, types.UNITS if operand == "value" else ()))
 
     def build(self, unit: str, scope: types.Scope) -> Intervention:
         edit = types.KINDS[self.kind]
@@ -247,12 +248,19 @@ def _split_value(
         raise ValueError(f"{value!r} is not a number, alone or followed by one of {endings}") from None
 
 
+def _operand(kind: str) -> str | None:
+    """``value`` where the kind has a unit; the name of its number otherwise; None where it takes none."""
+    common = {field.name for field in fields(Intervention)} | {"unit"}
+    names = [field.name for field in fields(types.KINDS[kind]) if field.name not in common]
+    return names[0] if names else None
+
+
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """One flag per kind of edit, and the unit and scope of them all."""
     group = parser.add_argument_group("edits", "Each may be given several times, for different features.")
     for kind, edit in types.KINDS.items():
-        is_valued = issubclass(edit, types.ValuedIntervention)
-        operand = "=VALUE[UNIT]" if is_valued else "=FACTOR" if issubclass(edit, types.Scale) else ""
+        name = _operand(kind)
+        operand = "" if name is None else "=VALUE[UNIT]" if name == "value" else f"={name.upper()}"
         help_text = inspect.getdoc(edit) or ""
         parse = partial(EditFlag.parse, kind)
         add_repeated(group, f"--{kind}", f"SAE:FEATURE{operand}", help_text.replace("`", ""), dest="edits", parse=parse)
