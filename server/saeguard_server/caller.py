@@ -1,4 +1,4 @@
-"""Who calls: a name, what it may do, and how much of it at once; and one call of theirs."""
+"""Who calls: by which credentials, a name, what it may do, and how much of it at once; and one call of theirs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import msgspec
 from msgspec import Meta
 
 MAX_NAME_CHARS = 256
+BEARER = "Bearer "
+API_KEY_PREFIX = "sg_"
 
 _Limit: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
@@ -42,6 +44,28 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 UNLIMITED = Quota()
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What came with one RPC. Only the certificate's names are verified yet: by TLS."""
+
+    authorization: tuple[str, ...] = field(default=(), repr=False)
+    """Values of the ``authorization`` metadata."""
+    spiffe_id: str | None = None
+    """Of a certificate with this one URI, as SPIFFE wants it."""
+    uris: tuple[str, ...] = ()
+    """Of the certificate's subject alternative names."""
+    dns: tuple[str, ...] = ()
+    """Of the certificate's subject alternative names."""
+
+    @property
+    def bearer(self) -> str | None:
+        """The token after "Bearer", where there is exactly one such value."""
+        if len(self.authorization) != 1:
+            return None
+        scheme, value = self.authorization[0][: len(BEARER)], self.authorization[0][len(BEARER) :]
+        return value if scheme.lower() == BEARER.lower() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from saeguard_server.caller import Caller, Quota, Role, check_caller_name
+from saeguard_server.caller import API_KEY_PREFIX, Caller, Credentials, Quota, Role, check_caller_name
 from saeguard_server.errors import Overloaded, Unauthenticated
-from saeguard_server.identity.credentials import API_KEY_PREFIX, Credentials
-from saeguard_server.settings import BadSettings
-from saeguard_server.watched import WatchedFiles
+from saeguard_server.settings import BadSettings, WatchedFiles
 
 MAX_VERIFIED = 1024
 """Keys that are remembered as right; the least recently used is forgotten first."""

@@ -20,11 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK, PyJWKClient
 from jwt.exceptions import PyJWTError
 
-from saeguard_server.caller import Caller, Quota, Role
+from saeguard_server.caller import API_KEY_PREFIX, Caller, Credentials, Quota, Role
 from saeguard_server.errors import Unauthenticated, Unavailable
-from saeguard_server.identity.credentials import API_KEY_PREFIX, Credentials
-from saeguard_server.settings import BadSettings, JwtSettings
-from saeguard_server.watched import WatchedFiles, error_text
+from saeguard_server.settings import BadSettings, JwtSettings, WatchedFiles, error_text
 
 LOG = logging.getLogger("saeguard.identity")
 

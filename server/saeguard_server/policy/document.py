@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from difflib import unified_diff
 from functools import partial, singledispatch
+from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -21,6 +22,7 @@ import yaml
 from saeguard.checks import FieldError
 from saeguard.types import (
     KINDS,
+    MAX_TERMS,
     OPERATORS,
     THIS_TOKEN,
     Action,
@@ -36,12 +38,28 @@ from saeguard.types import (
     Window,
 )
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
-from saeguard_server.policy.probe import ProbeReader, no_probes, probe_in_files
 
 T = TypeVar("T")
 Tree: TypeAlias = dict[str, Any]
 Reader: TypeAlias = Callable[[Any, str], Any]
 """A value from what is written at a path."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearProbe:
+    """``bias + sum of weight * feature``."""
+
+    terms: tuple[Term, ...]
+    bias: float
+
+
+ProbeReader: TypeAlias = Callable[[str], LinearProbe]
+"""The probe in a file of that name, for conditions that name one. Raises ValueError."""
+
+
+def no_probes(name: str) -> LinearProbe:
+    """Where there are no files."""
+    raise ValueError("files of probes are only read where the policy is read from files")
 
 
 class BadDocument(ValueError):
@@ -385,6 +403,78 @@ def _over(window: Window) -> Any:
     if window.kind == "rolling_mean":
         return {"rolling_mean": window.tokens}
     return {"k": window.k, "of": window.tokens} if window.kind == "k_of_n" else window.kind
+
+
+# --- linear probes from JSON files: weights on the features of an SAE, and a bias, as a training script writes them
+#
+# {"sae": "mid", "bias": -1.5, "terms": [{"feature": 12, "weight": 0.8, "label": "flattery"}]}
+# {"sae": "mid", "bias": -1.5, "weights": [0.0, 0.8, 0.0]}
+#
+# ``weights`` has one number for each feature, from 0 on; zeros are left out. A term may name another ``sae`` than the
+# whole. Labels and a ``description`` are for people.
+
+
+class BadProbe(ValueError):
+    """A file that is no probe; the message names the field."""
+
+
+def probe_in_files(files: Mapping[str, str], yaml_name: str, name: str) -> LinearProbe:
+    """From one of the texts that came with the policy's, in its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"must be a file in the policy's folder, got {name!r}")
+    place = str(PurePosixPath(yaml_name).parent / path)
+    if place not in files:
+        raise ValueError(f"there is no file {place!r}")
+    return parse_probe(files[place])
+
+
+class _ProbeTerm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    feature: int
+    weight: float
+    sae: str | None = None
+    label: str | None = None
+
+
+class _Probe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    sae: str | None = None
+    bias: float = 0.0
+    terms: tuple[_ProbeTerm, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    labels: dict[str, str] = {}
+    """By feature, as text."""
+    description: str = ""
+
+
+def parse_probe(text: str | bytes) -> LinearProbe:
+    """The probe that a JSON text describes.
+
+    Raises:
+        BadProbe: it describes none.
+    """
+    try:
+        probe = msgspec.json.decode(text, type=_Probe)
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise BadProbe(str(err)) from err
+    if (probe.terms is None) == (probe.weights is None):
+        raise BadProbe("must have one of terms and weights")
+    if probe.weights is not None and probe.sae is None:
+        raise BadProbe("sae: must be set with weights")
+    weights = {f"weights[{i}]": _ProbeTerm(feature=i, weight=w) for i, w in enumerate(probe.weights or ()) if w}
+    listed = weights or {f"terms[{i}]": term for i, term in enumerate(probe.terms or ())}
+    if not 1 <= len(listed) <= MAX_TERMS:
+        raise BadProbe(f"must have 1 to {MAX_TERMS} weights that are not 0, got {len(listed)}")
+    return LinearProbe(tuple(_probe_term(path, term, probe.sae) for path, term in listed.items()), probe.bias)
+
+
+def _probe_term(path: str, term: _ProbeTerm, sae: str | None) -> Term:
+    name = term.sae or sae
+    if name is None:
+        raise BadProbe(f"{path}.sae: must be set, here or for the whole probe")
+    try:
+        return Term(name, term.feature, term.weight)
+    except FieldError as err:
+        raise BadProbe(str(err.within(path))) from err
 
 
 # --- the YAML that policies use: the safe subset, where nothing is guessed and nothing is said twice

@@ -32,8 +32,7 @@ from saeguard_server.errors import UnknownName
 from saeguard_server.rpc.interceptor import RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
-from saeguard_server.settings import Address, BadSettings, ServerSettings
-from saeguard_server.watched import WatchedFiles
+from saeguard_server.settings import Address, BadSettings, ServerSettings, WatchedFiles
 
 LOG = logging.getLogger("saeguard.server")
 
