@@ -25,16 +25,7 @@ from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy.compile import Policies, Snapshot
 from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.settings import LimitSettings
-from saeguard_server.steering import (
-    CompiledTrigger,
-    TokenRange,
-    check_watchable,
-    compile_edits,
-    compile_triggers,
-    find_feature,
-    may_stop,
-    steer,
-)
+from saeguard_server.steering import TokenRange, compile_edits, compile_triggers, find_watchable, steer
 
 MAX_MEASURED_TOKENS = 512
 """Of an answer that is measured against another: what waits for the other side is a row of the vocabulary for each."""
@@ -165,7 +156,7 @@ class Generation:
 
     def _compile(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
         for index, ref in enumerate(request.watch):
-            check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
+            find_watchable(self._engine, ref, f"watch[{index}]")
         context = self._engine.model.max_context
         tokens = encode_input(self._tokenizer, request.input, context - 1).ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
@@ -181,19 +172,16 @@ class Generation:
         if snapshot is None:
             edits = compile_edits(self._engine, request.interventions)
             triggers = compile_triggers(self._engine, request.triggers)
-            steering = steer(edits, triggers, request.max_relative_edit, self._token_range(task, triggers))
+            token_range = TokenRange.of(tokens, task.max_new_tokens, triggers, self._tokenizer.special_ids)
+            steering = steer(edits, triggers, request.max_relative_edit, token_range)
             return CompiledRequest(replace(task, steering=steering))
         resolved = resolve_policies(request, call.caller, snapshot, datetime.now(UTC))
-        token_range, selected = self._token_range(task, resolved.triggers), resolved.selected
+        selected = resolved.selected
+        token_range = TokenRange.of(tokens, task.max_new_tokens, resolved.triggers, self._tokenizer.special_ids)
         steering = steer(resolved.edits, resolved.triggers, resolved.max_relative_edit, token_range)
         return CompiledRequest(
             replace(task, steering=steering), selected.facts, selected.requires_audit, selected.counterfactual
         )
-
-    def _token_range(self, task: GenerateTask, triggers: Sequence[CompiledTrigger]) -> TokenRange:
-        # The last token is read only where a trigger may stop it from being sent.
-        last = len(task.tokens) + task.max_new_tokens - 1
-        return TokenRange(task.tokens, last + may_stop(triggers, last, len(task.tokens)), self._tokenizer.special_ids)
 
 
 def first_divergence(answer: Sequence[int], other: Sequence[int]) -> int | None:

@@ -41,6 +41,17 @@ class TokenRange:
     tokens: int
     special_ids: frozenset[int]
 
+    @classmethod
+    def of(
+        cls, prompt: tuple[int, ...], new_tokens: int, triggers: Iterable[CompiledTrigger], special_ids: frozenset[int]
+    ) -> TokenRange:
+        """Of a generation of so many tokens; the last is read only where a trigger may stop it from being sent."""
+        last = len(prompt) + new_tokens - 1
+        stopping = (trigger.condition for trigger in triggers if trigger.condition.stops)
+        scopes = (condition.scope.positions(len(prompt)) for condition in stopping)
+        may_stop = any(first <= last and (end is None or last < end) for first, end in scopes)
+        return cls(prompt, last + may_stop, special_ids)
+
 
 def compile_steering(
     engine: Engine,
@@ -265,13 +276,6 @@ def place(compiled: C, tokens: TokenRange) -> C:
     return replace(compiled, first=first, last=last)
 
 
-def may_stop(triggers: Iterable[CompiledTrigger], position: int, prompt_tokens: int) -> bool:
-    """Whether one could stop the token at a position: then the model reads it even if it is the last."""
-    stopping = (trigger.condition for trigger in triggers if trigger.condition.stops)
-    scopes = (condition.scope.positions(prompt_tokens) for condition in stopping)
-    return any(first <= position and (last is None or position < last) for first, last in scopes)
-
-
 def _holds_a_token(scope: Scope, first: int, end: int, tokens: TokenRange) -> bool:
     if first >= end:
         return False
@@ -322,17 +326,19 @@ def find_feature(engine: Engine, ref: FeatureRef, field: str) -> LoadedSae:
     return sae
 
 
-def check_watchable(sae: LoadedSae, field: str) -> None:
-    """Refuses to read features along with a generation that depend on more than the token at hand.
+def find_watchable(engine: Engine, ref: FeatureRef, field: str) -> LoadedSae:
+    """The SAE of a feature that can be read along with a generation.
 
     Raises:
-        InvalidRequest: this SAE has such features.
+        UnknownName, InvalidRequest: there is no such feature, or it depends on more than the token at hand.
     """
+    sae = find_feature(engine, ref, field)
     if why_not_editable(sae.dictionary):
         raise InvalidRequest(
-            field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: its features need the whole prefix; "
+            f"{field}.sae", f"{sae.name!r} is a {sae.dictionary.architecture} SAE: its features need the whole prefix; "
             "GetActivations reads them"
         )  # fmt: skip
+    return sae
 
 
 def check_editable(engine: Engine, sae: LoadedSae, field: str) -> None:
@@ -350,8 +356,7 @@ def check_editable(engine: Engine, sae: LoadedSae, field: str) -> None:
 
 def _find_term(engine: Engine, when: Condition, index: int, field: str) -> LoadedSae:
     path = f"{field}.terms[{index}]"
-    sae = find_feature(engine, when.terms[index].ref, path)
-    check_watchable(sae, f"{path}.sae")
+    sae = find_watchable(engine, when.terms[index].ref, path)
     check_editable(engine, sae, f"{path}.sae")
     return sae
 

@@ -15,15 +15,8 @@ from saeguard_server.caller import Caller, Role
 from saeguard_server.errors import Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
 from saeguard_server.policy.document import PolicyDiff, policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
-from saeguard_server.policy.store.protocol import (
-    MAX_POLICIES,
-    MAX_REASON_CHARS,
-    NO_REVISION,
-    Active,
-    ContentRefused,
-    PolicyStore,
-    StoreError,
-)
+from saeguard_server.policy.store import protocol
+from saeguard_server.policy.store.protocol import Active, PolicyStore
 
 RETRY_S = 1.0
 """Advice to callers when the store does not answer."""
@@ -147,7 +140,7 @@ class Administration:
         async with self._stored():
             try:
                 return await self._store.active()
-            except ContentRefused as err:
+            except protocol.ContentRefused as err:
                 if err.in_force is None:
                     raise
                 return err.in_force
@@ -172,8 +165,8 @@ class Administration:
         self, before: PolicyRevision | None, policies: dict[str, Policy], *, caller: Caller, reason: str, is_trial: bool
     ) -> Written:
         after = tuple(policies[name] for name in sorted(policies))
-        if len(after) > MAX_POLICIES:
-            raise InvalidRequest("policies", f"at most {MAX_POLICIES} in a set, got {len(after)}")
+        if len(after) > protocol.MAX_POLICIES:
+            raise InvalidRequest("policies", f"at most {protocol.MAX_POLICIES} in a set, got {len(after)}")
         warnings = await asyncio.to_thread(self._check, after)
         changes = await asyncio.to_thread(policy_changes, _policies(before), after)
         if is_trial or (before is not None and not changes):
@@ -208,13 +201,13 @@ class Administration:
     async def _stored(self) -> AsyncIterator[None]:
         try:
             yield
-        except StoreError as err:
+        except protocol.StoreError as err:
             raise Unavailable(f"the policy store cannot be used: {err}", RETRY_S) from err
 
 
 def etag_of(revision: PolicyRevision | None) -> str:
     """What a write must name to be built on this revision."""
-    return NO_REVISION if revision is None else str(revision.number)
+    return protocol.NO_REVISION if revision is None else str(revision.number)
 
 
 def _policies(revision: PolicyRevision | None) -> tuple[Policy, ...]:
@@ -222,5 +215,5 @@ def _policies(revision: PolicyRevision | None) -> tuple[Policy, ...]:
 
 
 def _check_reason(reason: str) -> None:
-    if not 0 < len(reason.strip()) <= MAX_REASON_CHARS or "\0" in reason:
-        raise InvalidRequest("reason", f"must say why, in 1 to {MAX_REASON_CHARS} characters of text")
+    if not 0 < len(reason.strip()) <= protocol.MAX_REASON_CHARS or "\0" in reason:
+        raise InvalidRequest("reason", f"must say why, in 1 to {protocol.MAX_REASON_CHARS} characters of text")

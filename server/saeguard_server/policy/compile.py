@@ -19,19 +19,9 @@ from saeguard.types import Condition, FeatureRef, Intervention, Scope
 from saeguard_sae.edits import IDENTITY
 from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
+from saeguard_server.policy import rules
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Target
-from saeguard_server.policy.rules import (
-    Clash,
-    CompiledPolicy,
-    Selected,
-    Selection,
-    clash_of,
-    combine,
-    compile_policy,
-    compile_policy_trigger,
-    compile_rule,
-    select_policies,
-)
+from saeguard_server.policy.rules import Clash, CompiledPolicy, Selected, Selection, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
 
 LISTED = 20
@@ -157,13 +147,13 @@ def _checks(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Calla
         if edit.when is not None:
             yield from _terms(edit.when, f"{field}.when", engine)
             yield partial(compile_edit, engine, replace(edit, when=None), field)
-        yield partial(compile_rule, policy, index, engine)
+        yield partial(rules.compile_rule, policy, index, engine)
     for index, trigger in enumerate(policy.triggers):
         field = f"triggers[{index}]"
         yield from _terms(trigger.when, f"{field}.when", engine)
         for number, edit in enumerate(trigger.edits):
             yield partial(compile_edit, engine, edit, f"{field}.apply.interventions[{number}]")
-        yield partial(compile_policy_trigger, policy, index, engine)
+        yield partial(rules.compile_policy_trigger, policy, index, engine)
     yield from _names(policy, engine)
     yield partial(_check_pins, policy, engine)
     yield partial(_check_capabilities, policy, engine, keeps_audit)
@@ -212,7 +202,7 @@ def _check_own_edits(policy: Policy, engine: Engine) -> None:
     """Rules and triggers of one policy on one feature, whatever the mode: it could not be enforced."""
     try:
         compiled = compile_policy(policy, engine)
-        combine(compiled.edits, compiled.triggers, engine)
+        rules.combine(compiled.edits, compiled.triggers, engine)
     except Clash as err:
         raise InvalidRequest(err.second.field, str(err)) from err
 
@@ -224,12 +214,12 @@ def _clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]
         if policy.mode != "off":
             for edit in (*edits, *(edit for trigger in triggers for edit in trigger.edits)):
                 on_feature.setdefault(edit.ref, []).append((policy, edit))
-    for rules in on_feature.values():
-        for (policy, edit), (other, other_edit) in combinations(rules, 2):
+    for group in on_feature.values():
+        for (policy, edit), (other, other_edit) in combinations(group, 2):
             strongest = "shadow" if "shadow" in (policy.mode, other.mode) else "enforce"
             if policy is other or strongest != mode or not may_meet(policy.target, other.target):
                 continue
-            if clash := clash_of(edit, other_edit):
+            if clash := rules.clash_of(edit, other_edit):
                 when = "" if mode == "enforce" else " once enforced"
                 yield Finding(other.name, other_edit.field, f"{clash}, and both may be on one request{when}")
 
@@ -328,7 +318,7 @@ class Snapshot:
         """
         known = self._selections.get(selection)
         if known is None:
-            known = select_policies(selection, self.ready, self.activation, self.engine)
+            known = rules.select_policies(selection, self.ready, self.activation, self.engine)
             if len(self._selections) >= MAX_SELECTIONS:
                 self._selections.clear()
             self._selections[selection] = known

@@ -19,24 +19,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 import yaml
 
+from saeguard import types
 from saeguard.checks import FieldError
-from saeguard.types import (
-    KINDS,
-    MAX_TERMS,
-    OPERATORS,
-    THIS_TOKEN,
-    Action,
-    Apply,
-    Condition,
-    FeatureRef,
-    Flag,
-    Intervention,
-    Scope,
-    Stop,
-    Term,
-    Trigger,
-    Window,
-)
+from saeguard.types import Apply, Condition, FeatureRef, Intervention, Scope, Term, Trigger, Window
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
 
 T = TypeVar("T")
@@ -168,12 +153,14 @@ def _change(name: str, old: Policy | None, new: Policy | None) -> PolicyDiff:
 # --- from what is written to a policy. Whatever is wrong is named by its path in the document.
 
 _TARGET = ("sae", "feature")
-_EDIT = (*_TARGET, *KINDS, "scope")
-_CONDITION = (*_TARGET, "terms", "probe", "bias", *OPERATORS, "release", "unit", "over", "scope")
+_EDIT = (*_TARGET, *types.KINDS, "scope")
+_CONDITION = (*_TARGET, "terms", "probe", "bias", *types.OPERATORS, "release", "unit", "over", "scope")
 _SHARED = {field.name for field in fields(Intervention)}
-_OPERANDS = {kind: [field.name for field in fields(edit) if field.name not in _SHARED] for kind, edit in KINDS.items()}
+_OPERANDS = {
+    kind: [field.name for field in fields(edit) if field.name not in _SHARED] for kind, edit in types.KINDS.items()
+}
 """The fields that only one kind of edit has: none, a factor, or a value and its unit."""
-_ACTIONS: Mapping[str, Action] = {"flag": Flag(), "stop": Stop()}
+_ACTIONS: Mapping[str, types.Action] = {"flag": types.Flag(), "stop": types.Stop()}
 
 
 def _policy(tree: Any, probes: ProbeReader) -> Policy:
@@ -219,9 +206,9 @@ def _apply(tree: Any, path: str) -> Apply:
 
 
 def _edit(edit: Tree, path: str, when: Condition | None) -> Intervention:
-    kinds = [kind for kind in KINDS if edit.get(kind) is not None]
+    kinds = [kind for kind in types.KINDS if edit.get(kind) is not None]
     if len(kinds) != 1:
-        problem = f"must have one of {', '.join(KINDS)}"
+        problem = f"must have one of {', '.join(types.KINDS)}"
         raise FieldError(path, f"{problem}, not {' and '.join(kinds)}" if kinds else problem)
     (kind,) = kinds
     operands, value = _OPERANDS[kind], edit[kind]
@@ -233,22 +220,22 @@ def _edit(edit: Tree, path: str, when: Condition | None) -> Intervention:
         values = dict.fromkeys(operands[:1], value)
     renamed = {name: f"{kind}.{name}" for name in operands}
     values |= _pick(edit, *_TARGET) | {"scope": _scope(edit, path), "when": when}
-    return _make(KINDS[kind], values, path, renamed)
+    return _make(types.KINDS[kind], values, path, renamed)
 
 
 def _condition(tree: Any, path: str, probes: ProbeReader) -> Condition:
     when = _mapping(tree, path, _CONDITION)
     terms, bias = _terms(when, path, probes)
-    comparisons = [name for name in OPERATORS if when.get(name) is not None]
+    comparisons = [name for name in types.OPERATORS if when.get(name) is not None]
     if len(comparisons) != 1:
-        raise FieldError(path, f"must have one of {', '.join(OPERATORS)}")
+        raise FieldError(path, f"must have one of {', '.join(types.OPERATORS)}")
     (comparison,) = comparisons
     values = {
         "terms": terms,
         "bias": bias,
         "comparison": comparison,
         "threshold": when[comparison],
-        "window": _window(when["over"], f"{path}.over") if "over" in when else THIS_TOKEN,
+        "window": _window(when["over"], f"{path}.over") if "over" in when else types.THIS_TOKEN,
         "scope": _scope(when, path),
     }
     return _make(Condition, values | _pick(when, "release", "unit"), path, {"threshold": comparison})
@@ -462,8 +449,8 @@ def parse_probe(text: str | bytes) -> LinearProbe:
         raise BadProbe("sae: must be set with weights")
     weights = {f"weights[{i}]": _ProbeTerm(feature=i, weight=w) for i, w in enumerate(probe.weights or ()) if w}
     listed = weights or {f"terms[{i}]": term for i, term in enumerate(probe.terms or ())}
-    if not 1 <= len(listed) <= MAX_TERMS:
-        raise BadProbe(f"must have 1 to {MAX_TERMS} weights that are not 0, got {len(listed)}")
+    if not 1 <= len(listed) <= types.MAX_TERMS:
+        raise BadProbe(f"must have 1 to {types.MAX_TERMS} weights that are not 0, got {len(listed)}")
     return LinearProbe(tuple(_probe_term(path, term, probe.sae) for path, term in listed.items()), probe.bias)
 
 

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saeguard.catalog import (
-    Activation,
-    PolicyChange,
-    PolicyFinding,
-    PolicyHistory,
-    PolicySet,
-    PolicySummary,
-    Revision,
-)
+from saeguard import catalog
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard.wire import to_message
@@ -41,7 +33,7 @@ class PolicyServicer(PolicyServiceServicer):
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
         policies = revision.policies if revision else ()
-        policy_set = PolicySet(
+        policy_set = catalog.PolicySet(
             policies=tuple(map(_summary, policies)),
             yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
             etag=etag_of(newest),
@@ -110,7 +102,7 @@ class PolicyServicer(PolicyServiceServicer):
         activations = await self._administration.activations(
             limit=limit, before=request.before_activation if request.HasField("before_activation") else None
         )
-        history = PolicyHistory(revisions=changes, activations=activations)
+        history = catalog.PolicyHistory(revisions=changes, activations=activations)
         return to_message(pb.ListHistoryResponse, history)
 
     @property
@@ -123,7 +115,7 @@ class PolicyServicer(PolicyServiceServicer):
     def _administration(self) -> Administration:
         return self._enforcement.administration
 
-    async def _activated(self, act: str, activation: Activation) -> pb.Activation:
+    async def _activated(self, act: str, activation: catalog.Activation) -> pb.Activation:
         # So that whoever put it in force finds it so here; other servers follow on their own.
         await self._enforcement.look_now()
         await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
@@ -134,8 +126,8 @@ class PolicyServicer(PolicyServiceServicer):
         await self._audit.act(interceptor.current_call(), act, reason=reason, **facts)
 
 
-def _summary(policy: Policy) -> PolicySummary:
-    return PolicySummary(
+def _summary(policy: Policy) -> catalog.PolicySummary:
+    return catalog.PolicySummary(
         name=policy.name,
         mode=policy.mode,
         owner=policy.owner,
@@ -146,19 +138,19 @@ def _summary(policy: Policy) -> PolicySummary:
     )
 
 
-def _revision(revision: PolicyRevision, diff: str = "") -> Revision:
-    return Revision(
+def _revision(revision: PolicyRevision, diff: str = "") -> catalog.Revision:
+    return catalog.Revision(
         number=revision.number, author=revision.author, time=revision.time, reason=revision.reason, diff=diff
     )
 
 
-def _change(written: Written) -> PolicyChange:
+def _change(written: Written) -> catalog.PolicyChange:
     """What a change came to; of a trial only what would change."""
     diff = "".join(change.diff for change in written.changes)
-    return PolicyChange(
-        revision=Revision(diff=diff) if written.revision is None else _revision(written.revision, diff),
+    return catalog.PolicyChange(
+        revision=catalog.Revision(diff=diff) if written.revision is None else _revision(written.revision, diff),
         etag=written.etag,
-        findings=tuple(PolicyFinding("", warning) for warning in written.warnings),
+        findings=tuple(catalog.PolicyFinding("", warning) for warning in written.warnings),
     )
 
 
