@@ -19,8 +19,6 @@ from saeguard_server.steering import TokenRange, compile_steering, find_feature,
 
 
 class ReadActivations:
-    """Reads inputs without generating."""
-
     def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: LimitSettings, admission: Admission) -> None:
         self._engine, self._tokenizer, self._limits, self._admission = engine, tokenizer, limits, admission
 
@@ -58,7 +56,6 @@ class ReadActivations:
         return tasks
 
     def _selections(self, request: ActivationRequest) -> tuple[tuple[str, Selection], ...]:
-        """What to keep of which SAE, each name and feature known."""
         for index, name in enumerate(request.saes):
             find_sae(self._engine, name, f"saes[{index}]")
         selection = request.selection

@@ -61,8 +61,6 @@ class Admission:
 
 
 class AdmittedRequest:
-    """A request within its caller's quota; it holds a place in the engine from ``turn`` on."""
-
     def __init__(self, tokens: TokenBudget, queue: FairQueue, caller: Caller, place: AsyncExitStack) -> None:
         self.tokens = tokens
         self._queue, self._caller, self._place = queue, caller, place
@@ -146,7 +144,6 @@ class Quotas:
         account.add(-tokens, now)
 
     def give_back(self, caller: Caller, tokens: int) -> None:
-        """Puts tokens back that were not used."""
         if caller.quota.tokens_per_minute is not None and tokens > 0:
             self._account(caller).add(tokens, self._clock())
 
@@ -186,20 +183,13 @@ class TokenBudget:
         self._reserved = self._charged = 0
 
     def reserve(self, tokens: int) -> None:
-        """Sets aside what the request can use at most.
-
-        Raises:
-            QuotaExceeded: the caller has not so many.
-        """
         self._quotas.reserve(self._caller, tokens)
         self._reserved += tokens
 
     def charge(self, tokens: int) -> None:
-        """Counts what was read or generated."""
         self._charged += tokens
 
     def close(self) -> None:
-        """Gives back what was not used."""
         self._quotas.give_back(self._caller, self._reserved - self._charged)
 
 
@@ -220,7 +210,6 @@ class _Account:
         self._level = min(self.level(now) + tokens, self._size)
 
     def is_idle(self, now: float) -> bool:
-        """Whether it is as good as new."""
         return not self.running and self.level(now) >= self._size
 
 
@@ -269,7 +258,6 @@ class FairQueue:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait here."""
         return self._waiting
 
     @asynccontextmanager
@@ -399,8 +387,6 @@ class FairQueue:
 
 
 class RpcLimiter:
-    """Counts the RPCs in flight and refuses what is too much."""
-
     def __init__(self, engine: Engine, turns: FairQueue, metrics: Metrics, *, max_queue: int, max_slots: int) -> None:
         self._engine = engine
         self._turns = turns
@@ -418,12 +404,10 @@ class RpcLimiter:
         self.is_leaving = True
 
     def close(self) -> None:
-        """Refuses every RPC from now on."""
         self.is_leaving = True
         self._is_closed = True
 
     async def idle(self, within_s: float) -> bool:
-        """Waits until no RPC is in flight; False when that takes longer than ``within_s``."""
         return await self._in_flight.ended(within_s)
 
     @contextmanager

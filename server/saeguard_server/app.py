@@ -126,7 +126,6 @@ class App:
 
     @property
     def port(self) -> int:
-        """The port that serves gRPC."""
         return self.address.port
 
     async def serve_until_stopped(self) -> None:
@@ -161,7 +160,6 @@ class App:
 
 
 async def _cut_off(server: grpc.aio.Server, interceptor: RpcInterceptor) -> None:
-    """Ends whatever still runs, an open health Watch too."""
     await server.stop(None)
     # Handlers hear of it a little later; the engine must outlive them.
     await interceptor.open.ended(within_s=UNWIND_S)

@@ -61,7 +61,6 @@ class Credentials:
 
     @property
     def bearer(self) -> str | None:
-        """The token after "Bearer", where there is exactly one such value."""
         if len(self.authorization) != 1:
             return None
         scheme, value = self.authorization[0][: len(BEARER)], self.authorization[0][len(BEARER) :]
@@ -87,7 +86,6 @@ class Caller:
         return cls("local", frozenset(Role), quota=quota)
 
     def may(self, role: Role) -> bool:
-        """Whether it has the role, or all of them."""
         return role in self.roles or Role.ADMIN in self.roles
 
 

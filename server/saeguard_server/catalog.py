@@ -31,15 +31,12 @@ Entry: TypeAlias = tuple[str, CatalogueFeature]
 
 
 class Catalog:
-    """Finds features by name, number and words."""
-
     def __init__(self, saes: Mapping[str, LoadedSae]) -> None:
         self._saes = dict(saes)
         entries = [(name, entry) for name, sae in saes.items() for entry in sae.catalogue.features.values()]
         self._entries = sorted(entries, key=_rank)
 
     def saes(self) -> tuple[catalog.Sae, ...]:
-        """Every SAE, by name."""
         return tuple(_describe_sae(self._saes[name]) for name in sorted(self._saes))
 
     def feature(self, sae: str, index: int) -> catalog.Feature:
@@ -89,7 +86,6 @@ def _rank(listed: Entry) -> tuple[bool, float, str, int]:
 
 
 def _text(entry: CatalogueFeature) -> str:
-    """Everything a search looks at."""
     tokens = [promoted.token for promoted in entry.top_tokens]
     return "\n".join([entry.label or "", *tokens, *(example.text for example in entry.examples)])
 

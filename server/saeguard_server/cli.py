@@ -71,7 +71,6 @@ def add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
-    """Serves until stopped."""
     try:
         settings = load_settings(arguments.config, serve_overrides(arguments))
     except BadSettings as err:
@@ -151,7 +150,6 @@ _DURATION = re.compile(r"([1-9][0-9]{0,4})([hd])")
 
 
 def add_key(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
     parser = subparsers.add_parser(
         "key", help="make, list and revoke API keys", description="Make, list and revoke API keys."
     )

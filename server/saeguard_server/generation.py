@@ -60,8 +60,6 @@ class CompiledRequest:
 
 
 class Generation:
-    """Text from the model, one request at a time to its callers, many at once in the engine."""
-
     def __init__(
         self,
         engine: Engine,
@@ -208,7 +206,6 @@ class RequestRecorder:
     async def request(
         self, request: GenerateRequest, call: Call, *, is_comparison: bool = False
     ) -> AsyncIterator[RecordedRequest]:
-        """Around one generation; what is raised in it is its outcome."""
         audit = self._audit.request(call, request, is_comparison=is_comparison)
         try:
             yield RecordedRequest(self, audit)
@@ -221,8 +218,6 @@ class RequestRecorder:
 
 
 class RecordedRequest:
-    """One generation on its way."""
-
     def __init__(self, recorder: RequestRecorder, audit: RequestAudit) -> None:
         self._recorder, self._audit = recorder, audit
         self._compiled: CompiledRequest | None = None
@@ -301,11 +296,6 @@ async def measure_divergence(
 
 
 async def all_chunks(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, ...]:
-    """Every chunk of a task.
-
-    Raises:
-        SaeguardError: as for a generation.
-    """
     async with aclosing(engine.generate(task)) as stream:
         chunks = [chunk async for chunk in stream]
     if not chunks or chunks[-1].completion is None:
@@ -314,7 +304,6 @@ async def all_chunks(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, .
 
 
 def token_ids(chunks: Sequence[StreamChunk]) -> tuple[int, ...]:
-    """The tokens of an answer."""
     return tuple(token.id for chunk in chunks for token in chunk.tokens)
 
 

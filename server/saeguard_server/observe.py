@@ -88,7 +88,6 @@ class Metrics:
         )
 
     def _declare_steering(self) -> None:
-        """Edits, and what the check at start measured of each SAE on this model."""
         self.tokens_edited = self._counter(
             "saeguard_tokens_edited", "Tokens on which an edit changed a feature, by SAE and kind of edit",
             ["sae", "kind"],
@@ -104,7 +103,6 @@ class Metrics:
         )
 
     def _declare_policies(self) -> None:
-        """What is in force here, how well this server follows it, and the audit."""
         self.policy_revision = self._gauge("saeguard_policy_revision", "Policy revision that this server enforces")
         self.policy_activation = self._gauge(
             "saeguard_policy_activation", "Number of the activation that put that revision in force"
@@ -160,7 +158,6 @@ class PolicyMetrics:
         self._series: set[tuple[str, str, str]] = set()
 
     def observe(self, done: Completion) -> None:
-        """Counts a finished request."""
         if done.receipt is None:
             return
         for edit in done.receipt.interventions:
@@ -174,7 +171,6 @@ class PolicyMetrics:
             self._stops.labels(*self._labels(by.policy, by.name, is_shadow=False)).inc()
 
     def observe_counterfactual(self, policy: str, kl_nats: float) -> None:
-        """The mean over a request's tokens of what a policy changed, in nats."""
         self._counterfactual.labels(policy).observe(kl_nats)
 
     def keep(self, rules: Iterable[tuple[str, str]]) -> None:
@@ -226,7 +222,6 @@ class Exporter:
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
         return self._server.server_port
 
     def __enter__(self) -> Exporter:
@@ -258,7 +253,6 @@ class JsonFormatter(logging.Formatter):
         self._with_messages = with_messages
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

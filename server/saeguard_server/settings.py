@@ -69,7 +69,6 @@ class Address(NamedTuple):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
@@ -364,7 +363,6 @@ class IdentitySettings(SettingsTable, frozen=True, kw_only=True):
         return self.api_keys is not None or bool(self.certificates) or self.jwt is not None
 
     def quota_of(self, name: str) -> Quota:
-        """The quota of the caller of that name."""
         return self.quotas.get(name, self.quota)
 
 

@@ -134,7 +134,6 @@ class AuditFolder:
         self.head = head
 
     def close(self) -> None:
-        """Lets another process write."""
         os.ftruncate(self._file, self._size)
         os.close(self._file)
         os.close(self._lock)
@@ -270,7 +269,6 @@ class AuditWriter:
         self._thread.start()
 
     def note(self, record: dict[str, Any]) -> None:
-        """Takes a record that nobody waits for."""
         self._jobs.put(_Job(_stamped(record), None))
 
     async def write(self, record: dict[str, Any]) -> None:

@@ -62,7 +62,6 @@ class Audit:
 
     @property
     def is_enabled(self) -> bool:
-        """Whether records are written anywhere."""
         return self._writer is not None
 
     async def act(self, call: Call, what: str, **facts: Any) -> None:
@@ -76,14 +75,11 @@ class Audit:
             await _write(self._writer, record | facts)
 
     def close(self) -> None:
-        """Writes what has come."""
         if self._writer is not None:
             self._writer.close()
 
 
 class RequestAudit:
-    """One request on its way."""
-
     def __init__(
         self, writer: AuditWriter | None, record: dict[str, Any], text: Redaction | None, *, required: bool
     ) -> None:
@@ -279,7 +275,6 @@ class EncryptedText:
     """The token ids under a Fernet key (AES-128-CBC with HMAC)."""
 
     def __init__(self, key: bytes) -> None:
-        """Raises ValueError for what is not a Fernet key."""
         self._fernet = Fernet(key)
 
     def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ GOOD, BROKEN, USAGE = 0, 1, 2
 
 
 def add_audit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
     parser = subparsers.add_parser("audit", help="check, show and replay audit records", description=__doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     verify = _add_action(actions, "verify", "check every record against the one before it", _verify)

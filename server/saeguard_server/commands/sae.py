@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
     parser = subparsers.add_parser(
         "sae", help="check, convert and list SAEs", description="SAEs on disk and on the hub."
     )
@@ -77,7 +76,6 @@ _BOUNDS: dict[str, str] = {
 
 
 def add_sae_flags(parser: argparse.ArgumentParser) -> None:
-    """The SAE's path and what its files leave open."""
     parser.add_argument(
         "path", help='folder or file, "hf://owner/repository/path@revision", or a SAELens "release/sae-id"'
     )
@@ -89,7 +87,6 @@ def add_sae_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bound_flags(parser: argparse.ArgumentParser) -> None:
-    """What the check must find."""
     for flag, text in _BOUNDS.items():
         parser.add_argument(f"--{flag}", type=float, metavar="FLOAT", help=text)
 

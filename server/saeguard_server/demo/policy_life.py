@@ -42,7 +42,6 @@ class Phase:
 
 
 def main() -> int:
-    """Runs it; the exit code says whether every phase did what it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, default=200, help="in each phase (default: 200)")
     generations = parser.parse_args().generations

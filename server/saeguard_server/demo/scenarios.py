@@ -32,8 +32,6 @@ CODE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """Words, in lower case, that the corpus uses in one language and never in the other."""
-
     french: frozenset[str]
     english: frozenset[str]
 
@@ -90,8 +88,6 @@ def repetition(text: str, n: int = 3) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with a 95 % interval."""
-
     mean: float
     low: float
     high: float
@@ -145,7 +141,6 @@ class Expectation:
     steered_at_most: float
 
     def holds(self, base: float, steered: float) -> bool:
-        """Whether both means are where they should be."""
         in_base = self.base_at_least <= base <= self.base_at_most
         return in_base and self.steered_at_least <= steered <= self.steered_at_most
 
@@ -176,8 +171,6 @@ class NeutralChange:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The build's own figures, by its own engine."""
-
     generations: int
     base: Side
     steered: Side
@@ -213,5 +206,4 @@ class Demonstration:
 
 
 def load_demonstration(assets: Path = ASSETS) -> Demonstration:
-    """The demonstration in a folder of assets."""
     return msgspec.json.decode((assets / "scenarios.json").read_bytes(), type=Demonstration)

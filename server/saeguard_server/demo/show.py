@@ -75,7 +75,6 @@ def _free_port() -> int:
 
 
 def main() -> int:
-    """Runs the demonstration; the exit code says whether everything held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, default=200, help="per scenario and side (default: 200)")
     parser.add_argument("--target", help="use a server that already serves the demo model")
@@ -153,8 +152,6 @@ def _value(edit: ScenarioEdit) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioResult:
-    """What one scenario did."""
-
     scenario: Scenario
     base: Interval
     steered: Interval
@@ -166,13 +163,10 @@ class ScenarioResult:
 
     @property
     def holds(self) -> bool:
-        """Whether both rates are where the scenario says they must be."""
         return self.scenario.expectation.holds(self.base.mean, self.steered.mean)
 
 
 class Replay:
-    """Asks a server that serves the demo model."""
-
     def __init__(self, client: AsyncClient, demonstration: Demonstration) -> None:
         self._client, self._demonstration = client, demonstration
         self._concurrency = asyncio.Semaphore(CONCURRENT)

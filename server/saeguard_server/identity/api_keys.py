@@ -74,7 +74,6 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return hmac.compare_digest(_scrypt(secret, b64decode(fields[4]), n, r, p), b64decode(fields[5]))
 
     def why_invalid(self, now: datetime) -> str | None:
-        """What has ended it, if anything."""
         if self.revoked is not None:
             return "revoked"
         if self.expires is not None and self.expires <= now:
@@ -83,8 +82,6 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class KeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the file holds, as JSON."""
-
     keys: tuple[KeyRecord, ...] = ()
 
     def __post_init__(self) -> None:

@@ -55,7 +55,6 @@ class JwtAuthenticator:
         self._settings, self._keys, self._quota_of = settings, keys, quota_of
 
     def recognises(self, credentials: Credentials) -> bool:
-        """Whether there is a bearer token that is no API key."""
         return credentials.bearer is not None and not credentials.bearer.startswith(API_KEY_PREFIX)
 
     async def caller(self, credentials: Credentials) -> Caller:

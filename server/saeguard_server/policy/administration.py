@@ -35,8 +35,6 @@ class Written:
 
 
 class Administration:
-    """Acts on a store, in the name of a caller."""
-
     def __init__(
         self, store: PolicyStore, check: Callable[[Sequence[Policy]], tuple[str, ...]], *, second_person: bool
     ) -> None:
@@ -136,7 +134,6 @@ class Administration:
             return await self._store.latest() if number is None else await self._store.revision(number)
 
     async def active(self) -> Active | None:
-        """What is in force by the store, be it applied here yet or not."""
         async with self._stored():
             try:
                 return await self._store.active()
@@ -146,12 +143,10 @@ class Administration:
                 return err.in_force
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
-        """Revisions, newest first."""
         async with self._stored():
             return await self._store.changes(limit=limit, before=before)
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
-        """Acts, newest first."""
         async with self._stored():
             return await self._store.activations(limit=limit, before=before)
 

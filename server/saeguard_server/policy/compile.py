@@ -57,8 +57,6 @@ class CannotServe(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PolicyReport:
-    """What was found of a set of policies."""
-
     problems: tuple[Finding, ...]
     """Why it cannot be enforced here."""
     warnings: tuple[Finding, ...]
@@ -121,7 +119,6 @@ def compile_policies(
 
 
 def is_for(policy: Policy, engine: Engine) -> bool:
-    """Whether it may act on this model."""
     return not policy.target.models or engine.model.name in policy.target.models
 
 
@@ -328,11 +325,6 @@ class Snapshot:
 def build_snapshot(
     activation: Activation, revision: PolicyRevision, engine: Engine, now: datetime, *, keeps_audit: bool = False
 ) -> Snapshot:
-    """The revision, ready for requests.
-
-    Raises:
-        CannotServe: a rule cannot be applied here as it is written, or two cannot be kept together.
-    """
     return Snapshot(
         activation=activation,
         revision=revision,
@@ -369,7 +361,6 @@ class Policies:
         self._snapshot, self._why = None, why
 
     def is_current(self) -> bool:
-        """Whether requests can be served."""
         return self._refusal() is None
 
     def current(self) -> Snapshot:

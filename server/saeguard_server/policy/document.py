@@ -43,7 +43,6 @@ ProbeReader: TypeAlias = Callable[[str], LinearProbe]
 
 
 def no_probes(name: str) -> LinearProbe:
-    """Where there are no files."""
     raise ValueError("files of probes are only read where the policy is read from files")
 
 
@@ -94,7 +93,6 @@ def policies_from_yaml(text: str, probes: ProbeReader = no_probes) -> tuple[Poli
 
 
 def policy_to_yaml(policy: Policy) -> str:
-    """One YAML document."""
     return yaml.dump(
         _tree(policy), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None
     )
@@ -122,8 +120,6 @@ ChangeKind: TypeAlias = Literal["created", "changed", "deleted"]
 
 @dataclass(frozen=True, slots=True)
 class PolicyDiff:
-    """A policy in which two sets of policies differ."""
-
     name: str
     kind: ChangeKind
     diff: str

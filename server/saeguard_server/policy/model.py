@@ -36,7 +36,6 @@ def check_name(field: str, name: str) -> None:
 
 
 def store_share(of: object, field: str) -> None:
-    """A number from 0 to 1."""
     share = checks.check_number(field, getattr(of, field))
     if not 0.0 <= share <= 1.0:
         raise FieldError(field, f"must be 0 to 1, got {share}")
@@ -125,8 +124,6 @@ class Pins:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """A named set of rules and what becomes of requests under it."""
-
     name: str
     mode: Mode
     description: str = ""

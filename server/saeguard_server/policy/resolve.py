@@ -106,8 +106,6 @@ def _is_over(policy: Policy, now: datetime) -> bool:
 
 
 class _OwnSteering:
-    """A request's own edits and triggers beside what is enforced."""
-
     def __init__(self, selected: Selected, snapshot: Snapshot) -> None:
         self.edits: list[CompiledEdit] = []
         self.triggers: list[CompiledTrigger] = []

@@ -22,8 +22,6 @@ ELSEWHERE = "an edit of that feature must have the rule's scope and condition"
 
 
 class CompiledPolicy(NamedTuple):
-    """A policy with everything that it may do to a request."""
-
     policy: Policy
     edits: tuple[CompiledEdit, ...]
     triggers: tuple[CompiledTrigger, ...]
@@ -147,7 +145,6 @@ def tighten(
 
 
 def effect_of(edit: CompiledEdit) -> Effect:
-    """What the edit demands of the feature's value."""
     return Effect.of(edit.kind, edit.affine)
 
 
@@ -304,7 +301,6 @@ def select_policies(
 
 
 def smallest(limits: Iterable[float | None]) -> float | None:
-    """The smallest limit that is one."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -319,7 +315,6 @@ def rollout_position(policy: str, by: str, key: str) -> float:
 
 
 def is_chosen(policy: Policy, caller: str, conversation: str) -> bool:
-    """Whether the policy's rollout holds a request."""
     share = policy.rollout.share
     if share in (0.0, 1.0):
         return share == 1.0

@@ -31,8 +31,6 @@ LAST_LOOK_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Enforcement:
-    """What a server with a store of policies has."""
-
     policies: Policies
     administration: Administration
     look_now: Callable[[], Awaitable[None]]
@@ -86,8 +84,6 @@ async def enforcing(
 
 
 class PolicySync:
-    """Follows a store for as long as ``running`` is entered."""
-
     def __init__(
         self,
         store: PolicyStore,

@@ -48,7 +48,6 @@ class Effect:
 
     @property
     def affine(self) -> Affine:
-        """The map."""
         match self.base:
             case "free":
                 return Affine(lo=self.low, hi=self.high)
@@ -168,7 +167,6 @@ class Where:
 
     @classmethod
     def of(cls, edit: CompiledEdit) -> Where:
-        """Where the edit is made."""
         if edit.condition is None:
             return cls(edit.scope)
         return cls(edit.scope, edit.condition.digest, edit.condition.is_trigger)

@@ -28,7 +28,6 @@ class PolicyServicer(PolicyServiceServicer):
         self._optional_enforcement, self._audit = enforcement, audit
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
-        """Every policy of a revision."""
         newest = await self._administration.revision()
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
@@ -43,7 +42,6 @@ class PolicyServicer(PolicyServiceServicer):
         return to_message(pb.ListPoliciesResponse, policy_set)
 
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
-        """A revision with one policy less."""
         if not request.etag:
             raise InvalidRequest("etag", "must be the one that ListPolicies gave")
         written = await self._administration.delete(
@@ -53,7 +51,6 @@ class PolicyServicer(PolicyServiceServicer):
         return to_message(pb.DeletePolicyResponse, _change(written))
 
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
-        """A revision made of documents."""
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         etag = request.etag or (None if request.dry_run else etag_of(None))
         written = await self._administration.apply(
@@ -72,7 +69,6 @@ class PolicyServicer(PolicyServiceServicer):
     async def ActivateRevision(
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
-        """A revision comes into force."""
         activation = await self._administration.activate(
             request.revision,
             caller=interceptor.current_call().caller,
@@ -82,7 +78,6 @@ class PolicyServicer(PolicyServiceServicer):
         return pb.ActivateRevisionResponse(activation=await self._activated("activate", activation))
 
     async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
-        """An older revision comes into force again."""
         activation = await self._administration.rollback(
             caller=interceptor.current_call().caller,
             reason=request.reason,
@@ -92,7 +87,6 @@ class PolicyServicer(PolicyServiceServicer):
         return pb.RollbackResponse(activation=await self._activated("rollback", activation))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
-        """What happened."""
         limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
         if not 1 <= limit <= MAX_HISTORY:
             raise InvalidRequest("limit", f"must be 1 to {MAX_HISTORY}, got {limit}")
@@ -145,7 +139,6 @@ def _revision(revision: PolicyRevision, diff: str = "") -> catalog.Revision:
 
 
 def _change(written: Written) -> catalog.PolicyChange:
-    """What a change came to; of a trial only what would change."""
     diff = "".join(change.diff for change in written.changes)
     return catalog.PolicyChange(
         revision=catalog.Revision(diff=diff) if written.revision is None else _revision(written.revision, diff),

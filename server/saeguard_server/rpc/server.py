@@ -53,8 +53,6 @@ HEALTH_SERVICE: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Servicers:
-    """Everything that the server serves."""
-
     generation: GenerationServicer
     activation: ActivationServicer
     catalog: CatalogServicer
@@ -64,7 +62,6 @@ class Servicers:
 
 
 def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: ServerSettings) -> grpc.aio.Server:
-    """A server with everything registered; it has no port yet."""
     server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
     activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
@@ -172,11 +169,6 @@ class Health(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: object) -> health_pb2.HealthCheckResponse:
-        """The status now.
-
-        Raises:
-            UnknownName: no such service.
-        """
         if request.service not in self._status:
             raise UnknownName("service", "is not a service of this server")
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
@@ -184,7 +176,6 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: object
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now and whenever it changes."""
         last: int | None = None
         while True:
             changed, status = self._changed, self._status.get(request.service, SERVICE_UNKNOWN)
@@ -211,11 +202,8 @@ class Health(health_pb2_grpc.HealthServicer):
 
 
 class ServerInfoServicer(ServerInfoServiceServicer):
-    """Says what this server is and allows."""
-
     def __init__(self, info: ServerInfo) -> None:
         self._reply = to_message(pb.GetServerInfoResponse, info)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: object) -> pb.GetServerInfoResponse:
-        """The same for as long as the server runs."""
         return self._reply

@@ -95,11 +95,6 @@ class DirectoryStore:
         return None if self._active is None else self._active.revision
 
     async def revision(self, number: int) -> PolicyRevision:
-        """What was read last, if it has this number.
-
-        Raises:
-            UnknownName: it has another one.
-        """
         if self._active is None or self._active.revision.number != number:
             raise UnknownName("revision", f"the directory does not hold revision {number}")
         return self._active.revision
@@ -160,11 +155,6 @@ class DirectoryStore:
 
 
 def _active_of(files: StoreFiles) -> Active:
-    """The set that the files are.
-
-    Raises:
-        ContentRefused: they are not.
-    """
     try:
         texts = {name: content.decode() for name, content in files.contents.items()}
         about = _about(texts.pop(ABOUT)) if ABOUT in texts else None
@@ -206,7 +196,6 @@ class StoreFiles:
     contents: dict[str, bytes]
 
     def named(self, *suffixes: str) -> list[str]:
-        """Names of the files that end so."""
         return [name for name in self.contents if name.endswith(suffixes)]
 
     @property

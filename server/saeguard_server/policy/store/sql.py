@@ -79,15 +79,11 @@ HEAD = Table(
 
 
 class _Head(NamedTuple):
-    """The newest numbers; 0 before the first."""
-
     revision: int
     activation: int
 
 
 class SqlStore:
-    """A PolicyStore over one database."""
-
     is_read_only = False
 
     def __init__(self, database: Database) -> None:
@@ -138,7 +134,6 @@ class SqlStore:
             return frozenset(authors.scalars())
 
     async def active(self) -> Active | None:
-        """What is in force; None before the first activation. Two small reads while it stays the same."""
         async with self._transaction() as connection:
             head = await self._head(connection)
             if not head.activation:
@@ -228,7 +223,6 @@ class SqlStore:
         return _Head(*head)
 
     async def _row(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any]:
-        """A row that must be there."""
         values = await self._find(connection, table, number)
         if values is None:
             raise StoreCorrupted(f"{table.name} lacks the row {number}")
@@ -297,24 +291,20 @@ def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: objec
 
 
 def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
-    """Digest to body, in the order of the policies."""
     bodies = (document.canonical_json(policy) for policy in policies)
     return {row_digest(body): body for body in bodies}
 
 
 def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> PolicyRevision:
-    """A revision with its policies."""
     return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
 
 
 def change_of_row(values: Mapping[str, Any]) -> Revision:
-    """A revision as the history lists it."""
     diff = "".join(diff for _, _, diff in json.loads(values["changes"]))
     return Revision(diff=diff, **_act(values, "number", "author", "reason"))
 
 
 def activation_of_row(values: Mapping[str, Any]) -> Activation:
-    """An act."""
     return Activation(**_act(values, "number", "revision", "actor", "reason"))
 
 
@@ -351,7 +341,6 @@ def row_digest(text: str) -> str:
 
 
 def row_seal(table: Table, values: dict[str, Any]) -> str:
-    """The seal of a row of ``table``, whatever order ``values`` is in."""
     fields = [values[column.name] for column in table.columns if column.name != "seal"]
     return row_digest(json.dumps([table.name, *fields], ensure_ascii=False))
 
