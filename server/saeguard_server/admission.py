@@ -66,11 +66,7 @@ class AdmittedRequest:
         self._queue, self._caller, self._place = queue, caller, place
 
     async def turn(self, tokens: int) -> None:
-        """Waits for the turn of a task that can take so many tokens; a place it has is given up first.
-
-        Raises:
-            SaeguardError: it was evicted for a caller who had fewer waiting.
-        """
+        """Waits for a task's turn, a place it has given up first. Raises SaeguardError: it was evicted."""
         await self._place.aclose()
         await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))
 
@@ -107,11 +103,6 @@ class Quotas:
 
     @contextmanager
     def request(self, caller: Caller, features: int) -> Iterator[TokenBudget]:
-        """Around one request that names so many features.
-
-        Raises:
-            QuotaExceeded: too many features, or too many of the caller's requests run already.
-        """
         if caller.quota == UNLIMITED:
             yield TokenBudget(self, caller)
             return
@@ -125,11 +116,7 @@ class Quotas:
             tokens.close()
 
     def reserve(self, caller: Caller, tokens: int) -> None:
-        """Takes tokens out of the caller's bucket, or none.
-
-        Raises:
-            QuotaExceeded: it has not so many, or could never have.
-        """
+        """Takes tokens out of the caller's bucket. Raises QuotaExceeded: it has not so many."""
         most = caller.quota.tokens_per_minute
         if most is None:
             return
@@ -262,11 +249,7 @@ class FairQueue:
 
     @asynccontextmanager
     async def turn(self, caller: str, cost: int) -> AsyncIterator[None]:
-        """Waits for this request's turn; around its time in the engine. ``cost`` is the tokens it can take.
-
-        Raises:
-            SaeguardError: it was evicted for a caller who had fewer waiting.
-        """
+        """Around a request's time in the engine, ``cost`` tokens at most. Raises SaeguardError: it was evicted."""
         if self._waiting or not self._has_room():
             await self._wait(caller, cost)
         else:
@@ -412,11 +395,7 @@ class RpcLimiter:
 
     @contextmanager
     def rpc(self) -> Iterator[None]:
-        """Around every RPC.
-
-        Raises:
-            Unavailable: the server is draining.
-        """
+        """Around every RPC. Raises Unavailable: the server is draining."""
         if self._is_closed:
             self._refusals.labels("draining").inc()
             raise Unavailable("the server is shutting down", retry_after_s=SOON_S)

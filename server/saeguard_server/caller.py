@@ -90,11 +90,7 @@ class Caller:
 
 
 def check_caller_name(name: str) -> None:
-    """Names are logged and audited.
-
-    Raises:
-        ValueError: empty, too long, or with characters that do not print.
-    """
+    """Names are logged and audited. Raises ValueError: empty, too long, or with characters that do not print."""
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable() or name != name.strip():
         raise ValueError(f"name: must be 1 to {MAX_NAME_CHARS} printable characters without blanks around them")
 

@@ -35,8 +35,6 @@ NATS = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class Metrics:
-    """What the server counts, in one registry."""
-
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._declare_load()
@@ -210,11 +208,7 @@ class Exporter:
     """/metrics over HTTP on a port of its own, so that it can be kept from callers; a context manager that stops it."""
 
     def __init__(self, registry: CollectorRegistry, address: Address) -> None:
-        """Listens at once.
-
-        Raises:
-            BadSettings: the address cannot be used.
-        """
+        """Listens at once. Raises BadSettings: the address cannot be used."""
         try:
             self._server, self._thread = start_http_server(address.port, address.host, registry)
         except OSError as err:
@@ -266,7 +260,6 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
     def _chain(self, error: BaseException) -> list[dict[str, Any]]:
-        """The error and what it came from, innermost last."""
         chain: list[dict[str, Any]] = []
         at: BaseException | None = error
         while at is not None and len(chain) < 8:

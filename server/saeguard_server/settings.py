@@ -52,11 +52,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """``host:port``; an IPv6 host stands in brackets.
-
-        Raises:
-            ValueError: anything else.
-        """
+        """``host:port``; an IPv6 host stands in brackets. Raises ValueError: anything else."""
         host, colon, port = text.rpartition(":")
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65_535
@@ -328,7 +324,6 @@ class JwtSettings(SettingsTable, frozen=True, kw_only=True):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the keys come from a URL."""
         return urlsplit(self.jwks).scheme in ("http", "https")
 
 

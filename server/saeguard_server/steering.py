@@ -60,11 +60,7 @@ def compile_steering(
     tokens: TokenRange,
     triggers: Sequence[Trigger] = (),
 ) -> Steering:
-    """The steering of a request on which no policy acts.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be applied as it stands.
-    """
+    """The steering of a request on which no policy acts. Raises UnknownName, InvalidRequest by field."""
     edits, own_triggers = compile_edits(engine, interventions), compile_triggers(engine, triggers)
     return steer(edits, own_triggers, max_relative_edit, tokens)
 
@@ -142,11 +138,7 @@ def compile_trigger(
     is_shadow: bool = False,
     is_limited: bool = True,
 ) -> CompiledTrigger:
-    """A trigger as the engine can decide it, with its edits.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be decided or applied as it stands.
-    """
+    """A trigger as the engine decides it, with its edits. Raises UnknownName, InvalidRequest by field."""
     action = trigger.action
     condition = compile_condition(
         engine, trigger.when, f"{field}.when", origin, is_trigger=True, is_shadow=is_shadow,
@@ -173,11 +165,7 @@ def compile_condition(
     is_trigger: bool = False,
     is_shadow: bool = False,
 ) -> CompiledCondition:
-    """A condition as the engine decides it.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be decided as it stands.
-    """
+    """A condition as the engine decides it. Raises UnknownName, InvalidRequest by field."""
     if not engine.capabilities.conditions:
         raise InvalidRequest(field, f"the {engine.capabilities.engine} engine decides no conditions")
     saes = [_find_term(engine, when, index, field) for index in range(len(when.terms))]
@@ -302,11 +290,7 @@ def _check_disjoint(edits: Sequence[CompiledEdit]) -> None:
 
 
 def find_sae(engine: Engine, name: str, field: str) -> LoadedSae:
-    """The served SAE of that name.
-
-    Raises:
-        UnknownName: there is none; names those there are.
-    """
+    """The served SAE of that name. Raises UnknownName: there is none; names those there are."""
     if name not in engine.saes:
         served = ", ".join(sorted(engine.saes)) or "none"
         raise UnknownName(field, f"no SAE {name!r} is served; there are: {served}")
@@ -342,11 +326,7 @@ def find_watchable(engine: Engine, ref: FeatureRef, field: str) -> LoadedSae:
 
 
 def check_editable(engine: Engine, sae: LoadedSae, field: str) -> None:
-    """Refuses to edit features of an SAE where that cannot be done.
-
-    Raises:
-        InvalidRequest: it cannot be exact, or the engine does not reach its sites.
-    """
+    """Raises InvalidRequest: the edit cannot be exact, or the engine does not reach the SAE's sites."""
     if reason := why_not_editable(sae.dictionary):
         raise InvalidRequest(field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: {reason}")
     for site in (sae.site, *sae.writes):

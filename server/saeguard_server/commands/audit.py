@@ -135,11 +135,7 @@ def _none(request_id: str) -> int:
 
 
 def request_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``Client.generate`` takes beside the prompt, with the seed that was used.
-
-    Raises:
-        ValueError: the record is not of a request.
-    """
+    """What ``Client.generate`` takes beside the prompt. Raises ValueError: it is no record of a request."""
     request = request_from_record(record["asked"], "-")
     sampling = {field.name: getattr(request.sampling, field.name) for field in fields(request.sampling)}
     return {

@@ -92,11 +92,7 @@ def add_bound_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sae_settings_of(arguments: argparse.Namespace) -> ServedSaeSettings:
-    """The flags as the settings of one SAE.
-
-    Raises:
-        ValueError: a value that the settings do not allow, by name.
-    """
+    """The flags as the settings of one SAE. Raises ValueError: a value that the settings do not allow, by name."""
     bias = arguments.apply_b_dec_to_input
     tree: dict[str, Any] = {
         "name": NAME,
@@ -236,7 +232,6 @@ def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    """Writes, reads back and compares."""
     settings = sae_settings_of(arguments)
     if settings.normalize_activations is not None or settings.apply_b_dec_to_input is not None:
         raise ValueError(
@@ -346,7 +341,6 @@ def add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    """Prints a table; 1 when there is nothing."""
     what: str = arguments.what
     rows = list(_folder(Path(what)) if what and Path(what).is_dir() else _releases(what))
     for line in table(rows) if len(rows) > 1 else ():

@@ -54,19 +54,16 @@ def _share(text: str, language: frozenset[str], other: frozenset[str]) -> float:
 
 def flattery(text: str, lexicon: Lexicon) -> float:
     """1 if the text says what only a flattering answer says."""
-    del lexicon
     return float(any(phrase in text.lower() for phrase in FLATTERED))
 
 
 def golden_gate(text: str, lexicon: Lexicon) -> float:
     """1 if the text speaks of the Golden Gate or of a bridge."""
-    del lexicon
     return float("golden gate" in text.lower() or "bridge" in text.lower())
 
 
 def code(text: str, lexicon: Lexicon) -> float:
     """1 if at least two lines of the text begin as Python statements."""
-    del lexicon
     return float(len(CODE.findall(text)) >= 2)
 
 
@@ -133,8 +130,6 @@ class ScenarioEdit:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must hold of mean scores for the scenario to have worked."""
-
     base_at_least: float
     base_at_most: float
     steered_at_least: float
@@ -201,7 +196,6 @@ class Demonstration:
     neutral: dict[str, tuple[str, ...]]
 
     def score(self, scenario: Scenario, text: str) -> float:
-        """The scenario's score of a generated text."""
         return SCORERS[scenario.scorer](text, self.lexicon)
 
 

@@ -43,11 +43,7 @@ class ServerProcess:
 
 @contextmanager
 def serve_process(*flags: str, with_metrics: bool = False) -> Iterator[ServerProcess]:
-    """Starts a server on the bundled model in a process of its own, with these flags, and stops it in the end.
-
-    Raises:
-        RuntimeError: it did not start; the message is what it wrote.
-    """
+    """A server on the bundled model in a process of its own. Raises RuntimeError with what it wrote."""
     metrics = f"127.0.0.1:{_free_port()}" if with_metrics else ""
     saeguard = "import sys; from saeguard_client.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", saeguard, "serve", "--listen", "127.0.0.1:0", *flags]
@@ -239,7 +235,6 @@ class Replay:
 
 
 def as_intervention(edit: ScenarioEdit) -> Intervention:
-    """A scenario's edit as the client sends it."""
     values: tuple[Any, ...] = () if edit.value is None else (edit.value,)
     unit: dict[str, Any] = {} if edit.unit == "raw" else {"unit": edit.unit}
     return KINDS[edit.kind](edit.sae, edit.feature, *values, **unit)

@@ -29,11 +29,7 @@ class Identity:
 
     @classmethod
     def of(cls, settings: IdentitySettings) -> Identity:
-        """As the settings say.
-
-        Raises:
-            BadSettings: a file of keys cannot be used.
-        """
+        """As the settings say. Raises BadSettings: a file of keys cannot be used."""
         authenticators: list[Authenticator] = []
         if settings.certificates:
             callers = {
@@ -81,8 +77,6 @@ def _everybody(settings: IdentitySettings) -> Caller:
 
 
 class Authenticator(Protocol):
-    """One way to know a caller."""
-
     expects: str
     """What to send, for whoever sent nothing."""
 
@@ -112,7 +106,6 @@ class CertificateAuthenticator:
         self._callers = dict(callers)
 
     def recognises(self, credentials: Credentials) -> bool:
-        """Whether the certificate has a name in the table."""
         return bool(self._known_names(credentials))
 
     async def caller(self, credentials: Credentials) -> Caller:
@@ -193,21 +186,13 @@ def role_table(second_person: bool) -> RoleTable:
 
 
 def needed_role(needs: RoleTable, method: str) -> Need:
-    """What a caller of this method needs.
-
-    Raises:
-        PermissionDenied: nobody may: the method has no entry.
-    """
+    """What a caller of this method needs. Raises PermissionDenied: nobody may: the method has no entry."""
     if method not in needs:
         raise PermissionDenied("no role opens this method", "")
     return needs[method]
 
 
 def check_role(caller: Caller, needed: Need, what: str) -> None:
-    """Refuses a caller without the role.
-
-    Raises:
-        PermissionDenied: names the role.
-    """
+    """Refuses a caller without the role. Raises PermissionDenied: names the role."""
     if isinstance(needed, Role) and not caller.may(needed):
         raise PermissionDenied(f"{what} needs the role {needed.value}, which {caller.name} has not", needed.value)

@@ -148,23 +148,13 @@ Keys = Mapping[str | None, PublicKey]
 
 
 class Jwks(Protocol):
-    """Where the keys are."""
-
     async def find(self, kid: str | None) -> PublicKey | None:
-        """The key of that id; None where the issuer has none.
-
-        Raises:
-            Unavailable: the keys cannot be had.
-        """
+        """The key of that id; None where the issuer has none. Raises Unavailable: the keys cannot be had."""
         ...
 
 
 def open_jwks(settings: JwtSettings) -> Jwks:
-    """The keys of these settings.
-
-    Raises:
-        BadSettings: the file cannot be used. A URL is asked when the first token comes.
-    """
+    """Raises BadSettings: the file cannot be used. A URL is asked when the first token comes."""
     if not settings.is_remote:
         return JwksFile(Path(settings.jwks))
     client = PyJWKClient(settings.jwks, cache_jwk_set=False, timeout=FETCH_TIMEOUT_S)
@@ -172,8 +162,6 @@ def open_jwks(settings: JwtSettings) -> Jwks:
 
 
 class JwksFile:
-    """Read again when it changes."""
-
     def __init__(self, path: Path) -> None:
         try:
             self._keys = WatchedFiles("token keys", [path], lambda: public_keys(json.loads(path.read_bytes())))

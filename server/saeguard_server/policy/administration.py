@@ -24,8 +24,6 @@ RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a change came to."""
-
     revision: PolicyRevision | None
     """The newest one: new if there are changes; None for a trial."""
     changes: tuple[PolicyDiff, ...]
@@ -125,11 +123,7 @@ class Administration:
         return await self.activate(number, caller=caller, reason=reason, expected_activation=activation)
 
     async def revision(self, number: int | None = None) -> PolicyRevision | None:
-        """One revision, or the newest; None if there is none yet.
-
-        Raises:
-            UnknownName: there is none of that number.
-        """
+        """One revision, or the newest; None if there is none yet. Raises UnknownName: there is none of that number."""
         async with self._stored():
             return await self._store.latest() if number is None else await self._store.revision(number)
 

@@ -83,11 +83,7 @@ def check_policies(
 def check_or_refuse(
     policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
 ) -> tuple[str, ...]:
-    """What is odd about policies that can be enforced here.
-
-    Raises:
-        InvalidRequest: they cannot; every problem is listed.
-    """
+    """What is odd about policies. Raises InvalidRequest with every problem: they cannot be enforced here."""
     report = check_policies(policies, engine, now, keeps_audit=keeps_audit)
     if report.problems:
         raise InvalidRequest("policies", str(CannotServe(report.problems)))
@@ -126,7 +122,6 @@ def is_for(policy: Policy, engine: Engine) -> bool:
 
 
 def _problems(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Finding]:
-    """A policy's own; of one field the first."""
     seen: set[str] = set()
     for check in _checks(policy, engine, keeps_audit):
         try:
@@ -308,11 +303,7 @@ class Snapshot:
     _selections: dict[Selection, Selected] = field(default_factory=dict)
 
     def selected(self, selection: Selection) -> Selected:
-        """The rules of some of its policies together.
-
-        Raises:
-            Clash: two cannot be kept together.
-        """
+        """The rules of some of its policies together. Raises Clash: two cannot be kept together."""
         known = self._selections.get(selection)
         if known is None:
             known = rules.select_policies(selection, self.ready, self.activation, self.engine)
@@ -364,11 +355,7 @@ class Policies:
         return self._refusal() is None
 
     def current(self) -> Snapshot:
-        """What decides about a request that is admitted now.
-
-        Raises:
-            PoliciesUnavailable: there is nothing, or nothing fresh.
-        """
+        """What decides about a request now. Raises PoliciesUnavailable: there is nothing, or nothing fresh."""
         refusal = self._refusal()
         if refusal is not None or self._snapshot is None:
             raise PoliciesUnavailable(refusal or self._why, RETRY_S)

@@ -51,11 +51,7 @@ class BadDocument(ValueError):
 
 
 def read_policy_files(files: Mapping[str, str]) -> tuple[Policy, ...]:
-    """The policies of all YAML files among these texts, by name, with the probes among them.
-
-    Raises:
-        BadDocument: the message begins with the file's name.
-    """
+    """The policies of all YAML files, by name. Raises BadDocument, which begins with the file's name."""
     return tuple(
         policy
         for name in files
@@ -72,11 +68,7 @@ def _policies_of_file(name: str, text: str, probes: ProbeReader) -> tuple[Policy
 
 
 def policies_from_yaml(text: str, probes: ProbeReader = no_probes) -> tuple[Policy, ...]:
-    """The policies of a text, one in each YAML document.
-
-    Raises:
-        BadDocument: there is none, or one is wrong.
-    """
+    """The policies of a text, one in each YAML document. Raises BadDocument: there is none, or one is wrong."""
     try:
         trees = read_yaml_documents(text)
     except BadYaml as err:
@@ -104,11 +96,7 @@ def canonical_json(policy: Policy) -> str:
 
 
 def policy_from_canonical(text: str) -> Policy:
-    """The policy of such a text.
-
-    Raises:
-        BadDocument: it is none.
-    """
+    """The policy of such a text. Raises BadDocument: it is none."""
     try:
         return _policy(msgspec.json.decode(text), no_probes)
     except (msgspec.DecodeError, ValueError, RecursionError) as err:
@@ -127,7 +115,6 @@ class PolicyDiff:
 
 
 def policy_changes(before: Sequence[Policy], after: Sequence[Policy]) -> tuple[PolicyDiff, ...]:
-    """The policies that differ, in the order of their names."""
     old, new = ({policy.name: policy for policy in side} for side in (before, after))
     pairs = ((name, old.get(name), new.get(name)) for name in sorted(old | new))
     return tuple(_change(name, left, right) for name, left, right in pairs if _differ(left, right))
@@ -334,7 +321,6 @@ def _tree(value: Any) -> Any:
 
 
 def _stated(value: Any) -> Tree:
-    """The fields that are not their defaults."""
     stated = ((field, getattr(value, field.name)) for field in fields(value))
     return {field.name: _tree(content) for field, content in stated if content != field.default}
 
@@ -430,11 +416,7 @@ class _Probe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def parse_probe(text: str | bytes) -> LinearProbe:
-    """The probe that a JSON text describes.
-
-    Raises:
-        BadProbe: it describes none.
-    """
+    """The probe that a JSON text describes. Raises BadProbe: it describes none."""
     try:
         probe = msgspec.json.decode(text, type=_Probe)
     except (msgspec.DecodeError, UnicodeDecodeError) as err:
@@ -518,11 +500,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT.patte
 
 
 def read_yaml_documents(text: str) -> list[Any]:
-    """The documents of a text; empty ones are left out.
-
-    Raises:
-        BadYaml: it is none, a key is given twice, or it uses anchors or tags.
-    """
+    """Those that are not empty. Raises BadYaml: it is none, says a key twice, uses anchors or tags."""
     if len(text) > MAX_CHARS:
         raise BadYaml(f"at most {MAX_CHARS} characters, got {len(text)}")
     try:

@@ -26,11 +26,7 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
 def check_name(field: str, name: str) -> None:
-    """Names go into metrics, logs and file names.
-
-    Raises:
-        FieldError: not lower-case letters, digits and ``.``, ``_``, ``-`` between them, at most 63.
-    """
+    """Raises FieldError: not lower-case letters, digits and ``.``, ``_``, ``-`` between them, at most 63."""
     if not _NAME.fullmatch(checks.check_text(field, name)):
         raise FieldError(field, f"must be 1 to 63 of a-z, 0-9 and, not at an end, . _ -; got {name!r}")
 

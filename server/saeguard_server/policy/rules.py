@@ -57,11 +57,7 @@ class Clash(ValueError):
 
 
 def compile_policy(policy: Policy, engine: Engine) -> CompiledPolicy:
-    """The policy, as the engine can make it.
-
-    Raises:
-        UnknownName, InvalidRequest: a field that cannot be applied here.
-    """
+    """The policy, as the engine can make it. Raises UnknownName, InvalidRequest."""
     return CompiledPolicy(
         policy,
         tuple(compile_rule(policy, index, engine) for index in range(len(policy.rules))),
@@ -84,11 +80,7 @@ def compile_policy_trigger(policy: Policy, index: int, engine: Engine) -> Compil
 
 
 def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], engine: Engine) -> Combined:
-    """Puts rules together; each is kept, whoever wrote it.
-
-    Raises:
-        Clash: two cannot be kept together.
-    """
+    """Puts rules together; each is kept, whoever wrote it. Raises Clash: two cannot be kept together."""
     on_feature: dict[FeatureRef, list[CompiledEdit]] = {}
     for edit in edits:
         on_feature.setdefault(edit.ref, []).append(edit)
@@ -156,11 +148,7 @@ def without_edits(trigger: CompiledTrigger, dropped: set[int]) -> CompiledTrigge
 
 
 def _combined(rules: list[CompiledEdit], engine: Engine) -> tuple[EnforcedEdit, ...]:
-    """At most one edit for each group of tokens.
-
-    Raises:
-        Clash: two cannot be kept together.
-    """
+    """At most one edit for each group of tokens. Raises Clash: two cannot be kept together."""
     if len(rules) == 1:
         return (EnforcedEdit(rules[0], (rules[0],)),)
     groups: dict[Where, list[CompiledEdit]] = {}
@@ -247,8 +235,6 @@ Selection: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selected:
-    """Several policies as one."""
-
     enforced: Combined
     shadow_edits: tuple[CompiledEdit, ...]
     """What is only counted."""

@@ -39,11 +39,7 @@ class Enforcement:
 
 @asynccontextmanager
 async def opened(settings: PolicySettings) -> AsyncIterator[PolicyStore | None]:
-    """The store that the settings name; None if they name none.
-
-    Raises:
-        BadSettings: it cannot be reached or used.
-    """
+    """The store that the settings name; None if they name none. Raises BadSettings: it cannot be reached or used."""
     if settings.store == NO_STORE:
         yield None
         return
@@ -121,11 +117,7 @@ class PolicySync:
                 await task
 
     async def sync(self) -> None:
-        """One look.
-
-        Raises:
-            StoreError: what is in force is not known, or cannot be applied here.
-        """
+        """One look. Raises StoreError: what is in force is not known, or cannot be applied here."""
         # The lease counts from before the look: what is found may be as old as that.
         looked = self._clock()
         active = await self._look(looked)

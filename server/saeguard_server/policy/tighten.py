@@ -162,7 +162,7 @@ class Where:
 
     scope: Scope
     condition: str = ""
-    """Its digest."""
+    """Its digest; empty where the edit is made on all of the scope's tokens."""
     is_triggered: bool = False
 
     @classmethod
@@ -171,11 +171,6 @@ class Where:
             return cls(edit.scope)
         return cls(edit.scope, edit.condition.digest, edit.condition.is_trigger)
 
-    @property
-    def is_conditional(self) -> bool:
-        """Whether it may be on none of the scope's tokens."""
-        return bool(self.condition)
-
 
 def relation(enforced: Where, requested: Where) -> Relation:
     """``apart``: no token is in both; ``same``: the same tokens; ``within``: all ``requested`` are always enforced."""
@@ -183,7 +178,7 @@ def relation(enforced: Where, requested: Where) -> Relation:
         return "apart"
     if enforced == requested and not enforced.is_triggered:
         return "same"
-    if not enforced.is_conditional and contains(enforced.scope, requested.scope):
+    if not enforced.condition and contains(enforced.scope, requested.scope):
         return "within"
     return "across"
 

@@ -74,11 +74,7 @@ def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: Se
 
 
 def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
-    """Opens the port; the address has the real one where 0 was asked for.
-
-    Raises:
-        BadSettings: the address is taken or not this machine's, or a TLS file is missing.
-    """
+    """The address has the real port where 0 was asked for. Raises BadSettings: it, or a TLS file, is not usable."""
     address = Address.parse(settings.listen)
     tls = server_credentials(settings)
     if tls is None and not address.is_loopback:
@@ -195,7 +191,6 @@ class Health(health_pb2_grpc.HealthServicer):
             self._changed = asyncio.Event()
 
     async def follow(self, is_ready: Callable[[], bool]) -> None:
-        """Keeps the status equal to ``is_ready()``, until cancelled."""
         while True:
             self.set_ready(is_ready())
             await asyncio.sleep(POLL_S)

@@ -23,11 +23,10 @@ from saeguard.v1.activation_service_pb2_grpc import ActivationServiceServicer
 from saeguard.v1.catalog_service_pb2_grpc import CatalogServiceServicer
 from saeguard.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from saeguard.wire import chunk_message, from_message, to_message
-from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import RpcLimiter
 from saeguard_server.catalog import Catalog
 from saeguard_server.errors import InternalFailure, InvalidRequest
-from saeguard_server.generation import Generation
+from saeguard_server.generation import Generation, ReadActivations
 from saeguard_server.rpc import interceptor
 from saeguard_server.rpc.interceptor import closing
 from saeguard_server.settings import LimitSettings
@@ -120,11 +119,7 @@ class CatalogServicer(CatalogServiceServicer):
 
 
 def generate_request(message: generation_pb.GenerateRequest, limits: LimitSettings) -> GenerateRequest:
-    """What a generation asks for; what is too long is refused before any of it is read.
-
-    Raises:
-        InvalidRequest: names the field.
-    """
+    """What is too long is refused before any of it is read. Raises InvalidRequest, which names the field."""
     _check_count("watch", message.watch, limits.max_watch)
     _check_count("interventions", message.interventions, limits.max_interventions)
     _check_count("triggers", message.triggers, limits.max_triggers)

@@ -53,7 +53,6 @@ class Database(ABC):
         """Starts to hear from other processes."""
 
     def notice(self) -> None:
-        """Something may have changed."""
         self._changed.set()
 
     async def wait(self, timeout_s: float) -> None:

@@ -45,8 +45,6 @@ MAX_CHANGES = 100
 
 
 class _About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ABOUT holds."""
-
     revision: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     author: str = ""
     reason: str = ""
@@ -54,8 +52,6 @@ class _About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class DirectoryStore:
     """A PolicyStore that somebody else writes."""
-
-    is_read_only = True
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -195,12 +191,8 @@ class StoreFiles:
 
     contents: dict[str, bytes]
 
-    def named(self, *suffixes: str) -> list[str]:
-        return [name for name in self.contents if name.endswith(suffixes)]
-
     @property
     def digest(self) -> str:
-        """SHA-256, hex, over names and contents."""
         total = hashlib.sha256()
         for name, content in self.contents.items():
             total.update(f"{name}\0{len(content)}\0".encode())

@@ -84,8 +84,6 @@ class _Head(NamedTuple):
 
 
 class SqlStore:
-    is_read_only = False
-
     def __init__(self, database: Database) -> None:
         self._database = database
         self._parsed: dict[str, Policy] = {}
@@ -93,11 +91,7 @@ class SqlStore:
 
     @classmethod
     async def open(cls, database: Database) -> SqlStore:
-        """Makes the tables where there are none, and starts to listen for changes.
-
-        Raises:
-            StoreError: the database cannot be reached, is damaged, or has a schema that is not ours.
-        """
+        """Makes missing tables, listens for changes. Raises StoreError: out of reach, damaged, not ours."""
         store = cls(database)
         try:
             async with store._transaction(writes=True) as connection:
@@ -182,11 +176,7 @@ class SqlStore:
         return activation_of_row(values)
 
     async def verify(self) -> tuple[int, int]:
-        """Reads everything; how many revisions and activations there are.
-
-        Raises:
-            StoreCorrupted: a row or document is altered or missing, or numbers have a gap.
-        """
+        """Reads all; the numbers of revisions and activations. Raises StoreCorrupted: altered, missing, gaps."""
         async with self._transaction() as connection:
             head = await self._head(connection)
             for table, newest in ((REVISIONS, head.revision), (ACTIVATIONS, head.activation)):
@@ -223,14 +213,10 @@ class SqlStore:
         return _Head(*head)
 
     async def _row(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any]:
-        values = await self._find(connection, table, number)
-        if values is None:
-            raise StoreCorrupted(f"{table.name} lacks the row {number}")
-        return values
-
-    async def _find(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any] | None:
         row = (await connection.execute(sa.select(table).where(table.c.number == number))).first()
-        return None if row is None else check_seal(table, row)
+        if row is None:
+            raise StoreCorrupted(f"{table.name} lacks the row {number}")
+        return check_seal(table, row)
 
     async def _newest(self, table: Table, limit: int, before: int | None) -> list[dict[str, Any]]:
         query = sa.select(table).order_by(table.c.number.desc()).limit(limit)
@@ -239,11 +225,9 @@ class SqlStore:
             return [check_seal(table, row) for row in rows]
 
     async def _revision(self, connection: AsyncConnection, number: int) -> PolicyRevision:
-        values = await self._find(connection, REVISIONS, number)
-        if values is None and not 0 < number <= (await self._head(connection)).revision:
+        if not 0 < number <= (await self._head(connection)).revision:
             raise UnknownName("revision", f"there is no revision {number}")
-        if values is None:
-            raise StoreCorrupted(f"{REVISIONS.name} lacks the row {number}")
+        values = await self._row(connection, REVISIONS, number)
         return revision_of_row(values, await self._policies(connection, values))
 
     async def _policies(self, connection: AsyncConnection, values: Mapping[str, Any]) -> tuple[Policy, ...]:
@@ -313,11 +297,7 @@ def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def policy_of_document(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
-    """A revision's policy.
-
-    Raises:
-        StoreCorrupted: its document is missing, altered, or not a policy that this server can read.
-    """
+    """A revision's policy. Raises StoreCorrupted: its document is missing, altered or not readable."""
     if digest not in bodies or row_digest(bodies[digest]) != digest:
         raise StoreCorrupted(f"the document of policy {name!r} is missing or not what was written")
     try:
@@ -346,11 +326,7 @@ def row_seal(table: Table, values: dict[str, Any]) -> str:
 
 
 def check_seal(table: Table, row: sa.Row[Any]) -> dict[str, Any]:
-    """The row's values.
-
-    Raises:
-        StoreCorrupted: it is not as it was sealed.
-    """
+    """The row's values. Raises StoreCorrupted: it is not as it was sealed."""
     values = dict(row._mapping)
     if row_seal(table, values) != values["seal"]:
         raise StoreCorrupted(f"row {values['number']} of {table.name} is not what was written")
@@ -358,11 +334,7 @@ def check_seal(table: Table, row: sa.Row[Any]) -> dict[str, Any]:
 
 
 def check_chain(table: Table, rows: Sequence[sa.Row[Any]], newest: int) -> None:
-    """Of all rows, in order; ``newest`` is the number of the last.
-
-    Raises:
-        StoreCorrupted: one is altered, missing or out of place.
-    """
+    """Of all rows, in order, up to ``newest``. Raises StoreCorrupted: one is altered, missing or misplaced."""
     if len(rows) != newest:
         raise StoreCorrupted(f"{table.name} has {len(rows)} rows where its head says {newest}")
     previous = ""
