@@ -20,7 +20,7 @@ from saeguard.requests import ActivationRequest, FeatureSelection, GenerateReque
 from saeguard.types import Condition, FeatureRef, Intervention, Trigger
 from saeguard_server.caller import UNLIMITED, Caller, Quota, Role
 from saeguard_server.engine.protocol import Engine
-from saeguard_server.errors import Overloaded, QuotaExceeded, SaeguardError, Unavailable
+from saeguard_server.errors import Overloaded, QuotaExceeded, ServiceError, Unavailable
 from saeguard_server.identity import auth
 from saeguard_server.observe import Metrics
 
@@ -66,7 +66,7 @@ class AdmittedRequest:
         self._queue, self._caller, self._place = queue, caller, place
 
     async def turn(self, tokens: int) -> None:
-        """Waits for a task's turn, a place it has given up first. Raises SaeguardError: it was evicted."""
+        """Waits for a task's turn, a place it has given up first. Raises ServiceError: it was evicted."""
         await self._place.aclose()
         await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))
 
@@ -249,7 +249,7 @@ class FairQueue:
 
     @asynccontextmanager
     async def turn(self, caller: str, cost: int) -> AsyncIterator[None]:
-        """Around a request's time in the engine, ``cost`` tokens at most. Raises SaeguardError: it was evicted."""
+        """Around a request's time in the engine, ``cost`` tokens at most. Raises ServiceError: it was evicted."""
         if self._waiting or not self._has_room():
             await self._wait(caller, cost)
         else:
@@ -260,7 +260,7 @@ class FairQueue:
             self._running -= 1
             self._admit()
 
-    def evict(self, caller: str, error: SaeguardError) -> bool:
+    def evict(self, caller: str, error: ServiceError) -> bool:
         """Makes room for this caller: the last request of the longest line fails with ``error``.
 
         Returns:

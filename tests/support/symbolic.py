@@ -16,8 +16,8 @@ from saeguard_server.engine.protocol import (
     InspectTask,
     Steering,
 )
-from saeguard_server.engine.transformers.scheduler import PromptPart, Scheduler, StepBudget
-from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, PrefixCache, PrefixHit, Sequence
+from saeguard_server.engine.transformers.scheduler import PrefillChunk, Scheduler, StepBudget
+from saeguard_server.engine.transformers.sequence import BLOCK, BlockPool, PrefixCache, PrefixHit, Sequence
 
 SPECIAL = 7
 """The token that is special here."""
@@ -102,7 +102,7 @@ class Symbolic:
     """
 
     def __init__(self, slots: int, blocks: int, choose: Callable[[list[int]], int], *, reuse: bool = True) -> None:
-        memory = KvBlocks(blocks)
+        memory = BlockPool(blocks)
         self.scheduler = Scheduler(slots, memory, PrefixCache(memory, self._tally) if reuse else None)
         self._memory: dict[int, int] = {}
         self._counts: dict[int, list[int]] = {}
@@ -111,12 +111,12 @@ class Symbolic:
         """In their order, whoever came back after it had given its memory up included."""
         self.finished: list[Sequence] = []
 
-    def step(self, budget: int) -> tuple[StepBudget, list[PromptPart]]:
+    def step(self, budget: int) -> tuple[StepBudget, list[PrefillChunk]]:
         """One step, as the engine takes it."""
         room = self.scheduler.make_room()
         while found := self.scheduler.admit():
             self._join(*found)
-        running, parts = list(self.scheduler.running), self.scheduler.next_parts(budget)
+        running, parts = list(self.scheduler.running), self.scheduler.next_prefills(budget)
         for one in running:
             self._read(one, one.computed, one.computed + 1)
         for part in parts:
@@ -171,7 +171,7 @@ class Symbolic:
 
     def _end_of_prompt(self, sequence: Sequence) -> None:
         if isinstance(sequence.task, GenerateTask):
-            self.scheduler.start_generating(sequence)
+            self.scheduler.start_decoding(sequence)
         else:
             self._leave(sequence)
 

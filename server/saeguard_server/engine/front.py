@@ -7,11 +7,12 @@ import itertools
 import time
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
-from saeguard_server.errors import SaeguardError, Unavailable
+from saeguard_server.errors import ServiceError, Unavailable
 
 RETRY_S = 1.0
 FIRST_S, LONGEST_S = 0.5, 30.0
@@ -21,20 +22,41 @@ GOOD_SERVICE_S = 60.0
 _Inbox: TypeAlias = asyncio.Queue[Event | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A task under the number that its events will have."""
+
+    uid: int
+    task: GenerateTask | InspectTask
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for this task's events any more."""
+
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End everything that still runs, and yourself."""
+
+
+Command: TypeAlias = Submit | Cancel | Shutdown
+
+
 class EngineFront(Engine):
     """Hands tasks to a core and its events to their owners; everything here happens on the event loop."""
 
     def __init__(self) -> None:
         self._uids = itertools.count()
         self._inboxes: dict[int, _Inbox] = {}
+        self._submitted = self._taken = 0
+        """Tasks that were handed to the core, and that it has taken."""
 
     @abstractmethod
-    def _submit(self, uid: int, task: GenerateTask | InspectTask) -> None:
-        """Hands a task to the core."""
-
-    @abstractmethod
-    def _cancel(self, uid: int) -> None:
-        """Tells the core that a task's owner is gone."""
+    def _send(self, command: Command) -> None:
+        """Hands a command to the core."""
 
     def _retry_s(self) -> float:
         """When to come back to an engine that is not ready."""
@@ -45,17 +67,18 @@ class EngineFront(Engine):
             raise Unavailable("the engine is not running", self._retry_s())
         uid, inbox = next(self._uids), _Inbox()
         self._inboxes[uid] = inbox
-        self._submit(uid, task)
+        self._submitted += 1
+        self._send(Submit(uid, task))
         try:
             while (event := await inbox.get()) is not None:
-                if isinstance(event, SaeguardError):
+                if isinstance(event, ServiceError):
                     raise event
                 yield event
                 if ends_task(event):
                     return
         finally:
             if self._inboxes.pop(uid, None) is not None:
-                self._cancel(uid)
+                self._send(Cancel(uid))
 
     def _hand_out(self, events: Iterable[tuple[int, Event | None]]) -> None:
         """The core's events to their owners; those of a task that was cancelled meanwhile go nowhere."""
@@ -65,7 +88,7 @@ class EngineFront(Engine):
                 if ends_task(event):
                     del self._inboxes[uid]
 
-    def _fail_all(self, error: SaeguardError) -> None:
+    def _fail_all(self, error: ServiceError) -> None:
         self._hand_out([(uid, error) for uid in self._inboxes])
 
 

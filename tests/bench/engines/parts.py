@@ -28,7 +28,7 @@ _METHODS: tuple[tuple[type, tuple[str, ...], str], ...] = (
     (SteeringTables, ("begin", "edit"), EDITS),
     (Network, ("forward",), REST),
     (Sampler, ("sample",), SAMPLING),
-    (Scheduler, ("admit", "make_room", "next_parts"), SCHEDULING),
+    (Scheduler, ("admit", "make_room", "next_prefills"), SCHEDULING),
     (SlotState, ("build",), SCHEDULING),
     (StepOutputProcessor, ("token",), ANSWERS),
     (TransformersEngine, ("_deliver",), ANSWERS),
@@ -69,7 +69,7 @@ class Recorder:
 
     def _step(self, inner: Callable[..., Any], core: Core) -> None:
         scheduler = core.scheduler
-        running, reading = len(scheduler.running), len(scheduler.waiting) + len(scheduler.reading)
+        running, reading = len(scheduler.running), len(scheduler.waiting) + len(scheduler.prefilling)
         start = time.perf_counter()
         inner(core)
         self.steps.append(Step(start, time.perf_counter(), running, reading, self._watch.lap()))

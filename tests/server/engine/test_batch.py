@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard_server.engine.transformers.runner import ForwardPass, SlotState
-from saeguard_server.engine.transformers.scheduler import Batch, PromptPart
+from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for
 from support.symbolic import generation
 
@@ -32,9 +32,9 @@ class Plain:
     def build(
         self,
         running: tuple[int, ...],
-        parts: list[PromptPart],
-        ending: list[PromptPart] | None = None,
-        scored: list[PromptPart] | None = None,
+        parts: list[PrefillChunk],
+        ending: list[PrefillChunk] | None = None,
+        scored: list[PrefillChunk] | None = None,
     ) -> ForwardPass:
         sequences = tuple(self.sequences[slot] for slot in running)
         return self.slots.build(Batch(sequences, tuple(parts), tuple(ending or ()), tuple(scored or ())))
@@ -44,7 +44,7 @@ class Plain:
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Plain, tuple[int, ...], list[PromptPart], list[PromptPart], list[PromptPart]]:
+def steps(draw: st.DrawFn) -> tuple[Plain, tuple[int, ...], list[PrefillChunk], list[PrefillChunk], list[PrefillChunk]]:
     lengths = draw(st.lists(st.integers(1, 60), min_size=SLOTS, max_size=SLOTS))
     computed = [draw(st.integers(0, length - 1)) for length in lengths]
     plain = Plain(lengths, computed)
@@ -53,7 +53,7 @@ def steps(draw: st.DrawFn) -> tuple[Plain, tuple[int, ...], list[PromptPart], li
     for slot in draw(st.permutations([slot for slot in range(SLOTS) if slot not in running])):
         end = draw(st.integers(computed[slot], lengths[slot]))
         if end > computed[slot]:
-            parts.append(PromptPart(plain.sequences[slot], computed[slot], end))
+            parts.append(PrefillChunk(plain.sequences[slot], computed[slot], end))
     ending = [part for part in parts if part.is_last and draw(st.booleans())]
     scored = [part for part in parts if draw(st.booleans())]
     return plain, tuple(running), parts, ending, scored
@@ -62,7 +62,7 @@ def steps(draw: st.DrawFn) -> tuple[Plain, tuple[int, ...], list[PromptPart], li
 @given(steps())
 @settings(max_examples=120, deadline=None)
 def test_a_pass_reads_each_request_where_it_stands(
-    step: tuple[Plain, tuple[int, ...], list[PromptPart], list[PromptPart], list[PromptPart]],
+    step: tuple[Plain, tuple[int, ...], list[PrefillChunk], list[PrefillChunk], list[PrefillChunk]],
 ) -> None:
     plain, running, parts, ending, scored = step
     if not running and not parts:
@@ -85,9 +85,9 @@ def test_a_pass_reads_each_request_where_it_stands(
 def _keeps(
     one: ForwardPass,
     running: tuple[int, ...],
-    parts: list[PromptPart],
-    ending: list[PromptPart],
-    scored: list[PromptPart],
+    parts: list[PrefillChunk],
+    ending: list[PrefillChunk],
+    scored: list[PrefillChunk],
     read: list[tuple[int, int, int]],
 ) -> None:
     """Logits: of the running, of the last token of each ending part, and of every token that is scored."""
@@ -117,9 +117,9 @@ def _sees(plain: Plain, one: ForwardPass, read: list[tuple[int, int, int]]) -> N
 def test_two_steps_go_on_where_the_first_ended() -> None:
     plain = Plain([40, 20], [0, 19])
     first, second = plain.sequences
-    plain.build((), [PromptPart(first, 0, 17), PromptPart(second, 19, 20)])
+    plain.build((), [PrefillChunk(first, 0, 17), PrefillChunk(second, 19, 20)])
     plain.slots.choose((1,), [77])
-    one = plain.build((1,), [PromptPart(first, 17, 40)])
+    one = plain.build((1,), [PrefillChunk(first, 17, 40)])
     assert one.positions.tolist() == [[20, *range(17, 40)]]
     plain.slots.choose((1, 0), [5, 6])
     one = plain.build((1, 0), [])
@@ -132,7 +132,7 @@ def test_a_new_owner_of_a_slot_sees_nothing_of_the_last_ones_places() -> None:
     plain.slots.join(0, 0, [3])
     newcomer = generation(9, [1, 2, 3])
     newcomer.slot = 0
-    one = plain.build((), [PromptPart(newcomer, 0, 3), PromptPart(plain.sequences[1], 40, 43)])
+    one = plain.build((), [PrefillChunk(newcomer, 0, 3), PrefillChunk(plain.sequences[1], 40, 43)])
     assert one.write.tolist()[:3] == [3 * BLOCK + at for at in range(3)]
     nobodys = list(range(BLOCK))
     assert one.readings[0].where[0].tolist() == [3 * BLOCK + at for at in range(BLOCK)] + nobodys * 2

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, block_key, blocks_for
+from saeguard_server.engine.transformers.sequence import BLOCK, BlockPool, block_key, blocks_for
 
 COUNT = 12
 KEYS = [bytes([one]) for one in range(8)]
@@ -17,7 +17,7 @@ class Holding(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = KvBlocks(COUNT)
+        self.blocks = BlockPool(COUNT)
         self.holders: list[list[int]] = []
         self.known: dict[bytes, int] = {}
         self.notes: dict[int, str] = {}
@@ -32,7 +32,7 @@ class Holding(RuleBasedStateMachine):
     def take(self, data: st.DataObject) -> None:
         held, free = self._held(), COUNT - len(self._held()) - len(self.unused)
         count = data.draw(st.integers(1, self.blocks.available))
-        taken = self.blocks.take(count)
+        taken = self.blocks.allocate(count)
         assert len(set(taken)) == count
         assert set(taken) <= set(range(1, COUNT + 1)) - held
         forgotten = self.unused[: max(count - free, 0)]
@@ -47,7 +47,7 @@ class Holding(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         gone = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
-        self.blocks.release(gone)
+        self.blocks.free(gone)
         left, known = self._held(), set(self.known.values())
         self.unused += [block for block in reversed(gone) if block in known and block not in left]
 
@@ -55,7 +55,7 @@ class Holding(RuleBasedStateMachine):
     @rule(data=st.data(), key=st.sampled_from(KEYS), note=st.booleans())
     def know(self, data: st.DataObject, key: bytes, note: bool) -> None:
         block = data.draw(st.sampled_from(sorted(self._held())))
-        self.blocks.know(block, key)
+        self.blocks.cache(block, key)
         if key not in self.known and block not in self.known.values():
             self.known[key] = block
         if note:
@@ -67,7 +67,7 @@ class Holding(RuleBasedStateMachine):
     def find(self, keys: list[bytes], share: bool) -> None:
         missing = next((at for at, key in enumerate(keys) if key not in self.known), len(keys))
         wanted = [self.known[key] for key in keys[:missing]]
-        found = self.blocks.find(keys)
+        found = self.blocks.find_cached(keys)
         assert found == wanted
         assert self.blocks.idle_among(found) == len(set(found) & set(self.unused))
         if share and found:
@@ -86,7 +86,7 @@ class Holding(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for one in self.holders:
-            self.blocks.release(one)
+            self.blocks.free(one)
         assert (self.blocks.in_use, self.blocks.available) == (0, COUNT)
 
 
@@ -95,13 +95,13 @@ TestHolding.settings = settings(max_examples=80, stateful_step_count=30, deadlin
 
 
 def test_what_follows_is_forgotten_before_what_precedes_it() -> None:
-    blocks = KvBlocks(3)
-    held = blocks.take(3)
+    blocks = BlockPool(3)
+    held = blocks.allocate(3)
     for block, key in zip(held, KEYS, strict=False):
-        blocks.know(block, key)
-    blocks.release(held)
-    blocks.take(1)
-    assert blocks.find(KEYS[:3]) == held[:2]
+        blocks.cache(block, key)
+    blocks.free(held)
+    blocks.allocate(1)
+    assert blocks.find_cached(KEYS[:3]) == held[:2]
 
 
 def test_a_key_tells_what_was_read_before_and_how_it_was_steered() -> None:

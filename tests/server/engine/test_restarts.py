@@ -16,10 +16,10 @@ from saeguard.requests import GenerateRequest, TopKSelection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import Clamp
 from saeguard_server.caller import Call
+from saeguard_server.engine.front import Submit
 from saeguard_server.engine.protocol import Event, InspectTask
-from saeguard_server.engine.transformers.engine import _Add
 from saeguard_server.engine.transformers.sequence import Sequence
-from saeguard_server.errors import SaeguardError, Unavailable
+from saeguard_server.errors import ServiceError, Unavailable
 from support.alone import Alone
 from support.engines import Answer, Running, World, greedy, make_world, prompt, running
 
@@ -148,15 +148,15 @@ async def test_a_request_that_was_already_on_its_way_is_refused_during_the_wait(
         while one.engine.is_ready():
             await asyncio.sleep(0)
         task = one.flow._compile(requests()[1], Call("test", time.monotonic() + 9), None).task
-        late = Sequence(999, task, None, lambda _: None)
-        told: list[Event | None] = []
-        late.send = told.append
+        inbox: asyncio.Queue[Event | None] = asyncio.Queue()
+        one.engine._inboxes[999] = inbox
         one.engine._submitted += 1
-        one.engine._commands.put(_Add(late))
+        one.engine._commands.put(Submit(999, task))
         with pytest.raises(Unavailable):
             await first
         await ready(one)
-        assert [type(event) for event in told] == [Unavailable]
+        assert isinstance(inbox.get_nowait(), Unavailable)
+        assert inbox.empty()
         assert one.engine.queued() == 0
 
 
@@ -170,7 +170,7 @@ async def test_stopping_during_the_wait_ends_the_thread(world: World) -> None:
         began = time.monotonic()
         one.engine.stop()
         assert time.monotonic() - began < 5
-        with pytest.raises(SaeguardError, match="not running"):
+        with pytest.raises(ServiceError, match="not running"):
             await one.ask(greedy(prompt(1, 9), 4))
 
 

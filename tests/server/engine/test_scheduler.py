@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
 from saeguard_server.engine.transformers.scheduler import Scheduler
-from saeguard_server.engine.transformers.sequence import BLOCK, KvBlocks, Sequence, blocks_for
+from saeguard_server.engine.transformers.sequence import BLOCK, BlockPool, Sequence, blocks_for
 from support.symbolic import Symbolic, change, generation, inspection
 
 SLOTS, BLOCKS = 4, 9
@@ -101,7 +101,7 @@ class Batching(RuleBasedStateMachine):
     def _running(self) -> list[int]:
         """Generations that hold memory."""
         scheduler = self.scheduler
-        return [one.uid for one in (*scheduler.running, *scheduler.reading) if isinstance(one.task, GenerateTask)]
+        return [one.uid for one in (*scheduler.running, *scheduler.prefilling) if isinstance(one.task, GenerateTask)]
 
     def _progressed(self, before: dict[int, tuple[int, int]]) -> None:
         """The oldest moves on in every step; where inspections hold the memory, somebody does."""
@@ -129,7 +129,7 @@ class Batching(RuleBasedStateMachine):
 
     @invariant()
     def slots_are_one_request_each(self) -> None:
-        slots = [one.slot for one in (*self.scheduler.running, *self.scheduler.reading)]
+        slots = [one.slot for one in (*self.scheduler.running, *self.scheduler.prefilling)]
         assert len(slots) == len(set(slots)) == self.scheduler.slots_in_use
         assert set(slots) <= set(range(SLOTS))
         assert all((one.slot, one.blocks, one.computed) == (-1, [], 0) for one in self.scheduler.waiting)
@@ -182,7 +182,7 @@ TestBatchingWithoutReuse.settings = settings(max_examples=15, stateful_step_coun
 
 def reading(*lengths: int, slots: int = 8) -> Scheduler:
     """A scheduler that has admitted prompts of these lengths."""
-    scheduler = Scheduler(slots, KvBlocks(sum(map(blocks_for, lengths))))
+    scheduler = Scheduler(slots, BlockPool(sum(map(blocks_for, lengths))))
     for uid, length in enumerate(lengths):
         scheduler.add(generation(uid, story(0, length)))
         assert scheduler.admit()
@@ -191,10 +191,10 @@ def reading(*lengths: int, slots: int = 8) -> Scheduler:
 
 def steps_until_read(scheduler: Scheduler, uid: int, budget: int) -> int:
     for step in range(1, 10_000):
-        for part in scheduler.next_parts(budget):
+        for part in scheduler.next_prefills(budget):
             part.sequence.computed = part.end
             if part.is_last:
-                scheduler.start_generating(part.sequence)
+                scheduler.start_decoding(part.sequence)
                 if part.sequence.uid == uid:
                     return step
     raise AssertionError("never read")
@@ -219,19 +219,19 @@ def test_who_came_first_is_read_at_half_of_every_step_at_least(lengths: list[int
 def test_no_token_of_a_step_is_left_while_prompts_wait(lengths: list[int], budget: int) -> None:
     scheduler, left = reading(*lengths), sum(lengths)
     while left:
-        parts = scheduler.next_parts(budget)
+        parts = scheduler.next_prefills(budget)
         read = sum(part.end - part.start for part in parts)
         assert read == min(budget, left)
         left -= read
         for part in parts:
             part.sequence.computed = part.end
             if part.is_last:
-                scheduler.start_generating(part.sequence)
+                scheduler.start_decoding(part.sequence)
 
 
 def test_a_step_reads_the_first_prompt_and_the_shortest() -> None:
     scheduler = reading(100, 50, 9)
-    assert [(part.sequence.uid, part.end) for part in scheduler.next_parts(40)] == [(0, 20), (1, 11), (2, 9)]
+    assert [(part.sequence.uid, part.end) for part in scheduler.next_prefills(40)] == [(0, 20), (1, 11), (2, 9)]
 
 
 def test_a_steered_prompt_is_cut_where_its_counts_can_be_kept() -> None:

@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
+from saeguard_server.engine.front import RETRY_S
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.transformers.output import HostTokens, StepOutputProcessor
 from saeguard_server.engine.transformers.runner import CapturedRows, Network, Runner, is_out_of_memory
-from saeguard_server.engine.transformers.scheduler import Batch, PromptPart, Scheduler
-from saeguard_server.engine.transformers.sequence import KvBlocks, PrefixCache, PrefixHit, Sequence
-from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, SaeguardError
+from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk, Scheduler
+from saeguard_server.engine.transformers.sequence import BlockPool, PrefixCache, PrefixHit, Sequence
+from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, ServiceError
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)
-_RETRY_S = 1.0
 
 
 class Core:
@@ -47,7 +47,7 @@ class Core:
         self.model, self.saes, self.metrics = model, saes, metrics
         self.prefill_tokens = prefill_tokens
         self.runner = Runner(model, network, saes, slots, blocks)
-        memory = KvBlocks(blocks)
+        memory = BlockPool(blocks)
         self.prefixes = PrefixCache(memory, self.runner.tables.tally) if reuse else None
         self.scheduler = Scheduler(slots, memory, self.prefixes)
         self.output = StepOutputProcessor(model, saes, metrics, self.runner.tables)
@@ -68,7 +68,7 @@ class Core:
                 self._leave(sequence)
                 self._set_gauges()
 
-    def fail_all(self, error: SaeguardError) -> None:
+    def fail_all(self, error: ServiceError) -> None:
         """Ends every request with this error."""
         for sequence in self.scheduler.everyone():
             self._fail(sequence, error)
@@ -91,7 +91,7 @@ class Core:
             self.runner.slots.place(sequence.slot, sequence.blocks)
         while admitted := self.scheduler.admit():
             self._join(*admitted)
-        return Batch.of(self.scheduler.running, self.scheduler.next_parts(self.prefill_tokens))
+        return Batch.of(self.scheduler.running, self.scheduler.next_prefills(self.prefill_tokens))
 
     def _forward(self, batch: Batch) -> Tensor | None:
         """logits [M, vocabulary] of one forward pass; None where nobody is in it, or memory ran out."""
@@ -145,7 +145,7 @@ class Core:
                     self._send_prompt(part, rows, captured)
         for part in batch.ending:
             if not part.sequence.is_done:
-                self.scheduler.start_generating(part.sequence)
+                self.scheduler.start_decoding(part.sequence)
         for row, sequence in enumerate(sequences):
             if not sequence.is_done:
                 with self._isolated(sequence):
@@ -156,7 +156,7 @@ class Core:
         """What goes wrong in here ends this request and no other."""
         try:
             yield
-        except SaeguardError as err:
+        except ServiceError as err:
             self._fail(sequence, err)
         except Exception:
             _log.exception("a request failed in the engine", extra={"request_id": sequence.task.call.request_id})
@@ -177,7 +177,7 @@ class Core:
         if self.prefixes is not None:
             self.prefixes.learn(sequence)
 
-    def _send_prompt(self, part: PromptPart, logits: Tensor, captured: CapturedRows) -> None:
+    def _send_prompt(self, part: PrefillChunk, logits: Tensor, captured: CapturedRows) -> None:
         sequence = part.sequence
         if isinstance(sequence.task, GenerateTask):
             if (chunk := self.output.prompt(sequence, sequence.task, part, logits)) is not None:
@@ -204,7 +204,7 @@ class Core:
         youngest = max(batch.sequences, key=lambda sequence: sequence.uid)
         for sequence in batch.sequences:
             if sequence is youngest or isinstance(sequence.task, InspectTask):
-                self._fail(sequence, Overloaded("the engine ran out of memory", _RETRY_S))
+                self._fail(sequence, Overloaded("the engine ran out of memory", RETRY_S))
             else:
                 self._note_preempted(sequence, self.scheduler.preempt(sequence))
 
@@ -213,7 +213,7 @@ class Core:
         self.metrics.preemptions.inc()
         self.runner.leave(slot)
 
-    def _fail(self, sequence: Sequence, error: SaeguardError) -> None:
+    def _fail(self, sequence: Sequence, error: ServiceError) -> None:
         if not sequence.is_done:
             self._leave(sequence)
             sequence.send(error)

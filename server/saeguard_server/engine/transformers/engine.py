@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -18,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from saeguard.types import KINDS
 from saeguard_sae.models import ModelLoadError, sites
 from saeguard_sae.rows import Group, Rows, RowSpan
-from saeguard_server.engine.front import RETRY_S, Backoff, EngineFront
+from saeguard_server.engine.front import RETRY_S, Backoff, Cancel, Command, EngineFront, Shutdown, Submit
 from saeguard_server.engine.load import LoadedModel, load_checked_saes, load_model
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
@@ -37,23 +36,6 @@ SMALL = 20_000_000
 """Parameters below which a second CPU thread costs more than it gives (measured: 2.5M, 1,250 against 680 tokens/s)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    sequence: Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    uid: int
-
-
-class _Stop:
-    """Ends the thread."""
-
-
-_Command: TypeAlias = _Add | _Cancel | _Stop
-
-
 class TransformersEngine(EngineFront):
     """Continuous batching over a stock Hugging Face model, on a thread of its own.
 
@@ -68,11 +50,10 @@ class TransformersEngine(EngineFront):
         self.model, self.tokenizer, self.saes = core.model.info, core.model.tokenizer, core.saes
         reached = sites(core.model.network.config)
         self.capabilities = Capabilities(NAME, reached, frozenset(KINDS), conditions=True, compares=True)
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[tuple[int, Event | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._submitted = self._taken = 0
         self._backoff, self._is_down = Backoff(), False
 
     def is_ready(self) -> bool:
@@ -89,17 +70,12 @@ class TransformersEngine(EngineFront):
 
     def stop(self) -> None:
         if self._thread is not None:
-            self._commands.put(_Stop())
+            self._commands.put(Shutdown())
             self._thread.join()
             self._thread = None
 
-    def _submit(self, uid: int, task: GenerateTask | InspectTask) -> None:
-        state = RequestState.of(task, self.tokenizer) if isinstance(task, GenerateTask) else None
-        self._submitted += 1
-        self._commands.put(_Add(Sequence(uid, task, state, lambda event: self._outbox.append((uid, event)))))
-
-    def _cancel(self, uid: int) -> None:
-        self._commands.put(_Cancel(uid))
+    def _send(self, command: Command) -> None:
+        self._commands.put(command)
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -115,14 +91,18 @@ class TransformersEngine(EngineFront):
         """Handles what has come, waiting while there is nothing else to do; False when it is time to stop."""
         while not (self._commands.empty() and self._core.scheduler.has_work):
             match self._commands.get():
-                case _Add(sequence):
+                case Submit(uid, task):
                     self._taken += 1
-                    self._core.scheduler.add(sequence)
-                case _Cancel(uid):
+                    self._core.scheduler.add(self._sequence(uid, task))
+                case Cancel(uid):
                     self._core.cancel(uid)
-                case _Stop():
+                case Shutdown():
                     return False
         return True
+
+    def _sequence(self, uid: int, task: GenerateTask | InspectTask) -> Sequence:
+        state = RequestState.of(task, self.tokenizer) if isinstance(task, GenerateTask) else None
+        return Sequence(uid, task, state, lambda event: self._outbox.append((uid, event)))
 
     def _step(self) -> bool:
         try:
@@ -170,11 +150,11 @@ class TransformersEngine(EngineFront):
                 command = self._commands.get(timeout=left)
             except queue.Empty:
                 break
-            if isinstance(command, _Stop):
+            if isinstance(command, Shutdown):
                 return False
-            if isinstance(command, _Add):
+            if isinstance(command, Submit):
                 self._taken += 1
-                command.sequence.send(error)
+                self._outbox.append((command.uid, error))
                 self._deliver()
         return True
 

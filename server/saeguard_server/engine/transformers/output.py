@@ -16,7 +16,7 @@ from saeguard_server.engine.protocol import NOT_FINITE, GenerateTask, InspectTas
 from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers.sampler import SampledTokens
-from saeguard_server.engine.transformers.scheduler import PromptPart
+from saeguard_server.engine.transformers.scheduler import PrefillChunk
 from saeguard_server.engine.transformers.sequence import Sequence
 from saeguard_server.errors import NonFiniteOutput
 from saeguard_server.observe import Metrics
@@ -78,7 +78,7 @@ class StepOutputProcessor(OutputProcessor):
         super().__init__(model.info, model.tokenizer, model.eos_ids, saes, metrics)
         self._tables = tables
 
-    def prompt(self, sequence: Sequence, task: GenerateTask, part: PromptPart, logits: Tensor) -> StreamChunk | None:
+    def prompt(self, sequence: Sequence, task: GenerateTask, part: PrefillChunk, logits: Tensor) -> StreamChunk | None:
         """What a part of its prompt showed, where it asked; logits [T or 0, vocabulary].
 
         Raises:
@@ -132,7 +132,7 @@ class StepOutputProcessor(OutputProcessor):
         return StreamChunk(state.text.flush(), completion=self.complete(state, self._receipt(sequence), trigger))
 
     def activations(
-        self, sequence: Sequence, task: InspectTask, part: PromptPart, rows: Mapping[str, SparseRows | Exception]
+        self, sequence: Sequence, task: InspectTask, part: PrefillChunk, rows: Mapping[str, SparseRows | Exception]
     ) -> list[ActivationPart]:
         """A part of every SAE's activations, in the order asked for.
 

@@ -36,7 +36,7 @@ from saeguard_server.engine.transformers.attention import (
     attend_one,
 )
 from saeguard_server.engine.transformers.sampler import Sampler
-from saeguard_server.engine.transformers.scheduler import Batch, PromptPart
+from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for
 
 Numbers: TypeAlias = NDArray[np.int64]
@@ -225,7 +225,7 @@ class Network:
         self.kernel: Kernel = attend_one
         if compiled != "none":
             self.kernel = torch.compile(attend_fused, dynamic=True, fullgraph=True)
-        if packed and can_pack(model):
+        if packed and can_pack_weights(model.device, model.network.dtype):
             pack(model.network)
         self._take_over_attention()
         # Sites may share a module: those that change what later ones see come first.
@@ -304,16 +304,11 @@ class Network:
         )
 
 
-def can_pack(model: LoadedModel) -> bool:
-    """Whether this model's linear layers can be packed."""
-    return can_pack_weights(model.device, model.network.dtype)
-
-
 @dataclass(frozen=True, slots=True)
 class _Capture:
     """What to keep of one SAE in one part: of rows ``[start, end)`` of what is captured at its site."""
 
-    part: PromptPart
+    part: PrefillChunk
     sae: str
     selection: Selection
     start: int
@@ -333,7 +328,7 @@ class ActivationCapture:
         self._activations: dict[Site, Tensor] = {}
         self._sites: set[Site] = set()
 
-    def begin(self, parts: Many[PromptPart], spans: Many[RowSpan]) -> Callable[[Site, Tensor], None] | None:
+    def begin(self, parts: Many[PrefillChunk], spans: Many[RowSpan]) -> Callable[[Site, Tensor], None] | None:
         """Before a pass that reads these parts: what to call with each site's activations; None where none asks."""
         self._captures, self._activations = [], {}
         tokens: list[Tensor] = []

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from saeguard_server.engine.protocol import GenerateTask
 from saeguard_server.engine.transformers.sequence import (
     BLOCK,
-    KvBlocks,
+    BlockPool,
     PrefixCache,
     PrefixHit,
     Sequence,
@@ -28,7 +28,7 @@ _WORTH_KEEPING = 4 * BLOCK
 
 
 @dataclass(frozen=True, slots=True)
-class PromptPart:
+class PrefillChunk:
     """Tokens ``[start, end)`` of a sequence to read in one forward pass."""
 
     sequence: Sequence
@@ -51,14 +51,14 @@ class Batch:
     """What one forward pass reads: the last token of each of ``running``, then ``parts`` of prompts."""
 
     running: tuple[Sequence, ...]
-    parts: tuple[PromptPart, ...]
-    ending: tuple[PromptPart, ...]
+    parts: tuple[PrefillChunk, ...]
+    ending: tuple[PrefillChunk, ...]
     """Parts after which a generation samples its first token."""
-    scored: tuple[PromptPart, ...]
+    scored: tuple[PrefillChunk, ...]
     """Parts of which the logits of every token are wanted."""
 
     @classmethod
-    def of(cls, running: Iterable[Sequence], parts: Iterable[PromptPart]) -> Batch:
+    def of(cls, running: Iterable[Sequence], parts: Iterable[PrefillChunk]) -> Batch:
         """The batch of these."""
         parts = tuple(parts)
         generations = [(part, part.sequence.task) for part in parts if isinstance(part.sequence.task, GenerateTask)]
@@ -103,26 +103,26 @@ class Scheduler:
         prefixes: where to look for what was read before; None never reuses.
     """
 
-    def __init__(self, slots: int, blocks: KvBlocks, prefixes: PrefixCache | None = None) -> None:
+    def __init__(self, slots: int, blocks: BlockPool, prefixes: PrefixCache | None = None) -> None:
         self.blocks, self.prefixes = blocks, prefixes
         self.waiting: deque[Sequence] = deque()
-        self.reading: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
         self._slots = list(range(slots - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
         """True while any request is not finished."""
-        return bool(self.waiting or self.running or self.reading)
+        return bool(self.waiting or self.running or self.prefilling)
 
     @property
     def slots_in_use(self) -> int:
         """Slots that hold a request."""
-        return len(self.running) + len(self.reading)
+        return len(self.running) + len(self.prefilling)
 
     def everyone(self) -> list[Sequence]:
         """Every request here."""
-        return [*self.running, *self.reading, *self.waiting]
+        return [*self.running, *self.prefilling, *self.waiting]
 
     def add(self, sequence: Sequence) -> None:
         """Puts a request at the end of the queue."""
@@ -141,11 +141,11 @@ class Scheduler:
             return None
         self.waiting.popleft()
         self.blocks.share(hit.blocks)
-        sequence.blocks = [*hit.blocks, *self.blocks.take(fresh)]
+        sequence.blocks = [*hit.blocks, *self.blocks.allocate(fresh)]
         sequence.computed = sequence.reused = len(hit.blocks) * BLOCK
         sequence.learned = len(hit.blocks)
         sequence.slot = self._slots.pop()
-        self.reading.append(sequence)
+        self.prefilling.append(sequence)
         return sequence, hit
 
     def make_room(self) -> StepBudget:
@@ -156,7 +156,7 @@ class Scheduler:
                 youngest = self._youngest()
                 budget.preempted.append((youngest, self.preempt(youngest)))
             if self._wants_block(sequence):
-                sequence.blocks += self.blocks.take(1)
+                sequence.blocks += self.blocks.allocate(1)
                 budget.grown.append(sequence)
         budget.grown = [sequence for sequence in budget.grown if sequence.slot >= 0]
         return budget
@@ -172,29 +172,29 @@ class Scheduler:
         self.waiting.insert(sum(other.uid < sequence.uid for other in self.waiting), sequence)
         return slot
 
-    def next_parts(self, budget: int) -> list[PromptPart]:
+    def next_prefills(self, budget: int) -> list[PrefillChunk]:
         """At most ``budget`` tokens of the prompts being read, at most one part of each.
 
         Half of the budget is for whoever came first, so that no prompt starves; the rest goes to the shortest
         first, so that a long prompt does not hold up short ones.
         """
-        ends = {sequence.uid: sequence.computed for sequence in self.reading}
-        shortest_first = sorted(self.reading, key=lambda sequence: len(sequence.tokens) - sequence.computed)
-        for order, share in ((self.reading, budget - budget // 2), (shortest_first, budget)):
-            left = min(share, budget - sum(ends[sequence.uid] - sequence.computed for sequence in self.reading))
+        ends = {sequence.uid: sequence.computed for sequence in self.prefilling}
+        shortest_first = sorted(self.prefilling, key=lambda sequence: len(sequence.tokens) - sequence.computed)
+        for order, share in ((self.prefilling, budget - budget // 2), (shortest_first, budget)):
+            left = min(share, budget - sum(ends[sequence.uid] - sequence.computed for sequence in self.prefilling))
             for sequence in order:
                 more = min(left, len(sequence.tokens) - ends[sequence.uid])
                 ends[sequence.uid] += more
                 left -= more
         parts = [
-            PromptPart(sequence, sequence.computed, self._cut(sequence, ends[sequence.uid]))
-            for sequence in self.reading
+            PrefillChunk(sequence, sequence.computed, self._cut(sequence, ends[sequence.uid]))
+            for sequence in self.prefilling
         ]
         return [part for part in parts if part.end > part.start]
 
-    def start_generating(self, sequence: Sequence) -> None:
+    def start_decoding(self, sequence: Sequence) -> None:
         """The prompt is read: its request joins the running ones."""
-        self.reading.remove(sequence)
+        self.prefilling.remove(sequence)
         self.running.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -202,9 +202,9 @@ class Scheduler:
         if sequence.slot < 0:
             self.waiting.remove(sequence)
             return
-        (self.running if sequence in self.running else self.reading).remove(sequence)
+        (self.running if sequence in self.running else self.prefilling).remove(sequence)
         self._slots.append(sequence.slot)
-        self.blocks.release(sequence.blocks)
+        self.blocks.free(sequence.blocks)
         sequence.slot, sequence.blocks = -1, []
 
     @staticmethod
@@ -213,7 +213,7 @@ class Scheduler:
 
     def _youngest(self) -> Sequence:
         return max(
-            (sequence for sequence in (*self.running, *self.reading) if isinstance(sequence.task, GenerateTask)),
+            (sequence for sequence in (*self.running, *self.prefilling) if isinstance(sequence.task, GenerateTask)),
             key=lambda sequence: sequence.uid,
         )
 

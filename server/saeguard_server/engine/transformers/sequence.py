@@ -96,10 +96,10 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-class KvBlocks:
+class BlockPool:
     """``count`` blocks, numbered from 1: block 0 is nobody's, and what padded places read. No tensors.
 
-    A full block is known by its key; blocks that nobody holds stay known until their memory is needed, the longest
+    A full block is cached under its key; blocks that nobody holds stay cached until their memory is needed, the longest
     unused first.
     """
 
@@ -114,7 +114,7 @@ class KvBlocks:
 
     @property
     def available(self) -> int:
-        """Blocks that can be taken: free ones, and known ones that nobody holds."""
+        """Blocks that can be allocated: free ones, and cached ones that nobody holds."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -122,11 +122,11 @@ class KvBlocks:
         """Blocks that a request holds."""
         return self.count - self.available
 
-    def take(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> list[int]:
         """So many blocks for one holder; there must be as many ``available``."""
-        return [self._take() for _ in range(count)]
+        return [self._allocate() for _ in range(count)]
 
-    def release(self, blocks: abc.Sequence[int]) -> None:
+    def free(self, blocks: abc.Sequence[int]) -> None:
         """One holder less, the last of them first: a prefix is of no use without what precedes it."""
         for block in reversed(blocks):
             self._holders[block] -= 1
@@ -142,21 +142,21 @@ class KvBlocks:
             self._holders[block] += 1
             self._idle.pop(block, None)
 
-    def find(self, keys: abc.Sequence[bytes]) -> list[int]:
-        """The known blocks of the longest beginning of these keys."""
+    def find_cached(self, keys: abc.Sequence[bytes]) -> list[int]:
+        """The cached blocks of the longest beginning of these keys."""
         return [self._by_key[key] for key in itertools.takewhile(self._by_key.__contains__, keys)]
 
     def idle_among(self, blocks: abc.Sequence[int]) -> int:
         """How many of them nobody holds: sharing those makes as many fewer available."""
         return sum(self._holders[block] == 0 for block in blocks)
 
-    def know(self, block: int, key: bytes) -> None:
-        """From now on this held block is found by its key; the first one with a key keeps it."""
+    def cache(self, block: int, key: bytes) -> None:
+        """From now on this block is found by its key; the first one with a key keeps it."""
         if key not in self._by_key and block not in self._key:
             self._key[block], self._by_key[key] = key, block
 
     def note(self, block: int, about: Any) -> None:
-        """Keeps something beside a known block for as long as it is known."""
+        """Keeps something beside a cached block for as long as it is cached."""
         if block in self._key:
             self._notes[block] = about
 
@@ -164,7 +164,7 @@ class KvBlocks:
         """What is kept beside it; None where nothing is."""
         return self._notes.get(block)
 
-    def _take(self) -> int:
+    def _allocate(self) -> int:
         if self._free:
             block = self._free.pop()
         else:
@@ -173,14 +173,6 @@ class KvBlocks:
             self._notes.pop(block, None)
         self._holders[block] = 1
         return block
-
-
-@dataclass(frozen=True, slots=True)
-class CountedPrefix:
-    """What a steering counted up to the end of a block."""
-
-    steering: Steering
-    tallies: Tallies
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +193,7 @@ class PrefixCache:
         tally: what the edits in a slot counted so far.
     """
 
-    def __init__(self, blocks: KvBlocks, tally: Callable[[int], Tallies]) -> None:
+    def __init__(self, blocks: BlockPool, tally: Callable[[int], Tallies]) -> None:
         self._blocks, self._tally = blocks, tally
 
     def find(self, sequence: Sequence) -> PrefixHit:
@@ -210,13 +202,13 @@ class PrefixCache:
             return PrefixHit()
         most = (len(sequence.tokens) - 1) // BLOCK
         self._extend(sequence, most)
-        blocks = self._blocks.find(sequence.keys[:most])
+        blocks = self._blocks.find_cached(sequence.keys[:most])
         while blocks:
             if not is_steered(sequence, len(blocks) * BLOCK):
                 return PrefixHit(tuple(blocks))
-            counted = self._blocks.note_of(blocks[-1])
-            if counted is not None and counted.steering == sequence.task.steering:
-                return PrefixHit(tuple(blocks), counted.tallies)
+            steering, tallies = self._blocks.note_of(blocks[-1]) or (None, None)
+            if steering == sequence.task.steering:
+                return PrefixHit(tuple(blocks), tallies)
             blocks.pop()
         return PrefixHit()
 
@@ -228,7 +220,7 @@ class PrefixCache:
         if full > sequence.learned:
             self._extend(sequence, full)
             for index in range(sequence.learned, full):
-                self._blocks.know(sequence.blocks[index], sequence.keys[index])
+                self._blocks.cache(sequence.blocks[index], sequence.keys[index])
             sequence.learned = full
             self._count(sequence)
 
@@ -236,8 +228,8 @@ class PrefixCache:
         """Keeps the counts, if this is where a pass ended and they are those of the edits alone."""
         if sequence.computed % BLOCK or not can_reuse(sequence) or not is_steered(sequence, sequence.computed):
             return
-        counted = CountedPrefix(sequence.task.steering, self._tally(sequence.slot))
-        self._blocks.note(sequence.blocks[sequence.learned - 1], counted)
+        note = sequence.task.steering, self._tally(sequence.slot)
+        self._blocks.note(sequence.blocks[sequence.learned - 1], note)
 
     def _extend(self, sequence: Sequence, count: int) -> None:
         keys, steering = sequence.keys, sequence.task.steering

@@ -19,8 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from saeguard.catalog import Model
-from saeguard_server.engine.front import Backoff, EngineFront
-from saeguard_server.engine.protocol import GenerateTask, InspectTask
+from saeguard_server.engine.front import Backoff, Command, EngineFront, Shutdown
 from saeguard_server.engine.worker import messages
 from saeguard_server.errors import Unavailable
 from saeguard_server.observe import Metrics
@@ -53,7 +52,7 @@ class WorkerProcess:
             command = [sys.executable, "-P", "-m", __package__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
             self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._commands: queue.SimpleQueue[messages.Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         # Sent from a thread: a child that does not read must not hold up the event loop.
         self._writer = threading.Thread(target=self._write, name="engine-commands", daemon=True)
         self._is_loaded = False
@@ -85,7 +84,7 @@ class WorkerProcess:
         self._is_loaded = True
         return answer
 
-    def send(self, command: messages.Command) -> None:
+    def send(self, command: Command) -> None:
         """Sends a command soon; to a child that died, never."""
         self._commands.put(command)
 
@@ -102,7 +101,7 @@ class WorkerProcess:
     def stop(self) -> None:
         """Asks it to end and waits for that; one that loads, or takes longer than ``STOP_S``, is killed."""
         if self._is_loaded:
-            self.send(messages.Stop())
+            self.send(Shutdown())
             try:
                 self._process.wait(STOP_S)
             except subprocess.TimeoutExpired:
@@ -169,7 +168,7 @@ class WorkerEngine(EngineFront):
         self._restarts, self._counts = metrics.engine_restarts, messages.SummedMetrics(metrics)
         self._backoff = Backoff()
         self._last_output = time.monotonic()
-        self._submitted = self._taken = self._waiting = 0
+        self._waiting = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -209,14 +208,9 @@ class WorkerEngine(EngineFront):
         # After the last report, which may hold answers.
         self._loop.call_soon(self._lose, Unavailable("the server stopped"))
 
-    def _submit(self, uid: int, task: GenerateTask | InspectTask) -> None:
-        assert self._up is not None, "it is ready"
-        self._submitted += 1
-        self._up.send(messages.Submit(uid, task))
-
-    def _cancel(self, uid: int) -> None:
+    def _send(self, command: Command) -> None:
         if self._up is not None:
-            self._up.send(messages.Cancel(uid))
+            self._up.send(command)
 
     def _supervise(self) -> None:
         """The thread: one process after another."""

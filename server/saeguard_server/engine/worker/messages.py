@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from saeguard.catalog import Model
 from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
 from saeguard_server.engine.load import RemoteSae
-from saeguard_server.engine.protocol import Capabilities, Engine, Event, GenerateTask, InspectTask
+from saeguard_server.engine.protocol import Capabilities, Engine, Event
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import Settings
@@ -67,29 +67,6 @@ class WorkerReady:
     def identity(self) -> tuple[str, Capabilities, Mapping[str, str]]:
         """Whoever has the same gives the same answers."""
         return self.model.digest, self.capabilities, {name: sae.digest for name, sae in self.saes.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """A task under the number that its events will have."""
-
-    uid: int
-    task: GenerateTask | InspectTask
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Nobody wants this task's events any more."""
-
-    uid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End everything and exit."""
-
-
-Command: TypeAlias = Submit | Cancel | Stop
 
 
 @dataclass(frozen=True, slots=True)

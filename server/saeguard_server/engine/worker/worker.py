@@ -22,10 +22,11 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry
 
 from saeguard_server import observe
+from saeguard_server.engine.front import Cancel, Command, Shutdown, Submit
 from saeguard_server.engine.load import remote_sae
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
-from saeguard_server.errors import InternalFailure, SaeguardError
+from saeguard_server.errors import InternalFailure, ServiceError
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def run_worker(descriptor: int) -> None:
 
 
 async def _serve(line: _Line, start: messages.Start) -> None:
-    loop, commands = asyncio.get_running_loop(), asyncio.Queue[messages.Command]()
+    loop, commands = asyncio.get_running_loop(), asyncio.Queue[Command]()
     # Before loading, which may take minutes: a parent that goes away meanwhile must not be outlived.
     threading.Thread(target=_listen, args=(line, loop, commands), name="commands", daemon=True).start()
     metrics = Metrics(CollectorRegistry())
@@ -69,7 +70,7 @@ async def _serve(line: _Line, start: messages.Start) -> None:
     await WorkerService(line, engine, metrics).run(commands)
 
 
-def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[messages.Command]) -> None:
+def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[Command]) -> None:
     while True:
         try:
             command = messages.receive_message(line)
@@ -97,21 +98,21 @@ class WorkerService:
         self._events: list[tuple[int, Event | None]] = []
         self._taken = 0
 
-    async def run(self, commands: asyncio.Queue[messages.Command]) -> None:
+    async def run(self, commands: asyncio.Queue[Command]) -> None:
         """Serves until told to stop; whatever still runs then fails with the engine's last words."""
         pulse = asyncio.create_task(self._report_regularly())
-        while not isinstance(command := await commands.get(), messages.Stop):
+        while not isinstance(command := await commands.get(), Shutdown):
             self._handle(command)
         pulse.cancel()
         self._engine.stop()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._report(with_counts=True)
 
-    def _handle(self, command: messages.Command) -> None:
-        if isinstance(command, messages.Submit):
+    def _handle(self, command: Command) -> None:
+        if isinstance(command, Submit):
             self._taken += 1
             self._tasks[command.uid] = asyncio.create_task(self._run_task(command.uid, command.task))
-        elif isinstance(command, messages.Cancel) and command.uid in self._tasks:
+        elif isinstance(command, Cancel) and command.uid in self._tasks:
             self._tasks[command.uid].cancel()
 
     async def _run_task(self, uid: int, task: GenerateTask | InspectTask) -> None:
@@ -121,7 +122,7 @@ class WorkerService:
                 async for event in events:
                     self._send(uid, event)
             self._send(uid, None)
-        except SaeguardError as err:
+        except ServiceError as err:
             self._send(uid, err)
         except Exception:
             _log.exception("a request failed in the engine's process")
