@@ -66,7 +66,7 @@ class AdmittedRequest:
         self._queue, self._caller, self._place = queue, caller, place
 
     async def turn(self, tokens: int) -> None:
-        """Waits for a task's turn, a place it has given up first. Raises ServiceError: it was evicted."""
+        """Waits for a task's turn; a place it has is given up first. Raises ServiceError: it was evicted."""
         await self._place.aclose()
         await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))
 

@@ -79,7 +79,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def serve_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags as a tree in the shape of the settings file. Raises BadSettings: not NAME=PATH[@SITE]."""
+    """The flags, in the shape of the settings file. Raises BadSettings: an --sae is not NAME=PATH[@SITE]."""
     tree: dict[str, Any] = {}
     for setting, _, _ in FLAGS.values():
         value = vars(arguments)[setting]

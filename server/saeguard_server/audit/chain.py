@@ -107,7 +107,7 @@ class AuditFolder:
             raise
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Writes all of them to the disk or, raising OSError, none: the chain then goes on from where it was."""
+        """Writes all of them to the disk; or none, with an OSError: the chain goes on from where it was."""
         head, lines = self.head, []
         for record in records:
             line, head = append_link(head, record, self._key)

@@ -74,7 +74,7 @@ def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: Se
 
 
 def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
-    """The address has the real port where 0 was asked for. Raises BadSettings: it, or a TLS file, is not usable."""
+    """Opens the port; 0 takes a free one. Raises BadSettings: the address or a TLS file cannot be used."""
     address = Address.parse(settings.listen)
     tls = server_credentials(settings)
     if tls is None and not address.is_loopback:
