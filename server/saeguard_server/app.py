@@ -15,22 +15,18 @@ import grpc
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import Admission, RpcLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.choice import load_engine
 from saeguard_server.engine.protocol import Engine
-from saeguard_server.generation import Counterfactuals, Generation, RequestRecorder
+from saeguard_server.generation import Counterfactuals, Generation, ReadActivations, RequestRecorder
 from saeguard_server.identity import auth
-from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Exporter, Metrics
-from saeguard_server.policy.compile import Policies
 from saeguard_server.policy.sync import enforcing, opened
 from saeguard_server.rpc import server as rpc
 from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
-from saeguard_server.rpc.server import Health, ServerInfoServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
 from saeguard_server.settings import DEMO, Address, BadSettings, ServedSaeSettings, ServerSettings, Settings
 
@@ -59,23 +55,21 @@ class App:
     _server: grpc.aio.Server
     _interceptor: RpcInterceptor
     _limiter: RpcLimiter
-    _health: Health
+    _health: rpc.Health
     _settings: ServerSettings
 
     @classmethod
     @asynccontextmanager
     async def build(cls, settings: Settings, load: Loader | None = None) -> AsyncIterator[App]:
-        """The whole server, listening. ``load`` replaces the engine that the settings ask for.
-
-        Raises:
-            BadSettings: an address, a file, the policies' store, the model or an SAE is not usable.
-        """
+        """Listening; ``load`` replaces the settings' engine. Raises BadSettings: some setting cannot be used."""
         settings = resolve_bundled(settings)
         # Before the engine: a file of keys that cannot be used need not wait for a model.
-        identity = Identity.of(settings.identity)
+        identity = auth.Identity.of(settings.identity)
         async with AsyncExitStack() as stack:
             metrics = Metrics(CollectorRegistry())
-            metrics_port = _export(settings.server, metrics, stack)
+            metrics_port = None
+            if listen := settings.server.metrics_listen:
+                metrics_port = stack.enter_context(Exporter(metrics.registry, Address.parse(listen))).port
             audit = Audit.of(settings.audit, metrics)
             stack.callback(audit.close)
             store = await stack.enter_async_context(opened(settings.policies))
@@ -95,13 +89,13 @@ class App:
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
             activations = ReadActivations(engine, engine.tokenizer, limits, admission)
-            health = Health(rpc.SERVICES)
+            health = rpc.Health(rpc.SERVICES)
             servicers = rpc.Servicers(
                 generation=GenerationServicer(generation, limiter, limits),
                 activation=ActivationServicer(activations, limiter, limits),
                 catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
                 policy=PolicyServicer(enforced, audit),
-                server_info=ServerInfoServicer(describe_server(engine, settings)),
+                server_info=rpc.ServerInfoServicer(describe_server(engine, settings)),
                 health=health,
             )
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
@@ -110,7 +104,11 @@ class App:
             address = rpc.listen_on(server, settings.server)
             await server.start()
             stack.push_async_callback(_cut_off, server, interceptor)
-            following = asyncio.create_task(health.follow(lambda: _is_ready(engine, limiter, policies)))
+
+            def is_ready() -> bool:
+                return engine.is_ready() and (policies is None or policies.is_current()) and not limiter.is_leaving
+
+            following = asyncio.create_task(health.follow(is_ready))
             stack.callback(following.cancel)
             yield cls(
                 address=address,
@@ -126,7 +124,6 @@ class App:
 
     @property
     def port(self) -> int:
-        """The port that serves gRPC."""
         return self.address.port
 
     async def serve_until_stopped(self) -> None:
@@ -161,20 +158,9 @@ class App:
 
 
 async def _cut_off(server: grpc.aio.Server, interceptor: RpcInterceptor) -> None:
-    """Ends whatever still runs, an open health Watch too."""
     await server.stop(None)
     # Handlers hear of it a little later; the engine must outlive them.
     await interceptor.open.ended(within_s=UNWIND_S)
-
-
-def _export(settings: ServerSettings, metrics: Metrics, stack: AsyncExitStack) -> int | None:
-    if not settings.metrics_listen:
-        return None
-    return stack.enter_context(Exporter(metrics.registry, Address.parse(settings.metrics_listen))).port
-
-
-def _is_ready(engine: Engine, limiter: RpcLimiter, policies: Policies | None) -> bool:
-    return engine.is_ready() and (policies is None or policies.is_current()) and not limiter.is_leaving
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Who calls: a name, what it may do, and how much of it at once; and one call of theirs."""
+"""Who calls: by which credentials, a name, what it may do, and how much of it at once; and one call of theirs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import msgspec
 from msgspec import Meta
 
 MAX_NAME_CHARS = 256
+BEARER = "Bearer "
+API_KEY_PREFIX = "sg_"
 
 _Limit: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
@@ -45,6 +47,27 @@ UNLIMITED = Quota()
 
 
 @dataclass(frozen=True, slots=True)
+class Credentials:
+    """What came with one RPC. Only the certificate's names are verified yet: by TLS."""
+
+    authorization: tuple[str, ...] = field(default=(), repr=False)
+    """Values of the ``authorization`` metadata."""
+    spiffe_id: str | None = None
+    """Of a certificate with this one URI, as SPIFFE wants it."""
+    uris: tuple[str, ...] = ()
+    """Of the certificate's subject alternative names."""
+    dns: tuple[str, ...] = ()
+    """Of the certificate's subject alternative names."""
+
+    @property
+    def bearer(self) -> str | None:
+        if len(self.authorization) != 1:
+            return None
+        scheme, value = self.authorization[0][: len(BEARER)], self.authorization[0][len(BEARER) :]
+        return value if scheme.lower() == BEARER.lower() else None
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Somebody who was recognised, or the one that everybody is where nobody has to be."""
 
@@ -63,16 +86,11 @@ class Caller:
         return cls("local", frozenset(Role), quota=quota)
 
     def may(self, role: Role) -> bool:
-        """Whether it has the role, or all of them."""
         return role in self.roles or Role.ADMIN in self.roles
 
 
 def check_caller_name(name: str) -> None:
-    """Names are logged and audited.
-
-    Raises:
-        ValueError: empty, too long, or with characters that do not print.
-    """
+    """Names are logged and audited. Raises ValueError: empty, too long, or with characters that do not print."""
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable() or name != name.strip():
         raise ValueError(f"name: must be 1 to {MAX_NAME_CHARS} printable characters without blanks around them")
 

@@ -13,19 +13,7 @@ from typing import TypeAlias
 
 from msgspec import structs
 
-from saeguard.catalog import (
-    Feature,
-    FeatureExample,
-    FeaturePage,
-    Limits,
-    Model,
-    PromotedToken,
-    Quantile,
-    Sae,
-    SaeConvention,
-    SaeQuality,
-    ServerInfo,
-)
+from saeguard import catalog
 from saeguard_sae.catalogue import CatalogueFeature, Quality
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import Engine
@@ -43,18 +31,15 @@ Entry: TypeAlias = tuple[str, CatalogueFeature]
 
 
 class Catalog:
-    """Finds features by name, number and words."""
-
     def __init__(self, saes: Mapping[str, LoadedSae]) -> None:
         self._saes = dict(saes)
         entries = [(name, entry) for name, sae in saes.items() for entry in sae.catalogue.features.values()]
         self._entries = sorted(entries, key=_rank)
 
-    def saes(self) -> tuple[Sae, ...]:
-        """Every SAE, by name."""
+    def saes(self) -> tuple[catalog.Sae, ...]:
         return tuple(_describe_sae(self._saes[name]) for name in sorted(self._saes))
 
-    def feature(self, sae: str, index: int) -> Feature:
+    def feature(self, sae: str, index: int) -> catalog.Feature:
         """What is known of one feature.
 
         Raises:
@@ -66,7 +51,7 @@ class Catalog:
             raise InvalidRequest("feature", f"{sae!r} has features 0 to {loaded.dictionary.d_sae - 1}, got {index}")
         return _feature(sae, loaded.catalogue.feature(index))
 
-    def features(self, sae: str, query: str, page_size: int, page_token: str) -> FeaturePage:
+    def features(self, sae: str, query: str, page_size: int, page_token: str) -> catalog.FeaturePage:
         """Features that hold every word of ``query``, of one SAE or ("") of all; labelled ones first, then by density.
 
         Raises:
@@ -101,39 +86,42 @@ def _rank(listed: Entry) -> tuple[bool, float, str, int]:
 
 
 def _text(entry: CatalogueFeature) -> str:
-    """Everything a search looks at."""
     tokens = [promoted.token for promoted in entry.top_tokens]
     return "\n".join([entry.label or "", *tokens, *(example.text for example in entry.examples)])
 
 
-def _page(entries: Iterator[Entry], start: int, page_size: int, key: bytes) -> FeaturePage:
-    features: list[Feature] = []
+def _page(entries: Iterator[Entry], start: int, page_size: int, key: bytes) -> catalog.FeaturePage:
+    features: list[catalog.Feature] = []
     chars = 0
     for name, entry in entries:
         if len(features) == page_size or chars > PAGE_CHARS:
-            return FeaturePage(tuple(features), _page_token(start + len(features), key))
+            return catalog.FeaturePage(tuple(features), _page_token(start + len(features), key))
         features.append(_feature(name, entry))
         chars += len(_text(entry))
-    return FeaturePage(tuple(features))
+    return catalog.FeaturePage(tuple(features))
 
 
-def _feature(sae: str, entry: CatalogueFeature) -> Feature:
-    return Feature(
+def _feature(sae: str, entry: CatalogueFeature) -> catalog.Feature:
+    return catalog.Feature(
         sae=sae,
         index=entry.index,
         label=entry.label or "",
         label_metric=entry.label_metric or "",
-        quantiles=tuple(Quantile(q, value) for q, value in sorted((float(q), v) for q, v in entry.quantiles.items())),
-        top_tokens=tuple(PromotedToken(promoted.token, promoted.logit) for promoted in entry.top_tokens),
-        examples=tuple(FeatureExample(example.text, example.token_index, example.value) for example in entry.examples),
+        quantiles=tuple(
+            catalog.Quantile(q, value) for q, value in sorted((float(q), v) for q, v in entry.quantiles.items())
+        ),
+        top_tokens=tuple(catalog.PromotedToken(promoted.token, promoted.logit) for promoted in entry.top_tokens),
+        examples=tuple(
+            catalog.FeatureExample(example.text, example.token_index, example.value) for example in entry.examples
+        ),
         label_score=entry.label_score,
         maximum=entry.maximum,
         density=entry.density,
     )
 
 
-def _describe_sae(sae: LoadedSae) -> Sae:
-    return Sae(
+def _describe_sae(sae: LoadedSae) -> catalog.Sae:
+    return catalog.Sae(
         name=sae.name,
         site=str(sae.site),
         d_in=sae.dictionary.d_in,
@@ -144,13 +132,15 @@ def _describe_sae(sae: LoadedSae) -> Sae:
         quality=_describe_quality(sae.catalogue.quality),
         write_sites=tuple(map(str, sae.write_sites)),
         format=sae.format,
-        conventions=tuple(SaeConvention(stated.name, stated.value, stated.source) for stated in sae.conventions),
+        conventions=tuple(
+            catalog.SaeConvention(stated.name, stated.value, stated.source) for stated in sae.conventions
+        ),
         measured=_describe_quality(sae.measured),
     )
 
 
-def _describe_quality(quality: Quality | None) -> SaeQuality | None:
-    return None if quality is None else SaeQuality(**structs.asdict(quality))
+def _describe_quality(quality: Quality | None) -> catalog.SaeQuality | None:
+    return None if quality is None else catalog.SaeQuality(**structs.asdict(quality))
 
 
 def _search_key(sae: str, query: str) -> bytes:
@@ -174,19 +164,19 @@ def _position(page_token: str, sae: str, query: str) -> int:
     return int.from_bytes(raw[6:], "big")
 
 
-def describe_model(engine: Engine) -> Model:
+def describe_model(engine: Engine) -> catalog.Model:
     """The model, with the sites that the engine reaches from the first layer to the last."""
     return replace(engine.model, sites=tuple(str(site) for site in sorted(engine.capabilities.sites)))
 
 
-def describe_server(engine: Engine, settings: Settings) -> ServerInfo:
+def describe_server(engine: Engine, settings: Settings) -> catalog.ServerInfo:
     """What this server is and allows, so that a caller need not find out by being refused."""
     limits = settings.limits
-    return ServerInfo(
+    return catalog.ServerInfo(
         version=version("saeguard"),
         engine=engine.capabilities.engine,
         model=engine.model.name,
-        limits=Limits(
+        limits=catalog.Limits(
             max_slots=settings.engine.max_slots,
             max_queue=limits.max_queue,
             max_context=engine.model.max_context,

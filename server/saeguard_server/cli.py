@@ -71,7 +71,6 @@ def add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
-    """Serves until stopped."""
     try:
         settings = load_settings(arguments.config, serve_overrides(arguments))
     except BadSettings as err:
@@ -80,11 +79,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def serve_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, as a tree in the shape of the settings file.
-
-    Raises:
-        BadSettings: an --sae that is not NAME=PATH[@SITE].
-    """
+    """The flags, in the shape of the settings file. Raises BadSettings: an --sae is not NAME=PATH[@SITE]."""
     tree: dict[str, Any] = {}
     for setting, _, _ in FLAGS.values():
         value = vars(arguments)[setting]
@@ -151,7 +146,6 @@ _DURATION = re.compile(r"([1-9][0-9]{0,4})([hd])")
 
 
 def add_key(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
     parser = subparsers.add_parser(
         "key", help="make, list and revoke API keys", description="Make, list and revoke API keys."
     )

@@ -1,4 +1,4 @@
-"""What Generate, GenerateStream and Compare do: policies, steering, the engine's stream, and what is kept of it."""
+"""Generate, GenerateStream, Compare and GetActivations: policies, steering, the engine's stream, what is kept of it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,21 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 
-from saeguard.requests import GenerateRequest, Sampling
-from saeguard.results import Comparison, PolicyFacts, StreamChunk, join_chunks
+from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest, Sampling, Selection, TopKSelection
+from saeguard.results import ActivationPart, Comparison, PolicyFacts, StreamChunk, join_chunks
+from saeguard.types import FeatureRef
+from saeguard_server import steering
 from saeguard_server.admission import Admission
 from saeguard_server.audit.log import Audit, RequestAudit
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, Side, Steering
+from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, InspectTask, Side, Steering
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy.compile import Policies, Snapshot
 from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.settings import LimitSettings
-from saeguard_server.steering import (
-    CompiledTrigger,
-    TokenRange,
-    check_watchable,
-    compile_edits,
-    compile_triggers,
-    find_feature,
-    may_stop,
-    steer,
-)
+from saeguard_server.steering import TokenRange
 
 MAX_MEASURED_TOKENS = 512
 """Of an answer that is measured against another: what waits for the other side is a row of the vocabulary for each."""
@@ -52,8 +45,6 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CompiledRequest:
-    """A generation that can start."""
-
     task: GenerateTask
     policy: PolicyFacts | None = None
     """None on a server without policies."""
@@ -69,8 +60,6 @@ class CompiledRequest:
 
 
 class Generation:
-    """Text from the model, one request at a time to its callers, many at once in the engine."""
-
     def __init__(
         self,
         engine: Engine,
@@ -165,7 +154,7 @@ class Generation:
 
     def _compile(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
         for index, ref in enumerate(request.watch):
-            check_watchable(find_feature(self._engine, ref, f"watch[{index}]"), f"watch[{index}].sae")
+            steering.find_watchable(self._engine, ref, f"watch[{index}]")
         context = self._engine.model.max_context
         tokens = encode_input(self._tokenizer, request.input, context - 1).ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
@@ -179,21 +168,18 @@ class Generation:
             watch=tuple((ref.sae, ref.feature) for ref in request.watch),
         )
         if snapshot is None:
-            edits = compile_edits(self._engine, request.interventions)
-            triggers = compile_triggers(self._engine, request.triggers)
-            steering = steer(edits, triggers, request.max_relative_edit, self._token_range(task, triggers))
-            return CompiledRequest(replace(task, steering=steering))
+            edits = steering.compile_edits(self._engine, request.interventions)
+            triggers = steering.compile_triggers(self._engine, request.triggers)
+            token_range = TokenRange.of(tokens, task.max_new_tokens, triggers, self._tokenizer.special_ids)
+            placed = steering.steer(edits, triggers, request.max_relative_edit, token_range)
+            return CompiledRequest(replace(task, steering=placed))
         resolved = resolve_policies(request, call.caller, snapshot, datetime.now(UTC))
-        token_range, selected = self._token_range(task, resolved.triggers), resolved.selected
-        steering = steer(resolved.edits, resolved.triggers, resolved.max_relative_edit, token_range)
+        selected = resolved.selected
+        token_range = TokenRange.of(tokens, task.max_new_tokens, resolved.triggers, self._tokenizer.special_ids)
+        placed = steering.steer(resolved.edits, resolved.triggers, resolved.max_relative_edit, token_range)
         return CompiledRequest(
-            replace(task, steering=steering), selected.facts, selected.requires_audit, selected.counterfactual
+            replace(task, steering=placed), selected.facts, selected.requires_audit, selected.counterfactual
         )
-
-    def _token_range(self, task: GenerateTask, triggers: Sequence[CompiledTrigger]) -> TokenRange:
-        # The last token is read only where a trigger may stop it from being sent.
-        last = len(task.tokens) + task.max_new_tokens - 1
-        return TokenRange(task.tokens, last + may_stop(triggers, last, len(task.tokens)), self._tokenizer.special_ids)
 
 
 def first_divergence(answer: Sequence[int], other: Sequence[int]) -> int | None:
@@ -220,7 +206,6 @@ class RequestRecorder:
     async def request(
         self, request: GenerateRequest, call: Call, *, is_comparison: bool = False
     ) -> AsyncIterator[RecordedRequest]:
-        """Around one generation; what is raised in it is its outcome."""
         audit = self._audit.request(call, request, is_comparison=is_comparison)
         try:
             yield RecordedRequest(self, audit)
@@ -233,28 +218,18 @@ class RequestRecorder:
 
 
 class RecordedRequest:
-    """One generation on its way."""
-
     def __init__(self, recorder: RequestRecorder, audit: RequestAudit) -> None:
         self._recorder, self._audit = recorder, audit
         self._compiled: CompiledRequest | None = None
         self._answer: list[int] = []
 
     async def admit(self, compiled: CompiledRequest) -> None:
-        """Before any work of the engine.
-
-        Raises:
-            Unavailable: it must be audited, and cannot be.
-        """
+        """Before any work of the engine. Raises Unavailable: it must be audited, and cannot be."""
         self._compiled = compiled
         await self._audit.admit(compiled.policy, compiled.task.seed, required=compiled.requires_audit)
 
     async def chunk(self, chunk: StreamChunk) -> StreamChunk:
-        """The chunk as it is sent, before it is.
-
-        Raises:
-            Unavailable: it is the last of a request that must be audited, and cannot be.
-        """
+        """The chunk as it is to be sent. Raises Unavailable: it is the last, must be audited, and cannot be."""
         compiled = self._compiled
         assert compiled is not None, "it was admitted"
         self._answer += [token.id for token in chunk.tokens]
@@ -313,11 +288,6 @@ async def measure_divergence(
 
 
 async def all_chunks(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, ...]:
-    """Every chunk of a task.
-
-    Raises:
-        ServiceError: as for a generation.
-    """
     async with aclosing(engine.generate(task)) as stream:
         chunks = [chunk async for chunk in stream]
     if not chunks or chunks[-1].completion is None:
@@ -326,7 +296,6 @@ async def all_chunks(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, .
 
 
 def token_ids(chunks: Sequence[StreamChunk]) -> tuple[int, ...]:
-    """The tokens of an answer."""
     return tuple(token.id for chunk in chunks for token in chunk.tokens)
 
 
@@ -349,7 +318,6 @@ class Counterfactuals:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Measures until the block ends."""
         task = asyncio.create_task(self._run())
         try:
             yield
@@ -386,7 +354,6 @@ class Counterfactuals:
 
 
 def without_policy(steering: Steering, policy: str) -> Steering:
-    """The same steering but for what this policy edits."""
     others = tuple(edit for edit in steering.edits if edit.origin.policy != policy)
     digest = hashlib.sha256(f"{steering.digest} without {policy}".encode()).hexdigest()
     return replace(steering, edits=others, digest=digest)
@@ -396,3 +363,72 @@ def _is_chosen(policy: str, request_id: str, share: float) -> bool:
     """By a stable hash, so that a test and an investigation find the same requests."""
     digest = hashlib.blake2b(f"{policy} {request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
+
+
+# --- GetActivations: which features fire on which token of each input, under edits if there are any
+
+
+class ReadActivations:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: LimitSettings, admission: Admission) -> None:
+        self._engine, self._tokenizer, self._limits, self._admission = engine, tokenizer, limits, admission
+
+    async def stream(self, request: ActivationRequest, call: Call) -> AsyncGenerator[ActivationPart]:
+        """Parts of whole tokens, input by input; everything is checked before the first is read.
+
+        Raises:
+            UnknownName, InvalidRequest: what cannot be served as asked, by field, before any work.
+            PermissionDenied, QuotaExceeded: what this caller may not, before any work.
+            DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
+        """
+        async with self._admission.request(call.caller, request) as admitted:
+            tasks = await asyncio.to_thread(self._compile, request, call)
+            admitted.tokens.reserve(sum(len(task.tokens) for task in tasks))
+            for task in tasks:
+                await admitted.turn(len(task.tokens))
+                async with aclosing(self._engine.inspect(task)) as parts:
+                    admitted.tokens.charge(len(task.tokens))
+                    async for part in parts:
+                        yield part
+
+    def _compile(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
+        selections = self._selections(request)
+        tasks = []
+        for index, input in enumerate(request.inputs):
+            encoded = encode_input(self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].")
+            tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
+            placed = steering.compile_steering(self._engine, request.interventions, None, tokens)
+            tasks.append(
+                InspectTask(
+                    call=call, index=index, tokens=encoded.ids, offsets=encoded.offsets, selections=selections,
+                    steering=placed,
+                )
+            )  # fmt: skip
+        return tasks
+
+    def _selections(self, request: ActivationRequest) -> tuple[tuple[str, Selection], ...]:
+        for index, name in enumerate(request.saes):
+            steering.find_sae(self._engine, name, f"saes[{index}]")
+        selection = request.selection
+        if isinstance(selection, FeatureSelection):
+            return self._by_sae(request.saes, selection)
+        if isinstance(selection, TopKSelection):
+            self._check_values("top_k", selection.k)
+        return tuple((name, selection) for name in request.saes)
+
+    def _by_sae(self, saes: Sequence[str], selection: FeatureSelection) -> tuple[tuple[str, Selection], ...]:
+        self._check_values("features.features", len(selection.features))
+        by_sae: dict[str, list[FeatureRef]] = {name: [] for name in saes}
+        for index, ref in enumerate(selection.features):
+            field = f"features.features[{index}]"
+            steering.find_feature(self._engine, ref, field)
+            if saes and ref.sae not in saes:
+                raise InvalidRequest(f"{field}.sae", f"{ref.sae!r} is not in saes")
+            by_sae.setdefault(ref.sae, []).append(ref)
+        for index, name in enumerate(saes):
+            if not by_sae[name]:
+                raise InvalidRequest(f"saes[{index}]", f"no feature of {name!r} is named")
+        return tuple((name, FeatureSelection(refs)) for name, refs in by_sae.items())
+
+    def _check_values(self, field: str, values: int) -> None:
+        if values > self._limits.max_activation_values:
+            raise InvalidRequest(field, f"at most {self._limits.max_activation_values} per token, got {values}")

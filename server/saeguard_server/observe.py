@@ -35,8 +35,6 @@ NATS = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class Metrics:
-    """What the server counts, in one registry."""
-
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._declare_load()
@@ -88,7 +86,6 @@ class Metrics:
         )
 
     def _declare_steering(self) -> None:
-        """Edits, and what the check at start measured of each SAE on this model."""
         self.tokens_edited = self._counter(
             "saeguard_tokens_edited", "Tokens on which an edit changed a feature, by SAE and kind of edit",
             ["sae", "kind"],
@@ -104,7 +101,6 @@ class Metrics:
         )
 
     def _declare_policies(self) -> None:
-        """What is in force here, how well this server follows it, and the audit."""
         self.policy_revision = self._gauge("saeguard_policy_revision", "Policy revision that this server enforces")
         self.policy_activation = self._gauge(
             "saeguard_policy_activation", "Number of the activation that put that revision in force"
@@ -160,7 +156,6 @@ class PolicyMetrics:
         self._series: set[tuple[str, str, str]] = set()
 
     def observe(self, done: Completion) -> None:
-        """Counts a finished request."""
         if done.receipt is None:
             return
         for edit in done.receipt.interventions:
@@ -174,7 +169,6 @@ class PolicyMetrics:
             self._stops.labels(*self._labels(by.policy, by.name, is_shadow=False)).inc()
 
     def observe_counterfactual(self, policy: str, kl_nats: float) -> None:
-        """The mean over a request's tokens of what a policy changed, in nats."""
         self._counterfactual.labels(policy).observe(kl_nats)
 
     def keep(self, rules: Iterable[tuple[str, str]]) -> None:
@@ -214,11 +208,7 @@ class Exporter:
     """/metrics over HTTP on a port of its own, so that it can be kept from callers; a context manager that stops it."""
 
     def __init__(self, registry: CollectorRegistry, address: Address) -> None:
-        """Listens at once.
-
-        Raises:
-            BadSettings: the address cannot be used.
-        """
+        """Listens at once. Raises BadSettings: the address cannot be used."""
         try:
             self._server, self._thread = start_http_server(address.port, address.host, registry)
         except OSError as err:
@@ -226,7 +216,6 @@ class Exporter:
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
         return self._server.server_port
 
     def __enter__(self) -> Exporter:
@@ -258,7 +247,6 @@ class JsonFormatter(logging.Formatter):
         self._with_messages = with_messages
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -272,7 +260,6 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
     def _chain(self, error: BaseException) -> list[dict[str, Any]]:
-        """The error and what it came from, innermost last."""
         chain: list[dict[str, Any]] = []
         at: BaseException | None = error
         while at is not None and len(chain) < 8:

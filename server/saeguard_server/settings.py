@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from saeguard_server.caller import Quota, Role, check_caller_name
+
+LOG = logging.getLogger("saeguard.files")
 
 DEMO = "demo"
 """Model path that stands for the bundled demo model and its SAEs."""
@@ -24,6 +27,7 @@ STORES = ("sqlite:///", "postgresql://", "directory:")
 MIN_POLLS = 3
 """Attempts that must fit before the policies that are known count as stale."""
 
+T = TypeVar("T")
 Text: TypeAlias = Annotated[str, Meta(min_length=1)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=86_400.0)]
@@ -48,11 +52,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """``host:port``; an IPv6 host stands in brackets.
-
-        Raises:
-            ValueError: anything else.
-        """
+        """``host:port``; an IPv6 host stands in brackets. Raises ValueError: anything else."""
         host, colon, port = text.rpartition(":")
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65_535
@@ -65,7 +65,6 @@ class Address(NamedTuple):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
@@ -325,7 +324,6 @@ class JwtSettings(SettingsTable, frozen=True, kw_only=True):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the keys come from a URL."""
         return urlsplit(self.jwks).scheme in ("http", "https")
 
 
@@ -360,7 +358,6 @@ class IdentitySettings(SettingsTable, frozen=True, kw_only=True):
         return self.api_keys is not None or bool(self.certificates) or self.jwt is not None
 
     def quota_of(self, name: str) -> Quota:
-        """The quota of the caller of that name."""
         return self.quotas.get(name, self.quota)
 
 
@@ -488,3 +485,47 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         under = both.get(key)
         both[key] = _merged(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
     return both
+
+
+# --- files that settings name and that are renewed under a running server: keys, certificates
+
+
+class WatchedFiles(Generic[T]):
+    """What ``read`` makes of files, made again once one was replaced, written or opened up.
+
+    Files that can no longer be read or understood change nothing, but at the start: the constructor raises what
+    ``read`` raises.
+    """
+
+    def __init__(self, name: str, files: Sequence[Path], read: Callable[[], T]) -> None:
+        self._name, self._files, self._read = name, files, read
+        self._stamp = self._current_stamp()
+        self._content = read()
+
+    def current(self) -> T:
+        """The content, the same object while the files stay as they are."""
+        stamp = self._current_stamp()
+        if stamp != self._stamp:
+            # Also of files that cannot be used: they are tried again once they change again.
+            self._stamp = stamp
+            try:
+                self._content = self._read()
+                LOG.info(f"{self._name} read again")
+            except (OSError, ValueError) as err:
+                fields = {"problem": error_text(err)}
+                LOG.error(f"{self._name} cannot be read, the old ones stay", extra={"fields": fields})
+        return self._content
+
+    def _current_stamp(self) -> tuple[tuple[int, ...], ...] | None:
+        """Links are followed, as a mounted Kubernetes Secret is all links."""
+        try:
+            stats = [file.stat() for file in self._files]
+        except OSError:
+            return None
+        # The size too: a file that is emptied and then written can be both within one tick of the file system's clock.
+        return tuple((stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size) for stat in stats)
+
+
+def error_text(error: Exception) -> str:
+    """For logs: what kind of thing went wrong, without what was read."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)

@@ -64,7 +64,6 @@ def _site(setting: str, text: str | None) -> Site | None:
 
 
 def _warn(settings: ServedSaeSettings, hub_sae: HubSae) -> None:
-    """What an operator should know of a download."""
     if hub_sae.offline is not None:
         _log.warning("served from the hub's cache", extra={"fields": {"sae": settings.name, "why": hub_sae.offline}})
     if hub_sae.revision is not None and not hub_sae.is_pinned:

@@ -41,6 +41,17 @@ class TokenRange:
     tokens: int
     special_ids: frozenset[int]
 
+    @classmethod
+    def of(
+        cls, prompt: tuple[int, ...], new_tokens: int, triggers: Iterable[CompiledTrigger], special_ids: frozenset[int]
+    ) -> TokenRange:
+        """Of a generation of so many tokens; the last is read only where a trigger may stop it from being sent."""
+        last = len(prompt) + new_tokens - 1
+        stopping = (trigger.condition for trigger in triggers if trigger.condition.stops)
+        scopes = (condition.scope.positions(len(prompt)) for condition in stopping)
+        may_stop = any(first <= last and (end is None or last < end) for first, end in scopes)
+        return cls(prompt, last + may_stop, special_ids)
+
 
 def compile_steering(
     engine: Engine,
@@ -49,11 +60,7 @@ def compile_steering(
     tokens: TokenRange,
     triggers: Sequence[Trigger] = (),
 ) -> Steering:
-    """The steering of a request on which no policy acts.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be applied as it stands.
-    """
+    """The steering of a request on which no policy acts. Raises UnknownName, InvalidRequest by field."""
     edits, own_triggers = compile_edits(engine, interventions), compile_triggers(engine, triggers)
     return steer(edits, own_triggers, max_relative_edit, tokens)
 
@@ -131,11 +138,7 @@ def compile_trigger(
     is_shadow: bool = False,
     is_limited: bool = True,
 ) -> CompiledTrigger:
-    """A trigger as the engine can decide it, with its edits.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be decided or applied as it stands.
-    """
+    """A trigger as the engine decides it, with its edits. Raises UnknownName, InvalidRequest by field."""
     action = trigger.action
     condition = compile_condition(
         engine, trigger.when, f"{field}.when", origin, is_trigger=True, is_shadow=is_shadow,
@@ -162,11 +165,7 @@ def compile_condition(
     is_trigger: bool = False,
     is_shadow: bool = False,
 ) -> CompiledCondition:
-    """A condition as the engine decides it.
-
-    Raises:
-        UnknownName, InvalidRequest: the field that cannot be decided as it stands.
-    """
+    """A condition as the engine decides it. Raises UnknownName, InvalidRequest by field."""
     if not engine.capabilities.conditions:
         raise InvalidRequest(field, f"the {engine.capabilities.engine} engine decides no conditions")
     saes = [_find_term(engine, when, index, field) for index in range(len(when.terms))]
@@ -265,13 +264,6 @@ def place(compiled: C, tokens: TokenRange) -> C:
     return replace(compiled, first=first, last=last)
 
 
-def may_stop(triggers: Iterable[CompiledTrigger], position: int, prompt_tokens: int) -> bool:
-    """Whether one could stop the token at a position: then the model reads it even if it is the last."""
-    stopping = (trigger.condition for trigger in triggers if trigger.condition.stops)
-    scopes = (condition.scope.positions(prompt_tokens) for condition in stopping)
-    return any(first <= position and (last is None or position < last) for first, last in scopes)
-
-
 def _holds_a_token(scope: Scope, first: int, end: int, tokens: TokenRange) -> bool:
     if first >= end:
         return False
@@ -298,11 +290,7 @@ def _check_disjoint(edits: Sequence[CompiledEdit]) -> None:
 
 
 def find_sae(engine: Engine, name: str, field: str) -> LoadedSae:
-    """The served SAE of that name.
-
-    Raises:
-        UnknownName: there is none; names those there are.
-    """
+    """The served SAE of that name. Raises UnknownName: there is none; names those there are."""
     if name not in engine.saes:
         served = ", ".join(sorted(engine.saes)) or "none"
         raise UnknownName(field, f"no SAE {name!r} is served; there are: {served}")
@@ -322,25 +310,23 @@ def find_feature(engine: Engine, ref: FeatureRef, field: str) -> LoadedSae:
     return sae
 
 
-def check_watchable(sae: LoadedSae, field: str) -> None:
-    """Refuses to read features along with a generation that depend on more than the token at hand.
+def find_watchable(engine: Engine, ref: FeatureRef, field: str) -> LoadedSae:
+    """The SAE of a feature that can be read along with a generation.
 
     Raises:
-        InvalidRequest: this SAE has such features.
+        UnknownName, InvalidRequest: there is no such feature, or it depends on more than the token at hand.
     """
+    sae = find_feature(engine, ref, field)
     if why_not_editable(sae.dictionary):
         raise InvalidRequest(
-            field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: its features need the whole prefix; "
+            f"{field}.sae", f"{sae.name!r} is a {sae.dictionary.architecture} SAE: its features need the whole prefix; "
             "GetActivations reads them"
         )  # fmt: skip
+    return sae
 
 
 def check_editable(engine: Engine, sae: LoadedSae, field: str) -> None:
-    """Refuses to edit features of an SAE where that cannot be done.
-
-    Raises:
-        InvalidRequest: it cannot be exact, or the engine does not reach its sites.
-    """
+    """Raises InvalidRequest: the edit cannot be exact, or the engine does not reach the SAE's sites."""
     if reason := why_not_editable(sae.dictionary):
         raise InvalidRequest(field, f"{sae.name!r} is a {sae.dictionary.architecture} SAE: {reason}")
     for site in (sae.site, *sae.writes):
@@ -350,8 +336,7 @@ def check_editable(engine: Engine, sae: LoadedSae, field: str) -> None:
 
 def _find_term(engine: Engine, when: Condition, index: int, field: str) -> LoadedSae:
     path = f"{field}.terms[{index}]"
-    sae = find_feature(engine, when.terms[index].ref, path)
-    check_watchable(sae, f"{path}.sae")
+    sae = find_watchable(engine, when.terms[index].ref, path)
     check_editable(engine, sae, f"{path}.sae")
     return sae
 

@@ -30,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.report import figure
 from saeguard.requests import ActivationRequest, GenerateRequest, Sampling, TokenInput, TopKSelection
 from saeguard.types import Clamp, Scale, Zero
-from saeguard_server.activations import ReadActivations
 from saeguard_server.caller import Call
 from saeguard_server.engine.transformers import load_engine
+from saeguard_server.generation import ReadActivations
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import CheckSettings, EngineSettings, ModelSettings, ServedSaeSettings, Settings
 from support.engines import Running, open_admission, prompt

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saeguard_client import AsyncClient
-from saeguard_server.demo.replay import Replay
 from saeguard_server.demo.scenarios import load_demonstration
+from saeguard_server.demo.show import Replay
 from support.served import serving_demo
 
 GENERATIONS = 24

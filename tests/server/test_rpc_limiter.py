@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from saeguard_server.admission import LONGEST_RETRY_S, SHORTEST_RETRY_S, RpcLimiter
+from saeguard_server.admission import LONGEST_RETRY_S, SHORTEST_RETRY_S, FairQueue, RpcLimiter
 from saeguard_server.caller import LOCAL
 from saeguard_server.errors import Overloaded, Unavailable
-from saeguard_server.fair_queue import FairQueue
 
 
 @pytest.fixture

@@ -37,7 +37,6 @@ from saeguard_server.steering import (
     compile_edit,
     compile_steering,
     compile_trigger,
-    may_stop,
     steer,
     with_affine,
 )
@@ -190,7 +189,8 @@ def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
 def test_the_last_token_is_read_only_if_it_can_be_stopped(engine: TransformersEngine) -> None:
     def stops(**scope: Any) -> bool:
         trigger = Trigger("t", when(scope=Scope(**scope)), Stop())
-        return may_stop([compile_trigger(engine, trigger, "triggers[0]", Origin())], 7, 4)
+        compiled = compile_trigger(engine, trigger, "triggers[0]", Origin())
+        return TokenRange.of((256, 1, 2, 3), 4, [compiled], frozenset()).tokens == 8
 
     assert stops()
     assert stops(phase="generated")

@@ -37,8 +37,6 @@ class BrokenChain(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How far a chain goes: the number and digest of its last line."""
-
     seq: int = 0
     hash: str = START
 
@@ -51,11 +49,7 @@ def append_link(head: Head, record: Mapping[str, Any], key: bytes | None) -> tup
 
 
 def verify_link(head: Head, line: bytes, key: bytes | None) -> tuple[dict[str, Any], Head]:
-    """The record of the line that comes after ``head``, and the head that it makes.
-
-    Raises:
-        BrokenChain: it does not follow, or is not as it was written.
-    """
+    """The record of the line after ``head``, and the head that it makes. Raises BrokenChain."""
     try:
         record = msgspec.json.decode(line, type=dict[str, Any])
     except msgspec.MsgspecError as err:
@@ -113,11 +107,7 @@ class AuditFolder:
             raise
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Writes all of them or none, and returns once they are on the disk.
-
-        Raises:
-            OSError: they could not be written; the chain goes on from where it was.
-        """
+        """Writes all of them to the disk; or none, with an OSError: the chain goes on from where it was."""
         head, lines = self.head, []
         for record in records:
             line, head = append_link(head, record, self._key)
@@ -134,7 +124,6 @@ class AuditFolder:
         self.head = head
 
     def close(self) -> None:
-        """Lets another process write."""
         os.ftruncate(self._file, self._size)
         os.close(self._file)
         os.close(self._lock)
@@ -169,7 +158,6 @@ class AuditFolder:
 
 
 def audit_files(folder: Path) -> list[tuple[int, Path]]:
-    """The files of a chain with their numbers, in order."""
     named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in named if match)
 
@@ -270,21 +258,15 @@ class AuditWriter:
         self._thread.start()
 
     def note(self, record: dict[str, Any]) -> None:
-        """Takes a record that nobody waits for."""
         self._jobs.put(_Job(_stamped(record), None))
 
     async def write(self, record: dict[str, Any]) -> None:
-        """Returns once the record is on the disk.
-
-        Raises:
-            AuditFailed: it is not.
-        """
+        """Returns once the record is on the disk. Raises AuditFailed: it is not."""
         done = asyncio.get_running_loop().create_future()
         self._jobs.put(_Job(_stamped(record), done))
         await done
 
     def close(self) -> None:
-        """Writes what has come, and ends."""
         self._jobs.put(None)
         self._thread.join()
         self._folder.close()

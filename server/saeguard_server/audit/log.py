@@ -39,11 +39,7 @@ class Audit:
 
     @classmethod
     def of(cls, settings: AuditSettings, metrics: Metrics) -> Audit:
-        """As the settings say.
-
-        Raises:
-            BadSettings: the folder cannot be used, or a key cannot be read.
-        """
+        """As the settings say. Raises BadSettings: the folder cannot be used, or a key cannot be read."""
         if settings.folder is None:
             return cls()
         try:
@@ -57,33 +53,29 @@ class Audit:
 
     def request(self, call: Call, request: GenerateRequest, *, is_comparison: bool = False) -> RequestAudit:
         """A request as it came; nothing is written yet."""
-        record = {} if self._writer is None else intent_record(call, request, is_comparison=is_comparison)
+        record: dict[str, Any] = {}
+        if self._writer is not None:
+            record = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
+            # A comparison also shows what policies suppress.
+            record |= {"is_comparison": True} if is_comparison else {}
         return RequestAudit(self._writer, record, self._text, required=self._required)
 
     @property
     def is_enabled(self) -> bool:
-        """Whether records are written anywhere."""
         return self._writer is not None
 
     async def act(self, call: Call, what: str, **facts: Any) -> None:
-        """An act on policies that was done.
-
-        Raises:
-            Unavailable: its record cannot be written.
-        """
+        """An act on policies that was done. Raises Unavailable: its record cannot be written."""
         if self._writer is not None:
             record = {"kind": "policy", "request_id": call.request_id, "caller": call.caller.name, "act": what}
             await _write(self._writer, record | facts)
 
     def close(self) -> None:
-        """Writes what has come."""
         if self._writer is not None:
             self._writer.close()
 
 
 class RequestAudit:
-    """One request on its way."""
-
     def __init__(
         self, writer: AuditWriter | None, record: dict[str, Any], text: Redaction | None, *, required: bool
     ) -> None:
@@ -104,21 +96,17 @@ class RequestAudit:
                 raise Unavailable("a policy requires an audit, and this server keeps none", RETRY_S)
             return
         self._required |= required
-        self._record = admission_record(self._record, facts, seed)
+        self._record |= {"policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
         if self._required:
             await _write(self._writer, {"kind": "admitted", **self._record})
 
     async def finish(self, done: Completion, prompt: Sequence[int], answer: Sequence[int]) -> None:
-        """Before the end of its answer is sent.
-
-        Raises:
-            Unavailable: it must be audited, and that cannot be written.
-        """
+        """Before the end of its answer is sent. Raises Unavailable: it must be audited, and that cannot be written."""
         if self._writer is None:
             return
         self._is_over = True
         text = {} if self._text is None else self._text.of(prompt, answer)
-        record = {"kind": "request", **outcome_record(self._record, done), **text}
+        record = {"kind": "request", **self._record, **outcome_record(done), **text}
         if self._required:
             await _write(self._writer, record)
         else:
@@ -159,11 +147,7 @@ def request_record(request: GenerateRequest) -> dict[str, Any]:
 
 
 def request_from_record(record: Mapping[str, Any], input: ModelInput) -> GenerateRequest:
-    """The same request with the prompt put back.
-
-    Raises:
-        ValueError: that is not what ``request_record`` gave.
-    """
+    """The same request with the prompt put back. Raises ValueError: that is not what ``request_record`` gave."""
     try:
         return GenerateRequest(
             input=input,
@@ -179,22 +163,9 @@ def request_from_record(record: Mapping[str, Any], input: ModelInput) -> Generat
         raise ValueError(f"not a record of a request: {err}") from err
 
 
-def intent_record(call: Call, request: GenerateRequest, *, is_comparison: bool) -> dict[str, Any]:
-    """Who asked for what; a comparison also shows what policies suppress."""
-    record = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
-    return {**record, "is_comparison": True} if is_comparison else record
-
-
-def admission_record(intent: dict[str, Any], facts: PolicyFacts | None, seed: int) -> dict[str, Any]:
-    """That, and which policies decide."""
-    return {**intent, "policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
-
-
-def outcome_record(admission: dict[str, Any], done: Completion) -> dict[str, Any]:
-    """That, and what was done."""
+def outcome_record(done: Completion) -> dict[str, Any]:
     receipt = done.receipt
     return {
-        **admission,
         "outcome": done.finish_reason,
         "stopped_by": None if done.stopped_by is None else msgspec.to_builtins(done.stopped_by),
         "prompt_tokens": done.usage.prompt_tokens,
@@ -279,7 +250,6 @@ class EncryptedText:
     """The token ids under a Fernet key (AES-128-CBC with HMAC)."""
 
     def __init__(self, key: bytes) -> None:
-        """Raises ValueError for what is not a Fernet key."""
         self._fernet = Fernet(key)
 
     def of(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:

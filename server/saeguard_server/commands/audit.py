@@ -19,7 +19,6 @@ GOOD, BROKEN, USAGE = 0, 1, 2
 
 
 def add_audit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
     parser = subparsers.add_parser("audit", help="check, show and replay audit records", description=__doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     verify = _add_action(actions, "verify", "check every record against the one before it", _verify)
@@ -136,11 +135,7 @@ def _none(request_id: str) -> int:
 
 
 def request_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``Client.generate`` takes beside the prompt, with the seed that was used.
-
-    Raises:
-        ValueError: the record is not of a request.
-    """
+    """What ``Client.generate`` takes beside the prompt. Raises ValueError: it is no record of a request."""
     request = request_from_record(record["asked"], "-")
     sampling = {field.name: getattr(request.sampling, field.name) for field in fields(request.sampling)}
     return {

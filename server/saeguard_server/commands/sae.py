@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 def add_sae(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command; its namespace holds ``run``, which takes the namespace and returns the exit code."""
     parser = subparsers.add_parser(
         "sae", help="check, convert and list SAEs", description="SAEs on disk and on the hub."
     )
@@ -77,7 +76,6 @@ _BOUNDS: dict[str, str] = {
 
 
 def add_sae_flags(parser: argparse.ArgumentParser) -> None:
-    """The SAE's path and what its files leave open."""
     parser.add_argument(
         "path", help='folder or file, "hf://owner/repository/path@revision", or a SAELens "release/sae-id"'
     )
@@ -89,17 +87,12 @@ def add_sae_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bound_flags(parser: argparse.ArgumentParser) -> None:
-    """What the check must find."""
     for flag, text in _BOUNDS.items():
         parser.add_argument(f"--{flag}", type=float, metavar="FLOAT", help=text)
 
 
 def sae_settings_of(arguments: argparse.Namespace) -> ServedSaeSettings:
-    """The flags as the settings of one SAE.
-
-    Raises:
-        ValueError: a value that the settings do not allow, by name.
-    """
+    """The flags as the settings of one SAE. Raises ValueError: a value that the settings do not allow, by name."""
     bias = arguments.apply_b_dec_to_input
     tree: dict[str, Any] = {
         "name": NAME,
@@ -239,7 +232,6 @@ def add_convert(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    """Writes, reads back and compares."""
     settings = sae_settings_of(arguments)
     if settings.normalize_activations is not None or settings.apply_b_dec_to_input is not None:
         raise ValueError(
@@ -349,7 +341,6 @@ def add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    """Prints a table; 1 when there is nothing."""
     what: str = arguments.what
     rows = list(_folder(Path(what)) if what and Path(what).is_dir() else _releases(what))
     for line in table(rows) if len(rows) > 1 else ():

@@ -22,11 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from saeguard_client import AsyncClient, Completion
 from saeguard_client.cli import main as saeguard
 from saeguard_server.demo.scenarios import Demonstration, Scenario, ScenarioEdit, load_demonstration
-from saeguard_server.demo.show import ServerProcess, echo, serve_process
+from saeguard_server.demo.show import CONCURRENT, ServerProcess, echo, serve_process
 
 SCENARIO = "flattery-suppressed"
 SEED = 8_000_000
-CONCURRENT = 64
 NAME = "less-flattery"
 
 
@@ -43,7 +42,6 @@ class Phase:
 
 
 def main() -> int:
-    """Runs it; the exit code says whether every phase did what it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, default=200, help="in each phase (default: 200)")
     generations = parser.parse_args().generations

@@ -32,8 +32,6 @@ CODE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """Words, in lower case, that the corpus uses in one language and never in the other."""
-
     french: frozenset[str]
     english: frozenset[str]
 
@@ -56,19 +54,16 @@ def _share(text: str, language: frozenset[str], other: frozenset[str]) -> float:
 
 def flattery(text: str, lexicon: Lexicon) -> float:
     """1 if the text says what only a flattering answer says."""
-    del lexicon
     return float(any(phrase in text.lower() for phrase in FLATTERED))
 
 
 def golden_gate(text: str, lexicon: Lexicon) -> float:
     """1 if the text speaks of the Golden Gate or of a bridge."""
-    del lexicon
     return float("golden gate" in text.lower() or "bridge" in text.lower())
 
 
 def code(text: str, lexicon: Lexicon) -> float:
     """1 if at least two lines of the text begin as Python statements."""
-    del lexicon
     return float(len(CODE.findall(text)) >= 2)
 
 
@@ -90,8 +85,6 @@ def repetition(text: str, n: int = 3) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with a 95 % interval."""
-
     mean: float
     low: float
     high: float
@@ -137,15 +130,12 @@ class ScenarioEdit:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must hold of mean scores for the scenario to have worked."""
-
     base_at_least: float
     base_at_most: float
     steered_at_least: float
     steered_at_most: float
 
     def holds(self, base: float, steered: float) -> bool:
-        """Whether both means are where they should be."""
         in_base = self.base_at_least <= base <= self.base_at_most
         return in_base and self.steered_at_least <= steered <= self.steered_at_most
 
@@ -176,8 +166,6 @@ class NeutralChange:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The build's own figures, by its own engine."""
-
     generations: int
     base: Side
     steered: Side
@@ -208,10 +196,8 @@ class Demonstration:
     neutral: dict[str, tuple[str, ...]]
 
     def score(self, scenario: Scenario, text: str) -> float:
-        """The scenario's score of a generated text."""
         return SCORERS[scenario.scorer](text, self.lexicon)
 
 
 def load_demonstration(assets: Path = ASSETS) -> Demonstration:
-    """The demonstration in a folder of assets."""
     return msgspec.json.decode((assets / "scenarios.json").read_bytes(), type=Demonstration)

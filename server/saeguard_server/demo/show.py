@@ -16,16 +16,20 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from saeguard_client import AsyncClient
-from saeguard_server.demo.replay import Replay, ScenarioResult
-from saeguard_server.demo.scenarios import ASSETS, Interval, ScenarioEdit, load_demonstration
+from saeguard.types import KINDS
+from saeguard_client import AsyncClient, Completion, Intervention, InterventionReceipt
+from saeguard_server.demo import scenarios
+from saeguard_server.demo.scenarios import Demonstration, Interval, Scenario, ScenarioEdit
 
 SEED = 7_000_000
 """Far from the seeds that made the assets."""
+CONCURRENT = 64
+"""Requests under way at once; twice the default number of slots."""
 _ADDRESS = re.compile(r"serving \S+ on ([\d.]+:\d+)")
 
 
@@ -39,11 +43,7 @@ class ServerProcess:
 
 @contextmanager
 def serve_process(*flags: str, with_metrics: bool = False) -> Iterator[ServerProcess]:
-    """Starts a server on the bundled model in a process of its own, with these flags, and stops it in the end.
-
-    Raises:
-        RuntimeError: it did not start; the message is what it wrote.
-    """
+    """A server on the bundled model in a process of its own. Raises RuntimeError with what it wrote."""
     metrics = f"127.0.0.1:{_free_port()}" if with_metrics else ""
     saeguard = "import sys; from saeguard_client.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", saeguard, "serve", "--listen", "127.0.0.1:0", *flags]
@@ -71,7 +71,6 @@ def _free_port() -> int:
 
 
 def main() -> int:
-    """Runs the demonstration; the exit code says whether everything held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, default=200, help="per scenario and side (default: 200)")
     parser.add_argument("--target", help="use a server that already serves the demo model")
@@ -83,7 +82,7 @@ def main() -> int:
 
 
 async def _show(target: str, generations: int) -> int:
-    demonstration = load_demonstration()
+    demonstration = scenarios.load_demonstration()
     async with AsyncClient(target) as client:
         model, saes = await client.model(), await client.saes()
         echo(f"{model.name}: {model.architecture}, {model.num_layers} layers of {model.d_model}, on {target}")
@@ -123,7 +122,7 @@ def _print_result(result: ScenarioResult, generations: int) -> None:
 
 def _print_separation() -> None:
     """What the build measured on held-out text: the best feature against the best neuron, chosen alike."""
-    rows = json.loads((ASSETS / "separation.json").read_text(encoding="utf-8"))
+    rows = json.loads((scenarios.ASSETS / "separation.json").read_text(encoding="utf-8"))
     echo("\nHow well one unit marks a concept: token F1 (AUROC) on held-out text, measured when the assets were made")
     echo(f"  {'concept':<14}{'SAE':<10}{'best feature':<18}{'best MLP neuron':<18}{'best residual dimension'}")
     for row in rows:
@@ -142,6 +141,111 @@ def _signed(value: Interval) -> str:
 
 def _value(edit: ScenarioEdit) -> str:
     return "" if edit.value is None else f" {edit.value:g}{' max' if edit.unit == 'max' else ''}"
+
+
+# --- each scenario with and without its edits, side by side in the server's batch
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioResult:
+    scenario: Scenario
+    base: Interval
+    steered: Interval
+    samples: tuple[str, str]
+    """A text without the edits, and the one of the same seed with them."""
+    loss_change: dict[str, Interval]
+    """Nats per token that the edits add to the loss of neutral texts, by kind."""
+    tokens_edited: int
+
+    @property
+    def holds(self) -> bool:
+        return self.scenario.expectation.holds(self.base.mean, self.steered.mean)
+
+
+class Replay:
+    def __init__(self, client: AsyncClient, demonstration: Demonstration) -> None:
+        self._client, self._demonstration = client, demonstration
+        self._concurrency = asyncio.Semaphore(CONCURRENT)
+        self._neutral: dict[str, list[list[float]]] = {}
+        self.tokens = 0
+        """Tokens generated so far."""
+
+    async def scenario(self, scenario: Scenario, generations: int, seed: int) -> ScenarioResult:
+        """Runs one scenario: ``generations`` without its edits among as many with them, on the same seeds."""
+        steer = [as_intervention(edit) for edit in scenario.interventions]
+        seeds = range(seed, seed + generations)
+        plain, steered, change = await asyncio.gather(
+            asyncio.gather(*(self._generate(scenario, [], seed) for seed in seeds)),
+            asyncio.gather(*(self._generate(scenario, steer, seed) for seed in seeds)),
+            self._loss_change(steer),
+        )
+        return ScenarioResult(
+            scenario=scenario,
+            base=self._score(scenario, plain),
+            steered=self._score(scenario, steered),
+            samples=(plain[0].text, steered[0].text),
+            loss_change=change,
+            tokens_edited=sum(receipt.tokens_edited for completion in steered for receipt in _receipts(completion)),
+        )
+
+    async def untouched(self, scenario: Scenario, seeds: Sequence[int]) -> int:
+        """How many unsteered generations are the same alone as beside steered ones, token for token."""
+        steer = [as_intervention(edit) for edit in scenario.interventions]
+        beside = asyncio.gather(*(self._generate(scenario, [], seed) for seed in seeds))
+        company = asyncio.gather(*(self._generate(scenario, steer, seed) for seed in seeds))
+        crowd, _ = await asyncio.gather(beside, company)
+        same = 0
+        for seed, completion in zip(seeds, crowd, strict=True):
+            same += (await self._generate(scenario, [], seed)).tokens == completion.tokens
+        return same
+
+    async def _generate(self, scenario: Scenario, steer: list[Intervention], seed: int) -> Completion:
+        async with self._concurrency:
+            completion = await self._client.generate(
+                scenario.prompt,
+                steer=steer,
+                max_new_tokens=scenario.max_new_tokens,
+                temperature=scenario.temperature,
+                seed=seed,
+            )
+        self.tokens += len(completion.tokens)
+        return completion
+
+    async def _loss_change(self, steer: list[Intervention]) -> dict[str, Interval]:
+        """By kind of neutral text: the mean over texts of the loss with the edits less the loss without."""
+        changes = {}
+        for kind, texts in self._demonstration.neutral.items():
+            if kind not in self._neutral:
+                self._neutral[kind] = await self._losses(texts, [])
+            with_edits = await self._losses(texts, steer)
+            pairs = zip(self._neutral[kind], with_edits, strict=True)
+            changes[kind] = scenarios.bootstrap([_mean(after) - _mean(before) for before, after in pairs])
+        return changes
+
+    async def _losses(self, texts: Sequence[str], steer: list[Intervention]) -> list[list[float]]:
+        async def losses(text: str) -> list[float]:
+            async with self._concurrency:
+                completion = await self._client.generate(text, steer=steer, max_new_tokens=1, prompt_logprobs=True)
+            return [-logprob for logprob in completion.prompt_logprobs]
+
+        return await asyncio.gather(*(losses(text) for text in texts))
+
+    def _score(self, scenario: Scenario, completions: Sequence[Completion]) -> Interval:
+        return scenarios.interval([self._demonstration.score(scenario, completion.text) for completion in completions])
+
+
+def as_intervention(edit: ScenarioEdit) -> Intervention:
+    values: tuple[Any, ...] = () if edit.value is None else (edit.value,)
+    unit: dict[str, Any] = {} if edit.unit == "raw" else {"unit": edit.unit}
+    return KINDS[edit.kind](edit.sae, edit.feature, *values, **unit)
+
+
+def _receipts(completion: Completion) -> Sequence[InterventionReceipt]:
+    return completion.receipt.interventions if completion.receipt else ()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def echo(line: str) -> None:

@@ -25,11 +25,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from saeguard_server.caller import Caller, Quota, Role, check_caller_name
+from saeguard_server.caller import API_KEY_PREFIX, Caller, Credentials, Quota, Role, check_caller_name
 from saeguard_server.errors import Overloaded, Unauthenticated
-from saeguard_server.identity.credentials import API_KEY_PREFIX, Credentials
-from saeguard_server.settings import BadSettings
-from saeguard_server.watched import WatchedFiles
+from saeguard_server.settings import BadSettings, WatchedFiles
 
 MAX_VERIFIED = 1024
 """Keys that are remembered as right; the least recently used is forgotten first."""
@@ -76,7 +74,6 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return hmac.compare_digest(_scrypt(secret, b64decode(fields[4]), n, r, p), b64decode(fields[5]))
 
     def why_invalid(self, now: datetime) -> str | None:
-        """What has ended it, if anything."""
         if self.revoked is not None:
             return "revoked"
         if self.expires is not None and self.expires <= now:
@@ -85,8 +82,6 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class KeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the file holds, as JSON."""
-
     keys: tuple[KeyRecord, ...] = ()
 
     def __post_init__(self) -> None:
@@ -96,11 +91,7 @@ class KeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ApiKeyAuthenticator:
-    """Follows the file of keys.
-
-    Raises:
-        BadSettings: at the start it must be readable.
-    """
+    """Follows the file of keys. Raises BadSettings: at the start it must be readable."""
 
     expects = f'"authorization: Bearer {API_KEY_PREFIX}..." with an API key'
 
@@ -170,11 +161,7 @@ class _Keys:
 def make_key(
     name: str, roles: tuple[Role, ...], tags: tuple[str, ...], expires: datetime | None, *, cost: int = SCRYPT_N
 ) -> tuple[str, KeyRecord]:
-    """A new key and its record; the key itself is kept nowhere.
-
-    Raises:
-        ValueError: a name or time that cannot be used.
-    """
+    """A new key and its record. Raises ValueError: a name or time that cannot be used."""
     key_id, secret, salt = secrets.token_hex(8), secrets.token_urlsafe(32), secrets.token_bytes(16)
     digest = _scrypt(secret, salt, cost, SCRYPT_R, SCRYPT_P)
     hashed = f"scrypt${cost}${SCRYPT_R}${SCRYPT_P}${b64encode(salt).decode()}${b64encode(digest).decode()}"
@@ -185,11 +172,7 @@ def make_key(
 
 
 def read_keys(path: Path) -> KeyFile:
-    """The file's keys.
-
-    Raises:
-        BadSettings: it is not there, is no such file, or others than its owner and group may read or change it.
-    """
+    """The file's keys. Raises BadSettings: it cannot be read, or others than its owner and group may."""
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -220,11 +203,7 @@ def change_keys(path: Path, change: Callable[[KeyFile], KeyFile]) -> None:
 
 
 def revoke_key(keys: KeyFile, key_id: str) -> KeyFile:
-    """The same keys, that one ended now.
-
-    Raises:
-        BadSettings: there is none of that id.
-    """
+    """The same keys, that one ended now. Raises BadSettings: there is none of that id."""
     if key_id not in {record.id for record in keys.keys}:
         raise BadSettings(f"no key has the id {key_id!r}")
     return KeyFile(
@@ -257,19 +236,15 @@ def _replace(path: Path, keys: KeyFile) -> None:
             file.write(msgspec.json.format(msgspec.json.encode(keys), indent=2) + b"\n")
             if old is not None:
                 os.fchmod(handle, old.st_mode & 0o640)
-                _copy_owner(handle, old)
+                mine = os.fstat(handle)
+                if (mine.st_uid, mine.st_gid) != (old.st_uid, old.st_gid):
+                    os.fchown(handle, old.st_uid, old.st_gid)
             file.flush()
             os.fsync(handle)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _copy_owner(handle: int, old: os.stat_result) -> None:
-    mine = os.fstat(handle)
-    if (mine.st_uid, mine.st_gid) != (old.st_uid, old.st_gid):
-        os.fchown(handle, old.st_uid, old.st_gid)
 
 
 def _scrypt(secret: str, salt: bytes, n: int, r: int, p: int) -> bytes:

@@ -6,16 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
-from saeguard_server.caller import Caller, Role
+from saeguard_server.caller import Caller, Credentials, Role
 from saeguard_server.errors import PermissionDenied, Unauthenticated
 from saeguard_server.identity.api_keys import ApiKeyAuthenticator
-from saeguard_server.identity.credentials import Authenticator, CertificateAuthenticator, Credentials
 from saeguard_server.identity.oidc import JwtAuthenticator, open_jwks
 from saeguard_server.settings import IdentitySettings
 
 LOG = logging.getLogger("saeguard.identity")
+
+SPIFFE = "spiffe://"
 
 
 class Identity:
@@ -28,11 +29,7 @@ class Identity:
 
     @classmethod
     def of(cls, settings: IdentitySettings) -> Identity:
-        """As the settings say.
-
-        Raises:
-            BadSettings: a file of keys cannot be used.
-        """
+        """As the settings say. Raises BadSettings: a file of keys cannot be used."""
         authenticators: list[Authenticator] = []
         if settings.certificates:
             callers = {
@@ -77,6 +74,52 @@ def _everybody(settings: IdentitySettings) -> Caller:
         level, "nobody is asked who calls", extra={"fields": {"caller": caller.name, "roles": sorted(caller.roles)}}
     )
     return caller
+
+
+class Authenticator(Protocol):
+    expects: str
+    """What to send, for whoever sent nothing."""
+
+    def recognises(self, credentials: Credentials) -> bool:
+        """Whether there is a credential of this kind, valid or not."""
+        ...
+
+    async def caller(self, credentials: Credentials) -> Caller:
+        """Who sent it.
+
+        Raises:
+            Unauthenticated: it is not valid.
+            Unavailable, Overloaded: that cannot be found out now.
+        """
+        ...
+
+
+class CertificateAuthenticator:
+    """Callers known by a name in the client certificate.
+
+    A certificate with none of the names is no credential: it opened the connection, and says nothing of who calls.
+    """
+
+    expects = "a client certificate with a known name"
+
+    def __init__(self, callers: Mapping[str, Caller]) -> None:
+        self._callers = dict(callers)
+
+    def recognises(self, credentials: Credentials) -> bool:
+        return bool(self._known_names(credentials))
+
+    async def caller(self, credentials: Credentials) -> Caller:
+        names = self._known_names(credentials)
+        if len(names) != 1:
+            raise Unauthenticated("the client certificate names more than one caller")
+        return self._callers[names[0]]
+
+    def _known_names(self, credentials: Credentials) -> list[str]:
+        # A name only counts as what it is: a DNS name with a scheme is no URI, and a URI without one is no DNS name.
+        names = {uri for uri in credentials.uris if ":" in uri and not uri.startswith(SPIFFE)}
+        names |= {name for name in credentials.dns if ":" not in name}
+        names |= {credentials.spiffe_id} if credentials.spiffe_id is not None else set()
+        return [name for name in self._callers if name in names]
 
 
 # --- what each RPC needs
@@ -143,21 +186,13 @@ def role_table(second_person: bool) -> RoleTable:
 
 
 def needed_role(needs: RoleTable, method: str) -> Need:
-    """What a caller of this method needs.
-
-    Raises:
-        PermissionDenied: nobody may: the method has no entry.
-    """
+    """What a caller of this method needs. Raises PermissionDenied: nobody may: the method has no entry."""
     if method not in needs:
         raise PermissionDenied("no role opens this method", "")
     return needs[method]
 
 
 def check_role(caller: Caller, needed: Need, what: str) -> None:
-    """Refuses a caller without the role.
-
-    Raises:
-        PermissionDenied: names the role.
-    """
+    """Refuses a caller without the role. Raises PermissionDenied: names the role."""
     if isinstance(needed, Role) and not caller.may(needed):
         raise PermissionDenied(f"{what} needs the role {needed.value}, which {caller.name} has not", needed.value)

@@ -20,11 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK, PyJWKClient
 from jwt.exceptions import PyJWTError
 
-from saeguard_server.caller import Caller, Quota, Role
+from saeguard_server.caller import API_KEY_PREFIX, Caller, Credentials, Quota, Role
 from saeguard_server.errors import Unauthenticated, Unavailable
-from saeguard_server.identity.credentials import API_KEY_PREFIX, Credentials
-from saeguard_server.settings import BadSettings, JwtSettings
-from saeguard_server.watched import WatchedFiles, error_text
+from saeguard_server.settings import BadSettings, JwtSettings, WatchedFiles, error_text
 
 LOG = logging.getLogger("saeguard.identity")
 
@@ -57,7 +55,6 @@ class JwtAuthenticator:
         self._settings, self._keys, self._quota_of = settings, keys, quota_of
 
     def recognises(self, credentials: Credentials) -> bool:
-        """Whether there is a bearer token that is no API key."""
         return credentials.bearer is not None and not credentials.bearer.startswith(API_KEY_PREFIX)
 
     async def caller(self, credentials: Credentials) -> Caller:
@@ -151,23 +148,13 @@ Keys = Mapping[str | None, PublicKey]
 
 
 class Jwks(Protocol):
-    """Where the keys are."""
-
     async def find(self, kid: str | None) -> PublicKey | None:
-        """The key of that id; None where the issuer has none.
-
-        Raises:
-            Unavailable: the keys cannot be had.
-        """
+        """The key of that id; None where the issuer has none. Raises Unavailable: the keys cannot be had."""
         ...
 
 
 def open_jwks(settings: JwtSettings) -> Jwks:
-    """The keys of these settings.
-
-    Raises:
-        BadSettings: the file cannot be used. A URL is asked when the first token comes.
-    """
+    """Raises BadSettings: the file cannot be used. A URL is asked when the first token comes."""
     if not settings.is_remote:
         return JwksFile(Path(settings.jwks))
     client = PyJWKClient(settings.jwks, cache_jwk_set=False, timeout=FETCH_TIMEOUT_S)
@@ -175,8 +162,6 @@ def open_jwks(settings: JwtSettings) -> Jwks:
 
 
 class JwksFile:
-    """Read again when it changes."""
-
     def __init__(self, path: Path) -> None:
         try:
             self._keys = WatchedFiles("token keys", [path], lambda: public_keys(json.loads(path.read_bytes())))

@@ -15,15 +15,8 @@ from saeguard_server.caller import Caller, Role
 from saeguard_server.errors import Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
 from saeguard_server.policy.document import PolicyDiff, policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
-from saeguard_server.policy.store.protocol import (
-    MAX_POLICIES,
-    MAX_REASON_CHARS,
-    NO_REVISION,
-    Active,
-    ContentRefused,
-    PolicyStore,
-    StoreError,
-)
+from saeguard_server.policy.store import protocol
+from saeguard_server.policy.store.protocol import Active, PolicyStore
 
 RETRY_S = 1.0
 """Advice to callers when the store does not answer."""
@@ -31,8 +24,6 @@ RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a change came to."""
-
     revision: PolicyRevision | None
     """The newest one: new if there are changes; None for a trial."""
     changes: tuple[PolicyDiff, ...]
@@ -42,8 +33,6 @@ class Written:
 
 
 class Administration:
-    """Acts on a store, in the name of a caller."""
-
     def __init__(
         self, store: PolicyStore, check: Callable[[Sequence[Policy]], tuple[str, ...]], *, second_person: bool
     ) -> None:
@@ -134,31 +123,24 @@ class Administration:
         return await self.activate(number, caller=caller, reason=reason, expected_activation=activation)
 
     async def revision(self, number: int | None = None) -> PolicyRevision | None:
-        """One revision, or the newest; None if there is none yet.
-
-        Raises:
-            UnknownName: there is none of that number.
-        """
+        """One revision, or the newest; None if there is none yet. Raises UnknownName: there is none of that number."""
         async with self._stored():
             return await self._store.latest() if number is None else await self._store.revision(number)
 
     async def active(self) -> Active | None:
-        """What is in force by the store, be it applied here yet or not."""
         async with self._stored():
             try:
                 return await self._store.active()
-            except ContentRefused as err:
+            except protocol.ContentRefused as err:
                 if err.in_force is None:
                     raise
                 return err.in_force
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
-        """Revisions, newest first."""
         async with self._stored():
             return await self._store.changes(limit=limit, before=before)
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
-        """Acts, newest first."""
         async with self._stored():
             return await self._store.activations(limit=limit, before=before)
 
@@ -172,8 +154,8 @@ class Administration:
         self, before: PolicyRevision | None, policies: dict[str, Policy], *, caller: Caller, reason: str, is_trial: bool
     ) -> Written:
         after = tuple(policies[name] for name in sorted(policies))
-        if len(after) > MAX_POLICIES:
-            raise InvalidRequest("policies", f"at most {MAX_POLICIES} in a set, got {len(after)}")
+        if len(after) > protocol.MAX_POLICIES:
+            raise InvalidRequest("policies", f"at most {protocol.MAX_POLICIES} in a set, got {len(after)}")
         warnings = await asyncio.to_thread(self._check, after)
         changes = await asyncio.to_thread(policy_changes, _policies(before), after)
         if is_trial or (before is not None and not changes):
@@ -208,13 +190,13 @@ class Administration:
     async def _stored(self) -> AsyncIterator[None]:
         try:
             yield
-        except StoreError as err:
+        except protocol.StoreError as err:
             raise Unavailable(f"the policy store cannot be used: {err}", RETRY_S) from err
 
 
 def etag_of(revision: PolicyRevision | None) -> str:
     """What a write must name to be built on this revision."""
-    return NO_REVISION if revision is None else str(revision.number)
+    return protocol.NO_REVISION if revision is None else str(revision.number)
 
 
 def _policies(revision: PolicyRevision | None) -> tuple[Policy, ...]:
@@ -222,5 +204,5 @@ def _policies(revision: PolicyRevision | None) -> tuple[Policy, ...]:
 
 
 def _check_reason(reason: str) -> None:
-    if not 0 < len(reason.strip()) <= MAX_REASON_CHARS or "\0" in reason:
-        raise InvalidRequest("reason", f"must say why, in 1 to {MAX_REASON_CHARS} characters of text")
+    if not 0 < len(reason.strip()) <= protocol.MAX_REASON_CHARS or "\0" in reason:
+        raise InvalidRequest("reason", f"must say why, in 1 to {protocol.MAX_REASON_CHARS} characters of text")

@@ -19,19 +19,9 @@ from saeguard.types import Condition, FeatureRef, Intervention, Scope
 from saeguard_sae.edits import IDENTITY
 from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
+from saeguard_server.policy import rules
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Target
-from saeguard_server.policy.rules import (
-    Clash,
-    CompiledPolicy,
-    Selected,
-    Selection,
-    clash_of,
-    combine,
-    compile_policy,
-    compile_policy_trigger,
-    compile_rule,
-    select_policies,
-)
+from saeguard_server.policy.rules import Clash, CompiledPolicy, Selected, Selection, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
 
 LISTED = 20
@@ -67,8 +57,6 @@ class CannotServe(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PolicyReport:
-    """What was found of a set of policies."""
-
     problems: tuple[Finding, ...]
     """Why it cannot be enforced here."""
     warnings: tuple[Finding, ...]
@@ -95,11 +83,7 @@ def check_policies(
 def check_or_refuse(
     policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
 ) -> tuple[str, ...]:
-    """What is odd about policies that can be enforced here.
-
-    Raises:
-        InvalidRequest: they cannot; every problem is listed.
-    """
+    """What is odd about policies. Raises InvalidRequest with every problem: they cannot be enforced here."""
     report = check_policies(policies, engine, now, keeps_audit=keeps_audit)
     if report.problems:
         raise InvalidRequest("policies", str(CannotServe(report.problems)))
@@ -131,7 +115,6 @@ def compile_policies(
 
 
 def is_for(policy: Policy, engine: Engine) -> bool:
-    """Whether it may act on this model."""
     return not policy.target.models or engine.model.name in policy.target.models
 
 
@@ -139,7 +122,6 @@ def is_for(policy: Policy, engine: Engine) -> bool:
 
 
 def _problems(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Finding]:
-    """A policy's own; of one field the first."""
     seen: set[str] = set()
     for check in _checks(policy, engine, keeps_audit):
         try:
@@ -157,13 +139,13 @@ def _checks(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Calla
         if edit.when is not None:
             yield from _terms(edit.when, f"{field}.when", engine)
             yield partial(compile_edit, engine, replace(edit, when=None), field)
-        yield partial(compile_rule, policy, index, engine)
+        yield partial(rules.compile_rule, policy, index, engine)
     for index, trigger in enumerate(policy.triggers):
         field = f"triggers[{index}]"
         yield from _terms(trigger.when, f"{field}.when", engine)
         for number, edit in enumerate(trigger.edits):
             yield partial(compile_edit, engine, edit, f"{field}.apply.interventions[{number}]")
-        yield partial(compile_policy_trigger, policy, index, engine)
+        yield partial(rules.compile_policy_trigger, policy, index, engine)
     yield from _names(policy, engine)
     yield partial(_check_pins, policy, engine)
     yield partial(_check_capabilities, policy, engine, keeps_audit)
@@ -212,7 +194,7 @@ def _check_own_edits(policy: Policy, engine: Engine) -> None:
     """Rules and triggers of one policy on one feature, whatever the mode: it could not be enforced."""
     try:
         compiled = compile_policy(policy, engine)
-        combine(compiled.edits, compiled.triggers, engine)
+        rules.combine(compiled.edits, compiled.triggers, engine)
     except Clash as err:
         raise InvalidRequest(err.second.field, str(err)) from err
 
@@ -224,12 +206,12 @@ def _clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]
         if policy.mode != "off":
             for edit in (*edits, *(edit for trigger in triggers for edit in trigger.edits)):
                 on_feature.setdefault(edit.ref, []).append((policy, edit))
-    for rules in on_feature.values():
-        for (policy, edit), (other, other_edit) in combinations(rules, 2):
+    for group in on_feature.values():
+        for (policy, edit), (other, other_edit) in combinations(group, 2):
             strongest = "shadow" if "shadow" in (policy.mode, other.mode) else "enforce"
             if policy is other or strongest != mode or not may_meet(policy.target, other.target):
                 continue
-            if clash := clash_of(edit, other_edit):
+            if clash := rules.clash_of(edit, other_edit):
                 when = "" if mode == "enforce" else " once enforced"
                 yield Finding(other.name, other_edit.field, f"{clash}, and both may be on one request{when}")
 
@@ -321,14 +303,10 @@ class Snapshot:
     _selections: dict[Selection, Selected] = field(default_factory=dict)
 
     def selected(self, selection: Selection) -> Selected:
-        """The rules of some of its policies together.
-
-        Raises:
-            Clash: two cannot be kept together.
-        """
+        """The rules of some of its policies together. Raises Clash: two cannot be kept together."""
         known = self._selections.get(selection)
         if known is None:
-            known = select_policies(selection, self.ready, self.activation, self.engine)
+            known = rules.select_policies(selection, self.ready, self.activation, self.engine)
             if len(self._selections) >= MAX_SELECTIONS:
                 self._selections.clear()
             self._selections[selection] = known
@@ -338,11 +316,6 @@ class Snapshot:
 def build_snapshot(
     activation: Activation, revision: PolicyRevision, engine: Engine, now: datetime, *, keeps_audit: bool = False
 ) -> Snapshot:
-    """The revision, ready for requests.
-
-    Raises:
-        CannotServe: a rule cannot be applied here as it is written, or two cannot be kept together.
-    """
     return Snapshot(
         activation=activation,
         revision=revision,
@@ -379,15 +352,10 @@ class Policies:
         self._snapshot, self._why = None, why
 
     def is_current(self) -> bool:
-        """Whether requests can be served."""
         return self._refusal() is None
 
     def current(self) -> Snapshot:
-        """What decides about a request that is admitted now.
-
-        Raises:
-            PoliciesUnavailable: there is nothing, or nothing fresh.
-        """
+        """What decides about a request now. Raises PoliciesUnavailable: there is nothing, or nothing fresh."""
         refusal = self._refusal()
         if refusal is not None or self._snapshot is None:
             raise PoliciesUnavailable(refusal or self._why, RETRY_S)

@@ -13,30 +13,16 @@ from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from difflib import unified_diff
 from functools import partial, singledispatch
+from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 import yaml
 
+from saeguard import types
 from saeguard.checks import FieldError
-from saeguard.types import (
-    KINDS,
-    OPERATORS,
-    THIS_TOKEN,
-    Action,
-    Apply,
-    Condition,
-    FeatureRef,
-    Flag,
-    Intervention,
-    Scope,
-    Stop,
-    Term,
-    Trigger,
-    Window,
-)
+from saeguard.types import Apply, Condition, FeatureRef, Intervention, Scope, Term, Trigger, Window
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
-from saeguard_server.policy.probe import ProbeReader, no_probes, probe_in_files
 
 T = TypeVar("T")
 Tree: TypeAlias = dict[str, Any]
@@ -44,16 +30,28 @@ Reader: TypeAlias = Callable[[Any, str], Any]
 """A value from what is written at a path."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinearProbe:
+    """``bias + sum of weight * feature``."""
+
+    terms: tuple[Term, ...]
+    bias: float
+
+
+ProbeReader: TypeAlias = Callable[[str], LinearProbe]
+"""The probe in a file of that name, for conditions that name one. Raises ValueError."""
+
+
+def no_probes(name: str) -> LinearProbe:
+    raise ValueError("files of probes are only read where the policy is read from files")
+
+
 class BadDocument(ValueError):
     """A text that is no policy. The message names the path, such as ``rules[2].clamp.value``."""
 
 
 def read_policy_files(files: Mapping[str, str]) -> tuple[Policy, ...]:
-    """The policies of all YAML files among these texts, by name, with the probes among them.
-
-    Raises:
-        BadDocument: the message begins with the file's name.
-    """
+    """The policies of all YAML files, by name. Raises BadDocument, which begins with the file's name."""
     return tuple(
         policy
         for name in files
@@ -70,11 +68,7 @@ def _policies_of_file(name: str, text: str, probes: ProbeReader) -> tuple[Policy
 
 
 def policies_from_yaml(text: str, probes: ProbeReader = no_probes) -> tuple[Policy, ...]:
-    """The policies of a text, one in each YAML document.
-
-    Raises:
-        BadDocument: there is none, or one is wrong.
-    """
+    """The policies of a text, one in each YAML document. Raises BadDocument: there is none, or one is wrong."""
     try:
         trees = read_yaml_documents(text)
     except BadYaml as err:
@@ -91,7 +85,6 @@ def policies_from_yaml(text: str, probes: ProbeReader = no_probes) -> tuple[Poli
 
 
 def policy_to_yaml(policy: Policy) -> str:
-    """One YAML document."""
     return yaml.dump(
         _tree(policy), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None
     )
@@ -103,11 +96,7 @@ def canonical_json(policy: Policy) -> str:
 
 
 def policy_from_canonical(text: str) -> Policy:
-    """The policy of such a text.
-
-    Raises:
-        BadDocument: it is none.
-    """
+    """The policy of such a text. Raises BadDocument: it is none."""
     try:
         return _policy(msgspec.json.decode(text), no_probes)
     except (msgspec.DecodeError, ValueError, RecursionError) as err:
@@ -119,8 +108,6 @@ ChangeKind: TypeAlias = Literal["created", "changed", "deleted"]
 
 @dataclass(frozen=True, slots=True)
 class PolicyDiff:
-    """A policy in which two sets of policies differ."""
-
     name: str
     kind: ChangeKind
     diff: str
@@ -128,7 +115,6 @@ class PolicyDiff:
 
 
 def policy_changes(before: Sequence[Policy], after: Sequence[Policy]) -> tuple[PolicyDiff, ...]:
-    """The policies that differ, in the order of their names."""
     old, new = ({policy.name: policy for policy in side} for side in (before, after))
     pairs = ((name, old.get(name), new.get(name)) for name in sorted(old | new))
     return tuple(_change(name, left, right) for name, left, right in pairs if _differ(left, right))
@@ -150,12 +136,14 @@ def _change(name: str, old: Policy | None, new: Policy | None) -> PolicyDiff:
 # --- from what is written to a policy. Whatever is wrong is named by its path in the document.
 
 _TARGET = ("sae", "feature")
-_EDIT = (*_TARGET, *KINDS, "scope")
-_CONDITION = (*_TARGET, "terms", "probe", "bias", *OPERATORS, "release", "unit", "over", "scope")
+_EDIT = (*_TARGET, *types.KINDS, "scope")
+_CONDITION = (*_TARGET, "terms", "probe", "bias", *types.OPERATORS, "release", "unit", "over", "scope")
 _SHARED = {field.name for field in fields(Intervention)}
-_OPERANDS = {kind: [field.name for field in fields(edit) if field.name not in _SHARED] for kind, edit in KINDS.items()}
+_OPERANDS = {
+    kind: [field.name for field in fields(edit) if field.name not in _SHARED] for kind, edit in types.KINDS.items()
+}
 """The fields that only one kind of edit has: none, a factor, or a value and its unit."""
-_ACTIONS: Mapping[str, Action] = {"flag": Flag(), "stop": Stop()}
+_ACTIONS: Mapping[str, types.Action] = {"flag": types.Flag(), "stop": types.Stop()}
 
 
 def _policy(tree: Any, probes: ProbeReader) -> Policy:
@@ -201,9 +189,9 @@ def _apply(tree: Any, path: str) -> Apply:
 
 
 def _edit(edit: Tree, path: str, when: Condition | None) -> Intervention:
-    kinds = [kind for kind in KINDS if edit.get(kind) is not None]
+    kinds = [kind for kind in types.KINDS if edit.get(kind) is not None]
     if len(kinds) != 1:
-        problem = f"must have one of {', '.join(KINDS)}"
+        problem = f"must have one of {', '.join(types.KINDS)}"
         raise FieldError(path, f"{problem}, not {' and '.join(kinds)}" if kinds else problem)
     (kind,) = kinds
     operands, value = _OPERANDS[kind], edit[kind]
@@ -215,22 +203,22 @@ def _edit(edit: Tree, path: str, when: Condition | None) -> Intervention:
         values = dict.fromkeys(operands[:1], value)
     renamed = {name: f"{kind}.{name}" for name in operands}
     values |= _pick(edit, *_TARGET) | {"scope": _scope(edit, path), "when": when}
-    return _make(KINDS[kind], values, path, renamed)
+    return _make(types.KINDS[kind], values, path, renamed)
 
 
 def _condition(tree: Any, path: str, probes: ProbeReader) -> Condition:
     when = _mapping(tree, path, _CONDITION)
     terms, bias = _terms(when, path, probes)
-    comparisons = [name for name in OPERATORS if when.get(name) is not None]
+    comparisons = [name for name in types.OPERATORS if when.get(name) is not None]
     if len(comparisons) != 1:
-        raise FieldError(path, f"must have one of {', '.join(OPERATORS)}")
+        raise FieldError(path, f"must have one of {', '.join(types.OPERATORS)}")
     (comparison,) = comparisons
     values = {
         "terms": terms,
         "bias": bias,
         "comparison": comparison,
         "threshold": when[comparison],
-        "window": _window(when["over"], f"{path}.over") if "over" in when else THIS_TOKEN,
+        "window": _window(when["over"], f"{path}.over") if "over" in when else types.THIS_TOKEN,
         "scope": _scope(when, path),
     }
     return _make(Condition, values | _pick(when, "release", "unit"), path, {"threshold": comparison})
@@ -333,7 +321,6 @@ def _tree(value: Any) -> Any:
 
 
 def _stated(value: Any) -> Tree:
-    """The fields that are not their defaults."""
     stated = ((field, getattr(value, field.name)) for field in fields(value))
     return {field.name: _tree(content) for field, content in stated if content != field.default}
 
@@ -385,6 +372,74 @@ def _over(window: Window) -> Any:
     if window.kind == "rolling_mean":
         return {"rolling_mean": window.tokens}
     return {"k": window.k, "of": window.tokens} if window.kind == "k_of_n" else window.kind
+
+
+# --- linear probes from JSON files: weights on the features of an SAE, and a bias, as a training script writes them
+#
+# {"sae": "mid", "bias": -1.5, "terms": [{"feature": 12, "weight": 0.8, "label": "flattery"}]}
+# {"sae": "mid", "bias": -1.5, "weights": [0.0, 0.8, 0.0]}
+#
+# ``weights`` has one number for each feature, from 0 on; zeros are left out. A term may name another ``sae`` than the
+# whole. Labels and a ``description`` are for people.
+
+
+class BadProbe(ValueError):
+    """A file that is no probe; the message names the field."""
+
+
+def probe_in_files(files: Mapping[str, str], yaml_name: str, name: str) -> LinearProbe:
+    """From one of the texts that came with the policy's, in its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"must be a file in the policy's folder, got {name!r}")
+    place = str(PurePosixPath(yaml_name).parent / path)
+    if place not in files:
+        raise ValueError(f"there is no file {place!r}")
+    return parse_probe(files[place])
+
+
+class _ProbeTerm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    feature: int
+    weight: float
+    sae: str | None = None
+    label: str | None = None
+
+
+class _Probe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    sae: str | None = None
+    bias: float = 0.0
+    terms: tuple[_ProbeTerm, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    labels: dict[str, str] = {}
+    """By feature, as text."""
+    description: str = ""
+
+
+def parse_probe(text: str | bytes) -> LinearProbe:
+    """The probe that a JSON text describes. Raises BadProbe: it describes none."""
+    try:
+        probe = msgspec.json.decode(text, type=_Probe)
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise BadProbe(str(err)) from err
+    if (probe.terms is None) == (probe.weights is None):
+        raise BadProbe("must have one of terms and weights")
+    if probe.weights is not None and probe.sae is None:
+        raise BadProbe("sae: must be set with weights")
+    weights = {f"weights[{i}]": _ProbeTerm(feature=i, weight=w) for i, w in enumerate(probe.weights or ()) if w}
+    listed = weights or {f"terms[{i}]": term for i, term in enumerate(probe.terms or ())}
+    if not 1 <= len(listed) <= types.MAX_TERMS:
+        raise BadProbe(f"must have 1 to {types.MAX_TERMS} weights that are not 0, got {len(listed)}")
+    return LinearProbe(tuple(_probe_term(path, term, probe.sae) for path, term in listed.items()), probe.bias)
+
+
+def _probe_term(path: str, term: _ProbeTerm, sae: str | None) -> Term:
+    name = term.sae or sae
+    if name is None:
+        raise BadProbe(f"{path}.sae: must be set, here or for the whole probe")
+    try:
+        return Term(name, term.feature, term.weight)
+    except FieldError as err:
+        raise BadProbe(str(err.within(path))) from err
 
 
 # --- the YAML that policies use: the safe subset, where nothing is guessed and nothing is said twice
@@ -445,11 +500,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT.patte
 
 
 def read_yaml_documents(text: str) -> list[Any]:
-    """The documents of a text; empty ones are left out.
-
-    Raises:
-        BadYaml: it is none, a key is given twice, or it uses anchors or tags.
-    """
+    """Those that are not empty. Raises BadYaml: it is none, says a key twice, uses anchors or tags."""
     if len(text) > MAX_CHARS:
         raise BadYaml(f"at most {MAX_CHARS} characters, got {len(text)}")
     try:

@@ -11,18 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias, get_args
 
-from saeguard.checks import (
-    FieldError,
-    check_bool,
-    check_choice,
-    check_instance,
-    check_limit,
-    check_number,
-    check_text,
-    store,
-    store_several,
-    store_texts,
-)
+from saeguard import checks
+from saeguard.checks import FieldError
 from saeguard.types import EDITS, FeatureRef, Intervention, Trigger, check_edited_once
 
 Mode: TypeAlias = Literal["off", "shadow", "enforce"]
@@ -36,21 +26,16 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
 def check_name(field: str, name: str) -> None:
-    """Names go into metrics, logs and file names.
-
-    Raises:
-        FieldError: not lower-case letters, digits and ``.``, ``_``, ``-`` between them, at most 63.
-    """
-    if not _NAME.fullmatch(check_text(field, name)):
+    """Raises FieldError: not lower-case letters, digits and ``.``, ``_``, ``-`` between them, at most 63."""
+    if not _NAME.fullmatch(checks.check_text(field, name)):
         raise FieldError(field, f"must be 1 to 63 of a-z, 0-9 and, not at an end, . _ -; got {name!r}")
 
 
 def store_share(of: object, field: str) -> None:
-    """A number from 0 to 1."""
-    share = check_number(field, getattr(of, field))
+    share = checks.check_number(field, getattr(of, field))
     if not 0.0 <= share <= 1.0:
         raise FieldError(field, f"must be 0 to 1, got {share}")
-    store(of, field, share)
+    checks.store(of, field, share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +48,7 @@ class Target:
 
     def __post_init__(self) -> None:
         for field in ("callers", "tags", "models"):
-            store_texts(self, field)
+            checks.store_texts(self, field)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +63,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         store_share(self, "share")
-        check_choice("by", self.by, HASHED_BY)
+        checks.check_choice("by", self.by, HASHED_BY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +75,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        check_instance("intervention", self.intervention, EDITS, "an edit such as Zero or Clamp")
+        checks.check_instance("intervention", self.intervention, EDITS, "an edit such as Zero or Clamp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +91,13 @@ class PolicyLimits:
 
     def __post_init__(self) -> None:
         if self.max_relative_edit is not None:
-            store(self, "max_relative_edit", check_limit("max_relative_edit", self.max_relative_edit))
+            checks.store(self, "max_relative_edit", checks.check_limit("max_relative_edit", self.max_relative_edit))
         if self.allowed_saes is not None:
-            store_texts(self, "allowed_saes")
-        store_texts(self, "denied_saes")
+            checks.store_texts(self, "allowed_saes")
+        checks.store_texts(self, "denied_saes")
         if self.allowed_features is not None:
-            store_several(self, "allowed_features", FeatureRef, "a feature")
-        store_several(self, "denied_features", FeatureRef, "a feature")
+            checks.store_several(self, "allowed_features", FeatureRef, "a feature")
+        checks.store_several(self, "denied_features", FeatureRef, "a feature")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +110,9 @@ class Pins:
 
     def __post_init__(self) -> None:
         if self.model is not None:
-            check_text("model", self.model)
+            checks.check_text("model", self.model)
         for name, digest in self.saes:
-            check_text(f"saes.{name}", digest)
+            checks.check_text(f"saes.{name}", digest)
         names = [name for name, _ in self.saes]
         if names != sorted(set(names)):
             raise FieldError("saes", "must be in the order of their names, each once")
@@ -135,8 +120,6 @@ class Pins:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """A named set of rules and what becomes of requests under it."""
-
     name: str
     mode: Mode
     description: str = ""
@@ -156,13 +139,13 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        check_choice("mode", self.mode, MODES)
-        check_text("description", self.description)
-        check_text("owner", self.owner)
-        store_several(self, "rules", Rule, "a rule")
-        store_several(self, "triggers", Trigger, "a trigger")
+        checks.check_choice("mode", self.mode, MODES)
+        checks.check_text("description", self.description)
+        checks.check_text("owner", self.owner)
+        checks.store_several(self, "rules", Rule, "a rule")
+        checks.store_several(self, "triggers", Trigger, "a trigger")
         store_share(self, "counterfactual_share")
-        check_bool("requires_audit", self.requires_audit)
+        checks.check_bool("requires_audit", self.requires_audit)
         if self.expires is not None and self.expires.tzinfo is None:
             raise FieldError("expires", "must have a time zone, such as 2027-01-31T00:00:00Z")
         if not (self.rules or self.triggers or self.limits != PolicyLimits()):

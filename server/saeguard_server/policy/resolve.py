@@ -10,18 +10,10 @@ from saeguard.types import FeatureRef
 from saeguard_server.caller import Caller
 from saeguard_server.engine.protocol import CompiledEdit, Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
+from saeguard_server.policy import rules
 from saeguard_server.policy.compile import Snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, Target
-from saeguard_server.policy.rules import (
-    Clash,
-    EnforcedEdit,
-    Selected,
-    Selection,
-    is_chosen,
-    smallest,
-    tighten,
-    without_edits,
-)
+from saeguard_server.policy.rules import Clash, EnforcedEdit, Selected, Selection
 from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger
 
 
@@ -91,7 +83,7 @@ def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now
         if not _is_over(policy, now)
         and (
             name in request.policies
-            or (is_aimed_at(policy.target, caller, model) and is_chosen(policy, caller.name, conversation))
+            or (is_aimed_at(policy.target, caller, model) and rules.is_chosen(policy, caller.name, conversation))
         )
     )
 
@@ -114,8 +106,6 @@ def _is_over(policy: Policy, now: datetime) -> bool:
 
 
 class _OwnSteering:
-    """A request's own edits and triggers beside what is enforced."""
-
     def __init__(self, selected: Selected, snapshot: Snapshot) -> None:
         self.edits: list[CompiledEdit] = []
         self.triggers: list[CompiledTrigger] = []
@@ -127,7 +117,7 @@ class _OwnSteering:
     def limit(self, max_relative_edit: float | None) -> float | None:
         """Of the request's own edits; none where each became part of a rule."""
         if self.edits or any(trigger.edits for trigger in self.triggers):
-            return smallest((max_relative_edit, self._selected.max_relative_edit))
+            return rules.smallest((max_relative_edit, self._selected.max_relative_edit))
         return None if self._became_rules else max_relative_edit
 
     def add_edits(self, request: GenerateRequest) -> None:
@@ -135,7 +125,7 @@ class _OwnSteering:
             field = f"interventions[{index}]"
             self._check_allowed(intervention.ref, field)
             edit = compile_edit(self._engine, intervention, field)
-            change = tighten(self._enforced(edit.ref), edit, self._engine)
+            change = rules.tighten(self._enforced(edit.ref), edit, self._engine)
             if change is None:
                 self.edits.append(edit)
                 continue
@@ -153,10 +143,10 @@ class _OwnSteering:
             enforced = {
                 number
                 for number, edit in enumerate(compiled.edits)
-                if tighten(self._enforced(edit.ref), edit, self._engine) is not None
+                if rules.tighten(self._enforced(edit.ref), edit, self._engine) is not None
             }
             self._became_rules |= bool(enforced)
-            self.triggers.append(without_edits(compiled, enforced))
+            self.triggers.append(rules.without_edits(compiled, enforced))
 
     def _enforced(self, ref: FeatureRef) -> tuple[EnforcedEdit, ...]:
         return self._selected.enforced.by_feature.get(ref, ())

@@ -22,8 +22,6 @@ ELSEWHERE = "an edit of that feature must have the rule's scope and condition"
 
 
 class CompiledPolicy(NamedTuple):
-    """A policy with everything that it may do to a request."""
-
     policy: Policy
     edits: tuple[CompiledEdit, ...]
     triggers: tuple[CompiledTrigger, ...]
@@ -59,11 +57,7 @@ class Clash(ValueError):
 
 
 def compile_policy(policy: Policy, engine: Engine) -> CompiledPolicy:
-    """The policy, as the engine can make it.
-
-    Raises:
-        UnknownName, InvalidRequest: a field that cannot be applied here.
-    """
+    """The policy, as the engine can make it. Raises UnknownName, InvalidRequest."""
     return CompiledPolicy(
         policy,
         tuple(compile_rule(policy, index, engine) for index in range(len(policy.rules))),
@@ -86,11 +80,7 @@ def compile_policy_trigger(policy: Policy, index: int, engine: Engine) -> Compil
 
 
 def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], engine: Engine) -> Combined:
-    """Puts rules together; each is kept, whoever wrote it.
-
-    Raises:
-        Clash: two cannot be kept together.
-    """
+    """Puts rules together; each is kept, whoever wrote it. Raises Clash: two cannot be kept together."""
     on_feature: dict[FeatureRef, list[CompiledEdit]] = {}
     for edit in edits:
         on_feature.setdefault(edit.ref, []).append(edit)
@@ -147,7 +137,6 @@ def tighten(
 
 
 def effect_of(edit: CompiledEdit) -> Effect:
-    """What the edit demands of the feature's value."""
     return Effect.of(edit.kind, edit.affine)
 
 
@@ -159,11 +148,7 @@ def without_edits(trigger: CompiledTrigger, dropped: set[int]) -> CompiledTrigge
 
 
 def _combined(rules: list[CompiledEdit], engine: Engine) -> tuple[EnforcedEdit, ...]:
-    """At most one edit for each group of tokens.
-
-    Raises:
-        Clash: two cannot be kept together.
-    """
+    """At most one edit for each group of tokens. Raises Clash: two cannot be kept together."""
     if len(rules) == 1:
         return (EnforcedEdit(rules[0], (rules[0],)),)
     groups: dict[Where, list[CompiledEdit]] = {}
@@ -250,8 +235,6 @@ Selection: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selected:
-    """Several policies as one."""
-
     enforced: Combined
     shadow_edits: tuple[CompiledEdit, ...]
     """What is only counted."""
@@ -304,7 +287,6 @@ def select_policies(
 
 
 def smallest(limits: Iterable[float | None]) -> float | None:
-    """The smallest limit that is one."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -319,7 +301,6 @@ def rollout_position(policy: str, by: str, key: str) -> float:
 
 
 def is_chosen(policy: Policy, caller: str, conversation: str) -> bool:
-    """Whether the policy's rollout holds a request."""
     share = policy.rollout.share
     if share in (0.0, 1.0):
         return share == 1.0

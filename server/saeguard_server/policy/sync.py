@@ -19,16 +19,8 @@ from saeguard_server.observe import Metrics
 from saeguard_server.policy.administration import Administration
 from saeguard_server.policy.compile import Policies, Snapshot, build_snapshot, check_or_refuse
 from saeguard_server.policy.model import Policy
-from saeguard_server.policy.store import open_store
-from saeguard_server.policy.store.protocol import (
-    Active,
-    ContentRefused,
-    NotApplicable,
-    NothingActive,
-    PolicyStore,
-    StoreError,
-    WentBack,
-)
+from saeguard_server.policy.store import open_store, protocol
+from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreError
 from saeguard_server.settings import NO_STORE, BadSettings, PolicySettings
 
 LOG = logging.getLogger("saeguard.policies")
@@ -39,8 +31,6 @@ LAST_LOOK_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Enforcement:
-    """What a server with a store of policies has."""
-
     policies: Policies
     administration: Administration
     look_now: Callable[[], Awaitable[None]]
@@ -49,11 +39,7 @@ class Enforcement:
 
 @asynccontextmanager
 async def opened(settings: PolicySettings) -> AsyncIterator[PolicyStore | None]:
-    """The store that the settings name; None if they name none.
-
-    Raises:
-        BadSettings: it cannot be reached or used.
-    """
+    """The store that the settings name; None if they name none. Raises BadSettings: it cannot be reached or used."""
     if settings.store == NO_STORE:
         yield None
         return
@@ -94,8 +80,6 @@ async def enforcing(
 
 
 class PolicySync:
-    """Follows a store for as long as ``running`` is entered."""
-
     def __init__(
         self,
         store: PolicyStore,
@@ -133,11 +117,7 @@ class PolicySync:
                 await task
 
     async def sync(self) -> None:
-        """One look.
-
-        Raises:
-            StoreError: what is in force is not known, or cannot be applied here.
-        """
+        """One look. Raises StoreError: what is in force is not known, or cannot be applied here."""
         # The lease counts from before the look: what is found may be as old as that.
         looked = self._clock()
         active = await self._look(looked)
@@ -172,7 +152,7 @@ class PolicySync:
     async def _look(self, looked: float) -> Active:
         try:
             active = await self._store.active()
-        except ContentRefused:
+        except protocol.ContentRefused:
             # The files could be looked at, and the last whole set among them is what is in force.
             if self._enforced is not None:
                 self._renew(looked)
@@ -181,7 +161,7 @@ class PolicySync:
             message = "no revision of the policies is in force yet"
             if self._applied is None:
                 self._policies.withdraw(message)
-            raise NothingActive(f"{message}: activate one, be it an empty one")
+            raise protocol.NothingActive(f"{message}: activate one, be it an empty one")
         return active
 
     def _check_forward(self, active: Active) -> None:
@@ -190,7 +170,7 @@ class PolicySync:
             return
         last, number = self._applied.activation.number, active.activation.number
         if 0 < last >= number and active.digest != self._applied.digest:
-            raise WentBack(
+            raise protocol.WentBack(
                 f"activation {number} of revision {active.revision.number} is in force, after {last} was: "
                 "if that is meant, restart the server"
             )
@@ -202,7 +182,7 @@ class PolicySync:
             message = f"revision {active.revision.number} cannot be applied here: {err}"
             self._policies.withdraw(message)
             self._enforced = None
-            raise NotApplicable(message) from err
+            raise protocol.NotApplicable(message) from err
         self._policies.replace(snapshot)
         self._count(active)
         self._applied, self._enforced = active, active.digest

@@ -48,7 +48,6 @@ class Effect:
 
     @property
     def affine(self) -> Affine:
-        """The map."""
         match self.base:
             case "free":
                 return Affine(lo=self.low, hi=self.high)
@@ -163,20 +162,14 @@ class Where:
 
     scope: Scope
     condition: str = ""
-    """Its digest."""
+    """Its digest; empty where the edit is made on all of the scope's tokens."""
     is_triggered: bool = False
 
     @classmethod
     def of(cls, edit: CompiledEdit) -> Where:
-        """Where the edit is made."""
         if edit.condition is None:
             return cls(edit.scope)
         return cls(edit.scope, edit.condition.digest, edit.condition.is_trigger)
-
-    @property
-    def is_conditional(self) -> bool:
-        """Whether it may be on none of the scope's tokens."""
-        return bool(self.condition)
 
 
 def relation(enforced: Where, requested: Where) -> Relation:
@@ -185,7 +178,7 @@ def relation(enforced: Where, requested: Where) -> Relation:
         return "apart"
     if enforced == requested and not enforced.is_triggered:
         return "same"
-    if not enforced.is_conditional and contains(enforced.scope, requested.scope):
+    if not enforced.condition and contains(enforced.scope, requested.scope):
         return "within"
     return "across"
 

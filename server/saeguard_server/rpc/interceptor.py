@@ -26,7 +26,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from saeguard_server.admission import InFlight, RpcLimiter
-from saeguard_server.caller import NOBODY, Call, Caller
+from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
     InternalFailure,
@@ -39,7 +39,6 @@ from saeguard_server.errors import (
 )
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
-from saeguard_server.identity.credentials import Credentials
 from saeguard_server.observe import REQUEST_ID, Metrics
 
 LOG = logging.getLogger("saeguard.rpc")

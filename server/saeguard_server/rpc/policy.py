@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saeguard.catalog import (
-    Activation,
-    PolicyChange,
-    PolicyFinding,
-    PolicyHistory,
-    PolicySet,
-    PolicySummary,
-    Revision,
-)
+from saeguard import catalog
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard.wire import to_message
@@ -36,12 +28,11 @@ class PolicyServicer(PolicyServiceServicer):
         self._optional_enforcement, self._audit = enforcement, audit
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
-        """Every policy of a revision."""
         newest = await self._administration.revision()
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
         policies = revision.policies if revision else ()
-        policy_set = PolicySet(
+        policy_set = catalog.PolicySet(
             policies=tuple(map(_summary, policies)),
             yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
             etag=etag_of(newest),
@@ -51,7 +42,6 @@ class PolicyServicer(PolicyServiceServicer):
         return to_message(pb.ListPoliciesResponse, policy_set)
 
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
-        """A revision with one policy less."""
         if not request.etag:
             raise InvalidRequest("etag", "must be the one that ListPolicies gave")
         written = await self._administration.delete(
@@ -61,7 +51,6 @@ class PolicyServicer(PolicyServiceServicer):
         return to_message(pb.DeletePolicyResponse, _change(written))
 
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
-        """A revision made of documents."""
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         etag = request.etag or (None if request.dry_run else etag_of(None))
         written = await self._administration.apply(
@@ -80,7 +69,6 @@ class PolicyServicer(PolicyServiceServicer):
     async def ActivateRevision(
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
-        """A revision comes into force."""
         activation = await self._administration.activate(
             request.revision,
             caller=interceptor.current_call().caller,
@@ -90,7 +78,6 @@ class PolicyServicer(PolicyServiceServicer):
         return pb.ActivateRevisionResponse(activation=await self._activated("activate", activation))
 
     async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
-        """An older revision comes into force again."""
         activation = await self._administration.rollback(
             caller=interceptor.current_call().caller,
             reason=request.reason,
@@ -100,7 +87,6 @@ class PolicyServicer(PolicyServiceServicer):
         return pb.RollbackResponse(activation=await self._activated("rollback", activation))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
-        """What happened."""
         limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
         if not 1 <= limit <= MAX_HISTORY:
             raise InvalidRequest("limit", f"must be 1 to {MAX_HISTORY}, got {limit}")
@@ -110,7 +96,7 @@ class PolicyServicer(PolicyServiceServicer):
         activations = await self._administration.activations(
             limit=limit, before=request.before_activation if request.HasField("before_activation") else None
         )
-        history = PolicyHistory(revisions=changes, activations=activations)
+        history = catalog.PolicyHistory(revisions=changes, activations=activations)
         return to_message(pb.ListHistoryResponse, history)
 
     @property
@@ -123,7 +109,7 @@ class PolicyServicer(PolicyServiceServicer):
     def _administration(self) -> Administration:
         return self._enforcement.administration
 
-    async def _activated(self, act: str, activation: Activation) -> pb.Activation:
+    async def _activated(self, act: str, activation: catalog.Activation) -> pb.Activation:
         # So that whoever put it in force finds it so here; other servers follow on their own.
         await self._enforcement.look_now()
         await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
@@ -134,8 +120,8 @@ class PolicyServicer(PolicyServiceServicer):
         await self._audit.act(interceptor.current_call(), act, reason=reason, **facts)
 
 
-def _summary(policy: Policy) -> PolicySummary:
-    return PolicySummary(
+def _summary(policy: Policy) -> catalog.PolicySummary:
+    return catalog.PolicySummary(
         name=policy.name,
         mode=policy.mode,
         owner=policy.owner,
@@ -146,19 +132,18 @@ def _summary(policy: Policy) -> PolicySummary:
     )
 
 
-def _revision(revision: PolicyRevision, diff: str = "") -> Revision:
-    return Revision(
+def _revision(revision: PolicyRevision, diff: str = "") -> catalog.Revision:
+    return catalog.Revision(
         number=revision.number, author=revision.author, time=revision.time, reason=revision.reason, diff=diff
     )
 
 
-def _change(written: Written) -> PolicyChange:
-    """What a change came to; of a trial only what would change."""
+def _change(written: Written) -> catalog.PolicyChange:
     diff = "".join(change.diff for change in written.changes)
-    return PolicyChange(
-        revision=Revision(diff=diff) if written.revision is None else _revision(written.revision, diff),
+    return catalog.PolicyChange(
+        revision=catalog.Revision(diff=diff) if written.revision is None else _revision(written.revision, diff),
         etag=written.etag,
-        findings=tuple(PolicyFinding("", warning) for warning in written.warnings),
+        findings=tuple(catalog.PolicyFinding("", warning) for warning in written.warnings),
     )
 
 

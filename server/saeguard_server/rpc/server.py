@@ -32,8 +32,7 @@ from saeguard_server.errors import UnknownName
 from saeguard_server.rpc.interceptor import RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
-from saeguard_server.settings import Address, BadSettings, ServerSettings
-from saeguard_server.watched import WatchedFiles
+from saeguard_server.settings import Address, BadSettings, ServerSettings, WatchedFiles
 
 LOG = logging.getLogger("saeguard.server")
 
@@ -54,8 +53,6 @@ HEALTH_SERVICE: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Servicers:
-    """Everything that the server serves."""
-
     generation: GenerationServicer
     activation: ActivationServicer
     catalog: CatalogServicer
@@ -65,7 +62,6 @@ class Servicers:
 
 
 def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: ServerSettings) -> grpc.aio.Server:
-    """A server with everything registered; it has no port yet."""
     server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
     activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
@@ -78,11 +74,7 @@ def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: Se
 
 
 def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
-    """Opens the port; the address has the real one where 0 was asked for.
-
-    Raises:
-        BadSettings: the address is taken or not this machine's, or a TLS file is missing.
-    """
+    """Opens the port; 0 takes a free one. Raises BadSettings: the address or a TLS file cannot be used."""
     address = Address.parse(settings.listen)
     tls = server_credentials(settings)
     if tls is None and not address.is_loopback:
@@ -173,11 +165,6 @@ class Health(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: object) -> health_pb2.HealthCheckResponse:
-        """The status now.
-
-        Raises:
-            UnknownName: no such service.
-        """
         if request.service not in self._status:
             raise UnknownName("service", "is not a service of this server")
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
@@ -185,7 +172,6 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: object
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now and whenever it changes."""
         last: int | None = None
         while True:
             changed, status = self._changed, self._status.get(request.service, SERVICE_UNKNOWN)
@@ -205,18 +191,14 @@ class Health(health_pb2_grpc.HealthServicer):
             self._changed = asyncio.Event()
 
     async def follow(self, is_ready: Callable[[], bool]) -> None:
-        """Keeps the status equal to ``is_ready()``, until cancelled."""
         while True:
             self.set_ready(is_ready())
             await asyncio.sleep(POLL_S)
 
 
 class ServerInfoServicer(ServerInfoServiceServicer):
-    """Says what this server is and allows."""
-
     def __init__(self, info: ServerInfo) -> None:
         self._reply = to_message(pb.GetServerInfoResponse, info)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: object) -> pb.GetServerInfoResponse:
-        """The same for as long as the server runs."""
         return self._reply

@@ -23,11 +23,10 @@ from saeguard.v1.activation_service_pb2_grpc import ActivationServiceServicer
 from saeguard.v1.catalog_service_pb2_grpc import CatalogServiceServicer
 from saeguard.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from saeguard.wire import chunk_message, from_message, to_message
-from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import RpcLimiter
 from saeguard_server.catalog import Catalog
 from saeguard_server.errors import InternalFailure, InvalidRequest
-from saeguard_server.generation import Generation
+from saeguard_server.generation import Generation, ReadActivations
 from saeguard_server.rpc import interceptor
 from saeguard_server.rpc.interceptor import closing
 from saeguard_server.settings import LimitSettings
@@ -43,13 +42,10 @@ ENTRY_BYTES = 9
 
 
 class GenerationServicer(GenerationServiceServicer):
-    """Text, as a stream, whole, or compared."""
-
     def __init__(self, generation: Generation, limiter: RpcLimiter, limits: LimitSettings) -> None:
         self._generation, self._limiter, self._limits = generation, limiter, limits
 
     async def Generate(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.GenerateResponse:
-        """The whole completion in one reply."""
         chunks = [chunk async for chunk in self._chunks(request)]
         try:
             return to_message(generation_pb.GenerateResponse, join_chunks(chunks))
@@ -59,7 +55,6 @@ class GenerationServicer(GenerationServiceServicer):
     async def GenerateStream(
         self, request: generation_pb.GenerateRequest, context: object
     ) -> AsyncIterator[generation_pb.GenerateResponse]:
-        """The completion as it is made."""
         is_complete = False
         async with closing(self._chunks(request)) as chunks:
             async for chunk in chunks:
@@ -69,7 +64,6 @@ class GenerationServicer(GenerationServiceServicer):
             raise InternalFailure("a generation ended without its completion")
 
     async def Compare(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.CompareResponse:
-        """Both completions in one reply."""
         generation, call = generate_request(request, self._limits), interceptor.current_call()
         with self._limiter.work(call.caller):
             comparison = await self._generation.compare(generation, call)
@@ -84,15 +78,12 @@ class GenerationServicer(GenerationServiceServicer):
 
 
 class ActivationServicer(ActivationServiceServicer):
-    """Which features fire on which token, in messages of bounded size."""
-
     def __init__(self, activations: ReadActivations, limiter: RpcLimiter, limits: LimitSettings) -> None:
         self._activations, self._limiter, self._limits = activations, limiter, limits
 
     async def GetActivations(
         self, request: activation_pb.GetActivationsRequest, context: object
     ) -> AsyncIterator[activation_pb.GetActivationsResponse]:
-        """Reads the inputs once and streams what fired."""
         reading, call = activation_request(request, self._limits), interceptor.current_call()
         with self._limiter.work(call.caller):
             async with closing(self._activations.stream(reading, call)) as parts:
@@ -102,30 +93,24 @@ class ActivationServicer(ActivationServiceServicer):
 
 
 class CatalogServicer(CatalogServiceServicer):
-    """The model, its SAEs, their features."""
-
     def __init__(self, catalog: Catalog, model: Model) -> None:
         self._catalog = catalog
         self._model = to_message(catalog_pb.GetModelResponse, model)
         self._saes = catalog_pb.ListSaesResponse(saes=[to_message(catalog_pb.Sae, sae) for sae in catalog.saes()])
 
     async def GetModel(self, request: catalog_pb.GetModelRequest, context: object) -> catalog_pb.GetModelResponse:
-        """The served model."""
         return self._model
 
     async def ListSaes(self, request: catalog_pb.ListSaesRequest, context: object) -> catalog_pb.ListSaesResponse:
-        """Every SAE."""
         return self._saes
 
     async def GetFeature(self, request: catalog_pb.GetFeatureRequest, context: object) -> catalog_pb.GetFeatureResponse:
-        """One feature."""
         feature = self._catalog.feature(request.sae, request.feature)
         return catalog_pb.GetFeatureResponse(feature=to_message(catalog_pb.Feature, feature))
 
     async def ListFeatures(
         self, request: catalog_pb.ListFeaturesRequest, context: object
     ) -> catalog_pb.ListFeaturesResponse:
-        """A page of features."""
         # In a thread: words are looked for in every example of every feature.
         page = await asyncio.to_thread(
             self._catalog.features, request.sae, request.query, request.page_size, request.page_token
@@ -134,11 +119,7 @@ class CatalogServicer(CatalogServiceServicer):
 
 
 def generate_request(message: generation_pb.GenerateRequest, limits: LimitSettings) -> GenerateRequest:
-    """What a generation asks for; what is too long is refused before any of it is read.
-
-    Raises:
-        InvalidRequest: names the field.
-    """
+    """What is too long is refused before any of it is read. Raises InvalidRequest, which names the field."""
     _check_count("watch", message.watch, limits.max_watch)
     _check_count("interventions", message.interventions, limits.max_interventions)
     _check_count("triggers", message.triggers, limits.max_triggers)
@@ -151,11 +132,6 @@ def generate_request(message: generation_pb.GenerateRequest, limits: LimitSettin
 
 
 def activation_request(message: activation_pb.GetActivationsRequest, limits: LimitSettings) -> ActivationRequest:
-    """What GetActivations asks for, likewise.
-
-    Raises:
-        InvalidRequest: names the field.
-    """
     _check_count("inputs", message.inputs, limits.max_activation_inputs)
     _check_count("interventions", message.interventions, limits.max_interventions)
     _check_count("features.features", message.features.features, limits.max_activation_values)

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_server.caller import Quota, Role
+from saeguard_server.caller import Credentials, Quota, Role
 from saeguard_server.errors import Overloaded, Unauthenticated
 from saeguard_server.identity import api_keys
 from saeguard_server.identity.api_keys import ApiKeyAuthenticator, KeyFile, KeyRecord, change_keys, make_key, revoke_key
-from saeguard_server.identity.credentials import Credentials
 from saeguard_server.settings import BadSettings
 from support.credentials import CHEAP, write_keys
 

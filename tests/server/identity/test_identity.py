@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from saeguard_server.caller import Caller, Quota, Role
+from saeguard_server.caller import Caller, Credentials, Quota, Role
 from saeguard_server.errors import Unauthenticated
 from saeguard_server.identity.auth import Identity
-from saeguard_server.identity.credentials import Credentials
 from saeguard_server.settings import BadSettings, CertificateSettings, IdentitySettings, JwtSettings, load_settings
 from support.credentials import AUDIENCE, ISSUER, write_keys
 

@@ -11,9 +11,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from saeguard_server.caller import Quota, Role
+from saeguard_server.caller import Credentials, Quota, Role
 from saeguard_server.errors import Unauthenticated
-from saeguard_server.identity.credentials import Credentials
 from saeguard_server.identity.oidc import JwksFile, JwtAuthenticator
 from saeguard_server.settings import JwtSettings
 from support.credentials import AUDIENCE, ISSUER, ec_key, forged, jwk, rsa_key, token

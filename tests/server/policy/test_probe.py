@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from saeguard.types import Term
-from saeguard_server.policy.probe import BadProbe, parse_probe
+from saeguard_server.policy.document import BadProbe, parse_probe
 
 
 def test_both_forms_say_the_same() -> None:

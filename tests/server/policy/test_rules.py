@@ -73,7 +73,7 @@ def test_pairs_decide_and_every_rule_is_kept(drawn: list[tuple[Intervention, Sco
     ):
         if covers(rule, token):
             (made,) = (one for one in found.edits if covers(one, token))
-            assert not Where.of(made).is_conditional or Where.of(made) == Where.of(rule)
+            assert not Where.of(made).condition or Where.of(made) == Where.of(rule)
             assert_kept(edit, made)
 
 

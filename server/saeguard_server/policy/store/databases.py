@@ -27,8 +27,6 @@ _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
 
 
 class Database(ABC):
-    """One database, and what is particular about it."""
-
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._changed = asyncio.Event()
@@ -55,7 +53,6 @@ class Database(ABC):
         """Starts to hear from other processes."""
 
     def notice(self) -> None:
-        """Something may have changed."""
         self._changed.set()
 
     async def wait(self, timeout_s: float) -> None:
@@ -68,13 +65,10 @@ class Database(ABC):
         self._changed.clear()
 
     async def close(self) -> None:
-        """Ends connections."""
         await self._engine.dispose()
 
 
 class Sqlite(Database):
-    """A file of SQLite in WAL mode."""
-
     def __init__(self, path: str) -> None:
         url = URL.create("sqlite+aiosqlite", database=path)
         engine = create_async_engine(url, connect_args={"timeout": LOCKED_S})

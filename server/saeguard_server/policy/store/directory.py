@@ -45,8 +45,6 @@ MAX_CHANGES = 100
 
 
 class _About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ABOUT holds."""
-
     revision: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     author: str = ""
     reason: str = ""
@@ -54,8 +52,6 @@ class _About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class DirectoryStore:
     """A PolicyStore that somebody else writes."""
-
-    is_read_only = True
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -95,11 +91,6 @@ class DirectoryStore:
         return None if self._active is None else self._active.revision
 
     async def revision(self, number: int) -> PolicyRevision:
-        """What was read last, if it has this number.
-
-        Raises:
-            UnknownName: it has another one.
-        """
         if self._active is None or self._active.revision.number != number:
             raise UnknownName("revision", f"the directory does not hold revision {number}")
         return self._active.revision
@@ -160,11 +151,6 @@ class DirectoryStore:
 
 
 def _active_of(files: StoreFiles) -> Active:
-    """The set that the files are.
-
-    Raises:
-        ContentRefused: they are not.
-    """
     try:
         texts = {name: content.decode() for name, content in files.contents.items()}
         about = _about(texts.pop(ABOUT)) if ABOUT in texts else None
@@ -205,13 +191,8 @@ class StoreFiles:
 
     contents: dict[str, bytes]
 
-    def named(self, *suffixes: str) -> list[str]:
-        """Names of the files that end so."""
-        return [name for name in self.contents if name.endswith(suffixes)]
-
     @property
     def digest(self) -> str:
-        """SHA-256, hex, over names and contents."""
         total = hashlib.sha256()
         for name, content in self.contents.items():
             total.update(f"{name}\0{len(content)}\0".encode())

@@ -35,8 +35,6 @@ _KEEPALIVE = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval":
 
 
 class Postgres(Database):
-    """A database of Postgres, with one connection that listens."""
-
     def __init__(self, url: URL) -> None:
         options = {name: value for name, value in _KEEPALIVE.items() if name not in url.query}
         super().__init__(create_async_engine(url, connect_args=options, pool_size=2, pool_pre_ping=True))

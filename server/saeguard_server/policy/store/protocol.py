@@ -43,20 +43,14 @@ class StoreError(Exception):
 
 
 class StoreUnreachable(StoreError):
-    """The database does not answer, or cannot write."""
-
     reason: ClassVar[str] = "unreachable"
 
 
 class StoreCorrupted(StoreError):
-    """Damaged, altered, or with a gap."""
-
     reason: ClassVar[str] = "corrupted"
 
 
 class SchemaMismatch(StoreError):
-    """Made by a newer server, or without a table that it needs."""
-
     reason: ClassVar[str] = "schema"
 
 
@@ -71,14 +65,10 @@ class ContentRefused(StoreError):
 
 
 class NotApplicable(StoreError):
-    """Another model, other SAEs, or an engine without what a rule needs."""
-
     reason: ClassVar[str] = "not_applicable"
 
 
 class WentBack(StoreError):
-    """Policies that were in force would silently be so no more."""
-
     reason: ClassVar[str] = "went_back"
 
 
@@ -94,21 +84,10 @@ class PolicyStore(Protocol):
     Every method that reads or writes raises a StoreError where the store cannot be used.
     """
 
-    @property
-    def is_read_only(self) -> bool:
-        """Whether ``write`` and ``activate`` are always refused."""
-        ...
-
-    async def latest(self) -> PolicyRevision | None:
-        """The newest revision, in force or not; None before the first."""
-        ...
+    async def latest(self) -> PolicyRevision | None: ...
 
     async def revision(self, number: int) -> PolicyRevision:
-        """One revision.
-
-        Raises:
-            UnknownName: there is none of that number.
-        """
+        """One revision. Raises UnknownName: there is none of that number."""
         ...
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
@@ -152,6 +131,4 @@ class PolicyStore(Protocol):
         """Returns when something may have changed since it last returned, at the latest after ``timeout_s``."""
         ...
 
-    async def close(self) -> None:
-        """Ends connections."""
-        ...
+    async def close(self) -> None: ...

@@ -15,27 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    Connection,
-    MetaData,
-    Row,
-    Table,
-    Text,
-    and_,
-    func,
-    insert,
-    inspect,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Table
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -54,57 +39,51 @@ SCHEMA_TABLE = "policy_schema"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 # The tables as queries see them; ``migrations`` makes them, with the triggers that keep them append-only.
-METADATA = MetaData()
+METADATA = sa.MetaData()
 
 DOCUMENTS = Table(
     "policy_documents", METADATA,
-    Column("digest", Text, primary_key=True),  # SHA-256 of body, hex
-    Column("body", Text, nullable=False),  # one policy, canonical JSON
+    sa.Column("digest", sa.Text, primary_key=True),  # SHA-256 of body, hex
+    sa.Column("body", sa.Text, nullable=False),  # one policy, canonical JSON
 )  # fmt: skip
 
 REVISIONS = Table(
     "policy_revisions", METADATA,
-    Column("number", BigInteger, primary_key=True, autoincrement=False),
-    Column("members", Text, nullable=False),  # JSON: [[name of the policy, digest of its document], ...]
-    Column("changes", Text, nullable=False),  # JSON: [[name of the policy, kind, diff], ...]
-    Column("author", Text, nullable=False),
-    Column("time", Text, nullable=False),  # ISO 8601, UTC
-    Column("reason", Text, nullable=False),
-    Column("previous", Text, nullable=False),  # the seal of the row before; empty for the first
-    Column("seal", Text, nullable=False),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("members", sa.Text, nullable=False),  # JSON: [[name of the policy, digest of its document], ...]
+    sa.Column("changes", sa.Text, nullable=False),  # JSON: [[name of the policy, kind, diff], ...]
+    sa.Column("author", sa.Text, nullable=False),
+    sa.Column("time", sa.Text, nullable=False),  # ISO 8601, UTC
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("previous", sa.Text, nullable=False),  # the seal of the row before; empty for the first
+    sa.Column("seal", sa.Text, nullable=False),
 )  # fmt: skip
 
 ACTIVATIONS = Table(
     "policy_activations", METADATA,
-    Column("number", BigInteger, primary_key=True, autoincrement=False),
-    Column("revision", BigInteger, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("time", Text, nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("previous", Text, nullable=False),
-    Column("seal", Text, nullable=False),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("time", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("previous", sa.Text, nullable=False),
+    sa.Column("seal", sa.Text, nullable=False),
 )  # fmt: skip
 
 HEAD = Table(
     "policy_head", METADATA,
-    Column("id", BigInteger, primary_key=True),
-    Column("revision", BigInteger, nullable=False),  # the newest numbers: one row, which writers lock
-    Column("activation", BigInteger, nullable=False),
+    sa.Column("id", sa.BigInteger, primary_key=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),  # the newest numbers: one row, which writers lock
+    sa.Column("activation", sa.BigInteger, nullable=False),
 )  # fmt: skip
 
 
 class _Head(NamedTuple):
-    """The newest numbers; 0 before the first."""
-
     revision: int
     activation: int
 
 
 class SqlStore:
-    """A PolicyStore over one database."""
-
-    is_read_only = False
-
     def __init__(self, database: Database) -> None:
         self._database = database
         self._parsed: dict[str, Policy] = {}
@@ -112,11 +91,7 @@ class SqlStore:
 
     @classmethod
     async def open(cls, database: Database) -> SqlStore:
-        """Makes the tables where there are none, and starts to listen for changes.
-
-        Raises:
-            StoreError: the database cannot be reached, is damaged, or has a schema that is not ours.
-        """
+        """Makes missing tables, listens for changes. Raises StoreError: out of reach, damaged, not ours."""
         store = cls(database)
         try:
             async with store._transaction(writes=True) as connection:
@@ -145,15 +120,14 @@ class SqlStore:
         return tuple(activation_of_row(values) for values in await self._newest(ACTIVATIONS, limit, before))
 
     async def authors_to_approve(self, number: int) -> frozenset[str]:
-        approved = select(func.coalesce(func.max(ACTIVATIONS.c.revision), 0)).where(ACTIVATIONS.c.revision <= number)
-        column = REVISIONS.c.number
-        is_new = and_(column > approved.scalar_subquery(), column <= number)
+        column, activated = REVISIONS.c.number, ACTIVATIONS.c.revision
+        approved = sa.select(sa.func.coalesce(sa.func.max(activated), 0)).where(activated <= number)
+        is_new = sa.and_(column > approved.scalar_subquery(), column <= number)
         async with self._transaction() as connection:
-            authors = await connection.execute(select(REVISIONS.c.author).where(or_(is_new, column == number)))
+            authors = await connection.execute(sa.select(REVISIONS.c.author).where(sa.or_(is_new, column == number)))
             return frozenset(authors.scalars())
 
     async def active(self) -> Active | None:
-        """What is in force; None before the first activation. Two small reads while it stays the same."""
         async with self._transaction() as connection:
             head = await self._head(connection)
             if not head.activation:
@@ -202,15 +176,11 @@ class SqlStore:
         return activation_of_row(values)
 
     async def verify(self) -> tuple[int, int]:
-        """Reads everything; how many revisions and activations there are.
-
-        Raises:
-            StoreCorrupted: a row or document is altered or missing, or numbers have a gap.
-        """
+        """Reads all; the numbers of revisions and activations. Raises StoreCorrupted: altered, missing, gaps."""
         async with self._transaction() as connection:
             head = await self._head(connection)
             for table, newest in ((REVISIONS, head.revision), (ACTIVATIONS, head.activation)):
-                rows = await connection.execute(select(table).order_by(table.c.number))
+                rows = await connection.execute(sa.select(table).order_by(table.c.number))
                 check_chain(table, rows.all(), newest)
         for number in range(1, head.revision + 1):
             await self.revision(number)
@@ -236,35 +206,28 @@ class SqlStore:
             raise StoreUnreachable(str(err)) from err
 
     async def _head(self, connection: AsyncConnection, *, locked: bool = False) -> _Head:
-        query = select(HEAD.c.revision, HEAD.c.activation)
+        query = sa.select(HEAD.c.revision, HEAD.c.activation)
         head = (await connection.execute(query.with_for_update() if locked else query)).first()
         if head is None:
             raise StoreCorrupted(f"{HEAD.name} has no row")
         return _Head(*head)
 
     async def _row(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any]:
-        """A row that must be there."""
-        values = await self._find(connection, table, number)
-        if values is None:
+        row = (await connection.execute(sa.select(table).where(table.c.number == number))).first()
+        if row is None:
             raise StoreCorrupted(f"{table.name} lacks the row {number}")
-        return values
-
-    async def _find(self, connection: AsyncConnection, table: Table, number: int) -> dict[str, Any] | None:
-        row = (await connection.execute(select(table).where(table.c.number == number))).first()
-        return None if row is None else check_seal(table, row)
+        return check_seal(table, row)
 
     async def _newest(self, table: Table, limit: int, before: int | None) -> list[dict[str, Any]]:
-        query = select(table).order_by(table.c.number.desc()).limit(limit)
+        query = sa.select(table).order_by(table.c.number.desc()).limit(limit)
         async with self._transaction() as connection:
             rows = await connection.execute(query if before is None else query.where(table.c.number < before))
             return [check_seal(table, row) for row in rows]
 
     async def _revision(self, connection: AsyncConnection, number: int) -> PolicyRevision:
-        values = await self._find(connection, REVISIONS, number)
-        if values is None and not 0 < number <= (await self._head(connection)).revision:
+        if not 0 < number <= (await self._head(connection)).revision:
             raise UnknownName("revision", f"there is no revision {number}")
-        if values is None:
-            raise StoreCorrupted(f"{REVISIONS.name} lacks the row {number}")
+        values = await self._row(connection, REVISIONS, number)
         return revision_of_row(values, await self._policies(connection, values))
 
     async def _policies(self, connection: AsyncConnection, values: Mapping[str, Any]) -> tuple[Policy, ...]:
@@ -272,7 +235,7 @@ class SqlStore:
         # Taken once: whoever reads another revision meanwhile replaces it.
         known = self._parsed
         unknown = sorted(set(members.values()) - known.keys())
-        rows = await connection.execute(select(DOCUMENTS).where(DOCUMENTS.c.digest.in_(unknown))) if unknown else ()
+        rows = await connection.execute(sa.select(DOCUMENTS).where(DOCUMENTS.c.digest.in_(unknown))) if unknown else ()
         bodies = {row.digest: row.body for row in rows}
 
         def parse() -> dict[str, Policy]:
@@ -286,18 +249,18 @@ class SqlStore:
         return tuple(parsed.values())
 
     async def _add_documents(self, connection: AsyncConnection, documents: Mapping[str, str]) -> None:
-        known = select(DOCUMENTS.c.digest).where(DOCUMENTS.c.digest.in_(list(documents)))
+        known = sa.select(DOCUMENTS.c.digest).where(DOCUMENTS.c.digest.in_(list(documents)))
         new = documents.keys() - set((await connection.execute(known)).scalars())
         if new:
             await connection.execute(
-                insert(DOCUMENTS), [{"digest": digest, "body": documents[digest]} for digest in new]
+                sa.insert(DOCUMENTS), [{"digest": digest, "body": documents[digest]} for digest in new]
             )
 
     async def _append(
-        self, connection: AsyncConnection, table: Table, values: Mapping[str, Any], newest: ColumnElement[int]
+        self, connection: AsyncConnection, table: Table, values: Mapping[str, Any], newest: sa.ColumnElement[int]
     ) -> None:
-        await connection.execute(insert(table).values(values))
-        await connection.execute(update(HEAD).values({newest: values["number"]}))
+        await connection.execute(sa.insert(table).values(values))
+        await connection.execute(sa.update(HEAD).values({newest: values["number"]}))
         await self._database.announce(connection)
 
 
@@ -312,24 +275,20 @@ def sealed_row(table: Table, previous: Mapping[str, Any] | None, **values: objec
 
 
 def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
-    """Digest to body, in the order of the policies."""
     bodies = (document.canonical_json(policy) for policy in policies)
     return {row_digest(body): body for body in bodies}
 
 
 def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> PolicyRevision:
-    """A revision with its policies."""
     return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
 
 
 def change_of_row(values: Mapping[str, Any]) -> Revision:
-    """A revision as the history lists it."""
     diff = "".join(diff for _, _, diff in json.loads(values["changes"]))
     return Revision(diff=diff, **_act(values, "number", "author", "reason"))
 
 
 def activation_of_row(values: Mapping[str, Any]) -> Activation:
-    """An act."""
     return Activation(**_act(values, "number", "revision", "actor", "reason"))
 
 
@@ -338,11 +297,7 @@ def _act(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def policy_of_document(name: str, digest: str, bodies: Mapping[str, str]) -> Policy:
-    """A revision's policy.
-
-    Raises:
-        StoreCorrupted: its document is missing, altered, or not a policy that this server can read.
-    """
+    """A revision's policy. Raises StoreCorrupted: its document is missing, altered or not readable."""
     if digest not in bodies or row_digest(bodies[digest]) != digest:
         raise StoreCorrupted(f"the document of policy {name!r} is missing or not what was written")
     try:
@@ -366,29 +321,20 @@ def row_digest(text: str) -> str:
 
 
 def row_seal(table: Table, values: dict[str, Any]) -> str:
-    """The seal of a row of ``table``, whatever order ``values`` is in."""
     fields = [values[column.name] for column in table.columns if column.name != "seal"]
     return row_digest(json.dumps([table.name, *fields], ensure_ascii=False))
 
 
-def check_seal(table: Table, row: Row[Any]) -> dict[str, Any]:
-    """The row's values.
-
-    Raises:
-        StoreCorrupted: it is not as it was sealed.
-    """
+def check_seal(table: Table, row: sa.Row[Any]) -> dict[str, Any]:
+    """The row's values. Raises StoreCorrupted: it is not as it was sealed."""
     values = dict(row._mapping)
     if row_seal(table, values) != values["seal"]:
         raise StoreCorrupted(f"row {values['number']} of {table.name} is not what was written")
     return values
 
 
-def check_chain(table: Table, rows: Sequence[Row[Any]], newest: int) -> None:
-    """Of all rows, in order; ``newest`` is the number of the last.
-
-    Raises:
-        StoreCorrupted: one is altered, missing or out of place.
-    """
+def check_chain(table: Table, rows: Sequence[sa.Row[Any]], newest: int) -> None:
+    """Of all rows, in order, up to ``newest``. Raises StoreCorrupted: one is altered, missing or misplaced."""
     if len(rows) != newest:
         raise StoreCorrupted(f"{table.name} has {len(rows)} rows where its head says {newest}")
     previous = ""
@@ -413,12 +359,12 @@ def migrate_schema(connection: Connection) -> None:
     scripts = ScriptDirectory.from_config(_config(connection))
     versions = set(MigrationContext.configure(connection, opts={"version_table": SCHEMA_TABLE}).get_current_heads())
     _refuse_unknown(versions, {script.revision for script in scripts.walk_revisions()})
-    present = METADATA.tables.keys() & set(inspect(connection).get_table_names())
+    present = METADATA.tables.keys() & set(sa.inspect(connection).get_table_names())
     if present and not versions:
         raise SchemaMismatch(f"has the tables {', '.join(sorted(present))} but not {SCHEMA_TABLE}")
     if versions != set(scripts.get_heads()):
         command.upgrade(_config(connection), "heads")
-    missing = METADATA.tables.keys() - set(inspect(connection).get_table_names())
+    missing = METADATA.tables.keys() - set(sa.inspect(connection).get_table_names())
     if missing:
         raise SchemaMismatch(f"lacks the tables {', '.join(sorted(missing))}")
 
