@@ -17,7 +17,7 @@ from saeguard.checks import FieldError
 from saeguard.requests import ChatInput, ChatMessage, Input, TokenInput
 from saeguard.results import (
     ActivationPart, Activations, Comparison, Completion, FeatureReading, InterventionReceipt, PolicyFacts, Receipt,
-    StoppedBy, StreamChunk, Timings, Token, TokenLogprob, TokenText, TriggerReceipt, Usage, merge,
+    StoppedBy, StreamChunk, Timings, Token, TokenLogprob, TokenText, TriggerReceipt, Usage, merge_activations,
 )  # fmt: skip
 from saeguard.types import (
     Add, Apply, Cap, Clamp, Condition, FeatureRef, Flag, Floor, Intervention, Scale, Scope, Stop, Term, Trigger,
@@ -41,5 +41,5 @@ __all__ = [
     "ReceiptMismatch", "ResourceExhausted", "Revision", "Sae", "SaeConvention", "SaeQuality", "SaeguardError",
     "Scale", "Scope", "ServerInfo", "Stop", "StoppedBy", "StreamChunk", "Term", "Timings", "Token", "TokenInput",
     "TokenLogprob", "TokenText", "Trigger", "TriggerReceipt", "Unauthenticated", "Unavailable", "Unimplemented",
-    "Usage", "Window", "Zero", "merge",
+    "Usage", "Window", "Zero", "merge_activations",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import grpc.aio
 
 from saeguard.catalog import Activation, Feature, Model, PolicyChange, PolicyHistory, PolicySet, Sae, ServerInfo
 from saeguard.requests import Input
-from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge
+from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge_activations
 from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard_client import calls
 from saeguard_client.calls import AccessToken, CallOptions, ChannelOptions, StreamCall, StrPath, UnaryCall
@@ -176,7 +176,7 @@ class AsyncClient:
             inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer, deadline_s=deadline_s,
             request_id=request_id,
         )  # fmt: skip
-        return merge([part async for part in parts])
+        return merge_activations([part async for part in parts])
 
     def activations_stream(
         self,

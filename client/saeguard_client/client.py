@@ -10,7 +10,7 @@ import grpc
 
 from saeguard.catalog import Activation, Feature, Model, PolicyChange, PolicyHistory, PolicySet, Sae, ServerInfo
 from saeguard.requests import Input
-from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge
+from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge_activations
 from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard_client import calls
 from saeguard_client.calls import AccessToken, CallOptions, ChannelOptions, StreamCall, StrPath, UnaryCall
@@ -235,7 +235,7 @@ class Client:
         Returns:
             A sparse matrix for each input and SAE, by input and then by SAE.
         """
-        return merge(
+        return merge_activations(
             self.activations_stream(
                 inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer, deadline_s=deadline_s,
                 request_id=request_id,

@@ -321,7 +321,7 @@ class Activations(_Rows):
     """Every token of one input under one SAE."""
 
 
-def merge(parts: Iterable[ActivationPart]) -> list[Activations]:
+def merge_activations(parts: Iterable[ActivationPart]) -> list[Activations]:
     """One matrix per input and SAE, ordered by input and then by first appearance of the SAE.
 
     Raises:

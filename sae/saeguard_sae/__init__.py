@@ -1,5 +1,5 @@
 """What a sparse autoencoder is: torch only, no server and no wire."""
 
-from saeguard_sae.settings import let_waiting_threads_go
+from saeguard_sae.settings import limit_openmp_spinning
 
-let_waiting_threads_go()
+limit_openmp_spinning()

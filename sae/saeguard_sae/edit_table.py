@@ -258,7 +258,7 @@ class EditColumns:
         live = self._needs(group.slots)
         cells = live.cells
         scalings = encoding.input_scalings(x, live.needs.kinds)
-        f = encoding.values(x, live.product.read(x), cells, scalings, live.needs, self._coders)
+        f = encoding.feature_values(x, live.product.read(x), cells, scalings, live.needs, self._coders)
         eligible = applied = in_scope(group, cells)
         if live.is_conditional:
             assert on is not None, "an edit waits for a condition that nobody decides"

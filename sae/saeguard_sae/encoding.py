@@ -136,7 +136,7 @@ def of_kind(by_kind: Tensor, kind: Tensor) -> Tensor:
     return by_kind.gather(-1, kind[:, None].expand(*by_kind.shape[:2], -1))
 
 
-def values(x: Tensor, q: Tensor, cells: Cells, scalings: Tensor | None, needs: Needs, coders: Coders) -> Tensor:
+def feature_values(x: Tensor, q: Tensor, cells: Cells, scalings: Tensor | None, needs: Needs, coders: Coders) -> Tensor:
     """x [B, T, d] and its products q [B, T, E] with the features' rows -> the features [B, T, E].
 
     ``cells``: ``READ``, [B, E] or the same [1, E] for all. ``scalings``: ``input_scalings`` of x under ``needs.kinds``.

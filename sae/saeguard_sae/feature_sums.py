@@ -87,7 +87,7 @@ class FeatureSums:
         compiled = self._compiled or self._compile()
         cells = compiled.cells
         scalings = encoding.input_scalings(x, compiled.needs.kinds)
-        f = encoding.values(x, x @ cells["W_enc"][0].T, cells, scalings, compiled.needs, self._coders)
+        f = encoding.feature_values(x, x @ cells["W_enc"][0].T, cells, scalings, compiled.needs, self._coders)
         # Windows skip values by multiplying them by 0, so that all must be numbers; a token whose values are none ends
         # its request anyway.
         wide = f.flatten(0, 1).T.double().nan_to_num_(0.0, FLOAT32_MAX, -FLOAT32_MAX)

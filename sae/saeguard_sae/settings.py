@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def let_waiting_threads_go() -> None:
+def limit_openmp_spinning() -> None:
     """A thread of torch's that waits for the others keeps its core for a short while only, unless the environment says
     something else. torch's OpenMP library reads this as it is loaded; left alone, two trainings on the same cores took
     ten times as long as one, and not twice."""

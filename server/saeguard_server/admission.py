@@ -369,7 +369,7 @@ class FairQueue:
 # --- the server's own limits
 
 
-class RpcLimiter:
+class LoadLimiter:
     def __init__(self, engine: Engine, turns: FairQueue, metrics: Metrics, *, max_queue: int, max_slots: int) -> None:
         self._engine = engine
         self._turns = turns

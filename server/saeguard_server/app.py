@@ -15,7 +15,7 @@ import grpc
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from saeguard_server.admission import Admission, RpcLimiter
+from saeguard_server.admission import Admission, LoadLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.choice import load_engine
@@ -23,7 +23,7 @@ from saeguard_server.engine.protocol import Engine
 from saeguard_server.generation import Counterfactuals, Generation, ReadActivations, RequestRecorder
 from saeguard_server.identity import auth
 from saeguard_server.observe import Exporter, Metrics
-from saeguard_server.policy.sync import enforcing, opened
+from saeguard_server.policy.sync import open_enforcement, run_enforcement
 from saeguard_server.rpc import server as rpc
 from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
@@ -54,7 +54,7 @@ class App:
     metrics: Metrics
     _server: grpc.aio.Server
     _interceptor: RpcInterceptor
-    _limiter: RpcLimiter
+    _limiter: LoadLimiter
     _health: rpc.Health
     _settings: ServerSettings
 
@@ -72,19 +72,19 @@ class App:
                 metrics_port = stack.enter_context(Exporter(metrics.registry, Address.parse(listen))).port
             audit = Audit.of(settings.audit, metrics)
             stack.callback(audit.close)
-            store = await stack.enter_async_context(opened(settings.policies))
+            store = await stack.enter_async_context(open_enforcement(settings.policies))
             engine = (load or load_engine)(settings, metrics)
             stack.callback(engine.stop)
             engine.start()
             enforced = await stack.enter_async_context(
-                enforcing(store, settings.policies, engine, metrics, keeps_audit=audit.is_enabled)
+                run_enforcement(store, settings.policies, engine, metrics, keeps_audit=audit.is_enabled)
             )
             counterfactuals = Counterfactuals(engine, metrics)
             await stack.enter_async_context(counterfactuals.running())
             recorder = RequestRecorder(audit, metrics.policy_rules, counterfactuals)
             slots, limits = settings.engine.max_slots, settings.limits
             admission = Admission(engine, metrics, slots)
-            limiter = RpcLimiter(engine, admission.turns, metrics, max_queue=limits.max_queue, max_slots=slots)
+            limiter = LoadLimiter(engine, admission.turns, metrics, max_queue=limits.max_queue, max_slots=slots)
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)

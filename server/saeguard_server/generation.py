@@ -24,7 +24,7 @@ from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, In
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
-from saeguard_server.policy.compile import Policies, Snapshot
+from saeguard_server.policy.compile import PoliciesInForce, Snapshot
 from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import TokenRange
@@ -66,7 +66,7 @@ class Generation:
         tokenizer: Tokenizer,
         limits: LimitSettings,
         admission: Admission,
-        policies: Policies | None = None,
+        policies: PoliciesInForce | None = None,
         recorder: RequestRecorder | None = None,
     ) -> None:
         """``policies`` is None where the server has none: then only the caller decides."""
@@ -128,7 +128,7 @@ class Generation:
             admitted.tokens.charge(4 * len(task.tokens) + 3 * len(answer) + len(plain_answer))
             return Comparison(
                 join_chunks([await record.chunk(chunk) for chunk in steered]),
-                join_chunks([finished(chunk, call, None) for chunk in unsteered]),
+                join_chunks([with_request_facts(chunk, call, None) for chunk in unsteered]),
                 first_divergence(answer, plain_answer),
                 kl,
             )
@@ -233,7 +233,7 @@ class RecordedRequest:
         compiled = self._compiled
         assert compiled is not None, "it was admitted"
         self._answer += [token.id for token in chunk.tokens]
-        chunk = finished(chunk, compiled.task.call, compiled.policy)
+        chunk = with_request_facts(chunk, compiled.task.call, compiled.policy)
         if chunk.completion is not None:
             await self._audit.finish(chunk.completion, compiled.task.tokens, self._answer)
             if self._recorder.rules is not None:
@@ -243,7 +243,7 @@ class RecordedRequest:
         return chunk
 
 
-def finished(chunk: StreamChunk, call: Call, policy: PolicyFacts | None) -> StreamChunk:
+def with_request_facts(chunk: StreamChunk, call: Call, policy: PolicyFacts | None) -> StreamChunk:
     """The chunk; the last one says whose request it was, and which policies decided."""
     if chunk.completion is None:
         return chunk

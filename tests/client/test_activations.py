@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saeguard.v1 import activation_service_pb2 as pb
 from saeguard.v1 import generation_service_pb2 as gen
-from saeguard_client import ActivationPart, FeatureRef, InternalError, TokenText, Zero, merge
+from saeguard_client import ActivationPart, FeatureRef, InternalError, TokenText, Zero, merge_activations
 
 Row = list[tuple[int, float]]
 PAIRS = st.tuples(st.integers(0, 2**32 - 1), st.floats(width=32, allow_nan=False))
@@ -56,7 +56,7 @@ def test_any_split_in_any_interleaving_merges_to_the_original(
     while any(waiting):
         queue = data.draw(st.sampled_from([queue for queue in waiting if queue]))
         arriving.append(queue.pop(0))
-    merged = merge(arriving)
+    merged = merge_activations(arriving)
     assert {
         (matrix.input, matrix.sae): [list(matrix.row(i)) for i in range(len(matrix))] for matrix in merged
     } == matrices
@@ -76,7 +76,7 @@ def test_through_the_wire(server: Any, shell: Any) -> None:
     assert (merged[0].row(1), merged[0].row(-1)) == ((), ((7, 1.0),))
     parts = list(shell.stream("activations_stream", ["x", [1, 2]], ["a"], top_k=2, steer=[Zero("a", 3)]))
     assert [(part.input, part.start, part.last) for part in parts] == [(0, 0, False), (1, 0, True), (0, 2, True)]
-    assert merge(parts) == merged
+    assert merge_activations(parts) == merged
     request = server.seen[0].request
     assert (request.top_k, list(request.saes)) == (2, ["a"])
     assert [item.WhichOneof("input") for item in request.inputs] == ["text", "tokens"]
@@ -153,7 +153,7 @@ def test_a_broken_stream_is_an_error(server: Any, shell: Any, replies: Any, mess
 
 
 def test_numpy_shares_the_memory() -> None:
-    (matrix,) = merge([domain(part(0, "a", 0, [[(3, 2.0), (1, 0.5)], [], [(0, -1.0)]]))])
+    (matrix,) = merge_activations([domain(part(0, "a", 0, [[(3, 2.0), (1, 0.5)], [], [(0, -1.0)]]))])
     indptr, indices, values = matrix.to_numpy()
     assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.uint32, np.float32)
     values[0] = 4.0
@@ -167,4 +167,4 @@ def test_numpy_shares_the_memory() -> None:
 
 def test_a_part_out_of_place_does_not_merge() -> None:
     with pytest.raises(ValueError, match="starts at token 2, but 0 are there"):
-        merge([domain(part(0, "a", 2, [[]]))])
+        merge_activations([domain(part(0, "a", 2, [[]]))])

@@ -16,7 +16,7 @@ from saeguard_sae.edits import Affine
 from saeguard_sae.formats import FORMATS
 from saeguard_server.engine.protocol import CompiledEdit
 from saeguard_server.policy.document import policies_from_yaml, policy_to_yaml
-from saeguard_server.policy.tighten import Effect, meets
+from saeguard_server.policy.tighten import FeatureEffect, already_meets
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -52,8 +52,8 @@ def test_a_kind_of_edit_comes_with_all_that_users_need(kind: str) -> None:
     assert policy.rules[0].intervention == edit
     assert policies_from_yaml(policy_to_yaml(policy)) == (policy,)
 
-    effect = Effect.of(kind, Affine(*edit.affine(UNIT_SCALE)))
-    assert meets(effect, effect)
+    effect = FeatureEffect.of(kind, Affine(*edit.affine(UNIT_SCALE)))
+    assert already_meets(effect, effect)
 
     operand = "" if kind == "zero" else "=0.5"
     arguments = cli.build_parser().parse_args(["generate", "x", f"--{kind}", f"mid:1{operand}"])

@@ -26,7 +26,7 @@ from saeguard.requests import (
     TopKSelection,
     model_input,
 )
-from saeguard.results import ActivationPart, StreamChunk, TokenText, join_chunks, merge
+from saeguard.results import ActivationPart, StreamChunk, TokenText, join_chunks, merge_activations
 from saeguard.types import (
     KINDS,
     Add,
@@ -211,11 +211,11 @@ def part(start: int, rows: list[list[tuple[int, float]]], last: bool = False) ->
 
 
 def test_parts_of_a_stream_are_one_matrix() -> None:
-    (whole,) = merge([part(0, [[(1, 0.5)], []]), part(2, [[(3, 2.0), (1, 1.0)]], last=True)])
+    (whole,) = merge_activations([part(0, [[(1, 0.5)], []]), part(2, [[(3, 2.0), (1, 1.0)]], last=True)])
     assert [whole.row(index) for index in range(3)] == [((1, 0.5),), (), ((3, 2.0), (1, 1.0))]
     assert whole.to_dense(4).tolist()[2] == [0, 1, 0, 2]
     with pytest.raises(ValueError, match="a part starts at token 2, but 0 are there"):
-        merge([part(2, [[]])])
+        merge_activations([part(2, [[]])])
 
 
 def test_a_stream_that_just_stops_is_no_completion() -> None:

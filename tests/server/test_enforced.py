@@ -16,7 +16,7 @@ from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope, Stop, Tr
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import Policies, build_snapshot
+from saeguard_server.policy.compile import PoliciesInForce, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision
 from saeguard_server.settings import LimitSettings
 from support.engines import Answer, Running, greedy, make_world, open_admission, prompt
@@ -36,7 +36,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
 async def ask(engine: TransformersEngine) -> Any:
     """One greedy generation under some policies."""
     engine.start()
-    policies = Policies(inf)
+    policies = PoliciesInForce(inf)
     runs = Running(engine, LimitSettings())
     runs.flow = Generation(engine, engine.tokenizer, LimitSettings(), open_admission(engine), policies)
 

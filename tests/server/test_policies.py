@@ -28,7 +28,7 @@ from saeguard_server.errors import (
 )
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import Policies, build_snapshot
+from saeguard_server.policy.compile import PoliciesInForce, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.settings import LimitSettings
 from support.policy_shapes import NOW, policy, rule, when
@@ -48,7 +48,7 @@ class Server:
     """A flow on the fake engine, and what is in force there."""
 
     engine: Any
-    policies: Policies
+    policies: PoliciesInForce
     generate: Generation
 
     def put_in_force(self, *policies: Policy, number: int = 1) -> None:
@@ -69,14 +69,16 @@ class Server:
 @pytest.fixture
 def server(engine: Any, metrics: Metrics) -> Server:
     engine.capabilities = replace(engine.capabilities, conditions=True)
-    policies = Policies(30.0)
+    policies = PoliciesInForce(30.0)
     admission = Admission(engine, metrics, 4)
     return Server(engine, policies, Generation(engine, Words(), LimitSettings(), admission, policies))
 
 
 @pytest.fixture
 def bare(engine: Any, metrics: Metrics) -> Server:
-    return Server(engine, Policies(30.0), Generation(engine, Words(), LimitSettings(), Admission(engine, metrics, 4)))
+    return Server(
+        engine, PoliciesInForce(30.0), Generation(engine, Words(), LimitSettings(), Admission(engine, metrics, 4))
+    )
 
 
 def facts(chunks: list[StreamChunk]) -> PolicyFacts | None:

@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from saeguard_server.admission import LONGEST_RETRY_S, SHORTEST_RETRY_S, FairQueue, RpcLimiter
+from saeguard_server.admission import LONGEST_RETRY_S, SHORTEST_RETRY_S, FairQueue, LoadLimiter
 from saeguard_server.caller import LOCAL
 from saeguard_server.errors import Overloaded, Unavailable
 
 
 @pytest.fixture
-def admission(engine: Any, metrics: Any) -> RpcLimiter:
-    return RpcLimiter(engine, FairQueue(engine, metrics, slots=2), metrics, max_queue=4, max_slots=2)
+def admission(engine: Any, metrics: Any) -> LoadLimiter:
+    return LoadLimiter(engine, FairQueue(engine, metrics, slots=2), metrics, max_queue=4, max_slots=2)
 
 
 def refused(metrics: Any, reason: str) -> float:
     return float(metrics.refusals.labels(reason)._value.get())
 
 
-def test_a_full_queue_is_refused_and_counted(admission: RpcLimiter, engine: Any, metrics: Any) -> None:
+def test_a_full_queue_is_refused_and_counted(admission: LoadLimiter, engine: Any, metrics: Any) -> None:
     engine.waiting = 3
     with admission.work(LOCAL):
         pass
@@ -33,7 +33,7 @@ def test_a_full_queue_is_refused_and_counted(admission: RpcLimiter, engine: Any,
     assert refused(metrics, "queue_full") == 1
 
 
-def test_a_burst_is_refused_before_the_engine_knows_of_it(admission: RpcLimiter, engine: Any) -> None:
+def test_a_burst_is_refused_before_the_engine_knows_of_it(admission: LoadLimiter, engine: Any) -> None:
     assert engine.waiting == 0
     with ExitStack() as burst:
         for _ in range(4 + 2):
@@ -44,7 +44,7 @@ def test_a_burst_is_refused_before_the_engine_knows_of_it(admission: RpcLimiter,
         pass
 
 
-def test_an_engine_that_is_not_ready_refuses(admission: RpcLimiter, engine: Any, metrics: Any) -> None:
+def test_an_engine_that_is_not_ready_refuses(admission: LoadLimiter, engine: Any, metrics: Any) -> None:
     engine.ready = False
     with pytest.raises(Unavailable) as caught, admission.work(LOCAL):
         pass
@@ -52,7 +52,7 @@ def test_an_engine_that_is_not_ready_refuses(admission: RpcLimiter, engine: Any,
     assert refused(metrics, "not_ready") == 1
 
 
-def test_leaving_still_takes_requests_and_closing_does_not(admission: RpcLimiter, metrics: Any) -> None:
+def test_leaving_still_takes_requests_and_closing_does_not(admission: LoadLimiter, metrics: Any) -> None:
     admission.leave()
     with admission.rpc():
         assert admission.is_leaving
@@ -62,7 +62,7 @@ def test_leaving_still_takes_requests_and_closing_does_not(admission: RpcLimiter
     assert refused(metrics, "draining") == 1
 
 
-async def test_idle_when_the_last_rpc_ends_however_it_ends(admission: RpcLimiter) -> None:
+async def test_idle_when_the_last_rpc_ends_however_it_ends(admission: LoadLimiter) -> None:
     assert await admission.idle(within_s=1)
     first = admission.rpc()
     first.__enter__()
@@ -78,7 +78,7 @@ async def test_idle_when_the_last_rpc_ends_however_it_ends(admission: RpcLimiter
 
 def test_a_slower_engine_asks_for_more_patience(engine: Any, metrics: Any) -> None:
     def asked(typical_s: float) -> float:
-        admission = RpcLimiter(engine, FairQueue(engine, metrics, slots=2), metrics, max_queue=8, max_slots=2)
+        admission = LoadLimiter(engine, FairQueue(engine, metrics, slots=2), metrics, max_queue=8, max_slots=2)
         admission._typical_s = typical_s
         return min(admission._retry_after_s() for _ in range(50))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from saeguard.catalog import Feature, Model, Sae, SaeQuality, ServerInfo
-from saeguard.results import Activations, merge
+from saeguard.results import Activations, merge_activations
 from saeguard.types import FeatureRef
 from saeguard_client.cli.generate import add_steering, read_prompt, steering
 from saeguard_client.cli.terminal import (
@@ -131,7 +131,7 @@ def _read_activations(client: Client, args: argparse.Namespace) -> list[Activati
         saes, selection = args.sae or [sae.name for sae in client.saes()], {"top_k": args.top}
     with usage():
         parts = client.activations_stream([read_prompt(args.text, args.chat)], saes, steer=steering(args), **selection)
-    return merge(parts)
+    return merge_activations(parts)
 
 
 def _colored(

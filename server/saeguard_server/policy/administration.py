@@ -23,7 +23,7 @@ RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WriteResult:
     revision: PolicyRevision | None
     """The newest one: new if there are changes; None for a trial."""
     changes: tuple[PolicyDiff, ...]
@@ -50,7 +50,7 @@ class Administration:
         etag: str | None = None,
         is_whole_set: bool = False,
         is_trial: bool = False,
-    ) -> Written:
+    ) -> WriteResult:
         """Creates or replaces these policies; the others stay, unless ``is_whole_set``. A trial writes nothing.
 
         Raises:
@@ -65,7 +65,9 @@ class Administration:
             others = {} if is_whole_set else {policy.name: policy for policy in _policies(before)}
             return await self._write(before, others | by_name, caller=caller, reason=reason, is_trial=is_trial)
 
-    async def delete(self, names: Sequence[str], *, caller: Caller, reason: str, etag: str | None = None) -> Written:
+    async def delete(
+        self, names: Sequence[str], *, caller: Caller, reason: str, etag: str | None = None
+    ) -> WriteResult:
         """Takes policies out of the set; older revisions keep them.
 
         Raises:
@@ -152,18 +154,18 @@ class Administration:
 
     async def _write(
         self, before: PolicyRevision | None, policies: dict[str, Policy], *, caller: Caller, reason: str, is_trial: bool
-    ) -> Written:
+    ) -> WriteResult:
         after = tuple(policies[name] for name in sorted(policies))
         if len(after) > protocol.MAX_POLICIES:
             raise InvalidRequest("policies", f"at most {protocol.MAX_POLICIES} in a set, got {len(after)}")
         warnings = await asyncio.to_thread(self._check, after)
         changes = await asyncio.to_thread(policy_changes, _policies(before), after)
         if is_trial or (before is not None and not changes):
-            return Written(None if is_trial else before, changes, warnings, etag_of(before))
+            return WriteResult(None if is_trial else before, changes, warnings, etag_of(before))
         _check_reason(reason)
         # The etag that was read, also when the caller named none: a set is never built on another than it replaces.
         revision = await self._store.write(after, etag=etag_of(before), author=caller.name, reason=reason)
-        return Written(revision, changes, warnings, etag_of(revision))
+        return WriteResult(revision, changes, warnings, etag_of(revision))
 
     async def _check_person(self, number: int, caller: Caller) -> None:
         if not self._second_person:

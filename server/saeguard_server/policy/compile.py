@@ -21,7 +21,7 @@ from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
 from saeguard_server.policy import rules
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Target
-from saeguard_server.policy.rules import Clash, CompiledPolicy, Selected, Selection, compile_policy
+from saeguard_server.policy.rules import Clash, CombinedPolicies, CompiledPolicy, PolicyNames, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
 
 LISTED = 20
@@ -300,9 +300,9 @@ class Snapshot:
     """All of the revision's, by name."""
     ready: Mapping[str, CompiledPolicy]
     """Those that can act here: not off, and for this model."""
-    _selections: dict[Selection, Selected] = field(default_factory=dict)
+    _selections: dict[PolicyNames, CombinedPolicies] = field(default_factory=dict)
 
-    def selected(self, selection: Selection) -> Selected:
+    def selected(self, selection: PolicyNames) -> CombinedPolicies:
         """The rules of some of its policies together. Raises Clash: two cannot be kept together."""
         known = self._selections.get(selection)
         if known is None:
@@ -325,7 +325,7 @@ def build_snapshot(
     )
 
 
-class Policies:
+class PoliciesInForce:
     """The present snapshot. Used on the event loop only, by the clock that nobody sets."""
 
     def __init__(self, stale_after_s: float, clock: Callable[[], float] = time.monotonic) -> None:

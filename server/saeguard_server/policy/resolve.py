@@ -13,7 +13,7 @@ from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRe
 from saeguard_server.policy import rules
 from saeguard_server.policy.compile import Snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, Target
-from saeguard_server.policy.rules import Clash, EnforcedEdit, Selected, Selection
+from saeguard_server.policy.rules import Clash, CombinedPolicies, EnforcedEdit, PolicyNames
 from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger
 
 
@@ -25,7 +25,7 @@ class Resolution:
     triggers: tuple[CompiledTrigger, ...]
     max_relative_edit: float | None
     """Of its own edits."""
-    selected: Selected
+    selected: CombinedPolicies
 
 
 def resolve_policies(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Resolution:
@@ -62,7 +62,7 @@ def is_aimed_at(target: Target, caller: Caller, model: str) -> bool:
     )
 
 
-def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selected:
+def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> CombinedPolicies:
     try:
         return snapshot.selected(_selection(request, caller, snapshot, now))
     except Clash as err:
@@ -73,7 +73,7 @@ def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now:
         raise PoliciesUnavailable(str(err)) from err
 
 
-def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> Selection:
+def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> PolicyNames:
     for index, name in enumerate(request.policies):
         _check_named(name, f"policies[{index}]", snapshot, now)
     model, conversation = snapshot.engine.model.name, request.conversation
@@ -106,7 +106,7 @@ def _is_over(policy: Policy, now: datetime) -> bool:
 
 
 class _OwnSteering:
-    def __init__(self, selected: Selected, snapshot: Snapshot) -> None:
+    def __init__(self, selected: CombinedPolicies, snapshot: Snapshot) -> None:
         self.edits: list[CompiledEdit] = []
         self.triggers: list[CompiledTrigger] = []
         self.tightened: dict[int, CompiledEdit] = {}
@@ -125,7 +125,7 @@ class _OwnSteering:
             field = f"interventions[{index}]"
             self._check_allowed(intervention.ref, field)
             edit = compile_edit(self._engine, intervention, field)
-            change = rules.tighten(self._enforced(edit.ref), edit, self._engine)
+            change = rules.allow_own_edit(self._enforced(edit.ref), edit, self._engine)
             if change is None:
                 self.edits.append(edit)
                 continue
@@ -143,7 +143,7 @@ class _OwnSteering:
             enforced = {
                 number
                 for number, edit in enumerate(compiled.edits)
-                if rules.tighten(self._enforced(edit.ref), edit, self._engine) is not None
+                if rules.allow_own_edit(self._enforced(edit.ref), edit, self._engine) is not None
             }
             self._became_rules |= bool(enforced)
             self.triggers.append(rules.without_edits(compiled, enforced))

@@ -14,7 +14,16 @@ from saeguard.types import FeatureRef, Scope
 from saeguard_server.engine.protocol import CompiledEdit, Engine, Origin
 from saeguard_server.errors import PolicyRefusal
 from saeguard_server.policy.model import Policy, PolicyLimits
-from saeguard_server.policy.tighten import NOTHING, Effect, Where, contains, meets, relation, strictness, tightened
+from saeguard_server.policy.tighten import (
+    NOTHING,
+    FeatureEffect,
+    TokenSet,
+    already_meets,
+    combine_effects,
+    contains,
+    strictness,
+    token_overlap,
+)
 from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger, with_affine
 
 WEAKENS = "it would weaken what the rule does"
@@ -35,7 +44,7 @@ class EnforcedEdit(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Combined:
+class EnforcedSteering:
     """What is enforced on one request: at most one edit of each feature on each token."""
 
     edits: tuple[CompiledEdit, ...]
@@ -79,7 +88,7 @@ def compile_policy_trigger(policy: Policy, index: int, engine: Engine) -> Compil
     return compile_trigger(engine, trigger, f"triggers[{index}]", origin, is_shadow=is_shadow, is_limited=False)
 
 
-def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], engine: Engine) -> Combined:
+def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], engine: Engine) -> EnforcedSteering:
     """Puts rules together; each is kept, whoever wrote it. Raises Clash: two cannot be kept together."""
     on_feature: dict[FeatureRef, list[CompiledEdit]] = {}
     for edit in edits:
@@ -92,22 +101,22 @@ def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], 
             before = by_feature.setdefault(edit.ref, ())
             _check_apart(edit, before)
             by_feature[edit.ref] = (*before, EnforcedEdit(edit, (edit,)))
-    return Combined(combined, remaining, by_feature)
+    return EnforcedSteering(combined, remaining, by_feature)
 
 
 def clash_of(first: CompiledEdit, second: CompiledEdit) -> Clash | None:
     """Why two rules of one feature cannot be kept together, if they cannot."""
-    between = relation(Where.of(first), Where.of(second))
+    between = token_overlap(TokenSet.of(first), TokenSet.of(second))
     if between == "apart" or _is_absorbed(first, second) or _is_absorbed(second, first):
         return None
     if between == "same":
         loose, strict = sorted((effect_of(first), effect_of(second)), key=strictness)
-        if tightened(loose, strict) is not None:
+        if combine_effects(loose, strict) is not None:
             return None
     return Clash(first, second)
 
 
-def tighten(
+def allow_own_edit(
     group: Iterable[EnforcedEdit], edit: CompiledEdit, engine: Engine
 ) -> tuple[CompiledEdit, CompiledEdit | None] | None:
     """What becomes of a request's own edit where rules edit its feature: the rule's edit and what takes its place.
@@ -119,25 +128,25 @@ def tighten(
     Raises:
         PolicyRefusal: it would weaken a rule; the field, policy and rule are named.
     """
-    where = Where.of(edit)
+    where = TokenSet.of(edit)
     for enforced in group:
         rule = enforced.edit
-        between = relation(Where.of(rule), where)
+        between = token_overlap(TokenSet.of(rule), where)
         if between == "apart":
             continue
         if _is_absorbed(rule, edit):
             return rule, None
         if between != "same":
             raise _refusal(edit, enforced.rules[-1], _field_elsewhere(rule.scope, edit.scope), ELSEWHERE)
-        effect = tightened(effect_of(rule), effect_of(edit))
+        effect = combine_effects(effect_of(rule), effect_of(edit))
         if effect is None:
             raise _refusal(edit, _refusing(enforced, edit), edit.kind, WEAKENS)
         return rule, rule if effect == effect_of(rule) else with_affine(engine, rule, effect.kind, effect.affine)
     return None
 
 
-def effect_of(edit: CompiledEdit) -> Effect:
-    return Effect.of(edit.kind, edit.affine)
+def effect_of(edit: CompiledEdit) -> FeatureEffect:
+    return FeatureEffect.of(edit.kind, edit.affine)
 
 
 def without_edits(trigger: CompiledTrigger, dropped: set[int]) -> CompiledTrigger:
@@ -151,14 +160,14 @@ def _combined(rules: list[CompiledEdit], engine: Engine) -> tuple[EnforcedEdit, 
     """At most one edit for each group of tokens. Raises Clash: two cannot be kept together."""
     if len(rules) == 1:
         return (EnforcedEdit(rules[0], (rules[0],)),)
-    groups: dict[Where, list[CompiledEdit]] = {}
+    groups: dict[TokenSet, list[CompiledEdit]] = {}
     for rule in rules:
-        groups.setdefault(Where.of(rule), []).append(rule)
+        groups.setdefault(TokenSet.of(rule), []).append(rule)
     folded = [_folded(group, engine) for group in groups.values()]
     absorbed: set[int] = set()
     for first, second in combinations(range(len(folded)), 2):
         outer, inner = folded[first], folded[second]
-        if relation(Where.of(outer.edit), Where.of(inner.edit)) == "apart":
+        if token_overlap(TokenSet.of(outer.edit), TokenSet.of(inner.edit)) == "apart":
             continue
         if _absorbs(outer, inner):
             absorbed.add(second)
@@ -174,10 +183,12 @@ def _folded(group: list[CompiledEdit], engine: Engine) -> EnforcedEdit:
     ordered = sorted(group, key=lambda rule: strictness(effect_of(rule)))
     effect, strictest = NOTHING, ordered[0]
     for index, rule in enumerate(ordered):
-        both = tightened(effect, effect_of(rule))
+        both = combine_effects(effect, effect_of(rule))
         if both is None:
             # What refuses it is one of those before: which bounds or map it met does not matter.
-            refusing = (before for before in ordered[:index] if tightened(effect_of(before), effect_of(rule)) is None)
+            refusing = (
+                before for before in ordered[:index] if combine_effects(effect_of(before), effect_of(rule)) is None
+            )
             raise Clash(next(refusing, ordered[0]), rule)
         if both != effect:
             effect, strictest = both, rule
@@ -192,7 +203,9 @@ def _absorbs(outer: EnforcedEdit, inner: EnforcedEdit) -> bool:
 
 def _is_absorbed(rule: CompiledEdit, edit: CompiledEdit) -> bool:
     """Whether the rule alone does, wherever the edit would be made, what it demands."""
-    return relation(Where.of(rule), Where.of(edit)) in ("within", "same") and meets(effect_of(rule), effect_of(edit))
+    return token_overlap(TokenSet.of(rule), TokenSet.of(edit)) in ("within", "same") and already_meets(
+        effect_of(rule), effect_of(edit)
+    )
 
 
 def _trigger_beside(
@@ -209,13 +222,13 @@ def _trigger_beside(
 
 def _check_apart(edit: CompiledEdit, others: Iterable[EnforcedEdit]) -> None:
     for other in others:
-        if relation(Where.of(other.edit), Where.of(edit)) != "apart":
+        if token_overlap(TokenSet.of(other.edit), TokenSet.of(edit)) != "apart":
             raise Clash(other.rules[-1], edit)
 
 
 def _refusing(enforced: EnforcedEdit, edit: CompiledEdit) -> CompiledEdit:
     """Of the rules that were combined, one that does not allow it."""
-    refusing = (rule for rule in enforced.rules if tightened(effect_of(rule), effect_of(edit)) is None)
+    refusing = (rule for rule in enforced.rules if combine_effects(effect_of(rule), effect_of(edit)) is None)
     return next(refusing, enforced.rules[-1])
 
 
@@ -229,13 +242,13 @@ def _refusal(edit: CompiledEdit, rule: CompiledEdit, field: str, why: str) -> Po
 
 # --- which policies are on a request, and what they come to together: worked out once for each set of them
 
-Selection: TypeAlias = tuple[str, ...]
+PolicyNames: TypeAlias = tuple[str, ...]
 """Names of policies, in order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Selected:
-    enforced: Combined
+class CombinedPolicies:
+    enforced: EnforcedSteering
     shadow_edits: tuple[CompiledEdit, ...]
     """What is only counted."""
     shadow_triggers: tuple[CompiledTrigger, ...]
@@ -250,8 +263,8 @@ class Selected:
 
 
 def select_policies(
-    names: Selection, ready: Mapping[str, CompiledPolicy], activation: Activation, engine: Engine
-) -> Selected:
+    names: PolicyNames, ready: Mapping[str, CompiledPolicy], activation: Activation, engine: Engine
+) -> CombinedPolicies:
     """The rules of these policies together.
 
     Raises:
@@ -263,7 +276,7 @@ def select_policies(
     shadows = [compiled for compiled in chosen if compiled.policy.mode == "shadow"]
     policies = [compiled.policy for compiled in enforcing]
     limits = tuple((policy.name, policy.limits) for policy in policies if policy.limits != PolicyLimits())
-    return Selected(
+    return CombinedPolicies(
         enforced=combine(
             [edit for compiled in enforcing for edit in compiled.edits],
             [trigger for compiled in enforcing for trigger in compiled.triggers],

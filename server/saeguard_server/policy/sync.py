@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.administration import Administration
-from saeguard_server.policy.compile import Policies, Snapshot, build_snapshot, check_or_refuse
+from saeguard_server.policy.compile import PoliciesInForce, Snapshot, build_snapshot, check_or_refuse
 from saeguard_server.policy.model import Policy
 from saeguard_server.policy.store import open_store, protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreError
@@ -31,14 +31,14 @@ LAST_LOOK_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Enforcement:
-    policies: Policies
+    policies: PoliciesInForce
     administration: Administration
     look_now: Callable[[], Awaitable[None]]
     """Looks at the store at once: what was put in force before is then enforced here."""
 
 
 @asynccontextmanager
-async def opened(settings: PolicySettings) -> AsyncIterator[PolicyStore | None]:
+async def open_enforcement(settings: PolicySettings) -> AsyncIterator[PolicyStore | None]:
     """The store that the settings name; None if they name none. Raises BadSettings: it cannot be reached or used."""
     if settings.store == NO_STORE:
         yield None
@@ -54,7 +54,7 @@ async def opened(settings: PolicySettings) -> AsyncIterator[PolicyStore | None]:
 
 
 @asynccontextmanager
-async def enforcing(
+async def run_enforcement(
     store: PolicyStore | None, settings: PolicySettings, engine: Engine, metrics: Metrics, *, keeps_audit: bool = False
 ) -> AsyncIterator[Enforcement | None]:
     """Follows the store until the block ends, after a first look; None without a store.
@@ -72,7 +72,7 @@ async def enforcing(
     def check(policies: Sequence[Policy]) -> tuple[str, ...]:
         return check_or_refuse(policies, engine, datetime.now(UTC), keeps_audit=keeps_audit)
 
-    policies = Policies(settings.stale_after_s)
+    policies = PoliciesInForce(settings.stale_after_s)
     sync = PolicySync(store, policies, build, metrics, poll_s=settings.poll_s)
     async with sync.running():
         administration = Administration(store, check, second_person=settings.second_person)
@@ -83,7 +83,7 @@ class PolicySync:
     def __init__(
         self,
         store: PolicyStore,
-        policies: Policies,
+        policies: PoliciesInForce,
         build: Callable[[Active], Snapshot],
         metrics: Metrics,
         *,

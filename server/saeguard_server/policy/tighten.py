@@ -19,7 +19,7 @@ Relation: TypeAlias = Literal["apart", "same", "within", "across"]
 
 
 @dataclass(frozen=True, slots=True)
-class Effect:
+class FeatureEffect:
     """What is done to a feature: ``value`` is its constant, factor or difference; then it is kept in bounds.
 
     A constant has no bounds.
@@ -31,7 +31,7 @@ class Effect:
     high: float = inf
 
     @classmethod
-    def of(cls, kind: str, affine: Affine) -> Effect:
+    def of(cls, kind: str, affine: Affine) -> FeatureEffect:
         """What an edit of that kind does. Zero, clamp to 0 and scale by 0 are the same."""
         match kind:
             case "zero" | "clamp":
@@ -83,17 +83,17 @@ class Effect:
         return self.base == "add" and self.value * sign > 0
 
 
-NOTHING = Effect()
+NOTHING = FeatureEffect()
 
 
-def tightened(enforced: Effect, requested: Effect) -> Effect | None:
+def combine_effects(enforced: FeatureEffect, requested: FeatureEffect) -> FeatureEffect | None:
     """The effect that is as tight as ``enforced`` and keeps the demand of ``requested``; None where there is none.
 
     Args:
         requested: of one edit. A factor or difference under enforced bounds is kept within them.
     """
     if enforced.base == "constant":
-        return enforced if meets(enforced, requested) else None
+        return enforced if already_meets(enforced, requested) else None
     match requested.base:
         case "free":
             return _bounded(enforced, requested)
@@ -103,7 +103,7 @@ def tightened(enforced: Effect, requested: Effect) -> Effect | None:
             return _moved(enforced, requested)
 
 
-def meets(enforced: Effect, requested: Effect) -> bool:
+def already_meets(enforced: FeatureEffect, requested: FeatureEffect) -> bool:
     """Whether ``enforced`` alone keeps the demand of ``requested``, whatever the feature's value."""
     low, high = (enforced.value,) * 2 if enforced.base == "constant" else (enforced.low, enforced.high)
     match requested.base:
@@ -115,7 +115,7 @@ def meets(enforced: Effect, requested: Effect) -> bool:
             return enforced == requested
 
 
-def strictness(effect: Effect) -> tuple[int, float]:
+def strictness(effect: FeatureEffect) -> tuple[int, float]:
     """Rules are combined in this order: if they can be combined at all, they can in this one."""
     match effect.base:
         case "free":
@@ -128,14 +128,14 @@ def strictness(effect: Effect) -> tuple[int, float]:
             return 2, 0.0
 
 
-def _bounded(enforced: Effect, requested: Effect) -> Effect | None:
+def _bounded(enforced: FeatureEffect, requested: FeatureEffect) -> FeatureEffect | None:
     if (requested.high < inf and not enforced.may_be_capped) or (requested.low > -inf and not enforced.may_be_floored):
         return None
     low, high = max(enforced.low, requested.low), min(enforced.high, requested.high)
     return replace(enforced, low=low, high=high) if low <= high else None
 
 
-def _pinned(enforced: Effect, requested: Effect) -> Effect | None:
+def _pinned(enforced: FeatureEffect, requested: FeatureEffect) -> FeatureEffect | None:
     is_within = enforced.low <= requested.value <= enforced.high
     is_tight = enforced.base == "free" or (
         enforced.base == "scale" and 0 <= enforced.value <= 1 and requested.value == 0
@@ -143,7 +143,7 @@ def _pinned(enforced: Effect, requested: Effect) -> Effect | None:
     return requested if is_within and is_tight else None
 
 
-def _moved(enforced: Effect, requested: Effect) -> Effect | None:
+def _moved(enforced: FeatureEffect, requested: FeatureEffect) -> FeatureEffect | None:
     if enforced.base == "free":
         return replace(requested, low=enforced.low, high=enforced.high)
     old, new = enforced.value, requested.value
@@ -157,7 +157,7 @@ def _moved(enforced: Effect, requested: Effect) -> Effect | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class TokenSet:
     """The tokens on which an edit is made: those of a scope, while a condition holds, from when a trigger fired."""
 
     scope: Scope
@@ -166,13 +166,13 @@ class Where:
     is_triggered: bool = False
 
     @classmethod
-    def of(cls, edit: CompiledEdit) -> Where:
+    def of(cls, edit: CompiledEdit) -> TokenSet:
         if edit.condition is None:
             return cls(edit.scope)
         return cls(edit.scope, edit.condition.digest, edit.condition.is_trigger)
 
 
-def relation(enforced: Where, requested: Where) -> Relation:
+def token_overlap(enforced: TokenSet, requested: TokenSet) -> Relation:
     """``apart``: no token is in both; ``same``: the same tokens; ``within``: all ``requested`` are always enforced."""
     if are_apart(enforced.scope, requested.scope):
         return "apart"

@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from saeguard_server.admission import InFlight, RpcLimiter
+from saeguard_server.admission import InFlight, LoadLimiter
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
@@ -74,7 +74,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, metrics: Metrics, limiter: RpcLimiter, authentication: AuthInterceptor, max_deadline_s: float
+        self, metrics: Metrics, limiter: LoadLimiter, authentication: AuthInterceptor, max_deadline_s: float
     ) -> None:
         self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
         self._max_deadline_s = max_deadline_s

@@ -11,7 +11,7 @@ from saeguard.wire import to_message
 from saeguard_server.audit.log import Audit
 from saeguard_server.errors import InvalidRequest, NotConfigured
 from saeguard_server.policy import document
-from saeguard_server.policy.administration import Administration, Written, etag_of
+from saeguard_server.policy.administration import Administration, WriteResult, etag_of
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.sync import Enforcement
 from saeguard_server.rpc import interceptor
@@ -138,7 +138,7 @@ def _revision(revision: PolicyRevision, diff: str = "") -> catalog.Revision:
     )
 
 
-def _change(written: Written) -> catalog.PolicyChange:
+def _change(written: WriteResult) -> catalog.PolicyChange:
     diff = "".join(change.diff for change in written.changes)
     return catalog.PolicyChange(
         revision=catalog.Revision(diff=diff) if written.revision is None else _revision(written.revision, diff),
@@ -147,7 +147,7 @@ def _change(written: Written) -> catalog.PolicyChange:
     )
 
 
-def _number(written: Written) -> int | None:
+def _number(written: WriteResult) -> int | None:
     return None if written.revision is None else written.revision.number
 
 

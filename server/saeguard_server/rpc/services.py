@@ -23,7 +23,7 @@ from saeguard.v1.activation_service_pb2_grpc import ActivationServiceServicer
 from saeguard.v1.catalog_service_pb2_grpc import CatalogServiceServicer
 from saeguard.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from saeguard.wire import chunk_message, from_message, to_message
-from saeguard_server.admission import RpcLimiter
+from saeguard_server.admission import LoadLimiter
 from saeguard_server.catalog import Catalog
 from saeguard_server.errors import InternalFailure, InvalidRequest
 from saeguard_server.generation import Generation, ReadActivations
@@ -42,7 +42,7 @@ ENTRY_BYTES = 9
 
 
 class GenerationServicer(GenerationServiceServicer):
-    def __init__(self, generation: Generation, limiter: RpcLimiter, limits: LimitSettings) -> None:
+    def __init__(self, generation: Generation, limiter: LoadLimiter, limits: LimitSettings) -> None:
         self._generation, self._limiter, self._limits = generation, limiter, limits
 
     async def Generate(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.GenerateResponse:
@@ -78,7 +78,7 @@ class GenerationServicer(GenerationServiceServicer):
 
 
 class ActivationServicer(ActivationServiceServicer):
-    def __init__(self, activations: ReadActivations, limiter: RpcLimiter, limits: LimitSettings) -> None:
+    def __init__(self, activations: ReadActivations, limiter: LoadLimiter, limits: LimitSettings) -> None:
         self._activations, self._limiter, self._limits = activations, limiter, limits
 
     async def GetActivations(

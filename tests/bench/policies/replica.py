@@ -27,7 +27,7 @@ from saeguard_server.engine.protocol import Capabilities
 from saeguard_server.errors import PoliciesUnavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.policy import compile
-from saeguard_server.policy.compile import Policies, Snapshot
+from saeguard_server.policy.compile import PoliciesInForce, Snapshot
 from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import Active
 from saeguard_server.policy.sync import PolicySync
@@ -61,7 +61,7 @@ def say(**line: object) -> None:
 async def follow(url: str, poll_s: float, stale_after_s: float) -> None:
     """Until its process is ended."""
     served = cast(Any, Engine())
-    policies = Policies(stale_after_s)
+    policies = PoliciesInForce(stale_after_s)
 
     def build(active: Active) -> Snapshot:
         return compile.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
@@ -71,7 +71,7 @@ async def follow(url: str, poll_s: float, stale_after_s: float) -> None:
         await asyncio.gather(_say_activations(policies), _say_whether_serving(policies))
 
 
-async def _say_activations(policies: Policies) -> None:
+async def _say_activations(policies: PoliciesInForce) -> None:
     known = -1
     while True:
         try:
@@ -83,7 +83,7 @@ async def _say_activations(policies: Policies) -> None:
         say(activation=known, revision=found.revision.number)
 
 
-async def _say_whether_serving(policies: Policies) -> None:
+async def _say_whether_serving(policies: PoliciesInForce) -> None:
     last: bool | None = None
     while True:
         if policies.is_current() is not last:

@@ -15,7 +15,7 @@ from saeguard.types import Cap, Clamp, FeatureRef, Floor, Intervention, Scale, S
 from saeguard_sae.edits import Affine
 from saeguard_server.engine.protocol import CompiledEdit, Origin
 from saeguard_server.policy.rules import Clash, clash_of, combine
-from saeguard_server.policy.tighten import Where, relation
+from saeguard_server.policy.tighten import TokenSet, token_overlap
 
 EDITS: list[Intervention] = [
     Zero("mid", 2),
@@ -67,13 +67,13 @@ def test_pairs_decide_and_every_rule_is_kept(drawn: list[tuple[Intervention, Sco
         assert not is_fine
         return
     for one, other in combinations(found.edits, 2):
-        assert relation(Where.of(one), Where.of(other)) == "apart"
+        assert token_overlap(TokenSet.of(one), TokenSet.of(other)) == "apart"
     for (rule, (edit, *_)), token in (
         (pair, token) for pair in zip(wanted, drawn, strict=True) for token in range(TOKENS)
     ):
         if covers(rule, token):
             (made,) = (one for one in found.edits if covers(one, token))
-            assert not Where.of(made).condition or Where.of(made) == Where.of(rule)
+            assert not TokenSet.of(made).condition or TokenSet.of(made) == TokenSet.of(rule)
             assert_kept(edit, made)
 
 

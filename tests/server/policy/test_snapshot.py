@@ -11,7 +11,7 @@ import pytest
 from saeguard.types import Zero
 from saeguard_server.errors import ActivationNotReached, PoliciesUnavailable
 from saeguard_server.policy import compile
-from saeguard_server.policy.compile import Policies, Snapshot
+from saeguard_server.policy.compile import PoliciesInForce, Snapshot
 from support.policy_shapes import policy, rule
 
 InForce = Callable[..., Snapshot]
@@ -32,11 +32,11 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def policies(clock: Clock) -> Policies:
-    return Policies(STALE_AFTER_S, clock)
+def policies(clock: Clock) -> PoliciesInForce:
+    return PoliciesInForce(STALE_AFTER_S, clock)
 
 
-def test_without_a_snapshot_nothing_is_served(policies: Policies) -> None:
+def test_without_a_snapshot_nothing_is_served(policies: PoliciesInForce) -> None:
     policies.renew()
     assert not policies.is_current()
     with pytest.raises(PoliciesUnavailable, match="no policies have been read yet") as caught:
@@ -44,7 +44,7 @@ def test_without_a_snapshot_nothing_is_served(policies: Policies) -> None:
     assert (caught.value.reason, caught.value.retry_after_s) == ("POLICIES_UNAVAILABLE", 1.0)
 
 
-def test_a_lease_runs_out_and_is_renewed(policies: Policies, clock: Clock, in_force: InForce) -> None:
+def test_a_lease_runs_out_and_is_renewed(policies: PoliciesInForce, clock: Clock, in_force: InForce) -> None:
     first = in_force(policy("a", rule("none", Zero("mid", 2))))
     policies.replace(first)
     with pytest.raises(PoliciesUnavailable, match="could not be confirmed"):
@@ -61,7 +61,7 @@ def test_a_lease_runs_out_and_is_renewed(policies: Policies, clock: Clock, in_fo
     assert not policies.is_current()
 
 
-def test_what_cannot_be_applied_is_withdrawn(policies: Policies, in_force: InForce) -> None:
+def test_what_cannot_be_applied_is_withdrawn(policies: PoliciesInForce, in_force: InForce) -> None:
     one = in_force()
     policies.replace(one)
     policies.renew()
@@ -73,7 +73,7 @@ def test_what_cannot_be_applied_is_withdrawn(policies: Policies, in_force: InFor
     assert policies.is_current()
 
 
-async def test_waiting_for_an_activation(policies: Policies, in_force: InForce) -> None:
+async def test_waiting_for_an_activation(policies: PoliciesInForce, in_force: InForce) -> None:
     policies.replace(in_force(number=3))
     policies.renew()
     soon = time.monotonic() + 5.0
@@ -89,7 +89,7 @@ async def test_waiting_for_an_activation(policies: Policies, in_force: InForce) 
 
 
 async def test_an_activation_that_does_not_come(
-    policies: Policies, in_force: InForce, monkeypatch: pytest.MonkeyPatch
+    policies: PoliciesInForce, in_force: InForce, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compile, "ANSWER_S", 0.01)
     policies.replace(in_force(number=3))

@@ -15,7 +15,7 @@ import pytest
 from saeguard.catalog import Activation
 from saeguard_server.errors import ActivationNotReached, PoliciesUnavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import Policies, Snapshot
+from saeguard_server.policy.compile import PoliciesInForce, Snapshot
 from saeguard_server.policy.model import PolicyRevision
 from saeguard_server.policy.store.protocol import Active, ContentRefused, NothingActive, PolicyStore, StoreUnreachable
 from saeguard_server.policy.sync import PolicySync
@@ -57,7 +57,7 @@ class Followed:
     """A store, what follows it, and a clock that the test moves."""
 
     store: ScriptedStore
-    policies: Policies
+    policies: PoliciesInForce
     sync: PolicySync
     metrics: Metrics
     clock: list[float]
@@ -89,7 +89,7 @@ def followed(metrics: Metrics) -> Followed:
             raise ValueError("rules[0].feature: must be below 8, got 9")
         return Snapshot(found.activation, found.revision, cast(Any, None), {}, {})
 
-    store, policies = ScriptedStore(), Policies(STALE_AFTER_S, lambda: clock[0])
+    store, policies = ScriptedStore(), PoliciesInForce(STALE_AFTER_S, lambda: clock[0])
     sync = PolicySync(cast(PolicyStore, store), policies, build, metrics, poll_s=1.0, clock=lambda: clock[0])
     return Followed(store, policies, sync, metrics, clock, broken)
 

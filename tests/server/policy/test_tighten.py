@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from saeguard.types import PHASES, Add, Cap, Clamp, Floor, Intervention, Phase, Scale, Scope, Zero
 from saeguard_sae.edits import Affine
-from saeguard_server.policy.tighten import NOTHING, Effect, Where, meets, relation, strictness, tightened
+from saeguard_server.policy.tighten import (
+    NOTHING,
+    FeatureEffect,
+    TokenSet,
+    already_meets,
+    combine_effects,
+    strictness,
+    token_overlap,
+)
 
 VALUES = (-3.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
 EDITS: list[Intervention] = [
@@ -23,8 +31,8 @@ POSITIVE = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61)])
 GRID = np.concatenate([-POSITIVE[::-1], POSITIVE])
 
 
-def effect(edit: Intervention) -> Effect:
-    return Effect.of(edit.kind, Affine(*edit.affine(1.0)))
+def effect(edit: Intervention) -> FeatureEffect:
+    return FeatureEffect.of(edit.kind, Affine(*edit.affine(1.0)))
 
 
 def mapped(affine: Affine, values: np.ndarray) -> np.ndarray:
@@ -112,7 +120,7 @@ def keeps(asked: Intervention, result: Affine, within: tuple[float, float] = (-i
 @pytest.mark.parametrize("rule", EDITS, ids=str)
 def test_every_pair_of_kinds(rule: Intervention) -> None:
     for asked in EDITS:
-        found = tightened(effect(rule), effect(asked))
+        found = combine_effects(effect(rule), effect(asked))
         assert (found is not None) == is_accepted(rule, asked), asked
         if found is None:
             continue
@@ -124,9 +132,9 @@ def test_every_pair_of_kinds(rule: Intervention) -> None:
 
 def test_what_is_met_already_is_exactly_what_changes_nothing_in_the_result() -> None:
     for rule, asked in product(EDITS, EDITS):
-        if meets(effect(rule), effect(asked)):
+        if already_meets(effect(rule), effect(asked)):
             assert keeps(asked, Affine(*rule.affine(1.0))), (rule, asked)
-            assert tightened(effect(rule), effect(asked)) == effect(rule), (rule, asked)
+            assert combine_effects(effect(rule), effect(asked)) == effect(rule), (rule, asked)
 
 
 EXAMPLES: list[tuple[Intervention, Intervention, Affine | None]] = [
@@ -155,7 +163,7 @@ EXAMPLES: list[tuple[Intervention, Intervention, Affine | None]] = [
 
 @pytest.mark.parametrize(("rule", "asked", "result"), EXAMPLES, ids=str)
 def test_examples(rule: Intervention, asked: Intervention, result: Affine | None) -> None:
-    found = tightened(effect(rule), effect(asked))
+    found = combine_effects(effect(rule), effect(asked))
     assert (None if found is None else found.affine) == result
 
 
@@ -164,16 +172,16 @@ def test_examples(rule: Intervention, asked: Intervention, result: Affine | None
 def test_several_rules_hold_together_exactly_if_each_two_do_and_in_any_order_if_in_one(
     rules: list[Intervention], random
 ) -> None:
-    def folded(ordered: list[Intervention]) -> Effect | None:
-        total: Effect | None = NOTHING
+    def folded(ordered: list[Intervention]) -> FeatureEffect | None:
+        total: FeatureEffect | None = NOTHING
         for one in ordered:
-            total = None if total is None else tightened(total, effect(one))
+            total = None if total is None else combine_effects(total, effect(one))
         return total
 
     by_strictness = sorted(rules, key=lambda one: strictness(effect(one)))
     found = folded(by_strictness)
     pairs = all(
-        tightened(effect(one), effect(two)) or tightened(effect(two), effect(one))
+        combine_effects(effect(one), effect(two)) or combine_effects(effect(two), effect(one))
         for index, one in enumerate(rules)
         for two in rules[:index]
     )
@@ -208,7 +216,7 @@ def tokens(scope: Scope, prompt: int) -> set[tuple[int, bool]]:
 @settings(max_examples=150, deadline=None)
 @given(scopes, scopes)
 def test_how_two_scopes_lie(rule: Scope, asked: Scope) -> None:
-    found = relation(Where(rule), Where(asked))
+    found = token_overlap(TokenSet(rule), TokenSet(asked))
     held = [(tokens(rule, prompt), tokens(asked, prompt)) for prompt in range(1, 24)]
     match found:
         case "apart":
@@ -223,9 +231,9 @@ def test_how_two_scopes_lie(rule: Scope, asked: Scope) -> None:
 
 
 def test_conditions_hide_what_is_enforced() -> None:
-    everywhere, sometimes, fired = Where(Scope()), Where(Scope(), "when"), Where(Scope(), "trigger", True)
-    assert relation(sometimes, sometimes) == "same"
-    assert relation(everywhere, sometimes) == relation(everywhere, fired) == "within"
+    everywhere, sometimes, fired = TokenSet(Scope()), TokenSet(Scope(), "when"), TokenSet(Scope(), "trigger", True)
+    assert token_overlap(sometimes, sometimes) == "same"
+    assert token_overlap(everywhere, sometimes) == token_overlap(everywhere, fired) == "within"
     for enforced, asked in [(sometimes, everywhere), (fired, everywhere), (fired, fired), (sometimes, fired)]:
-        assert relation(enforced, asked) == "across"
-    assert relation(Where(Scope(), "another"), sometimes) == "across"
+        assert token_overlap(enforced, asked) == "across"
+    assert token_overlap(TokenSet(Scope(), "another"), sometimes) == "across"

@@ -18,12 +18,12 @@ from saeguard.v1 import (
     generation_service_pb2_grpc,
     server_info_service_pb2_grpc,
 )
-from saeguard_server.admission import FairQueue, RpcLimiter
+from saeguard_server.admission import FairQueue, LoadLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import Call
 from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.protocol import Engine, GenerateTask
-from saeguard_server.generation import finished
+from saeguard_server.generation import with_request_facts
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Metrics
@@ -53,7 +53,7 @@ class FakeGenerate:
         )  # fmt: skip
         async with aclosing(self.engine.generate(task)) as chunks:
             async for chunk in chunks:
-                yield finished(chunk, call, None)
+                yield with_request_facts(chunk, call, None)
 
     async def compare(self, request: GenerateRequest, call: Call) -> Comparison:
         """Both answers are the same."""
@@ -90,7 +90,7 @@ class Edge:
     address: str
     channel: grpc.aio.Channel
     metrics: Metrics
-    admission: RpcLimiter
+    admission: LoadLimiter
     health: Health
     generate: FakeGenerate
     read: FakeRead
@@ -114,7 +114,7 @@ def limits() -> LimitSettings:
 
 @pytest.fixture
 async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> AsyncIterator[Edge]:
-    admission = RpcLimiter(
+    admission = LoadLimiter(
         engine, FairQueue(engine, metrics, slots=2), metrics, max_queue=limits.max_queue, max_slots=2
     )
     health, generate, read = Health(edge.SERVICES), FakeGenerate(engine), FakeRead()

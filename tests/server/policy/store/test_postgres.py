@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import Policies, Snapshot
+from saeguard_server.policy.compile import PoliciesInForce, Snapshot
 from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreUnreachable
 from saeguard_server.policy.sync import PolicySync
@@ -26,14 +26,14 @@ POLL_S = 20.0
 
 
 @asynccontextmanager
-async def replica(where: str, *, poll_s: float = POLL_S, stale_after_s: float = 60.0) -> AsyncIterator[Policies]:
+async def replica(where: str, *, poll_s: float = POLL_S, stale_after_s: float = 60.0) -> AsyncIterator[PoliciesInForce]:
     """A server as far as policies go."""
 
     def build(active: Active) -> Snapshot:
         return Snapshot(active.activation, active.revision, cast(Any, None), {}, {})
 
     store = await open_store(where)
-    policies = Policies(stale_after_s)
+    policies = PoliciesInForce(stale_after_s)
     try:
         async with PolicySync(store, policies, build, Metrics(CollectorRegistry()), poll_s=poll_s).running():
             yield policies
