@@ -5,6 +5,7 @@ Everything a task holds is already resolved and checked: names are known, positi
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -169,6 +170,30 @@ class Steering:
     max_relative_edit: float = float("inf")
     digest: str = ""
     conditions: tuple[CompiledCondition, ...] = ()
+
+    def kv_key(self, start: int, end: int) -> bytes:
+        """Identity of what is applied to tokens at positions ``[start, end)``; empty where nothing is.
+
+        KV is shared among equal ones only. Who wants an edit, and how refusals name it, is no part of it.
+        """
+        here = [edit for edit in self.edits if edit.first < end and edit.last > start]
+        decided = [(condition.first, min(condition.last, end)) for condition in self.conditions]
+        if any(first < end and last > start for first, last in decided) or any(
+            edit.condition_number is not None for edit in here
+        ):
+            # What a condition is here follows from all that it has seen since it began.
+            placed = [(edit.digest, edit.first, min(edit.last, end)) for edit in here]
+            applied: object = self.digest, [condition.digest for condition in self.conditions], decided, placed
+        elif here:
+            applied = [_applied(edit, start, end) for edit in here], self.max_relative_edit
+        else:
+            return b""
+        return hashlib.blake2b(repr(applied).encode(), digest_size=16).digest()
+
+
+def _applied(edit: CompiledEdit, start: int, end: int) -> tuple[object, ...]:
+    first, last = max(edit.first, start) - start, min(edit.last, end) - start
+    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -110,6 +110,13 @@ def test_a_steering_shares_nothing_with_another_from_its_first_token_on(other: S
         scopes = [*one.edits, *other.edits, *one.conditions, *other.conditions]
         first = min([scope.first for scope in scopes], default=96)
         assert found <= first - first % 16 or one == other
+
+
+@pytest.mark.parametrize("steering", [Steering((change(),), digest="a"), STEERINGS[12]])
+def test_the_wording_of_refusals_keeps_nobody_from_sharing(steering: Steering) -> None:
+    """The counts are found too: no token is read again."""
+    worded = replace(steering, edits=tuple(replace(edit, field="interventions[3]") for edit in steering.edits))
+    assert reused(generation(0, TOKENS[:100], 3, steering), generation(1, TOKENS[:100], 3, worded)) == 96
 
 
 def test_who_looks_at_its_prompt_reads_it_but_others_may_have_what_it_read() -> None:

@@ -13,15 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from saeguard.results import Token
+from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import (
-    CompiledCondition,
-    CompiledEdit,
-    Event,
-    GenerateTask,
-    InspectTask,
-    Steering,
-)
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Event, GenerateTask, InspectTask
 from saeguard_server.engine.tables import Tallies
 
 BLOCK = 16
@@ -206,8 +200,8 @@ class PrefixCache:
         while blocks:
             if not is_steered(sequence, len(blocks) * BLOCK):
                 return PrefixHit(tuple(blocks))
-            steering, tallies = self._blocks.note_of(blocks[-1]) or (None, None)
-            if steering == sequence.task.steering:
+            applied, tallies = self._blocks.note_of(blocks[-1]) or (b"", None)
+            if applied and applied == sequence.task.steering.kv_key(0, FOREVER):
                 return PrefixHit(tuple(blocks), tallies)
             blocks.pop()
         return PrefixHit()
@@ -228,7 +222,7 @@ class PrefixCache:
         """Keeps the counts, if this is where a pass ended and they are those of the edits alone."""
         if sequence.computed % BLOCK or not can_reuse(sequence) or not is_steered(sequence, sequence.computed):
             return
-        note = sequence.task.steering, self._tally(sequence.slot)
+        note = sequence.task.steering.kv_key(0, FOREVER), self._tally(sequence.slot)
         self._blocks.note(sequence.blocks[sequence.learned - 1], note)
 
     def _extend(self, sequence: Sequence, count: int) -> None:
@@ -236,7 +230,8 @@ class PrefixCache:
         for index in range(len(keys), count):
             start = index * BLOCK
             parent = keys[-1] if keys else b""
-            keys.append(block_key(parent, sequence.tokens[start : start + BLOCK], _active(steering, start)))
+            tokens = sequence.tokens[start : start + BLOCK]
+            keys.append(block_key(parent, tokens, steering.kv_key(start, start + BLOCK)))
 
 
 def can_reuse(sequence: Sequence) -> bool:
@@ -250,25 +245,3 @@ def is_steered(sequence: Sequence, end: int) -> bool:
     steering = sequence.task.steering
     scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.conditions)
     return any(scope.first < min(end, scope.last) for scope in scopes)
-
-
-def _active(steering: Steering, start: int) -> bytes:
-    """What is applied to the tokens of the block that begins at ``start``; empty where nothing is."""
-    end = start + BLOCK
-    here = [edit for edit in steering.edits if edit.first < end and edit.last > start]
-    decided = [(condition.first, min(condition.last, end)) for condition in steering.conditions]
-    if any(first < end and last > start for first, last in decided) or any(
-        edit.condition_number is not None for edit in here
-    ):
-        # What a condition is in this block follows from all that it has seen since it began.
-        what: object = steering.digest, decided, [(edit.first, min(edit.last, end)) for edit in here]
-    elif here:
-        what = [_part(edit, start) for edit in here], steering.max_relative_edit
-    else:
-        return b""
-    return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
-
-
-def _part(edit: CompiledEdit, start: int) -> tuple[object, ...]:
-    first, last = max(edit.first - start, 0), min(edit.last - start, BLOCK)
-    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from saeguard.results import ActivationPart, FeatureReading, FinishReason, Receipt, StreamChunk, Token, TokenLogprob
+from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.front import RETRY_S
 from saeguard_server.engine.output import OutputProcessor, RequestState, check_finite
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
+from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, may_reuse
 from saeguard_server.errors import InternalFailure, InvalidRequest, Unavailable
@@ -201,12 +201,9 @@ def inspection_arguments(task: InspectTask, request: bytes | None) -> dict[str, 
 def prompt_arguments(task: GenerateTask | InspectTask) -> dict[str, Any]:
     """vLLM's prompt: KV is shared among those who are steered alike only."""
     prompt: dict[str, Any] = {"prompt_token_ids": list(task.tokens)}
-    return prompt | {"cache_salt": _salt(task.steering)} if task.steering.digest else prompt
-
-
-def _salt(steering: Steering) -> str:
-    """Of its positions too, which the digest leaves out: "generated" begins elsewhere after another prompt."""
-    return hashlib.blake2b(repr(steering).encode(), digest_size=16).hexdigest()
+    # The digest tells the SAEs' weights, the key the positions: "generated" begins elsewhere after another prompt.
+    applied = task.steering.kv_key(0, FOREVER)
+    return prompt | {"cache_salt": task.steering.digest + applied.hex()} if applied else prompt
 
 
 def _common(task: GenerateTask | InspectTask, request: bytes | None) -> dict[str, Any]:
