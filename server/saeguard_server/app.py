@@ -19,7 +19,7 @@ from saeguard_server.activations import ReadActivations
 from saeguard_server.admission import Admission, RpcLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_model, describe_server
-from saeguard_server.engine.choice import load_engine
+from saeguard_server.engine import load_engine
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.generation import Counterfactuals, Generation, RequestRecorder
 from saeguard_server.identity import auth

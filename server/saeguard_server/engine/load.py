@@ -107,13 +107,11 @@ class KvShape:
 
     @classmethod
     def of(cls, config: Any) -> KvShape:
-        """From a Hugging Face configuration."""
         heads: int = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
-        """Memory of one token."""
         return 2 * self.layers * self.heads * self.size * dtype.itemsize
 
 
@@ -298,6 +296,5 @@ def to_meta(value: Any) -> Any:
 
 
 def _norms(W_dec: Tensor) -> Tensor:
-    """W_dec [d_sae, d_out] -> [d_sae], on the host."""
     parts = [W_dec[first : first + _ROWS].float().norm(dim=1) for first in range(0, len(W_dec), _ROWS)]
     return torch.cat(parts).cpu()

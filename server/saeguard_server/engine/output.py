@@ -52,7 +52,6 @@ class RequestState:
 
     @classmethod
     def of(cls, task: GenerateTask, tokenizer: Tokenizer) -> RequestState:
-        """Of a generation that has been given nothing yet."""
         return cls(task, tokenizer.detokenizer(task.sampling.stop))
 
     def timings(self) -> Timings:
@@ -93,7 +92,6 @@ class OutputProcessor:
         return text if state.finish_reason is None else text + state.text.flush()
 
     def complete(self, state: RequestState, receipt: Receipt | None, stopped_by: StoppedBy | None = None) -> Completion:
-        """How a generation ended."""
         assert state.finish_reason is not None, "it has ended"
         return Completion(
             finish_reason=state.finish_reason,

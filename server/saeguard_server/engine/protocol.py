@@ -158,7 +158,6 @@ class CompiledEdit:
 
     @property
     def ref(self) -> FeatureRef:
-        """The feature."""
         return FeatureRef(self.sae, self.feature)
 
 

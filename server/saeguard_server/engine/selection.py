@@ -35,7 +35,6 @@ class SparseRows:
         )
 
     def split(self, lengths: Iterable[int]) -> list[SparseRows]:
-        """So many rows for each."""
         parts, row = [], 0
         for length in lengths:
             first, last = self.indptr[row], self.indptr[row + length]

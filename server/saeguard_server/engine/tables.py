@@ -74,7 +74,6 @@ class SteeringTables:
             self._tables[site].write(slot, edited, steering.max_relative_edit)
 
     def clear(self, slot: int) -> None:
-        """Frees a slot."""
         self._conditions.clear(slot)
         for table in self._tables.values():
             table.clear(slot)
@@ -136,7 +135,6 @@ class SteeringTables:
         return Tallies({site: table.tally(slot) for site, table in self._tables.items()}, self._conditions.tally(slot))
 
     def resume(self, slot: int, tallies: Tallies) -> None:
-        """Goes on from there."""
         self._conditions.resume(slot, tallies.conditions)
         for site, tally in tallies.edits.items():
             self._tables[site].resume(slot, tally)

@@ -52,7 +52,6 @@ class Core:
         self.output = StepOutputProcessor(model, saes, metrics, self.runner.tables)
 
     def step(self) -> None:
-        """One turn for everyone."""
         batch = self._schedule()
         logits = self._forward(batch)
         if logits is not None:
@@ -68,7 +67,6 @@ class Core:
                 self._set_gauges()
 
     def fail_all(self, error: SaeguardError) -> None:
-        """Ends every request with this error."""
         for sequence in self.scheduler.everyone():
             self._fail(sequence, error)
         self._set_gauges()
@@ -134,7 +132,6 @@ class Core:
         return sequences, tokens
 
     def _hand_out(self, batch: Batch, logits: Tensor, sequences: list[Sequence], tokens: HostTokens) -> None:
-        """What the pass showed of prompts, and the tokens."""
         captured, scored = self.runner.capture.results(), logits[len(batch.sampling) :]
         for part in batch.parts:
             rows = scored[: part.length] if part in batch.scored else scored[:0]
@@ -207,7 +204,6 @@ class Core:
             sequence.send(error)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Takes a request out and frees its slot and memory."""
         sequence.is_done = True
         slot = sequence.slot
         self.scheduler.remove(sequence)

@@ -159,7 +159,6 @@ class TransformersEngine(EngineFront):
         return True
 
     def _deliver(self) -> None:
-        """One hand-over to the event loop for everything that the step produced."""
         if self._outbox and self._loop is not None:
             events, self._outbox = self._outbox, []
             self._loop.call_soon_threadsafe(self._hand_out, events)

@@ -70,8 +70,6 @@ class HostTokens:
 
 
 class StepOutputProcessor(OutputProcessor):
-    """Makes the events of every request of a step."""
-
     def __init__(
         self, model: LoadedModel, saes: Mapping[str, LoadedSae], metrics: Metrics, tables: SteeringTables
     ) -> None:

@@ -84,11 +84,9 @@ class SlotState:
         self.place(slot, blocks)
 
     def place(self, slot: int, blocks: Many[int]) -> None:
-        """Its blocks."""
         self._blocks[slot, : len(blocks)] = blocks
 
     def choose(self, slots: Many[int], tokens: Many[int]) -> None:
-        """What the generating requests read next."""
         self._last[list(slots)] = tokens
 
     def build(self, batch: Batch) -> ForwardPass:
@@ -149,7 +147,6 @@ class PackedLinear(nn.Module):
         self._handle = ops.register(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
         is_compiling = torch.compiler.is_compiling()
         y: Tensor = ops.linear(x, self._handle, self.out_features) if is_compiling else self.product(x)
         return y
@@ -174,7 +171,6 @@ def padded_rows(count: int) -> int:
 
 
 def can_pack_weights(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch packs weights of that type there."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     has_library: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -240,11 +236,9 @@ class Network:
         self.attention, self.tables = attention, tables
 
     def detach(self) -> None:
-        """Lets go of them."""
         del self.attention, self.tables
 
     def close(self) -> None:
-        """Takes the hooks out of the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -346,7 +340,6 @@ class ActivationCapture:
         return self._see
 
     def results(self) -> CapturedRows:
-        """What the last pass showed; once."""
         groups: dict[tuple[str, Selection], list[_Capture]] = defaultdict(list)
         for capture in self._captures:
             groups[capture.sae, capture.selection].append(capture)

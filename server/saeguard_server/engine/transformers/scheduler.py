@@ -37,7 +37,6 @@ class PrefillChunk:
 
     @property
     def length(self) -> int:
-        """Tokens in it."""
         return self.end - self.start
 
     @property
@@ -59,7 +58,6 @@ class Batch:
 
     @classmethod
     def of(cls, running: Iterable[Sequence], parts: Iterable[PrefillChunk]) -> Batch:
-        """The batch of these."""
         parts = tuple(parts)
         generations = [(part, part.sequence.task) for part in parts if isinstance(part.sequence.task, GenerateTask)]
         return cls(
@@ -74,7 +72,6 @@ class Batch:
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        """Everyone in it."""
         return *self.running, *(part.sequence for part in self.parts)
 
     @property
@@ -112,20 +109,16 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True while any request is not finished."""
         return bool(self.waiting or self.running or self.prefilling)
 
     @property
     def slots_in_use(self) -> int:
-        """Slots that hold a request."""
         return len(self.running) + len(self.prefilling)
 
     def everyone(self) -> list[Sequence]:
-        """Every request here."""
         return [*self.running, *self.prefilling, *self.waiting]
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a request at the end of the queue."""
         self.waiting.append(sequence)
 
     def admit(self) -> tuple[Sequence, PrefixHit] | None:
@@ -149,7 +142,6 @@ class Scheduler:
         return sequence, hit
 
     def make_room(self) -> StepBudget:
-        """Memory for the next token of everyone who generates."""
         budget = StepBudget()
         for sequence in list(self.running):
             while self._wants_block(sequence) and not self.blocks.available:

@@ -60,12 +60,10 @@ class Sequence:
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt."""
         return len(self.task.tokens)
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens sampled so far."""
         return len(self.tokens) - len(self.task.tokens)
 
     def must_be_read(self, position: int, *, is_special: bool) -> bool:
@@ -86,7 +84,6 @@ def block_key(parent: bytes, tokens: abc.Sequence[int], steering: bytes) -> byte
 
 
 def blocks_for(tokens: int) -> int:
-    """Blocks that hold so many tokens."""
     return -(-tokens // BLOCK)
 
 
@@ -113,7 +110,6 @@ class BlockPool:
 
     @property
     def in_use(self) -> int:
-        """Blocks that a request holds."""
         return self.count - self.available
 
     def allocate(self, count: int) -> list[int]:
@@ -131,7 +127,6 @@ class BlockPool:
                     self._free.append(block)
 
     def share(self, blocks: abc.Sequence[int]) -> None:
-        """One holder more."""
         for block in blocks:
             self._holders[block] += 1
             self._idle.pop(block, None)

@@ -20,8 +20,6 @@ COLDEST, HOTTEST = 0.01, 2.0
 
 
 class VllmOutputProcessor(OutputProcessor):
-    """Makes the events of every request out of vLLM's outputs and its workers'."""
-
     def chunk(self, state: RequestState, output: Any) -> StreamChunk:
         """An output's tokens and text; the last one sets the state's ``finish_reason``.
 
@@ -135,7 +133,6 @@ def _token(token: int, candidates: Mapping[int, Any] | None, logprobs: int | Non
 
 
 def _prompt_logprobs(task: GenerateTask, output: Any) -> tuple[float, ...]:
-    """Of the prompt's tokens after the first, with the first output."""
     if not task.sampling.prompt_logprobs:
         return ()
     pairs = zip(task.tokens[1:], output.prompt_logprobs[1:], strict=True)

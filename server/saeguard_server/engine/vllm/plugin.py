@@ -101,7 +101,6 @@ def _leave(_: Any) -> None:
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:
-    """What a model, or a pipeline stage of one, puts out."""
     return [out] if isinstance(out, torch.Tensor) else list(out.tensors.values())
 
 

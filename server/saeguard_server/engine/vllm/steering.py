@@ -160,7 +160,6 @@ class LiveRequest:
 
     @property
     def watch(self) -> tuple[tuple[str, int], ...]:
-        """The watched features that are here."""
         return tuple(self.request.watch[column] for column in self.columns)
 
     def take_up(self, start: int) -> None:
@@ -175,7 +174,6 @@ class LiveRequest:
         self.readings, self.activations, self.prefix = [], [], {}
 
     def note_past(self, tallies: Tallies) -> None:
-        """Keeps what was counted up to here; of the oldest it lets go."""
         self.past[self.read] = tallies
         if len(self.past) > MAX_PAST:
             del self.past[next(iter(self.past))]
@@ -431,7 +429,6 @@ def check_class(model: nn.Module, config: ModelConfig) -> None:
 
 
 def offered_sites(config: ModelConfig, tensor_parallel: int) -> frozenset[Site]:
-    """The sites of a model that can be read and edited in vLLM."""
     missing = _NOWHERE | (_SHARDED if tensor_parallel > 1 else frozenset())
     if config.model_type in _SCALED_EMBEDDINGS:
         missing |= {"embed"}

@@ -46,7 +46,6 @@ class WorkerRequest(msgspec.Struct, frozen=True, array_like=True):
     """Tokens from the first one on of which nobody need know whether they were read, or found in memory."""
 
     def selections(self) -> Iterator[tuple[str, Selection]]:
-        """What to keep of which SAE's activations."""
         for sae, kind, fields in self.selected:
             yield sae, msgspec.convert(fields, _SELECTIONS[kind])
 

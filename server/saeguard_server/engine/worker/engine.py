@@ -59,7 +59,6 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The process' number."""
         return self._process.pid
 
     def load(self, start: messages.Start) -> messages.WorkerReady:
@@ -89,7 +88,6 @@ class WorkerProcess:
         self._commands.put(command)
 
     def outputs(self) -> Iterator[messages.StepOutput]:
-        """What it sends, until it is gone."""
         try:
             while True:
                 yield self._receive()
@@ -177,7 +175,6 @@ class WorkerEngine(EngineFront):
 
     @property
     def pid(self) -> int:
-        """The number of the process that runs the engine."""
         return self._process.pid
 
     def is_ready(self) -> bool:
@@ -194,7 +191,6 @@ class WorkerEngine(EngineFront):
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the process, by force after a while."""
         with self._lock:
             is_first = not self._stopping.is_set()
             self._stopping.set()
@@ -213,7 +209,6 @@ class WorkerEngine(EngineFront):
             self._up.send(command)
 
     def _supervise(self) -> None:
-        """The thread: one process after another."""
         while True:
             for output in self._process.outputs():
                 self._last_output = time.monotonic()
@@ -238,7 +233,6 @@ class WorkerEngine(EngineFront):
         return False
 
     def _try(self) -> bool:
-        """One start; True when it serves."""
         try:
             with self._lock:
                 if self._stopping.is_set():

@@ -44,8 +44,6 @@ Counts: TypeAlias = dict[str, Samples]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The first message to a child."""
-
     settings: Settings
     load: Loader
 
@@ -94,7 +92,6 @@ class _Pickler(pickle.Pickler):
 
 
 def dump_message(message: object) -> bytes:
-    """The message as bytes."""
     buffer = io.BytesIO()
     _Pickler(buffer, _PROTOCOL).dump(message)
     return buffer.getvalue()
@@ -119,7 +116,6 @@ def receive_message(connection: Connection) -> Any:
 
 
 def count_metrics(registry: CollectorRegistry) -> Counts:
-    """Everything in a registry."""
     return {family.name: _samples(family) for family in registry.collect()}
 
 
@@ -155,11 +151,9 @@ class SummedMetrics(Collector):
         self._past_and_live = past | totals, {}
 
     def describe(self) -> Iterable[Metric]:
-        """The names, without values."""
         return [family for metric in self._own for family in metric.describe()]
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric with its total."""
         parts = self._past_and_live
         for metric in self._own:
             for family in metric.collect():
