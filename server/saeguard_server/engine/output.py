@@ -7,30 +7,12 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from saeguard import results
 from saeguard.catalog import Model
-from saeguard.results import (
-    ActivationPart,
-    Completion,
-    FinishReason,
-    InterventionReceipt,
-    Receipt,
-    StoppedBy,
-    Timings,
-    TokenText,
-    TriggerReceipt,
-    Usage,
-)
 from saeguard_sae.conditions import ConditionCounts
 from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.protocol import (
-    NOT_FINITE,
-    CompiledCondition,
-    CompiledEdit,
-    GenerateTask,
-    InspectTask,
-    Steering,
-)
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, GenerateTask, InspectTask, Steering
 from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.tokenizer import Detokenizer, Tokenizer
 from saeguard_server.errors import InternalFailure, NonFiniteOutput
@@ -44,7 +26,7 @@ class RequestState:
     task: GenerateTask
     text: Detokenizer
     generated: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: results.FinishReason | None = None
     """Why it ended; None while it goes on."""
     started: float = 0.0
     first_token: float = 0.0
@@ -54,10 +36,10 @@ class RequestState:
     def of(cls, task: GenerateTask, tokenizer: Tokenizer) -> RequestState:
         return cls(task, tokenizer.detokenizer(task.sampling.stop))
 
-    def timings(self) -> Timings:
+    def timings(self) -> results.Timings:
         """Seconds since the request arrived."""
         arrived = self.task.call.arrived
-        return Timings(
+        return results.Timings(
             queue_s=self.started - arrived,
             time_to_first_token_s=self.first_token - arrived if self.first_token else 0.0,
             total_s=time.monotonic() - arrived,
@@ -91,12 +73,14 @@ class OutputProcessor:
             state.finish_reason = "length"
         return text if state.finish_reason is None else text + state.text.flush()
 
-    def complete(self, state: RequestState, receipt: Receipt | None, stopped_by: StoppedBy | None = None) -> Completion:
+    def complete(
+        self, state: RequestState, receipt: results.Receipt | None, stopped_by: results.StoppedBy | None = None
+    ) -> results.Completion:
         assert state.finish_reason is not None, "it has ended"
-        return Completion(
+        return results.Completion(
             finish_reason=state.finish_reason,
             stop_string=state.text.stopped_by,
-            usage=Usage(len(state.task.tokens), len(state.generated)),
+            usage=results.Usage(len(state.task.tokens), len(state.generated)),
             timings=state.timings(),
             receipt=receipt,
             seed=state.task.seed,
@@ -111,7 +95,7 @@ class OutputProcessor:
         read: Sequence[int],
         forward_passes: int,
         condition_counts: Sequence[ConditionCounts] = (),
-    ) -> Receipt | None:
+    ) -> results.Receipt | None:
         """The receipt of a request that had edits or triggers; None for others.
 
         Args:
@@ -135,9 +119,9 @@ class OutputProcessor:
             if not edited.is_shadow:
                 self._metrics.tokens_edited.labels(edited.sae, edited.kind).inc(edited.tokens_edited)
                 self._metrics.relative_edit.labels(edited.sae).observe(edited.mean_relative_edit)
-        return Receipt(self._model.digest, steering.digest, interventions, forward_passes, triggers)
+        return results.Receipt(self._model.digest, steering.digest, interventions, forward_passes, triggers)
 
-    def activation_part(self, task: InspectTask, sae: str, start: int, rows: SparseRows) -> ActivationPart:
+    def activation_part(self, task: InspectTask, sae: str, start: int, rows: SparseRows) -> results.ActivationPart:
         """What was selected of an input's tokens from position ``start`` on.
 
         Raises:
@@ -147,10 +131,11 @@ class OutputProcessor:
             raise NonFiniteOutput("activations are not finite; an edit may be too large")
         positions = range(start, start + len(rows.indptr) - 1)
         tokens = tuple(
-            TokenText(task.tokens[at], self._tokenizer.text(task.tokens[at]), task.offsets[at]) for at in positions
+            results.TokenText(task.tokens[at], self._tokenizer.text(task.tokens[at]), task.offsets[at])
+            for at in positions
         )
         is_last = positions.stop == len(task.tokens)
-        return ActivationPart(task.index, sae, tokens, rows.indptr, rows.indices, rows.values, start, is_last)
+        return results.ActivationPart(task.index, sae, tokens, rows.indptr, rows.indices, rows.values, start, is_last)
 
     def _observe_time(self, state: RequestState) -> None:
         now = time.monotonic()
@@ -163,17 +148,7 @@ class OutputProcessor:
         state.last_token = now
 
 
-def check_finite(logprobs: Sequence[float]) -> None:
-    """Refuses log-probabilities that are not numbers.
-
-    Raises:
-        NonFiniteOutput: one is not.
-    """
-    if any(logprob != logprob for logprob in logprobs):
-        raise NonFiniteOutput(NOT_FINITE)
-
-
-def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) -> StoppedBy:
+def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) -> results.StoppedBy:
     """The trigger that ended a generation: the first to be on, and of those the first of the request."""
     fired = [
         (count.first, condition.origin)
@@ -181,7 +156,7 @@ def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) 
         if condition.stops and count.first is not None
     ]
     _, origin = min(fired, key=lambda pair: pair[0])
-    return StoppedBy(origin.policy, origin.rule)
+    return results.StoppedBy(origin.policy, origin.rule)
 
 
 def _check_counts(
@@ -212,8 +187,8 @@ def _in_scope(scope: CompiledEdit | CompiledCondition, length: int, special_at: 
     return last - first - skipped
 
 
-def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> TriggerReceipt:
-    return TriggerReceipt(
+def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> results.TriggerReceipt:
+    return results.TriggerReceipt(
         policy=condition.origin.policy,
         name=condition.origin.rule,
         is_shadow=condition.is_shadow,
@@ -224,8 +199,8 @@ def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> Tr
     )
 
 
-def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
-    return InterventionReceipt(
+def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae) -> results.InterventionReceipt:
+    return results.InterventionReceipt(
         sae=edit.sae,
         feature=edit.feature,
         kind=edit.kind,

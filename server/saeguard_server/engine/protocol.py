@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -28,6 +28,17 @@ from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import NonFiniteOutput, SaeguardError
 
 NOT_FINITE = "the model's output is not finite for this request; an edit may be too large"
+
+
+def check_finite(logprobs: Sequence[float]) -> None:
+    """Refuses log-probabilities that are not numbers.
+
+    Raises:
+        NonFiniteOutput: one is not.
+    """
+    if any(logprob != logprob for logprob in logprobs):
+        raise NonFiniteOutput(NOT_FINITE)
+
 
 Side: TypeAlias = Literal["steered", "unsteered"]
 

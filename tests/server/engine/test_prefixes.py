@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from saeguard.requests import GenerateRequest, Sampling
 from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope
 from saeguard_server.engine.protocol import Steering
-from saeguard_server.engine.transformers.sequence import can_reuse, is_steered
 from saeguard_server.errors import NonFiniteOutput
 from support.alone import NEAR, Alone
 from support.engines import Answer, World, greedy, make_world, prompt
@@ -122,17 +121,17 @@ def test_the_wording_of_refusals_keeps_nobody_from_sharing(steering: Steering) -
 def test_who_looks_at_its_prompt_reads_it_but_others_may_have_what_it_read() -> None:
     for more in ({"watch": (("a", 1),)}, {"sampling": Sampling(prompt_logprobs=True)}):
         looking = generation(1, TOKENS[:100], **more)
-        assert not can_reuse(looking)
+        assert not looking.can_reuse
         assert reused(generation(0, TOKENS[:100]), looking) == 0
         looking = generation(0, TOKENS[:100], **more)
         assert reused(looking, generation(1, TOKENS[:100])) == 96
-    assert not can_reuse(inspection(0, TOKENS[:50]))
+    assert not inspection(0, TOKENS[:50]).can_reuse
     assert reused(inspection(0, TOKENS[:50]), generation(1, TOKENS[:50])) == 0, "an inspection teaches nothing"
 
 
 def test_is_steered() -> None:
     one = generation(0, TOKENS[:100], steering=Steering((change(20, 30), change(50))))
-    assert [is_steered(one, end) for end in (0, 20, 21, 50)] == [False, False, True, True]
+    assert [one.is_steered(end) for end in (0, 20, 21, 50)] == [False, False, True, True]
 
 
 @pytest.fixture(scope="module")

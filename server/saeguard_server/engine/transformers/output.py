@@ -11,8 +11,8 @@ from torch import Tensor
 from saeguard.results import ActivationPart, FeatureReading, Receipt, StreamChunk, Token, TokenLogprob
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.load import LoadedModel
-from saeguard_server.engine.output import OutputProcessor, check_finite, stopped_by
-from saeguard_server.engine.protocol import NOT_FINITE, GenerateTask, InspectTask
+from saeguard_server.engine.output import OutputProcessor, stopped_by
+from saeguard_server.engine.protocol import NOT_FINITE, GenerateTask, InspectTask, check_finite
 from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers.sampler import SampledTokens

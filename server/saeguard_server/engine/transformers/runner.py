@@ -28,13 +28,7 @@ from saeguard_server.engine.protocol import InspectTask
 from saeguard_server.engine.selection import ActivationSelector, SparseRows
 from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.transformers import attention as ops
-from saeguard_server.engine.transformers.attention import (
-    Kernel,
-    PagedAttention,
-    Reading,
-    attend_fused,
-    attend_one,
-)
+from saeguard_server.engine.transformers.attention import Kernel, PagedAttention, Reading, attend_fused, attend_one
 from saeguard_server.engine.transformers.sampler import Sampler
 from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for

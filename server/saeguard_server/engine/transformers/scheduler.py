@@ -12,16 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from saeguard_server.engine.protocol import GenerateTask
-from saeguard_server.engine.transformers.sequence import (
-    BLOCK,
-    BlockPool,
-    PrefixCache,
-    PrefixHit,
-    Sequence,
-    blocks_for,
-    can_reuse,
-    is_steered,
-)
+from saeguard_server.engine.transformers.sequence import BLOCK, BlockPool, PrefixCache, PrefixHit, Sequence, blocks_for
 
 _WORTH_KEEPING = 4 * BLOCK
 """A steered prompt's part at least this long is cut at the end of a block, where its counts can be kept."""
@@ -211,5 +202,5 @@ class Scheduler:
 
     def _cut(self, sequence: Sequence, end: int) -> int:
         whole = end - end % BLOCK
-        keeps = self.prefixes is not None and can_reuse(sequence) and is_steered(sequence, whole)
+        keeps = self.prefixes is not None and sequence.can_reuse and sequence.is_steered(whole)
         return whole if keeps and whole - sequence.computed >= _WORTH_KEEPING else end

@@ -15,7 +15,7 @@ from torch import Tensor
 from saeguard.results import Token
 from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Event, GenerateTask, InspectTask
+from saeguard_server.engine.protocol import CompiledCondition, Event, GenerateTask, InspectTask
 from saeguard_server.engine.tables import Tallies
 
 BLOCK = 16
@@ -65,6 +65,17 @@ class Sequence:
     @property
     def generated_tokens(self) -> int:
         return len(self.tokens) - len(self.task.tokens)
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether it wants nothing of its prompt's tokens but their KV."""
+        task = self.task
+        return isinstance(task, GenerateTask) and not task.watch and not task.sampling.prompt_logprobs
+
+    def is_steered(self, end: int) -> bool:
+        """Whether an edit's or condition's scope holds any of the tokens before position ``end``."""
+        steering = self.task.steering
+        return any(scope.first < min(end, scope.last) for scope in (*steering.edits, *steering.conditions))
 
     def must_be_read(self, position: int, *, is_special: bool) -> bool:
         """Whether a trigger could stop the token at a position: then it is sent only when the model has read it."""
@@ -187,13 +198,13 @@ class PrefixCache:
 
     def find(self, sequence: Sequence) -> PrefixHit:
         """What a waiting request can reuse; at least its last token is left to read."""
-        if not can_reuse(sequence):
+        if not sequence.can_reuse:
             return PrefixHit()
         most = (len(sequence.tokens) - 1) // BLOCK
         self._extend(sequence, most)
         blocks = self._blocks.find_cached(sequence.keys[:most])
         while blocks:
-            if not is_steered(sequence, len(blocks) * BLOCK):
+            if not sequence.is_steered(len(blocks) * BLOCK):
                 return PrefixHit(tuple(blocks))
             applied, tallies = self._blocks.note_of(blocks[-1]) or (b"", None)
             if applied and applied == sequence.task.steering.kv_key(0, FOREVER):
@@ -215,7 +226,7 @@ class PrefixCache:
 
     def _count(self, sequence: Sequence) -> None:
         """Keeps the counts, if this is where a pass ended and they are those of the edits alone."""
-        if sequence.computed % BLOCK or not can_reuse(sequence) or not is_steered(sequence, sequence.computed):
+        if sequence.computed % BLOCK or not sequence.can_reuse or not sequence.is_steered(sequence.computed):
             return
         note = sequence.task.steering.kv_key(0, FOREVER), self._tally(sequence.slot)
         self._blocks.note(sequence.blocks[sequence.learned - 1], note)
@@ -227,16 +238,3 @@ class PrefixCache:
             parent = keys[-1] if keys else b""
             tokens = sequence.tokens[start : start + BLOCK]
             keys.append(block_key(parent, tokens, steering.kv_key(start, start + BLOCK)))
-
-
-def can_reuse(sequence: Sequence) -> bool:
-    """Whether a request wants nothing of its prompt's tokens but their KV."""
-    task = sequence.task
-    return isinstance(task, GenerateTask) and not task.watch and not task.sampling.prompt_logprobs
-
-
-def is_steered(sequence: Sequence, end: int) -> bool:
-    """Whether an edit's or condition's scope holds any of the tokens before position ``end``."""
-    steering = sequence.task.steering
-    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.conditions)
-    return any(scope.first < min(end, scope.last) for scope in scopes)

@@ -9,8 +9,8 @@ from typing import Any
 from saeguard.results import ActivationPart, FeatureReading, FinishReason, Receipt, StreamChunk, Token, TokenLogprob
 from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.front import RETRY_S
-from saeguard_server.engine.output import OutputProcessor, RequestState, check_finite
-from saeguard_server.engine.protocol import GenerateTask, InspectTask
+from saeguard_server.engine.output import OutputProcessor, RequestState
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, check_finite
 from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, may_reuse
 from saeguard_server.errors import InternalFailure, InvalidRequest, Unavailable

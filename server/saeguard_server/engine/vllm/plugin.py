@@ -69,7 +69,8 @@ def attach(worker: Any, plan: WorkerPlan) -> SteeredModel:
         if sae.digest != plan.digests[name]:
             raise LoadError(f"SAE {name!r}: its files are not those that the server has checked")
     special = torch.tensor(plan.special_ids, dtype=torch.int64, device=device)
-    wipe = functools.partial(steering.clear_request, runner) if device.type == "cpu" else _leave
+    # On other devices attention leaves out what it does not use.
+    wipe = functools.partial(steering.clear_request, runner) if device.type == "cpu" else lambda _: None
     steered = SteeredModel(saes, plan.slots, special, device, wipe)
     steering.attach_edits(model, config, steered.tables)
     _follow(runner, model, steered)
@@ -94,10 +95,6 @@ def _follow(runner: Any, model: torch.nn.Module, steered: SteeredModel) -> None:
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(lambda _, __, out: steered.end(_tensors(out)))
-
-
-def _leave(_: Any) -> None:
-    """On other devices attention leaves out what it does not use."""
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:

@@ -24,13 +24,7 @@ from saeguard_sae.rows import Rows, RowSpan
 from saeguard_server.engine.protocol import Steering
 from saeguard_server.engine.selection import ActivationSelector
 from saeguard_server.engine.tables import SteeringTables, Tallies
-from saeguard_server.engine.vllm.worker_messages import (
-    WorkerActivations,
-    WorkerOutput,
-    WorkerReadings,
-    WorkerRequest,
-    read_worker_request,
-)
+from saeguard_server.engine.vllm.worker_messages import WorkerActivations, WorkerOutput, WorkerReadings, WorkerRequest
 from saeguard_server.errors import InternalFailure
 
 _log = logging.getLogger(__name__)
@@ -280,7 +274,7 @@ class SteeredModel:
     def _meet(self, packed: bytes | None, state: Any) -> LiveRequest | None:
         if packed is None:
             return None
-        request = read_worker_request(packed)
+        request = WorkerRequest.decode(packed)
         edits = tuple(at for at, edit in enumerate(request.steering.edits) if edit.sae in self.saes)
         here = Steering(tuple(request.steering.edits[at] for at in edits), request.steering.max_relative_edit)
         columns = tuple(column for column, (sae, _) in enumerate(request.watch) if sae in self.saes)
