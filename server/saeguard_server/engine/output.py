@@ -3,20 +3,55 @@
 from __future__ import annotations
 
 import time
+from array import array
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from saeguard import results
 from saeguard.catalog import Model
+from saeguard.requests import FeatureSelection, Selection, ThresholdSelection, TopKSelection
+from saeguard_sae.coders import Temporal, is_signed
 from saeguard_sae.conditions import ConditionCounts
 from saeguard_sae.edit_table import EditCounts
+from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, GenerateTask, InspectTask, Steering
-from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.tokenizer import Detokenizer, Tokenizer
 from saeguard_server.errors import InternalFailure, NonFiniteOutput
 from saeguard_server.observe import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Rows of a sparse matrix: row i holds ``indices[indptr[i]:indptr[i + 1]]`` and the same of ``values``."""
+
+    indptr: array[int]
+    indices: array[int]
+    values: array[float]
+
+    @classmethod
+    def pack(cls, selected: SelectedFeatures) -> SparseRows:
+        """Candidates and which of them to keep, fetched from their device."""
+        ends = selected.keep.sum(dim=-1).cumsum(dim=0).tolist()
+        return cls(
+            array("I", [0, *ends]),
+            array("I", selected.features[selected.keep].tolist()),
+            array("f", selected.values[selected.keep].tolist()),
+        )
+
+    def split(self, lengths: Iterable[int]) -> list[SparseRows]:
+        parts, row = [], 0
+        for length in lengths:
+            first, last = self.indptr[row], self.indptr[row + length]
+            indptr = array("I", (end - first for end in self.indptr[row : row + length + 1]))
+            parts.append(SparseRows(indptr, self.indices[first:last], self.values[first:last]))
+            row += length
+        return parts
 
 
 @dataclass(slots=True, eq=False)
@@ -122,11 +157,7 @@ class OutputProcessor:
         return results.Receipt(self._model.digest, steering.digest, interventions, forward_passes, triggers)
 
     def activation_part(self, task: InspectTask, sae: str, start: int, rows: SparseRows) -> results.ActivationPart:
-        """What was selected of an input's tokens from position ``start`` on.
-
-        Raises:
-            NonFiniteOutput: an edit made them so.
-        """
+        """What was selected of an input's tokens from position ``start`` on; raises NonFiniteOutput."""
         if any(value != value for value in rows.values):
             raise NonFiniteOutput("activations are not finite; an edit may be too large")
         positions = range(start, start + len(rows.indptr) - 1)
@@ -216,3 +247,56 @@ def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae)
         rule=edit.origin.rule,
         is_shadow=edit.is_shadow,
     )
+
+
+class ActivationSelector:
+    """Selects features with the SAEs of a process, where the activations are."""
+
+    def __init__(self, saes: Mapping[str, LoadedSae]) -> None:
+        self._saes = saes
+        self._selectors: dict[str, FeatureSelector] = {}
+
+    def select(
+        self, sae: str, selection: Selection, parts: Sequence[Tensor], prefixes: Sequence[dict[str, Tensor]]
+    ) -> list[SparseRows]:
+        """[T, d_in] each of requests that select the same of an SAE -> what they get of their T tokens.
+
+        Args:
+            prefixes: of each request, by SAE, all its activations so far: kept here for an SAE that reads a token
+                together with all before it.
+        """
+        coder = self._saes[sae].dictionary
+        if isinstance(coder, Temporal):
+            pairs = zip(parts, prefixes, strict=True)
+            features = torch.cat([_encode_with_prefix(coder, x, prefix, sae) for x, prefix in pairs]).float()
+            signed = is_signed(coder)
+            selected = _apply(
+                selection, features, partial(top_of, signed=signed), partial(above_of, signed=signed), named_of
+            )
+        else:
+            if sae not in self._selectors:
+                self._selectors[sae] = FeatureSelector(coder)
+            selector = self._selectors[sae]
+            selected = _apply(selection, torch.cat(list(parts)), selector.top, selector.above, selector.named)
+        return SparseRows.pack(selected).split([len(x) for x in parts])
+
+
+def _encode_with_prefix(coder: Temporal, x: Tensor, prefix: dict[str, Tensor], sae: str) -> Tensor:
+    prefix[sae] = torch.cat([prefix[sae], x]) if sae in prefix else x.clone()
+    return coder.encode(prefix[sae])[-len(x) :]
+
+
+def _apply(
+    selection: Selection,
+    x: Tensor,
+    top: Callable[[Tensor, int], SelectedFeatures],
+    above: Callable[[Tensor, float], SelectedFeatures],
+    named: Callable[[Tensor, Sequence[int]], SelectedFeatures],
+) -> SelectedFeatures:
+    match selection:
+        case TopKSelection(k):
+            return top(x, k)
+        case ThresholdSelection(value):
+            return above(x, value)
+        case FeatureSelection(features):
+            return named(x, [feature.feature for feature in features])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saeguard.catalog import Model
@@ -31,11 +32,7 @@ NOT_FINITE = "the model's output is not finite for this request; an edit may be 
 
 
 def check_finite(logprobs: Sequence[float]) -> None:
-    """Refuses log-probabilities that are not numbers.
-
-    Raises:
-        NonFiniteOutput: one is not.
-    """
+    """Raises NonFiniteOutput for log-probabilities that are not numbers."""
     if any(logprob != logprob for logprob in logprobs):
         raise NonFiniteOutput(NOT_FINITE)
 
@@ -68,15 +65,11 @@ class Divergence:
             if match is None:
                 self._waiting[side][position] = row
             else:
-                pair = (row, match) if side == "steered" else (match, row)
-                self._divergences[position] = _kl(*pair)
+                p, q = (row, match) if side == "steered" else (match, row)
+                self._divergences[position] = F.kl_div(q, p, reduction="sum", log_target=True)
 
     def result(self) -> tuple[float, ...]:
-        """The divergence at each position, in order.
-
-        Raises:
-            NonFiniteOutput: a side's logits were not finite.
-        """
+        """The divergence at each position, in order; raises NonFiniteOutput."""
         assert len(self._divergences) == self._count, "both sides were read to the end"
         if not self._count:
             return ()
@@ -84,11 +77,6 @@ class Divergence:
         if not values.isfinite().all():
             raise NonFiniteOutput(NOT_FINITE)
         return tuple(values.clamp_min(0.0).tolist())
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Log-probabilities [vocabulary] of two distributions -> their divergence, a scalar."""
-    return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +127,7 @@ class CompiledCondition(FeatureCondition):
 
 @dataclass(frozen=True, slots=True)
 class CompiledEdit:
-    """An ``Intervention`` compiled against what is served: a map of raw values, on tokens at ``[first, last)``.
-
-    ``scope`` is as asked; ``first`` and ``last`` are what it selects of one request.
-    """
+    """An ``Intervention`` compiled against what is served: a map of raw values, on tokens at ``[first, last)``."""
 
     sae: str
     feature: int

@@ -107,11 +107,7 @@ class SteeringTables:
         return tuple(site for site in self._tables if self._passes[site] != 1)
 
     def check(self, slot: int) -> None:
-        """After a forward pass: whether every site with edits of this slot was reached exactly once.
-
-        Raises:
-            InternalFailure: its answer would have been unsteered.
-        """
+        """After a pass: raises InternalFailure unless every site with edits of this slot was reached exactly once."""
         for site in self.missed():
             if self._tables[site].holds(slot) or self._conditions.reads_at(site, slot):
                 raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
@@ -165,7 +161,6 @@ class SteeringTables:
 
 
 def _summand(sae: LoadedSae, terms: list[tuple[int, float]]) -> WeightedFeature:
-    """A probe's part in one SAE, read where its first write is."""
     site = sae.write_sites[0]
     features, weights = zip(*terms, strict=True)
     return WeightedFeature(site, _source(sae, site), sae.dictionary, features, weights)

@@ -24,8 +24,8 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelLoadError, Site, depth, free_bytes, hook, locate
 from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.load import KvShape, LoadedModel
+from saeguard_server.engine.output import ActivationSelector, SparseRows
 from saeguard_server.engine.protocol import InspectTask
-from saeguard_server.engine.selection import ActivationSelector, SparseRows
 from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.transformers import attention as ops
 from saeguard_server.engine.transformers.attention import Kernel, PagedAttention, Reading, attend_fused, attend_one
@@ -59,11 +59,7 @@ class ForwardPass:
 
 
 class SlotState:
-    """Per slot, on the host: the last token, how far the model has read, and the blocks that hold its KV.
-
-    Args:
-        is_special: bool [vocabulary] on the device.
-    """
+    """Per slot, on the host: the last token, how far the model has read, and the blocks that hold its KV."""
 
     def __init__(self, slots: int, context: int, is_special: Tensor) -> None:
         self._last = np.zeros(slots, np.int64)

@@ -74,8 +74,9 @@ class Sequence:
 
     def is_steered(self, end: int) -> bool:
         """Whether an edit's or condition's scope holds any of the tokens before position ``end``."""
-        steering = self.task.steering
-        return any(scope.first < min(end, scope.last) for scope in (*steering.edits, *steering.conditions))
+        edits, conditions = self.task.steering.edits, self.task.steering.conditions
+        scopes = [(scope.first, scope.last) for scope in edits] + [(scope.first, scope.last) for scope in conditions]
+        return any(first < min(end, last) for first, last in scopes)
 
     def must_be_read(self, position: int, *, is_special: bool) -> bool:
         """Whether a trigger could stop the token at a position: then it is sent only when the model has read it."""

@@ -225,14 +225,10 @@ class EngineDied(Exception):
 
 
 class VllmClient:
-    """One vLLM engine. Launching it waits until the model is loaded.
+    """One vLLM engine. Launching it waits until the model is loaded; raises RuntimeError, of which its log says why.
 
     Args:
         arguments: of vLLM's engine, beyond those that are always ours.
-        metrics: of what only vLLM's scheduler sees.
-
-    Raises:
-        RuntimeError: vLLM could not start; its log says why.
     """
 
     def __init__(self, arguments: Mapping[str, Any], metrics: Metrics) -> None:
@@ -264,11 +260,7 @@ class VllmClient:
     async def generate(
         self, prompt: Mapping[str, Any], sampling: Mapping[str, Any], request: str
     ) -> AsyncGenerator[Any]:
-        """vLLM's outputs as they come; closing the iterator ends the request.
-
-        Raises:
-            EngineDied: it did, meanwhile.
-        """
+        """vLLM's outputs as they come; closing the iterator ends the request. Raises EngineDied."""
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -285,12 +277,7 @@ class VllmClient:
             await outputs.aclose()
 
     async def worker_output(self, uid: int, tokens: int) -> WorkerOutput:
-        """What the workers did for a request while they read its first ``tokens`` tokens.
-
-        Raises:
-            InternalFailure: a worker has a problem.
-            EngineDied: vLLM did, meanwhile.
-        """
+        """What the workers did while they read its first ``tokens`` tokens; raises InternalFailure, EngineDied."""
         try:
             outputs: list[bytes] = await self._llm.collective_rpc("saeguard_output", args=(uid, tokens))
         except Exception as err:
@@ -311,8 +298,7 @@ class VllmClient:
 
 
 class _Load:
-    """Takes part in vLLM's statistics, for the number of requests that wait; its own factory. What it leaves empty is
-    a part of vLLM's interface."""
+    """One of vLLM's ``stat_loggers``, for the number of requests that wait; its own factory."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.waiting = 0
@@ -336,11 +322,7 @@ class _Load:
 
 
 def check_settings(settings: Settings) -> None:
-    """Refuses what vLLM has no use for.
-
-    Raises:
-        BadSettings: names the setting, and what is there instead.
-    """
+    """Raises BadSettings for what vLLM has no use for, with what is there instead."""
     engine, own = settings.engine, settings.engine.vllm
     on_cpu = _is_cpu(settings)
     refused = {
@@ -364,11 +346,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def engine_arguments(settings: Settings, model: ModelFiles, saes: Mapping[str, LoadedSae]) -> dict[str, Any]:
-    """What vLLM's ``EngineArgs`` take.
-
-    Args:
-        saes: as they were checked; the workers must load the same.
-    """
+    """What vLLM's ``EngineArgs`` take; ``saes`` are as they were checked, and the workers must load the same."""
     engine, own = settings.engine, settings.engine.vllm
     plan = WorkerPlan(
         saes=settings.saes,
@@ -423,11 +401,7 @@ def _kv_bytes(engine: EngineSettings, model: ModelFiles) -> int:
 
 
 def check_version() -> str:
-    """The installed version.
-
-    Raises:
-        BadSettings: there is none, or one that was not tested.
-    """
+    """The installed version; raises BadSettings where there is none, or one that was not tested."""
     installed = installed_version()
     if installed is None:
         raise BadSettings('engine.kind: vLLM is not installed; pip install "saeguard[vllm]", or set "transformers"')
@@ -461,10 +435,13 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
     check_version()
     check_settings(settings)
     model = open_files(settings.model, settings.engine.max_context)
-    _check_architecture(settings, model)
+    if (kind := model.info.architecture) not in steering.MODELS:
+        known = ", ".join(sorted(steering.MODELS))
+        raise ModelLoadError(
+            f"model {settings.model.path!r}: the vllm engine knows no sites in {kind} models; it does in {known}"
+        )
     sites = steering.offered_sites(model.folder.config, settings.engine.vllm.tensor_parallel)
-    saes = _checked(settings, metrics)
-    _check_sites(saes, sites, settings.engine.vllm.tensor_parallel)
+    saes = _checked(settings, sites, metrics)
     arguments = engine_arguments(settings, model, saes)
 
     def launch() -> VllmClient:
@@ -477,27 +454,16 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
     return VllmEngine(model, saes, client, launch, sites, metrics, settings.engine.max_slots)
 
 
-def _check_architecture(settings: Settings, model: ModelFiles) -> None:
-    kind = model.info.architecture
-    if kind not in steering.MODELS:
-        known = ", ".join(sorted(steering.MODELS))
-        raise ModelLoadError(
-            f"model {settings.model.path!r}: the vllm engine knows no sites in {kind} models; it does in {known}"
-        )
-
-
-def _checked(settings: Settings, metrics: Metrics) -> dict[str, LoadedSae]:
+def _checked(settings: Settings, sites: frozenset[Site], metrics: Metrics) -> dict[str, LoadedSae]:
     """The SAEs as they were measured on the stock model, in the order of the settings, without their weights."""
     if not settings.saes:
         return {}
     on_cpu = msgspec.structs.replace(settings.model, device="cpu")
     stock = load_model(on_cpu, settings.engine.max_context)
-    return {name: remote_sae(sae) for name, sae in load_checked_saes(settings, stock, metrics).items()}
-
-
-def _check_sites(saes: Mapping[str, LoadedSae], sites: frozenset[Site], tensor_parallel: int) -> None:
+    checked = load_checked_saes(settings, stock, metrics)
+    saes: dict[str, LoadedSae] = {name: remote_sae(sae) for name, sae in checked.items()}
     for sae in saes.values():
-        for site in (sae.site, *sae.write_sites):
-            if site not in sites:
-                why = " with tensor parallelism" if tensor_parallel > 1 else ""
-                raise LoadError(f"SAE {sae.name!r}: the vllm engine cannot reach {site}{why}")
+        if missing := [site for site in (sae.site, *sae.write_sites) if site not in sites]:
+            why = " with tensor parallelism" if settings.engine.vllm.tensor_parallel > 1 else ""
+            raise LoadError(f"SAE {sae.name!r}: the vllm engine cannot reach {missing[0]}{why}")
+    return saes

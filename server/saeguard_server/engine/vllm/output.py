@@ -9,9 +9,8 @@ from typing import Any
 from saeguard.results import ActivationPart, FeatureReading, FinishReason, Receipt, StreamChunk, Token, TokenLogprob
 from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.front import RETRY_S
-from saeguard_server.engine.output import OutputProcessor, RequestState
+from saeguard_server.engine.output import OutputProcessor, RequestState, SparseRows
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, check_finite
-from saeguard_server.engine.selection import SparseRows
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, may_reuse
 from saeguard_server.errors import InternalFailure, InvalidRequest, Unavailable
 
@@ -63,12 +62,7 @@ class VllmOutputProcessor(OutputProcessor):
         )  # fmt: skip
 
     def activations(self, task: InspectTask, output: WorkerOutput) -> list[ActivationPart]:
-        """The parts of an inspection, in order of position and then as asked.
-
-        Raises:
-            NonFiniteOutput: an edit made them so.
-            InternalFailure: an edit was not offered every token in its scope exactly once.
-        """
+        """The parts of an inspection, by position and then as asked; raises NonFiniteOutput, InternalFailure."""
         self.worker_receipt(task, (), output)
         order = {sae: at for at, (sae, _) in enumerate(task.selections)}
         parts = []
@@ -97,11 +91,7 @@ class VllmOutputProcessor(OutputProcessor):
 
 
 def merge_outputs(outputs: Iterable[WorkerOutput]) -> WorkerOutput:
-    """The outputs of all workers as one: each has the edits at its layers, and shards of a layer have the same.
-
-    Raises:
-        InternalFailure: a worker has a problem.
-    """
+    """All workers' outputs as one: each has its layers' edits, shards of a layer the same. Raises InternalFailure."""
     every = list(outputs)
     for output in every:
         if output.problem:
@@ -164,11 +154,7 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
 
 
 def sampling_arguments(task: GenerateTask, request: bytes | None, eos_ids: frozenset[int]) -> dict[str, Any]:
-    """Arguments for ``SamplingParams``.
-
-    Raises:
-        InvalidRequest: a temperature that vLLM does not know.
-    """
+    """Arguments for ``SamplingParams``; raises InvalidRequest for a temperature that vLLM does not know."""
     sampling = task.sampling
     if sampling.temperature and not COLDEST <= sampling.temperature <= HOTTEST:
         limits = f"must be 0 (greedy) or {COLDEST:g} to {HOTTEST:g} with the vllm engine"

@@ -47,11 +47,7 @@ class WorkerRequest(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def decode(cls, packed: bytes) -> WorkerRequest:
-        """The request that a worker got.
-
-        Raises:
-            InternalFailure: it was written by another version of the server.
-        """
+        """Raises InternalFailure for a request of another version of the server."""
         version = msgspec.msgpack.decode(packed)[0]
         if version != VERSION:
             raise InternalFailure(f"a request for vLLM's workers has version {version}, they know {VERSION}")

@@ -17,7 +17,7 @@ import time
 from contextlib import aclosing
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -34,8 +34,6 @@ _log = logging.getLogger(__package__)
 PULSE_S = 1.0
 """How often the metrics are sent, and the parent is told that the child lives."""
 
-_Line: TypeAlias = "Connection[Any, Any]"
-
 
 def run_worker(descriptor: int) -> None:
     """Serves the parent at the other end of this socket until it says stop or is gone."""
@@ -43,7 +41,7 @@ def run_worker(descriptor: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # Or programs that the engine starts would hold the socket open after us.
     os.set_inheritable(descriptor, False)
-    line: _Line = Connection(descriptor)
+    line: Connection[Any, Any] = Connection(descriptor)
     start: messages.Start = messages.receive_message(line)
     observe.configure_logs(start.settings.server.log_level, sys.stderr)
     asyncio.run(_serve(line, start))
@@ -52,7 +50,7 @@ def run_worker(descriptor: int) -> None:
     os._exit(0)
 
 
-async def _serve(line: _Line, start: messages.Start) -> None:
+async def _serve(line: Connection[Any, Any], start: messages.Start) -> None:
     loop, commands = asyncio.get_running_loop(), asyncio.Queue[Command]()
     # Before loading, which may take minutes: a parent that goes away meanwhile must not be outlived.
     threading.Thread(target=_listen, args=(line, loop, commands), name="commands", daemon=True).start()
@@ -70,7 +68,7 @@ async def _serve(line: _Line, start: messages.Start) -> None:
     await WorkerService(line, engine, metrics).run(commands)
 
 
-def _listen(line: _Line, loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[Command]) -> None:
+def _listen(line: Connection[Any, Any], loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[Command]) -> None:
     while True:
         try:
             command = messages.receive_message(line)
@@ -91,7 +89,7 @@ def _portable(error: Exception) -> Exception:
 class WorkerService:
     """Runs the tasks that come and reports what they give: one report for everything that a step produced."""
 
-    def __init__(self, line: _Line, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, line: Connection[Any, Any], engine: Engine, metrics: Metrics) -> None:
         self._line, self._engine, self._metrics = line, engine, metrics
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[int, asyncio.Task[None]] = {}

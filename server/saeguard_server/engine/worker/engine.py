@@ -62,12 +62,7 @@ class WorkerProcess:
         return self._process.pid
 
     def load(self, start: messages.Start) -> messages.WorkerReady:
-        """Loads the engine, waiting for it.
-
-        Raises:
-            BadSettings: the process died, or its clock is not ours.
-            Exception: what loading raised in the child.
-        """
+        """Loads the engine, waiting for it; raises what loading raised in the child, or BadSettings."""
         began = time.monotonic()
         try:
             messages.send_message(self._connection, start)
@@ -140,12 +135,7 @@ class WorkerProcess:
 
 
 def load_engine(settings: Settings, metrics: Metrics, load: messages.Loader) -> WorkerEngine:
-    """The engine that ``load`` makes, in a process of its own: loaded and checked there, not started.
-
-    Raises:
-        BadSettings: the process died while it loaded.
-        Exception: what ``load`` raised, as it raised it.
-    """
+    """The engine that ``load`` makes, in a process of its own, not started; raises what that raised, or BadSettings."""
     return WorkerEngine(messages.Start(settings, load), metrics)
 
 

@@ -16,10 +16,9 @@ from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from saeguard.catalog import Model
 from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
@@ -98,20 +97,12 @@ def dump_message(message: object) -> bytes:
 
 
 def send_message(connection: Connection, message: object) -> None:
-    """Sends one message, waiting until the other side has room for it.
-
-    Raises:
-        OSError: the other side is gone.
-    """
+    """Sends one message, waiting until the other side has room for it; OSError: the other side is gone."""
     connection.send_bytes(dump_message(message))
 
 
 def receive_message(connection: Connection) -> Any:
-    """The next message, waiting for it.
-
-    Raises:
-        EOFError, OSError: the other side is gone.
-    """
+    """The next message, waiting for it; EOFError, OSError: the other side is gone."""
     return pickle.loads(connection.recv_bytes())
 
 
