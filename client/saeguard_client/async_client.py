@@ -14,16 +14,7 @@ from saeguard.requests import Input
 from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge
 from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard_client import calls
-from saeguard_client.calls import (
-    DEFAULT_DEADLINE_S,
-    DEFAULT_RETRIES,
-    AccessToken,
-    CallOptions,
-    ChannelOptions,
-    StreamCall,
-    StrPath,
-    UnaryCall,
-)
+from saeguard_client.calls import AccessToken, CallOptions, ChannelOptions, StreamCall, StrPath, UnaryCall
 from saeguard_client.errors import DeadlineExceeded, NotFound, Unavailable, from_call
 
 T = TypeVar("T")
@@ -45,13 +36,13 @@ class AsyncClient:
         certificate_chain: StrPath | None = None,
         api_key: str | None = None,
         token: AccessToken | None = None,
-        deadline_s: float | None = DEFAULT_DEADLINE_S,
-        retries: int = DEFAULT_RETRIES,
+        deadline_s: float | None = calls.DEFAULT_DEADLINE_S,
+        retries: int = calls.DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
         tls = (root_certificates, private_key, certificate_chain)
-        self._defaults = calls.Defaults.of(deadline_s, metadata or {}, calls.Bearer(api_key, token))
+        self._defaults = calls.Defaults.of(deadline_s, metadata or {}, api_key, token)
         self._endpoint = calls.endpoint(target, channel, tls, retries, options)
         self._channel = channel
 
@@ -96,34 +87,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> Completion:
-        """Continues the prompt, steered by this request's edits.
-
-        Args:
-            input: text, chat messages (ChatMessage or dicts with role and content), or token ids.
-            steer: edits, at most one per feature. With any, the completion has a receipt of what was applied.
-            max_new_tokens: None is the server's default, as it is for everything below.
-            temperature: 0 is greedy.
-            top_p: smallest set of tokens with at least this probability.
-            top_k: most likely tokens kept; 0 is off.
-            min_p: share of the likeliest token's probability that a token must have.
-            repetition_penalty: above 0; 1 is off.
-            seed: the same request with the same seed gives the same tokens.
-            stop: strings where the text ends; they are not part of it.
-            logprobs: also give log-probabilities of this many likeliest tokens; 0 gives the chosen token's alone.
-            ignore_eos: go on after the end-of-sequence token.
-            prompt_logprobs: log-probability of every prompt token given those before it.
-            max_relative_edit: limit on an edit's size as a share of the activation's.
-            watch: features to read on every token without editing them.
-            triggers: what to do when features fire. With any, the completion has a receipt.
-            policies: names of policies that shall apply whether or not their target and rollout choose this request.
-            conversation: what a policy's rollout by conversation hashes.
-            min_policy_activation: the oldest activation of policies that may decide; waited for until the deadline.
-            check_receipt: raise ReceiptMismatch where the receipt does not tell of all the edits, triggers and
-                policies of the request.
-
-        Returns:
-            The text, its tokens and how it ended, with the receipt.
-        """
+        """Continues the prompt, steered by this request's edits; arguments and result are as in ``Client.generate``."""
         call = calls.generation(
             input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -159,12 +123,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGenerator[StreamChunk, None]:
-        """Continues the prompt and gives the text as it is made. Arguments are as in ``generate``.
-
-        Returns:
-            Chunks, of which the last one has the completion that ``generate`` would have given. Closing the iterator
-            early cancels the generation.
-        """
+        """Gives the text as it is made; closing the iterator early cancels it. As ``Client.generate_stream``."""
         call = calls.generation(
             input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -190,10 +149,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> Comparison:
-        """What policies and this request's edits change: the same generation with and without them, in one batch.
-
-        Needs the role policy-write: it shows what policies suppress. Arguments are as in ``generate``.
-        """
+        """What policies and edits change; as ``Client.compare``. Needs the role policy-write."""
         call = calls.generation(
             input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_relative_edit=max_relative_edit, triggers=triggers,
@@ -215,19 +171,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> list[Activations]:
-        """Which features fire on which token of each input, under each SAE.
-
-        Args:
-            inputs: a sequence of inputs as ``generate`` takes them; a lone string is one input.
-            saes: names of SAEs; may be left out with ``features``.
-            top_k: the largest activations of each token. Give exactly one of top_k, threshold and features.
-            threshold: every activation above it.
-            features: just these, zeros included.
-            steer: read under these edits; a feature is read before the edits of its own site.
-
-        Returns:
-            A sparse matrix for each input and SAE, by input and then by SAE.
-        """
+        """Which features fire on which token of each input; arguments and result are as in ``Client.activations``."""
         parts = self.activations_stream(
             inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer, deadline_s=deadline_s,
             request_id=request_id,
@@ -246,11 +190,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGenerator[ActivationPart, None]:
-        """``activations`` as they arrive. Arguments are as there.
-
-        Returns:
-            Runs of whole tokens, which ``merge`` joins. Closing the iterator early cancels the reading.
-        """
+        """``activations`` as they arrive; as ``Client.activations_stream``."""
         options = CallOptions(deadline_s, request_id)
         call = calls.activations(
             inputs, saes, options, top_k=top_k, threshold=threshold, features=features, steer=steer
@@ -270,11 +210,7 @@ class AsyncClient:
     async def feature(
         self, sae: str, index: int, *, deadline_s: float | None = None, request_id: str | None = None
     ) -> Feature:
-        """One feature's catalogue entry.
-
-        Raises:
-            NotFound: there is no such SAE or index.
-        """
+        """One feature's catalogue entry; as ``Client.feature``."""
         options = CallOptions(deadline_s, request_id)
         return await self._unary(calls.unary("GetFeature", Feature, options, part="feature", sae=sae, feature=index))
 
@@ -287,14 +223,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGenerator[Feature, None]:
-        """Features, labelled ones first, in pages that are asked for as they are needed.
-
-        Args:
-            sae: None is every SAE.
-            query: words that the label, promoted tokens or examples must contain, in any case.
-            limit: None is all.
-            deadline_s: for each page.
-        """
+        """Features in pages that are asked for as they are needed; arguments are as in ``Client.features``."""
         return self._walk(calls.FeaturePages(sae, query, limit, CallOptions(deadline_s, request_id)))
 
     async def info(self, *, deadline_s: float | None = None, request_id: str | None = None) -> ServerInfo:
@@ -331,18 +260,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> PolicyChange:
-        """Makes a revision of YAML documents, checked completely before it is stored; in force once activated.
-
-        Args:
-            documents: content by file name; JSON files of probes that they name too.
-            etag: as ``policies`` gave it; "" is for the first.
-            reason: why, for the history.
-            prune: delete policies that the documents do not hold.
-            dry_run: check and compare only.
-
-        Raises:
-            Conflict: there is a newer revision than the etag's.
-        """
+        """Makes a revision of YAML documents; arguments and errors are as in ``Client.apply_policies``."""
         options = CallOptions(deadline_s, request_id)
         call = calls.unary(
             "ApplyPolicies", PolicyChange, options, documents=calls.policy_documents(documents), etag=etag,
@@ -368,14 +286,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> Activation:
-        """Puts a revision in force, a newer or an older one.
-
-        Args:
-            expected_activation: number of what the caller believes to be in force, 0 for nothing.
-
-        Raises:
-            Conflict: something else is in force.
-        """
+        """Puts a revision in force; arguments and errors are as in ``Client.activate_revision``."""
         call = calls.unary(
             "ActivateRevision", Activation, CallOptions(deadline_s, request_id), part="activation", revision=revision,
             expected_activation=expected_activation, reason=reason,
@@ -391,15 +302,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> Activation:
-        """Puts an older revision in force; called again, it goes further back.
-
-        Args:
-            revision: None is, of those older than the present one, the one that was in force last.
-            expected_activation: as for ``activate_revision``: two who roll back at the same time do not go two steps.
-
-        Raises:
-            NotFound: there is no older revision.
-        """
+        """Puts an older revision in force; arguments and errors are as in ``Client.rollback_policies``."""
         call = calls.unary(
             "Rollback", Activation, CallOptions(deadline_s, request_id), part="activation", revision=revision,
             expected_activation=expected_activation, reason=reason,
@@ -418,7 +321,7 @@ class AsyncClient:
 
     def _opened(self) -> grpc.aio.Channel:
         """Not in ``__init__``: a channel belongs to the event loop that runs when it is made."""
-        self._channel = self._channel or _open(self._endpoint)
+        self._channel = self._channel or calls.open_channel(grpc.aio, self._endpoint)
         return self._channel
 
     async def _unary(self, call: UnaryCall[T]) -> T:
@@ -448,10 +351,3 @@ class AsyncClient:
         while (call := pages.next_call()) is not None:
             for feature in pages.accept(await self._unary(call)):
                 yield feature
-
-
-def _open(endpoint: calls.Endpoint | None) -> grpc.aio.Channel:
-    assert endpoint is not None
-    if endpoint.credentials is None:
-        return grpc.aio.insecure_channel(endpoint.target, endpoint.options)
-    return grpc.aio.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)

@@ -75,18 +75,18 @@ def endpoint(
         return None
     if target is None:
         raise FieldError("target", "give a target or a channel")
-    return Endpoint(check_text("target", target), _credentials(*tls), (*channel_options(retries), *options))
-
-
-def _credentials(
-    authorities: StrPath | None, private_key: StrPath | None, certificate_chain: StrPath | None
-) -> grpc.ChannelCredentials | None:
-    if (private_key is None) != (certificate_chain is None):
+    if (tls[1] is None) != (tls[2] is None):
         raise FieldError("private_key", "goes together with certificate_chain")
-    files = (authorities, private_key, certificate_chain)
-    if files == (None, None, None):
-        return None
-    return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
+    files = [None if file is None else Path(file).read_bytes() for file in tls]
+    credentials = grpc.ssl_channel_credentials(*files) if any(files) else None
+    return Endpoint(check_text("target", target), credentials, (*channel_options(retries), *options))
+
+
+def open_channel(api: Any, endpoint: Endpoint | None) -> Any:
+    assert endpoint is not None
+    if endpoint.credentials is None:
+        return api.insecure_channel(endpoint.target, endpoint.options)
+    return api.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)
 
 
 def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
@@ -119,8 +119,6 @@ def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """What one call may say about itself."""
-
     deadline_s: float | None = None
     request_id: str | None = None
 
@@ -132,56 +130,53 @@ class CallOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Bearer:
-    """What shows the server who calls, beside a certificate: nothing, an API key, or a token."""
-
-    api_key: str | None = field(default=None, repr=False)
-    token: AccessToken | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.api_key is not None and self.token is not None:
-            raise FieldError("api_key", "the server takes one credential, not token as well")
-        if self.api_key is not None:
-            _check_secret("api_key", self.api_key)
-        if self.token is not None and not callable(self.token):
-            _check_secret("token", self.token)
-
-    def metadata(self) -> Metadata:
-        """For the next call; raises ValueError where the token for it cannot be sent."""
-        secret = self.token() if callable(self.token) else self.token or self.api_key
-        if secret is None:
-            return ()
-        _check_secret("token", secret)
-        return ((AUTHORIZATION, f"Bearer {secret}"),)
-
-
-@dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a client says for every call that does not."""
+    """What a client says for every call that does not, and what shows the server who calls, beside a certificate."""
 
     deadline_s: float | None
     metadata: Metadata
-    bearer: Bearer = Bearer()
+    secret: AccessToken | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, deadline_s: float | None, metadata: Mapping[str, str], bearer: Bearer) -> Defaults:
+    def of(
+        cls, deadline_s: float | None, metadata: Mapping[str, str], api_key: str | None, token: AccessToken | None
+    ) -> Defaults:
         """Raises ValueError for a deadline not above 0, metadata that HTTP/2 cannot carry, or two credentials."""
         for key, value in metadata.items():
             _check_header(f"metadata[{key!r}]", value)
         pairs = tuple((key.lower(), value) for key, value in metadata.items())
-        if bearer != Bearer() and AUTHORIZATION in dict(pairs):
+        secret = _credential(api_key, token)
+        if secret is not None and AUTHORIZATION in dict(pairs):
             problem = "the server takes one credential, not api_key or token as well"
             raise FieldError("metadata['authorization']", problem)
-        return cls(None if deadline_s is None else _check_deadline(deadline_s), pairs, bearer)
+        return cls(None if deadline_s is None else _check_deadline(deadline_s), pairs, secret)
 
     def of_call(self, call: CallOptions) -> tuple[float | None, Metadata]:
-        """``(timeout_s, metadata)``; None is no limit, and the call's request id replaces the client's."""
+        """``(timeout_s, metadata)``; None is no limit, and the call's request id replaces the client's.
+
+        Raises:
+            ValueError: the token for this call cannot be sent.
+        """
         timeout_s = self.deadline_s if call.deadline_s is None else call.deadline_s
-        metadata = (*self.metadata, *self.bearer.metadata())
+        metadata = self.metadata
+        secret = self.secret() if callable(self.secret) else self.secret
+        if secret is not None:
+            _check_secret("token", secret)
+            metadata = (*metadata, (AUTHORIZATION, f"Bearer {secret}"))
         if call.request_id is not None:
             others = (pair for pair in metadata if pair[0] != REQUEST_ID)
             metadata = (*others, (REQUEST_ID, call.request_id))
         return timeout_s, metadata
+
+
+def _credential(api_key: str | None, token: AccessToken | None) -> AccessToken | None:
+    if api_key is not None and token is not None:
+        raise FieldError("api_key", "the server takes one credential, not token as well")
+    if api_key is not None:
+        _check_secret("api_key", api_key)
+    if token is not None and not callable(token):
+        _check_secret("token", token)
+    return api_key if token is None else token
 
 
 def _check_deadline(deadline_s: float) -> float:
@@ -241,24 +236,20 @@ def unary(rpc: str, cls: type[T], options: CallOptions, *, part: str = "", **val
     Raises:
         FieldError: a value that the wire cannot hold.
     """
-    return _unary(
-        rpc,
-        request_message(rpc, **values),
-        lambda reply: from_message(cls, getattr(reply, part) if part else reply, part),
-        options,
-    )
+
+    def read(reply: Any) -> T:
+        return from_message(cls, getattr(reply, part) if part else reply, part)
+
+    return _unary(rpc, request_message(rpc, **values), read, options)
 
 
 def unary_list(rpc: str, cls: type[T], options: CallOptions, *, part: str) -> UnaryCall[tuple[T, ...]]:
     """A call whose reply's field ``part`` has several ``cls``."""
-    return _unary(
-        rpc,
-        request_message(rpc),
-        lambda reply: tuple(
-            from_message(cls, item, f"{part}[{index}]") for index, item in enumerate(getattr(reply, part))
-        ),
-        options,
-    )
+
+    def read(reply: Any) -> tuple[T, ...]:
+        return tuple(from_message(cls, item, f"{part}[{index}]") for index, item in enumerate(getattr(reply, part)))
+
+    return _unary(rpc, request_message(rpc), read, options)
 
 
 def health(service: str, options: CallOptions) -> UnaryCall[bool]:
@@ -272,7 +263,6 @@ def health(service: str, options: CallOptions) -> UnaryCall[bool]:
 
 
 def policy_documents(documents: Mapping[str, str]) -> list[dict[str, str]]:
-    """Those of ApplyPolicies, by the file's name."""
     return [
         {"name": check_text("documents", name), "content": check_text(f"documents[{name!r}]", content)}
         for name, content in documents.items()
@@ -312,7 +302,6 @@ class FeaturePages:
         return self._next(page_size=page_size, page_token=self._page_token)
 
     def accept(self, page: FeaturePage) -> tuple[Feature, ...]:
-        """The page's features, as many as the caller still wants."""
         features = page.features[: self._left]
         if self._left is not None:
             self._left -= len(features)
@@ -342,7 +331,6 @@ class GenerateCall:
         return _unary("Compare", self._message(), self._comparison, self.options)
 
     def _check(self, completion: Completion) -> Completion:
-        """Raises ReceiptMismatch where it does not account for what was asked."""
         if self.check_receipt:
             errors.check_receipt(completion, self.request)
         return completion
@@ -400,7 +388,6 @@ class ChunkReader:
         self._is_finished = False
 
     def read(self, message: bytes) -> StreamChunk:
-        """One chunk; the last has the whole completion."""
         if self._is_finished:
             raise malformed("a message came after the completion")
         chunk = _decode(pb.GenerateResponse, read_chunk, message)
@@ -411,7 +398,6 @@ class ChunkReader:
         return replace(chunk, completion=self._check(join_chunks(self._chunks)))
 
     def finish(self) -> None:
-        """A stream that just stops must not pass for a finished text."""
         if not self._is_finished:
             raise malformed("the stream ended without a completion")
 
@@ -461,7 +447,6 @@ class PartReader:
         self._open: set[tuple[int, str]] = set()
 
     def read(self, message: bytes) -> ActivationPart:
-        """One part, which begins where the one before it ended."""
         part = _decode(RPCS["GetActivations"].response, partial(from_message, ActivationPart), message)
         pair = part.input, part.sae
         if part.start != self._tokens_read.get(pair, 0):
@@ -473,6 +458,5 @@ class PartReader:
         return part
 
     def finish(self) -> None:
-        """Every pair that began has ended, and every input was read."""
         if self._open or {input for input, _ in self._tokens_read} != set(range(self._num_inputs)):
             raise malformed("the stream ended before the last activations")

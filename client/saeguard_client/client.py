@@ -13,16 +13,7 @@ from saeguard.requests import Input
 from saeguard.results import ActivationPart, Activations, Comparison, Completion, StreamChunk, merge
 from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard_client import calls
-from saeguard_client.calls import (
-    DEFAULT_DEADLINE_S,
-    DEFAULT_RETRIES,
-    AccessToken,
-    CallOptions,
-    ChannelOptions,
-    StreamCall,
-    StrPath,
-    UnaryCall,
-)
+from saeguard_client.calls import AccessToken, CallOptions, ChannelOptions, StreamCall, StrPath, UnaryCall
 from saeguard_client.errors import DeadlineExceeded, NotFound, Unavailable, from_call
 
 T = TypeVar("T")
@@ -61,15 +52,15 @@ class Client:
         certificate_chain: StrPath | None = None,
         api_key: str | None = None,
         token: AccessToken | None = None,
-        deadline_s: float | None = DEFAULT_DEADLINE_S,
-        retries: int = DEFAULT_RETRIES,
+        deadline_s: float | None = calls.DEFAULT_DEADLINE_S,
+        retries: int = calls.DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
     ) -> None:
         tls = (root_certificates, private_key, certificate_chain)
-        self._defaults = calls.Defaults.of(deadline_s, metadata or {}, calls.Bearer(api_key, token))
+        self._defaults = calls.Defaults.of(deadline_s, metadata or {}, api_key, token)
         self._endpoint = calls.endpoint(target, channel, tls, retries, options)
-        self._channel = channel or _open(self._endpoint)
+        self._channel: grpc.Channel = channel or calls.open_channel(grpc, self._endpoint)
 
     def close(self) -> None:
         """Ends running calls and the connection."""
@@ -356,7 +347,7 @@ class Client:
             dry_run: check and compare only.
 
         Raises:
-            Conflict: there is a newer revision than the etag's.
+            Aborted: there is a newer revision than the etag's.
         """
         options = CallOptions(deadline_s, request_id)
         call = calls.unary(
@@ -387,7 +378,7 @@ class Client:
             expected_activation: number of what the caller believes to be in force, 0 for nothing.
 
         Raises:
-            Conflict: something else is in force.
+            Aborted: something else is in force.
         """
         call = calls.unary(
             "ActivateRevision", Activation, CallOptions(deadline_s, request_id), part="activation", revision=revision,
@@ -456,10 +447,3 @@ class Client:
     def _walk(self, pages: calls.FeaturePages) -> Generator[Feature, None, None]:
         while (call := pages.next_call()) is not None:
             yield from pages.accept(self._unary(call))
-
-
-def _open(endpoint: calls.Endpoint | None) -> grpc.Channel:
-    assert endpoint is not None
-    if endpoint.credentials is None:
-        return grpc.insecure_channel(endpoint.target, endpoint.options)
-    return grpc.secure_channel(endpoint.target, endpoint.credentials, endpoint.options)

@@ -1,13 +1,13 @@
-"""Every way in which a call fails, and the one table from status codes to them.
+"""Every way in which a call fails; but for the last two, each is named after the gRPC status that it stands for.
 
 SaeguardError
-├── InvalidRequest          the request is wrong; ``violations`` name the fields
+├── InvalidArgument         the request is wrong; ``violations`` name the fields
 ├── Unauthenticated         the server does not know who calls
 ├── PermissionDenied        it knows, and says no
 ├── NotFound                a name is not served here; ``violations`` may name the field
 ├── FailedPrecondition      the request is right, the server's state is not
-├── Conflict                somebody else was faster
-├── Overloaded              too much at once; ``retry_after_s`` says when to come back
+├── Aborted                 somebody else was faster
+├── ResourceExhausted       too much at once; ``retry_after_s`` says when to come back
 ├── Unavailable             the server cannot be reached, or cannot take requests now
 ├── DeadlineExceeded        the time that was allowed is over
 ├── Cancelled               the server ended the call
@@ -32,6 +32,8 @@ from saeguard.results import Completion, Receipt
 from saeguard.types import Apply, Intervention
 
 DOMAIN: Final = "saeguard.v1"
+BY_STATUS: Final[dict[StatusCode, type[SaeguardError]]] = {}
+"""The exception of every status but OK."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,9 @@ class SaeguardError(Exception):
         retry_after_s: when the server wants to see the request again, if it says so.
     """
 
+    def __init_subclass__(cls, statuses: tuple[StatusCode, ...] = ()) -> None:
+        BY_STATUS.update(dict.fromkeys(statuses, cls))
+
     def __init__(
         self,
         message: str,
@@ -66,76 +71,56 @@ class SaeguardError(Exception):
         self.violations, self.retry_after_s = violations, retry_after_s
 
 
-class InvalidRequest(SaeguardError):
+class InvalidArgument(SaeguardError, statuses=(StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE)):
     """A field holds what it must not."""
 
 
-class Unauthenticated(SaeguardError):
+class Unauthenticated(SaeguardError, statuses=(StatusCode.UNAUTHENTICATED,)):
     """The caller's identity is missing or not accepted."""
 
 
-class PermissionDenied(SaeguardError):
+class PermissionDenied(SaeguardError, statuses=(StatusCode.PERMISSION_DENIED,)):
     """The caller may not do this."""
 
 
-class NotFound(SaeguardError):
+class NotFound(SaeguardError, statuses=(StatusCode.NOT_FOUND,)):
     """A model, SAE or feature is not served here."""
 
 
-class FailedPrecondition(SaeguardError):
+class FailedPrecondition(SaeguardError, statuses=(StatusCode.FAILED_PRECONDITION,)):
     """The server is not in a state in which this can be done."""
 
 
-class Conflict(SaeguardError):
+class Aborted(SaeguardError, statuses=(StatusCode.ABORTED, StatusCode.ALREADY_EXISTS)):
     """The thing was changed or made by somebody else meanwhile."""
 
 
-class Overloaded(SaeguardError):
+class ResourceExhausted(SaeguardError, statuses=(StatusCode.RESOURCE_EXHAUSTED,)):
     """The queue or a quota is full; nothing was started."""
 
 
-class Unavailable(SaeguardError):
+class Unavailable(SaeguardError, statuses=(StatusCode.UNAVAILABLE,)):
     """The server cannot be reached, is starting, draining or down."""
 
 
-class DeadlineExceeded(SaeguardError):
+class DeadlineExceeded(SaeguardError, statuses=(StatusCode.DEADLINE_EXCEEDED,)):
     """The time the caller or the server allowed is over."""
 
 
-class Cancelled(SaeguardError):
+class Cancelled(SaeguardError, statuses=(StatusCode.CANCELLED,)):
     """The call was ended from the other side."""
 
 
-class Unimplemented(SaeguardError):
+class Unimplemented(SaeguardError, statuses=(StatusCode.UNIMPLEMENTED,)):
     """The server does not know this method."""
 
 
-class InternalError(SaeguardError):
+class InternalError(SaeguardError, statuses=(StatusCode.INTERNAL, StatusCode.DATA_LOSS, StatusCode.UNKNOWN)):
     """A bug of the server, or a reply that does not keep the contract."""
 
 
 class ReceiptMismatch(InternalError):
     """The reply has no receipt, or one that does not tell of all that was asked for. The text may be unsteered."""
-
-
-BY_STATUS: Final[dict[StatusCode, type[SaeguardError]]] = {
-    StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    StatusCode.OUT_OF_RANGE: InvalidRequest,
-    StatusCode.UNAUTHENTICATED: Unauthenticated,
-    StatusCode.PERMISSION_DENIED: PermissionDenied,
-    StatusCode.NOT_FOUND: NotFound,
-    StatusCode.FAILED_PRECONDITION: FailedPrecondition,
-    StatusCode.ABORTED: Conflict,
-    StatusCode.ALREADY_EXISTS: Conflict,
-    StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-    StatusCode.UNAVAILABLE: Unavailable,
-    StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    StatusCode.CANCELLED: Cancelled,
-    StatusCode.UNIMPLEMENTED: Unimplemented,
-    StatusCode.INTERNAL: InternalError,
-    StatusCode.DATA_LOSS: InternalError,
-    StatusCode.UNKNOWN: InternalError,
-}
 
 
 def from_call(call: Any) -> SaeguardError:
@@ -165,12 +150,10 @@ def _rich_status(call: Any) -> status_pb2.Status:
 
 
 def malformed(problem: str) -> InternalError:
-    """The server said OK and sent something that cannot be right."""
     return InternalError(f"the server's reply cannot be used: {problem}", "MALFORMED_REPLY")
 
 
 def receipt_mismatch(problem: str) -> ReceiptMismatch:
-    """The text is there, and nothing proves that it was steered as asked."""
     return ReceiptMismatch(f"the server's reply may be unsteered: {problem}", "RECEIPT_MISMATCH")
 
 

@@ -131,7 +131,6 @@ class Feature:
 
     @property
     def ref(self) -> FeatureRef:
-        """Its address."""
         return FeatureRef(self.sae, self.index)
 
 

@@ -24,7 +24,6 @@ class FieldError(ValueError):
 
 
 def check_text(field: str, value: object) -> str:
-    """A string that UTF-8 can carry."""
     if not isinstance(value, str):
         raise FieldError(field, f"must be a string, got {value!r}")
     if not value.isascii():
@@ -63,8 +62,12 @@ def check_number(field: str, value: Any) -> float:
         raise FieldError(field, f"must be a number, got {value!r}") from None
 
 
+def check_filled(field: str, value: object) -> None:
+    if not value:
+        raise FieldError(field, "must not be empty")
+
+
 def check_bool(field: str, value: object) -> bool:
-    """True or False."""
     if not isinstance(value, bool):
         raise FieldError(field, f"must be True or False, got {value!r}")
     return value
@@ -80,19 +83,16 @@ def check_sequence(field: str, values: object) -> tuple[Any, ...]:
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of the words."""
     if value not in choices:
         raise FieldError(field, f"must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_instance(field: str, value: object, kind: Any, noun: str) -> None:
-    """Of the class, or of one of the classes."""
     if not isinstance(value, kind):
         raise FieldError(field, f"must be {noun}, got {value!r}")
 
 
 def check_limit(field: str, limit: float) -> float:
-    """A number above 0 that float32 holds."""
     number = check_number(field, limit)
     if not 0.0 < number <= FLOAT32_MAX:
         raise FieldError(field, f"must be finite and above 0, got {number}")
@@ -103,7 +103,6 @@ def check_limit(field: str, limit: float) -> float:
 
 
 def store(of: object, field: str, value: object) -> None:
-    """Sets a field of a frozen value while it is made."""
     object.__setattr__(of, field, value)
 
 
@@ -118,16 +117,16 @@ def store_finite(of: object, *fields: str) -> None:
             store(of, field, number)
 
 
-def store_integer(of: object, field: str, most: int = MAX_UINT32, least: int = 0) -> None:
-    """As ``check_integer``."""
+def store_integer(of: object, field: str, most: int = MAX_UINT32, least: int = 0, *, optional: bool = False) -> None:
     value = getattr(of, field)
+    if value is None and optional:
+        return
     number = check_integer(field, value, most, least)
     if number is not value:
         store(of, field, number)
 
 
 def store_several(of: object, field: str, kind: Any, noun: str) -> None:
-    """Values of the class, as a tuple."""
     values = check_sequence(field, getattr(of, field))
     for index, value in enumerate(values):
         if not isinstance(value, kind):
@@ -136,7 +135,6 @@ def store_several(of: object, field: str, kind: Any, noun: str) -> None:
 
 
 def store_texts(of: object, field: str) -> None:
-    """Strings, as a tuple."""
     values = check_sequence(field, getattr(of, field))
     for index, value in enumerate(values):
         check_text(f"{field}[{index}]", value)

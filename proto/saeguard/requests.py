@@ -6,23 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from saeguard.checks import (
-    FLOAT32_MAX,
-    MAX_UINT64,
-    FieldError,
-    check_bool,
-    check_choice,
-    check_instance,
-    check_integer,
-    check_limit,
-    check_number,
-    check_sequence,
-    check_text,
-    store,
-    store_integer,
-    store_several,
-    store_texts,
-)
+from saeguard import checks
+from saeguard.checks import FLOAT32_MAX, MAX_UINT64, FieldError
 from saeguard.types import EDITS, FeatureRef, Intervention, Trigger, check_edited_once
 
 CHAT_ROLES: Final = ("system", "user", "assistant")
@@ -40,8 +25,8 @@ class ChatMessage:
     content: str
 
     def __post_init__(self) -> None:
-        check_choice("role", self.role, CHAT_ROLES)
-        check_text("content", self.content)
+        checks.check_choice("role", self.role, CHAT_ROLES)
+        checks.check_text("content", self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +36,8 @@ class ChatInput:
     messages: Sequence[ChatMessage]
 
     def __post_init__(self) -> None:
-        store_several(self, "messages", ChatMessage, "a ChatMessage")
-        if not self.messages:
-            raise FieldError("messages", "must not be empty")
+        checks.store_several(self, "messages", ChatMessage, "a ChatMessage")
+        checks.check_filled("messages", self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +47,9 @@ class TokenInput:
     ids: Sequence[int]
 
     def __post_init__(self) -> None:
-        ids = check_sequence("ids", self.ids)
-        if not ids:
-            raise FieldError("ids", "must not be empty")
-        store(self, "ids", tuple(check_integer(f"ids[{index}]", id) for index, id in enumerate(ids)))
+        ids = checks.check_sequence("ids", self.ids)
+        checks.check_filled("ids", ids)
+        checks.store(self, "ids", tuple(checks.check_integer(f"ids[{index}]", id) for index, id in enumerate(ids)))
 
 
 ModelInput: TypeAlias = str | ChatInput | TokenInput
@@ -84,15 +67,13 @@ def model_input(value: Input, field: str = "input") -> ModelInput:
     if isinstance(value, ChatInput | TokenInput):
         return value
     if isinstance(value, str):
-        if not check_text(field, value):
-            raise FieldError(field, "must not be empty")
+        checks.check_filled(field, checks.check_text(field, value))
         return value
-    items = check_sequence(field, value)
-    if not items:
-        raise FieldError(field, "must not be empty")
+    items = checks.check_sequence(field, value)
+    checks.check_filled(field, items)
     if isinstance(items[0], ChatMessage | Mapping):
         return ChatInput(tuple(_chat_message(f"{field}[{index}]", item) for index, item in enumerate(items)))
-    return TokenInput(tuple(check_integer(f"{field}[{index}]", item) for index, item in enumerate(items)))
+    return TokenInput(tuple(checks.check_integer(f"{field}[{index}]", item) for index, item in enumerate(items)))
 
 
 def _chat_message(field: str, item: object) -> ChatMessage:
@@ -108,20 +89,7 @@ def _chat_message(field: str, item: object) -> ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; None is the server's choice.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_p: smallest set of tokens with at least this probability.
-        top_k: most likely tokens kept; 0 is off.
-        min_p: share of the likeliest token's probability that a token must have.
-        repetition_penalty: above 0; 1 is off.
-        seed: the same request with the same seed gives the same tokens.
-        stop: strings where the text ends; they are not part of it.
-        logprobs: also give log-probabilities of this many likeliest tokens; 0 gives the chosen token's alone.
-        ignore_eos: go on after the end-of-sequence token.
-        prompt_logprobs: log-probability of every prompt token given those before it.
-    """
+    """How the next token is chosen, as the fields of the message say; None is the server's choice."""
 
     max_new_tokens: int | None = None
     temperature: float = 1.0
@@ -136,31 +104,28 @@ class Sampling:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            store_integer(self, "max_new_tokens", least=1)
-        if self.seed is not None:
-            store_integer(self, "seed", MAX_UINT64)
-        if self.logprobs is not None:
-            store_integer(self, "logprobs", MAX_LOGPROBS)
-        store_integer(self, "top_k")
-        store(self, "temperature", check_number("temperature", self.temperature))
+        checks.store_integer(self, "max_new_tokens", least=1, optional=True)
+        checks.store_integer(self, "seed", MAX_UINT64, optional=True)
+        checks.store_integer(self, "logprobs", MAX_LOGPROBS, optional=True)
+        checks.store_integer(self, "top_k")
+        checks.store(self, "temperature", checks.check_number("temperature", self.temperature))
         if self.temperature != 0 and not 0.001 <= self.temperature <= 100:
             raise FieldError("temperature", f"must be 0 (greedy) or 0.001 to 100, got {self.temperature}")
         _store_share(self, "top_p", 1.0, is_above_0=True)
         _store_share(self, "min_p", 1.0)
         _store_share(self, "repetition_penalty", 100.0, is_above_0=True)
-        store_texts(self, "stop")
+        checks.store_texts(self, "stop")
         _check_stop(self.stop)
-        check_bool("ignore_eos", self.ignore_eos)
-        check_bool("prompt_logprobs", self.prompt_logprobs)
+        checks.check_bool("ignore_eos", self.ignore_eos)
+        checks.check_bool("prompt_logprobs", self.prompt_logprobs)
 
 
 def _store_share(of: Sampling, field: str, most: float, *, is_above_0: bool = False) -> None:
-    value = check_number(field, getattr(of, field))
+    value = checks.check_number(field, getattr(of, field))
     if not 0.0 <= value <= most or (is_above_0 and value == 0):
         least = "above 0" if is_above_0 else "at least 0"
         raise FieldError(field, f"must be {least} and at most {most:g}, got {value}")
-    store(of, field, value)
+    checks.store(of, field, value)
 
 
 def _check_stop(stop: Sequence[str]) -> None:
@@ -173,15 +138,7 @@ def _check_stop(stop: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """What Generate, GenerateStream and Compare ask for.
-
-    Attributes:
-        max_relative_edit: limit on ``|edit| / |x|`` per site and token.
-        watch: features to read on every token without editing them.
-        policies: that shall apply whether or not their target and rollout choose this request.
-        conversation: what a rollout by conversation hashes.
-        min_policy_activation: the oldest activation of policies that may decide; waited for until the deadline.
-    """
+    """What Generate, GenerateStream and Compare ask for, as the fields of the message say."""
 
     input: ModelInput
     sampling: Sampling = Sampling()
@@ -195,22 +152,21 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         _check_input(self.input)
-        check_instance("sampling", self.sampling, Sampling, "a Sampling")
-        store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
+        checks.check_instance("sampling", self.sampling, Sampling, "a Sampling")
+        checks.store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
         check_edited_once(self.interventions)
         if self.max_relative_edit is not None:
-            store(self, "max_relative_edit", check_limit("max_relative_edit", self.max_relative_edit))
-        store_several(self, "watch", FeatureRef, "a FeatureRef")
-        store_several(self, "triggers", Trigger, "a Trigger")
-        store_texts(self, "policies")
+            checks.store(self, "max_relative_edit", checks.check_limit("max_relative_edit", self.max_relative_edit))
+        checks.store_several(self, "watch", FeatureRef, "a FeatureRef")
+        checks.store_several(self, "triggers", Trigger, "a Trigger")
+        checks.store_texts(self, "policies")
         _check_distinct("watch", self.watch, "a feature is named twice")
         _check_distinct("triggers", [trigger.name for trigger in self.triggers], "a name is given twice")
         _check_distinct("policies", self.policies, "a policy is named twice")
-        if len(check_text("conversation", self.conversation)) > MAX_CONVERSATION_CHARS:
+        if len(checks.check_text("conversation", self.conversation)) > MAX_CONVERSATION_CHARS:
             length = len(self.conversation)
             raise FieldError("conversation", f"at most {MAX_CONVERSATION_CHARS} characters, got {length}")
-        if self.min_policy_activation is not None:
-            store_integer(self, "min_policy_activation", MAX_UINT64)
+        checks.store_integer(self, "min_policy_activation", MAX_UINT64, optional=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +176,7 @@ class TopKSelection:
     k: int
 
     def __post_init__(self) -> None:
-        store(self, "k", check_integer("top_k", self.k, least=1))
+        checks.store(self, "k", checks.check_integer("top_k", self.k, least=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +186,7 @@ class ThresholdSelection:
     value: float
 
     def __post_init__(self) -> None:
-        store(self, "value", check_number("threshold", self.value))
+        checks.store(self, "value", checks.check_number("threshold", self.value))
         if not 0.0 <= self.value <= FLOAT32_MAX:
             raise FieldError("threshold", f"must be finite and at least 0, got {self.value}")
 
@@ -242,9 +198,8 @@ class FeatureSelection:
     features: Sequence[FeatureRef]
 
     def __post_init__(self) -> None:
-        store_several(self, "features", FeatureRef, "a FeatureRef")
-        if not self.features:
-            raise FieldError("features", "must not be empty")
+        checks.store_several(self, "features", FeatureRef, "a FeatureRef")
+        checks.check_filled("features", self.features)
         _check_distinct("features", self.features, "a feature is named twice")
 
 
@@ -261,27 +216,26 @@ class ActivationRequest:
     interventions: Sequence[Intervention] = ()
 
     def __post_init__(self) -> None:
-        store(self, "inputs", check_sequence("inputs", self.inputs))
-        if not self.inputs:
-            raise FieldError("inputs", "must not be empty")
+        checks.store(self, "inputs", checks.check_sequence("inputs", self.inputs))
+        checks.check_filled("inputs", self.inputs)
         for index, input in enumerate(self.inputs):
             _check_input(input, f"inputs[{index}].")
-        check_instance(
+        checks.check_instance(
             "selection", self.selection, Selection, "a TopKSelection, ThresholdSelection or FeatureSelection"
         )
-        store_texts(self, "saes")
+        checks.store_texts(self, "saes")
         if "" in self.saes:
             raise FieldError(f"saes[{self.saes.index('')}]", "must not be empty")
         if not self.saes and not isinstance(self.selection, FeatureSelection):
             raise FieldError("saes", "must not be empty unless features are named")
         _check_distinct("saes", self.saes, "an SAE is named twice")
-        store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
+        checks.store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
         check_edited_once(self.interventions)
 
 
 def _check_input(input: ModelInput, path: str = "") -> None:
-    check_instance(f"{path}input", input, ModelInput, "text, a ChatInput or a TokenInput")
-    if isinstance(input, str) and not check_text(f"{path}text", input):
+    checks.check_instance(f"{path}input", input, ModelInput, "text, a ChatInput or a TokenInput")
+    if isinstance(input, str) and not checks.check_text(f"{path}text", input):
         raise FieldError(f"{path}text", "must not be empty")
 
 

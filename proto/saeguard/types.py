@@ -10,16 +10,8 @@ from dataclasses import KW_ONLY, dataclass
 from math import inf
 from typing import ClassVar, Final, Literal, TypeAlias, get_args
 
-from saeguard.checks import (
-    FieldError,
-    check_bool,
-    check_choice,
-    check_instance,
-    check_text,
-    store_finite,
-    store_integer,
-    store_several,
-)
+from saeguard import checks
+from saeguard.checks import FieldError
 
 Unit: TypeAlias = Literal["raw", "max", "unit_decoder"]
 """The SAE's own feature values, multiples of the feature's maximum, feature values under unit-norm decoder rows."""
@@ -39,10 +31,8 @@ MAX_TERMS: Final = 4096
 
 
 def check_feature(of: FeatureRef | Term | Intervention) -> None:
-    """The SAE's name and the feature's index."""
-    if not check_text("sae", of.sae):
-        raise FieldError("sae", "must not be empty")
-    store_integer(of, "feature")
+    checks.check_filled("sae", checks.check_text("sae", of.sae))
+    checks.store_integer(of, "feature")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +68,13 @@ class Scope:
     include_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("phase", self.phase, PHASES)
-        store_integer(self, "start")
+        checks.check_choice("phase", self.phase, PHASES)
+        checks.store_integer(self, "start")
         if self.end is not None:
-            store_integer(self, "end")
+            checks.store_integer(self, "end")
             if self.end <= self.start:
                 raise FieldError("end", f"must be above start ({self.start}), got {self.end}")
-        check_bool("include_special_tokens", self.include_special_tokens)
+        checks.check_bool("include_special_tokens", self.include_special_tokens)
 
     def positions(self, prompt_tokens: int) -> tuple[int, int | None]:
         """``[first, last)`` position for a prompt of that length; None is no end."""
@@ -106,13 +96,12 @@ class Term:
 
     def __post_init__(self) -> None:
         check_feature(self)
-        store_finite(self, "weight")
+        checks.store_finite(self, "weight")
         if self.weight == 0:
             raise FieldError("weight", "must not be 0")
 
     @property
     def ref(self) -> FeatureRef:
-        """The feature."""
         return FeatureRef(self.sae, self.feature)
 
 
@@ -132,9 +121,9 @@ class Window:
     k: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, WINDOWS)
-        store_integer(self, "tokens", MAX_WINDOW, least=1)
-        store_integer(self, "k")
+        checks.check_choice("kind", self.kind, WINDOWS)
+        checks.store_integer(self, "tokens", MAX_WINDOW, least=1)
+        checks.store_integer(self, "k")
         if not 1 <= self.k <= self.tokens:
             raise FieldError("k", f"must be 1 to {self.tokens}, the window's tokens, got {self.k}")
 
@@ -166,20 +155,20 @@ class Condition:
     scope: Scope = EVERY_TOKEN
 
     def __post_init__(self) -> None:
-        store_several(self, "terms", Term, "a Term")
+        checks.store_several(self, "terms", Term, "a Term")
         if not 1 <= len(self.terms) <= MAX_TERMS:
             raise FieldError("terms", f"must be 1 to {MAX_TERMS}, got {len(self.terms)}")
         if len({(term.sae, term.feature) for term in self.terms}) != len(self.terms):
             raise FieldError("terms", "a feature is named twice")
-        check_choice("comparison", self.comparison, OPERATORS)
-        check_choice("unit", self.unit, UNITS)
-        store_finite(self, "threshold", "bias")
+        checks.check_choice("comparison", self.comparison, OPERATORS)
+        checks.check_choice("unit", self.unit, UNITS)
+        checks.store_finite(self, "threshold", "bias")
         if self.unit != "raw" and (len(self.terms) > 1 or self.terms[0].weight != 1 or self.bias):
             raise FieldError("unit", f"{self.unit} is for one feature with weight 1 and no bias")
-        check_instance("window", self.window, Window, "a Window")
-        check_instance("scope", self.scope, Scope, "a Scope")
+        checks.check_instance("window", self.window, Window, "a Window")
+        checks.check_instance("scope", self.scope, Scope, "a Scope")
         if self.release is not None:
-            store_finite(self, "release")
+            checks.store_finite(self, "release")
             self._check_release(self.release)
 
     def _check_release(self, release: float) -> None:
@@ -203,7 +192,6 @@ class Condition:
         window: Window = THIS_TOKEN,
         scope: Scope = EVERY_TOKEN,
     ) -> Condition:
-        """A condition on one feature."""
         return cls(
             terms=(Term(sae, feature),), threshold=threshold, comparison=comparison, release=release, unit=unit,
             window=window, scope=scope,
@@ -229,12 +217,11 @@ class Intervention:
 
     def __post_init__(self) -> None:
         check_feature(self)
-        check_instance("scope", self.scope, Scope, "a Scope")
-        check_instance("when", self.when, Condition | None, "a Condition")
+        checks.check_instance("scope", self.scope, Scope, "a Scope")
+        checks.check_instance("when", self.when, Condition | None, "a Condition")
 
     @property
     def ref(self) -> FeatureRef:
-        """The feature."""
         return FeatureRef(self.sae, self.feature)
 
     def affine(self, unit_scale: float) -> AffineMap:
@@ -252,8 +239,8 @@ class ValuedIntervention(Intervention):
 
     def __post_init__(self) -> None:
         Intervention.__post_init__(self)
-        store_finite(self, "value")
-        check_choice("unit", self.unit, UNITS)
+        checks.store_finite(self, "value")
+        checks.check_choice("unit", self.unit, UNITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +272,7 @@ class Scale(Intervention):
 
     def __post_init__(self) -> None:
         Intervention.__post_init__(self)
-        store_finite(self, "factor")
+        checks.store_finite(self, "factor")
 
     def affine(self, unit_scale: float) -> AffineMap:
         return self.factor, 0.0, -inf, inf
@@ -349,9 +336,8 @@ class Apply:
     interventions: Sequence[Intervention]
 
     def __post_init__(self) -> None:
-        store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
-        if not self.interventions:
-            raise FieldError("interventions", "must not be empty")
+        checks.store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
+        checks.check_filled("interventions", self.interventions)
         for index, edit in enumerate(self.interventions):
             if edit.when is not None:
                 raise FieldError(f"interventions[{index}].when", "the trigger's own condition decides")
@@ -369,10 +355,9 @@ class Trigger:
     action: Action = Flag()
 
     def __post_init__(self) -> None:
-        if not check_text("name", self.name):
-            raise FieldError("name", "must not be empty")
-        check_instance("when", self.when, Condition, "a Condition")
-        check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
+        checks.check_filled("name", checks.check_text("name", self.name))
+        checks.check_instance("when", self.when, Condition, "a Condition")
+        checks.check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
 
     @property
     def edits(self) -> Sequence[Intervention]:

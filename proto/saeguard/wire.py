@@ -21,16 +21,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from saeguard import catalog, requests, results, types
 from saeguard.checks import MAX_UINT64, FieldError, check_bool, check_integer, check_number, check_text
-from saeguard.results import (
-    ActivationPart,
-    Completion,
-    FeatureReading,
-    StreamChunk,
-    Token,
-    TokenLogprob,
-    TokenText,
-    join_chunks,
-)
+from saeguard.results import join_chunks
 from saeguard.types import KINDS, Intervention
 from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import catalog_service_pb2, intervention_pb2, policy_service_pb2, server_info_service_pb2
@@ -83,7 +74,6 @@ def from_message(cls: type[T], message: Message, path: str = "") -> T:
 
 
 def to_message(kind: type[M], value: object) -> M:
-    """The message of this kind that holds the value."""
     special = _SPECIAL.get(kind.DESCRIPTOR.name)
     message: M = special.write(value) if special else kind(**_written(type(value), kind.DESCRIPTOR, value))
     return message
@@ -104,8 +94,6 @@ def request_message(rpc: str, **values: Any) -> Message:
 
 
 class _Field(NamedTuple):
-    """How a field of a class is read and written; None is as it is."""
-
     target: str
     read: Callable[[Any, str], Any] | None
     write: Callable[[Any], Any] | None
@@ -326,20 +314,20 @@ def _write_time(time: datetime) -> Timestamp:
     return message
 
 
-def read_chunk(message: pb.GenerateResponse) -> StreamChunk:
+def read_chunk(message: pb.GenerateResponse) -> results.StreamChunk:
     """One message of a stream; its completion is only how the generation ended (see ``join_chunks``)."""
-    return StreamChunk(
+    return results.StreamChunk(
         message.text,
         tuple(_read_token(token) for token in message.tokens),
-        tuple(FeatureReading(reading.position, tuple(reading.values)) for reading in message.readings),
+        tuple(results.FeatureReading(reading.position, tuple(reading.values)) for reading in message.readings),
         tuple(message.prompt_logprobs),
-        from_message(Completion, message.completion, "completion") if message.HasField("completion") else None,
+        from_message(results.Completion, message.completion, "completion") if message.HasField("completion") else None,
     )
 
 
-def chunk_message(chunk: StreamChunk | Completion) -> pb.GenerateResponse:
+def chunk_message(chunk: results.StreamChunk | results.Completion) -> pb.GenerateResponse:
     """One message of a stream; of a completion, the whole of it."""
-    end = chunk if isinstance(chunk, Completion) else chunk.completion
+    end = chunk if isinstance(chunk, results.Completion) else chunk.completion
     return pb.GenerateResponse(
         text=chunk.text,
         tokens=[
@@ -356,23 +344,23 @@ def chunk_message(chunk: StreamChunk | Completion) -> pb.GenerateResponse:
     )
 
 
-def _read_token(token: pb.Token) -> Token:
-    top_logprobs = tuple(TokenLogprob(top.id, top.logprob) for top in token.top_logprobs)
-    return Token(token.id, token.logprob if token.HasField("logprob") else None, top_logprobs)
+def _read_token(token: pb.Token) -> results.Token:
+    top_logprobs = tuple(results.TokenLogprob(top.id, top.logprob) for top in token.top_logprobs)
+    return results.Token(token.id, token.logprob if token.HasField("logprob") else None, top_logprobs)
 
 
-def _read_completion(message: pb.GenerateResponse, path: str) -> Completion:
+def _read_completion(message: pb.GenerateResponse, path: str) -> results.Completion:
     if not message.HasField("completion"):
         raise FieldError(_join(path, "completion"), "must be set")
     return join_chunks([read_chunk(message)])
 
 
-def _read_part(message: activation_pb.GetActivationsResponse, path: str) -> ActivationPart:
-    return ActivationPart(
+def _read_part(message: activation_pb.GetActivationsResponse, path: str) -> results.ActivationPart:
+    return results.ActivationPart(
         input=message.input,
         sae=message.sae,
         tokens=tuple(
-            TokenText(token.id, token.text, token.offset if token.HasField("offset") else None)
+            results.TokenText(token.id, token.text, token.offset if token.HasField("offset") else None)
             for token in message.tokens
         ),
         indptr=array("q", message.indptr),
@@ -383,7 +371,7 @@ def _read_part(message: activation_pb.GetActivationsResponse, path: str) -> Acti
     )
 
 
-def _write_part(part: ActivationPart) -> activation_pb.GetActivationsResponse:
+def _write_part(part: results.ActivationPart) -> activation_pb.GetActivationsResponse:
     return activation_pb.GetActivationsResponse(
         input=part.input,
         sae=part.sae,

@@ -40,13 +40,9 @@ class CatalogueFeature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     label_metric: str | None = None
     """What ``label_score`` measures: auroc or f1, or as those who scored an imported label call it."""
     label_score: float | None = None
-    """Held-out score of the label."""
     maximum: float | None = None
-    """Largest activation seen."""
-    quantiles: dict[str, float] = {}
-    """Of the positive activations, by probability such as "0.99"."""
-    density: float | None = None
-    """Share of tokens on which the feature fires."""
+    quantiles: dict[str, float] = {}  # of the positive activations, by probability such as "0.99"
+    density: float | None = None  # share of tokens on which the feature fires
     top_tokens: tuple[CatalogueToken, ...] = ()
     examples: tuple[Example, ...] = ()
 
@@ -60,8 +56,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ce_spliced: float | None = None
     ce_mean_ablated: float | None = None
     dead_share: float | None = None
-    tokens: int | None = None
-    """Tokens these were measured on."""
+    tokens: int | None = None  # tokens these were measured on
 
     @property
     def ce_increase(self) -> float | None:
@@ -76,7 +71,6 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     quality: Quality | None = None
 
     def feature(self, index: int) -> CatalogueFeature:
-        """What is known of a feature; an empty entry when nothing is."""
         return self.features.get(index) or CatalogueFeature(index=index)
 
 
@@ -85,11 +79,7 @@ class BadCatalogue(ValueError):
 
 
 def read_catalogue(directory: Path, d_sae: int) -> Catalogue:
-    """The catalogue beside an SAE's weights, empty where there is none.
-
-    Raises:
-        BadCatalogue: malformed, an index outside the SAE, or one given twice.
-    """
+    """The catalogue beside an SAE's weights, empty where there is none. Raises BadCatalogue, as ``read_features``."""
     lines = directory / FEATURES
     features = read_features(lines, d_sae) if lines.is_file() else {}
     quality = directory / "quality.json"
@@ -98,11 +88,7 @@ def read_catalogue(directory: Path, d_sae: int) -> Catalogue:
 
 
 def read_features(file: Path, d_sae: int | None = None) -> dict[int, CatalogueFeature]:
-    """The features of a ``features.jsonl``, by index; without ``d_sae`` any index is allowed.
-
-    Raises:
-        BadCatalogue: malformed, an index outside the SAE, or one given twice.
-    """
+    """By index, any one without ``d_sae``. Raises BadCatalogue: malformed, an index repeated or outside the SAE."""
     features: dict[int, CatalogueFeature] = {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -121,8 +107,7 @@ def _decode(data: bytes, kind: type[T], where: str) -> T:
         raise BadCatalogue(f"{where}: {err}") from err
 
 
-_LABEL = ("label", "label_metric", "label_score")
-"""Replaced together: a score belongs to the label that was scored."""
+_LABEL = ("label", "label_metric", "label_score")  # replaced together: a score belongs to the label that was scored
 
 
 def merge_entries(
@@ -134,12 +119,7 @@ def merge_entries(
 
 
 def write_catalogue(directory: Path, features: Mapping[int, CatalogueFeature]) -> None:
-    """Merges features into the directory's ``features.jsonl``, which afterwards is the old one or the new one.
-
-    Raises:
-        BadCatalogue: the one that is there cannot be read.
-        OSError: it cannot be written.
-    """
+    """Merges into ``features.jsonl``, whole or not at all. Raises BadCatalogue: the one there; OSError: no writing."""
     target = directory / FEATURES
     part = directory / f"{FEATURES}.part"
     merged = merge_entries(read_features(target) if target.is_file() else {}, features)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from saeguard_sae.dictionary import (
     AbsTopK,
     BadDictionary,
+    DecoderRows,
     Dictionary,
     Normalisation,
     TopK,
@@ -21,30 +22,8 @@ from saeguard_sae.dictionary import (
 )
 
 
-class _Autoencoder:
-    """Reads what it writes: W_dec [d_sae, d_in]."""
-
-    __slots__ = ()
-    W_dec: Tensor
-
-    @property
-    def d_in(self) -> int:
-        """Width of what is encoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is decoded."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class MatchingPursuit(_Autoencoder):
+class MatchingPursuit(DecoderRows):
     """Tied weights ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in]; SAELens' variant of Mallat and Zhang (1993).
 
     Each round takes the feature that fits the residual best, adds ``max(residual . d_j, 0)`` to it and takes it out of
@@ -71,7 +50,6 @@ class MatchingPursuit(_Autoencoder):
             check_finite(name, tensor)
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> features [..., d_sae], in the dictionary's dtype."""
         flat = normalise(self.normalisation, x.to(self.W_dec.dtype)).reshape(-1, self.d_in)
         residual = flat - self.b_dec if self.centre else flat.clone()
         features = residual.new_zeros(len(residual), self.d_sae)
@@ -88,15 +66,12 @@ class MatchingPursuit(_Autoencoder):
         return restore(self.normalisation, decoded + self.b_dec if self.centre else decoded, x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> [..., d_in]."""
         return self.decode(self.encode(x), x)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every weight by its name."""
         return {"W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> MatchingPursuit:
-        """The same dictionary elsewhere."""
         return replace(self, W_dec=self.W_dec.to(device, dtype), b_dec=self.b_dec.to(device, dtype))
 
     def _round(self, residual: Tensor, features: Tensor, running: Tensor) -> Tensor:
@@ -115,13 +90,12 @@ class MatchingPursuit(_Autoencoder):
         return goes_on
 
 
-ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")
-"""The projections of each attention layer, by their names on disk."""
+ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")  # the projections of each attention layer, by their names on disk
 _EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Temporal(_Autoencoder):
+class Temporal(DecoderRows):
     """``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], ``b_dec`` [d_in], and attention layers over the prefix.
 
     ``attention``: per layer, ``{"k_ctx.weight": ..., ...}`` for every name of ``ATTENTION``; a bias may be missing.
@@ -133,10 +107,8 @@ class Temporal(_Autoencoder):
     b_dec: Tensor
     attention: tuple[dict[str, Tensor], ...]
     n_heads: int
-    k: int | None
-    """Largest features kept per token; None keeps every positive one."""
-    scale: float = 1.0
-    """The input is multiplied by this before it is encoded."""
+    k: int | None  # largest features kept per token; None keeps every positive one
+    scale: float = 1.0  # the input is multiplied by this before it is encoded
     centre: bool = True
     tied: bool = True
     architecture: ClassVar[str] = "temporal"
@@ -172,7 +144,6 @@ class Temporal(_Autoencoder):
         return self.decode(novel + predicted)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every weight by its name."""
         named = {
             f"attn_layers.{index}.{name}": tensor
             for index, part in enumerate(self.attention)
@@ -181,7 +152,6 @@ class Temporal(_Autoencoder):
         return {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_dec": self.b_dec} | named
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Temporal:
-        """The same dictionary elsewhere."""
         attention = tuple({name: tensor.to(device, dtype) for name, tensor in part.items()} for part in self.attention)
         W_dec = self.W_dec.to(device, dtype)
         W_enc = W_dec.T if self.tied else self.W_enc.to(device, dtype)
@@ -229,7 +199,6 @@ class Temporal(_Autoencoder):
         return torch.zeros_like(features).scatter_(-1, index, values)
 
     def _predict(self, residual: Tensor, layer: dict[str, Tensor]) -> Tensor:
-        """What the tokens before each token say about it, as features."""
         here = self._features(residual)
         before = functional.pad(here, (0, 0, 1, 0))[..., :-1, :]
 

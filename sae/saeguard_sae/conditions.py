@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saeguard_sae.edit_table import ColumnStore, Kind, in_scope, remember
+from saeguard_sae.edit_table import ColumnStore, Kind, cached, in_scope
 from saeguard_sae.encoding import Cells
 from saeguard_sae.feature_sums import FeatureSums, Sum
 from saeguard_sae.rows import Group, Rows, as_index
@@ -24,8 +24,7 @@ from saeguard_sae.rows import Group, Rows, as_index
 Comparison: TypeAlias = Literal["above", "at_least", "below", "at_most"]
 WindowKind: TypeAlias = Literal["this_token", "any_so_far", "maximum", "rolling_mean", "k_of_n"]
 
-NEVER: int = torch.iinfo(torch.int64).max
-"""The first position of a condition that has not been on."""
+NEVER: int = torch.iinfo(torch.int64).max  # the first position of a condition that has not been on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +36,7 @@ class FeatureCondition:
     (of fewer while there are fewer), or whether ``k`` of them compared true; ``any_so_far`` stays on.
     """
 
-    terms: tuple[tuple[str, int, float], ...]
-    """SAE, feature, weight: what ``ConditionTable`` is told to read."""
+    terms: tuple[tuple[str, int, float], ...]  # SAE, feature, weight: what ``ConditionTable`` is told to read
     bias: float = 0.0
     comparison: Comparison = "above"
     threshold: float = 0.0
@@ -49,59 +47,43 @@ class FeatureCondition:
     first: int = 0
     last: int = NEVER
     special: bool = False
-    """Also on special tokens."""
-    latches: bool = False
-    """For edits it stays on once it was on."""
-    stops: bool = False
-    """``ConditionTable.stopped`` tells when it was on."""
+    latches: bool = False  # for edits it stays on once it was on
+    stops: bool = False  # ``ConditionTable.stopped`` tells when it was on
 
     @property
     def looks_back(self) -> int:
-        """Earlier values that it needs."""
         return self.tokens - 1 if self.is_windowed else 0
 
     @property
     def is_windowed(self) -> bool:
-        """Whether it looks at more than one value."""
         return self.window in ("rolling_mean", "k_of_n")
 
 
 @dataclass(frozen=True, slots=True)
 class ConditionCounts:
-    """What one condition saw so far, on the tokens in its scope."""
-
     evaluated: int
     on: int
-    first: int | None
-    """Position of the first token on which it was on."""
-    maximum: float
-    """Largest value of its sum; -inf where nothing was evaluated."""
+    first: int | None  # position of the first token on which it was on
+    maximum: float  # largest value of its sum; -inf where nothing was evaluated
 
 
-ConditionMemory: TypeAlias = Cells
-"""What the conditions of one slot remember, by name."""
+ConditionMemory: TypeAlias = Cells  # what the conditions of one slot remember, by name
 
 
 class ConditionTable:
-    """Decides the conditions of up to ``slots`` requests.
-
-    Args:
-        sum_of: what a condition's terms are in the model, in the order in which a forward pass reaches their places.
-    """
+    """``sum_of``: a condition's terms in the model, in the order in which a forward pass reaches their places."""
 
     def __init__(self, slots: int, sum_of: Callable[[Any], Sum], device: torch.device | str = "cpu") -> None:
         self._count, self._sum_of, self._device = slots, sum_of, torch.device(device)
         self._store = ConditionState(slots, self._device)
         self._slots: dict[int, _Slot] = {}
-        self._compiled: dict[tuple[FeatureCondition, ...], _Slot] = {}
-        """A policy's conditions come with every request."""
+        self._compiled: dict[tuple[FeatureCondition, ...], _Slot] = {}  # a policy's conditions come with every request
         self._places: dict[Hashable, int] = {}
         self._sums: dict[Hashable, dict[Hashable, FeatureSums]] = {}
         self._live: dict[tuple[int, ...], _Live] = {}
         self._pass: list[_Pass | None] = []
 
     def holds(self, slots: Sequence[int]) -> bool:
-        """Whether any of these slots has conditions."""
         return bool(self._slots) and any(slot in self._slots for slot in slots)
 
     def reads(self, place: Hashable, source: Hashable, rows: Rows) -> bool:
@@ -110,11 +92,9 @@ class ConditionTable:
         return sums is not None and any(sums.holds(group.slots) for group in rows.groups)
 
     def reads_at(self, place: Hashable, slot: int) -> bool:
-        """Whether a condition of the slot reads something at that place."""
         return any(sums.holds((slot,)) for sums in self._sums.get(place, {}).values())
 
     def can_stop(self, slots: Sequence[int]) -> bool:
-        """Whether any of these slots has a condition that stops."""
         return bool(self._slots) and any(self._slots[slot].stops for slot in slots if slot in self._slots)
 
     def write(self, slot: int, conditions: Sequence[FeatureCondition]) -> list[int]:
@@ -122,7 +102,7 @@ class ConditionTable:
         assert slot not in self._slots, "the slot still holds another request's conditions"
         if not conditions:
             return []
-        compiled = remember(self._compiled, tuple(conditions), lambda: self._compile(conditions))
+        compiled = cached(self._compiled, tuple(conditions), lambda: self._compile(conditions))
         self._slots[slot] = compiled
         self._store.write(slot, compiled.cells)
         for (place, source), sums in compiled.sums.items():
@@ -131,7 +111,6 @@ class ConditionTable:
         return list(compiled.numbers)
 
     def clear(self, slot: int) -> None:
-        """Frees the slot; nothing of its request stays."""
         if self._slots.pop(slot, None) is not None:
             self._store.clear(slot)
             for by_source in self._sums.values():
@@ -140,7 +119,7 @@ class ConditionTable:
             self._note_change()
 
     def begin(self, rows: Rows) -> None:
-        """Before a forward pass that reads these tokens."""
+        """Before each forward pass."""
         self._pass = [self._open(group) if self.holds(group.slots) else None for group in rows.groups]
 
     def decide(self, place: Hashable, x: Tensor, rows: Rows, sources: Mapping[Any, Tensor]) -> None:
@@ -190,7 +169,6 @@ class ConditionTable:
         return self._store.tally(slot, len(self._slots[slot].numbers), self._slots[slot].looks_back)
 
     def resume(self, slot: int, memory: ConditionMemory) -> None:
-        """Goes on from there."""
         if memory:
             self._store.resume(slot, memory)
 
@@ -200,7 +178,7 @@ class ConditionTable:
         inside = in_scope(group, cells) & is_here
         comes, stays = self._compared(state.sums, inside, live)
         before = {name: self._store[name][live.at, : live.used] for name in MEMORY}
-        scan = hold(comes, stays, inside, before["on"], before["position"] < NEVER)
+        scan = hysteresis(comes, stays, inside, before["on"], before["position"] < NEVER)
         on_inside = scan.on & inside
         position = torch.where(on_inside, group.positions[..., None], NEVER)
         largest = torch.where(inside, state.sums, -torch.inf)
@@ -249,7 +227,7 @@ class ConditionTable:
         return _Pass(sums, torch.ones(*shape[:2], live.used + 1, dtype=torch.bool, device=self._device))
 
     def _needs(self, slots: tuple[int, ...]) -> _Live:
-        return remember(self._live, slots, lambda: self._look_up(slots))
+        return cached(self._live, slots, lambda: self._look_up(slots))
 
     def _look_up(self, slots: tuple[int, ...]) -> _Live:
         here = [self._slots[slot] for slot in slots if slot in self._slots]
@@ -297,19 +275,14 @@ class ConditionTable:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    numbers: tuple[int, ...]
-    """The column of each condition, in the order of the request."""
-    cells: Cells
-    """What the conditions are, [n] by column."""
-    sums: dict[tuple[Hashable, Hashable], list[Sum]]
-    """By place and source, what each condition reads there."""
-    windowed: int
-    """So many of the first columns look back over several values."""
+    numbers: tuple[int, ...]  # the column of each condition, in the order of the request
+    cells: Cells  # what the conditions are, [n] by column
+    sums: dict[tuple[Hashable, Hashable], list[Sum]]  # by place and source, what each condition reads there
+    windowed: int  # so many of the first columns look back over several values
     looks_back: int
     has_maximum: bool
     stops: bool
-    places: frozenset[int]
-    """Where any of them is decided."""
+    places: frozenset[int]  # where any of them is decided
 
 
 class _Live(NamedTuple):
@@ -327,10 +300,8 @@ class _Live(NamedTuple):
 class _Pass:
     """A group's sums so far in this pass, and its conditions' states on each token."""
 
-    sums: Tensor
-    """float64 [B, T, G]"""
-    on: Tensor
-    """bool [B, T, 1 + G], after one that is always on."""
+    sums: Tensor  # float64 [B, T, G]
+    on: Tensor  # bool [B, T, 1 + G], after one that is always on
 
 
 CONDITION_COLUMNS: dict[str, Kind] = {
@@ -364,38 +335,29 @@ _COPIED = ("bias", "k", "first", "last", "special", "latches", "stops")
 
 
 class ConditionState(ColumnStore):
-    """What the conditions of ``slots`` requests are and remember.
-
-    ``ring`` [slots, capacity, longest] is as long as the longest window in use needs: the last values in scope, the
-    latest last.
-    """
+    """What they are and remember; ``ring`` [slots, capacity, longest] holds the last values in scope, in order."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         super().__init__(CONDITION_COLUMNS, slots, 4, device)
         self.ring = torch.zeros(slots, 4, 0, dtype=torch.float64, device=device)
 
     def clear(self, slot: int) -> None:
-        """Makes a slot's cells idle."""
         super().clear(slot)
         self.ring[slot] = 0.0
 
     def grow(self, needed: int) -> None:
-        """Doubles the capacity until ``needed`` cells fit; what is there stays."""
         super().grow(needed)
         self.ring = functional.pad(self.ring, (0, 0, 0, self.capacity - self.ring.shape[1]))
 
     def fit(self, longest: int) -> None:
-        """Lets the ring hold ``longest`` values, the latest of those it holds."""
         if longest != self.ring.shape[2]:
             self.ring = functional.pad(self.ring, (longest - self.ring.shape[2], 0))
 
     def tally(self, slot: int, used: int, longest: int) -> ConditionMemory:
-        """What the slot's ``used`` conditions remember."""
         ring = self.ring[slot, :used, self.ring.shape[2] - longest :].clone()
         return self.copy(slot, used, MEMORY) | {"ring": ring}
 
     def resume(self, slot: int, memory: ConditionMemory) -> None:
-        """Goes on from there."""
         ring = memory["ring"]
         self.write(slot, {name: memory[name] for name in MEMORY})
         self.ring[slot, : len(ring), self.ring.shape[2] - ring.shape[1] :] = ring
@@ -426,7 +388,6 @@ def _cells(conditions: Sequence[FeatureCondition], places: Sequence[int], device
 
 
 def _least(condition: FeatureCondition, threshold: float) -> float:
-    """The smallest number that compares true."""
     return math.nextafter(threshold, math.inf) if condition.comparison in ("above", "below") else threshold
 
 
@@ -438,10 +399,8 @@ def _least(condition: FeatureCondition, threshold: float) -> float:
 class Scan(NamedTuple):
     """bool [B, T, G] each."""
 
-    on: Tensor
-    """After each token."""
-    fired: Tensor
-    """Whether it came on at or before each token."""
+    on: Tensor  # after each token
+    fired: Tensor  # whether it came on at or before each token
 
 
 def over_tokens(cells: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
@@ -457,15 +416,10 @@ def running_maximum(value: Tensor, inside: Tensor, before: Tensor) -> Tensor:
 
 
 def window_sums(value: Tensor, inside: Tensor, ring: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the last values in scope at each token, and the ring that goes on from there.
+    """The sum of the last values in scope at each token [B, T, G], and the ring that goes on from there.
 
-    Each window is added up on its own, so that no error runs along.
-
-    Args:
-        value: float64 [B, T, G].
-        inside: bool [B, T, G], tokens out of scope are skipped.
-        ring: [B, G, R] the last values of earlier tokens, the latest last, zeros while there are fewer.
-        tokens: int64 [B, G], how many values a window holds, at most R + 1.
+    ``ring`` [B, G, R]: the last values of earlier tokens, the latest last, zeros while there are fewer. ``tokens``
+    int64 [B, G]: values in a window, at most R + 1. Each is added up on its own, so that no error runs along.
     """
     length, back = value.shape[1], ring.shape[2]
     recent = torch.arange(back, -1, -1, device=value.device) < tokens[..., None]
@@ -482,14 +436,11 @@ def window_sums(value: Tensor, inside: Tensor, ring: Tensor, tokens: Tensor) -> 
     return sums.gather(2, (rank - 1).clamp_min(0)).transpose(1, 2), line.gather(2, last)
 
 
-def hold(comes: Tensor, stays: Tensor, inside: Tensor, on: Tensor, fired: Tensor) -> Scan:
-    """Hysteresis: on where it ``comes``, as long as it ``stays``; tokens out of scope leave it as it is.
+def hysteresis(comes: Tensor, stays: Tensor, inside: Tensor, on: Tensor, fired: Tensor) -> Scan:
+    """On where it ``comes``, as long as it ``stays``; tokens out of scope leave it as it is.
 
-    Whether it is on is whether the last token on which it came is later than the last on which it did not stay.
-
-    Args:
-        on: bool [B, G] before the first token.
-        fired: bool [B, G] whether it was ever on before.
+    That is: the last token on which it came is later than the last on which it did not stay. ``on`` and ``fired`` bool
+    [B, G]: whether it is on, and ever was, before the first token.
     """
     if comes.shape[1] == 1:
         came = inside & comes

@@ -11,20 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Per feature [d_sae]: ``f = relu(gain * q + bias) if q + gate > threshold else 0``, with ``q = x . w_j``.
-
-    ``squashed``: ``tanh`` of that.
-    """
+    """Per feature [d_sae]: ``f = relu(gain * q + bias) if q + gate > threshold else 0``, with ``q = x . w_j``."""
 
     gain: Tensor
     bias: Tensor
     gate: Tensor
     threshold: Tensor
-    squashed: bool = False
+    squashed: bool = False  # tanh of that
 
     @classmethod
     def of(cls, b_enc: Tensor, threshold: float | Tensor, *, squashed: bool = False) -> Columns:
-        """Of what is not scaled."""
         return cls(torch.ones_like(b_enc), b_enc, b_enc, torch.zeros_like(b_enc) + threshold, squashed)
 
 
@@ -37,7 +33,6 @@ class ActivationFunction:
     """True when a feature's value depends on its own pre-activation alone, so that it can be computed alone."""
 
     def __call__(self, pre: Tensor) -> Tensor:
-        """pre [..., d_sae] -> features [..., d_sae]."""
         raise NotImplementedError
 
     def columns(self, b_enc: Tensor) -> Columns:
@@ -132,7 +127,6 @@ class CompetingActivation(ActivationFunction):
         return 1
 
     def score(self, pre: Tensor) -> Tensor:
-        """What is compared."""
         return pre
 
     def value(self, pre: Tensor) -> Tensor:
@@ -153,16 +147,11 @@ class CompetingActivation(ActivationFunction):
 
 @dataclass(frozen=True, slots=True)
 class TopK(CompetingActivation):
-    """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024).
-
-    Args:
-        keeps_negative: negative ones stay as they are, as in circuit-tracer.
-        gain: [d_sae] multiplies what was let through, where features are ranked in other units than their own.
-    """
+    """The k largest pre-activations of each token, negative ones as 0 (Gao et al. 2024)."""
 
     k: int
-    keeps_negative: bool = False
-    gain: Tensor | None = field(default=None, kw_only=True)
+    keeps_negative: bool = False  # as they are, as in circuit-tracer
+    gain: Tensor | None = field(default=None, kw_only=True)  # [d_sae] multiplies what was let through
     name: ClassVar[str] = "topk"
 
     def value(self, pre: Tensor) -> Tensor:
@@ -211,8 +200,6 @@ _TINY = 1e-30
 
 
 class InputScaling(NamedTuple):
-    """Per token [..., 1]: it is encoded as ``(x - shift) / divisor``; a decoded r means ``r * scale + shift``."""
-
     shift: Tensor
     divisor: Tensor
     scale: Tensor
@@ -241,7 +228,6 @@ def input_scaling(kind: Normalisation, x: Tensor) -> InputScaling:
 
 
 def normalise(kind: Normalisation, x: Tensor) -> Tensor:
-    """x [..., d_in] as it is encoded."""
     if kind == "none":
         return x
     token = input_scaling(kind, x)
@@ -269,8 +255,28 @@ class EncoderRows(NamedTuple):
     scalars: Columns
 
 
+class DecoderRows:
+    """The sizes of what decodes with ``W_dec`` [d_sae, d_out], and encodes the same width."""
+
+    __slots__ = ()
+    W_dec: Tensor
+
+    @property
+    def d_in(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Of all sites together for a dictionary that writes at several."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Dictionary:
+class Dictionary(DecoderRows):
     """An SAE or a transcoder: ``f = activation((n - b_dec if centre else n) @ W_enc + b_enc)``, ``f @ W_dec + b_dec``.
 
     ``n`` is x after its ``normalisation``; an SAE's decoded vector is taken back out of it, a transcoder's is not.
@@ -297,18 +303,7 @@ class Dictionary:
 
     @property
     def d_in(self) -> int:
-        """Width of what is encoded."""
         return self.W_enc.shape[0]
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is decoded; of all sites together for a dictionary that writes at several."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
 
     @property
     def architecture(self) -> str:
@@ -317,7 +312,6 @@ class Dictionary:
         return self.activation.name + kind
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> features [..., d_sae], in the dictionary's dtype."""
         return self.activation(self.pre_activations(x))
 
     def pre_activations(self, x: Tensor, features: slice = slice(None)) -> Tensor:
@@ -350,13 +344,11 @@ class Dictionary:
         return EncoderRows(weights, self.activation.with_parameters(own).columns(bias))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every weight by its name."""
         weights = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         skip = {} if self.W_skip is None else {"W_skip": self.W_skip}
         return weights | skip | self.activation.parameters()
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Dictionary:
-        """The same dictionary elsewhere."""
         moved = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
         own = {name: moved.pop(name) for name in self.activation.parameters()}
         activation = self.activation.with_parameters(own)
@@ -400,10 +392,7 @@ class Dictionary:
 
 
 def feature_major(W_enc: Tensor) -> Tensor:
-    """[d_in, d_sae] with each feature's row contiguous in memory; a view where it already is.
-
-    A loader calls it where it reads: then the file's own layout is let go before the next weight is read.
-    """
+    """Each feature's row contiguous; called where it is read, so that the file's own layout is let go at once."""
     return W_enc.T.contiguous().T if W_enc.ndim == 2 else W_enc
 
 

@@ -82,17 +82,11 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A unit that seems to stand for the concept."""
-
     unit: int
-    cut: float
-    """It fires above this value."""
-    train_f1: float
-    """F1 on tokens, where it was chosen: biased upwards, since it is the best of many."""
-    heldout_f1: float
-    """The same cut on tokens that had no say."""
-    heldout_auroc: float
-    """Documents that show the concept against those that do not, by mean value, held out."""
+    cut: float  # it fires above this value
+    train_f1: float  # F1 on tokens, where it was chosen: biased upwards, since it is the best of many
+    heldout_f1: float  # the same cut on tokens that had no say
+    heldout_auroc: float  # documents that show the concept against those that do not, by mean value, held out
 
 
 def rank(data: Labelled, top: int = 16) -> list[int]:

@@ -23,8 +23,7 @@ from saeguard_sae.edits import IDENTITY, Affine
 from saeguard_sae.encoding import Cells, Coders, Needs
 from saeguard_sae.rows import Group, Rows, as_index
 
-FOREVER: int = torch.iinfo(torch.int64).max
-"""A ``last`` position that is never reached."""
+FOREVER: int = torch.iinfo(torch.int64).max  # a ``last`` position that is never reached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,19 +36,13 @@ class EditColumn:
     first: int = 0
     last: int = 0
     special: bool = False
-    """Also on special tokens."""
     source: Hashable = None
     """Which tensor it reads (a key of ``sources`` in ``EditTable.apply``); None for the one that is edited."""
-    block: int = 0
-    """Which of the vectors that its decoder row holds side by side is written here."""
-    write_gain: Tensor | None = None
-    """[width] multiplies what is written."""
-    condition: int | None = None
-    """Number of the slot's condition that must be on; None is always."""
-    is_shadow: bool = False
-    """Counted as if it were made, and not made."""
-    is_limited: bool = True
-    """Whether the slot's limit on ``|edit| / |x|`` counts and shortens it."""
+    block: int = 0  # which of the vectors that its decoder row holds side by side is written here
+    write_gain: Tensor | None = None  # [width] multiplies what is written
+    condition: int | None = None  # number of the slot's condition that must be on; None is always
+    is_shadow: bool = False  # counted as if it were made, and not made
+    is_limited: bool = True  # whether the slot's limit on ``|edit| / |x|`` counts and shortens it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +57,7 @@ class EditCounts:
     mean_relative_edit: float
 
 
-Tally: TypeAlias = Cells
-"""What the columns of one slot counted, by the name of the counter."""
+Tally: TypeAlias = Cells  # what the columns of one slot counted, by the name of the counter
 
 
 class EditTable:
@@ -77,20 +69,16 @@ class EditTable:
     def __init__(self, slots: int, width: int, device: torch.device | str = "cpu", capacity: int = 8) -> None:
         self._slots, self._width, self._device = slots, width, torch.device(device)
         self._capacity = capacity
-        self._columns: dict[Hashable, EditColumns] = {}
-        """By the tensor that they read."""
+        self._columns: dict[Hashable, EditColumns] = {}  # by the tensor that they read
         self._limit = torch.full((slots,), torch.inf, device=device)
         self._limited: set[int] = set()
-        self._sources: dict[int, list[Hashable]] = {}
-        """Of each slot's columns, in their order."""
+        self._sources: dict[int, list[Hashable]] = {}  # of each slot's columns, in their order
         self._values: list[tuple[Group, dict[Hashable, Tensor]]] = []
 
     def holds(self, slot: int) -> bool:
-        """Whether this slot has columns."""
         return slot in self._sources
 
     def reads(self, source: Hashable, rows: Rows) -> bool:
-        """Whether a column of these requests reads that source."""
         return source in self._columns and any(self._columns[source].used(group.slots) for group in rows.groups)
 
     def write(self, slot: int, columns: Sequence[EditColumn], max_relative_edit: float = float("inf")) -> None:
@@ -103,9 +91,8 @@ class EditTable:
             by_source[column.source].append(column)
         for source, group in by_source.items():
             if source not in self._columns:
-                self._columns[source] = EditColumns(
-                    self._slots, group[0].coder.d_in, self._width, self._device, self._capacity
-                )
+                d_read = group[0].coder.d_in
+                self._columns[source] = EditColumns(self._slots, d_read, self._width, self._device, self._capacity)
             self._columns[source].write(slot, group)
         self._limit[slot] = max_relative_edit
         if max_relative_edit < torch.inf:
@@ -113,7 +100,6 @@ class EditTable:
         self._sources[slot] = [column.source for column in columns]
 
     def clear(self, slot: int) -> None:
-        """Frees the slot; nothing of its request stays."""
         if self._sources.pop(slot, None) is not None:
             for columns in self._columns.values():
                 columns.clear(slot)
@@ -129,10 +115,8 @@ class EditTable:
     ) -> Tensor:
         """x [N, width] -> the edited x in its dtype, or x itself; tokens on which nothing is edited are bit-identical.
 
-        Args:
-            rows: whose tokens they are.
-            sources: the tensors [N, d_read] that columns with a ``source`` read.
-            on: by group, which conditions are on: ``ConditionTable.on``; None where no column has a condition.
+        ``sources``: the tensors [N, d_read] that columns with a ``source`` read. ``on``: by group, which conditions are
+        on (``ConditionTable.on``); None where no column has one.
         """
         self._values.clear()
         out = x
@@ -151,7 +135,6 @@ class EditTable:
         sources: Mapping[Any, Tensor],
         on: Tensor | None,
     ) -> Tensor:
-        """[B, T, width] a group's tokens with their edits."""
         own = group.take(x)
         wide = own.float()
         read = {source: wide if source is None else group.take(sources[source]).float() for source in live}
@@ -189,7 +172,6 @@ class EditTable:
         return {source: columns.tally(slot) for source, columns in self._columns.items() if columns.used((slot,))}
 
     def resume(self, slot: int, tally: Mapping[Hashable, Tally]) -> None:
-        """Goes on counting from there."""
         for source, counters in tally.items():
             self._columns[source].store.write(slot, counters)
 
@@ -211,37 +193,27 @@ class EditChange(NamedTuple):
     eligible: Tensor
     size: Tensor
     is_changed: Tensor
-    is_edited: Tensor
-    """Where an edit is made, whether or not it changes the value."""
-    delta: Tensor
-    """Of the edits that a limit may shorten."""
-    free: Tensor | None
-    """Of the others; None where there are none."""
+    is_edited: Tensor  # where an edit is made, whether or not it changes the value
+    delta: Tensor  # of the edits that a limit may shorten
+    free: Tensor | None  # of the others; None where there are none
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """What a slot's columns are."""
-
     used: int
-    cells: Cells
-    """Every column [used, ...], as it is before anything was counted."""
+    cells: Cells  # every column [used, ...], as it is before anything was counted
     needs: Needs
-    whole: tuple[tuple[int, tuple[int, ...]], ...]
-    """Numbers of coders, each with its features."""
+    whole: tuple[tuple[int, tuple[int, ...]], ...]  # numbers of coders, each with its features
     is_conditional: bool
-    is_free: bool
-    """Whether an edit must not be shortened."""
+    is_free: bool  # whether an edit must not be shortened
 
 
 class _Live(NamedTuple):
     """What some slots need; found once for each change of who is here, not every step."""
 
     used: int
-    at: slice | Tensor
-    """The slots, as an index."""
-    cells: Cells
-    """Their columns: views of the table where the slots lie together, else copies."""
+    at: slice | Tensor  # the slots, as an index
+    cells: Cells  # their columns: views of the table where the slots lie together, else copies
     needs: Needs
     product: Product
     is_conditional: bool
@@ -257,8 +229,7 @@ class EditColumns:
     def __init__(self, slots: int, d_read: int, d_write: int, device: torch.device, capacity: int) -> None:
         self.store = ColumnStore(EDIT_COLUMNS, slots, capacity, device, d_read, d_write)
         self._d_read, self._d_write = d_read, d_write
-        self._compiled: dict[tuple[object, ...], _Slot] = {}
-        """A policy's columns come with every request."""
+        self._compiled: dict[tuple[object, ...], _Slot] = {}  # a policy's columns come with every request
         self._slots: dict[int, _Slot] = {}
         self._coders = Coders()
         self._writers: list[tuple[SparseCoder, int, Tensor | None]] = []
@@ -266,33 +237,24 @@ class EditColumns:
         self._live: dict[tuple[int, ...], _Live] = {}
 
     def used(self, slots: tuple[int, ...]) -> int:
-        """Columns that the fullest of these slots has."""
         return max((self._slots[slot].used for slot in slots if slot in self._slots), default=0)
 
     def write(self, slot: int, columns: Sequence[EditColumn]) -> None:
-        """Gives a free slot its columns, in this order."""
-        compiled = remember(self._compiled, tuple(map(_key, columns)), lambda: self._compile(columns))
+        compiled = cached(self._compiled, tuple(map(_key, columns)), lambda: self._compile(columns))
         self._slots[slot] = compiled
         self.store.write(slot, compiled.cells)
         self._note_change()
 
     def clear(self, slot: int) -> None:
-        """Frees the slot; nothing of its request stays."""
         if self._slots.pop(slot, None) is not None:
             self.store.clear(slot)
             self._note_change()
 
     def at(self, slots: tuple[int, ...]) -> slice | Tensor:
-        """These slots as an index."""
         return self._needs(slots).at
 
     def change(self, x: Tensor, group: Group, on: Tensor | None, *, is_limited: bool) -> EditChange:
-        """x [B, T, d_read] in float32 -> what these edits add to the tensor that is written.
-
-        Args:
-            on: bool [B, T, 1 + conditions], after one that is always on.
-            is_limited: whether any of these requests has a limit.
-        """
+        """x [B, T, d_read] in float32, on bool [B, T, 1 + conditions] -> what these edits add to what is written."""
         live = self._needs(group.slots)
         cells = live.cells
         scalings = encoding.input_scalings(x, live.needs.kinds)
@@ -313,7 +275,6 @@ class EditColumns:
         return EditChange(f, eligible, norm, change != 0, is_edited, live.product.write(delta), free)
 
     def count(self, slots: tuple[int, ...], change: EditChange, norm: Tensor, shrink: Tensor | None) -> None:
-        """Adds up a step; [B, T]: ``norm`` of the tokens that were written, and what limits left of the edits."""
         live = self._needs(slots)
         inside, relative = torch.where(change.eligible, change.f, 0.0), change.size / norm.clamp_min(_TINY)[..., None]
         amounts = {"eligible": change.eligible, "edited": change.is_changed, "sum": inside}
@@ -328,11 +289,10 @@ class EditColumns:
         largest[live.at, : live.used] = torch.maximum(largest[live.at, : live.used], most)
 
     def tally(self, slot: int) -> Tally:
-        """What the slot's columns counted so far; stays on the device."""
         return self.store.copy(slot, self.used((slot,)), COUNTERS)
 
     def _needs(self, slots: tuple[int, ...]) -> _Live:
-        return remember(self._live, slots, lambda: self._look_up(slots))
+        return cached(self._live, slots, lambda: self._look_up(slots))
 
     def _look_up(self, slots: tuple[int, ...]) -> _Live:
         here = [self._slots[slot] for slot in slots if slot in self._slots]
@@ -422,12 +382,11 @@ def in_scope(group: Group, cells: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What one column holds: value when idle, dtype, and for vectors whether they are as wide as what is read or
-    written."""
+    """What one column holds."""
 
     idle: float | int | bool
     dtype: torch.dtype = torch.float32
-    width: Literal["scalar", "read", "write"] = "scalar"
+    width: Literal["scalar", "read", "write"] = "scalar"  # vectors as wide as what is read or written
 
 
 EDIT_COLUMNS: dict[str, Kind] = {
@@ -510,16 +469,14 @@ class ColumnStore:
                 column.index_copy_(0, at, values.to(column.dtype))
 
     def clear(self, slot: int) -> None:
-        """Makes a slot's cells idle."""
         for name, kind in self._kinds.items():
             self._tensors[name][slot] = kind.idle
 
     def copy(self, slot: int, used: int, names: Iterable[str]) -> Cells:
-        """The slot's first ``used`` cells of these columns."""
         return {name: self._tensors[name][slot, :used].clone() for name in names}
 
     def grow(self, needed: int) -> None:
-        """Doubles the capacity until ``needed`` cells fit; what is there stays."""
+        """Doubles the capacity until ``needed`` cells fit."""
         old = self._tensors
         while self.capacity < needed:
             self.capacity *= 2
@@ -538,14 +495,13 @@ class ColumnStore:
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
-_REMEMBERED = 32
-"""Sets of slots whose columns stay at hand: a decode step's, and those of the prompts being read."""
+_CACHED = 32  # sets of slots whose columns stay at hand: a decode step's, and those of the prompts being read
 
 
-def remember(cache: dict[_K, _V], key: _K, make: Callable[[], _V]) -> _V:
+def cached(cache: dict[_K, _V], key: _K, make: Callable[[], _V]) -> _V:
     """What was made for this key before, or now; a full cache begins anew."""
     if key not in cache:
-        if len(cache) >= _REMEMBERED:
+        if len(cache) >= _CACHED:
             cache.clear()
         cache[key] = make()
     return cache[key]
@@ -559,22 +515,13 @@ _WORTH_SHARING = 2
 class Product:
     """Rows of E features for each of B requests; ``index`` is None where each request has rows of its own."""
 
-    W_enc: Tensor
-    """[B, E, d_read], or the U different rows [U, d_read]."""
-    W_dec: Tensor
-    """[B, E, d_write], or [U, d_write]."""
-    index: Tensor | None = None
-    """int64 [B, 1, E], which of the U rows."""
+    W_enc: Tensor  # [B, E, d_read], or the U different rows [U, d_read]
+    W_dec: Tensor  # [B, E, d_write], or [U, d_write]
+    index: Tensor | None = None  # int64 [B, 1, E], which of the U rows
 
     @classmethod
     def of(cls, W_enc: Tensor, W_dec: Tensor, at: slice | Tensor, row: Tensor) -> Product:
-        """The rows as they lie in a table.
-
-        Args:
-            W_enc: [slots, capacity, d_read], and so W_dec.
-            at: the B slots.
-            row: int64 [B, E] of their first E columns, equal where rows are.
-        """
+        """W_enc and W_dec [slots, capacity, d] of the slots ``at``; row int64 [B, E] is equal where rows are."""
         used = row.shape[1]
         rows, index = torch.unique(row, return_inverse=True)
         if len(rows) > _WORTH_SHARING * used or len(row) == 1:

@@ -26,14 +26,12 @@ from saeguard_sae.dictionary import (
 )
 from saeguard_sae.ranks import Competitors, FeatureBounds, UpperBound, checked_number, rank_upper_bounds
 
-Cells: TypeAlias = dict[str, Tensor]
-"""What the columns of a table hold, by name."""
+Cells: TypeAlias = dict[str, Tensor]  # what the columns of a table hold, by name
 
+# The columns by which features are read.
 READ = (
-    *("W_enc", "total", "normalisation", "restores", "gain", "bias", "gate", "threshold", "squashed"),
-    *("whole", "feature"),
-)
-"""The columns by which features are read."""
+    "W_enc", "total", "normalisation", "restores", "gain", "bias", "gate", "threshold", "squashed", "whole", "feature",
+)  # fmt: skip
 
 
 class Coders:
@@ -44,7 +42,7 @@ class Coders:
         self._competitors: dict[int, Competitors] = {}
 
     def number(self, coder: SparseCoder) -> int:
-        """Its number; 0 for one whose features are told by their own rows."""
+        """0 for one whose features are told by their own rows."""
         if is_local(coder):
             return 0
         for number, known in enumerate(self._whole, start=1):
@@ -79,16 +77,12 @@ class Coders:
 class Needs:
     """What reading some features takes beside their rows."""
 
-    kinds: frozenset[str] = frozenset({"none"})
-    """Normalisations of their coders."""
-    whole: frozenset[int] = frozenset()
-    """Numbers of the coders of which more than one row is needed."""
-    is_squashed: bool = False
-    """Whether any feature goes through tanh."""
+    kinds: frozenset[str] = frozenset({"none"})  # normalisations of their coders
+    whole: frozenset[int] = frozenset()  # numbers of the coders of which more than one row is needed
+    is_squashed: bool = False  # whether any feature goes through tanh
 
     @classmethod
     def of(cls, coders: Iterable[SparseCoder], numbers: Coders) -> Needs:
-        """Those of features of these coders."""
         coders = list(coders)
         kinds = {coder.normalisation for coder in coders if not isinstance(coder, Temporal)}
         squashed = any(isinstance(coder, Dictionary) and isinstance(coder.activation, TanhReLU) for coder in coders)
@@ -139,17 +133,13 @@ def input_scalings(x: Tensor, kinds: frozenset[str]) -> Tensor | None:
 
 
 def of_kind(by_kind: Tensor, kind: Tensor) -> Tensor:
-    """by_kind [B, T, kinds], kind int64 [B or 1, E] -> [B, T, E]."""
     return by_kind.gather(-1, kind[:, None].expand(*by_kind.shape[:2], -1))
 
 
 def values(x: Tensor, q: Tensor, cells: Cells, scalings: Tensor | None, needs: Needs, coders: Coders) -> Tensor:
-    """The features [B, T, E] of x [B, T, d].
+    """x [B, T, d] and its products q [B, T, E] with the features' rows -> the features [B, T, E].
 
-    Args:
-        q: [B, T, E] the products of x with the features' rows.
-        cells: the columns ``READ``, [B, E] or the same [1, E] for all.
-        scalings: ``input_scalings`` of x under what ``needs`` names.
+    ``cells``: ``READ``, [B, E] or the same [1, E] for all. ``scalings``: ``input_scalings`` of x under ``needs.kinds``.
     """
     if scalings is not None:
         kind = cells["normalisation"]
@@ -197,12 +187,9 @@ def _height(size: int, n: int) -> int:
 # is proven to lose, because the worst that was selected is at least the bound of the best that was not. For a token of
 # which that proves nothing more are computed, and in the end all.
 
-SPARE = 16
-"""Candidates beyond those asked for; half as many again where more than twice this are asked for."""
-SPARSE = 64
-"""At most one feature in so many is computed as a candidate: past that the whole product is as fast."""
-CELLS = 2**23
-"""Bounds held at a time, in tokens times features."""
+SPARE = 16  # candidates beyond those asked for; half as many again where more than twice this are asked for
+SPARSE = 64  # at most one feature in so many is computed as a candidate: past that the whole product is as fast
+CELLS = 2**23  # bounds held at a time, in tokens times features
 
 
 class SelectedFeatures(NamedTuple):
@@ -214,14 +201,10 @@ class SelectedFeatures(NamedTuple):
 
 
 class FeatureSelector:
-    """Selects features of one coder, token by token, on the device where its weights are.
+    """Selects features of one coder, token by token. Raises ValueError: a temporal SAE, which reads prefixes.
 
-    Args:
-        fast: keep a bfloat16 copy of the encoder, made at the first use or by ``prepare``, where the coder and the
-            hardware allow it. Without it every token is encoded whole.
-
-    Raises:
-        ValueError: a temporal SAE, which reads a token together with all before it.
+    ``fast``: keep a bfloat16 copy of the encoder, made at the first use or by ``prepare``, where coder and hardware
+    allow it; without it every token is encoded whole.
     """
 
     def __init__(self, coder: SparseCoder, *, fast: bool = True) -> None:
@@ -242,12 +225,9 @@ class FeatureSelector:
 
     @torch.no_grad()
     def top(self, x: Tensor, k: int) -> SelectedFeatures:
-        """x [N, d_in] -> the k features of largest size, largest first; those that are 0 are not kept.
+        """x [N, d_in] -> the k (1 or more) features of largest size, largest first; those that are 0 are not kept.
 
         Fewer columns where fewer can be on. A GPU is waited for once per ``CELLS``, and again where tokens are left.
-
-        Raises:
-            ValueError: k is below 1.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -291,7 +271,7 @@ class FeatureSelector:
         assert self._bound is not None
         z = _centred(coder, x)
         bounds = self._bound.without_those_off(self._bound(z), threshold)
-        most = int(_positive(bounds.pattern).max()) if len(x) else 0
+        most = int(bounds.pattern.clamp(0, 1).sum(dim=-1, dtype=torch.int32).max()) if len(x) else 0
         if not (bounds.holds.all() and self._pays(most)):
             return above_of(coder.encode(x).float(), threshold, signed=self._signed)
         limits, index = largest_per_row(bounds.pattern, most)
@@ -333,14 +313,13 @@ class FeatureSelector:
 
     def _tries(self, n: int) -> list[int]:
         """How many candidates to look at for the n largest, one number after another."""
-        first = n + _spare(n)
+        first = n + max(SPARE, n // 2)
         growing = [first * 4**more for more in range(8) if self._pays(first * 4**more)]
         has_floor = self._bound is not None and self._bound.floor is not None
         # The second time only among features that may be on.
         return [first, *growing] if has_floor and growing else growing
 
     def _pays(self, candidates: int) -> bool:
-        """Whether computing so many features alone is less work than all of them at once."""
         return self.prepare() and candidates * SPARSE <= self._coder.d_sae
 
 
@@ -352,7 +331,6 @@ def top_of(features: Tensor, k: int, *, signed: bool = False) -> SelectedFeature
 
 
 def above_of(features: Tensor, threshold: float, *, signed: bool = False) -> SelectedFeatures:
-    """features [N, d_sae] -> as ``FeatureSelector.above``."""
     size = features.abs() if signed else features
     most = int((size > threshold).sum(dim=-1).max()) if len(features) else 0
     sizes, index = largest_per_row(size, most)
@@ -360,7 +338,6 @@ def above_of(features: Tensor, threshold: float, *, signed: bool = False) -> Sel
 
 
 def named_of(features: Tensor, names: Sequence[int]) -> SelectedFeatures:
-    """features [N, d_sae] -> as ``FeatureSelector.named``."""
     index = torch.tensor(names, device=features.device, dtype=torch.int64).expand(len(features), -1)
     return SelectedFeatures(features.gather(1, index), index, torch.ones_like(index, dtype=torch.bool))
 
@@ -373,7 +350,6 @@ def _is_bounded(coder: SparseCoder) -> bool:
 
 
 def _centred(dictionary: Dictionary, x: Tensor) -> Tensor:
-    """x [N, d_in] as it meets the encoder."""
     n = normalise(dictionary.normalisation, x.to(dictionary.W_enc.dtype))
     return n - dictionary.b_dec if dictionary.centre else n
 
@@ -410,16 +386,7 @@ def _finished(activation: ActivationFunction, values: Tensor, index: Tensor, k: 
     return SelectedFeatures(values, index, (values <= 0).logical_not())
 
 
-def _positive(pattern: Tensor) -> Tensor:
-    return pattern.clamp(0, 1).sum(dim=-1, dtype=torch.int32)
-
-
-def _spare(n: int) -> int:
-    return max(SPARE, n // 2)
-
-
 def _stacked(parts: list[SelectedFeatures]) -> SelectedFeatures:
-    """Parts of a batch below each other, the narrower ones padded with what is not kept."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.values.shape[1] for part in parts)

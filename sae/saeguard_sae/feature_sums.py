@@ -24,32 +24,25 @@ class WeightedFeature:
 
     place: Hashable
     """Where it is read, and the condition decided if it is the last: what ``ConditionTable.decide`` is given."""
-    source: Hashable
-    """Which tensor it reads there; None for the one that is edited at the place."""
+    source: Hashable  # which tensor it reads there; None for the one that is edited at the place
     coder: SparseCoder
     features: tuple[int, ...]
     weights: tuple[float, ...]
 
 
-Sum: TypeAlias = tuple[WeightedFeature, ...]
-"""Of one condition at one place, from one source."""
-_Key: TypeAlias = tuple[object, ...]
-"""Equal where sums are; empty for one of nothing."""
+Sum: TypeAlias = tuple[WeightedFeature, ...]  # of one condition at one place, from one source
+_Key: TypeAlias = tuple[object, ...]  # equal where sums are; empty for one of nothing
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     """U features and P sums: where the features' rows are, and each sum's features, one sum after another."""
 
-    columns: dict[_Key, int]
-    """Each sum's number."""
-    cells: Cells
-    """The columns ``READ``, [1, U]."""
+    columns: dict[_Key, int]  # each sum's number
+    cells: Cells  # the columns ``READ``, [1, U]
     needs: Needs
-    terms: Tensor
-    """int64 [n], which of the U features."""
-    weights: Tensor
-    """float64 [n]"""
+    terms: Tensor  # int64 [n], which of the U features
+    weights: Tensor  # float64 [n]
     starts: Tensor
     """int64 [P + 1], where each sum's terms begin; the last sum has none: that of conditions that read nothing here."""
 
@@ -70,7 +63,6 @@ class FeatureSums:
         self._index = torch.zeros(slots, 1, dtype=torch.int64, device=device)
 
     def holds(self, slots: Sequence[int]) -> bool:
-        """Whether any of these slots has a sum here."""
         return any(slot in self._slots for slot in slots)
 
     def write(self, slot: int, sums: Sequence[Sum]) -> None:
@@ -84,7 +76,6 @@ class FeatureSums:
             self._compiled = None
 
     def clear(self, slot: int) -> None:
-        """Frees the slot."""
         if self._slots.pop(slot, None) is not None:
             self._index[slot] = len(self._sums)
             # What nobody needs any more stays while nobody pays for it: who comes next often needs the same.
@@ -92,11 +83,7 @@ class FeatureSums:
                 self._compiled = None
 
     def read(self, x: Tensor, at: slice | Tensor, used: int) -> Tensor:
-        """x [B, T, d_read] in float32 of the slots ``at`` -> float64 [B, T, n], the sums of their first conditions.
-
-        Args:
-            used: as many conditions as the fullest of them has; n is less where later ones read nothing here.
-        """
+        """x [B, T, d_read] in float32 of the slots ``at`` -> their first conditions' sums, float64 [B, T, <= used]."""
         compiled = self._compiled or self._compile()
         cells = compiled.cells
         scalings = encoding.input_scalings(x, compiled.needs.kinds)
@@ -144,7 +131,6 @@ class FeatureSums:
         return compiled
 
     def _rows(self, coders: list[SparseCoder], features: np.ndarray) -> Cells:
-        """The columns [1, U] of features, each numbered by its coder's place in the list and its own, in order."""
         store = ColumnStore(EDIT_COLUMNS, 1, len(features), self._device, self._d_read)
         whole = []
         for index, coder in enumerate(coders):

@@ -39,11 +39,7 @@ _WHITENING, _SPARSITY = "activation_whitening.safetensors", "sparsity.safetensor
 
 
 def needed(names: Set[str], inside: str) -> set[str]:
-    """Of a repository's files, those that make up the SAE at ``inside``: its weights, and what a format wants beside.
-
-    Raises:
-        ValueError: there is none at that place, or several.
-    """
+    """The files of the SAE at ``inside``, with what a format wants beside. Raises ValueError: none or several."""
     if inside in names:
         return _with_its_own(names, inside)
     folder = f"{inside}/" if inside else ""
@@ -119,18 +115,14 @@ class HubError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSae:
-    """An SAE on this machine, and where it came from."""
-
     path: Path
     origin: SaeOrigin | None = None
     revision: str | None = None
-    """The commit of the repository that the files are of."""
     is_pinned: bool = True
     """False where the commit is what a branch or tag happens to name today: naming it instead keeps it."""
     published: PublishedSae | None = None
     """What SAELens' list says, if the SAE was named by a release or its place on the hub is listed."""
-    offline: str | None = None
-    """Why the cache alone was asked, where the hub was not or did not answer."""
+    offline: str | None = None  # why the cache alone was asked, where the hub was not or did not answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +146,9 @@ def resolve_hub_sae(
 ) -> HubSae:
     """The file or folder that ``path`` names, downloaded if it must be; a progress bar shows on a terminal alone.
 
-    Args:
-        path: of a file or folder here, ``hf://org/name/path/in/repo[@revision]``, or ``release/sae-id[@revision]``
-            by SAELens' list. What exists here is what is meant.
-        revision: a branch, tag or commit; ``main`` if it is not given.
-        cache_dir: in place of huggingface_hub's own.
-        local_files_only: the cache alone, as with ``HF_HUB_OFFLINE=1``.
-        endpoint: of the hub, in place of huggingface_hub's own.
-
-    Raises:
-        HubError: it is nowhere, not allowed, not one SAE, or cannot be downloaded now.
+    ``path``: here, ``hf://org/name/path/in/repo[@revision]``, or ``release/sae-id[@revision]`` by SAELens' list; what
+    exists here is what is meant. ``local_files_only``: the cache alone, as with ``HF_HUB_OFFLINE=1``.
+    Raises HubError: it is nowhere, not allowed, not one SAE, or cannot be downloaded now.
     """
     if not path.startswith(SCHEME) and os.path.exists(path):
         return _local(path, revision)
@@ -192,7 +177,7 @@ def _local(path: str, revision: str | None) -> HubSae:
     for index, part in enumerate(parts[:-2]):
         if part.startswith("models--") and parts[index + 1] == "snapshots":
             origin = SaeOrigin(part.removeprefix("models--").replace("--", "/"), "/".join(parts[index + 3 :]))
-            published = releases.at(origin.repo, origin.path)
+            published = releases.find_published(origin.repo, origin.path)
             return HubSae(path=Path(path), origin=origin, revision=parts[index + 2], published=published)
     return HubSae(path=Path(path))
 
@@ -281,7 +266,7 @@ def _resolved(address: _Address, home: Path, commit: str, offline: str | None = 
         origin=SaeOrigin(address.repo, address.inside),
         revision=commit,
         is_pinned=address.revision == commit,
-        published=address.published or releases.at(address.repo, address.inside),
+        published=address.published or releases.find_published(address.repo, address.inside),
         offline=offline,
     )
 

@@ -49,16 +49,12 @@ class OpenedSae:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSae:
-    """An SAE with its place in the model.
-
-    ``digest``: SHA-256 of its weight and config files, hex; where settings decide what they mean, of those too.
-    """
+    """An SAE with its place in the model."""
 
     name: str
     site: Site
-    """Where it reads."""
     dictionary: SparseCoder
-    digest: str
+    digest: str  # SHA-256 of its weight and config files, hex; also of settings that decide what they mean
     catalogue: Catalogue
     writes: tuple[Site, ...] = ()
     """Where it writes; empty where that is ``site``. Several for one layer of a cross-layer transcoder."""
@@ -67,12 +63,10 @@ class LoadedSae:
     format: str = ""
     conventions: tuple[Convention, ...] = ()
     stated_l0: float | None = None
-    measured: Quality | None = None
-    """On the model it is served with."""
+    measured: Quality | None = None  # on the model it is served with
 
     @property
     def write_sites(self) -> tuple[Site, ...]:
-        """Where its edits change the model."""
         return self.writes or (self.site,)
 
     @property
@@ -81,7 +75,6 @@ class LoadedSae:
         return self.dictionary.d_out // len(self.write_sites)
 
     def decoder_norm(self, feature: int) -> float:
-        """The length of what one unit of the feature writes."""
         return float(self.dictionary.W_dec[feature].float().norm())
 
 
@@ -93,38 +86,22 @@ def open_sae(
     choices: Choices | None = None,
     facts: Choices | None = None,
 ) -> OpenedSae:
-    """The SAE in ``path``, in float32, before it is tied to a model.
+    """The SAE in ``path``, in float32, before it is tied to a model. Raises LoadError.
 
-    Args:
-        name: what callers will call it.
-        path: a folder or file in one of the known formats.
-        origin: where it was published, which decides what some formats leave open.
-        choices: what the user says; one that makes no difference is refused.
-        facts: what a catalogue of releases says, where the files and the user do not.
-
-    Raises:
-        LoadError: unknown format, a convention not supported, or bad weights.
+    ``origin`` decides what some formats leave open. ``choices``: what the user says; one that makes no difference is
+    refused. ``facts``: what a catalogue of releases says, where the files and the user do not.
     """
     try:
         kind, parsed = read_sae(Source(path, origin, choices or Choices()), facts)
         entries = catalogue.read_catalogue(path if path.is_dir() else path.parent, parsed.dictionary.d_sae)
-        choices_used = {key: value for key, value in _merged(choices, facts).given().items() if key in parsed.used}
+        choices_used = {key: value for key, value in _merged(choices, facts).by_name().items() if key in parsed.used}
         return OpenedSae(name, kind, parsed, with_settings(weights_digest(parsed.files), choices_used), entries)
     except (ValueError, OSError) as err:
         raise LoadError(f"SAE {name!r} in {path}: {err}") from err
 
 
 def load_sae(name: str, path: Path, site: Site | None = None) -> LoadedSae:
-    """The SAE in ``path`` as its files describe it, with no model to check it against.
-
-    Args:
-        name: what callers will call it.
-        path: a folder or file in one of the known formats.
-        site: overrides what the files say.
-
-    Raises:
-        LoadError: unknown format, a convention not supported, bad weights, or no site known.
-    """
+    """As its files describe it, or at ``site``, with no model to check it against. Raises LoadError."""
     opened = open_sae(name, path)
     where = site if site is not None else opened.parsed.reads
     writes = tuple(place for place in opened.parsed.writes if isinstance(place, Site))
@@ -165,17 +142,13 @@ def with_settings(files: str, settings: Mapping[str, object]) -> str:
 
 
 def read_sae(source: Source, facts: Choices | None = None) -> tuple[str, ParsedSae]:
-    """The name of the format and what it holds.
+    """The name of the format and what it holds. Raises ValueError: not understood, or a choice that it cannot use.
 
-    Args:
-        facts: its scale stands in where the user gives none; it does not matter if it makes no difference.
-
-    Raises:
-        ValueError: no known format, something in it that is not understood, or a choice that it cannot use.
+    The scale of ``facts`` stands in where the user gives none; it does not matter if it makes no difference.
     """
     path, known = _find(source.path)
     parsed = known.parse(replace(source, path=path, choices=_merged(source.choices, facts)))
-    choices = {name for name, value in source.choices.given().items() if value is not None}
+    choices = {name for name, value in source.choices.by_name().items() if value is not None}
     if unused := sorted(choices - parsed.used):
         raise ValueError(f"{unused[0]}: the {known.NAME} format, or this SAE in it, leaves no such choice")
     return known.NAME, parsed
@@ -189,7 +162,7 @@ def _merged(choices: Choices | None, facts: Choices | None) -> Choices:
 
 
 def detect_format(path: Path) -> str | None:
-    """The name of the format of a folder or file; None for what is no SAE."""
+    """The name of the format; None for what is no SAE."""
     return next((known.NAME for known in FORMATS if known.recognises(path)), None)
 
 
@@ -215,8 +188,8 @@ def _find(path: Path) -> tuple[Path, Format]:
 # biases; the model computes the same, but the activations that an SAE saw differ. Each difference is exact and has an
 # exact counterpart on our side.
 
+# Points whose activations lose their mean under ``center_writing_weights``.
 _CENTRED = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_read", "mlp_out", "resid_post")
-"""Points whose activations lose their mean under ``center_writing_weights``."""
 
 
 def as_unprocessed(
@@ -225,10 +198,7 @@ def as_unprocessed(
     """The same SAE on the unprocessed model: its weights and the site where it reads.
 
     Models with RMS norms have no mean to take out. On models with layer norms a difference in the stream's mean changes
-    nothing downstream, so the edits need no counterpart.
-
-    Raises:
-        ValueError: a combination that has no exact counterpart.
+    nothing downstream, so the edits need no counterpart. Raises ValueError: there is no exact counterpart.
     """
     if processing == "none":
         return dictionary, site
@@ -244,7 +214,7 @@ def as_unprocessed(
     return dictionary, site
 
 
-def matters(dictionary: Dictionary, site: Site, config: ModelConfig) -> bool:
+def depends_on_processing(dictionary: Dictionary, site: Site, config: ModelConfig) -> bool:
     """Whether an SAE at this site would compute something else if its model had been processed."""
     if site.point in ("mlp_in", "attn_z"):
         return True
@@ -274,10 +244,7 @@ def shifted(dictionary: Dictionary, shift: Tensor) -> Dictionary:
 def value_bias(model: nn.Module, config: ModelConfig, layer: int) -> Tensor | None:
     """[heads * d_head] what every head puts out for its value bias, the folded norm's bias included; None for none.
 
-    Attention weights sum to 1, so the bias goes through attention as it is.
-
-    Raises:
-        ValueError: an architecture whose value weights are not known here.
+    Attention weights sum to 1, so the bias goes through attention as it is. Raises ValueError: value weights not known.
     """
     block: Any = model.get_submodule(f"{layout(config.model_type).blocks}.{layer}")
     match config.model_type:
@@ -323,17 +290,13 @@ class Overrides:
 
 
 def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Overrides | None = None) -> LoadedSae:
-    """The SAE at its sites in this model, in float32 on the CPU.
-
-    Raises:
-        LoadError: no site is known, the model lacks it, it writes before it reads, or an override cannot apply.
-    """
+    """The SAE at its sites in this model, in float32 on the CPU. Raises LoadError: an override or a site cannot be."""
     overrides = overrides or Overrides()
     try:
         dictionary, notes = _overridden(opened.parsed.dictionary, overrides)
         site = _place(overrides.site or opened.parsed.reads, config, "site")
         writes = _writes(opened.parsed, overrides, config)
-        processing = _processing(opened.parsed, overrides, dictionary, site, config)
+        processing = _processing(overrides.processing or opened.parsed.processing, dictionary, site, config)
         if isinstance(dictionary, Dictionary):
             dictionary, site = as_unprocessed(dictionary, site, processing, model, config)
         elif processing != "none":
@@ -369,13 +332,10 @@ def _overridden(coder: SparseCoder, overrides: Overrides) -> tuple[SparseCoder, 
     return coder, notes
 
 
-def _processing(
-    parsed: ParsedSae, overrides: Overrides, coder: SparseCoder, site: Site, config: ModelConfig
-) -> Processing:
-    processing = overrides.processing or parsed.processing
+def _processing(processing: Processing | None, coder: SparseCoder, site: Site, config: ModelConfig) -> Processing:
     if processing is not None:
         return processing
-    if isinstance(coder, Dictionary) and matters(coder, site, config):
+    if isinstance(coder, Dictionary) and depends_on_processing(coder, site, config):
         raise ValueError(
             f"its files do not say whether TransformerLens had changed the model it was trained on, which matters at "
             f"{site}; give the processing: transformer_lens (its defaults), centred, or none"

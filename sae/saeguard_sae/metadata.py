@@ -37,8 +37,7 @@ class ImportedFeature:
     where: str
     index: int
     model: str | None = None
-    source: str | None = None
-    """The SAE that it is about, as the publisher calls it; None where the file cannot say."""
+    source: str | None = None  # the SAE that it is about, as the publisher calls it; None where the file cannot say
     labels: tuple[ImportedLabel, ...] = ()
     maximum: float | None = None
     density: float | None = None
@@ -50,32 +49,23 @@ Units: TypeAlias = Literal["unit_decoder", "raw"]
 """What a file's activations are counted in: as if every decoder row had length 1, which is how Neuronpedia prepares
 most SAEs (not temporal ones, and not top-k ones that are not rescaled by the decoder's norm), or as the SAE gives them.
 """
-EXAMPLES = 5
-"""Kept per feature, the strongest."""
+EXAMPLES = 5  # kept per feature, the strongest
 
 
 @dataclass(slots=True)
 class Dropped:
     """How much was read and not kept."""
 
-    labels: int = 0
-    """Empty, or beside a label that is scored better or came first."""
-    examples: int = 0
-    """Weaker than those that were kept, or the same text again."""
-    statistics: int = 0
-    """Densities and promoted tokens of a feature that had them already."""
+    labels: int = 0  # empty, or beside a label that is scored better or came first
+    examples: int = 0  # weaker than those that were kept, or the same text again
+    statistics: int = 0  # densities and promoted tokens of a feature that had them already
     other_sources: int = 0
-    """Records of sources that were not chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What files say about an SAE's features."""
-
-    features: dict[int, CatalogueFeature]
-    """By index, in raw units; a feature that no record mentions is not there."""
+    features: dict[int, CatalogueFeature]  # by index, in raw units; a feature that no record mentions is not there
     read: int
-    """Records."""
     dropped: Dropped
 
 
@@ -85,19 +75,10 @@ def import_features(
     """Reads files of one SAE; they may divide its features, or tell different things of the same ones.
 
     A file whose name ends in ``.csv`` or ``.csv.gz`` is a table, everything else a Neuronpedia export.
-
-    Args:
-        d_sae: features of the SAE.
-        decoder_norms: [d_sae] lengths of the decoder's rows, in the SAE as it is served; needed for ``unit_decoder``.
-        units: what the files count activations in.
-        source: the SAE to take, as Neuronpedia calls it ("20-gemmascope-res-16k", or with the model before it and a
-            slash); needed where the files hold several.
-
-    Raises:
-        BadCatalogue: a file that cannot be read or means another SAE; names file, line and field.
-        ValueError: the norms are missing, or not one per feature.
+    ``decoder_norms`` [d_sae] are of the SAE as it is served. ``source``: which of several, as Neuronpedia calls it:
+    "20-gemmascope-res-16k", or the model and a slash before it. Raises BadCatalogue: names file, line and field.
     """
-    collector = Collector(d_sae, UnitScale(units, decoder_norms, d_sae), source)
+    collector = Collector(d_sae, _raw_norms(units, decoder_norms, d_sae), source)
     for file in files:
         is_table = file.name.lower().removesuffix(".gz").endswith(".csv")
         for entry in _csv_entries(file) if is_table else _neuronpedia_entries(file):
@@ -108,20 +89,16 @@ def import_features(
 class Collector:
     """Takes entries in any order."""
 
-    def __init__(self, d_sae: int, scale: UnitScale, source: str | None) -> None:
+    def __init__(self, d_sae: int, norms: list[float] | None, source: str | None) -> None:
         self.dropped = Dropped()
         self.read = 0
-        self._d_sae, self._scale, self._source = d_sae, scale, source
+        self._d_sae, self._norms, self._source = d_sae, norms, source
         self._known: dict[int, _Known] = {}
         self._taken: str | None = None
         self._left: dict[str, None] = {}
 
     def add(self, entry: ImportedFeature) -> None:
-        """One record.
-
-        Raises:
-            BadCatalogue: its feature is outside the SAE, or it is about another SAE than those before.
-        """
+        """Raises BadCatalogue: its feature is outside the SAE, or it is about another SAE than those before."""
         self.read += 1
         if entry.source is not None and not self._is_chosen(entry, entry.source):
             self.dropped.other_sources += 1
@@ -131,7 +108,6 @@ class Collector:
         self._take(entry, self._known.setdefault(entry.index, _Known()))
 
     def features(self) -> dict[int, CatalogueFeature]:
-        """Everything, by index. Raises BadCatalogue: nothing was of the chosen source."""
         if self._taken is None and self._left:
             raise BadCatalogue(
                 f"no record of source {self._source!r}; the files hold {', '.join(list(self._left)[:5])}"
@@ -151,27 +127,32 @@ class Collector:
         return True
 
     def _take(self, entry: ImportedFeature, known: _Known) -> None:
-        index, where = entry.index, entry.where
+        where, norm = entry.where, self._norm(entry)
         self.dropped.labels += sum(known.add_label(label) for label in entry.labels)
         for example in entry.examples:
-            value = self._scale.value(example.value, index, where)
+            value = _in_range(example.value / norm, where)
             self.dropped.examples += known.add_example(Example(example.text, example.token_index, value))
             known.maximum = max(value, known.maximum or value)
         if entry.maximum is not None:
-            value = self._scale.value(entry.maximum, index, where)
+            value = _in_range(entry.maximum / norm, where)
             known.maximum = value if known.maximum is None else max(value, known.maximum)
         if entry.density is not None:
             self.dropped.statistics += known.density is not None
             known.density = entry.density if known.density is None else known.density
         if entry.top_tokens:
             self.dropped.statistics += bool(known.top_tokens)
-            known.top_tokens = known.top_tokens or self._raw(entry)
+            # An effect per unit of activation grows as that unit does.
+            known.top_tokens = known.top_tokens or tuple(
+                CatalogueToken(promoted.token, _in_range(promoted.logit * norm, where)) for promoted in entry.top_tokens
+            )
 
-    def _raw(self, entry: ImportedFeature) -> tuple[CatalogueToken, ...]:
-        return tuple(
-            CatalogueToken(promoted.token, self._scale.logit(promoted.logit, entry.index, entry.where))
-            for promoted in entry.top_tokens
-        )
+    def _norm(self, entry: ImportedFeature) -> float:
+        norm = 1.0 if self._norms is None else self._norms[entry.index]
+        if not (isfinite(norm) and norm > 0.0) and (entry.examples or entry.maximum is not None or entry.top_tokens):
+            raise BadCatalogue(
+                f"{entry.where}: index: feature {entry.index} has a decoder norm of {norm}: it has no raw units"
+            )
+        return norm
 
 
 def _score(label: ImportedLabel) -> float:
@@ -187,7 +168,6 @@ class _Known:
     examples: list[Example] = field(default_factory=list)
 
     def add_label(self, label: ImportedLabel) -> bool:
-        """Whether one of two labels had to go."""
         if not label.text:
             return True
         is_second = self.label is not None
@@ -196,7 +176,6 @@ class _Known:
         return is_second
 
     def add_example(self, example: Example) -> bool:
-        """Whether one had to go."""
         same = next((known for known in self.examples if known.text == example.text), None)
         if same is not None:
             self.examples.remove(same)
@@ -208,7 +187,6 @@ class _Known:
         return is_over or same is not None
 
     def feature(self, index: int) -> CatalogueFeature:
-        """Its line of the catalogue."""
         label = self.label or ImportedLabel("")
         return CatalogueFeature(
             index=index,
@@ -222,35 +200,15 @@ class _Known:
         )
 
 
-class UnitScale:
-    """Converts a file's activations to raw ones: ``f_unit = f_raw * norm`` for a decoder row of that length.
-
-    Raises:
-        ValueError: norms are needed and missing, or not one per feature.
-    """
-
-    def __init__(self, units: Units, decoder_norms: Tensor | None, d_sae: int) -> None:
-        if units not in ("unit_decoder", "raw"):
-            raise ValueError(f"units must be unit_decoder or raw, got {units!r}")
-        self._norms: list[float] | None = None
-        if units == "unit_decoder":
-            if decoder_norms is None or tuple(decoder_norms.shape) != (d_sae,):
-                raise ValueError(f"values in units of a unit decoder need the decoder's {d_sae} norms")
-            self._norms = decoder_norms.detach().to("cpu", torch.float64).tolist()
-
-    def value(self, value: float, index: int, where: str) -> float:
-        """An activation."""
-        return _in_range(value / self._norm(index, where), where)
-
-    def logit(self, value: float, index: int, where: str) -> float:
-        """An effect per unit of activation, which grows as that unit does."""
-        return _in_range(value * self._norm(index, where), where)
-
-    def _norm(self, index: int, where: str) -> float:
-        norm = 1.0 if self._norms is None else self._norms[index]
-        if not (isfinite(norm) and norm > 0.0):
-            raise BadCatalogue(f"{where}: index: feature {index} has a decoder norm of {norm}: it has no raw units")
-        return norm
+def _raw_norms(units: Units, decoder_norms: Tensor | None, d_sae: int) -> list[float] | None:
+    """By which a file's activations are divided to be raw ones: ``f_unit = f_raw * norm`` for a row of that length."""
+    if units not in ("unit_decoder", "raw"):
+        raise ValueError(f"units must be unit_decoder or raw, got {units!r}")
+    if units == "raw":
+        return None
+    if decoder_norms is None or tuple(decoder_norms.shape) != (d_sae,):
+        raise ValueError(f"values in units of a unit decoder need the decoder's {d_sae} norms")
+    return decoder_norms.detach().to("cpu", torch.float64).tolist()
 
 
 def _in_range(value: float, where: str) -> float:
@@ -269,15 +227,9 @@ def _in_range(value: float, where: str) -> float:
 # - activations: ``tokens``, ``values``, ``maxValue``, ``maxValueTokenIndex``.
 
 BOS = (
-    "<bos>",
-    "<s>",
-    "<|begin_of_text|>",
-    "<|endoftext|>",
-    "<|startoftext|>",
-    "[CLS]",
-    "[BOS]",
+    "<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>", "<|startoftext|>", "[CLS]", "[BOS]",
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
-)
+)  # fmt: skip
 """Not part of an example's text: encoding the text puts it there again."""
 _VOCABULARY = {
     "▁": " ", "Ġ": " ", "Ċ": "\n", "ĉ": "\t", "<0x0A>": "\n", "âĢĶ": "\u2014", "âĢĵ": "\u2013",

@@ -15,26 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_POSITIONS = 128
-"""Whose log-probabilities are held at once: vocabularies go up to hundreds of thousands."""
-_NO_COST = 1e-9
-"""Nats: an ablation that costs less says nothing about what is recovered of it."""
+_POSITIONS = 128  # whose log-probabilities are held at once: vocabularies go up to hundreds of thousands
+_NO_COST = 1e-9  # nats: an ablation that costs less says nothing about what is recovered of it
 
 
 def fires(features: Tensor) -> Tensor:
-    """bool, in the shape of ``features``."""
     return features != 0
 
 
 class SaeMetrics:
-    """L0, densities, FVU, cosine and norm ratio of one SAE."""
-
     def __init__(self, d_sae: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self.by_l0 = torch.zeros(d_sae + 1, dtype=torch.long, device=device)
         """[d_sae + 1] tokens on which so many features fired."""
-        self.fired = torch.zeros(d_sae, dtype=torch.long, device=device)
-        """[d_sae] tokens on which each feature fired."""
+        self.fired = torch.zeros(d_sae, dtype=torch.long, device=device)  # [d_sae] tokens on which each feature fired
         self._error = 0.0
         self._variance = _Variance()
         self._directed = torch.zeros(3, dtype=torch.float64, device=device)
@@ -61,12 +55,10 @@ class SaeMetrics:
 
     @property
     def l0(self) -> float:
-        """Features that fire on a token, mean."""
         return float(self.fired.sum()) / self.tokens
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained."""
         if self._variance.squares:
             return self._error / self._variance.squares
         return inf if self._error else 0.0
@@ -83,7 +75,6 @@ class SaeMetrics:
 
     @property
     def dead_share(self) -> float:
-        """Share of features that never fired."""
         return float((self.fired == 0).double().mean())
 
     @property
@@ -125,7 +116,6 @@ class NextTokenLoss:
 
     @property
     def cross_entropy(self) -> float:
-        """Of the next token."""
         return self._nats / self.positions
 
     @property
@@ -134,13 +124,8 @@ class NextTokenLoss:
         return self._divergence / self.positions
 
     def add(self, logits: Tensor, ids: Tensor, predicted: Tensor, base: Tensor | None = None) -> None:
-        """
-        Args:
-            logits: [rows, T, vocabulary] of the changed model.
-            ids: [rows, T] what it read.
-            predicted: bool [rows, T - 1] positions whose next token counts.
-            base: logits of the model as it is.
-        """
+        """logits of the changed model, and ``base`` of the model as it is, [rows, T, vocabulary]; ids [rows, T];
+        ``predicted`` bool [rows, T - 1]: positions whose next token counts."""
         following = ids[:, 1:][predicted]
         row, position = predicted.nonzero(as_tuple=True)
         self.positions += len(following)

@@ -22,20 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Point: TypeAlias = Literal[
-    "embed",
-    "resid_pre",
-    "attn_z",
-    "attn_raw",
-    "attn_out",
-    "resid_mid",
-    "mlp_read",
-    "mlp_normalized",
-    "mlp_in",
-    "mlp_act",
-    "mlp_raw",
-    "mlp_out",
-    "resid_post",
-]
+    "embed", "resid_pre", "attn_z", "attn_raw", "attn_out", "resid_mid", "mlp_read", "mlp_normalized", "mlp_in",
+    "mlp_act", "mlp_raw", "mlp_out", "resid_post",
+]  # fmt: skip
 """Where in a layer, in the order of a forward pass: the token embedding (layer 0 only); the residual stream before the
 block; the heads' outputs before the output projection; what attention adds to the stream, before (``attn_raw``, where
 the architecture has one) and after the norm on it; the stream between attention and MLP; the same as the MLP alone
@@ -97,8 +86,7 @@ class Norm:
     """An architecture's norm: with the mean taken out ("layer") or without ("rms"); its gain is ``offset + weight``."""
 
     kind: Literal["layer", "rms"]
-    eps: str
-    """Name of the setting that holds its epsilon."""
+    eps: str  # name of the setting that holds its epsilon
     offset: float = 0.0
 
 
@@ -174,17 +162,9 @@ _GPT2 = Layout(
     Norm("layer", "layer_norm_epsilon"),
     _points("attn", "c_proj", "ln_2", "mlp", "c_proj"),
 )
-# Attention and MLP run in parallel from the same stream: there is no resid_mid.
-_NEOX = Layout(
-    "gpt_neox.embed_in",
-    "gpt_neox.layers",
-    Norm("layer", "layer_norm_eps"),
-    {
-        point: place
-        for point, place in _points("attention", "dense", "post_attention_layernorm", "mlp", "dense_4h_to_h").items()
-        if point != "resid_mid"
-    },
-)
+_NEOX_POINTS = _points("attention", "dense", "post_attention_layernorm", "mlp", "dense_4h_to_h")
+del _NEOX_POINTS["resid_mid"]  # there is none: attention and MLP run in parallel from the same stream
+_NEOX = Layout("gpt_neox.embed_in", "gpt_neox.layers", Norm("layer", "layer_norm_eps"), _NEOX_POINTS)
 
 LAYOUTS: dict[str, Layout] = {
     "gemma2": _GEMMA,
@@ -214,18 +194,13 @@ def layout(model_type: str) -> Layout:
 
 
 def sites(config: ModelConfig) -> frozenset[Site]:
-    """Every site of a model with this configuration."""
     points = layout(config.model_type).points
     of_blocks = {Site(layer, point) for layer in range(config.num_hidden_layers) for point in points}
     return frozenset(of_blocks | {Site(0, "embed")})
 
 
 def site_of(model_type: str, layer: int, module: str, side: Literal["in", "out"]) -> Site:
-    """The site that is the input or output of a module, named relative to its block.
-
-    Raises:
-        ValueError: no site of this architecture is there; names the modules that have one.
-    """
+    """The site at a module's input or output; its name is relative to the block. Raises ValueError: there is none."""
     where = layout(model_type)
     # An MLP's input is what the norm before it puts out.
     mlp = where.points["mlp_act"].module.rpartition(".")[0]
@@ -279,10 +254,7 @@ def _normaliser(norm: Norm, config: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 
 def hook(place: Located, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Calls ``visit(x)`` with the module's tensor at a site in every forward pass, until the handle is removed.
-
-    What it returns takes the place of x; x itself or None leaves it.
-    """
+    """Calls ``visit(x)`` with a site's tensor in every forward pass; what it returns, unless None, replaces x."""
     from torch import Tensor
 
     def visited(value: Any) -> Any:
@@ -307,11 +279,7 @@ place of x, None to leave it."""
 
 @contextmanager
 def hooked(model: nn.Module, config: ModelConfig, sites: Iterable[Site], visit: Visit) -> Iterator[None]:
-    """While it lasts, ``visit`` is called at these sites in every forward pass, in the order of the pass.
-
-    Raises:
-        ValueError: the model lacks one.
-    """
+    """``visit`` is called at these sites in every forward pass, in order. Raises ValueError: the model lacks one."""
 
     def attach(site: Site) -> RemovableHandle:
         place = locate(model, config, site)
@@ -323,8 +291,7 @@ def hooked(model: nn.Module, config: ModelConfig, sites: Iterable[Site], visit: 
         yield
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""In which SAEs are held; models compute in the first two."""
+DTYPES = ("float32", "bfloat16", "float16")  # in which SAEs are held; models compute in the first two
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 # Its attention caps logits, which the fused kernel leaves out without a word.
 _EAGER = ("gemma2",)
@@ -335,7 +302,6 @@ class ModelLoadError(ValueError):
 
 
 def torch_dtype(name: str, allowed: tuple[str, ...] = DTYPES) -> torch.dtype:
-    """The dtype of this name. Raises ValueError: none of those that are allowed."""
     import torch
 
     if name not in allowed:
@@ -359,11 +325,7 @@ class ModelFolder:
 
 
 def open_folder(path: str, revision: str | None = None) -> ModelFolder:
-    """A model's configuration and tokenizer, from the hub where the path is no local folder.
-
-    Raises:
-        ModelLoadError: no such model, an architecture whose sites are not known, no fast tokenizer.
-    """
+    """Configuration and tokenizer, from the hub where the path is no local folder. Raises ModelLoadError."""
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig
 
@@ -381,11 +343,7 @@ def open_folder(path: str, revision: str | None = None) -> ModelFolder:
 
 
 def open_model(folder: ModelFolder, dtype: str, device: str) -> Any:
-    """The Hugging Face causal language model in a folder, for reading only: in evaluation mode, without gradients.
-
-    Raises:
-        ModelLoadError: no such device or dtype, weights that are incomplete or not in safetensors.
-    """
+    """The causal language model: in evaluation mode, without gradients. Raises ModelLoadError: weights not whole."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -477,7 +435,6 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """What a cgroup file says; None where there is no such file or no limit."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except OSError:

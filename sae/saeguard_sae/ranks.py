@@ -40,15 +40,12 @@ class Competitors:
     dictionary: Dictionary
     selection: CompetingActivation
     W_enc: Tensor
-    """[d_in, n]"""
-    bias: Tensor
-    """[n] with the centring folded in."""
-    first: Tensor
-    """int64 [groups]: where a group's rows begin; -1 for groups that are not there."""
+    bias: Tensor  # [n] with the centring folded in
+    first: Tensor  # int64 [groups]: where a group's rows begin; -1 for groups that are not there
 
     @classmethod
     def of(cls, dictionary: Dictionary, features: Iterable[int]) -> Competitors:
-        """The competitors of these features. Groups' rows are copied; everything else is a view."""
+        """Groups' rows are copied; everything else is a view."""
         selection = dictionary.activation
         assert isinstance(selection, CompetingActivation), "only competing features have competitors"
         first = torch.full((selection.groups,), -1, dtype=torch.int64, device=dictionary.W_enc.device)
@@ -137,12 +134,9 @@ def _with_own(every: Tensor, features: Tensor, score: Tensor, part: slice) -> Te
 # itself. Summing in float32 can add ``d_in`` roundings; the bound has room for four times as many, which also covers
 # those of the float32 product that it stands in for.
 
-EXTRA = 8
-"""Columns beside the input's own: two error terms, the bias in two parts, and zeros that keep rows aligned."""
-_PADDED = 64
-"""The number of rows is a multiple of this, so that it divides into blocks."""
-_BLOCK = 4096
-"""Features rounded at a time while the rows are made."""
+EXTRA = 8  # columns beside the input's own: two error terms, the bias in two parts, and zeros that keep rows aligned
+_PADDED = 64  # the number of rows is a multiple of this, so that it divides into blocks
+_BLOCK = 4096  # features rounded at a time while the rows are made
 _ROUGH, _TINY, _HUGE = 2.0**-10, 2.0**-50, 2.0**60
 """Room for the rounding of a norm, for what underflows in it, and the size past which sums might overflow."""
 
@@ -160,8 +154,7 @@ class FeatureBounds(NamedTuple):
 class UpperBound:
     """The rounded encoder of one dictionary: half the memory that ``W_enc`` takes in float32."""
 
-    rows: Tensor
-    """bfloat16 [d_sae padded, d_in + EXTRA]; on a CPU in oneDNN's own layout."""
+    rows: Tensor  # bfloat16 [d_sae padded, d_in + EXTRA]; on a CPU in oneDNN's own layout
     floor: Tensor | None
     """float32 [d_sae padded]: a feature whose bound is below it is off; None where that is 0 for all."""
 
@@ -208,7 +201,6 @@ class UpperBound:
         return bounds._replace(pattern=(least - 1 - pattern).clamp_(-1, 0).bitwise_and_(pattern))
 
     def _product(self, x: Tensor) -> Tensor:
-        """x [N, d_in + EXTRA] -> bfloat16 [N, rows], negative ones as 0."""
         if x.device.type == "cpu":
             bounds: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.rows, None, "relu", [], "")
             return bounds
@@ -247,7 +239,6 @@ def _floor(scalars: Columns, size: int) -> Tensor | None:
 
 
 def _rounded(w: Tensor, bias: Tensor) -> Tensor:
-    """w [n, d_in], bias [n] -> bfloat16 [n, d_in + EXTRA]."""
     near = w.bfloat16()
     size, lost = near.float().norm(dim=1), (near.float() - w).norm(dim=1)
     room = (w.shape[1] + EXTRA) * 2.0**-22

@@ -26,34 +26,24 @@ class PublishedSae:
     id: str
     repo: str
     path: str
-    """The folder or file in the repository."""
     model: str
-    converter: str
-    """What SAELens calls the kind of files: ``sae_lens`` for its own."""
+    converter: str  # what SAELens calls the kind of files: ``sae_lens`` for its own
     scale: float | None = None
     """The factor that takes activations to the scale the SAE was trained on (``norm_scaling_factor``)."""
-    normalisation: str | None = None
-    """Normalisation of each token, in place of what the files say."""
-    is_centred: bool = False
-    """Whether the model's writing weights were centred (``center_writing_weights``)."""
-    hook: str | None = None
-    """Where it reads, as TransformerLens spells it, in place of what the files say."""
+    normalisation: str | None = None  # normalisation of each token, in place of what the files say
+    is_centred: bool = False  # whether the model's writing weights were centred (``center_writing_weights``)
+    hook: str | None = None  # where it reads, as TransformerLens spells it, in place of what the files say
     l0: float | None = None
-    """Mean number of features that fire on a token, as stated."""
     variance_explained: float | None = None
-    neuronpedia: str | None = None
-    """Its id there, ``model/layer-source``."""
+    neuronpedia: str | None = None  # its id there, ``model/layer-source``
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """SAEs that were published together."""
-
     name: str
     repo: str
     model: str
     saes: Mapping[str, PublishedSae]
-    """By their ids."""
 
 
 def source() -> str:
@@ -63,16 +53,11 @@ def source() -> str:
 
 @cache
 def all_releases() -> Mapping[str, Release]:
-    """Every release by its name."""
     return {name: _release(name, listed) for name, listed in _list()["releases"].items()}
 
 
 def find_release(release: str, sae_id: str) -> PublishedSae:
-    """The SAE of that id.
-
-    Raises:
-        ValueError: no such release, or none of that id in it; suggests some that are close.
-    """
+    """The SAE of that id. Raises ValueError: no such release or id in it; suggests some that are close."""
     every = all_releases()
     if release not in every:
         close = get_close_matches(release, every, n=3, cutoff=0.5)
@@ -84,7 +69,7 @@ def find_release(release: str, sae_id: str) -> PublishedSae:
     return saes[sae_id]
 
 
-def at(repo: str, path: str) -> PublishedSae | None:
+def find_published(repo: str, path: str) -> PublishedSae | None:
     """The SAE at that place on the hub, under the name that the list has first; None where it has none."""
     return _places().get((repo, path.strip("/")))
 

@@ -28,14 +28,10 @@ class Group:
 
     slots: tuple[int, ...]
     lengths: tuple[int, ...]
-    tokens: Tensor | slice
-    """Of each cell, its token: int64 [B, T]; a slice where T is 1 and they lie together."""
-    positions: Tensor
-    """int64 [B, T], the token's position in its request."""
-    special: Tensor
-    """bool [B, T], True for special tokens."""
-    filled: Tensor | None
-    """int64 [n], the numbers in B x T of the cells that are not padded; None where none is."""
+    tokens: Tensor | slice  # of each cell, its token: int64 [B, T]; a slice where T is 1 and they lie together
+    positions: Tensor  # int64 [B, T], the token's position in its request
+    special: Tensor  # bool [B, T], True for special tokens
+    filled: Tensor | None  # int64 [n], the numbers in B x T of the cells that are not padded; None where none is
 
     @classmethod
     def singles(cls, slots: tuple[int, ...], positions: Tensor, special: Tensor) -> Group:
@@ -48,7 +44,6 @@ class Group:
         return _cells(x, self.tokens)
 
     def put(self, cells: Tensor, x: Tensor) -> None:
-        """Writes cells [B, T, d] into their places in x [N, d]."""
         if isinstance(self.tokens, slice):
             x[self.tokens] = cells[:, 0]
         elif self.filled is None:
@@ -59,19 +54,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The N tokens of one forward pass."""
-
     groups: tuple[Group, ...] = ()
 
     @classmethod
     def of(cls, spans: Sequence[RowSpan], positions: Tensor, special: Tensor) -> Rows:
-        """Groups the spans by the power of two that holds them, so that less than half of the cells are padded.
-
-        Args:
-            spans: each request at most once; they need not lie in order, nor cover every token.
-            positions: int64 [N].
-            special: bool [N].
-        """
+        """Groups spans, one a request, by the power of two that holds them: less than half of the cells are padded."""
         by_size: dict[int, list[RowSpan]] = defaultdict(list)
         for span in spans:
             by_size[(span.length - 1).bit_length()].append(span)

@@ -65,7 +65,7 @@ class AdmittedRequest:
         """Waits for the turn of a task that can take so many tokens; a place it has is given up first.
 
         Raises:
-            SaeguardError: it was evicted for a caller who had fewer waiting.
+            ServiceError: it was evicted for a caller who had fewer waiting.
         """
         await self._place.aclose()
         await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))

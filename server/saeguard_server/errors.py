@@ -1,23 +1,6 @@
-"""Every way in which Saeguard says no, with a stable reason; no gRPC here: ``rpc.interceptor`` maps these to statuses.
+"""Every way in which Saeguard says no, with its stable reason and the gRPC status that callers get it with.
 
-SaeguardError
-├── InvalidRequest          a field is wrong; names it
-├── UnknownName             a model, SAE or feature that is not served; names the field
-├── Unauthenticated         nobody knows who calls
-├── PermissionDenied        the caller is known and may not; names the role that it needs
-├── PolicyRefusal           a field asks for what a policy does not allow; names field, policy and rule
-├── QuotaExceeded           the caller's own share is used up; says which, and when to come back if that helps
-├── Conflict                what the caller read has changed since; read it again
-├── ReadOnlyStore           policies are kept where this server may not write
-├── NotConfigured           this server was started without what the call is about
-├── Overloaded              too much at once; says when to come back
-├── DeadlineExceeded        the time the caller or the server allowed is over
-├── Cancelled               the caller is gone
-├── Unavailable             draining, starting, or the engine is down; try elsewhere or later
-├── PoliciesUnavailable     what must be enforced is not known, so nothing is served
-├── ActivationNotReached    the policies that the caller demands were not in force in time
-├── NonFiniteOutput         the model's output for this request is not finite
-└── InternalFailure         our bug, including an edit that was promised and not applied
+No gRPC here: ``rpc.interceptor`` makes the statuses.
 """
 
 from __future__ import annotations
@@ -27,19 +10,27 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 
-class SaeguardError(Exception):
+class ServiceError(Exception):
     """Base of everything the service refuses or fails with.
 
     Attributes:
         reason: stable, upper-case code of the class; what clients and dashboards match on.
+        status: name of its gRPC status code.
         message: one sentence for a person.
         facts: what clients may want beside the reason, by name.
         retry_after_s: when to come back, where that helps.
     """
 
     reason: ClassVar[str]
+    status: ClassVar[str]
     facts: Mapping[str, str] = MappingProxyType({})
     retry_after_s: float | None = None
+
+    def __init_subclass__(cls, reason: str = "", status: str = "") -> None:
+        if reason:
+            cls.reason = reason
+        if status:
+            cls.status = status
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -50,13 +41,13 @@ class SaeguardError(Exception):
         return _rebuild, (type(self), self.args, vars(self))
 
 
-def _rebuild(kind: type[SaeguardError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> SaeguardError:
+def _rebuild(kind: type[ServiceError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> ServiceError:
     error = kind.__new__(kind, *args)
     vars(error).update(attributes)
     return error
 
 
-class RequestFieldError(SaeguardError):
+class RequestFieldError(ServiceError):
     """An error about one field of the request, such as ``interventions[2].clamp.value``."""
 
     def __init__(self, field: str, message: str) -> None:
@@ -65,38 +56,28 @@ class RequestFieldError(SaeguardError):
         self.description = message
 
 
-class InvalidRequest(RequestFieldError):
+class InvalidRequest(RequestFieldError, reason="INVALID_REQUEST", status="INVALID_ARGUMENT"):
     """A field holds what it must not."""
 
-    reason: ClassVar[str] = "INVALID_REQUEST"
+
+class UnknownName(RequestFieldError, reason="UNKNOWN_NAME", status="NOT_FOUND"):
+    """A field names a model, SAE or feature that is not served here."""
 
 
-class UnknownName(RequestFieldError):
-    """A field names something that is not served here."""
-
-    reason: ClassVar[str] = "UNKNOWN_NAME"
-
-
-class Unauthenticated(SaeguardError):
+class Unauthenticated(ServiceError, reason="UNAUTHENTICATED", status="UNAUTHENTICATED"):
     """The caller showed nothing, too much, or what is not accepted; the message never quotes it."""
 
-    reason: ClassVar[str] = "UNAUTHENTICATED"
 
-
-class PermissionDenied(SaeguardError):
+class PermissionDenied(ServiceError, reason="PERMISSION_DENIED", status="PERMISSION_DENIED"):
     """The caller has not the role that this needs."""
-
-    reason: ClassVar[str] = "PERMISSION_DENIED"
 
     def __init__(self, message: str, role: str) -> None:
         super().__init__(message)
         self.role, self.facts = role, {"role": role}
 
 
-class PolicyRefusal(RequestFieldError):
+class PolicyRefusal(RequestFieldError, reason="POLICY_REFUSED", status="PERMISSION_DENIED"):
     """A policy does not allow what a field asks for."""
-
-    reason: ClassVar[str] = "POLICY_REFUSED"
 
     def __init__(self, field: str, message: str, *, policy: str, rule: str = "") -> None:
         whose = f"rule {rule!r} of policy {policy!r}" if rule else f"policy {policy!r}"
@@ -104,10 +85,8 @@ class PolicyRefusal(RequestFieldError):
         self.facts = {"policy": policy} | ({"rule": rule} if rule else {})
 
 
-class QuotaExceeded(SaeguardError):
+class QuotaExceeded(ServiceError, reason="QUOTA_EXCEEDED", status="RESOURCE_EXHAUSTED"):
     """The caller's own quota; others are served meanwhile. Without ``retry_after_s`` this request never fits."""
-
-    reason: ClassVar[str] = "QUOTA_EXCEEDED"
 
     def __init__(self, message: str, quota: str, retry_after_s: float | None) -> None:
         super().__init__(message)
@@ -115,75 +94,53 @@ class QuotaExceeded(SaeguardError):
         self.retry_after_s = retry_after_s
 
 
-class Conflict(SaeguardError):
-    """Somebody else was first; nothing was written."""
-
-    reason: ClassVar[str] = "CONFLICT"
+class Conflict(ServiceError, reason="CONFLICT", status="ABORTED"):
+    """What the caller read has changed since; nothing was written."""
 
 
-class ReadOnlyStore(SaeguardError):
+class ReadOnlyStore(ServiceError, reason="READ_ONLY_STORE", status="FAILED_PRECONDITION"):
     """Policies come from files that somebody else writes."""
 
-    reason: ClassVar[str] = "READ_ONLY_STORE"
 
-
-class NotConfigured(SaeguardError):
+class NotConfigured(ServiceError, reason="NOT_CONFIGURED", status="FAILED_PRECONDITION"):
     """The settings leave out what the call is about."""
 
-    reason: ClassVar[str] = "NOT_CONFIGURED"
 
-
-class Overloaded(SaeguardError):
+class Overloaded(ServiceError, reason="OVERLOADED", status="RESOURCE_EXHAUSTED"):
     """The queue is full; nothing was started."""
-
-    reason: ClassVar[str] = "OVERLOADED"
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class DeadlineExceeded(SaeguardError):
-    """The request's time is over; its slot is free again."""
-
-    reason: ClassVar[str] = "DEADLINE_EXCEEDED"
+class DeadlineExceeded(ServiceError, reason="DEADLINE_EXCEEDED", status="DEADLINE_EXCEEDED"):
+    """The time the caller or the server allowed is over; the request's slot is free again."""
 
 
-class Cancelled(SaeguardError):
+class Cancelled(ServiceError, reason="CANCELLED", status="CANCELLED"):
     """The caller went away."""
 
-    reason: ClassVar[str] = "CANCELLED"
 
-
-class Unavailable(SaeguardError):
-    """The service cannot take or finish this now."""
-
-    reason: ClassVar[str] = "UNAVAILABLE"
+class Unavailable(ServiceError, reason="UNAVAILABLE", status="UNAVAILABLE"):
+    """Draining, starting, or the engine is down: to be tried elsewhere or later."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class PoliciesUnavailable(Unavailable):
+class PoliciesUnavailable(Unavailable, reason="POLICIES_UNAVAILABLE"):
     """No policies, stale ones, or some that cannot be applied here: nothing is served without them."""
 
-    reason: ClassVar[str] = "POLICIES_UNAVAILABLE"
 
-
-class ActivationNotReached(SaeguardError):
+class ActivationNotReached(ServiceError, reason="ACTIVATION_NOT_REACHED", status="FAILED_PRECONDITION"):
     """Policies as new as the caller demands were not in force here before its deadline."""
 
-    reason: ClassVar[str] = "ACTIVATION_NOT_REACHED"
 
-
-class NonFiniteOutput(SaeguardError):
+class NonFiniteOutput(ServiceError, reason="NON_FINITE_OUTPUT", status="FAILED_PRECONDITION"):
     """The model's output for this request became NaN or infinite, as an extreme edit can make it."""
 
-    reason: ClassVar[str] = "NON_FINITE_OUTPUT"
 
-
-class InternalFailure(SaeguardError):
+class InternalFailure(ServiceError, reason="INTERNAL", status="INTERNAL"):
     """Our bug. The request fails; nothing half-steered is passed off as an answer."""
-
-    reason: ClassVar[str] = "INTERNAL"

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from saeguard_server.errors import SaeguardError
+from saeguard_server.errors import ServiceError
 from saeguard_server.observe import Metrics
 
 POLL_S = 0.01
@@ -79,7 +79,7 @@ class FairQueue:
         """Waits for this request's turn; around its time in the engine. ``cost`` is the tokens it can take.
 
         Raises:
-            SaeguardError: it was evicted for a caller who had fewer waiting.
+            ServiceError: it was evicted for a caller who had fewer waiting.
         """
         if self._waiting or not self._has_room():
             await self._wait(caller, cost)
@@ -91,7 +91,7 @@ class FairQueue:
             self._running -= 1
             self._admit()
 
-    def evict(self, caller: str, error: SaeguardError) -> bool:
+    def evict(self, caller: str, error: ServiceError) -> bool:
         """Makes room for this caller: the last request of the longest line fails with ``error``.
 
         Returns:

@@ -20,7 +20,7 @@ from saeguard_server.audit.log import Audit, RequestAudit
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, Side, Steering
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
-from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, SaeguardError, UnknownName
+from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy.compile import Policies, Snapshot
 from saeguard_server.policy.resolve import resolve_policies
@@ -114,7 +114,7 @@ class Generation:
 
         Raises:
             InvalidRequest: too many tokens, prompt log-probabilities, or an engine that cannot measure.
-            SaeguardError: as for a generation.
+            ServiceError: as for a generation.
         """
         if not self._engine.capabilities.compares:
             raise InvalidRequest("request", f"the {self._engine.capabilities.engine} engine cannot compare")
@@ -148,7 +148,7 @@ class Generation:
         """What the engine is asked to do, under the policies that are in force now: the request keeps them.
 
         Raises:
-            SaeguardError: as for ``stream``, but for what the engine raises.
+            ServiceError: as for ``stream``, but for what the engine raises.
         """
         snapshot = await self._snapshot(request, call)
         return await asyncio.to_thread(self._compile, request, call, snapshot)
@@ -224,7 +224,7 @@ class RequestRecorder:
         audit = self._audit.request(call, request, is_comparison=is_comparison)
         try:
             yield RecordedRequest(self, audit)
-        except SaeguardError as err:
+        except ServiceError as err:
             audit.fail(err.reason)
             raise
         except BaseException:
@@ -286,7 +286,7 @@ async def measure_divergence(
     Both read the same tokens, in the same batch.
 
     Raises:
-        SaeguardError: as for a generation.
+        ServiceError: as for a generation.
     """
     if not answer:
         return ()
@@ -316,7 +316,7 @@ async def all_chunks(engine: Engine, task: GenerateTask) -> tuple[StreamChunk, .
     """Every chunk of a task.
 
     Raises:
-        SaeguardError: as for a generation.
+        ServiceError: as for a generation.
     """
     async with aclosing(engine.generate(task)) as stream:
         chunks = [chunk async for chunk in stream]
@@ -375,7 +375,7 @@ class Counterfactuals:
                 await asyncio.sleep(IDLE_S)
             try:
                 await self._measure(job)
-            except SaeguardError as err:
+            except ServiceError as err:
                 _log.warning("a counterfactual failed", extra={"fields": {"reason": err.reason}})
 
     async def _measure(self, job: _Job) -> None:

@@ -17,7 +17,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2 as details
 
 from saeguard.v1 import generation_service_pb2 as gen
-from saeguard_client import AsyncClient, Client, DeadlineExceeded, Overloaded, Unavailable
+from saeguard_client import AsyncClient, Client, DeadlineExceeded, ResourceExhausted, Unavailable
 from saeguard_client.calls import channel_options
 
 ATTEMPTS = "grpc-previous-rpc-attempts"
@@ -69,7 +69,7 @@ def test_overload_is_tried_again_when_the_server_pushes_back(server: Any, open_s
 def test_a_server_can_forbid_another_try(server: Any, open_shell: Any, whole_reply: Any) -> None:
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     server.on("Generate", flaky(server, whole_reply, 9, code, RETRY_INFO, pushback_ms="-1"))
-    with pytest.raises(Overloaded) as caught:
+    with pytest.raises(ResourceExhausted) as caught:
         open_shell(retries=4).call("generate", "a")
     assert caught.value.retry_after_s == 2.0
     assert len(server.seen) == 1

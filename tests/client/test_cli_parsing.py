@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeguard.types import KINDS, UNITS
-from saeguard_client import Add, Clamp, FeatureRef, Scale, Scope, Zero
-from saeguard_client.cli import main, parser
+from saeguard_client import Add, Clamp, FeatureRef, Scale, Scope, Zero, cli
+from saeguard_client.cli import main
 from saeguard_client.cli.generate import EditFlag, steering
 
 NAMES = st.text(st.characters(categories=["L", "N"], include_characters="_.:=-/"), min_size=1)
@@ -21,7 +21,7 @@ REFS = st.builds(FeatureRef, NAMES, st.integers(0, 2**32 - 1))
 
 
 def parsed(*arguments: str) -> Any:
-    return parser.build_parser().parse_args(["generate", "x", *arguments])
+    return cli.build_parser().parse_args(["generate", "x", *arguments])
 
 
 @given(
@@ -104,15 +104,15 @@ def exit_code(arguments: list[str]) -> Any:
 
 @pytest.mark.parametrize("arguments", [["--target", "h:1", "info"], ["info", "--target", "h:1"]])
 def test_the_target_goes_before_or_after(arguments: list[str]) -> None:
-    args = parser.build_parser().parse_args(arguments)
+    args = cli.build_parser().parse_args(arguments)
     assert (args.target, args.deadline) == ("h:1", 600.0)
 
 
 def test_the_target_comes_from_the_environment(monkeypatch: Any) -> None:
     monkeypatch.setenv("SAEGUARD_TARGET", "h:2")
-    assert parser.build_parser().parse_args(["info"]).target == "h:2"
+    assert cli.build_parser().parse_args(["info"]).target == "h:2"
     monkeypatch.delenv("SAEGUARD_TARGET")
-    assert parser.build_parser().parse_args(["info"]).target == "127.0.0.1:50051"
+    assert cli.build_parser().parse_args(["info"]).target == "127.0.0.1:50051"
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def installed(monkeypatch: Any) -> Any:
     """Installs commands for this test instead of the real ones."""
 
     def install(*commands: EntryPoint) -> None:
-        monkeypatch.setattr(parser, "entry_points", lambda group: commands)
+        monkeypatch.setattr(cli, "entry_points", lambda group: commands)
 
     return install
 
@@ -135,7 +135,7 @@ def plugin(monkeypatch: Any, run: Any) -> EntryPoint:
 
     module.add = add  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_plugin", module)
-    return EntryPoint("serve", "a_plugin:add", parser.GROUP)
+    return EntryPoint("serve", "a_plugin:add", cli.GROUP)
 
 
 def test_a_plugins_command_runs(monkeypatch: Any, installed: Any) -> None:
@@ -145,13 +145,13 @@ def test_a_plugins_command_runs(monkeypatch: Any, installed: Any) -> None:
 
 
 def test_a_plugin_is_listed_without_being_imported(capsys: Any, installed: Any) -> None:
-    installed(EntryPoint("serve", "nowhere_at_all:add", parser.GROUP))
+    installed(EntryPoint("serve", "nowhere_at_all:add", cli.GROUP))
     assert exit_code(["--help"]) == 0
     assert "serve" in capsys.readouterr().out
 
 
 def test_a_missing_plugin_says_what_to_install(capsys: Any, installed: Any) -> None:
-    installed(EntryPoint("serve", "nowhere_at_all:add", parser.GROUP))
+    installed(EntryPoint("serve", "nowhere_at_all:add", cli.GROUP))
     assert exit_code(["serve", "--port", "7"]) == 2
     err = capsys.readouterr().err
     assert 'pip install "saeguard[server]"' in err

@@ -10,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2 as details
 
 from saeguard_client import AsyncClient, Client, PermissionDenied, Unauthenticated
-from saeguard_client.calls import Bearer
+from saeguard_client.calls import Defaults
 from saeguard_client.cli import main
 
 KEY = "sg_0123456789abcdef_Xyzzy-7421"
@@ -59,7 +59,7 @@ def test_what_cannot_be_sent_is_refused_and_not_quoted(client: Any, credentials:
 
 
 def test_credentials_do_not_print() -> None:
-    assert "Xyzzy" not in repr(Bearer(api_key=KEY))
+    assert "Xyzzy" not in repr(Defaults.of(None, {}, KEY, None))
 
 
 @pytest.mark.parametrize(

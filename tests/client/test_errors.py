@@ -71,7 +71,7 @@ def test_a_plain_status_has_its_codes_name_as_reason(server: Any, shell: Any) ->
 def test_a_proxys_reason_is_not_the_servers(server: Any, shell: Any) -> None:
     foreign = details.ErrorInfo(reason="RATE", domain="proxy.example", metadata={"a": "b"})
     server.on("GetModel", lambda request, context: server.refuse(context, grpc.StatusCode.ABORTED, "x", foreign))
-    with pytest.raises(saeguard_client.Conflict) as caught:
+    with pytest.raises(saeguard_client.Aborted) as caught:
         shell.call("model")
     assert (caught.value.reason, caught.value.metadata) == ("ABORTED", {})
 

@@ -11,7 +11,7 @@ import saeguard_client
 from saeguard import wire
 from saeguard.types import KINDS, Intervention
 from saeguard.v1 import intervention_pb2
-from saeguard_client.cli import parser
+from saeguard_client import cli
 from saeguard_sae.edits import Affine
 from saeguard_sae.formats import FORMATS
 from saeguard_server.engine.protocol import CompiledEdit
@@ -56,7 +56,7 @@ def test_a_kind_of_edit_comes_with_all_that_users_need(kind: str) -> None:
     assert meets(effect, effect)
 
     operand = "" if kind == "zero" else "=0.5"
-    arguments = parser.build_parser().parse_args(["generate", "x", f"--{kind}", f"mid:1{operand}"])
+    arguments = cli.build_parser().parse_args(["generate", "x", f"--{kind}", f"mid:1{operand}"])
     assert [flag.kind for flag in arguments.edits] == [kind]
 
 

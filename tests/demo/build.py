@@ -30,9 +30,10 @@ from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats.saelens_save import save_saelens
 from saeguard_sae.models import Site
 from saeguard_sae.train import SaeSettings
-from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_language_model
+from saeguard_sae.train.data import LanguageModel, open_language_model
 from saeguard_sae.train.quality.evaluate import EvaluateSettings, evaluate_saes
-from saeguard_sae.train.quality.material import Material
+from saeguard_sae.train.quality.evaluation_data import EvaluationData
+from saeguard_sae.train.settings import LanguageModelSettings
 from saeguard_server.demo.scenarios import ASSETS, Lexicon, Measured, Scenario
 from support.training import train
 
@@ -198,7 +199,7 @@ def describe(
 
 def quality(model: LanguageModel, sae: loading.LoadedSae, check: list[Tokens]) -> Quality:
     """What the product's evaluation says of the SAE."""
-    material = Material(
+    material = EvaluationData(
         model=model.network,
         name=model.name,
         rows=[lm.as_row(document.ids) for document in check],

@@ -16,7 +16,7 @@ from saeguard_sae.catalogue import CatalogueFeature, CatalogueToken, Example
 from saeguard_sae.coders import SparseCoder
 from saeguard_sae.discover import auroc, f1_of, pool
 from saeguard_sae.loading import LoadedSae
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel
 
 CONCEPTS = {
     "french": "French",

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from demo.lm import N_SPECIAL, Tokens, as_row
 from saeguard_sae.models import Site
-from saeguard_sae.train.activations import Harvester
-from saeguard_sae.train.data import TokenRows
-from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.quality.material import evaluation_batches
+from saeguard_sae.train.activations import ActivationReader
+from saeguard_sae.train.data import LanguageModel, TokenRows
+from saeguard_sae.train.quality.evaluation_data import evaluation_batches
 
 PASS_TOKENS = 4096
 """Of one forward pass, padding included."""
@@ -52,7 +51,7 @@ def by_length(documents: Iterable[Tokens]) -> list[Tokens]:
 def harvest(model: LanguageModel, documents: Iterable[Tokens], sites: Sequence[Site]) -> Harvest:
     """Runs the documents through the model, those of like length together."""
     documents = by_length(documents)
-    harvester = Harvester(model, sites)
+    harvester = ActivationReader(model, sites)
     parts: list[dict[Site, Tensor]] = []
     first = 0
     for batch in evaluation_batches((as_row(document.ids) for document in documents), PASS_TOKENS):

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from demo import corpus
 from demo.corpus import Document
-from saeguard_sae.train.quality.material import EvaluationRow, pad_rows
+from saeguard_sae.train.quality.evaluation_data import EvaluationRow, pad_rows
 
 logger = logging.getLogger(__name__)
 

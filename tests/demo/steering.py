@@ -25,8 +25,8 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss
 from saeguard_sae.models import Site, hooked
 from saeguard_sae.rows import Rows, RowSpan
-from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.quality.material import EvaluationBatch, evaluation_batches, pad_rows
+from saeguard_sae.train.data import LanguageModel
+from saeguard_sae.train.quality.evaluation_data import EvaluationBatch, evaluation_batches, pad_rows
 from saeguard_server.demo.scenarios import SCORERS, Lexicon, NeutralChange, ScenarioEdit, Side, interval, repetition
 
 ROWS = 64

@@ -15,7 +15,8 @@ from saeguard_sae import loading
 from saeguard_sae.dictionary import JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
+from saeguard_sae.train.data import open_language_model
+from saeguard_sae.train.settings import LanguageModelSettings
 from saeguard_server.demo.scenarios import ASSETS, SCORERS, Scenario, flattery, load_demonstration
 
 DEMO = load_demonstration()

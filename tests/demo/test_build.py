@@ -9,7 +9,8 @@ from demo import build, lm
 from demo.card import digests
 from saeguard_sae import loading
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
+from saeguard_sae.train.data import open_language_model
+from saeguard_sae.train.settings import LanguageModelSettings
 from saeguard_server.demo.scenarios import ASSETS, load_demonstration
 
 SIZE = build.Size(0.005)

@@ -15,8 +15,8 @@ from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.edit_table import FOREVER, EditColumn
 from saeguard_sae.edits import Affine
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.quality.material import pad_rows
+from saeguard_sae.train.data import LanguageModel
+from saeguard_sae.train.quality.evaluation_data import pad_rows
 from saeguard_server.demo.scenarios import ScenarioEdit
 
 SHAPE = replace(lm.LlamaSettings(), vocab_size=40, d_model=24, n_layers=3, n_heads=3, n_kv_heads=1, d_mlp=32)

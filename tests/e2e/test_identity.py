@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_client import AsyncClient, Clamp, Client, Overloaded, PermissionDenied, Unauthenticated, Zero
+from saeguard_client import AsyncClient, Clamp, Client, PermissionDenied, ResourceExhausted, Unauthenticated, Zero
 from saeguard_client.cli import main
 from saeguard_server.caller import Quota
 from saeguard_server.settings import CheckSettings, EngineSettings, IdentitySettings
@@ -66,7 +66,7 @@ def _ask(target: str, writer: str, steerer: str) -> None:
     with Client(target, api_key=steerer) as client:
         answer = client.generate(PROMPT, steer=[Clamp("resid4", 0, 0.5, unit="max")], max_new_tokens=3)
         assert answer.receipt is not None
-        with pytest.raises(Overloaded, match="may name 1 features") as full:
+        with pytest.raises(ResourceExhausted, match="may name 1 features") as full:
             client.generate(PROMPT, steer=[Zero("resid4", 0), Zero("resid4", 1)])
         assert (full.value.reason, full.value.metadata["quota"]) == ("QUOTA_EXCEEDED", "max_features")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from saeguard_sae.loading import load_sae
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
+from saeguard_sae.train.quality.evaluate import EvaluateSettings, Evaluation, evaluate_saes
+from saeguard_sae.train.quality.evaluation_data import EvaluationData, EvaluationRow
 from support.models import save_model
 from support.saes import plain_sae, save_sae
 
@@ -40,7 +41,7 @@ def both(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [EvaluationRow(ids, torch.ones(CONTEXT, dtype=torch.bool)) for ids in tokens]
-    material = Material(model=model, name="tiny", rows=rows, source="a test", decode=str)
+    material = EvaluationData(model=model, name="tiny", rows=rows, source="a test", decode=str)
     return evaluate_saes(load_sae("one", folder / "sae"), material, SETTINGS), json.loads(done.stdout.splitlines()[-1])
 
 

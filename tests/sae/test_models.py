@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeguard_sae.models import ModelLoadError, Site, hook, hooked, locate, open_folder, open_model, torch_dtype
-from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
-from saeguard_sae.train.settings import TrainError
+from saeguard_sae.train.data import open_language_model
+from saeguard_sae.train.settings import LanguageModelSettings, TrainError
 from saeguard_server.engine.load import load_model
 from saeguard_server.settings import ModelSettings
 from support.models import save_model

@@ -61,15 +61,17 @@ def test_facts_that_the_files_leave_out(release: str, sae_id: str, facts: dict[s
 
 
 def test_a_place_on_the_hub_leads_back_to_its_facts() -> None:
-    found = releases.at("tommmcgrath/gpt2-small-mlp-out-saes", "sae_group_gpt2_blocks.0.hook_mlp_out_24576:v1/")
+    found = releases.find_published(
+        "tommmcgrath/gpt2-small-mlp-out-saes", "sae_group_gpt2_blocks.0.hook_mlp_out_24576:v1/"
+    )
     assert found == releases.find_release("gpt2-small-mlp-tm", "blocks.0.hook_mlp_out")
-    assert releases.at("nobody/nothing", "") is None
+    assert releases.find_published("nobody/nothing", "") is None
 
 
 def test_every_place_is_found_again() -> None:
     for release in releases.all_releases().values():
         last = list(release.saes.values())[-1]
-        again = releases.at(last.repo, last.path)
+        again = releases.find_published(last.repo, last.path)
         assert again is not None
         assert (again.repo, again.path, again.scale) == (last.repo, last.path, last.scale)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_language_model
+from saeguard_sae.train.data import LanguageModel, open_language_model
+from saeguard_sae.train.settings import LanguageModelSettings
 from support.models import SITES, save_model
 
 

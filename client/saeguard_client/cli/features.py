@@ -12,9 +12,11 @@ from saeguard.types import FeatureRef
 from saeguard_client.cli.generate import add_steering, read_prompt, steering
 from saeguard_client.cli.terminal import (
     Terminal,
+    add_repeated,
     as_argument,
     as_json,
     command,
+    command_group,
     connect,
     print_result,
     safe,
@@ -35,20 +37,15 @@ _ACTIVATION_EXAMPLES = """examples:
   saeguard activations "The bridge is golden" --feature resid4:4021
   saeguard activations - --sae resid4 --json < text.txt
 """
+_INFO_EXAMPLE = "example:\n  saeguard info --target models.internal:50051 --tls-ca ca.pem\n"
 
 
 # --- saeguard features
 
 
 def add_features(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        "features",
-        help="find features to steer",
-        description="What is known about the SAEs' features.",
-        epilog=_FEATURE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    about = "What is known about the SAEs' features."
+    actions = command_group(subparsers, "features", "find features to steer", about, _FEATURE_EXAMPLES)
     for name, text in (
         ("list", "labelled features first, then the most frequent"),
         ("search", "features whose label, tokens or examples hold these words"),
@@ -104,28 +101,14 @@ def _number(value: float | None) -> str:
 
 
 def add_activations(subparsers: argparse._SubParsersAction[Any]) -> None:
-    with command(
-        subparsers,
-        "activations",
-        run_activations,
-        "show which features fire on which token",
-        description="Read a text and show each token's strongest features, or colour the text by chosen features.",
-        epilog=_ACTIVATION_EXAMPLES,
-        json=_JSON,
-    ) as parser:
+    about = "Read a text and show each token's strongest features, or colour the text by chosen features."
+    title, layout = "show which features fire on which token", {"description": about, "epilog": _ACTIVATION_EXAMPLES}
+    with command(subparsers, "activations", run_activations, title, json=_JSON, **layout) as parser:
         parser.add_argument("text", metavar="TEXT", help="text to read, or - for standard input")
         parser.add_argument("--chat", action="store_true", help="TEXT is a user's message to a chat model")
-        parser.add_argument(
-            "--sae", action="append", default=[], metavar="NAME", help="SAE to read with (default: all)"
-        )
-        parser.add_argument(
-            "--feature",
-            action="append",
-            default=[],
-            metavar="SAE:FEATURE",
-            type=as_argument(FeatureRef.parse),
-            help="colour the text by this feature's value; may be repeated",
-        )
+        add_repeated(parser, "--sae", "NAME", "SAE to read with (default: all)")
+        color = "colour the text by this feature's value; may be repeated"
+        add_repeated(parser, "--feature", "SAE:FEATURE", color, parse=FeatureRef.parse)
         parser.add_argument("--top", type=int, default=3, metavar="K", help="features per token (default: 3)")
         add_steering(parser)
 
@@ -190,15 +173,8 @@ def _named(entry: Feature) -> str:
 
 
 def add_info(subparsers: argparse._SubParsersAction[Any]) -> None:
-    with command(
-        subparsers,
-        "info",
-        run_info,
-        "show the server, its model and its SAEs",
-        description="What is served, and what the server allows.",
-        epilog="example:\n  saeguard info --target models.internal:50051 --tls-ca ca.pem\n",
-        json=_JSON,
-    ):
+    layout = {"description": "What is served, and what the server allows.", "epilog": _INFO_EXAMPLE}
+    with command(subparsers, "info", run_info, "show the server, its model and its SAEs", json=_JSON, **layout):
         pass
 
 

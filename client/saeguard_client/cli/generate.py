@@ -10,30 +10,17 @@ import asyncio
 import inspect
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Final
 
+from saeguard import types
 from saeguard.requests import ChatMessage, Input, Sampling
 from saeguard.results import Completion, InterventionReceipt, StreamChunk, TriggerReceipt
-from saeguard.types import (
-    KINDS,
-    PHASES,
-    UNITS,
-    Action,
-    Condition,
-    FeatureRef,
-    Flag,
-    Intervention,
-    Scale,
-    Scope,
-    Stop,
-    Trigger,
-    Unit,
-    ValuedIntervention,
-)
+from saeguard.types import Condition, FeatureRef, Intervention, Trigger, Unit
+from saeguard_client.async_client import AsyncClient
 from saeguard_client.cli.terminal import (
     Terminal,
     UsageError,
@@ -42,7 +29,7 @@ from saeguard_client.cli.terminal import (
     beside,
     command,
     connect,
-    connect_async,
+    connected,
     safe,
     usage,
 )
@@ -52,9 +39,9 @@ _EXAMPLES = """examples:
   saeguard generate "I live in" --clamp resid4:4021=1.5max --compare
   echo "What is a bridge?" | saeguard generate - --chat --zero resid4:17 --json
 """
-_ACTIONS: Final[dict[str, tuple[Action, str]]] = {
-    "stop": (Stop(), "end the text before the first token on which the feature is above THRESHOLD"),
-    "flag": (Flag(), "only tell whether that happened"),
+_ACTIONS: Final[dict[str, tuple[types.Action, str]]] = {
+    "stop": (types.Stop(), "end the text before the first token on which the feature is above THRESHOLD"),
+    "flag": (types.Flag(), "only tell whether that happened"),
 }
 _TITLES: Final = ("unsteered", "steered")
 _NARROW: Final = 60
@@ -147,7 +134,7 @@ def _run_compare(
 async def _generate_both(
     args: argparse.Namespace, prompt: Input, steer: tuple[Intervention, ...], arguments: dict[str, Any]
 ) -> tuple[Completion, Completion]:
-    async with connect_async(args) as client:
+    async with connected(AsyncClient, args) as client:
         return await asyncio.gather(
             client.generate(prompt, **arguments), client.generate(prompt, steer=steer, **arguments)
         )
@@ -164,7 +151,6 @@ def _both_texts(plain: str, steered: str, terminal: Terminal) -> list[str]:
 
 
 def summary(completion: Completion) -> str:
-    """Why it ended, how much, how long, what was edited."""
     spent, receipt, by = completion.usage, completion.receipt, completion.stopped_by
     parts = [
         completion.finish_reason if by is None else f"stopped by {_qualified(by.policy, by.name)}",
@@ -237,17 +223,18 @@ class EditFlag:
         """
         if kind == "zero":
             return cls(kind, FeatureRef.parse(spelling))
-        return cls(kind, *_split_value(spelling, "value", () if kind == "scale" else UNITS))
+        return cls(kind, *_split_value(spelling, "value", () if kind == "scale" else types.UNITS))
 
-    def build(self, unit: str, scope: Scope) -> Intervention:
-        """The edit, with what the other flags say."""
+    def build(self, unit: str, scope: types.Scope) -> Intervention:
+        edit = types.KINDS[self.kind]
         operands = () if self.operand is None else (self.operand,)
-        units: dict[str, Any] = {"unit": self.unit or unit} if issubclass(KINDS[self.kind], ValuedIntervention) else {}
-        return KINDS[self.kind](self.target.sae, self.target.feature, *operands, scope=scope, **units)
+        units: dict[str, Any] = {"unit": self.unit or unit} if issubclass(edit, types.ValuedIntervention) else {}
+        return edit(self.target.sae, self.target.feature, *operands, scope=scope, **units)
 
 
-def _split_value(spelling: str, noun: str, units: tuple[Unit, ...] = UNITS) -> tuple[FeatureRef, float, Unit | None]:
-    """``sae:feature=number[unit]``."""
+def _split_value(
+    spelling: str, noun: str, units: Sequence[Unit] = types.UNITS
+) -> tuple[FeatureRef, float, Unit | None]:
     target, equals, value = spelling.rpartition("=")
     if not equals:
         raise ValueError(f"{spelling!r} has no {noun}; write it like 'resid4:4021=2'")
@@ -256,21 +243,21 @@ def _split_value(spelling: str, noun: str, units: tuple[Unit, ...] = UNITS) -> t
     try:
         return ref, float(value.removesuffix(unit or "")), unit
     except ValueError:
-        raise ValueError(f"{value!r} is not a number, alone or followed by one of {', '.join(UNITS)}") from None
+        endings = ", ".join(types.UNITS)
+        raise ValueError(f"{value!r} is not a number, alone or followed by one of {endings}") from None
 
 
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """One flag per kind of edit, and the unit and scope of them all."""
     group = parser.add_argument_group("edits", "Each may be given several times, for different features.")
-    for kind, edit in KINDS.items():
-        operand = (
-            "=VALUE[UNIT]" if issubclass(edit, ValuedIntervention) else "=FACTOR" if issubclass(edit, Scale) else ""
-        )
+    for kind, edit in types.KINDS.items():
+        is_valued = issubclass(edit, types.ValuedIntervention)
+        operand = "=VALUE[UNIT]" if is_valued else "=FACTOR" if issubclass(edit, types.Scale) else ""
         help_text = inspect.getdoc(edit) or ""
         parse = partial(EditFlag.parse, kind)
         add_repeated(group, f"--{kind}", f"SAE:FEATURE{operand}", help_text.replace("`", ""), dest="edits", parse=parse)
-    group.add_argument("--unit", choices=UNITS, default="raw", help="of values that name none (default: raw)")
-    group.add_argument("--phase", choices=PHASES, default="all", help="tokens to edit (default: all)")
+    group.add_argument("--unit", choices=types.UNITS, default="raw", help="of values that name none (default: raw)")
+    group.add_argument("--phase", choices=types.PHASES, default="all", help="tokens to edit (default: all)")
 
 
 def steering(args: argparse.Namespace) -> tuple[Intervention, ...]:
@@ -280,7 +267,7 @@ def steering(args: argparse.Namespace) -> tuple[Intervention, ...]:
         UsageError: one of them cannot be.
     """
     with usage():
-        return tuple(edit.build(args.unit, Scope(phase=args.phase)) for edit in args.edits)
+        return tuple(edit.build(args.unit, types.Scope(phase=args.phase)) for edit in args.edits)
 
 
 # --- flags of triggers and policies: ``--stop-on resid4:4021=1.5max``, ``--policy NAME``

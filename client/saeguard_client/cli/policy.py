@@ -11,8 +11,19 @@ from typing import Any, Final
 
 from saeguard.catalog import Activation, PolicyChange, PolicyHistory, PolicySet, PolicySummary, Revision
 from saeguard.results import Completion
-from saeguard_client.cli.terminal import Terminal, UsageError, command, connect, print_result, safe, table
+from saeguard_client.cli.terminal import (
+    Terminal,
+    UsageError,
+    command,
+    command_group,
+    connect,
+    print_result,
+    safe,
+    table,
+)
 
+_ABOUT = """What the server enforces on everybody's requests. A change makes a revision; a revision takes effect when it
+is activated."""
 _EPILOG = """examples:
   saeguard policy diff policies/                         what apply would change; nothing is stored
   saeguard policy apply policies/ --reason "calmer tone"
@@ -48,15 +59,7 @@ NOTICED: Final = 1
 
 
 def add_policy(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        "policy",
-        help="read, change and enforce policies",
-        description="What the server enforces on everybody's requests. A change makes a revision; a revision takes "
-        "effect when it is activated.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    actions = command_group(subparsers, "policy", "read, change and enforce policies", _ABOUT, _EPILOG)
     with command(actions, "list", run_list, "policies at a glance, and what is in force", json=_JSON) as parser:
         parser.add_argument("--revision", type=int, help="default: the latest")
     with command(actions, "show", run_show, "policies as YAML, to edit and apply") as parser:
@@ -175,27 +178,27 @@ def run_apply(args: argparse.Namespace) -> int:
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    terminal, documents = Terminal(), read_documents(args.paths)
-    with connect(args) as client:
-        change = client.apply_policies(documents, prune=args.prune, dry_run=True)
-    _note_findings(terminal, change)
+    change = _dry_run(args, prune=args.prune)
     if change.revision.diff:
-        _write_diff(terminal, change)
+        _write_diff(Terminal(), change)
     else:
-        terminal.line("nothing would change")
+        Terminal().line("nothing would change")
     return 0
 
 
 def run_lint(args: argparse.Namespace) -> int:
-    """1 where the server notices anything."""
-    terminal, documents = Terminal(), read_documents(args.paths)
-    with connect(args) as client:
-        change = client.apply_policies(documents, dry_run=True)
-    _note_findings(terminal, change)
-    if change.findings:
+    if _dry_run(args, prune=False).findings:
         return NOTICED
-    terminal.line("nothing to say against these policies")
+    Terminal().line("nothing to say against these policies")
     return 0
+
+
+def _dry_run(args: argparse.Namespace, *, prune: bool) -> PolicyChange:
+    documents = read_documents(args.paths)
+    with connect(args) as client:
+        change = client.apply_policies(documents, prune=prune, dry_run=True)
+    _note_findings(Terminal(), change)
+    return change
 
 
 def run_delete(args: argparse.Namespace) -> int:

@@ -21,7 +21,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Final, TextIO, TypeVar
 
-from saeguard_client.async_client import AsyncClient
 from saeguard_client.calls import DEFAULT_DEADLINE_S
 from saeguard_client.cli import settings
 from saeguard_client.client import Client
@@ -48,7 +47,6 @@ class Terminal:
 
     @property
     def width(self) -> int:
-        """Columns; 80 where nobody knows."""
         return shutil.get_terminal_size().columns
 
     def write(self, text: str) -> None:
@@ -60,7 +58,6 @@ class Terminal:
         self._out.flush()
 
     def end_line(self) -> None:
-        """Completes the line that ``write`` began, if there is one."""
         if self._is_mid_line:
             self.write("\n")
 
@@ -73,7 +70,6 @@ class Terminal:
         self._err.write(f"{text}\n")
 
     def shaded(self, text: str, sgr: str) -> str:
-        """``text`` under the SGR parameters ``sgr``, line by line so that no colour runs to a line's end."""
         if not self.has_color or not sgr:
             return text
         return "\n".join(f"\x1b[{sgr}m{line}{_RESET}" if line else "" for line in text.split("\n"))
@@ -144,7 +140,6 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def pad(text: str, width: int) -> str:
-    """``text`` and the spaces that fill ``width`` cells."""
     return text + " " * (width - cells(text))
 
 
@@ -164,7 +159,6 @@ def _fold_line(line: str, width: int) -> Iterator[str]:
 
 
 def _cut(line: str, width: int) -> int:
-    """Index at which to break: after the last space that fits, else after the last character that fits."""
     end, used = 0, 0
     while used + cells(line[end]) <= width:
         used += cells(line[end])
@@ -184,7 +178,6 @@ def shade(value: float, maximum: float) -> str:
 
 
 def shaded(tokens: Sequence[str], values: Sequence[float], maximum: float, terminal: Terminal) -> str:
-    """The tokens' text on one string; one value per token."""
     pairs = [(safe(text), value) for text, value in zip(tokens, values, strict=True)]
     if terminal.has_color:
         return "".join(terminal.shaded(text, shade(value, maximum)) for text, value in pairs)
@@ -248,6 +241,17 @@ def command(
     parser.set_defaults(run=run)
 
 
+def command_group(
+    subparsers: argparse._SubParsersAction[Any], name: str, help: str, description: str, epilog: str
+) -> argparse._SubParsersAction[Any]:
+    layout = argparse.RawDescriptionHelpFormatter
+    group = subparsers.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=layout)
+    actions: argparse._SubParsersAction[Any] = group.add_subparsers(
+        dest="action", required=True, metavar="ACTION", title="actions"
+    )
+    return actions
+
+
 def add_repeated(
     parser: argparse._ActionsContainer, flag: str, metavar: str, help: str, *, dest: str | None = None, parse: Any = str
 ) -> None:
@@ -274,20 +278,15 @@ def add_connection(parser: argparse.ArgumentParser, *, with_defaults: bool) -> N
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """A client as the flags say.
+    return connected(Client, args)
+
+
+def connected(client: Callable[..., T], args: argparse.Namespace) -> T:
+    """A client of this class as the flags say.
 
     Raises:
         UsageError: the flags make no sense, or a file that they name cannot be read.
     """
-    return _connected(Client, args)
-
-
-def connect_async(args: argparse.Namespace) -> AsyncClient:
-    """The same for asyncio."""
-    return _connected(AsyncClient, args)
-
-
-def _connected(client: Callable[..., T], args: argparse.Namespace) -> T:
     try:
         with usage():
             return client(

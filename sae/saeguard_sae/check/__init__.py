@@ -1,7 +1,7 @@
 """The check of an SAE on the model it is served with: measured, compared with bounds, explained when it fails."""
 
 from saeguard_sae.check.bounds import CheckBounds, bounds_from, violations
-from saeguard_sae.check.check import Hypothesis, hypotheses
+from saeguard_sae.check.diagnosis import Hypothesis, hypotheses
 from saeguard_sae.check.measure import measure_sae
 from saeguard_sae.check.report import CheckReport, calibration_text, check_sae
 

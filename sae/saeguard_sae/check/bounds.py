@@ -14,8 +14,7 @@ from math import isfinite, sqrt
 
 from saeguard_sae.catalogue import Quality
 
-L0_FACTOR = 3.0
-"""L0 may be this many times what is stated, or as many times less."""
+L0_FACTOR = 3.0  # L0 may be this many times what is stated, or as many times less
 FVU_FACTOR, FVU_MARGIN = 2.0, 0.1
 """FVU may be twice what is stated, or 0.1 more, whichever is more: small ones grow by the text's own strangeness."""
 CE_FACTOR, CE_MARGIN = 3.0, 0.5
@@ -27,13 +26,9 @@ class CheckBounds:
     """None is no bound. Values that are not finite never pass."""
 
     min_l0: float | None = None
-    """Least features that fire on a token, mean."""
     max_l0: float | None = None
-    """Most features that fire on a token, mean."""
-    max_fvu: float | None = None
-    """Largest share of variance that may be left unexplained."""
-    max_ce_increase: float | None = None
-    """Largest rise of the model's cross-entropy, in nats per token."""
+    max_fvu: float | None = None  # largest share of variance that may be left unexplained
+    max_ce_increase: float | None = None  # largest rise of the model's cross-entropy, in nats per token
     stated: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How the bounds of these names follow from what the files state; the settings give those not in it."""
 
@@ -64,12 +59,7 @@ _NAMES = ("min_l0", "max_l0", "max_fvu", "max_ce_increase")
 
 
 def bounds_from(stated: Quality | None, stated_l0: float | None, settings: CheckBounds) -> CheckBounds:
-    """The bounds of the settings; for each that they leave open, what follows from what is stated.
-
-    Args:
-        stated: what ``quality.json`` beside the weights says.
-        stated_l0: what the SAE's own files say, where that does not.
-    """
+    """The settings' bounds, else what follows from ``stated`` (``quality.json``) or ``stated_l0`` (its own files)."""
     derived = _derived(stated or Quality(), stated_l0)
     # A bound of the settings takes the opposite one along where the two would contradict each other.
     if settings.min_l0 is not None and "max_l0" in derived and derived["max_l0"][0] < settings.min_l0:

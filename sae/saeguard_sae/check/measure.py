@@ -26,22 +26,17 @@ class Variant:
     """
 
     dictionary: Dictionary
-    scale_in: float = 1.0
-    """Multiplies what is encoded."""
-    scale_out: float = 1.0
-    """Divides what is decoded."""
+    scale_in: float = 1.0  # multiplies what is encoded
+    scale_out: float = 1.0  # divides what is decoded
     before: Tensor | None = None
     """[d_sae] multiplies pre-activations: what thresholds and competitors are compared with."""
-    after: Tensor | None = None
-    """[d_sae] multiplies features before they are decoded."""
+    after: Tensor | None = None  # [d_sae] multiplies features before they are decoded
 
     @property
     def d_sae(self) -> int:
-        """Number of features."""
         return self.dictionary.d_sae
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> features [..., d_sae]."""
         pre = self.dictionary.pre_activations(self._scaled(x))
         return self.dictionary.activation(pre if self.before is None else pre * self.before)
 
@@ -59,8 +54,7 @@ class Variant:
 Reader: TypeAlias = Variant | MatchingPursuit | Temporal
 """What is measured: ``encode(x)``, and ``decode(features, x)``, a skip connection included."""
 
-VALUES = 2**24
-"""Feature values held at once: 64 MiB in float32, of which an activation needs a few."""
+VALUES = 2**24  # feature values held at once: 64 MiB in float32, of which an activation needs a few
 Watch: TypeAlias = Callable[[Tensor, int], None]
 """``watch(features [n, d_sae], start)``: of the tokens from ``start`` on."""
 
@@ -68,11 +62,7 @@ Watch: TypeAlias = Callable[[Tensor, int], None]
 def reconstruct_counted(
     reader: Reader, x: Tensor, metrics: SaeMetrics, *, decodes: bool = True, watch: Watch | None = None
 ) -> Tensor | None:
-    """x [n, d_in] -> reconstructions [n, d_out] in float32, their features counted.
-
-    Args:
-        decodes: False leaves the reconstruction out: None.
-    """
+    """x [n, d_in] -> reconstructions [n, d_out] in float32, their features counted; None unless ``decodes``."""
     parts, start = [], 0
     for part in torch.split(x, max(1, VALUES // reader.d_sae)):
         features = reader.encode(part)
@@ -96,7 +86,6 @@ def reconstruct_text(
 
 
 def run(model: nn.Module, ids: Tensor) -> Tensor:
-    """ids [T] -> logits [T, vocabulary]."""
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=ids[None].to(device), use_cache=False).logits
     return logits[0]
@@ -113,7 +102,6 @@ def ordinary(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
 
 
 def reader(coder: SparseCoder) -> Reader:
-    """What is served, as it is measured."""
     return Variant(coder) if isinstance(coder, Dictionary) else coder
 
 
@@ -136,16 +124,10 @@ def target(sae: LoadedSae) -> Site | None:
 def measure_sae(
     model: nn.Module, config: ModelConfig, sae: LoadedSae, tokens: Sequence[Tensor], special_ids: frozenset[int]
 ) -> Quality:
-    """What the SAE does on these texts, each read on its own: sums over ordinary tokens, which a first one is not.
+    """What the SAE does on these texts, int64 ids [T] each, read one by one: sums over ordinary tokens.
 
-    None stands for what an SAE that writes at several sites has no part in alone.
-
-    Args:
-        tokens: int64 ids [T] of each text.
-        special_ids: tokens that SAEs do not read; they keep their activations and are not counted.
-
-    Raises:
-        ValueError: fewer than two ordinary tokens.
+    None stands for what an SAE that writes at several sites has no part in alone. Other tokens keep their activations.
+    Raises ValueError: fewer than two ordinary tokens.
     """
     splice = _Splice(sae)
     base, spliced = NextTokenLoss(), NextTokenLoss()
@@ -178,12 +160,10 @@ class _Splice:
         self._target_rows: Tensor | None = None
 
     def begin(self, ordinary: Tensor) -> None:
-        """Before a text is read: which of its tokens are ordinary."""
         self._ordinary = ordinary
         self._reconstruction = self._target_rows = None
 
     def measured(self, base: NextTokenLoss, spliced: NextTokenLoss) -> Quality:
-        """Of all the texts that were read."""
         metrics, alone = self.metrics, self.target is not None
         if metrics.tokens < 2:
             raise ValueError(
@@ -199,7 +179,6 @@ class _Splice:
         )
 
     def visit(self, site: Site, x: Tensor, seen: Tensor) -> Tensor | None:
-        """Reads where the SAE reads, compares with what it must reproduce, writes where it writes."""
         assert self._ordinary is not None, "begun"
         rows = self._ordinary.to(x.device)
         if site == self._sae.site:
@@ -236,7 +215,6 @@ class Captured:
         self.at: dict[Site, list[Tensor]] = {}
 
     def visit(self, site: Site, x: Tensor, seen: Tensor) -> None:
-        """Keeps what an SAE reads at the site."""
         if seen.shape[-1] in self._widths:
             self.at.setdefault(site, []).append(seen[0].clone())
 

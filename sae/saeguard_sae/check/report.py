@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saeguard_sae.catalogue import Quality
 from saeguard_sae.check.bounds import CheckBounds, violations
-from saeguard_sae.check.check import Hypothesis, hypotheses
+from saeguard_sae.check.diagnosis import Hypothesis, hypotheses
 from saeguard_sae.check.measure import measure_sae
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig
@@ -28,20 +28,17 @@ _ONLY_LOSS = (
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What the check found; it is passed when there are no violations."""
-
     measured: Quality
     bounds: CheckBounds
     violations: tuple[str, ...] = ()
-    hypotheses: tuple[Hypothesis, ...] = ()
-    """Of one that did not pass: what would fit it better."""
-    warnings: tuple[Hypothesis, ...] = ()
-    """Of one that passed: what would fit it clearly better."""
+    hypotheses: tuple[Hypothesis, ...] = ()  # of one that did not pass: what would fit it better
+    warnings: tuple[Hypothesis, ...] = ()  # of one that passed: what would fit it clearly better
 
     def explain(self) -> str:
         """What was found, what was expected, and the convention that is most likely wrong, with its setting."""
         if not self.violations:
-            return "\n".join([self._measurements(), *map(_warning, self.warnings)])
+            better = (f"Another reading fits it better: {_remedy(item)}" for item in self.warnings)
+            return "\n".join([self._measurements(), *better])
         return "\n".join([f"{'; '.join(self.violations)}.", self._measurements(), *self._diagnosis()])
 
     def _measurements(self) -> str:
@@ -66,10 +63,6 @@ class CheckReport:
             yield f"{leads[min(rank, 1)]}: {_remedy(item)}"
 
 
-def _warning(item: Hypothesis) -> str:
-    return f"Another reading fits it better: {_remedy(item)}"
-
-
 def _remedy(item: Hypothesis) -> str:
     fvu = "" if item.fvu is None else f" and FVU {item.fvu:.4g}"
     remedy = "No setting makes it so: its files must be converted."
@@ -88,14 +81,8 @@ def check_sae(
 ) -> CheckReport:
     """Measures an SAE on the model it is served with; where it lies outside the bounds, looks for the reason.
 
-    One that passes is compared with its nearest alternatives: a layer off by one can lie within any bounds.
-
-    Args:
-        tokens: int64 ids [T] of each text.
-        special_ids: tokens that SAEs do not read.
-
-    Raises:
-        ValueError: fewer than two ordinary tokens.
+    One that passes is compared with its nearest alternatives: a layer off by one can lie within any bounds. ``tokens``:
+    int64 ids [T] of each text. Raises ValueError: fewer than two ordinary tokens.
     """
     measured = measure_sae(model, config, sae, tokens, special_ids)
     problems = tuple(violations(measured, bounds))
@@ -104,8 +91,5 @@ def check_sae(
 
 
 def calibration_text() -> str:
-    """The text on which SAEs are checked where the settings name none.
-
-    General English: stories, dialogue, letters, numbers, a little code. Passages are parted by empty lines.
-    """
+    """Where the settings name none: general English, numbers, a little code; passages parted by empty lines."""
     return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")

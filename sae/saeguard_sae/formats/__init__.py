@@ -29,8 +29,6 @@ from saeguard_sae.formats.parsed import Choices, Convention, ParsedSae, SaeOrigi
 
 
 class Format(Protocol):
-    """What a format's module offers."""
-
     NAME: str
 
     def recognises(self, path: Path) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK, check_finite
+from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, Normalisation, ReLU, TopK, check_finite
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "bussmann"
@@ -37,12 +36,10 @@ _TRAINING = {
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder."""
     config, notes = parsed.json_object(source.path / CONFIG), Conventions()
     parsed.check_keys(config, _KNOWN | _TRAINING, CONFIG)
     kind = _KINDS[parsed.choice(config, "sae_type", _KINDS, CONFIG)]
@@ -58,7 +55,7 @@ def parse(source: Source) -> ParsedSae:
     )
 
 
-def _dictionary(kind: str, config: dict[str, Any], tensors: Tensors, notes: Conventions) -> Dictionary:
+def _dictionary(kind: str, config: Config, tensors: Tensors, notes: Conventions) -> Dictionary:
     W_enc, b_enc, W_dec, b_dec = (tensors.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     activation = _activation(kind, config, tensors, b_enc.numel(), notes)
     tensors.close()
@@ -69,16 +66,12 @@ def _dictionary(kind: str, config: dict[str, Any], tensors: Tensors, notes: Conv
         notes.note("b_enc", "not used, though it is there", f"the format: {kind}")
         b_enc = torch.zeros_like(b_enc)
     notes.note("centring", kind != "jumprelu", f"the format: {kind}")
-    normed = parsed.flag(config, "input_unit_norm", False, CONFIG)
-    notes.note("normalisation", "layer_norm" if normed else "none", f"{CONFIG}: input_unit_norm")
-    return Dictionary(
-        W_enc, b_enc, W_dec, b_dec, activation, kind != "jumprelu", normalisation="layer_norm" if normed else "none"
-    )
+    normalisation: Normalisation = "layer_norm" if parsed.flag(config, "input_unit_norm", False, CONFIG) else "none"
+    notes.note("normalisation", normalisation, f"{CONFIG}: input_unit_norm")
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, activation, kind != "jumprelu", normalisation)
 
 
-def _activation(
-    kind: str, config: dict[str, Any], tensors: Tensors, d_sae: int, notes: Conventions
-) -> ActivationFunction:
+def _activation(kind: str, config: Config, tensors: Tensors, d_sae: int, notes: Conventions) -> ActivationFunction:
     match kind:
         case "vanilla":
             activation: ActivationFunction = ReLU()
@@ -93,7 +86,7 @@ def _activation(
     return activation
 
 
-def _reads(config: dict[str, Any], notes: Conventions) -> Site | None:
+def _reads(config: Config, notes: Conventions) -> Site | None:
     name = config.get("hook_point")
     site = parsed.hook_site(name) if isinstance(name, str) else None
     notes.note("reads", site or f"not known: {name!r}", f"{CONFIG}: hook_point")

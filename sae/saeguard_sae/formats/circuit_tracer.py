@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Place, Source, Tensors
+from saeguard_sae.formats.parsed import Choices, Config, Conventions, ParsedSae, Places, Source, Tensors
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
@@ -24,12 +23,10 @@ _ACTIVATIONS = ("relu", "jump_relu", "jumprelu", "topk")
 
 
 def recognises(path: Path) -> bool:
-    """The file, or a folder with one such file alone."""
     return _file(path) is not None
 
 
 def parse(source: Source) -> ParsedSae:
-    """The transcoder."""
     file = _file(source.path)
     if file is None:
         raise ValueError("no layer_N.safetensors, or several; name one of them")
@@ -56,7 +53,7 @@ def _file(path: Path) -> Path | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> Config:
     config = parsed.yaml_object(file)
     parsed.check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
     parsed.choice(config, "model_kind", ("transcoder_set",), CONFIG)
@@ -65,7 +62,7 @@ def _config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _places(layer: int, config: dict[str, Any] | None, notes: Conventions) -> tuple[Place | None, tuple[Place, ...]]:
+def _places(layer: int, config: Config | None, notes: Conventions) -> Places:
     """Unknown without the set's settings: transcoders of one shape read at different places."""
     if config is None:
         return None, ()
@@ -80,7 +77,7 @@ def _places(layer: int, config: dict[str, Any] | None, notes: Conventions) -> tu
 
 
 def _activation(
-    weights: Tensors, config: dict[str, Any] | None, choices: Choices, notes: Conventions
+    weights: Tensors, config: Config | None, choices: Choices, notes: Conventions
 ) -> tuple[ActivationFunction, frozenset[str]]:
     stated = (config or {}).get("activation")
     where = f"{CONFIG}: activation" if stated else "the format"
@@ -96,7 +93,7 @@ def _activation(
     return ReLU(), frozenset()
 
 
-def _k(weights: Tensors, config: dict[str, Any], choices: Choices) -> tuple[int, str, frozenset[str]]:
+def _k(weights: Tensors, config: Config, choices: Choices) -> tuple[int, str, frozenset[str]]:
     """k, who says so, and whether that is the user."""
     file = weights.file.name
     stated = {f"{file}: k": parsed.whole({"k": weights.scalar("k")}, "k", file)} if "k" in weights else {}
@@ -126,17 +123,8 @@ def _dictionary(weights: Tensors, activation: ActivationFunction, notes: Convent
     parsed.check_shapes(shapes if skip is None else shapes | {"W_skip": (skip, (d_out, d_in))}, weights.file.name)
     notes.note("kind", "transcoder", "the format")
     notes.note("centring", False, "the format")
-    notes.note(
-        "W_dec", "[d_out, d_sae]" if turned else "[d_sae, d_out]", "the format" if d_sae == d_out else "its shape"
-    )
+    layout = "[d_out, d_sae]" if turned else "[d_sae, d_out]"
+    notes.note("W_dec", layout, "the format" if d_sae == d_out else "its shape")
     notes.note("skip connection", skip is not None, weights.file.name)
-    return Dictionary(
-        W_enc=W_enc.T,
-        b_enc=b_enc,
-        W_dec=W_dec.T.contiguous() if turned else W_dec,
-        b_dec=b_dec,
-        activation=activation,
-        centre=False,
-        is_transcoder=True,
-        W_skip=skip,
-    )
+    W_dec = W_dec.T.contiguous() if turned else W_dec
+    return Dictionary(W_enc.T, b_enc, W_dec, b_dec, activation, centre=False, is_transcoder=True, W_skip=skip)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Place, Source, Tensors
 
 NAME = "circuit_tracer_clt"
 CONFIG = "config.yaml"
@@ -20,25 +19,26 @@ _PUBLISHING = {"scan", "transcoders", "repo_id", "revision", "subfolder"}
 
 
 def recognises(path: Path) -> bool:
-    """One of a layer's two files, or a folder with one layer's alone."""
     return _layer(path) is not None
 
 
 def parse(source: Source) -> ParsedSae:
-    """One layer: what it reads there, and what it writes there and at every later layer."""
     layer = _layer(source.path)
     if layer is None:
         raise ValueError("no W_enc_N.safetensors, or several; name one of them")
     folder = source.path if source.path.is_dir() else source.path.parent
     files = tuple(folder / name for name in (f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors", CONFIG))
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {_names(files)}")
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{missing[0]} is missing: one layer of a cross-layer transcoder needs {names}")
     config, notes = _config(files[2]), Conventions()
+    reads = _place(config, "feature_input_hook", layer)
+    notes.note("reads", reads, f"{CONFIG}: feature_input_hook")
     dictionary, n_writes = _dictionary(parsed.safetensors(files[0]), parsed.safetensors(files[1]), layer, notes)
     return ParsedSae(
         dictionary=dictionary,
         files=files,
-        reads=_reads(config, layer, notes),
+        reads=reads,
         writes=_writes(config, range(layer, layer + n_writes), notes),
         model=parsed.text(config, "model_name", CONFIG) if "model_name" in config else None,
         conventions=notes.all(),
@@ -51,18 +51,14 @@ def _layer(path: Path) -> int | None:
     return layers.pop() if len(layers) == 1 else None
 
 
-def _names(files: tuple[Path, ...]) -> str:
-    return ", ".join(file.name for file in files)
-
-
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> Config:
     config = parsed.yaml_object(file)
     parsed.check_keys(config, _KNOWN | _PUBLISHING, CONFIG)
     parsed.choice(config, "model_kind", ("cross_layer_transcoder",), CONFIG)
     return config
 
 
-def _place(config: dict[str, Any], key: str, layer: int) -> Place:
+def _place(config: Config, key: str, layer: int) -> Place:
     hook = parsed.text(config, key, CONFIG)
     place = parsed.place(f"blocks.{layer}.{hook}")
     if place is None:
@@ -70,14 +66,7 @@ def _place(config: dict[str, Any], key: str, layer: int) -> Place:
     return place
 
 
-def _reads(config: dict[str, Any], layer: int, notes: Conventions) -> Place:
-    key = "feature_input_hook"
-    place = _place(config, key, layer)
-    notes.note("reads", place, f"{CONFIG}: {key}")
-    return place
-
-
-def _writes(config: dict[str, Any], layers: range, notes: Conventions) -> tuple[Place, ...]:
+def _writes(config: Config, layers: range, notes: Conventions) -> tuple[Place, ...]:
     key = "feature_output_hook"
     places = tuple(_place(config, key, layer) for layer in layers)
     notes.note("writes", f"at layers {layers[0]} to {layers[-1]}: {config[key]}", f"{CONFIG}: {key}")
@@ -85,7 +74,6 @@ def _writes(config: dict[str, Any], layers: range, notes: Conventions) -> tuple[
 
 
 def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventions) -> tuple[Dictionary, int]:
-    """The layer, and the number of layers at which it writes."""
     W_enc, b_enc, b_dec = (encoder.take(f"{name}_{layer}") for name in ("W_enc", "b_enc", "b_dec"))
     W_dec, skip = decoder.take(f"W_dec_{layer}"), encoder.take_if(f"W_skip_{layer}")
     activation = _activation(encoder, layer, notes)
@@ -97,7 +85,9 @@ def _dictionary(encoder: Tensors, decoder: Tensors, layer: int, notes: Conventio
     shapes = {"W_enc": (W_enc, (d_sae, d_model)), "b_enc": (b_enc, (d_sae,)), "b_dec": (b_dec, (d_model,))}
     shapes |= {"W_skip": (skip, (d_model, d_model))} if skip is not None else {}
     parsed.check_shapes({f"{name}_{layer}": shape for name, shape in shapes.items()}, encoder.file.name)
-    _note(skip is not None, notes)
+    notes.note("kind", "one layer of a cross-layer transcoder", "the format")
+    notes.note("centring", False, "the format")
+    notes.note("skip connection", skip is not None, "W_skip")
     return parsed.cross_layer(W_enc.T, b_enc, W_dec, b_dec, activation, skip), n_writes
 
 
@@ -108,9 +98,3 @@ def _activation(encoder: Tensors, layer: int, notes: Conventions) -> ActivationF
         return ReLU()
     notes.note("activation", "jumprelu", name)
     return parsed.circuit_tracer_jump_relu(encoder, name)
-
-
-def _note(has_skip: bool, notes: Conventions) -> None:
-    notes.note("kind", "one layer of a cross-layer transcoder", "the format")
-    notes.note("centring", False, "the format")
-    notes.note("skip connection", has_skip, "W_skip")

@@ -6,11 +6,10 @@ They read all heads side by side, which is how Hugging Face's models keep them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "connor_rob"
@@ -28,12 +27,10 @@ _TRAINING = {
 
 
 def recognises(path: Path) -> bool:
-    """Its settings are there, and a torch file that has what such an SAE's must."""
     return _config_file(path).is_file() and parsed.shapes(path).keys() >= {"W_enc", "b_enc"}
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file."""
     file = _config_file(source.path)
     config, notes = parsed.json_object(file), Conventions()
     parsed.check_keys(config, _KNOWN | _TRAINING, file.name)
@@ -59,7 +56,7 @@ def _config_file(path: Path) -> Path:
     return path.parent / f"{path.stem}_cfg.json"
 
 
-def _dictionary(tensors: Tensors, config: dict[str, Any], file: str) -> Dictionary:
+def _dictionary(tensors: Tensors, config: Config, file: str) -> Dictionary:
     W_enc, b_enc, W_dec, b_dec = (tensors.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     tensors.close()
     parsed.check_shapes({"W_enc": (W_enc, (b_dec.numel(), b_enc.numel()))}, tensors.file.name)
@@ -68,7 +65,7 @@ def _dictionary(tensors: Tensors, config: dict[str, Any], file: str) -> Dictiona
     return Dictionary(W_enc, b_enc, W_dec, b_dec, ReLU())
 
 
-def _reads(config: dict[str, Any], file: str, notes: Conventions) -> Site | None:
+def _reads(config: Config, file: str, notes: Conventions) -> Site | None:
     name = config.get("act_name")
     if not isinstance(name, str):
         raise ValueError(f"{file}: act_name must name a hook, got {name!r}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, Gated, JumpReLU, ReLU, TopK
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ModulePlace, ParsedSae, Place, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ModulePlace, ParsedSae, Place, Places, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "dictionary_learning"
@@ -38,8 +38,6 @@ _ATTENTION = {
 
 
 class _Trained(NamedTuple):
-    """What one class's weights are read from, and what is said about them."""
-
     weights: Tensors
     trainer: Mapping[str, Any]
     notes: Conventions
@@ -49,12 +47,10 @@ _Reader: TypeAlias = Callable[[_Trained], Dictionary]
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
     trainer, buffer = _tables(source.path / CONFIG)
     kind = parsed.choice(trainer, "dict_class", _READERS, _TRAINER)
     weights, notes = parsed.state_dict(source.path / WEIGHTS), Conventions()
@@ -79,7 +75,7 @@ def parse(source: Source) -> ParsedSae:
     )
 
 
-def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _tables(file: Path) -> tuple[Config, Config]:
     config = parsed.json_object(file)
     trainer, buffer = config.get("trainer"), config.get("buffer", {})
     if not isinstance(trainer, dict) or not isinstance(buffer, dict):
@@ -104,7 +100,6 @@ def _layers(weights: Tensors, b_enc: str, b_dec: str) -> tuple[Tensor, Tensor, T
 
 
 def _parameters(weights: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of the classes that keep them under these names, already the way round they are used."""
     W_enc, b_enc, W_dec, b_dec = (weights.take(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     return W_enc, b_enc, W_dec, b_dec
 
@@ -113,9 +108,8 @@ def _auto_encoder(trained: _Trained) -> Dictionary:
     """ReLU; ``from_pretrained`` makes the decoder's rows unit vectors, and its users' feature values are those."""
     W_enc, b_enc, W_dec, b_dec = _layers(trained.weights, "encoder.bias", "bias")
     norms = W_dec.norm(dim=1)
-    trained.notes.note(
-        "feature units", "folded: times the decoder row's norm, rows of unit norm", "the library's loader"
-    )
+    units = "folded: times the decoder row's norm, rows of unit norm"
+    trained.notes.note("feature units", units, "the library's loader")
     return Dictionary(W_enc * norms, b_enc * norms, W_dec / norms.clamp_min(1e-30)[:, None], b_dec, ReLU())
 
 
@@ -164,10 +158,9 @@ def _above_threshold(trained: _Trained, b_enc: Tensor) -> ActivationFunction:
 
 def _k(trained: _Trained) -> int:
     """Of the settings and of the weights, which must agree; older weights do not have it."""
-    stated = (
-        parsed.whole(trained.trainer, "k", _TRAINER) if "k" in trained.trainer or "k" not in trained.weights else None
-    )
-    stored = parsed.whole({"k": trained.weights.scalar("k")}, "k", WEIGHTS) if "k" in trained.weights else None
+    trainer, is_stored = trained.trainer, "k" in trained.weights
+    stated = parsed.whole(trainer, "k", _TRAINER) if "k" in trainer or not is_stored else None
+    stored = parsed.whole({"k": trained.weights.scalar("k")}, "k", WEIGHTS) if is_stored else None
     if stated and stored and stated != stored:
         raise ValueError(f"{_TRAINER}: k is {stated}, but {WEIGHTS} has {stored}")
     k = stated or stored or 0
@@ -193,7 +186,7 @@ def _io(buffer: Mapping[str, Any], notes: Conventions) -> str:
     return io
 
 
-def _places(where: tuple[int, str] | None, io: str) -> tuple[Place | None, tuple[Place, ...]]:
+def _places(where: tuple[int, str] | None, io: str) -> Places:
     if where is None:
         return None, ()
     reads = _side(*where, "out" if io == "out" else "in")

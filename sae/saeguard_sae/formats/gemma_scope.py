@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,8 +29,7 @@ _POINTS: dict[str, Point] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Published:
+class _Published(NamedTuple):
     reads: Site
     writes: tuple[Site, ...]
     model: str
@@ -44,7 +43,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder."""
     file, notes = _file(source.path), Conventions()
     published = _published(source.origin) if source.origin else None
     _note_kind(published, notes)
@@ -99,7 +97,7 @@ def _note_kind(published: _Published | None, notes: Conventions) -> None:
 def _dictionary(weights: Tensors, published: _Published | None, notes: Conventions) -> Dictionary:
     names = {name.lower(): name for name in sorted(weights.names)}
     enc, dec = names.get("w_enc", "W_enc"), names.get("w_dec", "W_dec")
-    W_enc, W_dec = _encoder(weights, enc), weights.take(dec)
+    W_enc, W_dec = feature_major(weights.take(enc)), weights.take(dec)
     b_enc, b_dec, threshold = (weights.take(name) for name in ("b_enc", "b_dec", "threshold"))
     _check_scaling_factor(weights)
     weights.close()
@@ -113,20 +111,8 @@ def _dictionary(weights: Tensors, published: _Published | None, notes: Conventio
     notes.note("centring", False, "the format")
     if published and published.reads.point == "embed":
         _rescale(W_enc, W_dec, notes)
-    return Dictionary(
-        W_enc=W_enc,
-        b_enc=b_enc,
-        W_dec=W_dec,
-        b_dec=b_dec,
-        activation=JumpReLU(threshold),
-        centre=False,
-        is_transcoder=bool(published and published.writes),
-    )
-
-
-def _encoder(weights: Tensors, name: str) -> Tensor:
-    """Turned feature by feature at once, so that the array as stored is gone before the decoder is read."""
-    return feature_major(weights.take(name))
+    is_transcoder = bool(published and published.writes)
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, JumpReLU(threshold), centre=False, is_transcoder=is_transcoder)
 
 
 def _rescale(W_enc: Tensor, W_dec: Tensor, notes: Conventions) -> None:

@@ -10,14 +10,14 @@ import re
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary, JumpReLU, check_finite, feature_major
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, SaeOrigin, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Place, Places, SaeOrigin, Source, Tensors
 
 NAME = "gemma_scope_2"
 CONFIG = "config.json"
@@ -26,7 +26,6 @@ HOOK_IN, HOOK_OUT = "hf_hook_point_in", "hf_hook_point_out"
 SKIP = "affine_skip_connection"
 
 Kind: TypeAlias = Literal["sae", "transcoder", "clt"]
-Places: TypeAlias = tuple[Place | None, tuple[Place, ...]]
 
 _TENSORS = frozenset({"w_enc", "w_dec", "b_enc", "b_dec", "threshold"})
 _KNOWN = {"architecture", "model_name", HOOK_IN, HOOK_OUT, "width", "l0", "affine_connection", "type"}
@@ -52,7 +51,7 @@ _CLT_HOOKS = {
 class _Stated:
     """What is said about the weights under config.json's keys, by that file (``file``) or by ``source``."""
 
-    config: dict[str, Any]
+    config: Config
     source: str
     file: Path | None = None
 
@@ -68,12 +67,13 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE, the transcoder, or one layer of a cross-layer transcoder."""
     file, notes = _file(source.path), Conventions()
     stated, weights = _stated(file, source.origin), parsed.safetensors(file)
     w_dec = weights.take("w_dec")
     kind = _kind(stated, weights, w_dec, notes)
-    parsed.check_size(stated.config, "width", _width(kind, w_dec), stated.source)
+    # In a cross-layer transcoder its config.json counts the features of all layers together.
+    width = w_dec.shape[0] * (w_dec.shape[1] if kind == "clt" else 1)
+    parsed.check_size(stated.config, "width", width, stated.source)
     if kind == "clt":
         layer = _layer(file, stated, source.origin, notes)
         places, w_dec = _layers(stated, layer, w_dec, notes), _targets(w_dec, layer, file.name)
@@ -84,7 +84,7 @@ def parse(source: Source) -> ParsedSae:
         files=(file,) if stated.file is None else (file, stated.file),
         reads=places[0],
         writes=places[1],
-        model=_model(stated),
+        model=parsed.text(stated.config, "model_name", stated.source) if "model_name" in stated.config else None,
         stated_l0=_l0(stated, kind),
         conventions=notes.all(),
     )
@@ -111,8 +111,7 @@ def _stated(file: Path, origin: SaeOrigin | None) -> _Stated:
     return _Stated(config, CONFIG, beside)
 
 
-def _published(origin: SaeOrigin) -> dict[str, Any]:
-    """What Google's repository and the folder in it say, as its config.json would."""
+def _published(origin: SaeOrigin) -> Config:
     repo, folder = _REPO.fullmatch(origin.repo), _FOLDER.fullmatch(origin.path)
     if repo is None or folder is None:
         return {}
@@ -156,11 +155,6 @@ def _kind_by_weights(stated: _Stated, weights: Tensors, w_dec: Tensor) -> tuple[
     return "sae", "the format (nothing says that it is a transcoder)"
 
 
-def _width(kind: Kind, w_dec: Tensor) -> int:
-    """Number of features; of all layers together in a cross-layer transcoder, as its config.json counts them."""
-    return w_dec.shape[0] * (w_dec.shape[1] if kind == "clt" else 1)
-
-
 def _places(stated: _Stated, kind: Kind, notes: Conventions) -> Places:
     if HOOK_IN not in stated.config:
         return None, ()
@@ -196,7 +190,6 @@ def _layer(file: Path, stated: _Stated, origin: SaeOrigin | None, notes: Convent
 
 
 def _layers(stated: _Stated, layer: int, w_dec: Tensor, notes: Conventions) -> Places:
-    """Where one layer of a cross-layer transcoder reads, and where it writes: there and at every later layer."""
     own = {key: parsed.text(stated.config, key, stated.source) for key in _CLT_HOOKS if key in stated.config}
     hooks, n_layers = _CLT_HOOKS | own, w_dec.shape[1]
     who = {key: stated.says(key) if key in own else "the format" for key in hooks}
@@ -248,10 +241,6 @@ def _skip(weights: Tensors, stated: _Stated, notes: Conventions) -> Tensor | Non
             raise ValueError(f"{stated.says('affine_connection')} is {has_skip}, but {there}")
     notes.note("skip connection", SKIP in weights, weights.file.name)
     return weights.take_if(SKIP)
-
-
-def _model(stated: _Stated) -> str | None:
-    return parsed.text(stated.config, "model_name", stated.source) if "model_name" in stated.config else None
 
 
 def _l0(stated: _Stated, kind: Kind) -> float | None:

@@ -24,14 +24,12 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file."""
     tensors, notes = state_dict(source.path), Conventions()
     notes.note("activation", "relu", "the format")
     notes.note("centring", False, "the format")
     notes.note("feature units", "decoder rows as stored", "the format")
-    return ParsedSae(
-        dictionary=_dictionary(tensors), files=(source.path,), reads=_reads(source, notes), conventions=notes.all()
-    )
+    dictionary, reads = _dictionary(tensors), _reads(source, notes)
+    return ParsedSae(dictionary=dictionary, files=(source.path,), reads=reads, conventions=notes.all())
 
 
 def _names(encoder: str, decoder: str) -> tuple[str, str, str, str]:
@@ -46,7 +44,6 @@ def _dictionary(tensors: Tensors) -> Dictionary:
 
 
 def _reads(source: Source, notes: Conventions) -> Site | None:
-    """The files do not say; the repositories' names do."""
     match = _LAYER.search(source.origin.repo) if source.origin else None
     if match is None:
         return None

@@ -7,27 +7,15 @@ from __future__ import annotations
 
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.formats import openmoss_common as common
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.openmoss_common import (
-    NORMS,
-    TINY,
-    NormScales,
-    Rule,
-    check_scale,
-    decoder_bias_is_input_bias,
-    gating_rule,
-    hook_places,
-    per_token_scales,
-    read_config,
-    scaled,
-)  # fmt: skip
-from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.openmoss_common import NormScales, Rule
+from saeguard_sae.formats.parsed import Choices, Config, Conventions, ParsedSae, Source, Tensors
 
 NAME = "llama_scope"
 CONFIG = "hyperparams.json"
@@ -35,7 +23,7 @@ WEIGHTS = ("sae_weights.safetensors", "checkpoints/final.safetensors")  # in the
 MODEL = "lm_config.json"
 
 _KNOWN = {
-    "act_fn", "apply_decoder_bias_to_pre_encoder", "d_model", "d_sae", NORMS, "hook_point_in", "hook_point_out",
+    "act_fn", "apply_decoder_bias_to_pre_encoder", "d_model", "d_sae", common.NORMS, "hook_point_in", "hook_point_out",
     "jump_relu_threshold", "norm_activation", "sparsity_include_decoder_norm", "top_k", "use_decoder_bias",
     "use_glu_encoder",
 }  # fmt: skip
@@ -49,21 +37,18 @@ _TRAINING = {
 
 
 def recognises(path: Path) -> bool:
-    """Its settings and one of the files of weights are there."""
     return (path / CONFIG).is_file() and _weights_file(path) is not None
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
     file = _weights_file(source.path)
     if file is None:
         raise ValueError(f"no {' or '.join(WEIGHTS)}")
-    config, notes = read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
-    reads, writes = hook_places(config, CONFIG)
+    config, notes = common.read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
+    reads, writes = common.hook_places(config, CONFIG)
     rule: Rule = "openmoss"
     if _jumps(config):
-        is_transcoder, centres = bool(writes), _centres(config)
-        rule = gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
+        rule = common.gating_rule(config, CONFIG, source.choices, notes, centres=_centres(config))
     used = {"gating": _jumps(config), "scale": config.get("norm_activation") == "dataset-wise"}
     return ParsedSae(
         dictionary=_dictionary(config, parsed.safetensors(file), rule, source.choices, notes),
@@ -87,7 +72,7 @@ def _model(file: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _jumps(config: dict[str, Any]) -> bool:
+def _jumps(config: Config) -> bool:
     """Whether features fire above a threshold: a TopK SAE that states one is served so, as OpenMOSS does."""
     if config["act_fn"] == "topk":
         has_threshold = config.get("jump_relu_threshold") is not None
@@ -95,14 +80,12 @@ def _jumps(config: dict[str, Any]) -> bool:
     return bool(config["act_fn"] == "jumprelu")
 
 
-def _centres(config: dict[str, Any]) -> bool:
-    return decoder_bias_is_input_bias(config, CONFIG, default=True)
+def _centres(config: Config) -> bool:
+    return common.decoder_bias_is_input_bias(config, CONFIG, default=True)
 
 
-def _dictionary(
-    config: dict[str, Any], tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions
-) -> Dictionary:
-    is_transcoder = bool(hook_places(config, CONFIG)[1])
+def _dictionary(config: Config, tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions) -> Dictionary:
+    is_transcoder = bool(common.hook_places(config, CONFIG)[1])
     W_enc, b_enc, W_dec, b_dec = _weights(config, tensors)
     scales = _scales(config, b_dec.numel(), rule, choices, is_transcoder, notes)
     gain = _gain(config, W_dec, scales, rule, notes)
@@ -110,9 +93,9 @@ def _dictionary(
         raise ValueError(f"{CONFIG}: apply_decoder_bias_to_pre_encoder: not supported for a transcoder")
     notes.note("centring", _centres(config), f"{CONFIG}: apply_decoder_bias_to_pre_encoder")
     return Dictionary(
-        W_enc=scaled(W_enc, gain * scales.inward).T,
+        W_enc=common.scaled(W_enc, gain * scales.inward).T,
         b_enc=b_enc * gain,
-        W_dec=scaled(W_dec.T, 1 / (gain.clamp_min(TINY) * scales.outward)),
+        W_dec=common.scaled(W_dec.T, 1 / (gain.clamp_min(common.TINY) * scales.outward)),
         b_dec=b_dec / scales.outward,
         activation=_activation(config, scales, rule, b_enc, notes),
         centre=_centres(config),
@@ -121,7 +104,7 @@ def _dictionary(
     )
 
 
-def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _weights(config: Config, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W_enc, b_enc, W_dec = (tensors.take(name) for name in ("encoder.weight", "encoder.bias", "decoder.weight"))
     has_bias = parsed.flag(config, "use_decoder_bias", True, CONFIG)
     b_dec = tensors.take("decoder.bias") if has_bias else torch.zeros(W_dec.shape[:1])
@@ -140,9 +123,9 @@ def _weights(config: dict[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor, 
 
 
 def _scales(
-    config: dict[str, Any], d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
+    config: Config, d_model: int, rule: Rule, choices: Choices, is_transcoder: bool, notes: Conventions
 ) -> NormScales:
-    scales = per_token_scales(config, CONFIG, notes, is_transcoder=is_transcoder)
+    scales = common.per_token_scales(config, CONFIG, notes, is_transcoder=is_transcoder)
     if scales is None:
         inward, outward = _dataset_wise(config, d_model, choices, is_transcoder, notes)
         return NormScales(inward, inward if rule == "saelens" else outward)
@@ -150,12 +133,12 @@ def _scales(
 
 
 def _dataset_wise(
-    config: dict[str, Any], d_model: int, choices: Choices, is_transcoder: bool, notes: Conventions
+    config: Config, d_model: int, choices: Choices, is_transcoder: bool, notes: Conventions
 ) -> tuple[float, float]:
-    norms, key = config.get(NORMS), f"{CONFIG}: {NORMS}"
+    norms, key = config.get(common.NORMS), f"{CONFIG}: {common.NORMS}"
     if isinstance(norms, dict):
         inward, outward = _factor(norms, "in", d_model), _factor(norms, "out", d_model)
-        check_scale(choices, inward, key)
+        common.check_scale(choices, inward, key)
         notes.note("activation scale", inward, key)
         if is_transcoder:
             notes.note("activation scale of what it writes", outward, key)
@@ -169,14 +152,14 @@ def _dataset_wise(
     return choices.scale, choices.scale
 
 
-def _factor(norms: dict[str, Any], side: str, d_model: int) -> float:
-    norm = parsed.number(norms, side, f"{CONFIG}: {NORMS}")
+def _factor(norms: Config, side: str, d_model: int) -> float:
+    norm = parsed.number(norms, side, f"{CONFIG}: {common.NORMS}")
     if norm <= 0:
-        raise ValueError(f"{CONFIG}: {NORMS}: {side} must be above 0, got {norm:g}")
+        raise ValueError(f"{CONFIG}: {common.NORMS}: {side} must be above 0, got {norm:g}")
     return sqrt(d_model) / norm
 
 
-def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule, notes: Conventions) -> Tensor:
+def _gain(config: Config, W_dec: Tensor, scales: NormScales, rule: Rule, notes: Conventions) -> Tensor:
     """[d_sae] What the rule multiplies ``inward * x . w_j + b_j`` by before it is compared, and gives as the value.
 
     SAELens leaves it as it is. OpenMOSS takes it back to the activations' own scale and, where the norm counts, on to a
@@ -184,7 +167,7 @@ def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule,
     """
     includes = parsed.flag(config, "sparsity_include_decoder_norm", True, CONFIG)
     if rule == "saelens":
-        notes.note("feature units", "of training: activations scaled, decoder as stored", "SAELens")
+        notes.note("feature units", "of training: activations common.scaled, decoder as stored", "SAELens")
         return torch.ones(W_dec.shape[1])
     if not includes:
         notes.note("feature units", "of the model's activations, decoder as stored", "OpenMOSS")
@@ -195,7 +178,7 @@ def _gain(config: dict[str, Any], W_dec: Tensor, scales: NormScales, rule: Rule,
 
 
 def _activation(
-    config: dict[str, Any], scales: NormScales, rule: Rule, b_enc: Tensor, notes: Conventions
+    config: Config, scales: NormScales, rule: Rule, b_enc: Tensor, notes: Conventions
 ) -> ActivationFunction:
     if _jumps(config):
         threshold = parsed.number(config, "jump_relu_threshold", CONFIG)

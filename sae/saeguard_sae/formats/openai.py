@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, ReLU, TopK
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Source, Tensors
 
 NAME = "openai"
 
 _STATE = "activation_state_dict"
 # Statistics of training, and the activation's settings, which are read from the entry above.
 _BESIDES = (
-    "activation",
-    _STATE,
-    "activation.k",
-    "activation.postact_fn",
-    "latents_activation_frequency",
-    "latents_mean_square",
-    "stats_last_nonzero",
-)
+    "activation", _STATE, "activation.k", "activation.postact_fn", "latents_activation_frequency",
+    "latents_mean_square", "stats_last_nonzero",
+)  # fmt: skip
 
 
 def recognises(path: Path) -> bool:
@@ -30,7 +24,6 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file, which does not say where in the model it belongs."""
     content, notes = parsed.checkpoint(source.path), Conventions()
     tensors = Tensors(source.path, (str(name) for name in content), content.__getitem__)
     tensors.ignore(*_BESIDES)
@@ -49,7 +42,7 @@ def _dictionary(tensors: Tensors, activation: ActivationFunction, normed: bool) 
     return Dictionary(*layers, activation, normalisation="layer_norm" if normed else "none")
 
 
-def _activation(content: dict[str, Any], file: str, notes: Conventions) -> ActivationFunction:
+def _activation(content: Config, file: str, notes: Conventions) -> ActivationFunction:
     name = parsed.choice({"activation": "ReLU"} | content, "activation", ("ReLU", "TopK"), file)
     notes.note("activation", name, f"{file}: activation" if "activation" in content else "the library's default")
     if name == "ReLU":

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 from math import inf, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU, TopK
+from saeguard_sae.formats import openmoss_common as common
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.openmoss_common import (
-    NORMS,
-    TINY,
-    NormScales,
-    Rule,
-    check_scale,
-    decoder_bias_is_input_bias,
-    gating_rule,
-    hook_places,
-    per_token_scales,
-    read_config,
-    scaled,
-)  # fmt: skip
-from saeguard_sae.formats.parsed import Choices, Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.openmoss_common import NormScales, Rule
+from saeguard_sae.formats.parsed import Choices, Config, Conventions, ParsedSae, Source, Tensors
 
 NAME = "openmoss"
 CONFIG = "config.json"
@@ -65,15 +54,13 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
-    config, notes = read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
+    config, notes = common.read_config(source.path / CONFIG, _KNOWN | _TRAINING), Conventions()
     tensors = parsed.safetensors(source.path / WEIGHTS)
-    reads, writes = hook_places(config, CONFIG)
+    reads, writes = common.hook_places(config, CONFIG)
     used = {"gating": _has_two_rules(config, tensors), "scale": config.get("norm_activation") == "dataset-wise"}
     rule: Rule = "openmoss"
     if used["gating"]:
-        is_transcoder, centres = bool(writes), _centres(config)
-        rule = gating_rule(config, CONFIG, source.choices, notes, is_transcoder=is_transcoder, centres=centres)
+        rule = common.gating_rule(config, CONFIG, source.choices, notes, centres=_centres(config))
     return ParsedSae(
         dictionary=_dictionary(config, tensors, rule, source.choices, notes),
         files=(source.path / CONFIG, source.path / WEIGHTS),
@@ -88,33 +75,31 @@ def _is_linear(tensors: Tensors) -> bool:
     return any(name.startswith(("encoder.", "decoder.")) for name in tensors.names)
 
 
-def _has_two_rules(config: dict[str, Any], tensors: Tensors) -> bool:
+def _has_two_rules(config: Config, tensors: Tensors) -> bool:
     """Whether SAELens reads such a file too: it knows R1-Distill alone."""
     return config["act_fn"] == "jumprelu" and _is_linear(tensors)
 
 
-def _centres(config: dict[str, Any]) -> bool:
-    return decoder_bias_is_input_bias(config, CONFIG, default=False)
+def _centres(config: Config) -> bool:
+    return common.decoder_bias_is_input_bias(config, CONFIG, default=False)
 
 
-def _dictionary(
-    config: dict[str, Any], tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions
-) -> Dictionary:
-    is_transcoder, centre = bool(hook_places(config, CONFIG)[1]), _centres(config)
+def _dictionary(config: Config, tensors: Tensors, rule: Rule, choices: Choices, notes: Conventions) -> Dictionary:
+    is_transcoder, centre = bool(common.hook_places(config, CONFIG)[1]), _centres(config)
     if is_transcoder and centre:
         raise ValueError(f"{CONFIG}: apply_decoder_bias_to_pre_encoder: not supported for a transcoder")
     rows = _weights(config, tensors)
     scales = _scales(config, tensors, rows.b_dec.numel(), choices, notes)
-    norms = rows.decoder.norm(dim=1).clamp_min(TINY) if _counts_norm(config, rule, notes) else None
+    norms = rows.decoder.norm(dim=1).clamp_min(common.TINY) if _counts_norm(config, rule, notes) else None
     activation = _activation(config, tensors, norms, rows.b_enc)
     tensors.close()
     notes.note("centring", centre, f"{CONFIG}: apply_decoder_bias_to_pre_encoder")
     # A threshold takes the norm in; a ranking needs it in the encoder, and TopK's gain takes it out of the value again.
     ranked = norms if norms is not None and isinstance(activation, TopK) else torch.ones_like(rows.b_enc)
     return Dictionary(
-        W_enc=scaled(rows.encoder, ranked * scales.inward).T,
+        W_enc=common.scaled(rows.encoder, ranked * scales.inward).T,
         b_enc=rows.b_enc * ranked,
-        W_dec=scaled(rows.decoder, torch.full_like(rows.b_enc, 1 / scales.outward)),
+        W_dec=common.scaled(rows.decoder, torch.full_like(rows.b_enc, 1 / scales.outward)),
         b_dec=rows.b_dec / scales.outward,
         activation=activation,
         centre=centre,
@@ -123,7 +108,7 @@ def _dictionary(
     )
 
 
-def _weights(config: dict[str, Any], tensors: Tensors) -> _Rows:
+def _weights(config: Config, tensors: Tensors) -> _Rows:
     linear = _is_linear(tensors)
     names = _LINEAR if linear else _PLAIN
     W_enc, b_enc, W_dec = (tensors.take(name) for name in names[:3])
@@ -137,7 +122,7 @@ def _weights(config: dict[str, Any], tensors: Tensors) -> _Rows:
     return _Rows(W_enc, b_enc, W_dec.T, b_dec) if linear else _Rows(W_enc.T, b_enc, W_dec, b_dec)
 
 
-def _check_sizes(config: dict[str, Any], d_model: int, d_sae: int) -> None:
+def _check_sizes(config: Config, d_model: int, d_sae: int) -> None:
     parsed.check_size(config, "d_model", d_model, CONFIG)
     if "expansion_factor" in config:
         stated = int(d_model * parsed.number(config, "expansion_factor", CONFIG))
@@ -145,7 +130,7 @@ def _check_sizes(config: dict[str, Any], d_model: int, d_sae: int) -> None:
             raise ValueError(f"{CONFIG}: d_model * expansion_factor is {stated}, but the weights have {d_sae}")
 
 
-def _counts_norm(config: dict[str, Any], rule: Rule, notes: Conventions) -> bool:
+def _counts_norm(config: Config, rule: Rule, notes: Conventions) -> bool:
     """Whether features are compared by what they add to the output rather than by their value."""
     if config["act_fn"] == "relu":
         return False
@@ -155,7 +140,7 @@ def _counts_norm(config: dict[str, Any], rule: Rule, notes: Conventions) -> bool
     return counts
 
 
-def _activation(config: dict[str, Any], tensors: Tensors, norms: Tensor | None, b_enc: Tensor) -> ActivationFunction:
+def _activation(config: Config, tensors: Tensors, norms: Tensor | None, b_enc: Tensor) -> ActivationFunction:
     if config["act_fn"] == "relu":
         return ReLU()
     if config["act_fn"] == "topk":
@@ -166,36 +151,30 @@ def _activation(config: dict[str, Any], tensors: Tensors, norms: Tensor | None, 
     return JumpReLU(threshold if norms is None else threshold / norms)
 
 
-def _scales(config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> NormScales:
-    scales = per_token_scales(config, CONFIG, notes, is_transcoder=bool(hook_places(config, CONFIG)[1]))
+def _scales(config: Config, tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> NormScales:
+    scales = common.per_token_scales(config, CONFIG, notes, is_transcoder=bool(common.hook_places(config, CONFIG)[1]))
     if scales is None:
         return _dataset_wise(config, tensors, d_model, choices, notes)
-    tensors.ignore(*(name for name in tensors.names if name.startswith(f"{NORMS}.")))
+    tensors.ignore(*(name for name in tensors.names if name.startswith(f"{common.NORMS}.")))
     return scales
 
 
-def _dataset_wise(
-    config: dict[str, Any], tensors: Tensors, d_model: int, choices: Choices, notes: Conventions
-) -> NormScales:
-    is_transcoder, inward = bool(hook_places(config, CONFIG)[1]), f"{NORMS}.{config.get('hook_point_in')}"
+def _dataset_wise(config: Config, tensors: Tensors, d_model: int, choices: Choices, notes: Conventions) -> NormScales:
+    is_transcoder, inward = bool(common.hook_places(config, CONFIG)[1]), f"{common.NORMS}.{config.get('hook_point_in')}"
     if inward not in tensors and not is_transcoder:
-        return _scale_given(inward, choices, notes)
+        if not choices.scale:
+            raise ValueError(
+                f"{CONFIG}: norm_activation is dataset-wise, but {WEIGHTS} has no {inward}; "
+                "give scale = sqrt(d_model) / mean |x|"
+            )
+        notes.note("activation scale", choices.scale, choices.scale_said_by)
+        return NormScales(choices.scale, choices.scale)
     scale = _factor(tensors, inward, d_model, notes, "activation scale")
-    check_scale(choices, scale, f"{WEIGHTS}: {inward}")
+    common.check_scale(choices, scale, f"{WEIGHTS}: {inward}")
     if not is_transcoder:
         return NormScales(scale, scale)
-    outward = f"{NORMS}.{config.get('hook_point_out')}"
+    outward = f"{common.NORMS}.{config.get('hook_point_out')}"
     return NormScales(scale, _factor(tensors, outward, d_model, notes, "activation scale of what it writes"))
-
-
-def _scale_given(missing: str, choices: Choices, notes: Conventions) -> NormScales:
-    if not choices.scale:
-        raise ValueError(
-            f"{CONFIG}: norm_activation is dataset-wise, but {WEIGHTS} has no {missing}; "
-            "give scale = sqrt(d_model) / mean |x|"
-        )
-    notes.note("activation scale", choices.scale, choices.scale_said_by)
-    return NormScales(choices.scale, choices.scale)
 
 
 def _factor(tensors: Tensors, name: str, d_model: int, notes: Conventions, name_of_scale: str) -> float:

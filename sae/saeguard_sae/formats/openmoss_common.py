@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from saeguard_sae.dictionary import Normalisation
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Choices, Conventions, Place
+from saeguard_sae.formats.parsed import Choices, Config, Conventions, Places
 
 NORMS = "dataset_average_activation_norm"
 TINY = 1e-30
@@ -27,8 +27,7 @@ class NormScales(NamedTuple):
     normalisation: Normalisation = "none"
 
 
-def read_config(file: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The settings of an SAE. Raises ValueError: an unknown key, an activation or an encoder that is not supported."""
+def read_config(file: Path, known: Iterable[str]) -> Config:
     config = parsed.json_object(file)
     if "sae_type" in config:
         parsed.choice(config, "sae_type", ("sae", "transcoder"), file.name)
@@ -39,21 +38,13 @@ def read_config(file: Path, known: Iterable[str]) -> dict[str, Any]:
     return config
 
 
-def hook_places(config: dict[str, Any], file: str) -> tuple[Place | None, tuple[Place, ...]]:
-    """Where it reads, and where it writes if that is elsewhere."""
+def hook_places(config: Config, file: str) -> Places:
     return parsed.in_and_out(config.get("hook_point_in"), config.get("hook_point_out"), f"{file}: hook_point_out")
 
 
-def gating_rule(
-    config: dict[str, Any], file: str, choices: Choices, notes: Conventions, *, is_transcoder: bool, centres: bool
-) -> Rule:
-    """Whose rule decides which features fire.
-
-    SAELens' by default where it can read the SAE, because feature ids and dashboards were made with it.
-
-    Raises:
-        ValueError: SAELens' rule was chosen for what SAELens does not read.
-    """
+def gating_rule(config: Config, file: str, choices: Choices, notes: Conventions, *, centres: bool) -> Rule:
+    """SAELens' rule where it can read the SAE: feature ids and dashboards were made with it. Raises ValueError."""
+    is_transcoder = bool(hook_places(config, file)[1])
     rule: Rule = choices.gating or ("openmoss" if is_transcoder else "saelens")
     if rule == "saelens" and is_transcoder:
         raise ValueError("gating saelens: SAELens does not read these transcoders; choose gating openmoss")
@@ -70,20 +61,13 @@ def gating_rule(
     return rule
 
 
-def decoder_bias_is_input_bias(config: dict[str, Any], file: str, *, default: bool) -> bool:
-    """Whether the decoder's bias is taken off what is encoded."""
+def decoder_bias_is_input_bias(config: Config, file: str, *, default: bool) -> bool:
     applies = parsed.flag(config, "apply_decoder_bias_to_pre_encoder", default, file)
     return applies and parsed.flag(config, "use_decoder_bias", True, file)
 
 
-def per_token_scales(
-    config: dict[str, Any], file: str, notes: Conventions, *, is_transcoder: bool
-) -> NormScales | None:
-    """The scales where no data set decides them; None where one does.
-
-    Raises:
-        ValueError: a kind that is not supported, or a transcoder whose tokens are scaled one by one.
-    """
+def per_token_scales(config: Config, file: str, notes: Conventions, *, is_transcoder: bool) -> NormScales | None:
+    """None where a data set decides them. Raises ValueError: a transcoder whose tokens are scaled one by one."""
     kind = parsed.choice(config, "norm_activation", ("dataset-wise", "token-wise", "inference", "none"), file)
     if kind == "dataset-wise":
         return None
@@ -94,7 +78,6 @@ def per_token_scales(
 
 
 def check_scale(choices: Choices, stated: float, source: str) -> None:
-    """Refuses a factor that the user says against what the files say."""
     if choices.scale is not None and abs(choices.scale / stated - 1) > 0.01:
         raise ValueError(f"scale is {choices.scale:g}, but {source} says {stated:g}")
 

@@ -28,6 +28,7 @@ from saeguard_sae.coders import SparseCoder
 from saeguard_sae.dictionary import ActivationFunction, Dictionary, JumpReLU, ReLU
 from saeguard_sae.models import Point, Site
 
+Config: TypeAlias = dict[str, Any]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What numpy and zipfile raise over a damaged archive; a damaged header can also ask for more memory than there is.
 _BAD_ARCHIVE = (
@@ -90,7 +91,7 @@ class Tensors:
 
 
 def safetensors(file: Path) -> Tensors:
-    """A safetensors file. Each tensor is mapped by itself, so that one that was copied does not stay in memory."""
+    """Each tensor is mapped by itself, so that one that was copied does not stay in memory."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
@@ -109,7 +110,7 @@ def safetensors(file: Path) -> Tensors:
 
 
 def npz(file: Path) -> Tensors:
-    """A numpy archive, without pickles. Each array is read by itself, so that one that was copied does not stay."""
+    """Without pickles. Each array is read by itself, so that one that was copied does not stay in memory."""
 
     def read(name: str | None) -> Any:
         try:
@@ -122,12 +123,8 @@ def npz(file: Path) -> Tensors:
     return Tensors(file, read(None), read)
 
 
-def checkpoint(file: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, as long as that is tensors and plain values.
-
-    Raises:
-        ValueError: it needs more than that (such a file could run any code), or is damaged.
-    """
+def checkpoint(file: Path) -> Config:
+    """What ``torch.save`` wrote. Raises ValueError: more than tensors and plain values, as could run code; damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a plain pickle's version before it refuses the pickle
@@ -145,16 +142,12 @@ def checkpoint(file: Path) -> dict[str, Any]:
 
 
 def state_dict(file: Path) -> Tensors:
-    """A state dict that ``torch.save`` wrote."""
     content = checkpoint(file)
     return Tensors(file, (str(name) for name in content), content.__getitem__)
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """What a torch file holds, by name: a tensor's shape, () for anything else; empty where it cannot be read.
-
-    For telling formats apart that have nothing else to go by; loading the file says what is wrong with it.
-    """
+    """By name a tensor's shape, () for anything else; empty where it cannot be read: loading it says what is wrong."""
     if file.suffix not in (".pt", ".pth") or not file.is_file():
         return {}
     try:
@@ -164,8 +157,7 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {str(name): tuple(value.shape) if isinstance(value, Tensor) else () for name, value in content.items()}
 
 
-def json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
+def json_object(file: Path) -> Config:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, OSError, RecursionError) as err:
@@ -173,8 +165,7 @@ def json_object(file: Path) -> dict[str, Any]:
     return _table(content, file)
 
 
-def yaml_object(file: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping; tags that build Python objects are refused."""
+def yaml_object(file: Path) -> Config:
     try:
         content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as err:
@@ -183,20 +174,18 @@ def yaml_object(file: Path) -> dict[str, Any]:
 
 
 def check_keys(config: Mapping[str, Any], known: Iterable[str], file: str) -> None:
-    """Refuses keys that nobody here knows, by the first one's name: they may change what the weights mean."""
+    """Refuses keys that nobody here knows: they may change what the weights mean."""
     unknown = sorted(str(key) for key in config.keys() - set(known))
     if unknown:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}: what it changes is not known")
 
 
 def check_size(config: Mapping[str, Any], key: str, size: int, file: str) -> None:
-    """Compares a size that a file states with the weights' own. Raises ValueError: they differ."""
     if key in config and config[key] is not None and config[key] != size:
         raise ValueError(f"{file}: {key} is {config[key]}, but the weights have {size}")
 
 
 def check_shapes(shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]], file: str) -> None:
-    """Refuses tensors, by their names in the file, that have other shapes than they must have."""
     for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
@@ -205,11 +194,7 @@ def check_shapes(shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]], file: str
 def linear_layers(
     tensors: Tensors, encoder: str, b_enc: str, decoder: str, b_dec: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in] and b_dec of two layers that are stored as torch does, by name.
-
-    Raises:
-        ValueError: one is missing, or their shapes disagree.
-    """
+    """W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in] and b_dec of two layers that are stored as torch does."""
     rows, bias, columns, centre = (tensors.take(name) for name in (encoder, b_enc, decoder, b_dec))
     d_in, d_sae = centre.numel(), bias.numel()
     check_shapes({encoder: (rows, (d_sae, d_in)), decoder: (columns, (d_in, d_sae))}, tensors.file.name)
@@ -217,11 +202,7 @@ def linear_layers(
 
 
 def above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> ActivationFunction:
-    """BatchTopK as it encodes outside training: what is above the threshold that training settled on.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """BatchTopK as it encodes outside training. Raises ValueError: no threshold that training settled on."""
     file = tensors.file.name
     if "threshold" not in tensors:
         raise ValueError(
@@ -237,11 +218,7 @@ def above_threshold(tensors: Tensors, d_sae: int, notes: Conventions) -> Activat
 
 
 def circuit_tracer_jump_relu(tensors: Tensors, name: str) -> JumpReLU:
-    """circuit-tracer's, which has no ReLU in it.
-
-    Raises:
-        ValueError: a threshold below 0, where that makes a difference.
-    """
+    """It has no ReLU. Raises ValueError: a threshold below 0, where that makes a difference."""
     threshold = tensors.take(name)
     if bool((threshold < 0).any()):
         raise ValueError(
@@ -272,7 +249,6 @@ def cross_layer(
 
 
 def number(config: Mapping[str, Any], key: str, file: str) -> float:
-    """A finite number. Raises ValueError: it is missing or something else."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
         raise ValueError(f"{file}: {key} must be a number, got {value!r}")
@@ -280,7 +256,6 @@ def number(config: Mapping[str, Any], key: str, file: str) -> float:
 
 
 def whole(config: Mapping[str, Any], key: str, file: str) -> int:
-    """A whole number above zero. Raises ValueError: it is missing or something else."""
     value = number(config, key, file)
     if value < 1 or value != int(value):
         raise ValueError(f"{file}: {key} must be a whole number above 0, got {config[key]!r}")
@@ -288,11 +263,7 @@ def whole(config: Mapping[str, Any], key: str, file: str) -> int:
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool | None, file: str) -> bool:
-    """True or false; None as ``default`` means that it must be there.
-
-    Raises:
-        ValueError: it is missing or something else.
-    """
+    """None as ``default`` means that it must be there."""
     value = config.get(key, default)
     if not isinstance(value, bool):
         raise ValueError(f"{file}: {key} must be true or false, got {value!r}")
@@ -300,7 +271,6 @@ def flag(config: Mapping[str, Any], key: str, default: bool | None, file: str) -
 
 
 def choice(config: Mapping[str, Any], key: str, allowed: Iterable[str], file: str) -> str:
-    """One of these words. Raises ValueError: it is missing or something else."""
     value, words = config.get(key), list(allowed)
     if value not in words:
         raise ValueError(f"{file}: {key} {value!r} is not supported; supported are {', '.join(words)}")
@@ -308,14 +278,13 @@ def choice(config: Mapping[str, Any], key: str, allowed: Iterable[str], file: st
 
 
 def text(config: Mapping[str, Any], key: str, file: str) -> str:
-    """A piece of text that is not empty. Raises ValueError: it is missing or something else."""
     value = config.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{file}: {key} must be text, got {value!r}")
     return value
 
 
-def _table(content: Any, file: Path) -> dict[str, Any]:
+def _table(content: Any, file: Path) -> Config:
     if not isinstance(content, dict):
         raise ValueError(f"{file.name}: must hold a table of keys, holds a {type(content).__name__}")
     return content
@@ -342,12 +311,10 @@ class Choices:
     """The factor that takes activations to the scale the SAE was trained on (SAELens' norm_scaling_factor)."""
     gating: Literal["openmoss", "saelens"] | None = None
     """Whose rule decides whether a Llama Scope feature fires: with the decoder's norm (openmoss) or without."""
-    k: int | None = None
-    """Features kept per token, where the files do not say."""
+    k: int | None = None  # features kept per token, where the files do not say
     scale_said_by: str = "the user"
 
-    def given(self) -> dict[str, Any]:
-        """Every choice by its name."""
+    def by_name(self) -> Config:
         return {"scale": self.scale, "gating": self.gating, "k": self.k}
 
 
@@ -362,10 +329,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlace:
-    """A place as Hugging Face's module tree names it: the input or output of ``module``, relative to the layers' list.
-
-    Which ``Site`` that is depends on the model's architecture (``architectures.site_of``).
-    """
+    """The input or output of ``module``, relative to the layers' list; the architecture tells which site that is."""
 
     layer: int
     module: str
@@ -377,6 +341,7 @@ class ModulePlace:
 
 
 Place: TypeAlias = Site | ModulePlace
+Places: TypeAlias = tuple[Place | None, tuple[Place, ...]]  # where it reads, and where it writes if that is elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,36 +358,26 @@ class ParsedSae:
     """An SAE read from disk."""
 
     dictionary: SparseCoder
-    files: tuple[Path, ...]
-    """What its digest covers."""
-    reads: Place | None
-    """Where it reads, if its files say so."""
+    files: tuple[Path, ...]  # what its digest covers
+    reads: Place | None  # where it reads, if its files say so
     writes: tuple[Place, ...] = ()
     """Where it writes; empty where that is the place it reads. Several for one layer of a cross-layer transcoder, whose
     ``W_dec`` then holds the vectors for each place side by side."""
-    processing: Processing | None = "none"
-    """None where files leave it open and it matters: the user must say."""
+    processing: Processing | None = "none"  # None where files leave it open and it matters: the user must say
     model: str | None = None
-    """The model it was trained on, as the files call it."""
     stated_l0: float | None = None
-    """Mean number of features that fire on a token, as the files state it."""
     conventions: tuple[Convention, ...] = ()
-    used: frozenset[str] = field(default_factory=frozenset)
-    """Names of the choices that made a difference."""
+    used: frozenset[str] = field(default_factory=frozenset)  # names of the choices that made a difference
 
 
 class Conventions:
-    """Collects conventions while a loader decides."""
-
     def __init__(self) -> None:
         self._notes: list[Convention] = []
 
     def note(self, name: str, value: object, source: str) -> None:
-        """``value`` as people read it."""
         self._notes.append(Convention(name, _as_text(value), source))
 
     def all(self) -> tuple[Convention, ...]:
-        """In the order in which they were decided."""
         return tuple(self._notes)
 
 
@@ -478,7 +433,6 @@ def module_place(path: str) -> Place | None:
 
 
 def place(name: str) -> Place | None:
-    """Either spelling."""
     match = _HOOK.fullmatch(name)
     if match and match[2] == "mlp.hook_out":
         # The MLP module's own output: what hook_mlp_out is, except where a norm follows it (Gemma).
@@ -486,12 +440,8 @@ def place(name: str) -> Place | None:
     return hook_site(name) or module_place(name)
 
 
-def in_and_out(inward: object, outward: object, key: str) -> tuple[Place | None, tuple[Place, ...]]:
-    """Where it reads, and where it writes if that is elsewhere; ``key`` names what says ``outward``.
-
-    Raises:
-        ValueError: it writes at a place that nobody here knows.
-    """
+def in_and_out(inward: object, outward: object, key: str) -> Places:
+    """Where it reads, and where it writes if that is elsewhere. Raises ValueError: it writes at no known place."""
     reads = place(inward) if isinstance(inward, str) else None
     if outward is None or outward == inward:
         return reads, ()
@@ -502,7 +452,6 @@ def in_and_out(inward: object, outward: object, key: str) -> tuple[Place | None,
 
 
 def hook_name(site: Site) -> str:
-    """A site as TransformerLens spells it. Raises ValueError: it has no hook there."""
     if site.point == "embed":
         return "hook_embed"
     hooks = [hook for hook, point in _POINTS.items() if point == site.point]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from saeguard_sae.dictionary import Dictionary, TopK
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "qwen_scope"
@@ -29,7 +29,7 @@ class _Stated(NamedTuple):
 
 
 def recognises(path: Path) -> bool:
-    """A torch file with these weights, the encoder's one row for each feature."""
+    """The encoder has one row for each feature."""
     stored = parsed.shapes(path)
     if not stored.keys() >= set(WEIGHTS) or stored["W_enc"] != (*stored["b_enc"], *stored["b_dec"]):
         return False
@@ -38,10 +38,9 @@ def recognises(path: Path) -> bool:
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the file."""
     config, notes = _config(source.path.parent / CONFIG), Conventions()
     repo = _REPO.search(source.origin.repo) if source.origin else None
-    known = _known_k(config, repo)
+    known, base = _known_k(config, repo), config.get("base_model")
     k = _k(known, source, notes)
     notes.note("activation", "topk", "the format")
     notes.note("centring", False, "the format")
@@ -49,13 +48,13 @@ def parse(source: Source) -> ParsedSae:
         dictionary=_dictionary(parsed.state_dict(source.path), config, k),
         files=(source.path, *((source.path.parent / CONFIG,) if config else ())),
         reads=_reads(source, config, notes),
-        model=_model(config, repo),
+        model=base if isinstance(base, str) else repo[1] if repo else None,
         conventions=notes.all(),
         used=frozenset() if known else frozenset({"k"}),
     )
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> Config:
     """The repository's settings where they were downloaded as well; another model's ``config.json`` is not that."""
     config = parsed.json_object(file) if file.is_file() else {}
     if config.get("model_type") != "topk_sae":
@@ -64,7 +63,7 @@ def _config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _known_k(config: dict[str, Any], repo: re.Match[str] | None) -> _Stated | None:
+def _known_k(config: Config, repo: re.Match[str] | None) -> _Stated | None:
     stated = _Stated(parsed.whole(config, "k", CONFIG), f"{CONFIG}: k") if config else None
     named = _Stated(int(repo[2]), "the repository's name") if repo else None
     if stated and named and stated.value != named.value:
@@ -73,8 +72,7 @@ def _known_k(config: dict[str, Any], repo: re.Match[str] | None) -> _Stated | No
 
 
 def _k(known: _Stated | None, source: Source, notes: Conventions) -> int:
-    chosen = _Stated(source.choices.k, "the user") if source.choices.k is not None else None
-    k = known or chosen
+    k = known or (_Stated(source.choices.k, "the user") if source.choices.k is not None else None)
     if k is None:
         raise ValueError(
             f"{source.path.name}: how many features are kept is not in the file; give k, the number after 'L0_' in the "
@@ -84,7 +82,7 @@ def _k(known: _Stated | None, source: Source, notes: Conventions) -> int:
     return int(k.value)
 
 
-def _dictionary(tensors: Tensors, config: dict[str, Any], k: int) -> Dictionary:
+def _dictionary(tensors: Tensors, config: Config, k: int) -> Dictionary:
     W_enc, b_enc, W_dec, b_dec = parsed.linear_layers(tensors, "W_enc", "b_enc", "W_dec", "b_dec")
     tensors.close()
     parsed.check_size(config, "d_model", b_dec.numel(), CONFIG)
@@ -92,7 +90,7 @@ def _dictionary(tensors: Tensors, config: dict[str, Any], k: int) -> Dictionary:
     return Dictionary(W_enc, b_enc, W_dec, b_dec, TopK(k), centre=False)
 
 
-def _reads(source: Source, config: dict[str, Any], notes: Conventions) -> Site | None:
+def _reads(source: Source, config: Config, notes: Conventions) -> Site | None:
     """The layer is in the file's name, as it was published where that is known."""
     if config:
         parsed.choice(config, "hook_point", ("resid_post",), CONFIG)
@@ -104,8 +102,3 @@ def _reads(source: Source, config: dict[str, Any], notes: Conventions) -> Site |
     site = Site(int(match[1]), "resid_post")
     notes.note("reads", site, "the file's name")
     return site
-
-
-def _model(config: dict[str, Any], repo: re.Match[str] | None) -> str | None:
-    stated = config.get("base_model")
-    return stated if isinstance(stated, str) else repo[1] if repo else None

@@ -5,7 +5,7 @@ Also its training checkpoints. ``saelens_config`` knows ``cfg.json``, ``saelens_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -42,12 +42,10 @@ _PER_TOKEN = ("none", "layer_norm", "constant_norm_rescale")
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder, in float32."""
     path, notes = source.path, Conventions()
     settings = read_config(path)
     where = hook_point(settings, source.origin, notes)
@@ -80,17 +78,11 @@ class InputNormalization:
     scale: float = 1.0
     whitening: Whitening | None = None
     files: tuple[Path, ...] = ()
-    """Those that it was read from."""
-    used: frozenset[str] = field(default_factory=frozenset)
-    """Names of the choices that it was taken from."""
+    used: frozenset[str] = field(default_factory=frozenset)  # names of the choices that it was taken from
 
 
 def input_normalization(source: Source, settings: SaelensConfig, notes: Conventions) -> InputNormalization:
-    """What the config, the checkpoint's other files and the user say together.
-
-    Raises:
-        ValueError: a normalisation that is not supported, or one whose numbers are not known.
-    """
+    """What the config, the checkpoint's other files and the user say together. Raises ValueError."""
     mode, who = _mode(source, settings)
     notes.note("normalisation", mode, who)
     scaler = _Scaler(source.path)
@@ -103,14 +95,13 @@ def input_normalization(source: Source, settings: SaelensConfig, notes: Conventi
         table = {"activation_normalization_factor": 1.0} | dict(settings.table)
         factor = parsed.number(table, "activation_normalization_factor", CONFIG)
         notes.note("activation scale", factor, settings.source("activation_normalization_factor"))
-        return InputNormalization(
-            scale=_positive(factor, f"{CONFIG}: activation_normalization_factor"), files=scaler.files
-        )
+        scale = _positive(factor, f"{CONFIG}: activation_normalization_factor")
+        return InputNormalization(scale=scale, files=scaler.files)
     return InputNormalization(normalisation=cast(Normalisation, mode), files=scaler.files)
 
 
 def _mode(source: Source, settings: SaelensConfig) -> tuple[str, str]:
-    published = releases.at(source.origin.repo, source.origin.path) if source.origin else None
+    published = releases.find_published(source.origin.repo, source.origin.path) if source.origin else None
     if published is not None and published.normalisation is not None:
         return published.normalisation, releases.source()
     table = {_KEY: "none" if (value := settings.table.get(_KEY)) is None else value}
@@ -192,7 +183,7 @@ _RESCALING_SINCE = (6, 14)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an SAE is built from, and where its conventions are noted."""
+    """What an SAE is built from."""
 
     settings: SaelensConfig
     weights: Tensors
@@ -202,7 +193,6 @@ class Parts:
 
     @property
     def table(self) -> Mapping[str, Any]:
-        """The settings that decide the arithmetic."""
         return self.settings.table
 
     def note(self, name: str, value: object, key: str) -> None:
@@ -211,20 +201,10 @@ class Parts:
 
 
 def build_coder(parts: Parts) -> SparseCoder:
-    """The SAE, with everything folded that SAELens computes apart from the weights.
-
-    Raises:
-        ValueError: weights or settings that are missing, surplus or disagree.
-    """
+    """The SAE, with everything folded that SAELens computes apart from the weights. Raises ValueError."""
     parts.note("architecture", parts.settings.architecture, "architecture")
-    coder: SparseCoder
-    match parts.settings.architecture:
-        case "matching_pursuit":
-            coder = _pursuit(parts)
-        case "temporal":
-            coder = _temporal(parts)
-        case _:
-            coder = _linear(parts)
+    builders: dict[str, Callable[[Parts], SparseCoder]] = {"matching_pursuit": _pursuit, "temporal": _temporal}
+    coder = builders.get(parts.settings.architecture, _linear)(parts)
     parts.weights.close()
     for key, size in (("d_in", coder.d_in), ("d_sae", coder.d_sae), ("d_out", coder.d_out)):
         parsed.check_size(parts.table, key, size, CONFIG)
@@ -244,7 +224,8 @@ def _linear(parts: Parts) -> Dictionary:
     """In SAELens' order: its own folds come before rescaling, which they change, and whitening after it."""
     dictionary, normalization, rescales = _unfolded(parts), parts.input, _rescales(parts)
     if (factors := _finetuning(parts, dictionary.d_sae)) is not None:
-        dictionary = finetuned(dictionary, factors)
+        # ``(f * factors) @ W_dec``, as SAELens decoded before 6.0 after its fine-tuning against shrinkage.
+        dictionary = replace(dictionary, W_dec=dictionary.W_dec * factors[:, None])
     if normalization.scale != 1:
         dictionary = scaled(dictionary, normalization.scale, rescales=rescales)
     if rescales:
@@ -329,9 +310,8 @@ def _rescales(parts: Parts) -> bool:
 
 def _finetuning(parts: Parts, d_sae: int) -> Tensor | None:
     """[d_sae] factors of SAELens before 6.0, unless they are all 1, as it long wrote them for every SAE."""
-    weights = parts.weights
-    name = "finetuning_scaling_factor" if "finetuning_scaling_factor" in weights else "scaling_factor"
-    if (factors := weights.take_if(name)) is None:
+    name = "finetuning_scaling_factor" if "finetuning_scaling_factor" in parts.weights else "scaling_factor"
+    if (factors := parts.weights.take_if(name)) is None:
         return None
     if tuple(factors.shape) != (d_sae,):
         raise ValueError(f"{WEIGHTS}: {name} has shape {tuple(factors.shape)}, expected {(d_sae,)}")
@@ -388,11 +368,6 @@ def _temporal_k(table: Mapping[str, Any]) -> int | None:
     return parsed.whole(table, "kval_topk", CONFIG)
 
 
-def finetuned(dictionary: Dictionary, factors: Tensor) -> Dictionary:
-    """``(f * factors) @ W_dec``, as SAELens decoded before 6.0 after its fine-tuning against shrinkage."""
-    return replace(dictionary, W_dec=dictionary.W_dec * factors[:, None])
-
-
 def scaled(dictionary: Dictionary, scale: float, *, rescales: bool) -> Dictionary:
     """For inputs that are not multiplied by ``scale``, and outputs not divided by it.
 
@@ -402,13 +377,8 @@ def scaled(dictionary: Dictionary, scale: float, *, rescales: bool) -> Dictionar
     activation = dictionary.activation
     if rescales and isinstance(activation, JumpReLU):
         activation = JumpReLU(activation.threshold / scale)
-    return replace(
-        dictionary,
-        W_enc=dictionary.W_enc * scale,
-        W_dec=dictionary.W_dec / scale,
-        b_dec=dictionary.b_dec / scale,
-        activation=activation,
-    )
+    W_enc, W_dec, b_dec = dictionary.W_enc * scale, dictionary.W_dec / scale, dictionary.b_dec / scale
+    return replace(dictionary, W_enc=W_enc, W_dec=W_dec, b_dec=b_dec, activation=activation)
 
 
 def rescaled(dictionary: Dictionary) -> Dictionary:
@@ -416,9 +386,8 @@ def rescaled(dictionary: Dictionary) -> Dictionary:
     norms = dictionary.W_dec.norm(dim=1)
     # A row of zeros stays one: its feature is never seen, whatever it is divided by.
     by = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return replace(
-        dictionary, W_enc=dictionary.W_enc * norms, b_enc=dictionary.b_enc * norms, W_dec=dictionary.W_dec / by[:, None]
-    )
+    W_enc, b_enc, W_dec = dictionary.W_enc * norms, dictionary.b_enc * norms, dictionary.W_dec / by[:, None]
+    return replace(dictionary, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
 
 
 def unwhitened(dictionary: Dictionary, whitening: Whitening) -> Dictionary:

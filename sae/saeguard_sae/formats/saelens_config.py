@@ -17,7 +17,6 @@ WEIGHTS = "sae_weights.safetensors"
 
 
 def words(text: str) -> frozenset[str]:
-    """Those between its spaces."""
     return frozenset(text.split())
 
 
@@ -63,12 +62,9 @@ class SaelensConfig:
 
     table: Mapping[str, Any]
     metadata: Mapping[str, Any]
-    stated: frozenset[str]
-    """Keys of the table that the file has, rather than SAELens' defaults."""
-    where: str = f"{CONFIG}: metadata."
-    """How a key of ``metadata`` is called in messages, before its name."""
-    spelled: Mapping[str, str] = field(default_factory=dict)
-    """Keys that the file spells otherwise."""
+    stated: frozenset[str]  # keys of the table that the file has, rather than SAELens' defaults
+    where: str = f"{CONFIG}: metadata."  # how a key of ``metadata`` is called in messages, before its name
+    spelled: Mapping[str, str] = field(default_factory=dict)  # keys that the file spells otherwise
     is_tanh: bool = False
     is_finetuned: bool | None = False
     """What ``finetuning_scaling_factor`` says; None where a file that could have it says nothing."""
@@ -80,12 +76,10 @@ class SaelensConfig:
 
     @property
     def architecture(self) -> str:
-        """One of ``ARCHITECTURES``."""
         return str(self.table["architecture"])
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it writes elsewhere than it reads."""
         return self.architecture.endswith("transcoder")
 
     @property
@@ -100,11 +94,7 @@ class SaelensConfig:
 
 
 def read_config(folder: Path) -> SaelensConfig:
-    """The settings in a folder, as SAELens 6 would write them.
-
-    Raises:
-        ValueError: an architecture, a key or a value that is not known.
-    """
+    """The settings in a folder, as SAELens 6 would write them. Raises ValueError: one that is not known."""
     config = parsed.json_object(folder / CONFIG)
     # Since SAELens 6 there is a metadata table.
     is_current = "metadata" in config or re.match(r"[6-9]|\d\d", str(config.get("sae_lens_version")))
@@ -195,7 +185,6 @@ def _activation(flat: dict[str, Any]) -> str:
 
 
 def _take_k(flat: dict[str, Any], spelled: dict[str, str]) -> set[str]:
-    """Makes a plain SAE with that activation what SAELens 6 calls it; the keys that this states."""
     flat["architecture"], spelled["architecture"] = "topk", spelled.get("activation_fn", "activation_fn")
     options = flat.get("activation_fn_kwargs") or {}
     if not isinstance(options, dict):
@@ -221,8 +210,6 @@ _PROCESSING = ("fold_ln", "center_writing_weights", "fold_value_biases", "refact
 
 
 class HookPoint(NamedTuple):
-    """Where it reads and writes, and the model it was trained on."""
-
     reads: Place | None
     writes: tuple[Place, ...]
     processing: Processing
@@ -231,11 +218,7 @@ class HookPoint(NamedTuple):
 
 
 def hook_point(settings: SaelensConfig, origin: SaeOrigin | None, notes: Conventions) -> HookPoint:
-    """What the metadata say; a place that is none of ours is left open.
-
-    Raises:
-        ValueError: an SAE of a single head, or a model processed in a way that is not supported.
-    """
+    """A place that is none of ours is left open. Raises ValueError: a single head; processing that is not supported."""
     _refuse_heads(settings)
     reads = _place(settings, "", notes)
     writes = _place(settings, "_out", notes) if settings.is_transcoder else None
@@ -274,7 +257,7 @@ def _processing(settings: SaelensConfig, origin: SaeOrigin | None, notes: Conven
     if not isinstance(options, dict):
         raise ValueError(f"{key} must be a table, got {options!r}")
     on = {name for name in _PROCESSING if parsed.flag(options, name, False, key)}
-    published = releases.at(origin.repo, origin.path) if origin else None
+    published = releases.find_published(origin.repo, origin.path) if origin else None
     if published is not None and published.is_centred:
         on, key = set(_CENTRED), releases.source()
     known: Mapping[frozenset[str], Processing] = {

@@ -37,15 +37,8 @@ def save_saelens(
 ) -> None:
     """Writes any SAE that SAELens 6 can represent; each file whole or not at all.
 
-    Args:
-        site: where it reads; written as SAELens' hook name.
-        dtype: of the weights on disk.
-        metadata: more entries for the ``metadata`` table, such as ``context_size``.
-        writes: where a transcoder writes.
-        processing: how the model was processed that its activations came from.
-
-    Raises:
-        ValueError: SAELens has no way to say what it computes, or where.
+    ``metadata``: more entries for that table, such as ``context_size``. ``processing``: of the model that was read.
+    Raises ValueError: SAELens has no way to say what it computes, or where.
     """
     config, weights = _described(dictionary, site)
     config |= {
@@ -170,13 +163,8 @@ def _places(coder: SparseCoder, site: Site, writes: tuple[Site, ...]) -> dict[st
 def _model(coder: SparseCoder, processing: Processing) -> dict[str, Any]:
     if processing == "none" and not isinstance(coder, Temporal) and coder.normalisation == "centred":
         processing = "centred"
-    match processing:
-        case "none":
-            return {}
-        case "centred":
-            return {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-        case "transformer_lens":
-            return {"model_from_pretrained_kwargs": PROCESSED}
+    options = {"none": {}, "centred": {"center_writing_weights": True}, "transformer_lens": PROCESSED}[processing]
+    return {"model_from_pretrained_kwargs": options} if options else {}
 
 
 def _refuse(condition: bool, what: str) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from saeguard_sae.dictionary import AbsTopK, ActivationFunction, Dictionary, GroupMax, TopK
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Place, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Places, Source, Tensors
 
 NAME = "sparsify"
 CONFIG = "cfg.json"
@@ -26,12 +25,10 @@ _SEED = re.compile(r"seed\d+")
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE or transcoder in the folder."""
     config, notes = parsed.json_object(source.path / CONFIG), Conventions()
     parsed.check_keys(config, _KNOWN, CONFIG)
     dictionary = _dictionary(config, parsed.safetensors(source.path / WEIGHTS), notes)
@@ -45,7 +42,7 @@ def parse(source: Source) -> ParsedSae:
     )
 
 
-def _dictionary(config: dict[str, Any], tensors: Tensors, notes: Conventions) -> Dictionary:
+def _dictionary(config: Config, tensors: Tensors, notes: Conventions) -> Dictionary:
     is_transcoder, centre = _kind(config, notes)
     activation = _activation(config, notes)
     rows, b_enc, W_dec, b_dec = (tensors.take(name) for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
@@ -56,7 +53,7 @@ def _dictionary(config: dict[str, Any], tensors: Tensors, notes: Conventions) ->
     return Dictionary(rows.T, b_enc, W_dec, b_dec, activation, centre, is_transcoder=is_transcoder, W_skip=W_skip)
 
 
-def _kind(config: dict[str, Any], notes: Conventions) -> tuple[bool, bool]:
+def _kind(config: Config, notes: Conventions) -> tuple[bool, bool]:
     """Whether it is a transcoder, and whether b_dec is taken from what it reads.
 
     Before 2025-02-12 sparsify took it from what transcoders read as well, and ``cfg.json`` did not say which are
@@ -74,7 +71,7 @@ def _kind(config: dict[str, Any], notes: Conventions) -> tuple[bool, bool]:
     return skips, True
 
 
-def _activation(config: dict[str, Any], notes: Conventions) -> ActivationFunction:
+def _activation(config: Config, notes: Conventions) -> ActivationFunction:
     name = parsed.choice({"activation": "topk"} | config, "activation", ("topk", "groupmax"), CONFIG)
     k, signed = parsed.whole(config, "k", CONFIG), parsed.flag(config, "signed", False, CONFIG)
     if signed and name == "groupmax":
@@ -88,7 +85,7 @@ def _activation(config: dict[str, Any], notes: Conventions) -> ActivationFunctio
     return activation
 
 
-def _check_sizes(config: dict[str, Any], *, d_in: int, d_sae: int) -> None:
+def _check_sizes(config: Config, *, d_in: int, d_sae: int) -> None:
     parsed.whole(config, "d_in", CONFIG)
     parsed.check_size(config, "d_in", d_in, CONFIG)
     if config.get("num_latents"):
@@ -109,8 +106,7 @@ def _hookpoint(source: Source) -> str:
     return path.parent.name if _SEED.fullmatch(path.name) else path.name
 
 
-def _places(hookpoint: str, is_transcoder: bool, notes: Conventions) -> tuple[Place | None, tuple[Place, ...]]:
-    """Where it reads, and where it writes if that is elsewhere; an SAE has the module's output for both."""
+def _places(hookpoint: str, is_transcoder: bool, notes: Conventions) -> Places:
     output = parsed.module_place(hookpoint)
     reads = parsed.module_place(f"{hookpoint}.input") if is_transcoder else output
     if output is None or reads is None:

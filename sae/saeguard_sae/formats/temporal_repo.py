@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from saeguard_sae.coders import ATTENTION, Temporal
 from saeguard_sae.formats import parsed
-from saeguard_sae.formats.parsed import Conventions, ParsedSae, Source, Tensors
+from saeguard_sae.formats.parsed import Config, Conventions, ParsedSae, Source, Tensors
 from saeguard_sae.models import Site
 
 NAME = "temporal_repo"
@@ -28,12 +27,10 @@ _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
 
 
 def recognises(path: Path) -> bool:
-    """Both files are there."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def parse(source: Source) -> ParsedSae:
-    """The SAE in the folder."""
     llm, sae = _tables(source.path / CONFIG)
     notes = Conventions()
     model = llm.get("model_hf_name")
@@ -46,7 +43,7 @@ def parse(source: Source) -> ParsedSae:
     )
 
 
-def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _tables(file: Path) -> tuple[Config, Config]:
     config = parsed.yaml_object(file)
     llm, sae = config.get("llm"), config.get("sae")
     if not isinstance(llm, dict) or not isinstance(sae, dict):
@@ -57,7 +54,7 @@ def _tables(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return llm, sae
 
 
-def _temporal(llm: dict[str, Any], sae: dict[str, Any], tensors: Tensors, notes: Conventions) -> Temporal:
+def _temporal(llm: Config, sae: Config, tensors: Tensors, notes: Conventions) -> Temporal:
     d_in = parsed.whole(llm, "dimin", f"{CONFIG}: llm")
     d_sae = int(d_in * parsed.number(sae, "exp_factor", _SAE))
     tied = parsed.flag(sae, "tied_weights", None, _SAE)
@@ -73,7 +70,6 @@ def _temporal(llm: dict[str, Any], sae: dict[str, Any], tensors: Tensors, notes:
 
 
 def _attention(tensors: Tensors, layer: int, d_sae: int, width: int) -> dict[str, Tensor]:
-    """One layer's projections; queries and keys are ``width`` wide."""
     outs = {name: width if name in ("k_ctx", "q_target") else d_sae for name in ATTENTION}
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (out, d_sae) for name, out in outs.items()}
     shapes |= {f"{name}.bias": (out,) for name, out in outs.items()}
@@ -82,7 +78,7 @@ def _attention(tensors: Tensors, layer: int, d_sae: int, width: int) -> dict[str
     return parts
 
 
-def _k(sae: dict[str, Any], notes: Conventions) -> int | None:
+def _k(sae: Config, notes: Conventions) -> int | None:
     kind = parsed.choice(sae, "sae_diff_type", ("topk", "relu"), _SAE)
     notes.note("activation", kind, f"{_SAE}.sae_diff_type")
     if kind == "relu":
@@ -92,7 +88,7 @@ def _k(sae: dict[str, Any], notes: Conventions) -> int | None:
     return k
 
 
-def _scale(sae: dict[str, Any], notes: Conventions) -> float:
+def _scale(sae: Config, notes: Conventions) -> float:
     scale = parsed.number(sae, "scaling_factor", _SAE)
     if scale <= 0:
         raise ValueError(f"{_SAE}: scaling_factor must be above 0, got {scale:g}")
@@ -101,7 +97,6 @@ def _scale(sae: dict[str, Any], notes: Conventions) -> float:
 
 
 def _reads(source: Source, notes: Conventions) -> Site | None:
-    """The files do not say; the repository's folders do."""
     match = _LAYER.search(source.origin.path) if source.origin else None
     if match is None:
         return None

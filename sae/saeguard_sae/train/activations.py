@@ -20,8 +20,7 @@ from torch import Tensor
 
 from saeguard_sae.models import Site, depth, hook, locate
 from saeguard_sae.models import sites as known_sites
-from saeguard_sae.train.data import INDEX, Contexts, TokenRows, context_length
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import INDEX, Contexts, LanguageModel, TokenRows, context_length
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
 
 _TOKENS, _TOKENS_GPU = 4096, 16_384
@@ -63,21 +62,17 @@ class ActivationSource(Protocol):
 
 
 class ModelActivations:
-    """What a model makes of text.
-
-    Raises:
-        TrainError: a site that the model lacks, wrong data, a buffer too small for one forward pass.
-    """
+    """What a model makes of text."""
 
     def __init__(
         self, model: LanguageModel, sites: Sequence[Site], data: DataSettings, settings: StreamSettings
     ) -> None:
         self._arguments = model, sites, data, settings
-        self._harvester = Harvester(model, sites)
+        self._reader = ActivationReader(model, sites)
         self._contexts = Contexts(model, data, settings)
         self._rows = rows_per_pass(model, settings)
         self.chunk = self._rows * self._contexts.context
-        self.widths: Mapping[Site, int] = self._harvester.widths()
+        self.widths: Mapping[Site, int] = self._reader.widths()
         self.dtype, self.device, self.model_name = model.dtype, model.device, model.name
 
     @property
@@ -85,11 +80,7 @@ class ModelActivations:
         return self._contexts.epoch
 
     def read(self) -> dict[Site, Tensor]:
-        """
-        Raises:
-            TrainError: activations that are not finite, wrong data.
-        """
-        return self._harvester.read(self._contexts.rows(self._rows))
+        return self._reader.read(self._contexts.rows(self._rows))
 
     def pass_over(self) -> None:
         """Leaves the next chunk to another process."""
@@ -109,11 +100,7 @@ class ModelActivations:
 
 
 def rows_per_pass(model: LanguageModel, settings: StreamSettings) -> int:
-    """Rows of one forward pass, which fit into half of the buffer.
-
-    Raises:
-        TrainError: they do not.
-    """
+    """Rows of one forward pass, which fit into half of the buffer."""
     context = context_length(model, settings)
     most = settings.buffer // 2 // context
     if settings.rows > most or not most:
@@ -143,11 +130,7 @@ class ShardIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class CachedActivations:
-    """Reads a folder of activations; an ``ActivationSource``. Files are mapped into memory, not read whole.
-
-    Raises:
-        TrainError: not such a folder, a site that it lacks, files that are missing or are not what the index says.
-    """
+    """Reads a folder of activations; an ``ActivationSource``. Files are mapped into memory, not read whole."""
 
     def __init__(self, data: DataSettings, sites: Sequence[Site], settings: StreamSettings) -> None:
         self._arguments = data, sites, settings
@@ -164,10 +147,6 @@ class CachedActivations:
             self._open(shard)
 
     def read(self) -> dict[Site, Tensor]:
-        """
-        Raises:
-            TrainError: activations that are not finite.
-        """
         shard, start, stop = self._next()
         file = self._open(shard)
         tokens: dict[Site, Tensor] = {site: file.get_slice(str(site))[start:stop] for site in self.widths}
@@ -190,10 +169,6 @@ class CachedActivations:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            TrainError: the folder holds something else now.
-        """
         if state["shards"] != [shard.tokens for shard in self._index.shards]:
             raise TrainError("data.path: its files have other sizes than when the checkpoint was written")
         self.epoch, self._shard, self._row = state["epoch"], state["shard"], state["row"]
@@ -244,12 +219,8 @@ def _read_index(folder: Path) -> ShardIndex:
     return index
 
 
-class Harvester:
-    """Reads a model's activations at some sites, by a forward pass that ends at the last of them.
-
-    Raises:
-        TrainError: no sites, or one that the model lacks.
-    """
+class ActivationReader:
+    """Reads a model's activations at some sites, by a forward pass that ends at the last of them."""
 
     def __init__(self, model: LanguageModel, sites: Iterable[Site]) -> None:
         self.sites = tuple(sorted(set(sites), key=depth))
@@ -271,11 +242,7 @@ class Harvester:
         return {site: x.shape[-1] for site, x in self._read(rows).items()}
 
     def read(self, rows: TokenRows) -> dict[Site, Tensor]:
-        """The activations at each site where ``rows.mask``, [tokens, width], row after row, in the model's dtype.
-
-        Raises:
-            TrainError: activations that are not finite; names site, row and document.
-        """
+        """The activations at each site where ``rows.mask``, [tokens, width], row after row, in the model's dtype."""
         activations = self._read(rows)
         # One wait for the device, not one per site.
         is_finite = torch.stack([torch.isfinite(x).all() for x in activations.values()])
@@ -309,7 +276,6 @@ class _Complete(Exception):
 
 
 def _not_finite(site: Site, x: Tensor, rows: TokenRows) -> str:
-    """Of the first token that is not finite."""
     index = int((~torch.isfinite(x).all(dim=1)).int().argmax())
     row, position = rows.mask.nonzero()[index].tolist()
     return (

@@ -1,5 +1,5 @@
-"""Text as rows of tokens: from plain, JSONL and parquet files or Hugging Face data sets, one document after another and
-over again, from any place on; and which tokens SAEs learn from.
+"""A language model, and text as the rows of tokens that it reads: from plain, JSONL and parquet files or Hugging Face
+data sets, one document after another and over again, from any place on; and which tokens SAEs learn from.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import IO, Any, Protocol, TypeAlias
 import msgspec
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, one_line
+from saeguard_sae.models import ModelLoadError, open_folder, open_model, torch_dtype
+from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, StreamSettings, TrainError, one_line
 
 INDEX = "activations.json"
 """What a folder of activations has."""
@@ -36,6 +37,41 @@ _CONTEXT = 1024
 
 Records: TypeAlias = Callable[[Path, int], Iterator[str]]
 """``records(path, start)``: the texts of a file from this one on; "" where there is none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LanguageModel:
+    """A model that is loaded, for reading only."""
+
+    network: Any
+    """A Hugging Face causal language model, in evaluation mode, without gradients."""
+    tokenizer: PreTrainedTokenizerFast
+    config: Any
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def max_context(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text."""
+        return frozenset(map(int, self.tokenizer.all_special_ids))
+
+
+def open_language_model(settings: LanguageModelSettings) -> LanguageModel:
+    """Loads a model and its tokenizer, from the hub where the path is no local folder. The sites of its architecture
+    must be known, its weights complete, its tokenizer fast."""
+    try:
+        folder = open_folder(settings.path, settings.revision)
+        network = open_model(folder, settings.dtype, settings.device)
+    except ModelLoadError as err:
+        raise TrainError(one_line(err)) from err
+    name = settings.name or Path(settings.path).resolve().name
+    device, dtype = torch.device(settings.device), torch_dtype(settings.dtype)
+    return LanguageModel(network, folder.tokenizer, folder.config, name, device, dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +88,6 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRows:
-    """Rows of one forward pass."""
-
     ids: Tensor
     """int64 [rows, context]"""
     mask: Tensor
@@ -65,11 +99,7 @@ class TokenRows:
 
 
 class Contexts:
-    """Rows of tokens without end, from a data set that starts again when it ends.
-
-    Raises:
-        TrainError: a context that the model cannot read, a tokenizer that is not the model's, wrong data.
-    """
+    """Rows of tokens without end, from a data set that starts again when it ends."""
 
     def __init__(self, model: LanguageModel, data: DataSettings, settings: StreamSettings) -> None:
         self.context = context_length(model, settings)
@@ -77,7 +107,8 @@ class Contexts:
         self._settings = settings
         self._vocab_size = int(model.config.vocab_size)
         self._backend = model.tokenizer.backend_tokenizer
-        bos, eos, pad = (_id(getattr(model.tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "pad"))
+        tokens = (getattr(model.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        bos, eos, pad = ([] if token is None else [int(token)] for token in tokens)
         self._start = bos
         self._end = (eos or bos) if settings.packing == "packed" else []
         self._pad = (pad or eos or bos or [0])[0]
@@ -88,7 +119,6 @@ class Contexts:
 
     @property
     def epoch(self) -> int:
-        """How often the data set was started again."""
         return self._documents.epoch
 
     def __iter__(self) -> Iterator[TokenRow]:
@@ -105,7 +135,6 @@ class Contexts:
         return TokenRow(ids, mask, self._first_document)
 
     def rows(self, count: int) -> TokenRows:
-        """The next rows, together."""
         first = self._row + 1
         rows = [next(self) for _ in range(count)]
         return TokenRows(
@@ -116,7 +145,6 @@ class Contexts:
         )
 
     def state(self) -> dict[str, Any]:
-        """Where it is: plain values and a tensor."""
         return self.mark()()
 
     def mark(self) -> Callable[[], dict[str, Any]]:
@@ -131,11 +159,7 @@ class Contexts:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the row after which ``state`` was taken.
-
-        Raises:
-            TrainError: the data set has changed since.
-        """
+        """Goes on behind the row after which ``state`` was taken."""
         self._documents.resume(state["documents"])
         self._pending, self._at = state["pending"].tolist(), 0
         self._document, self._row = state["document"], state["row"]
@@ -173,11 +197,6 @@ class Contexts:
 
 
 def context_length(model: LanguageModel, settings: StreamSettings) -> int:
-    """Tokens of a row.
-
-    Raises:
-        TrainError: more than the model can read.
-    """
     if settings.context > model.max_context:
         raise TrainError(
             f"stream.context: {model.name} can read {model.max_context} tokens at once, got {settings.context}"
@@ -185,22 +204,13 @@ def context_length(model: LanguageModel, settings: StreamSettings) -> int:
     return settings.context or min(model.max_context, _CONTEXT)
 
 
-def _id(token: Any) -> list[int]:
-    return [] if token is None else [int(token)]
-
-
 class Documents:
-    """The documents of a data set, in its order, started again when it ends. Those without text are left out.
-
-    Raises:
-        TrainError: nothing there, no such column, no text in it; the message names the file and the place.
-    """
+    """The documents of a data set, in its order, started again when it ends. Those without text are left out."""
 
     def __init__(self, settings: DataSettings) -> None:
         self._settings = settings
         self._source = open_source(settings)
         self.epoch = 0
-        """How often the data set was started again."""
         self.number = 0
         """Of the document that was given last, counted from 1 and through all epochs."""
         self._seen = self._taken = 0
@@ -225,7 +235,6 @@ class Documents:
                 return text
 
     def state(self) -> dict[str, Any]:
-        """Where it is, as plain values."""
         return {
             "epoch": self.epoch,
             "number": self.number,
@@ -235,11 +244,7 @@ class Documents:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the document after which ``state`` was taken.
-
-        Raises:
-            TrainError: the data set has changed since.
-        """
+        """Goes on behind the document after which ``state`` was taken."""
         self.epoch, self.number = state["epoch"], state["number"]
         self._seen, self._taken = state["seen"], state["taken"]
         self._texts = self._source.begin(state["source"])
@@ -254,11 +259,7 @@ class Documents:
 
 
 def open_documents(settings: DataSettings) -> Documents:
-    """The documents that the settings name; the first one is looked at now, so that mistakes show before work is done.
-
-    Raises:
-        TrainError: as ``Documents``.
-    """
+    """The documents that the settings name; the first is looked at now, so that mistakes show before work is done."""
     documents = Documents(settings)
     start = documents.state()
     next(documents)
@@ -279,11 +280,6 @@ class TextSource(Protocol):
 
 
 def open_source(settings: DataSettings) -> TextSource:
-    """The source that the settings name.
-
-    Raises:
-        TrainError: nothing there, or more than one kind of thing.
-    """
     kind = data_kind(settings)
     if kind == "activations":
         raise TrainError(f"data.kind: {settings.path!r} holds activations, and text is needed here")
@@ -298,11 +294,7 @@ def open_source(settings: DataSettings) -> TextSource:
 
 
 def data_kind(settings: DataSettings) -> str:
-    """What the data set is: ``data.kind``, by its names where that is "auto".
-
-    Raises:
-        TrainError: it cannot be told.
-    """
+    """What the data set is: ``data.kind``, by its names where that is "auto"."""
     path = Path(settings.path).expanduser()
     if settings.kind != "auto":
         return settings.kind
@@ -321,8 +313,6 @@ def data_kind(settings: DataSettings) -> str:
 
 
 class FileSource:
-    """Records of files, file after file."""
-
     def __init__(self, files: tuple[Path, ...], records: Records) -> None:
         self._files = files
         self._records = records
@@ -331,10 +321,6 @@ class FileSource:
         self._digest = sha256(sizes.encode()).hexdigest()
 
     def begin(self, state: Mapping[str, Any] | None) -> Iterator[str]:
-        """
-        Raises:
-            TrainError: the files are not those of the state.
-        """
         if state is not None and state["digest"] != self._digest:
             raise TrainError("data.path: its files have other names or sizes than when the checkpoint was written")
         self._file, self._record = (state["file"], state["record"]) if state is not None else (0, 0)
@@ -445,21 +431,12 @@ def _package(name: str, needed_for: str) -> Any:
 
 
 def read_plain(path: Path, start: int, *, separator: str) -> Iterator[str]:
-    """The documents of a plain file, from number ``start`` on.
-
-    Raises:
-        TrainError: not UTF-8, a document that is too long.
-    """
     with _reading(path, "rt") as file:
         yield from islice(_split(path, file, separator), start, None)
 
 
 def read_jsonl(path: Path, start: int, *, column: str) -> Iterator[str]:
-    """The texts in a JSONL file, from line ``start`` on; "" for a blank line.
-
-    Raises:
-        TrainError: not JSON, no such column, no text in it.
-    """
+    """The texts in a JSONL file, from line ``start`` on; "" for a blank line."""
     with _reading(path, "rb") as file:
         for number, line in islice(enumerate(file, 1), start, None):
             if line.isspace():
@@ -474,11 +451,7 @@ def read_jsonl(path: Path, start: int, *, column: str) -> Iterator[str]:
 
 
 def record_text(record: Any, column: str, where: str) -> str:
-    """The text in a record, "" where it is null.
-
-    Raises:
-        TrainError: no such column, or something else than text in it.
-    """
+    """The text in a record, "" where it is null."""
     if not isinstance(record, Mapping):
         raise TrainError(
             f"data.path: {where} is a JSON {type(record).__name__}, not an object with a column {column!r}"

@@ -181,7 +181,6 @@ class DenseLearner:
                 W_dec /= W_dec.norm(dim=1, keepdim=True)
 
     def _length(self) -> Tensor:
-        """Of the gradient, wherever its features are."""
         squares = {name: tensor.grad.square().sum() for name, tensor in self.weights.items() if tensor.grad is not None}
         bias = squares.pop("b_dec")
         return (self._mesh.sum_features(torch.stack([*squares.values()]).sum()) + bias).sqrt()

@@ -19,7 +19,8 @@ from torch import Tensor
 from saeguard_sae.dictionary import Dictionary, JumpReLU, TopK
 from saeguard_sae.metrics import fires
 from saeguard_sae.train.dense import DenseLearner
-from saeguard_sae.train.kernels import AdamStep, FeatureRows, Kernels, Pairs, TorchKernels, choose_kernels
+from saeguard_sae.train.kernels.compiled import choose_kernels
+from saeguard_sae.train.kernels.torch_kernels import AdamStep, FeatureRows, Kernels, Pairs, TorchKernels
 from saeguard_sae.train.parallel import ALONE, Mesh, check_parts
 from saeguard_sae.train.settings import SaeSettings
 from saeguard_sae.train.tracking import LearnerMetrics, Scaling, Tracking, unit_rows
@@ -43,14 +44,11 @@ class Learner(Protocol):
 
     settings: SaeSettings
     steps: int
-    """Taken so far."""
 
     def step(self, x: Tensor, target: Tensor | None = None, before: Tensor | None = None) -> None:
         """Learns from x [batch, d_in] in float32, as the model made it; of several processes each gets its own rows.
 
-        Args:
-            target: [batch, d_out] what a transcoder writes in its place.
-            before: [batch, d_in] the activations one token earlier; where smoothness is asked for.
+        target: [batch, d_out] for a transcoder; before: [batch, d_in] one token earlier, where smoothness is asked for.
         """
         ...
 
@@ -64,11 +62,8 @@ class Learner(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the steps to come depend on; views of it, not copies.
-
-        Where its features lie in several processes as ``export``: the one that writes gets copies of the whole, such as
-        one process would have.
-        """
+        """Everything that the steps to come depend on; views of it, not copies. Where its features lie in several
+        processes as ``export``: the one that writes gets copies of the whole."""
         ...
 
     def align(self) -> None:
@@ -127,7 +122,6 @@ class SparseLearner:
         # Counted from the first feature that is here: a level may end before it, or behind the last.
         ends = torch.tensor(settings.levels, dtype=torch.int32, device=device) - here.start
         self._ends = ends.clamp(0, len(W_dec))
-        self._smooth = Smoothness(settings) if settings.smooth_weight else None
 
     @torch.no_grad()
     def step(self, x: Tensor, target: Tensor | None = None, before: Tensor | None = None) -> None:
@@ -141,11 +135,11 @@ class SparseLearner:
         fired = self._mesh.all_features(self._mesh.any_row(self.rows.active.clone()), dim=0)
         if active.aux is not None:
             loss = loss + self._revive(inputs, error, active.aux)
-        if self._smooth is not None:
+        if self.settings.smooth_weight:
             if before is None:
                 raise ValueError("smooth_weight needs to know each token's predecessor")
             earlier = before / self.scaling.read - self.b_dec
-            loss = loss + self._smooth.add(inputs, earlier, self.rows)
+            loss = loss + add_smoothness(self.settings, inputs, earlier, self.rows)
         self._update(bias)
         self.tracking.add(fired, loss, l0, fvu)
         self.steps += 1
@@ -181,7 +175,6 @@ class SparseLearner:
         self.rows.load_state({name: state[name][here] for name in self.rows.state()})
 
     def _small_state(self) -> dict[str, Tensor]:
-        """What every process has all of."""
         own = {"b_dec": self.b_dec, "moments": self._moments, "threshold": self.threshold, "cut": self._proposer.cut}
         return own | self.tracking.state()
 
@@ -259,8 +252,6 @@ class SparseLearner:
 
 
 class ActiveFeatures(NamedTuple):
-    """Which features fire on a batch."""
-
     pairs: Pairs
     values: Tensor
     """float32 [n]"""
@@ -293,7 +284,6 @@ class Proposer:
         return ActiveFeatures(pairs, values, smallest if smallest < inf else torch.zeros_like(smallest), aux)
 
     def _over_batch(self, x: Tensor, aux: Pairs | None) -> ActiveFeatures:
-        """The k * B largest of the batch, of those that are positive."""
         count = self._settings.k * len(x) * self._mesh.data
         guess = self._guess(x)
         while True:
@@ -330,10 +320,7 @@ class Proposer:
 
     def _strongest(self, pairs: Pairs, values: Tensor, k: int, room: int) -> Tensor:
         """bool [n] whether a pair is among its token's k, over all parts of the SAE; of equal ones the lowest features.
-
-        Args:
-            room: pairs that a token has here, at most; the same in every process.
-        """
+        A token has at most ``room`` pairs here, in every process."""
         if self._mesh.shards == 1:
             return self._kernels.strongest(pairs, values, k)
         row = pairs.rows()
@@ -366,33 +353,26 @@ def _largest(values: Tensor, count: int) -> Tensor:
     return values.new_full((), torch.finfo(values.dtype).tiny)
 
 
-class Smoothness:
-    """The price of first-level features that change from token to token; after Temporal SAEs, Bhalla et al. 2025.
+def add_smoothness(settings: SaeSettings, now: Tensor, earlier: Tensor, rows: FeatureRows) -> Tensor:
+    """now and earlier [B, d], as the encoder sees them -> the weighted price of first-level features that change from
+    token to token; after Temporal SAEs, Bhalla et al. 2025.
 
-    Adds its gradients to those of the first level's features, whose number is small.
+    Adds its gradients to those of the first level's features, whose number is small; what b_dec does through the
+    encoder follows from the features' biases, in ``SparseLearner``.
     """
-
-    def __init__(self, settings: SaeSettings) -> None:
-        self._weight, self._width = settings.smooth_weight, settings.levels[0]
-
-    def add(self, now: Tensor, earlier: Tensor, rows: FeatureRows) -> Tensor:
-        """now and earlier [B, d], as the encoder sees them -> the weighted cost.
-
-        What b_dec does through the encoder follows from the features' biases, in ``SparseLearner``.
-        """
-        first = slice(0, self._width)
-        with torch.enable_grad():
-            weight = rows.W_enc[first].detach().requires_grad_()
-            bias = rows.b_enc[first].detach().requires_grad_()
-            cost = self._weight * relative_change(now @ weight.T + bias, earlier @ weight.T + bias)
-        by_weight, by_bias = torch.autograd.grad(cost, (weight, bias))
-        fresh = rows.active[first] == 0
-        for gradient, more in ((rows.g_enc, by_weight), (rows.g_bias, by_bias), (rows.g_dec, None)):
-            gradient[first][fresh] = 0
-            if more is not None:
-                gradient[first] += more
-        rows.active[first] = 1
-        return cost.detach()
+    first = slice(0, settings.levels[0])
+    with torch.enable_grad():
+        weight = rows.W_enc[first].detach().requires_grad_()
+        bias = rows.b_enc[first].detach().requires_grad_()
+        cost = settings.smooth_weight * relative_change(now @ weight.T + bias, earlier @ weight.T + bias)
+    by_weight, by_bias = torch.autograd.grad(cost, (weight, bias))
+    fresh = rows.active[first] == 0
+    for gradient in (rows.g_enc, rows.g_bias, rows.g_dec):
+        gradient[first][fresh] = 0
+    rows.g_enc[first] += by_weight
+    rows.g_bias[first] += by_bias
+    rows.active[first] = 1
+    return cost.detach()
 
 
 def relative_change(now: Tensor, earlier: Tensor) -> Tensor:

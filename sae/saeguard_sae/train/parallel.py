@@ -55,7 +55,6 @@ class Mesh:
     shards: int = 1
     """Parts of an SAE."""
     rank: int = 0
-    """Of this process, from 0."""
     neighbours: int = 1
     """Processes on this machine, this one included."""
     by_rows: Any = None
@@ -73,7 +72,6 @@ class Mesh:
 
     @property
     def shard(self) -> int:
-        """Which part of the features is here."""
         return self.rank % self.shards
 
     @property
@@ -85,11 +83,9 @@ class Mesh:
         return batch if self.data == 1 else batch[self._row :: self.data].contiguous()
 
     def count(self, first: int) -> int:
-        """How many of a batch's first rows are here."""
         return len(range(self._row, first, self.data))
 
     def features(self, d_sae: int) -> slice:
-        """Which of an SAE's features are here."""
         width = d_sae // self.shards
         return slice(self.shard * width, (self.shard + 1) * width)
 
@@ -193,11 +189,6 @@ def _send(collective: Callable[..., Any], *arguments: Any, **named: Any) -> None
 
 
 def check_processes(count: int, shards: int, batch: int) -> None:
-    """Looks whether so many processes can deal out features and batches.
-
-    Raises:
-        TrainError: they cannot; names the field and what is allowed.
-    """
     if count % shards:
         raise TrainError(f"parallel.shards: must divide the number of processes, {count}, got {shards}")
     if batch % (count // shards):
@@ -207,11 +198,6 @@ def check_processes(count: int, shards: int, batch: int) -> None:
 
 
 def check_parts(settings: SaeSettings, mesh: Mesh) -> None:
-    """Looks whether batch and features can be dealt out.
-
-    Raises:
-        ValueError: they cannot; names the field and what is allowed.
-    """
     if settings.batch % mesh.data:
         raise ValueError(f"batch must be a multiple of {mesh.data}, by which it is dealt out, got {settings.batch}")
     if settings.d_sae % mesh.shards:
@@ -221,7 +207,6 @@ def check_parts(settings: SaeSettings, mesh: Mesh) -> None:
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
@@ -254,7 +239,6 @@ class PeerWatch:
     """
 
     def __init__(self, resumable: Callable[[], str]) -> None:
-        """``resumable``: what there is to go on from, for the message."""
         self._resumable, self._console = resumable, RankZeroConsole()
         self._group = dist.new_group(backend="gloo", timeout=_LONG)
         self._next = (dist.get_rank() + 1) % dist.get_world_size()
@@ -291,17 +275,8 @@ class PeerWatch:
 
 @contextmanager
 def join_processes(shards: int, batch: int, device: str, resumable: Callable[[], str]) -> Iterator[Mesh]:
-    """The mesh of this process while it lasts; the one of ``ALONE`` where torchrun did not start it.
-
-    Args:
-        shards: parts of an SAE.
-        batch: tokens that are dealt out.
-        device: where it computes, by ``own_device``: with NCCL where that is a GPU, else with gloo.
-        resumable: what there is to go on from, should another process be lost.
-
-    Raises:
-        TrainError: so many processes cannot share them; names the field.
-    """
+    """The mesh of this process while it lasts; ``ALONE`` where torchrun did not start it. ``device`` is that of
+    ``own_device``; ``resumable`` says what there is to go on from if another process is lost."""
     if not is_launched():
         if shards > 1:
             raise TrainError(f"parallel.shards: {shards} parts need as many processes: {LAUNCH.format(shards)}")
@@ -321,11 +296,7 @@ def join_processes(shards: int, batch: int, device: str, resumable: Callable[[],
 
 
 def own_device(name: str) -> str:
-    """The torch device where this process computes: of several GPUs the one of its number on its machine.
-
-    Raises:
-        TrainError: all of several processes would use the same one.
-    """
+    """The torch device where this process computes: of several GPUs the one of its number on its machine."""
     if not is_launched() or name == "cpu":
         return name
     if name != "cuda":
@@ -334,11 +305,7 @@ def own_device(name: str) -> str:
 
 
 def mesh_of(shards: int, batch: int) -> Mesh:
-    """The mesh of this process, among all that have joined.
-
-    Raises:
-        TrainError: so many processes cannot deal out features and batches.
-    """
+    """The mesh of this process, among all that have joined."""
     size, rank = dist.get_world_size(), dist.get_rank()
     check_processes(size, shards, batch)
     data = size // shards

@@ -1,4 +1,4 @@
-"""The settings of training: of one SAE, of the data, of the stream of activations; and how a user's mistake is told."""
+"""The settings of training: of one SAE, the language model, the data, the activations; and what a user gets wrong."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ JumpLoss: TypeAlias = Literal["tanh", "l0"]
 KernelChoice: TypeAlias = Literal["auto", "compiled", "torch"]
 Precision: TypeAlias = Literal["int8", "bfloat16", "float32"]
 
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 DataKind: TypeAlias = Literal["auto", "text", "jsonl", "parquet", "hub", "activations"]
 Packing: TypeAlias = Literal["packed", "documents"]
 Store: TypeAlias = Literal["model", "float32", "bfloat16"]
@@ -26,7 +27,8 @@ _LONGEST = 300
 
 
 class TrainError(ValueError):
-    """A user's mistake: one line that names the field and what is allowed."""
+    """A user's mistake: one line that names the field and what is allowed. Whatever reads settings, a model, text or
+    activations raises it."""
 
 
 def one_line(err: BaseException) -> str:
@@ -36,22 +38,12 @@ def one_line(err: BaseException) -> str:
 
 
 def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
-    """Refuses a value that is none of these.
-
-    Raises:
-        TrainError: names the field and them.
-    """
     allowed = tuple(allowed)
     if value not in allowed:
         raise TrainError(f"{field}: must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_at_least(field: str, value: float, least: float) -> None:
-    """Refuses a number below ``least``, and NaN.
-
-    Raises:
-        TrainError: names the field.
-    """
     if not value >= least:
         raise TrainError(f"{field}: must be at least {least:g}, got {value:g}")
 
@@ -63,9 +55,6 @@ class SaeSettings:
     ``topk`` (Gao et al. 2024), ``batchtopk`` and ``matryoshka`` (Bussmann et al. 2024, 2025) need ``k``; ``relu``
     (Conerly et al. 2024), ``gated`` (Rajamanoharan et al. 2024) and ``jumprelu`` (Rajamanoharan et al. 2024; Conerly et
     al. 2025) need ``sparsity``.
-
-    Raises:
-        ValueError: names the field and what is allowed.
     """
 
     d_sae: int
@@ -130,7 +119,6 @@ class SaeSettings:
 
     @property
     def is_selecting(self) -> bool:
-        """Whether it keeps the largest pre-activations."""
         return self.architecture in SELECTING
 
     @property
@@ -143,7 +131,6 @@ class SaeSettings:
 
     @property
     def dead_after_steps(self) -> int:
-        """Steps of silence after which a feature counts as dead."""
         return max(1, min(round(self.dead_after * self.steps), 10_000_000 // self.batch))
 
     def rate(self, step: int) -> float:
@@ -194,12 +181,28 @@ _RANGES: tuple[tuple[str, tuple[str, ...], Callable[[float], bool]], ...] = (
 )
 
 
-class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is read.
+class LanguageModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which language model is read."""
 
-    Raises:
-        TrainError: names the field and what is allowed.
-    """
+    path: str
+    """A local folder or a Hugging Face repository."""
+    revision: str = ""
+    """Commit or tag of a Hugging Face repository."""
+    name: str = ""
+    """What the SAE's files say it belongs to; empty: the last part of the path."""
+    dtype: Dtype = "float32"
+    """How it computes."""
+    device: str = "cpu"
+    """A torch device such as cpu or cuda:0."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise TrainError("model.path: must name a folder or a Hugging Face repository, got nothing")
+        check_choice("model.dtype", self.dtype, get_args(Dtype))
+
+
+class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is read."""
 
     path: str
     """A file, a folder (all files in it, by name), or a data set of the Hugging Face hub."""
@@ -232,11 +235,7 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class StreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The stream of activations that SAEs are trained on.
-
-    Raises:
-        TrainError: names the field and what is allowed.
-    """
+    """The stream of activations that SAEs are trained on."""
 
     batch: int = 4096
     """Tokens of a batch; several processes deal it out."""
@@ -276,5 +275,4 @@ class StreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise TrainError(f"stream.outlier_norm: must be above 1, or 0 to keep all, got {self.outlier_norm:g}")
 
     def store_dtype(self, model: torch.dtype) -> torch.dtype:
-        """How the buffer keeps the activations of a model that computes in this dtype."""
         return {"model": model, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.store]

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from saeguard_sae.models import Site
 from saeguard_sae.train.activations import ActivationSource, CachedActivations, ModelActivations, Shard, ShardIndex
-from saeguard_sae.train.data import INDEX, data_kind
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import INDEX, LanguageModel, data_kind
 from saeguard_sae.train.parallel import ALONE, Mesh
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError, check_at_least, one_line
 
@@ -31,9 +30,7 @@ _SHARD_BYTES = 256 * 1024 * 1024
 
 
 class ActivationStream:
-    """Batches of activations, mixed: rows of a batch are the same tokens at every site.
-
-    A transcoder's site to read and site to write are two of its sites.
+    """Batches of activations, mixed: rows of a batch are the same tokens at every site, also a transcoder's two.
 
     Several processes each have the stream that one would have, and its state; the model's forward passes, one for each
     chunk, are dealt out to them.
@@ -41,9 +38,6 @@ class ActivationStream:
     Args:
         model: None where ``data`` is cached activations.
         mesh: of the processes that all call the same methods.
-
-    Raises:
-        TrainError: names the field, and what is allowed.
     """
 
     def __init__(
@@ -62,7 +56,6 @@ class ActivationStream:
         self.device = self._source.device if model is None else model.device
         """Of the batches. Cached activations lie in the machine's memory, the model's where the model is."""
         self.model_name = self._source.model_name
-        """Whose activations they are."""
         self.dtype = settings.store_dtype(self._source.dtype)
         """In which activations are kept; batches are float32."""
         self.buffer_bytes = buffer_bytes(self.widths, settings.buffer, self.dtype)
@@ -76,26 +69,12 @@ class ActivationStream:
         return self._source.epoch
 
     def sample(self, tokens: int) -> dict[Site, Tensor]:
-        """The first tokens of the data, in their order, float32 [tokens, width]; the stream stays where it is.
-
-        Raises:
-            TrainError: wrong data, activations that are not finite.
-        """
-        parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        source, count = self._source.again(), 0
-        while count < tokens:
-            chunk = self._chunk(source)
-            count += _count(chunk)
-            for site, x in chunk.items():
-                parts[site].append(x.to(self.dtype).float())
-        return {site: torch.cat(chunks)[:tokens].to(self.device) for site, chunks in parts.items()}
+        """The first tokens of the data, in their order, float32 [tokens, width]; the stream stays where it is."""
+        stored = self._read_first(tokens, lambda x: x.to(self.dtype).float())
+        return {site: x[:tokens].to(self.device) for site, x in stored.items()}
 
     def batch(self) -> dict[Site, Tensor]:
-        """The next batch, float32 [batch, width] at each site.
-
-        Raises:
-            TrainError: wrong data, activations that are not finite.
-        """
+        """The next batch, float32 [batch, width] at each site."""
         if self._buffer is None:
             self._buffer = self._new_buffer()
         while self._buffer.free >= self._source.chunk:
@@ -103,7 +82,6 @@ class ActivationStream:
         return {site: x.to(self.device) for site, x in self._buffer.draw(self.settings.batch).items()}
 
     def state(self) -> dict[str, Any]:
-        """All that decides the batches to come, the buffer included: tensors and plain values."""
         return {
             "source": self._source.state(),
             "limits": {str(site): limit for site, limit in self._norm_limits().items()},
@@ -112,17 +90,13 @@ class ActivationStream:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Gives the batches that would have followed ``state``; on a CPU, bit for bit.
-
-        Raises:
-            TrainError: the data has changed, or it is the state of other sites.
-        """
+        """Gives the batches that would have followed ``state``; on a CPU, bit for bit."""
         if set(state["limits"]) != {str(site) for site in self.sites}:
             there = ", ".join(state["limits"])
             raise TrainError(f"sites: the checkpoint has {there}, the settings {', '.join(map(str, self.sites))}")
-        if state["capacity"] != self.settings.buffer:
-            wrong = f"the checkpoint has {state['capacity']}, the settings {self.settings.buffer}"
-            raise TrainError(f"stream.buffer: {wrong}")
+        capacity, buffer = state["capacity"], self.settings.buffer
+        if capacity != buffer:
+            raise TrainError(f"stream.buffer: the checkpoint has {capacity}, the settings {buffer}")
         self._source.resume(state["source"])
         self._limits = {site: state["limits"][str(site)] for site in self.sites}
         self._buffer = None
@@ -135,7 +109,6 @@ class ActivationStream:
         return Buffer(source.widths, settings.buffer, self.dtype, source.device, settings.seed * 1_000_003)
 
     def _chunk(self, source: ActivationSource) -> dict[Site, Tensor]:
-        """The next chunk that has tokens, without outliers."""
         limits = self._norm_limits()
         for _ in range(_PATIENCE):
             tokens = source.read()
@@ -148,7 +121,6 @@ class ActivationStream:
         raise TrainError(f"data.path: {_PATIENCE} forward passes left no token to learn from (see the masks of stream)")
 
     def _norm_limits(self) -> dict[Site, float]:
-        """The norm above which a token is left out, by site."""
         if self._limits is None:
             self._limits = dict.fromkeys(self.sites, inf)
             if self.settings.outlier_norm:
@@ -156,25 +128,25 @@ class ActivationStream:
         return self._limits
 
     def _measure_limits(self) -> dict[Site, float]:
+        norms = self._read_first(_MEASURED, lambda x: x.float().norm(dim=1))
+        # A median of 0 says that most tokens have nothing here, not that the others are outliers.
+        return {site: self.settings.outlier_norm * float(x.median()) or inf for site, x in norms.items()}
+
+    def _read_first(self, tokens: int, transform: Callable[[Tensor], Tensor]) -> dict[Site, Tensor]:
+        """At each site that of the data's first chunks, which have at least so many tokens."""
         source, count = self._source.again(), 0
-        norms: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        while count < _MEASURED:
+        parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        while count < tokens:
             chunk = self._chunk(source)
             count += _count(chunk)
             for site, x in chunk.items():
-                norms[site].append(x.float().norm(dim=1))
-        medians = {site: float(torch.cat(chunks).median()) for site, chunks in norms.items()}
-        # A median of 0 says that most tokens have nothing here, not that the others are outliers.
-        return {site: self.settings.outlier_norm * median or inf for site, median in medians.items()}
+                parts[site].append(transform(x))
+        return {site: torch.cat(chunks) for site, chunks in parts.items()}
 
 
 def _open_source(
     model: LanguageModel | None, sites: Sequence[Site], data: DataSettings, settings: StreamSettings, mesh: Mesh
 ) -> ActivationSource:
-    """
-    Raises:
-        TrainError: no model where text is to be read; what the sources raise.
-    """
     if data_kind(data) == "activations":
         return CachedActivations(data, sites, settings)
     if model is None:
@@ -190,10 +162,8 @@ def _count(tokens: Mapping[Site, Tensor]) -> int:
 def cache_activations(stream: ActivationStream, folder: Path, tokens: int) -> None:
     """Takes at least ``tokens`` tokens from the stream, in whole batches, and writes them in its dtype.
 
-    They are written as they are drawn: mixed, and without what the stream leaves out.
-
-    Raises:
-        TrainError: ``folder`` is there already, or cannot be written (a full disk); what was begun is removed.
+    They are written as they are drawn: mixed, and without what the stream leaves out. ``folder`` must not be there;
+    where it cannot be written, what was begun is removed.
     """
     check_at_least("tokens", tokens, 1)
     if folder.exists():
@@ -261,16 +231,13 @@ class Buffer:
 
     @property
     def free(self) -> int:
-        """How many tokens can be added."""
         return len(self._free)
 
     @property
     def filled(self) -> int:
-        """How many tokens can be drawn."""
         return self.capacity - len(self._free)
 
     def add(self, tokens: Mapping[Site, Tensor]) -> None:
-        """Takes tokens in: at each site [n, width], ``n`` at most ``free``."""
         n = len(next(iter(tokens.values())))
         assert n <= self.free, "whoever adds asks how much fits"
         slots, self._free = self._free[:n], self._free[n:]
@@ -290,7 +257,6 @@ class Buffer:
         return {site: storage[slots].float() for site, storage in self._storage.items()}
 
     def state(self) -> dict[str, Any]:
-        """All that is held, in its order: tensors and plain values."""
         slots = self._filled_slots()
         return {
             "tokens": {str(site): storage[slots] for site, storage in self._storage.items()},
@@ -338,10 +304,6 @@ class SharedActivations:
         self.epoch, self._state = own.epoch, own.mark()
 
     def read(self) -> dict[Site, Tensor]:
-        """
-        Raises:
-            TrainError: as one process, in all of them.
-        """
         if not self._ahead:
             self._read_on()
         chunk, self.epoch, self._state = self._ahead.popleft()
@@ -378,7 +340,6 @@ class SharedActivations:
     def _chunk_of(
         self, turn: int, kinds: Sequence[tuple[torch.Size, torch.dtype]], mine: Mapping[Site, Tensor]
     ) -> dict[Site, Tensor]:
-        """The chunk that process ``turn`` made."""
         if turn == self._mesh.rank:
             return {site: self._mesh.broadcast(x.contiguous(), turn) for site, x in mine.items()}
         rooms = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in kinds]

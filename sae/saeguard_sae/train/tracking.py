@@ -23,7 +23,6 @@ class LearnerMetrics:
     """Means over the steps since it was asked for last."""
 
     steps: int
-    """All so far."""
     tokens: int
     """All so far."""
     loss: float
@@ -57,15 +56,9 @@ class Tracking:
         count, loss, l0, fvu = self._sums.tolist()
         self._sums.zero_()
         count = max(count, 1.0)
-        return LearnerMetrics(
-            steps,
-            steps * self._settings.batch,
-            loss / count,
-            l0 / count,
-            fvu / count,
-            float(self.dead().float().mean()),
-            self._settings.rate(max(steps - 1, 0)),
-        )
+        dead_share, rate = float(self.dead().float().mean()), self._settings.rate(max(steps - 1, 0))
+        tokens = steps * self._settings.batch
+        return LearnerMetrics(steps, tokens, loss / count, l0 / count, fvu / count, dead_share, rate)
 
     def state(self) -> dict[str, Tensor]:
         return {"silent": self.silent, "sums": self._sums}
@@ -82,7 +75,6 @@ class Scaling:
     """[d_out]"""
 
     def state(self) -> dict[str, Tensor]:
-        """By which the same is made again."""
         return {
             "scaling": torch.tensor([self.read, self.written, self.variance], dtype=torch.float64),
             "mean": self.mean,
@@ -95,11 +87,7 @@ class Scaling:
 
     @classmethod
     def of(cls, sample: Tensor, target: Tensor | None) -> Scaling:
-        """From activations [tokens, d].
-
-        Raises:
-            ValueError: they are all equal, so that nothing can be learnt.
-        """
+        """From activations [tokens, d]; ValueError where they are all equal, so that nothing can be learnt."""
         written = sample if target is None else target
         size = _size(written)
         scaled = written / size
@@ -119,22 +107,20 @@ class Scaling:
         centre: bool,
     ) -> Dictionary:
         """W_enc [d_sae, d_in] and the rest, as learnt -> the same on activations as the model makes them."""
+        if isinstance(activation, JumpReLU):
+            activation = JumpReLU(activation.threshold * self.written)
+        elif isinstance(activation, Gated):
+            b_gate, b_mag = activation.b_gate * self.written, activation.b_mag * self.written
+            activation = Gated(b_gate, b_mag, activation.r_mag.clone())
         return Dictionary(
             W_enc=(W_enc * (self.written / self.read)).T,
             b_enc=b_enc * self.written,
             W_dec=W_dec.clone(),
             b_dec=b_dec * self.written,
-            activation=self._folded(activation),
+            activation=activation,
             centre=centre,
             is_transcoder=not centre,
         )
-
-    def _folded(self, activation: ActivationFunction) -> ActivationFunction:
-        if isinstance(activation, JumpReLU):
-            return JumpReLU(activation.threshold * self.written)
-        if isinstance(activation, Gated):
-            return Gated(activation.b_gate * self.written, activation.b_mag * self.written, activation.r_mag.clone())
-        return activation
 
 
 def _size(x: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
-from saeguard_server.errors import SaeguardError, Unavailable
+from saeguard_server.errors import ServiceError, Unavailable
 
 RETRY_S = 1.0
 FIRST_S, LONGEST_S = 0.5, 30.0
@@ -71,7 +71,7 @@ class EngineFront(Engine):
         self._send(Submit(uid, task))
         try:
             while (event := await inbox.get()) is not None:
-                if isinstance(event, SaeguardError):
+                if isinstance(event, ServiceError):
                     raise event
                 yield event
                 if ends_task(event):
@@ -88,7 +88,7 @@ class EngineFront(Engine):
                 if ends_task(event):
                     del self._inboxes[uid]
 
-    def _fail_all(self, error: SaeguardError) -> None:
+    def _fail_all(self, error: ServiceError) -> None:
         self._hand_out([(uid, error) for uid in self._inboxes])
 
 

@@ -26,7 +26,7 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.caller import Call
 from saeguard_server.engine.tokenizer import Tokenizer
-from saeguard_server.errors import NonFiniteOutput, SaeguardError
+from saeguard_server.errors import NonFiniteOutput, ServiceError
 
 NOT_FINITE = "the model's output is not finite for this request; an edit may be too large"
 
@@ -219,7 +219,7 @@ class InspectTask:
     steering: Steering = Steering()
 
 
-Event: TypeAlias = StreamChunk | ActivationPart | SaeguardError
+Event: TypeAlias = StreamChunk | ActivationPart | ServiceError
 """What a task's owner gets; an error, a completion, or None after the last activation part ends it."""
 
 
@@ -252,7 +252,7 @@ class Engine(ABC):
         """Chunks as they are made; the last has a completion. Closing the iterator cancels the task.
 
         Raises:
-            SaeguardError: DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure, or InvalidRequest for what
+            ServiceError: DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure, or InvalidRequest for what
                 this engine's sampling does not have.
         """
         async with aclosing(self.events(task)) as events:

@@ -28,25 +28,14 @@ from grpc_status import rpc_status
 from saeguard_server.admission import InFlight, RpcLimiter
 from saeguard_server.caller import NOBODY, Call, Caller
 from saeguard_server.errors import (
-    ActivationNotReached,
-    Cancelled,
-    Conflict,
     DeadlineExceeded,
     InternalFailure,
     InvalidRequest,
-    NonFiniteOutput,
-    NotConfigured,
-    Overloaded,
     PermissionDenied,
-    PoliciesUnavailable,
-    PolicyRefusal,
     QuotaExceeded,
-    ReadOnlyStore,
     RequestFieldError,
-    SaeguardError,
+    ServiceError,
     Unauthenticated,
-    Unavailable,
-    UnknownName,
 )
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
@@ -204,7 +193,7 @@ class RpcRecord:
         self._messages += 1
         self._sent.inc()
 
-    def close(self, code: grpc.StatusCode, error: SaeguardError | None, level: int) -> None:
+    def close(self, code: grpc.StatusCode, error: ServiceError | None, level: int) -> None:
         """The RPC has ended."""
         seconds = time.perf_counter() - self._began
         self._metrics.rpcs_handled.labels(*self._labels, CODE_NAMES[code]).inc()
@@ -229,27 +218,6 @@ class RpcRecord:
 # --- 3. How an RPC ended
 
 
-STATUS: Mapping[type[SaeguardError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    UnknownName: grpc.StatusCode.NOT_FOUND,
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
-    PolicyRefusal: grpc.StatusCode.PERMISSION_DENIED,
-    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Conflict: grpc.StatusCode.ABORTED,
-    ReadOnlyStore: grpc.StatusCode.FAILED_PRECONDITION,
-    NotConfigured: grpc.StatusCode.FAILED_PRECONDITION,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Cancelled: grpc.StatusCode.CANCELLED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    PoliciesUnavailable: grpc.StatusCode.UNAVAILABLE,
-    ActivationNotReached: grpc.StatusCode.FAILED_PRECONDITION,
-    NonFiniteOutput: grpc.StatusCode.FAILED_PRECONDITION,
-    InternalFailure: grpc.StatusCode.INTERNAL,
-}
-
-
 class RpcStatus:
     """A context manager around the handler. It swallows what becomes ``error``; the caller must then abort with it.
 
@@ -259,7 +227,7 @@ class RpcStatus:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.code = grpc.StatusCode.OK
-        self.error: SaeguardError | None = None
+        self.error: ServiceError | None = None
         self.timeout: asyncio.Timeout | None = None
 
     def __enter__(self) -> RpcStatus:
@@ -279,7 +247,7 @@ class RpcStatus:
         if not isinstance(error, Exception | asyncio.CancelledError):
             return False
         self.error = self._own_error(error)
-        self.code = STATUS[type(self.error)]
+        self.code = grpc.StatusCode[self.error.status]
         return True
 
     @property
@@ -294,10 +262,10 @@ class RpcStatus:
         left = self._context.time_remaining()
         return left is not None and left <= ALMOST_OVER_S
 
-    def _own_error(self, error: BaseException) -> SaeguardError:
+    def _own_error(self, error: BaseException) -> ServiceError:
         if isinstance(error, TimeoutError) and self.timeout is not None and self.timeout.expired():
             return DeadlineExceeded("the time allowed for this request is over")
-        if isinstance(error, SaeguardError) and not isinstance(error, InternalFailure):
+        if isinstance(error, ServiceError) and not isinstance(error, InternalFailure):
             return error
         LOG.error("unexpected error", exc_info=error)
         return error if isinstance(error, InternalFailure) else InternalFailure("unexpected error")
@@ -325,9 +293,9 @@ class RpcFailure(grpc.Status):
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
-def rpc_failure(error: SaeguardError, request_id: str) -> RpcFailure:
+def rpc_failure(error: ServiceError, request_id: str) -> RpcFailure:
     """The status that ends an RPC with ``error``."""
-    code = STATUS[type(error)]
+    code = grpc.StatusCode[error.status]
     message = _public_message(error, request_id)
     number: int = code.value[0]
     rich = status_pb2.Status(code=number, message=message)
@@ -343,13 +311,13 @@ def rpc_failure(error: SaeguardError, request_id: str) -> RpcFailure:
     return RpcFailure(code, message, trailers)
 
 
-def _public_message(error: SaeguardError, request_id: str) -> str:
+def _public_message(error: ServiceError, request_id: str) -> str:
     if isinstance(error, InternalFailure):
         return f"internal error; the server's log has more under request id {request_id}"
     return _short(error.message)
 
 
-def _details(error: SaeguardError, request_id: str) -> list[Message]:
+def _details(error: ServiceError, request_id: str) -> list[Message]:
     info = error_details_pb2.ErrorInfo(
         reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **error.facts}
     )

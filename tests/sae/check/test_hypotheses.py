@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saeguard_sae.catalogue import Catalogue, Quality
 from saeguard_sae.check import CheckBounds, CheckReport, bounds_from, check_sae, hypotheses, measure, measure_sae
-from saeguard_sae.check.check import Setup, _pairs, conventions, relocations
+from saeguard_sae.check.diagnosis import Setup, _pairs, conventions, relocations
 from saeguard_sae.check.measure import Variant, reader, target
 from saeguard_sae.coders import MatchingPursuit, Temporal
 from saeguard_sae.dictionary import Dictionary, JumpReLU, ReLU, TopK, normalise

@@ -23,7 +23,7 @@ from saeguard_sae.check import (
     measure_sae,
     violations,
 )
-from saeguard_sae.check.check import merit
+from saeguard_sae.check.diagnosis import mismatch
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.models import Site
 
@@ -86,12 +86,12 @@ def test_what_passes() -> None:
 
 def test_more_features_are_no_merit_of_their_own() -> None:
     """What leaves less unexplained with three times the features that are expected is not the better guess."""
-    assert merit(20.4, 0.26, EXPECTED) < merit(60.0, 0.17, EXPECTED)
-    assert merit(20.4, 0.26, EXPECTED) < merit(7.0, 0.17, EXPECTED)
-    assert merit(20.4, 0.17, EXPECTED) < merit(20.4, 0.26, EXPECTED)
-    assert merit(60.0, 0.17, CheckBounds()) < merit(20.4, 0.26, CheckBounds())
-    assert merit(0.0, 0.17, EXPECTED) == float("inf")
-    assert merit(21.0, None, EXPECTED) < merit(40.0, None, EXPECTED)
+    assert mismatch(20.4, 0.26, EXPECTED) < mismatch(60.0, 0.17, EXPECTED)
+    assert mismatch(20.4, 0.26, EXPECTED) < mismatch(7.0, 0.17, EXPECTED)
+    assert mismatch(20.4, 0.17, EXPECTED) < mismatch(20.4, 0.26, EXPECTED)
+    assert mismatch(60.0, 0.17, CheckBounds()) < mismatch(20.4, 0.26, CheckBounds())
+    assert mismatch(0.0, 0.17, EXPECTED) == float("inf")
+    assert mismatch(21.0, None, EXPECTED) < mismatch(40.0, None, EXPECTED)
 
 
 def test_the_check_looks_for_reasons_only_where_it_fails(

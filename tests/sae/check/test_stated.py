@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from saeguard_sae import releases
-from saeguard_sae.check import check
+from saeguard_sae.check import diagnosis
 from saeguard_sae.formats.parsed import Choices, Convention
 from saeguard_sae.models import Site
 
@@ -19,16 +19,16 @@ def saying(loaded: Any) -> Any:
 
 
 def test_what_was_decided_last_holds(saying: Any) -> None:
-    assert check.processing(saying()) == "none"
-    assert check.processing(saying(("processing", "not stated", "the format"))) is None
+    assert diagnosis.processing(saying()) == "none"
+    assert diagnosis.processing(saying(("processing", "not stated", "the format"))) is None
     user = ("processing", "centred", "the settings")
-    assert check.processing(saying(("processing", "not stated", "the format"), user)) == "centred"
+    assert diagnosis.processing(saying(("processing", "not stated", "the format"), user)) == "centred"
 
 
 def test_the_scale(saying: Any) -> None:
-    assert check.scale(saying()) == 1.0
-    assert check.scale(saying(("activation scale", "0.25", "the user"))) == 0.25
-    assert check.scale(saying(("activation scale", "of each token", "hyperparams.json: norm_activation"))) == 1.0
+    assert diagnosis.scale(saying()) == 1.0
+    assert diagnosis.scale(saying(("activation scale", "0.25", "the user"))) == 0.25
+    assert diagnosis.scale(saying(("activation scale", "of each token", "hyperparams.json: norm_activation"))) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,10 @@ def test_the_scale(saying: Any) -> None:
     ],
 )
 def test_whether_another_scale_can_be_said(saying: Any, source: str, can_be_said: bool) -> None:
-    assert check.asks_for_scale(saying(("activation scale", "2", source))) is can_be_said
-    assert not check.asks_for_scale(saying())
+    assert diagnosis.asks_for_scale(saying(("activation scale", "2", source))) is can_be_said
+    assert not diagnosis.asks_for_scale(saying())
 
 
 def test_whose_rule_gates(saying: Any) -> None:
-    assert check.gating(saying()) is None
-    assert check.gating(saying(("gating", "saelens: p > threshold", "the format"))) == "saelens"
+    assert diagnosis.gating(saying()) is None
+    assert diagnosis.gating(saying(("gating", "saelens: p > threshold", "the format"))) == "saelens"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saeguard_sae.models import Site
 from saeguard_sae.train import stream as caching
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from saeguard_sae.train.stream import ActivationStream, cache_activations
 from support.streams import blank_line_file, small_model, texts

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.activations import Harvester
-from saeguard_sae.train.data import TokenRows
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.activations import ActivationReader
+from saeguard_sae.train.data import LanguageModel, TokenRows
 from saeguard_sae.train.settings import TrainError
 from support.models import CONFIGS, SITES, WIDTH
 from support.streams import plain_activations, small_model
@@ -35,7 +34,7 @@ def test_all_sites_of_one_pass_are_what_plain_hooks_see(tmp_path: Path, model_ty
     model = small_model(tmp_path, model_type)
     wanted = [Site(0 if point == "embed" else 1, point) for point in SITES[model_type]]  # type: ignore[arg-type]
     rows = some_rows(71)
-    found = Harvester(model, wanted).read(rows)
+    found = ActivationReader(model, wanted).read(rows)
     assert set(found) == set(wanted)
     for site in wanted:
         plain = plain_activations(model.network, model_type, site, rows.ids)
@@ -46,7 +45,7 @@ def test_the_residual_stream_is_transformers_own(llama: LanguageModel) -> None:
     rows = some_rows(72)
     states = llama.network(input_ids=rows.ids, output_hidden_states=True).hidden_states
     sites = [Site(0, "resid_pre"), Site(0, "resid_post"), Site(1, "resid_post")]
-    found = Harvester(llama, sites).read(rows)
+    found = ActivationReader(llama, sites).read(rows)
     for site, state in zip(sites, states, strict=False):
         assert torch.equal(found[site], state[rows.mask])
 
@@ -56,7 +55,7 @@ def test_what_the_norm_makes_of_the_stream(llama: LanguageModel) -> None:
     x = plain_activations(llama.network, "llama", Site(1, "mlp_read"), rows.ids)[rows.mask].double()
     eps = llama.config.rms_norm_eps
     wanted = x / (x.square().mean(dim=1, keepdim=True) + eps).sqrt()
-    torch.testing.assert_close(Harvester(llama, [site]).read(rows)[site].double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ActivationReader(llama, [site]).read(rows)[site].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_nothing_behind_the_last_site_is_computed(
         handles.append(block.register_forward_hook(count("blocks")))
         handles.append(block.mlp.register_forward_hook(count("mlps")))
     try:
-        Harvester(llama, [Site.parse(site) for site in sites]).read(some_rows(74))
+        ActivationReader(llama, [Site.parse(site) for site in sites]).read(some_rows(74))
     finally:
         for handle in handles:
             handle.remove()
@@ -102,7 +101,7 @@ def hooks_of(model: LanguageModel) -> list[int]:
 def test_leaves_the_model_as_it_was(llama: LanguageModel) -> None:
     rows = some_rows(75)
     before, hooks = llama.network(input_ids=rows.ids).logits, hooks_of(llama)
-    harvester = Harvester(llama, [Site(0, "resid_post"), Site(1, "mlp_act")])
+    harvester = ActivationReader(llama, [Site(0, "resid_post"), Site(1, "mlp_act")])
     harvester.read(rows)
     assert torch.equal(llama.network(input_ids=rows.ids).logits, before)
     assert hooks_of(llama) == hooks
@@ -110,7 +109,7 @@ def test_leaves_the_model_as_it_was(llama: LanguageModel) -> None:
 
 def test_widths(llama: LanguageModel) -> None:
     sites = [Site(0, "resid_post"), Site(1, "mlp_act")]
-    assert Harvester(llama, sites).widths() == {sites[0]: WIDTH, sites[1]: 80}
+    assert ActivationReader(llama, sites).widths() == {sites[0]: WIDTH, sites[1]: 80}
 
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])
@@ -125,10 +124,10 @@ def test_activations_that_are_not_finite(llama: LanguageModel, worst: float) -> 
     handle = llama.network.model.layers[1].register_forward_hook(spoil)
     try:
         with pytest.raises(TrainError) as caught:
-            Harvester(llama, [Site(0, "resid_post"), site]).read(rows)
+            ActivationReader(llama, [Site(0, "resid_post"), site]).read(rows)
         # What SAEs do not learn from may be what it is.
         rows.mask[1, 7] = False
-        Harvester(llama, [site]).read(rows)
+        ActivationReader(llama, [site]).read(rows)
     finally:
         handle.remove()
     assert "resid_post.1 are not finite" in str(caught.value)
@@ -137,8 +136,8 @@ def test_activations_that_are_not_finite(llama: LanguageModel, worst: float) -> 
 
 def test_a_site_that_the_model_lacks(llama: LanguageModel) -> None:
     with pytest.raises(TrainError, match=r"has no resid_post\.7; its layers are 0 to 2, its points .*mlp_act"):
-        Harvester(llama, [Site(7, "resid_post")])
+        ActivationReader(llama, [Site(7, "resid_post")])
     with pytest.raises(TrainError, match=r"has no attn_raw\.0"):
-        Harvester(llama, [Site(0, "attn_raw")])
+        ActivationReader(llama, [Site(0, "attn_raw")])
     with pytest.raises(TrainError, match="at least one"):
-        Harvester(llama, [])
+        ActivationReader(llama, [])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
-from saeguard_sae.train.settings import TrainError
+from saeguard_sae.train.data import open_language_model
+from saeguard_sae.train.settings import LanguageModelSettings, TrainError
 from support.models import BOS, EOS, PAD, save_model
 
 

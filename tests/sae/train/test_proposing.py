@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from saeguard_sae.train import SaeSettings
-from saeguard_sae.train.kernels import FeatureRows, choose_kernels
+from saeguard_sae.train.kernels.compiled import choose_kernels
+from saeguard_sae.train.kernels.torch_kernels import FeatureRows
 from saeguard_sae.train.learner import Proposer
 from saeguard_sae.train.parallel import Mesh
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.data import Contexts
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import Contexts, LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from saeguard_sae.train.stream import ActivationStream
 from support.models import WIDTH

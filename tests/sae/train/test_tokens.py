@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_sae.train.data import Contexts
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import Contexts, LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 from support.models import BOS, EOS, PAD
 from support.streams import blank_line_file, small_model, texts

@@ -48,20 +48,20 @@ from saeguard_server.engine.worker.messages import (
     WorkerReady,
     count_metrics,
 )
-from saeguard_server.errors import SaeguardError, Unavailable
+from saeguard_server.errors import ServiceError, Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, Settings
 from support.coders import SAVEABLE, Maker
 
 
-def subclasses(kind: type[SaeguardError]) -> Iterator[type[SaeguardError]]:
+def subclasses(kind: type[ServiceError]) -> Iterator[type[ServiceError]]:
     for one in kind.__subclasses__():
         yield from subclasses(one)
         if hasattr(one, "reason"):
             yield one
 
 
-def make(kind: type[SaeguardError]) -> SaeguardError:
+def make(kind: type[ServiceError]) -> ServiceError:
     if kind in (errors.InvalidRequest, errors.UnknownName):
         return kind("saes[3].name", "is not known")  # type: ignore[call-arg]
     if kind in (errors.Overloaded, errors.Unavailable):
@@ -75,8 +75,8 @@ def make(kind: type[SaeguardError]) -> SaeguardError:
     return kind("it went wrong")
 
 
-@pytest.mark.parametrize("kind", sorted(set(subclasses(SaeguardError)), key=lambda kind: kind.__name__))
-def test_every_error_arrives_with_all_it_says(kind: type[SaeguardError]) -> None:
+@pytest.mark.parametrize("kind", sorted(set(subclasses(ServiceError)), key=lambda kind: kind.__name__))
+def test_every_error_arrives_with_all_it_says(kind: type[ServiceError]) -> None:
     sent = make(kind)
     got = pickle.loads(messages.dump_message(sent))
     assert type(got) is kind

@@ -19,7 +19,7 @@ from saeguard_server.caller import Call
 from saeguard_server.engine.front import Submit
 from saeguard_server.engine.protocol import Event, InspectTask
 from saeguard_server.engine.transformers.sequence import Sequence
-from saeguard_server.errors import SaeguardError, Unavailable
+from saeguard_server.errors import ServiceError, Unavailable
 from support.alone import Alone
 from support.engines import Answer, Running, World, greedy, make_world, prompt, running
 
@@ -170,7 +170,7 @@ async def test_stopping_during_the_wait_ends_the_thread(world: World) -> None:
         began = time.monotonic()
         one.engine.stop()
         assert time.monotonic() - began < 5
-        with pytest.raises(SaeguardError, match="not running"):
+        with pytest.raises(ServiceError, match="not running"):
             await one.ask(greedy(prompt(1, 9), 4))
 
 

@@ -2,16 +2,3 @@
 
 A step's cost beyond the one dense product that proposes features is that of the pairs (token, feature) which fire.
 """
-
-from saeguard_sae.train.kernels.compiled import choose_kernels
-from saeguard_sae.train.kernels.torch_kernels import (
-    AdamStep,
-    Decoded,
-    FeatureRows,
-    Kernels,
-    LowPrecision,
-    Pairs,
-    TorchKernels,
-)
-
-__all__ = ["AdamStep", "Decoded", "FeatureRows", "Kernels", "LowPrecision", "Pairs", "TorchKernels", "choose_kernels"]

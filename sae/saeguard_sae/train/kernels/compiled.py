@@ -69,7 +69,8 @@ def _compiled() -> CompiledKernels:
     if compiler is None:
         raise CannotCompile(f"kernels: no C++ compiler among {', '.join(_COMPILERS)}; install one")
     command = [compiler, *_FLAGS, *map(str, _SOURCES), *map(str, _openmp())]
-    library = _folder() / f"{_key(command)}.so"
+    # Beside what torch keeps for this user, in a folder that TORCH_HOME moves.
+    library = Path(torch.hub.get_dir()).parent / "saeguard" / f"{_key(command)}.so"
     if not library.exists():
         _compile(command, library)
     try:
@@ -96,11 +97,6 @@ def _openmp() -> list[Path]:
     """torch's own OpenMP library: beside a second one, each would put its threads to sleep between two loops."""
     base = Path(torch.__file__).parent
     return sorted([*base.glob("lib/libgomp*"), *base.parent.glob("torch.libs/libgomp*")])[:1]
-
-
-def _folder() -> Path:
-    """Beside what torch keeps for this user, in a folder that the user may move (``TORCH_HOME``)."""
-    return Path(torch.hub.get_dir()).parent / "saeguard"
 
 
 def _key(command: list[str]) -> str:

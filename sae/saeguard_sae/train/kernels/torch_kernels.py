@@ -36,7 +36,6 @@ class Pairs(NamedTuple):
 
     @classmethod
     def join(cls, parts: list[Pairs]) -> Pairs:
-        """Those of consecutive tokens, one after the other."""
         if len(parts) == 1:
             return parts[0]
         counts = torch.cat([part.starts.diff() for part in parts])
@@ -81,7 +80,6 @@ class PreActivations(NamedTuple):
     bias: Tensor | None = None
 
     def wide(self) -> Tensor:
-        """[n, F] in float32, or as they are."""
         if self.of_row is None or self.of_feature is None or self.bias is None:
             return self.values
         return self.values.float() * (self.of_row[:, None] * self.of_feature) + self.bias
@@ -111,7 +109,6 @@ class LowPrecision:
         return cls(*shrink(rows)) if precision == "int8" and rows.shape[1] > 1 else cls(rows)
 
     def write(self, at: slice | Tensor, rows: Tensor) -> None:
-        """Some rows anew."""
         if self.values.dtype == torch.float32:
             return  # they are the rows themselves
         if self.scale is None:
@@ -119,14 +116,7 @@ class LowPrecision:
         else:
             self.values[at], self.scale[at] = shrink(rows)
 
-    def like(self, x: Tensor) -> LowPrecision:
-        """x [n, d] in the same precision."""
-        if self.scale is not None:
-            return LowPrecision(*shrink(x))
-        return LowPrecision(x.to(self.values.dtype))
-
     def at(self, index: Tensor) -> LowPrecision:
-        """Some rows, copied."""
         values = self.values[index]
         if self.scale is None:
             return LowPrecision(values)
@@ -137,15 +127,14 @@ class LowPrecision:
     def products(self, x: Tensor, bias: Tensor) -> Iterator[PreActivations]:
         """Pre-activations of x [B, d] in float32, bias [n]: a few hundred tokens at a time, looked at while they are in
         the cache. Each is overwritten by the next."""
-        tokens = self.like(x)
-        if tokens.scale is None or self.scale is None:
+        if self.scale is None:
             bias = bias.to(self.values.dtype)
-            for part in torch.split(tokens.values, _TOKENS):
+            for part in torch.split(x.to(self.values.dtype), _TOKENS):
                 yield PreActivations(F.linear(part, self.values, bias))
             return
         # Memory that is asked for anew for every product costs as much as a tenth of the product.
         room = self.scale.new_empty((min(len(x), _TOKENS), len(bias)), dtype=torch.int32)
-        for part, scale in zip(torch.split(tokens.values, _TOKENS), torch.split(tokens.scale, _TOKENS), strict=True):
+        for part, scale in zip(*(torch.split(tokens, _TOKENS) for tokens in shrink(x)), strict=True):
             sums = torch._int_mm(part, self.values.T, out=room[: len(part)])
             yield PreActivations(sums, scale, self.scale, bias)
 
@@ -280,7 +269,6 @@ class TorchKernels:
     name = "torch"
 
     def __init__(self, mesh: Mesh = ALONE) -> None:
-        """``mesh``: where the features of a reconstruction lie in several processes."""
         self._mesh = mesh
 
     def above(self, x: Tensor, W: LowPrecision, bias: Tensor, cut: float) -> Pairs:
@@ -370,7 +358,6 @@ class TorchKernels:
 
 
 def _where(mask: Tensor) -> Pairs:
-    """Those where ``mask`` [B, F] is True."""
     return Pairs(starts(mask.sum(1)), mask.nonzero()[:, 1].int())
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saeguard_sae.models import Site
     from saeguard_sae.train.quality.evaluate import Evaluation
 
 _TEXT = "text that did not train the SAE: a file, a folder, or a data set of the Hugging Face hub"
@@ -27,8 +26,7 @@ def add_evaluate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--model", required=True, help="local folder or Hugging Face repository")
     parser.add_argument("--data", required=True, help=_TEXT)
     parser.add_argument("--out", type=Path, help="folder for the report; default: evaluation, in the SAE's folder")
-    _add_reading(parser)
-    _add_measuring(parser)
+    _add_options(parser)
     parser.set_defaults(run=run_evaluate)
 
 
@@ -44,7 +42,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default="", help="commit or tag of the model's repository")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
@@ -59,8 +57,6 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--packing", default="packed", help="packed or documents: whether a row may hold several")
 
-
-def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="INT", help="to measure on; default: 1,000,000")
     parser.add_argument("--loss-tokens", type=int, metavar="INT", help="of these with losses; default: 65,536")
     parser.add_argument("--seed", type=int, metavar="INT", help="of the frozen baseline and the probes' split")
@@ -71,10 +67,17 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
+    from saeguard_sae.models import Site
+    from saeguard_sae.train.data import open_language_model
     from saeguard_sae.train.quality.evaluate import EvaluateSettings
     from saeguard_sae.train.quality.report import evaluate_folder
-    from saeguard_sae.train.settings import DataSettings, StreamSettings, check_at_least
+    from saeguard_sae.train.settings import (
+        DataSettings,
+        LanguageModelSettings,
+        StreamSettings,
+        TrainError,
+        check_at_least,
+    )
 
     data = DataSettings(
         path=arguments.data,
@@ -95,6 +98,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     )
     out: Path = arguments.out or (arguments.sae if arguments.sae.is_dir() else arguments.sae.parent) / "evaluation"
+    try:
+        site = None if arguments.site is None else Site.parse(arguments.site)
+    except ValueError as err:
+        raise TrainError(f"site: {err}") from err
     evaluation = evaluate_folder(
         arguments.sae,
         model,
@@ -102,7 +109,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         stream,
         out,
         settings=settings,
-        site=_site(arguments.site),
+        site=site,
         other=arguments.other,
         probe=arguments.probe,
         progress=_progress_line(settings.tokens),
@@ -111,18 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _site(text: str | None) -> Site | None:
-    from saeguard_sae.models import Site
-    from saeguard_sae.train.settings import TrainError
-
-    try:
-        return None if text is None else Site.parse(text)
-    except ValueError as err:
-        raise TrainError(f"site: {err}") from err
-
-
 def _progress_line(goal: int) -> Callable[[int], None]:
-    """A line on the terminal that renews itself; nothing where nobody looks."""
     is_terminal = sys.stderr.isatty()
 
     def draw(tokens: int) -> None:

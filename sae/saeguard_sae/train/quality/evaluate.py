@@ -24,26 +24,16 @@ from saeguard_sae.coders import SparseCoder
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.metrics import NextTokenLoss, SaeMetrics, recovered
-from saeguard_sae.train.quality.feature_stats import (
-    Agreement,
-    ExampleCollector,
-    FeatureExamples,
-    Histogram,
-    agreement_by_chance,
-    decoder_agreement,
-    histogram_of_counts,
-    histogram_of_values,
-    max_cosines,
-    spread_over_densities,
-)
-from saeguard_sae.train.quality.material import (
+from saeguard_sae.train.quality import feature_stats
+from saeguard_sae.train.quality.evaluation_data import (
     CapturedSite,
     EvaluationBatch,
+    EvaluationData,
     EvaluationRow,
-    Material,
     SplicedModel,
     evaluation_batches,
 )
+from saeguard_sae.train.quality.feature_stats import Agreement, ExampleCollector, FeatureExamples, Histogram
 from saeguard_sae.train.quality.probes import Probes, run_probes
 from saeguard_sae.train.settings import TrainError
 
@@ -60,7 +50,6 @@ _COSINES = torch.linspace(-0.2, 1, 49, dtype=torch.float64)
 _LOGITS = 2**27
 """Held at once of one pass: 512 MiB in float32."""
 _TOKENS = 4096
-"""Of one forward pass at most."""
 _FIT_SHARE = 5
 """Of the first rows one in so many is for the fit."""
 _RIDGE = 1e-4
@@ -77,11 +66,7 @@ WHAT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateSettings:
-    """One evaluation; every token count is of ordinary tokens, which special ones and padding are not.
-
-    Raises:
-        TrainError: names the field and what is allowed.
-    """
+    """One evaluation; every token count is of ordinary tokens, which special ones and padding are not."""
 
     tokens: int = DEAD_TOKENS
     """On which what fires and what is reconstructed is measured."""
@@ -201,11 +186,9 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     agreement_by_chance: Agreement | None = None
     """Of random directions, as many in the same widths."""
     agreement_with: str | None = None
-    """The other SAE's path."""
     examples: tuple[FeatureExamples, ...] = ()
 
     def quality(self) -> Quality:
-        """The part that an SAE's catalogue has a place for."""
         return Quality(
             l0=self.sae.l0,
             fvu=self.sae.fvu,
@@ -222,10 +205,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """
-    Raises:
-        ValueError: not an evaluation of this version; the message names the file.
-    """
+    """ValueError where the file is no evaluation of this version."""
     try:
         evaluation = msgspec.json.decode(file.read_bytes(), type=Evaluation)
     except (msgspec.DecodeError, msgspec.ValidationError) as err:
@@ -249,7 +229,7 @@ def write_whole(file: Path, data: bytes) -> Path:
 @torch.inference_mode()
 def evaluate_saes(
     sae: LoadedSae,
-    material: Material,
+    data: EvaluationData,
     settings: EvaluateSettings | None = None,
     *,
     other: LoadedSae | None = None,
@@ -268,14 +248,12 @@ def evaluate_saes(
         raise TrainError(
             f"other: SAE {other.name!r} writes {other.dictionary.d_out} wide, the first one {sae.dictionary.d_out}"
         )
-    pass_over_text = _Evaluator(sae, material, settings or EvaluateSettings())
+    pass_over_text = _Evaluator(sae, data, settings or EvaluateSettings())
     pass_over_text.measure(progress)
     return pass_over_text.evaluation(other)
 
 
 class _Side:
-    """One of the two dictionaries with its sums."""
-
     def __init__(self, coder: SparseCoder, device: torch.device) -> None:
         self.coder = coder
         self.metrics = SaeMetrics(coder.d_sae, device)
@@ -283,7 +261,6 @@ class _Side:
         self.reader = reader(coder)
 
     def read(self, captured: CapturedSite, watch: Watch | None = None) -> Tensor:
-        """Reconstructions [n, d_out] in float32, counted and compared with the targets."""
         reconstruction = reconstruct_counted(self.reader, captured.x, self.metrics, watch=watch)
         assert reconstruction is not None, "it decodes"
         self.metrics.compare(reconstruction, captured.target)
@@ -291,20 +268,18 @@ class _Side:
 
 
 class _Evaluator:
-    """One evaluation: what was read first to fit the baseline, then the sums over the text."""
-
-    def __init__(self, sae: LoadedSae, material: Material, settings: EvaluateSettings) -> None:
-        self._sae, self._material, self._settings = sae, material, settings
-        self._model = SplicedModel(material.model, material.model.config, sae)
-        self._pass_tokens = min(_TOKENS, max(1, _LOGITS // int(material.model.config.vocab_size)))
-        first, self._rest = _parted(material.rows, settings.fit_tokens)
+    def __init__(self, sae: LoadedSae, data: EvaluationData, settings: EvaluateSettings) -> None:
+        self._sae, self._data, self._settings = sae, data, settings
+        self._model = SplicedModel(data.model, data.model.config, sae)
+        self._pass_tokens = min(_TOKENS, max(1, _LOGITS // int(data.model.config.vocab_size)))
+        first, self._rest = _parted(data.rows, settings.fit_tokens)
         fit, self._limits = self._fit_sample(first)
         self._fit_tokens, self._mean = len(fit.x), fit.target.mean(0)
         device = self._model.device
         own = _Side(sae.dictionary.to(device), device)
         own.read(fit)
         self._examples = ExampleCollector(
-            spread_over_densities(own.metrics.density, settings.examples), settings.contexts
+            feature_stats.spread_over_densities(own.metrics.density, settings.examples), settings.contexts
         )
         baseline = frozen_baseline(
             fit.x,
@@ -329,19 +304,36 @@ class _Evaluator:
             raise TrainError("data: too little text: no two tokens are left to measure on")
 
     def evaluation(self, other: LoadedSae | None) -> Evaluation:
-        """Of the text that was read."""
-        own, frozen, settings = self._own, self._frozen, self._settings
-        labelled, losses = self._material.labelled, self._losses()
+        own, frozen, settings, coder = self._own, self._frozen, self._settings, self._sae.dictionary
+        labelled, losses = self._data.labelled, self._losses()
         probes = agreement = chance = None
         if labelled:
             probes = run_probes(self._model, labelled, own.reader, frozen.reader, settings.probe_k, settings.seed)
         if other is not None:
             W_dec, far = own.coder.W_dec, other.dictionary
-            agreement = decoder_agreement(W_dec, far.W_dec.to(W_dec.device), settings.seed)
-            chance = agreement_by_chance(far.d_out, own.coder.d_sae, far.d_sae, settings.seed)
+            agreement = feature_stats.decoder_agreement(W_dec, far.W_dec.to(W_dec.device), settings.seed)
+            chance = feature_stats.agreement_by_chance(far.d_out, own.coder.d_sae, far.d_sae, settings.seed)
         return Evaluation(
-            subjects=self._subjects(),
-            text=self._text(),
+            subjects=Subjects(
+                model=self._data.name,
+                sae=self._sae.name,
+                digest=self._sae.digest,
+                format=self._sae.format,
+                architecture=coder.architecture,
+                reads=str(self._model.reads),
+                writes=str(self._model.target),
+                d_in=coder.d_in,
+                d_out=coder.d_out,
+                d_sae=coder.d_sae,
+            ),
+            text=Text(
+                source=self._data.source,
+                tokens=own.metrics.tokens,
+                loss_tokens=self._loss_tokens,
+                loss_positions=self._base.positions,
+                fit_tokens=self._fit_tokens,
+                outliers=self._outliers,
+            ),
             losses=losses,
             sae=_quality_metrics(own, losses, settings.seed),
             frozen=_quality_metrics(frozen, losses, settings.seed),
@@ -350,11 +342,10 @@ class _Evaluator:
             agreement=agreement,
             agreement_by_chance=chance,
             agreement_with=None if other is None else other.name,
-            examples=self._examples.examples(own.metrics.density, self._material.decode),
+            examples=self._examples.examples(own.metrics.density, self._data.decode),
         )
 
     def _fit_sample(self, rows: list[EvaluationRow]) -> tuple[CapturedSite, tuple[float, float]]:
-        """What is at the sites for the first rows, and the norms above which a token is an outlier."""
         parts = [
             self._model.capture(batch.to(self._model.device), logits=False)
             for batch in evaluation_batches(rows, self._pass_tokens)
@@ -399,31 +390,6 @@ class _Evaluator:
             kl_zero_ablated=self._by_zero.divergence,
         )
 
-    def _text(self) -> Text:
-        return Text(
-            source=self._material.source,
-            tokens=self._own.metrics.tokens,
-            loss_tokens=self._loss_tokens,
-            loss_positions=self._base.positions,
-            fit_tokens=self._fit_tokens,
-            outliers=self._outliers,
-        )
-
-    def _subjects(self) -> Subjects:
-        coder = self._sae.dictionary
-        return Subjects(
-            model=self._material.name,
-            sae=self._sae.name,
-            digest=self._sae.digest,
-            format=self._sae.format,
-            architecture=coder.architecture,
-            reads=str(self._model.reads),
-            writes=str(self._model.target),
-            d_in=coder.d_in,
-            d_out=coder.d_out,
-            d_sae=coder.d_sae,
-        )
-
 
 def _quality_metrics(side: _Side, losses: Losses, seed: int) -> QualityMetrics:
     coder, metrics = side.coder, side.metrics
@@ -431,7 +397,7 @@ def _quality_metrics(side: _Side, losses: Losses, seed: int) -> QualityMetrics:
     sample = None
     if coder.d_sae > _COSINE_FEATURES:
         sample = torch.randperm(coder.d_sae, generator=torch.Generator().manual_seed(seed))[:_COSINE_FEATURES]
-    cosines = max_cosines(coder.W_dec, sample).double().cpu()
+    cosines = feature_stats.max_cosines(coder.W_dec, sample).double().cpu()
     return QualityMetrics(
         l0=metrics.l0,
         fvu=metrics.fvu,
@@ -449,9 +415,9 @@ def _quality_metrics(side: _Side, losses: Losses, seed: int) -> QualityMetrics:
         max_cosine=float(cosines.mean()),
         duplicate_share=float((cosines > DUPLICATE).double().mean()),
         cosine_features=len(cosines),
-        l0_histogram=histogram_of_counts(metrics.by_l0.cpu()),
-        density_histogram=histogram_of_values(density[density > 0].log10(), _DENSITIES),
-        cosine_histogram=histogram_of_values(cosines, _COSINES),
+        l0_histogram=feature_stats.histogram_of_counts(metrics.by_l0.cpu()),
+        density_histogram=feature_stats.histogram_of_values(density[density > 0].log10(), _DENSITIES),
+        cosine_histogram=feature_stats.histogram_of_values(cosines, _COSINES),
     )
 
 
@@ -482,11 +448,7 @@ def _parted(rows: Iterable[EvaluationRow], fit_tokens: int) -> tuple[list[Evalua
 def frozen_baseline(
     x: Tensor, target: Tensor, *, d_sae: int, l0: float, seed: int, is_transcoder: bool = False
 ) -> Dictionary:
-    """x [n, d_in], target [n, d_out], float32 -> a dictionary with random decoder directions and this L0.
-
-    Args:
-        is_transcoder: whether ``target`` is something else than ``x`` itself.
-    """
+    """x [n, d_in], target [n, d_out], float32 -> a dictionary with random decoder directions and this L0."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(d_sae, target.shape[1], generator=generator)
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(x.device)
@@ -515,7 +477,6 @@ def _linear(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cut(draft: Dictionary, x: Tensor, count: int) -> float:
-    """Above which ``count`` of all pre-activations lie."""
     count = max(1, min(count, len(x) * draft.d_sae - 1)) + 1
     largest = torch.empty(0, device=x.device)
     for part in torch.split(x, max(1, VALUES // draft.d_sae)):

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from saeguard_sae.train.quality.material import EvaluationBatch
+from saeguard_sae.train.quality.evaluation_data import EvaluationBatch
 
 _ROWS = 2048
 """Of either side whose cosines are held at once."""
@@ -34,7 +34,6 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     share_above_09: float
     """Share of the matched pairs with a cosine above 0.9."""
     matched: int
-    """Pairs."""
     is_sample: bool
     """Whether only a random sample of the features was matched, among its nearest."""
 
@@ -94,7 +93,6 @@ def _best_other(unit: Tensor, rows: Tensor) -> Tensor:
 
 
 def _matched(first: Tensor, second: Tensor) -> Tensor:
-    """Cosines [min(n, m)] of the pairs of the best matching, float64."""
     # Here, as everything heavy: the command line asks every command to register before it knows which one runs.
     from scipy.optimize import linear_sum_assignment
 
@@ -139,7 +137,6 @@ def histogram_of_counts(counts: Tensor) -> Histogram:
 
 
 Decode = Callable[[list[int]], str]
-"""Token ids to text."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,13 +185,11 @@ class ExampleCollector:
         self.features = features
         self._contexts = contexts
         self._peaks: list[list[_Peak]] = [[] for _ in features]
-        """Per feature, the strongest first."""
         self._rows_before = 0
         self._batch: EvaluationBatch | None = None
         self._positions = torch.empty(0, 2, dtype=torch.long)
 
     def begin(self, batch: EvaluationBatch) -> None:
-        """Before a batch's features come."""
         if self._batch is not None:
             self._rows_before += len(self._batch.ids)
         self._batch, self._positions = batch, batch.ordinary.nonzero()
@@ -216,7 +211,6 @@ class ExampleCollector:
                     self._add(peaks, value, self._batch, at, int(positions[in_row.argmax(), 1]))
 
     def examples(self, density: Tensor, decode: Decode) -> tuple[FeatureExamples, ...]:
-        """``density`` [d_sae]."""
         return tuple(
             FeatureExamples(
                 feature=feature, density=float(density[feature]), contexts=tuple(peak.context(decode) for peak in peaks)

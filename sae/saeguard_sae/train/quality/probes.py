@@ -19,7 +19,13 @@ from torch import Tensor
 
 from saeguard_sae.check.measure import VALUES, Reader
 from saeguard_sae.discover import auroc
-from saeguard_sae.train.quality.material import EvaluationBatch, EvaluationRow, LabelledText, SplicedModel, pad_rows
+from saeguard_sae.train.quality.evaluation_data import (
+    EvaluationBatch,
+    EvaluationRow,
+    LabelledText,
+    SplicedModel,
+    pad_rows,
+)
 from saeguard_sae.train.settings import TrainError
 
 LEAST = 10
@@ -27,7 +33,6 @@ LEAST = 10
 _HELD_OUT = 4
 """One text in so many is held out."""
 _TEXTS = 16
-"""Read at once."""
 _ROUNDS = 100
 _STEADY = 1e-9
 """A step this small in every weight ends the search."""
@@ -56,10 +61,6 @@ class Probes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_labelled(file: Path) -> list[LabelledText]:
-    """
-    Raises:
-        TrainError: a line without ``text`` or ``label``, or too few texts of a label; names the file and line.
-    """
     texts = []
     try:
         lines = file.read_bytes().splitlines()
@@ -88,12 +89,8 @@ def run_probes(
     numbers: tuple[int, ...],
     seed: int,
 ) -> Probes:
-    """Probes on an SAE's features, on the frozen baseline's, and on the activations themselves.
-
-    Args:
-        texts: tokenised, with their labels.
-        numbers: of features that a probe may use.
-    """
+    """Probes on an SAE's features, on the frozen baseline's, and on the activations themselves;
+    ``numbers``: of features that a probe may use."""
     labels = [label for _, label in texts]
     split = split_texts(labels, seed)
     dense = torch.cat([_means(x, batch) for batch, x in _activations(spliced, texts)])
@@ -208,7 +205,6 @@ def _most_telling(pooled: Pooled, split: Split, most: int) -> Tensor:
 
 
 def _score(k: int, values: list[Tensor], split: Split) -> Score:
-    """values: for each question [texts, k]."""
     ranks, hits = [], []
     for x, is_label in zip(values, split.is_label, strict=True):
         train, test = x[~split.is_test].double(), x[split.is_test].double()

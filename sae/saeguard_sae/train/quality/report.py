@@ -9,6 +9,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from io import BytesIO
 from itertools import accumulate, groupby, pairwise
@@ -17,12 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeguard_sae.loading import LoadedSae, LoadError, Overrides, bind, open_sae
 from saeguard_sae.models import Site
-from saeguard_sae.train.data import context_length
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel, context_length
 from saeguard_sae.train.quality import evaluate
 from saeguard_sae.train.quality.evaluate import DEAD_TOKENS, EvaluateSettings, Evaluation, evaluate_saes
+from saeguard_sae.train.quality.evaluation_data import EvaluationData, labelled_rows, text_rows
 from saeguard_sae.train.quality.feature_stats import Histogram
-from saeguard_sae.train.quality.material import Material, labelled_rows, text_rows
 from saeguard_sae.train.quality.probes import Probes, read_labelled
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 
@@ -35,6 +35,7 @@ _GOOD_RECOVERED = 0.95
 _GOOD_DEAD = 0.10
 _INCHES = (5.6, 3.0)
 _DPI = 144
+_FROZEN_LINE: dict[str, Any] = {"linewidth": 1.8, "linestyle": (0, (4, 1.5)), "label": "frozen"}
 _L0_SHARE = 0.99
 """Share of the tokens that the plot of L0 reaches: a few may lie very far out."""
 
@@ -94,7 +95,6 @@ def table_lines(evaluation: Evaluation) -> list[Line]:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The outcome in two sentences."""
     sae, base = evaluation.sae, evaluation.losses.ce_base
     return (
         f"On average {sae.l0:.3g} of {evaluation.subjects.d_sae:,} features fire on a token, and together they leave "
@@ -107,7 +107,7 @@ def summary(evaluation: Evaluation) -> str:
 def write_report(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
     """``evaluation.json``, ``report.html`` and a PNG of each plot in the folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = plots(evaluation)
+    pictures = tuple(plots(evaluation))
     page = html(evaluation, pictures)
     return (
         evaluate.write_evaluation(evaluation, folder),
@@ -206,9 +206,12 @@ def evaluate_folder(
     settings = settings or EvaluateSettings(outlier_norm=stream.outlier_norm)
     sae = _opened(path, model, site, "sae")
     far = None if other is None else _opened(other, model, site, "other")
-    _make_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # now, not after hours of measuring
+    except OSError as err:
+        raise TrainError(f"out: {out} cannot be made: {err.strerror}") from err
     labelled = [] if probe is None else read_labelled(probe)
-    material = Material(
+    evaluation_data = EvaluationData(
         model=model.network,
         name=model.name,
         rows=text_rows(model, data, stream),
@@ -216,20 +219,12 @@ def evaluate_folder(
         decode=lambda ids: str(model.tokenizer.decode(ids)),
         labelled=labelled_rows(model, labelled, context_length(model, stream)),
     )
-    evaluation = evaluate_saes(sae, material, settings, other=far, progress=progress)
+    evaluation = evaluate_saes(sae, evaluation_data, settings, other=far, progress=progress)
     try:
         write_report(evaluation, out)
     except OSError as err:
         raise TrainError(f"out: {out} cannot be written: {err.strerror}") from err
     return evaluation
-
-
-def _make_folder(out: Path) -> None:
-    """Now, not after hours of measuring."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise TrainError(f"out: {out} cannot be made: {err.strerror}") from err
 
 
 def _opened(path: Path, model: LanguageModel, site: Site | None, field: str) -> LoadedSae:
@@ -272,12 +267,7 @@ class Plot:
 _Draw = Callable[["Axes", Theme], None]
 
 
-def plots(evaluation: Evaluation) -> tuple[Plot, ...]:
-    """All that there is something to show of."""
-    return tuple(_plots(evaluation))
-
-
-def _plots(evaluation: Evaluation) -> Iterator[Plot]:
+def plots(evaluation: Evaluation) -> Iterator[Plot]:
     sae, frozen, losses = evaluation.sae, evaluation.frozen, evaluation.losses
     yield _plot(
         "loss",
@@ -285,7 +275,7 @@ def _plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"Bars: as it is {losses.ce_base:.3f}, SAE {sae.ce_spliced:.3f}, frozen baseline {frozen.ce_spliced:.3f}, "
         f"mean {losses.ce_mean_ablated:.3f}, zeros {losses.ce_zero_ablated:.3f} nats per token.",
         "Nats per token. The nearer the SAE is to the model as it is, the less is lost.",
-        lambda axes, theme: _losses(axes, theme, evaluation),
+        partial(_losses, evaluation),
     )
     yield _plot(
         "l0",
@@ -294,9 +284,7 @@ def _plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"{frozen.l0:.1f} for the frozen baseline.",
         "Share of tokens by the number of features that fire. The baseline's mean was set equal. The rarest "
         "hundredth on the right is cut off.",
-        lambda axes, theme: _pair(
-            axes, theme, sae.l0_histogram, frozen.l0_histogram, "features", "share of tokens, by unit", True
-        ),
+        partial(_pair, sae.l0_histogram, frozen.l0_histogram, "features", "share of tokens, by unit", True),
     )
     yield _plot(
         "density",
@@ -304,9 +292,7 @@ def _plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"Histogram of features by density; {sae.dead_share:.1%} of the SAE's features never fired and are not in it, "
         f"{sae.dense_share:.1%} fire on more than a tenth of the tokens.",
         "Share of the features that fired, by log10 of the share of tokens on which they do. Right of -1: dense.",
-        lambda axes, theme: _pair(
-            axes, theme, sae.density_histogram, frozen.density_histogram, "log10 density", "share of features"
-        ),
+        partial(_pair, sae.density_histogram, frozen.density_histogram, "log10 density", "share of features", False),
     )
     yield _plot(
         "cosine",
@@ -314,25 +300,20 @@ def _plots(evaluation: Evaluation) -> Iterator[Plot]:
         f"Histogram of features by their largest cosine with another; the mean is {sae.max_cosine:.2f} for the SAE and "
         f"{frozen.max_cosine:.2f} for the frozen baseline.",
         "Share of features by the largest cosine with another decoder row. Above 0.9 they are near to duplicates.",
-        lambda axes, theme: _pair(
-            axes, theme, sae.cosine_histogram, frozen.cosine_histogram, "largest cosine", "share of features"
-        ),
+        partial(_pair, sae.cosine_histogram, frozen.cosine_histogram, "largest cosine", "share of features", False),
     )
-    if evaluation.probes is not None:
-        yield _probe_plot(evaluation.probes)
-
-
-def _probe_plot(probes: Probes) -> Plot:
+    if (probes := evaluation.probes) is None:
+        return
     scores = ", ".join(
         f"with {own.k}: {own.auroc:.2f} and {baseline.auroc:.2f}"
         for own, baseline in zip(probes.sae, probes.frozen, strict=True)
     )
-    return _plot(
+    yield _plot(
         "probes",
         "Telling the labels apart with few features",
         f"Held-out AUROC, SAE and frozen baseline, {scores}; with all dimensions {probes.dense.auroc:.2f}.",
         "Held-out AUROC by the number of features; the dotted line is a probe on the activations themselves.",
-        lambda axes, theme: _probes(axes, theme, probes),
+        partial(_probes, probes),
     )
 
 
@@ -367,18 +348,9 @@ def _legend(axes: Axes, theme: Theme) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="best")
 
 
-def _pair(
-    axes: Axes, theme: Theme, sae: Histogram, frozen: Histogram, across: str, up: str, per_unit: bool = False
-) -> None:
+def _pair(sae: Histogram, frozen: Histogram, across: str, up: str, per_unit: bool, axes: Axes, theme: Theme) -> None:
     axes.stairs(_shares(sae, per_unit=per_unit), sae.edges, fill=True, color=theme.sae, alpha=0.85, label="SAE")
-    axes.stairs(
-        _shares(frozen, per_unit=per_unit),
-        frozen.edges,
-        color=theme.frozen,
-        linewidth=1.8,
-        linestyle=(0, (4, 1.5)),
-        label="frozen",
-    )
+    axes.stairs(_shares(frozen, per_unit=per_unit), frozen.edges, color=theme.frozen, **_FROZEN_LINE)
     axes.set_xlim(*_limits(_L0_SHARE if per_unit else 1, sae, frozen))
     axes.set_xlabel(across)
     axes.set_ylabel(up)
@@ -404,7 +376,7 @@ def _limits(share: float, *histograms: Histogram) -> tuple[float, float]:
     return min(low), max(high)
 
 
-def _losses(axes: Axes, theme: Theme, evaluation: Evaluation) -> None:
+def _losses(evaluation: Evaluation, axes: Axes, theme: Theme) -> None:
     bars = {
         "model as it is": (evaluation.losses.ce_base, theme.quiet),
         "SAE": (evaluation.sae.ce_spliced, theme.sae),
@@ -422,18 +394,10 @@ def _losses(axes: Axes, theme: Theme, evaluation: Evaluation) -> None:
         label.set_color(theme.ink)
 
 
-def _probes(axes: Axes, theme: Theme, probes: Probes) -> None:
+def _probes(probes: Probes, axes: Axes, theme: Theme) -> None:
     across = [str(score.k) for score in probes.sae]
     axes.plot(across, [score.auroc for score in probes.sae], color=theme.sae, marker="o", linewidth=2, label="SAE")
-    axes.plot(
-        across,
-        [score.auroc for score in probes.frozen],
-        color=theme.frozen,
-        marker="s",
-        linewidth=1.8,
-        linestyle=(0, (4, 1.5)),
-        label="frozen",
-    )
+    axes.plot(across, [score.auroc for score in probes.frozen], color=theme.frozen, marker="s", **_FROZEN_LINE)
     axes.axhline(probes.dense.auroc, color=theme.quiet, linewidth=1.4, linestyle=":", label="all dimensions")
     axes.set_ylim(min(0.45, *(score.auroc for score in (*probes.sae, *probes.frozen))), 1.02)
     axes.set_xlabel("features that the probe may use")

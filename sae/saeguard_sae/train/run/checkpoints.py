@@ -23,10 +23,8 @@ from torch import Tensor
 
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.formats import saelens_save
-from saeguard_sae.train.data import context_length
-from saeguard_sae.train.lm import LanguageModel
-from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, config_as_json, differences
-from saeguard_sae.train.run.jobs import SaePlan
+from saeguard_sae.train.data import LanguageModel, context_length
+from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, SaePlan, config_as_json, differences
 from saeguard_sae.train.run.progress import last_metrics
 from saeguard_sae.train.stream import ActivationStream
 
@@ -49,11 +47,6 @@ class RunFolder:
         return self.path / "saes" / name
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
-        """Looks whether this run may have the folder; writes nothing.
-
-        Raises:
-            BadConfig: it holds something else, another run, or this one without ``resume``.
-        """
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -72,11 +65,6 @@ class RunFolder:
             raise BadConfig(f"run.out: {self.path} holds a run of another configuration: {'; '.join(changed)}")
 
     def claim(self, config: RunConfig) -> None:
-        """Makes it and marks it as this run's.
-
-        Raises:
-            BadConfig: it cannot be written.
-        """
         part = self.path / f"{_MARK}.part"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +74,6 @@ class RunFolder:
             raise BadConfig(f"run.out: {self.path} cannot be written: {err.strerror}") from err
 
     def _before(self) -> dict[str, Any] | None:
-        """The configuration of the run that it holds; None where there is none."""
         mark = self.path / _MARK
         if not mark.is_file():
             return None
@@ -103,32 +90,22 @@ class Checkpoint:
 
     step: int
     config: str
-    """The run's configuration, as JSON."""
     learners: Mapping[str, Mapping[str, Any]]
     """By the SAE's name."""
     stream: Mapping[str, Any]
     metrics: int
     """Bytes of the metrics file that were written by then."""
     elapsed_s: float
-    """Seconds that the run had taken."""
     rng: Tensor
-    """torch's own random state on the CPU."""
 
 
 class Checkpoints:
-    """Those of one run, in one folder."""
-
     def __init__(self, folder: Path, keep: int) -> None:
-        """``keep``: how many are left there, the newest."""
         self.folder = folder
         self._keep = keep
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Writes one beside the others, then takes away the oldest.
-
-        Raises:
-            RunFailed: it could not be written; those that were there are as they were.
-        """
+        """Writes one beside the others, then takes away the oldest."""
         path = self.folder / f"step-{checkpoint.step:012d}.pt"
         part = self.folder / f"{path.name}.part"
         try:
@@ -154,21 +131,14 @@ class Checkpoints:
         return sorted(path for path in files if _CHECKPOINT_NAME.fullmatch(path.name))
 
     def latest(self) -> Checkpoint | None:
-        """The newest, its tensors mapped from the file; None where there is none.
-
-        Raises:
-            RunFailed: it cannot be read.
-        """
         paths = self.paths()
         return _read_checkpoint(paths[-1]) if paths else None
 
     def discard_parts(self) -> None:
-        """Takes away what a killed run had begun to write."""
         for part in self.folder.glob("step-*.pt.part"):
             part.unlink()
 
     def resumable(self) -> str:
-        """For messages: what there is to go on from."""
         paths = self.paths()
         match = _CHECKPOINT_NAME.fullmatch(paths[-1].name) if paths else None
         return f"the checkpoint of step {int(match[1]):,} is kept" if match else "there is no checkpoint yet"
@@ -244,11 +214,7 @@ def export_sae(
     stream: ActivationStream,
     model: LanguageModel | None,
 ) -> Path:
-    """Writes one trained SAE with its card; its folder.
-
-    Raises:
-        RunFailed: it could not be written, or holds values that are not finite.
-    """
+    """Writes one trained SAE with its card; its folder."""
     path = folder.sae(plan.name)
     metadata: dict[str, Any] = {
         "training_tokens": config.steps * config.stream.batch,
@@ -277,12 +243,7 @@ def export_sae(
 
 
 def write_card(plan: SaePlan, config: RunConfig, model_name: str, epoch: int, metrics: Mapping[str, Any]) -> str:
-    """What a trained SAE is, what it learnt from, how it did, how to use it: Markdown, with the hub's header.
-
-    Args:
-        epoch: how often the data was started again.
-        metrics: the last line of the run's.
-    """
+    """What a trained SAE is, what it learnt from, how it did, how to use it: Markdown, with the hub's header."""
     stream, settings = config.stream, plan.settings
     left_out = ["each row's first token"] * stream.mask_first + ["special tokens"] * stream.mask_special
     if stream.outlier_norm:

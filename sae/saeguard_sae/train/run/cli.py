@@ -47,12 +47,16 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Trains; every way out has a line on standard error."""
     # Here, because the command line asks every command to register before it knows which one runs.
     from saeguard_sae.train.parallel import RankZeroConsole, is_launched
-    from saeguard_sae.train.run.config import RunFailed, RunLost, RunStopped
+    from saeguard_sae.train.run.config import RunFailed, RunLost, RunStopped, load_run_config
     from saeguard_sae.train.settings import TrainError
 
     console = RankZeroConsole()
     try:
-        return _train(arguments)
+        from saeguard_sae.train.run.run import train_from_config
+
+        config = load_run_config(arguments.config, train_overrides(arguments))
+        sys.stdout.write("".join(f"{path}\n" for path in train_from_config(config, resume=arguments.resume)))
+        return 0
     except TrainError as err:
         return _exit(console, str(err), 2)
     except RunLost as err:
@@ -70,7 +74,6 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def train_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags on the command line, as a tree in the shape of the file."""
     tree: dict[str, Any] = {}
     for key, _, _ in FLAGS.values():
         value = vars(arguments)[key]
@@ -78,15 +81,6 @@ def train_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
             table, name = key.split(".")
             tree.setdefault(table, {})[name] = value
     return tree
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from saeguard_sae.train.run.config import load_run_config
-    from saeguard_sae.train.run.run import train_from_config
-
-    paths = train_from_config(load_run_config(arguments.config, train_overrides(arguments)), resume=arguments.resume)
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
-    return 0
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:

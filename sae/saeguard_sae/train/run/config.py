@@ -1,28 +1,36 @@
 """The configuration of a run: one frozen tree, built once from TOML and flags. Unknown keys are refused by name.
 
-``[[saes]]`` are the SAEs of a run; a list in place of a value is a sweep, each of its values an SAE. And how a run ends
-when it does not end well: what a user got wrong beforehand is a ``TrainError``.
+``[[saes]]`` are the SAEs of a run; a list in place of a value is a sweep, each of its values an SAE. Once the widths of
+their sites are known, each is a plan, and what the run will need of memory and disk is compared with what there is.
+And how a run ends when it does not end well: what a user got wrong beforehand is a ``TrainError``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 import signal
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+import torch
 from msgspec import Meta
 from msgspec.structs import replace
+from torch import Tensor
 
-from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModelSettings
-from saeguard_sae.train.settings import DataSettings, SaeSettings, StreamSettings, TrainError
+from saeguard_sae.formats import saelens_save
+from saeguard_sae.models import Site, free_bytes
+from saeguard_sae.train.learner import make_learner
+from saeguard_sae.train.parallel import ALONE, Mesh, check_parts
+from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, SaeSettings, StreamSettings, TrainError
 
 Text: TypeAlias = Annotated[str, Meta(min_length=1)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
@@ -38,11 +46,21 @@ _HINTS: dict[str, Any] = {
     name: hint for name, hint in get_type_hints(SaeSettings).items() if name not in _OF_THE_RUN | _NEEDS_ORDER
 }
 _KEYS = ("name", "site", "write_site", "expansion", *_HINTS)
+_FLOAT_BYTES = 4
+_PRE_ACTIVATION_ROWS = 512
+"""Tokens whose pre-activations an SAE that selects has room for, whatever the batch, and the copies made of them."""
+_PRE_ACTIVATION_COPIES = 2
+_PROPOSING_BYTES = {"int8": 1, "bfloat16": 2, "float32": 0}
+"""Bytes of a number in the copy of the encoder that proposes features; float32 needs none."""
+_DENSE_COPIES = 6
+"""Tensors [batch, d_sae] that an SAE which pays for firing holds between forward and backward."""
+_REHEARSED = 16
+"""Features of the SAE that stands in for one before it is trained."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class BadConfig(TrainError):
-    """A configuration or a flag that cannot be used; the message names the key and what is allowed."""
+    """A configuration or a flag that cannot be used; raised by whatever reads it or checks it against the machine."""
 
 
 class RunFailed(Exception):
@@ -57,28 +75,17 @@ class RunStopped(Exception):
     """A run that was asked to stop and saved itself."""
 
     def __init__(self, number: int, step: int, steps: int) -> None:
-        """``number``: the signal; ``step`` of ``steps``: the last one done."""
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step:,} of {steps:,}, which is saved")
         self.number = number
 
 
 def as_table(name: str, value: object) -> Mapping[str, Any]:
-    """What must be a table.
-
-    Raises:
-        BadConfig: it is something else.
-    """
     if not isinstance(value, Mapping):
         raise BadConfig(f"{name}: must be a table, got {value!r}")
     return value
 
 
 def refuse_unknown(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
-    """Looks at keys.
-
-    Raises:
-        BadConfig: one is not among those allowed.
-    """
     names = list(allowed)
     for key in keys:
         if key not in names:
@@ -89,11 +96,6 @@ def refuse_unknown(where: str, keys: Iterable[str], allowed: Iterable[str]) -> N
 
 
 def convert_value(where: str, value: object, hint: Any) -> Any:
-    """A value as ``hint`` wants it.
-
-    Raises:
-        BadConfig: it is none; a choice that there is not is told with those that there are.
-    """
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise BadConfig(f"{where}: must be one of {', '.join(get_args(hint))}, got {value!r}")
     try:
@@ -113,11 +115,7 @@ def conversion_error(name: str, err: msgspec.ValidationError) -> str:
 
 
 class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One SAE of a run.
-
-    Raises:
-        ValueError: names the key.
-    """
+    """One SAE of a run."""
 
     name: str
     """Its folder."""
@@ -148,30 +146,20 @@ class SaeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def writes(self) -> Site | None:
-        """Where a transcoder writes; None for an SAE."""
         return Site.parse(self.write_site) if self.write_site else None
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """All that it needs activations of."""
         return (self.reads,) if self.writes is None else (self.reads, self.writes)
 
     def sae_settings(self, d_in: int, steps: int, batch: int) -> SaeSettings:
-        """What the learner is made from, for a site ``d_in`` wide.
-
-        Raises:
-            ValueError: names the field and what is allowed.
-        """
+        """What the learner is made from, for a site ``d_in`` wide."""
         of_run: dict[str, Any] = {"steps": steps, "batch": batch, "is_transcoder": self.write_site is not None}
         return SaeSettings(**{"d_sae": self.expansion * d_in, **self.settings, **of_run})
 
 
 def read_entries(tables: object, seed: int) -> tuple[SaeEntry, ...]:
-    """The tables of the file -> every SAE of the run; ``seed`` is for those that name none.
-
-    Raises:
-        BadConfig: names the key.
-    """
+    """The tables of the file -> every SAE of the run; ``seed`` is for those that name none."""
     if not isinstance(tables, list | tuple):
         raise BadConfig("saes: must be tables, written [[saes]]")
     return tuple(entry for index, value in enumerate(tables) for entry in _of_table(f"saes[{index}]", value, seed))
@@ -196,11 +184,8 @@ def _of_table(where: str, value: object, seed: int) -> Iterator[SaeEntry]:
 
 
 def _is_swept(name: str, value: object) -> bool:
-    return isinstance(value, list | tuple) and name not in ("name", "write_site") and not _is_list(name)
-
-
-def _is_list(name: str) -> bool:
-    return get_origin(_HINTS.get(name)) is tuple
+    is_tuple = get_origin(_HINTS.get(name)) is tuple
+    return isinstance(value, list | tuple) and name not in ("name", "write_site") and not is_tuple
 
 
 def _values(where: str, name: str, sweep: Any) -> list[Any]:
@@ -216,13 +201,10 @@ def _entry(where: str, keys: Mapping[str, Any], swept: tuple[str, ...]) -> SaeEn
     }
     own: dict[str, Any] = {name: value for name, value in keys.items() if name not in _HINTS}
     if swept:
-        own["name"] = "-".join([str(own["name"]), *(_suffix(name, keys[name]) for name in swept)])
+        suffixes = (str(keys[name]) if isinstance(keys[name], str) else f"{name}{keys[name]}" for name in swept)
+        own["name"] = "-".join([str(own["name"]), *suffixes])
     entry: SaeEntry = convert_value(where, {**own, "settings": settings}, SaeEntry)
     return entry
-
-
-def _suffix(name: str, value: object) -> str:
-    return str(value) if isinstance(value, str) else f"{name}{value}"
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -277,17 +259,14 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """All that activations are needed of."""
         return tuple(dict.fromkeys(site for entry in self.saes for site in entry.sites))
 
     @property
     def training_data(self) -> DataSettings:
-        """Without what is held out."""
         return replace(self.data, skip=self.data.skip + self.run.heldout) if self.run.evaluate else self.data
 
     @property
     def heldout_data(self) -> DataSettings:
-        """What is held out, alone."""
         return replace(self.data, limit=self.run.heldout)
 
     @property
@@ -305,11 +284,7 @@ _TABLES: dict[str, type[msgspec.Struct]] = {
 
 
 def load_run_config(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The configuration of a TOML file with ``overrides``, a tree of the same shape, on top.
-
-    Raises:
-        BadConfig: it cannot be read, an unknown key, a wrong type, a value out of range.
-    """
+    """The configuration of a TOML file with ``overrides``, a tree of the same shape, on top."""
     tree = _read_toml(path)
     for name, above in (overrides or {}).items():
         tree[name] = {**as_table(name, tree.get(name, {})), **above}
@@ -320,11 +295,6 @@ def load_run_config(path: Path, overrides: Mapping[str, Any] | None = None) -> R
 
 
 def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
-    """A tree in the shape of the TOML file -> the configuration.
-
-    Raises:
-        BadConfig: names the key.
-    """
     refuse_unknown("", tree, [*_TABLES, "saes"])
     parts = {name: dict(as_table(name, tree.get(name, {}))) for name in _TABLES}
     for name, part in parts.items():
@@ -347,7 +317,6 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def config_as_json(config: RunConfig) -> dict[str, Any]:
-    """As JSON gives it back, SAEs by their names."""
     tree: dict[str, Any] = {name: msgspec.to_builtins(getattr(config, name)) for name in _TABLES}
     tree["saes"] = {entry.name: msgspec.to_builtins(entry) for entry in config.saes}
     return dict(json.loads(json.dumps(tree)))
@@ -396,3 +365,118 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise BadConfig(f"{path}: {err.strerror}") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise BadConfig(f"{path}: {err}") from err
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SaePlan:
+    """One SAE that is to be trained, with the widths of what it reads and writes."""
+
+    name: str
+    reads: Site
+    writes: Site | None
+    settings: SaeSettings
+    d_in: int
+    d_out: int
+
+    @property
+    def weights(self) -> int:
+        return self.settings.d_sae * (self.d_in + self.d_out + 1) + self.d_out
+
+    def training_bytes(self, mesh: Mesh = ALONE) -> int:
+        """Weights, gradients, two moments, the encoder's copy that proposes, and what a step holds: of it the part of
+        one process of several."""
+        settings = self.settings
+        proposing = _PROPOSING_BYTES[settings.precision] * settings.d_sae * self.d_in
+        batch = settings.batch // mesh.data
+        if settings.is_selecting:
+            step = _PRE_ACTIVATION_COPIES * _PRE_ACTIVATION_ROWS * settings.d_sae
+        else:
+            step = _DENSE_COPIES * batch * settings.d_sae
+        tokens = 4 * batch * (self.d_in + self.d_out)
+        return (_FLOAT_BYTES * (4 * self.weights + step) + proposing) // mesh.shards + _FLOAT_BYTES * tokens
+
+    def checkpoint_bytes(self) -> int:
+        """Weights and moments, and a clock for each feature."""
+        return _FLOAT_BYTES * (3 * self.weights + 2 * self.settings.d_sae)
+
+    def export_bytes(self) -> int:
+        return _FLOAT_BYTES * self.weights
+
+
+def plan_saes(config: RunConfig, widths: Mapping[Site, int], mesh: Mesh = ALONE) -> tuple[SaePlan, ...]:
+    """Every SAE of the configuration."""
+    plans = []
+    for entry in config.saes:
+        d_in = widths[entry.reads]
+        d_out = d_in if entry.writes is None else widths[entry.writes]
+        try:
+            settings = entry.sae_settings(d_in, config.steps, config.stream.batch)
+            check_parts(settings, mesh)
+        except ValueError as err:
+            raise BadConfig(f"saes.{entry.name}: {err}") from err
+        plans.append(
+            SaePlan(name=entry.name, reads=entry.reads, writes=entry.writes, settings=settings, d_in=d_in, d_out=d_out)
+        )
+    return tuple(plans)
+
+
+def rehearse_export(plan: SaePlan, sample: Mapping[Site, Tensor], model_name: str) -> None:
+    """Writes a small untrained SAE of the same kind, so that what the format cannot hold shows before work is done."""
+    small = dataclasses.replace(
+        plan.settings, d_sae=_REHEARSED, k=min(plan.settings.k, 1), widths=(), steps=1, kernels="torch"
+    )
+    target = None if plan.writes is None else sample[plan.writes]
+    with TemporaryDirectory() as folder:
+        try:
+            dictionary = make_learner(small, sample[plan.reads], target).export()
+            writes = () if plan.writes is None else (plan.writes,)
+            saelens_save.save_saelens(dictionary, Path(folder), site=plan.reads, model_name=model_name, writes=writes)
+        except ValueError as err:
+            raise BadConfig(f"saes.{plan.name}: its SAE could not be written: {err}") from err
+
+
+def check_memory(plans: Sequence[SaePlan], stream_bytes: int, device: torch.device, mesh: Mesh = ALONE) -> None:
+    """The model is loaded by now, and so no longer part of what is available on ``device``, where SAEs and buffer are.
+    The processes of one machine share its memory, unless it is a GPU's."""
+    free = free_bytes(device)
+    mesh.gather_objects(None)  # nobody takes memory before all have looked
+    sharing = mesh.neighbours if device.type == "cpu" else 1
+    needs = {plan.name: sharing * plan.training_bytes(mesh) for plan in plans}
+    # A checkpoint holds a copy of the buffer while it is written; SAEs are copied one by one, after the buffer is gone,
+    # but put together before that where they are in parts.
+    rest = (sharing + 1) * stream_bytes
+    if mesh.shards > 1 and device.type == "cpu":
+        rest += sum(plan.checkpoint_bytes() for plan in plans)
+    needed = sum(needs.values()) + rest
+    if needed <= free:
+        return
+    parts = [f"{name} {gib(need)}" for name, need in sorted(needs.items(), key=lambda item: -item[1])[:5]]
+    if len(needs) > 5:
+        parts.append(f"{len(needs) - 5} more SAEs")
+    parts.append(f"the buffer{' and checkpoints' if mesh.shards > 1 else ''} {gib(rest)}")
+    raise BadConfig(
+        f"saes: training would need about {gib(needed)} on {device}, where {gib(free)} are available beside the model"
+        f" ({', '.join(parts)}); lower d_sae or expansion, the number of SAEs, or stream.buffer"
+    )
+
+
+def check_disk(plans: Sequence[SaePlan], stream_bytes: int, keep: int, folder: Path) -> None:
+    """Room for the kept checkpoints, one more while it is written, and the SAEs; what is there counts as room."""
+    checkpoint = sum(plan.checkpoint_bytes() for plan in plans) + stream_bytes
+    needed = (keep + 1) * checkpoint + sum(plan.export_bytes() for plan in plans)
+    reusable = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free + reusable:
+        raise BadConfig(
+            f"run.out: {keep + 1} checkpoints of {gib(checkpoint)} and the SAEs need {gib(needed)}, and {folder} has"
+            f" {gib(free)} free; lower run.keep, stream.buffer or the SAEs' d_sae, or name another disk"
+        )
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())

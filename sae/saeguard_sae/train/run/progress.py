@@ -16,14 +16,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
-from saeguard_sae.train.data import data_kind
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import LanguageModel, data_kind
 from saeguard_sae.train.run.config import BadConfig, RunConfig, RunFailed, SaeEntry
 from saeguard_sae.train.settings import TrainError
 from saeguard_sae.train.tracking import LearnerMetrics
 
 EVALUATION = "evaluation"
-"""Folder in the SAE's."""
 _FEWEST_ROWS = 2
 _REDRAW_S = 0.25
 _WRITERS = ("torch.utils.tensorboard", "tensorboardX")
@@ -32,8 +30,6 @@ _LOGGED = ("loss", "l0", "fvu", "dead_share", "learning_rate")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """Where a run is, and how every SAE is doing."""
-
     step: int
     steps: int
     tokens: int
@@ -43,7 +39,6 @@ class StepMetrics:
     elapsed_s: float
     """Since the run began, pauses left out."""
     left_s: float
-    """Until it ends, as it looks."""
     saes: Mapping[str, LearnerMetrics]
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -56,11 +51,7 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """One JSON object a line for each SAE and report.
-
-    Raises:
-        RunFailed: it cannot be opened, or written.
-    """
+    """One JSON object a line for each SAE and report."""
 
     def __init__(self, path: Path, size: int) -> None:
         """``size``: bytes that belong to the run so far; what a killed run wrote after its checkpoint is cut off."""
@@ -71,7 +62,6 @@ class MetricsFile:
                 self._file.truncate(size)
 
     def add(self, metrics: StepMetrics) -> None:
-        """Appends."""
         with self._naming_errors():
             for line in metrics.lines():
                 self._file.write(json.dumps(line).encode() + b"\n")
@@ -101,8 +91,12 @@ class TensorBoard:
     """The same as scalars, by name of the SAE; nothing where no writer is installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """``step``: what was written of later steps is left out of the charts."""
-        self._writer = _tensorboard_writer(folder, step)
+        self._writer: Any = None
+        for name in _WRITERS:
+            with suppress(ImportError):
+                # What was written of later steps is left out of the charts.
+                self._writer = import_module(name).SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+                return
 
     def add(self, metrics: StepMetrics) -> None:
         if self._writer is None:
@@ -119,18 +113,7 @@ class TensorBoard:
             self._writer.close()
 
 
-def _tensorboard_writer(folder: Path, step: int) -> Any:
-    for name in _WRITERS:
-        try:
-            module = import_module(name)
-        except ImportError:
-            continue
-        return module.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    return None
-
-
 def last_metrics(path: Path) -> dict[str, dict[str, Any]]:
-    """The last line of every SAE, by its name."""
     lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return {line["sae"]: line for line in lines}
 
@@ -146,13 +129,11 @@ class Console:
         self._next = 0.0
 
     def note(self, text: str) -> None:
-        """A line of its own."""
         self.clear()
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
     def report(self, metrics: StepMetrics) -> None:
-        """Metrics of every SAE: on the same line where there is one, else below."""
         is_last = metrics.step == metrics.steps
         ends = f"took {format_duration(metrics.elapsed_s)}" if is_last else f"ETA {format_duration(metrics.left_s)}"
         head = f"step {metrics.step:,}/{metrics.steps:,}  {format_rate(metrics.tokens_per_s)}  {ends}"
@@ -171,15 +152,12 @@ class Console:
         self._next = self._clock() + _REDRAW_S
         done = round(24 * step / steps)
         bar = "#" * done + "." * (24 - done)
-        self._draw(f"[{bar}] {step:,}/{steps:,}  {format_rate(tokens_per_s)}  ETA {format_duration(left_s)}")
-
-    def _draw(self, text: str) -> None:
+        text = f"[{bar}] {step:,}/{steps:,}  {format_rate(tokens_per_s)}  ETA {format_duration(left_s)}"
         self._stream.write("\r" + text.ljust(len(self._drawn)))
         self._stream.flush()
         self._drawn = text
 
     def clear(self) -> None:
-        """Takes the moving line away."""
         if self._drawn:
             self._stream.write("\r" + " " * len(self._drawn) + "\r")
             self._drawn = ""
@@ -190,7 +168,6 @@ def format_metrics(metrics: LearnerMetrics) -> str:
 
 
 def format_rate(tokens_per_s: float) -> str:
-    """Three digits of it."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if tokens_per_s >= size:
             return f"{tokens_per_s / size:.3g}{unit} tokens/s"
@@ -224,29 +201,23 @@ class Pace:
         return self.elapsed_s() / step * (steps - step)
 
     def tokens_per_s(self) -> float:
-        """Since the last lap."""
         return self._tokens / max(self._clock() - self._mark, 1e-9)
 
     def lap(self) -> float:
-        """The same, and begins the next."""
         pace = self.tokens_per_s()
         self._mark, self._tokens = self._clock(), 0
         return pace
 
 
 def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
-    """Whether the SAEs can be evaluated when they are trained, where that is asked for.
-
-    Raises:
-        BadConfig: packages or held-out text are missing.
-    """
+    """Whether the SAEs can be evaluated when they are trained, where that is asked for."""
     if not config.run.evaluate:
         return
     off = 'run.evaluate = false leaves it to "saeguard evaluate"'
     if model is None or data_kind(config.data) == "activations":
         raise BadConfig(f"run.evaluate: cached activations hold no text to evaluate on; {off}")
     try:
-        from saeguard_sae.train.quality.material import text_rows
+        from saeguard_sae.train.quality.evaluation_data import text_rows
         from saeguard_sae.train.quality.report import evaluate_folder  # noqa: F401
     except ImportError as err:
         raise BadConfig(f"run.evaluate: needs packages that are not installed ({err}); {off}") from err
@@ -259,27 +230,17 @@ def check_evaluation(config: RunConfig, model: LanguageModel | None) -> None:
 
 
 def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Path], console: Console) -> None:
-    """Evaluates every SAE of a run, those that differ by their seed alone against each other.
-
-    Raises:
-        RunFailed: some could not be; all others were.
-    """
+    """Evaluates every SAE of a run, those that differ by their seed alone against each other."""
     from saeguard_sae.train.quality.report import evaluate_folder, summary
 
     failed = []
     for entry in config.saes:
         out = paths[entry.name] / EVALUATION
-        other = _other_seed(entry, config)
+        twin = _other_seed(entry, config)
+        other = None if twin is None else paths[twin]
         console.note(f"saeguard train: evaluating {entry.name} on the held-out text")
         try:
-            evaluation = evaluate_folder(
-                paths[entry.name],
-                model,
-                config.heldout_data,
-                config.stream,
-                out,
-                other=None if other is None else paths[other],
-            )
+            evaluation = evaluate_folder(paths[entry.name], model, config.heldout_data, config.stream, out, other=other)
         except TrainError as err:
             failed.append(f"{entry.name}: {err}")
             continue
@@ -289,7 +250,6 @@ def evaluate_all(config: RunConfig, model: LanguageModel, paths: Mapping[str, Pa
 
 
 def _other_seed(entry: SaeEntry, config: RunConfig) -> str | None:
-    """The first SAE that is like this one but for its seed."""
     others = (other.name for other in config.saes if other.name != entry.name and _but_seed(other) == _but_seed(entry))
     return next(others, None)
 

@@ -19,9 +19,10 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from saeguard_sae.models import Site
+from saeguard_sae.train.data import LanguageModel, open_language_model
 from saeguard_sae.train.learner import Learner, make_learner
-from saeguard_sae.train.lm import LanguageModel, open_language_model
 from saeguard_sae.train.parallel import ALONE, Mesh, PeerLost, join_processes, own_device
+from saeguard_sae.train.run import progress
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints, RunFolder, export_sae
 from saeguard_sae.train.run.config import (
     BadConfig,
@@ -29,19 +30,15 @@ from saeguard_sae.train.run.config import (
     RunFailed,
     RunLost,
     RunStopped,
+    SaePlan,
+    check_disk,
+    check_memory,
     config_as_json,
     differences,
+    plan_saes,
+    rehearse_export,
 )
-from saeguard_sae.train.run.jobs import SaePlan, check_disk, check_memory, plan_saes, rehearse_export
-from saeguard_sae.train.run.progress import (
-    Console,
-    MetricsFile,
-    Pace,
-    StepMetrics,
-    TensorBoard,
-    check_evaluation,
-    evaluate_all,
-)
+from saeguard_sae.train.run.progress import Console, MetricsFile, Pace, StepMetrics, TensorBoard
 from saeguard_sae.train.settings import TrainError
 from saeguard_sae.train.stream import ActivationStream
 
@@ -76,7 +73,7 @@ def train_from_config(config: RunConfig, *, resume: bool = False, console: Conso
                     folder.check(config, resume=resume)
                 torch.manual_seed(config.run.seed)
                 model = None if config.model is None else open_language_model(replace(config.model, device=device))
-                check_evaluation(config, model)
+                progress.check_evaluation(config, model)
                 try:
                     paths = _train(config, folder, checkpoints, model, console, mesh, resume=resume)
                 except RunStopped as err:
@@ -87,7 +84,7 @@ def train_from_config(config: RunConfig, *, resume: bool = False, console: Conso
         if stopped is not None:
             raise stopped
         if config.run.evaluate and model is not None and paths:
-            evaluate_all(config, model, paths, console)
+            progress.evaluate_all(config, model, paths, console)
     return list(paths.values())
 
 
@@ -187,14 +184,11 @@ class SaeTrainer:
     learner: Learner
 
     def step(self, batch: Mapping[Site, Tensor]) -> None:
-        """Learns from a batch, of several processes from its part of it."""
         writes = self.plan.writes
         self.learner.step(batch[self.plan.reads], None if writes is None else batch[writes])
 
 
 class TrainLoop:
-    """A run between its first step, or the checkpoint it goes on from, and its last."""
-
     def __init__(
         self,
         config: RunConfig,
@@ -204,22 +198,14 @@ class TrainLoop:
         resumed: Checkpoint | None,
         mesh: Mesh = ALONE,
     ) -> None:
-        """``mesh``: of the processes that do the same at the same time, one of which has a recorder."""
         self._config, self._stream, self._trainers, self._recorder = config, stream, trainers, recorder
         self._mesh = mesh
         self.step = 0 if resumed is None else resumed.step
-        """Steps done."""
         self._reported = self.step
         self._pace = Pace(0.0 if resumed is None else resumed.elapsed_s)
 
     def run(self, stop: StopSignals) -> None:
-        """All steps that are left.
-
-        Raises:
-            RunStopped: a signal asked for it; the state is saved.
-            RunFailed: the data, memory or the disk gave out, or a loss is no longer a number.
-            RunLost: another process is gone.
-        """
+        """All steps that are left; each exception that ends them says how far it came."""
         try:
             while self.step < self._config.steps:
                 self._advance()
@@ -301,29 +287,23 @@ class TrainLoop:
 
 
 class RunRecorder:
-    """Everything that a run writes while it goes, to its folder and the console."""
-
     def __init__(
         self, folder: RunFolder, checkpoints: Checkpoints, console: Console, resumed: Checkpoint | None
     ) -> None:
-        """``resumed``: what the run goes on from."""
         step, size = (resumed.step, resumed.metrics) if resumed is not None else (0, 0)
         self._checkpoints, self._console = checkpoints, console
         self._metrics = MetricsFile(folder.metrics, size)
         self._board = TensorBoard(folder.tensorboard, step)
 
     def live(self, step: int, steps: int, pace: Pace) -> None:
-        """A step was done that is not reported."""
         self._console.live(step, steps, pace.tokens_per_s(), pace.left_s(step, steps))
 
     def report(self, metrics: StepMetrics) -> None:
-        """To the metrics file, TensorBoard and the console."""
         self._metrics.add(metrics)
         self._board.add(metrics)
         self._console.report(metrics)
 
     def metrics_size(self) -> int:
-        """Bytes of metrics that are safely on disk."""
         return self._metrics.size()
 
     def save(self, checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from saeguard_server.engine.transformers.output import HostTokens, StepOutputPro
 from saeguard_server.engine.transformers.runner import CapturedRows, Network, Runner, is_out_of_memory
 from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk, Scheduler
 from saeguard_server.engine.transformers.sequence import BlockPool, PrefixCache, PrefixHit, Sequence
-from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, SaeguardError
+from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, ServiceError
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Core:
                 self._leave(sequence)
                 self._set_gauges()
 
-    def fail_all(self, error: SaeguardError) -> None:
+    def fail_all(self, error: ServiceError) -> None:
         for sequence in self.scheduler.everyone():
             self._fail(sequence, error)
         self._set_gauges()
@@ -198,7 +198,7 @@ class Core:
         self.metrics.preemptions.inc()
         self.runner.leave(slot)
 
-    def _fail(self, sequence: Sequence, error: SaeguardError) -> None:
+    def _fail(self, sequence: Sequence, error: ServiceError) -> None:
         if not sequence.is_done:
             self._leave(sequence)
             sequence.send(error)
@@ -222,7 +222,7 @@ class _Isolated:
 
     __slots__ = ("_fail", "_sequence")
 
-    def __init__(self, sequence: Sequence, fail: Callable[[Sequence, SaeguardError], None]) -> None:
+    def __init__(self, sequence: Sequence, fail: Callable[[Sequence, ServiceError], None]) -> None:
         self._sequence, self._fail = sequence, fail
 
     def __enter__(self) -> None: ...
@@ -230,7 +230,7 @@ class _Isolated:
     def __exit__(self, _: object, err: BaseException | None, __: object) -> bool:
         if err is None:
             return False
-        if isinstance(err, SaeguardError):
+        if isinstance(err, ServiceError):
             self._fail(self._sequence, err)
         elif isinstance(err, Exception):
             request_id = self._sequence.task.call.request_id

@@ -26,7 +26,7 @@ from saeguard_server.engine.front import Cancel, Command, Shutdown, Submit
 from saeguard_server.engine.load import remote_sae
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.engine.worker import messages
-from saeguard_server.errors import InternalFailure, SaeguardError
+from saeguard_server.errors import InternalFailure, ServiceError
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__package__)
@@ -120,7 +120,7 @@ class WorkerService:
                 async for event in events:
                     self._send(uid, event)
             self._send(uid, None)
-        except SaeguardError as err:
+        except ServiceError as err:
             self._send(uid, err)
         except Exception:
             _log.exception("a request failed in the engine's process")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard_sae.train.kernels import AdamStep, FeatureRows, Kernels, LowPrecision, Pairs, choose_kernels
-from saeguard_sae.train.kernels.compiled import CannotCompile
+from saeguard_sae.train.kernels.compiled import CannotCompile, choose_kernels
+from saeguard_sae.train.kernels.torch_kernels import AdamStep, FeatureRows, Kernels, LowPrecision, Pairs
 from saeguard_sae.train.settings import Precision
 
 CPU = torch.device("cpu")

@@ -15,10 +15,9 @@ import torch
 from saeguard_sae.models import Site
 from saeguard_sae.train import SaeSettings, make_learner
 from saeguard_sae.train.parallel import Mesh, check_parts, check_processes, own_device
-from saeguard_sae.train.run import jobs
+from saeguard_sae.train.run import config as plans
 from saeguard_sae.train.run.cli import add_train
-from saeguard_sae.train.run.config import BadConfig, parse_run_config
-from saeguard_sae.train.run.jobs import SaePlan, check_memory
+from saeguard_sae.train.run.config import BadConfig, SaePlan, check_memory, parse_run_config
 from saeguard_sae.train.run.run import train_from_config
 from saeguard_sae.train.settings import TrainError
 from support.processes import World
@@ -72,7 +71,7 @@ def test_parts_need_less_memory_and_processes_of_one_machine_share_it(monkeypatc
     one = SaePlan(name="a", reads=Site(1, "resid_post"), writes=None, settings=settings, d_in=64, d_out=64)
     whole, half = one.training_bytes(), one.training_bytes(Mesh(shards=2))
     assert 0.5 < half / whole < 0.52
-    monkeypatch.setattr(jobs, "free_bytes", lambda device: whole + 3000)
+    monkeypatch.setattr(plans, "free_bytes", lambda device: whole + 3000)
     check_memory([one], 1000, torch.device("cpu"))
     with pytest.raises(BadConfig, match="training would need about"):
         check_memory([one], 1000, torch.device("cpu"), Mesh(neighbours=2))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeguard_sae.train.activations import Harvester
+from saeguard_sae.train.activations import ActivationReader
 from saeguard_sae.train.run.config import parse_run_config
 from saeguard_sae.train.run.progress import Console
 from saeguard_sae.train.run.run import train_from_config
@@ -23,13 +23,13 @@ Tree = dict[str, Any]
 
 def train(tree: Tree, passes: str) -> None:
     """In one of several processes; adds a line with its forward passes to a file."""
-    count, read = [0], Harvester.read
+    count, read = [0], ActivationReader.read
 
-    def counted(self: Harvester, rows: Any) -> Any:
+    def counted(self: ActivationReader, rows: Any) -> Any:
         count[0] += 1
         return read(self, rows)
 
-    Harvester.read = counted  # type: ignore[method-assign]
+    ActivationReader.read = counted  # type: ignore[method-assign]
     train_from_config(parse_run_config(tree), resume=True, console=Console(io.StringIO()))
     with open(passes, "a", encoding="utf-8") as file:
         file.write(f"{count[0]}\n")

@@ -15,7 +15,8 @@ from saeguard_sae.catalogue import Catalogue
 from saeguard_sae.dictionary import Dictionary, JumpReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
+from saeguard_sae.train.quality.evaluate import EvaluateSettings, Evaluation, evaluate_saes
+from saeguard_sae.train.quality.evaluation_data import EvaluationData, EvaluationRow
 from support.models import BOS, EOS, PAD, SITES, save_model
 
 SPECIAL = torch.tensor([BOS, EOS, PAD])
@@ -172,7 +173,7 @@ def evaluation(
     world, site = worlds("llama"), Site(1, "resid_post")
     generator = torch.Generator().manual_seed(31)
     texts = [torch.randint(100 * (at % 2), 100 * (at % 2) + 4, (8,), generator=generator) for at in range(24)]
-    material = Material(
+    material = EvaluationData(
         model=world.model,
         name="tiny",
         rows=world.rows,

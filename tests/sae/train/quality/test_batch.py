@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard_sae.train.quality.material import EvaluationRow, evaluation_batches, pad_rows
+from saeguard_sae.train.quality.evaluation_data import EvaluationRow, evaluation_batches, pad_rows
 
 
 def row(length: int, start: int) -> EvaluationRow:

@@ -15,17 +15,17 @@ from saeguard_sae.check import measure
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.metrics import SaeMetrics
 from saeguard_sae.models import Site
-from saeguard_sae.train.quality import EvaluateSettings, Evaluation, EvaluationRow, Material, evaluate_saes
-from saeguard_sae.train.quality.evaluate import _parted, frozen_baseline
+from saeguard_sae.train.quality.evaluate import EvaluateSettings, Evaluation, _parted, evaluate_saes, frozen_baseline
+from saeguard_sae.train.quality.evaluation_data import EvaluationData, EvaluationRow
 from saeguard_sae.train.settings import TrainError
 
 SITE = Site(1, "resid_post")
 SETTINGS = EvaluateSettings(examples=3, contexts=2, outlier_norm=0)
 
 
-def material(world: Any, **more: Any) -> Material:
+def material(world: Any, **more: Any) -> EvaluationData:
     given = {"rows": world.rows, "source": "a test", "decode": lambda ids: f"{ids}"} | more
-    return Material(model=world.model, name="tiny", **given)
+    return EvaluationData(model=world.model, name="tiny", **given)
 
 
 def divergence(changed: list[Tensor], base: list[Tensor]) -> float:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard_sae.train.quality import Evaluation
-from saeguard_sae.train.quality.evaluate import read_evaluation, write_evaluation, write_whole
+from saeguard_sae.train.quality.evaluate import Evaluation, read_evaluation, write_evaluation, write_whole
 
 
 def test_round_trip(tmp_path: Path, evaluation: Evaluation) -> None:

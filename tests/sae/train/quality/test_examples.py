@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saeguard_sae.train.quality.evaluation_data import EvaluationRow, pad_rows
 from saeguard_sae.train.quality.feature_stats import ExampleCollector, spread_over_densities
-from saeguard_sae.train.quality.material import EvaluationRow, pad_rows
 
 
 def decode(ids: list[int]) -> str:

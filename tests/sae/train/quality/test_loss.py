@@ -7,7 +7,7 @@ import torch
 
 from saeguard_sae import metrics
 from saeguard_sae.metrics import NextTokenLoss
-from saeguard_sae.train.quality.material import EvaluationRow, pad_rows
+from saeguard_sae.train.quality.evaluation_data import EvaluationRow, pad_rows
 
 
 @pytest.mark.parametrize("positions", [3, 128])

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from saeguard_sae.train.quality import Evaluation
+from saeguard_sae.train.quality.evaluate import Evaluation
 from saeguard_sae.train.quality.feature_stats import Agreement, Context, FeatureExamples
 from saeguard_sae.train.quality.report import html, plots, summary, table_lines, write_report
 
@@ -48,7 +48,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def shown(evaluation: Evaluation) -> Shown:
     """The page of an evaluation and its text, with the pictures of the first one: drawing takes a second."""
-    drawn = plots(evaluation)
+    drawn = tuple(plots(evaluation))
 
     def page(changed: Evaluation) -> tuple[Page, str]:
         text = html(changed, drawn)
@@ -130,7 +130,7 @@ def test_what_comes_from_outside_is_no_markup(evaluation: Evaluation, shown: Sho
 
 def test_parts_that_were_not_asked_for_are_left_out(evaluation: Evaluation, shown: Shown) -> None:
     bare = msgspec.structs.replace(evaluation, probes=None, agreement=None, agreement_with=None, examples=())
-    page, whole = Page(html(bare, plots(bare))), shown(evaluation)[0]
+    page, whole = Page(html(bare, tuple(plots(bare)))), shown(evaluation)[0]
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
     for heading in ("Probes with few features", "Agreement with another SAE", "Where some features fire"):
         assert heading in whole.text
@@ -165,7 +165,5 @@ def test_files(tmp_path: Path, evaluation: Evaluation) -> None:
 def test_an_sae_of_which_nothing_fires_has_plots_too(evaluation: Evaluation, field: str) -> None:
     histogram = getattr(evaluation.sae, field)
     none = msgspec.structs.replace(histogram, counts=(0,) * len(histogram.counts))
-    assert (
-        len(plots(msgspec.structs.replace(evaluation, sae=msgspec.structs.replace(evaluation.sae, **{field: none}))))
-        == 5
-    )
+    sae = msgspec.structs.replace(evaluation.sae, **{field: none})
+    assert len(tuple(plots(msgspec.structs.replace(evaluation, sae=sae)))) == 5

@@ -13,7 +13,7 @@ from torch import Tensor
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
-from saeguard_sae.train.quality.material import SplicedModel, pad_rows
+from saeguard_sae.train.quality.evaluation_data import SplicedModel, pad_rows
 from saeguard_sae.train.settings import TrainError
 from support.models import SITES
 

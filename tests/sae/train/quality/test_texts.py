@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from saeguard_sae.train.lm import LanguageModel, LanguageModelSettings, open_language_model
-from saeguard_sae.train.quality.material import LabelledText, labelled_rows, text_rows
-from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
+from saeguard_sae.train.data import LanguageModel, open_language_model
+from saeguard_sae.train.quality.evaluation_data import LabelledText, labelled_rows, text_rows
+from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, StreamSettings, TrainError
 from support.models import BOS, EOS
 
 

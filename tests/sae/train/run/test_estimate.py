@@ -12,10 +12,9 @@ import torch
 
 from saeguard_sae.models import Site
 from saeguard_sae.train.learner import make_learner
-from saeguard_sae.train.run import jobs
+from saeguard_sae.train.run import config as plans
 from saeguard_sae.train.run.checkpoints import Checkpoint, Checkpoints
-from saeguard_sae.train.run.config import BadConfig
-from saeguard_sae.train.run.jobs import SaePlan, check_disk, check_memory
+from saeguard_sae.train.run.config import BadConfig, SaePlan, check_disk, check_memory
 from saeguard_sae.train.settings import SaeSettings
 
 CPU = torch.device("cpu")
@@ -69,7 +68,7 @@ def test_training_counts_weights_gradients_moments_and_the_copy(kind: str) -> No
 
 
 def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(plans, "free_bytes", lambda device: 2**30)
     wide = size(d_in=4096, d_out=4096, name="wide", d_sae=65_536)
     check_memory([size()], 1000, CPU)
     with pytest.raises(BadConfig) as caught:
@@ -87,9 +86,9 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkey
     one = size()
     needed = 3 * (one.checkpoint_bytes() + 500) + one.export_bytes()
     folder = tmp_path / "none" / "yet"
-    monkeypatch.setattr(jobs.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    monkeypatch.setattr(plans.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     check_disk([one], 500, 2, folder)
-    monkeypatch.setattr(jobs.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(plans.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(
         BadConfig, match=r"^run\.out: 3 checkpoints of 0\.00 GiB .* has 0\.01 GiB free; lower run\.keep"
     ):

@@ -13,8 +13,7 @@ from torch import Tensor
 from saeguard_sae.models import Site
 from saeguard_sae.train.learner import Learner
 from saeguard_sae.train.run.checkpoints import Checkpoint
-from saeguard_sae.train.run.config import RunConfig, RunFailed, RunStopped, parse_run_config
-from saeguard_sae.train.run.jobs import SaePlan, plan_saes
+from saeguard_sae.train.run.config import RunConfig, RunFailed, RunStopped, SaePlan, parse_run_config, plan_saes
 from saeguard_sae.train.run.progress import Pace, StepMetrics
 from saeguard_sae.train.run.run import RunRecorder, SaeTrainer, StopSignals, TrainLoop
 from saeguard_sae.train.settings import TrainError

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from saeguard_sae.models import Site
-from saeguard_sae.train.run.config import BadConfig, parse_run_config
-from saeguard_sae.train.run.jobs import plan_saes, rehearse_export
+from saeguard_sae.train.run.config import BadConfig, parse_run_config, plan_saes, rehearse_export
 
 WIDTHS = {Site(1, "resid_post"): 12, Site(1, "mlp_in"): 12, Site(1, "mlp_act"): 30, Site(1, "mlp_raw"): 12}
 

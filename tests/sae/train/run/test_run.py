@@ -16,12 +16,12 @@ from torch import Tensor
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import open_sae
 from saeguard_sae.models import Site
-from saeguard_sae.train.lm import LanguageModelSettings, open_language_model
+from saeguard_sae.train.data import open_language_model
 from saeguard_sae.train.run import run
 from saeguard_sae.train.run.config import BadConfig, RunFailed, parse_run_config
 from saeguard_sae.train.run.progress import Console
 from saeguard_sae.train.run.run import train_from_config
-from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
+from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, StreamSettings, TrainError
 from saeguard_sae.train.stream import ActivationStream, cache_activations
 
 Tree = dict[str, Any]

@@ -16,8 +16,7 @@ from saeguard_sae.coders import MatchingPursuit
 from saeguard_sae.dictionary import Dictionary
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import ModelConfig, Site, depth, hooked
-from saeguard_sae.train.data import Contexts
-from saeguard_sae.train.lm import LanguageModel
+from saeguard_sae.train.data import Contexts, LanguageModel
 from saeguard_sae.train.settings import DataSettings, StreamSettings, TrainError
 
 
@@ -36,13 +35,12 @@ class LabelledText(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
+class EvaluationData:
     """What an SAE is measured on."""
 
     model: Any
     """A Hugging Face causal language model in evaluation mode."""
     name: str
-    """The model's."""
     rows: Iterable[EvaluationRow]
     """Of the text; each token once."""
     source: str
@@ -56,9 +54,6 @@ def text_rows(model: LanguageModel, data: DataSettings, stream: StreamSettings) 
     """The rows that training with these settings would read, up to the end of the data set.
 
     A packed row that would go on with the data set's start is left out.
-
-    Raises:
-        TrainError: as ``Contexts``; text that is too short for a row.
     """
     contexts = Contexts(model, data, stream)
     count = 0
@@ -78,11 +73,7 @@ def text_rows(model: LanguageModel, data: DataSettings, stream: StreamSettings) 
 
 
 def labelled_rows(model: LanguageModel, texts: Sequence[LabelledText], context: int) -> list[tuple[EvaluationRow, str]]:
-    """Each text as a row of its own, cut at ``context`` tokens; its first token is never ordinary.
-
-    Raises:
-        TrainError: a text without two tokens.
-    """
+    """Each text as a row of its own, cut at ``context`` tokens; its first token is never ordinary."""
     backend = model.tokenizer.backend_tokenizer
     bos = model.tokenizer.bos_token_id
     special = torch.tensor(sorted(model.special_ids), dtype=torch.long)
@@ -155,7 +146,6 @@ class CapturedSite:
     """[rows, T, vocabulary]; None where the pass ended at the sites."""
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        """[n] of either."""
         return self.x.norm(dim=1), self.target.norm(dim=1)
 
     def where(self, keep: Tensor) -> CapturedSite:
@@ -171,10 +161,6 @@ class SplicedModel:
     """A model with the place where one SAE reads, what it must reproduce, and where that is written."""
 
     def __init__(self, model: nn.Module, config: ModelConfig, sae: LoadedSae) -> None:
-        """
-        Raises:
-            TrainError: an SAE that is no function of one token, or writes its part at several sites.
-        """
         site = target(sae)
         if site is None:
             raise TrainError(
@@ -190,14 +176,7 @@ class SplicedModel:
         self.device = next(model.parameters()).device
 
     def capture(self, batch: EvaluationBatch, *, logits: bool = True) -> CapturedSite:
-        """Reads a batch as the model is.
-
-        Args:
-            logits: False ends the pass at the sites.
-
-        Raises:
-            TrainError: activations that are not finite, or not of the SAE's width.
-        """
+        """Reads a batch as the model is; without ``logits`` the pass ends at the sites."""
         captured: dict[Site, Tensor] = {}
         last = max((self.reads, self.target), key=depth)
 
