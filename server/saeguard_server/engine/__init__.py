@@ -10,11 +10,7 @@ from saeguard_server.settings import BadSettings, Settings
 
 
 def load_engine(settings: Settings, metrics: Metrics) -> Engine:
-    """The engine that the settings ask for, loaded and checked, not started; no other is imported.
-
-    Raises:
-        BadSettings: it cannot be loaded; says what would help.
-    """
+    """The engine that the settings ask for, loaded and checked, not started, no other imported; raises BadSettings."""
     kind, is_apart = settings.engine.kind, settings.engine.process
     if is_apart and kind == "vllm":
         raise BadSettings("engine.process: the vllm engine runs in processes of its own already")

@@ -86,11 +86,7 @@ class SteeringTables:
         self._conditions.begin(rows)
 
     def edit(self, site: Site, x: Tensor, see: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """x [N, width] as the model made it -> as it goes on with it; x itself where nobody edits.
-
-        Args:
-            see: what SAEs at the site read of x, where that is not x itself.
-        """
+        """x [N, width] -> what the model goes on with, x itself where nobody edits; SAEs here read ``see(x)``."""
         self._passes[site] += 1
         if self.watch is not None:
             self.watch(site, x if see is None else see(x))

@@ -90,11 +90,7 @@ def encode_input(tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str
 
 
 class Detokenizer:
-    """The text of one generation. What could still become a stop string waits until it is decided.
-
-    Args:
-        decode: a token to the text that becomes certain with it.
-    """
+    """The text of one generation. What could still become a stop string waits until it is decided."""
 
     def __init__(self, decode: Callable[[int], str], stops: Sequence[str]) -> None:
         self._decode, self._stops = decode, stops

@@ -23,13 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class Core:
-    """Requests in, events out; lives on one thread.
-
-    Args:
-        prefill_tokens: prompt tokens read in one step.
-        blocks: of KV memory.
-        reuse: whether KV of equal beginnings is shared.
-    """
+    """Requests in, events out; lives on one thread. With ``reuse``, equal beginnings share their KV blocks."""
 
     def __init__(
         self,

@@ -37,11 +37,7 @@ SMALL = 20_000_000
 
 
 class TransformersEngine(EngineFront):
-    """Continuous batching over a stock Hugging Face model, on a thread of its own.
-
-    Args:
-        build: makes the core; called again when a step failed in a way that is not one request's.
-    """
+    """Continuous batching over a stock Hugging Face model, on a thread of its own; a core that fails is built anew."""
 
     def __init__(self, build: Callable[[], Core]) -> None:
         super().__init__()

@@ -213,7 +213,9 @@ class Network:
             self.kernel = torch.compile(attend_fused, dynamic=True, fullgraph=True)
         if packed and can_pack_weights(model.device, model.network.dtype):
             pack(model.network)
-        self._take_over_attention()
+        name = f"saeguard_{self._handle}"
+        AttentionInterface.register(name, self._attend)
+        self._network.set_attn_implementation(name)
         # Sites may share a module: those that change what later ones see come first.
         self._places: list[tuple[Site, Located]] = []
         self._handles = [self._attach(site) for site in sorted(sites, key=depth)]
@@ -252,11 +254,6 @@ class Network:
         out = self._network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
         logits: Tensor = out.logits[0].float()
         return logits
-
-    def _take_over_attention(self) -> None:
-        name = f"saeguard_{self._handle}"
-        AttentionInterface.register(name, self._attend)
-        self._network.set_attn_implementation(name)
 
     def _attend(
         self,

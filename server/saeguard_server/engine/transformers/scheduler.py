@@ -85,11 +85,7 @@ class StepBudget:
 
 
 class Scheduler:
-    """First come, first served.
-
-    Args:
-        prefixes: where to look for what was read before; None never reuses.
-    """
+    """First come, first served; without ``prefixes``, nothing is reused."""
 
     def __init__(self, slots: int, blocks: BlockPool, prefixes: PrefixCache | None = None) -> None:
         self.blocks, self.prefixes = blocks, prefixes
@@ -145,10 +141,7 @@ class Scheduler:
         return budget
 
     def preempt(self, sequence: Sequence) -> int:
-        """Sends an admitted request back to the queue, before all that came later; returns the slot it had.
-
-        It keeps its tokens, and is read again from the first of them.
-        """
+        """Sends an admitted request back to the queue, to be read again from its first token; returns its slot."""
         slot = sequence.slot
         self.remove(sequence)
         sequence.computed = sequence.reused = sequence.learned = 0

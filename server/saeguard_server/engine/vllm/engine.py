@@ -109,7 +109,11 @@ class VllmEngine(Engine):
     async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
         uid = next(self._uids)
         if isinstance(task, InspectTask):
-            for part in await self._read(uid, task):
+            arguments = vllm_output.inspection_arguments(task, worker_request(uid, task))
+            async with aclosing(self._outputs(task, uid, arguments)) as outputs:
+                async for _ in outputs:
+                    pass
+            for part in self._output.activations(task, await self._worker_output(task, uid, len(task.tokens))):
                 yield part
             return
         async with aclosing(self._generate(uid, task)) as chunks:
@@ -130,13 +134,6 @@ class VllmEngine(Engine):
         tokens_read = len(task.tokens) + len(state.generated) - 1
         done = await self._worker_output(task, uid, tokens_read) if request is not None else None
         yield self._output.last_chunk(state, chunk, done)
-
-    async def _read(self, uid: int, task: InspectTask) -> list[ActivationPart]:
-        arguments = vllm_output.inspection_arguments(task, worker_request(uid, task))
-        async with aclosing(self._outputs(task, uid, arguments)) as outputs:
-            async for _ in outputs:
-                pass
-        return self._output.activations(task, await self._worker_output(task, uid, len(task.tokens)))
 
     async def _warm_up(self) -> None:
         """vLLM compiles some of its sampling when it is first used: what steered requests need of it."""
@@ -225,11 +222,7 @@ class EngineDied(Exception):
 
 
 class VllmClient:
-    """One vLLM engine. Launching it waits until the model is loaded; raises RuntimeError, of which its log says why.
-
-    Args:
-        arguments: of vLLM's engine, beyond those that are always ours.
-    """
+    """One vLLM engine. Launching it waits until the model is loaded; raises RuntimeError, of which its log says why."""
 
     def __init__(self, arguments: Mapping[str, Any], metrics: Metrics) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs

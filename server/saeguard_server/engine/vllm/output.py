@@ -44,14 +44,7 @@ class VllmOutputProcessor(OutputProcessor):
         return StreamChunk(text, tuple(tokens), prompt_logprobs=prompt_logprobs)
 
     def last_chunk(self, state: RequestState, chunk: StreamChunk, output: WorkerOutput | None) -> StreamChunk:
-        """The last chunk, with the completion.
-
-        Args:
-            output: what the workers did, for a request of which they were told.
-
-        Raises:
-            InternalFailure: an edit was not offered every token in its scope exactly once.
-        """
+        """The last chunk, with the completion; ``output`` of the workers is there if they had anything to do."""
         task = state.task
         readings = _readings(output, len(task.watch)) if output and task.watch else ()
         # The last token is sampled and never read.

@@ -52,12 +52,7 @@ def register() -> None:
 
 @torch.inference_mode()
 def attach(worker: Any, plan: WorkerPlan) -> SteeredModel:
-    """Loads the SAEs beside a worker's model and puts the ops into it.
-
-    Raises:
-        LoadError: an SAE cannot be loaded, or its sites are not all in this process.
-        UnknownRunner: the batch of vLLM's model runner cannot be read.
-    """
+    """Loads the SAEs beside a worker's model and puts the ops into it; raises LoadError, UnknownRunner."""
     runner = worker.model_runner
     steering.check_runner(runner)
     model, config = runner.get_model(), worker.model_config.hf_text_config

@@ -149,10 +149,7 @@ class LiveRequest:
         return tuple(self.request.watch[column] for column in self.columns)
 
     def take_up(self, start: int) -> None:
-        """It is read on from there: what comes before was found in memory, or it was preempted.
-
-        The passes so far were made all the same.
-        """
+        """Read on from there, after what was found in memory or a preemption; its passes were made all the same."""
         if start > self.request.untouched and start not in self.block_ends:
             self.problem = f"vLLM read on at position {start} after {self.read} tokens"
         self.read, self.tallies = start, self.block_ends.get(start, Tallies())
