@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from saeguard_server.admission import Admission, LoadLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.catalog import Catalog, describe_model, describe_server
-from saeguard_server.engine.choice import load_engine
+from saeguard_server.engine import load_engine
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.generation import Counterfactuals, Generation, ReadActivations, RequestRecorder
 from saeguard_server.identity import auth

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from saeguard.requests import Sampling
+from saeguard.types import Scope
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, InspectTask, Steering
+from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, InspectTask, Origin, Steering
 from saeguard_server.engine.vllm import output
 from saeguard_server.errors import InvalidRequest
 
@@ -64,6 +65,38 @@ def test_kv_is_salted_with_the_steering() -> None:
     ]
     assert len(set(salts)) == 3
     assert output.prompt_arguments(task(replace(AFTER)))["cache_salt"] == salts[1]
+
+
+def salt(edit: CompiledEdit, limit: float = 0.5, digest: str = "abc") -> object:
+    return output.prompt_arguments(task(Steering((edit,), limit, digest)))["cache_salt"]
+
+
+def test_kv_is_shared_by_who_differs_in_the_wording_of_refusals_alone() -> None:
+    edit = STEERING.edits[0]
+    assert salt(replace(edit, field="interventions[2]")) == salt(replace(edit, field="interventions[7]"))
+    assert salt(replace(edit, origin=Origin("a policy", "a rule"), scope=Scope(start=2))) == salt(edit)
+
+
+@pytest.mark.parametrize(
+    "applied",
+    [
+        {"sae": "other"}, {"feature": 2}, {"affine": Affine(alpha=0.5)}, {"affine": Affine(alpha=0.0, beta=1.0)},
+        {"first": 1}, {"last": 8}, {"special": True}, {"is_shadow": True}, {"is_limited": False},
+    ],
+)  # fmt: skip
+def test_kv_is_never_shared_by_who_differ_in_what_is_applied(applied: dict[str, Any]) -> None:
+    edit = STEERING.edits[0]
+    assert salt(replace(edit, **applied)) != salt(edit)
+
+
+def test_kv_is_never_shared_across_limits_weights_or_the_order_of_edits() -> None:
+    edit, other = STEERING.edits[0], replace(STEERING.edits[0], feature=2)
+    assert len({salt(edit), salt(edit, limit=0.25), salt(edit, digest="other weights")}) == 3
+    salts = {
+        output.prompt_arguments(task(Steering(edits, digest="abc")))["cache_salt"]
+        for edits in ((edit,), (edit, other), (other, edit))
+    }
+    assert len(salts) == 3
 
 
 def test_an_inspection_samples_one_token_that_nobody_sees() -> None:

@@ -30,7 +30,7 @@ def test_edits_and_watched_features_come_back_as_they_were() -> None:
     task = generation(steering=Steering(EDITS, 0.25, "digest"), watch=(("second", 4),))
     packed = worker_messages.worker_request(11, task)
     assert packed is not None
-    found = worker_messages.read_worker_request(packed)
+    found = worker_messages.WorkerRequest.decode(packed)
     assert found.steering == task.steering
     assert (found.uid, found.watch, found.may_overrun) == (11, (("second", 4),), False)
 
@@ -44,16 +44,16 @@ def test_selections_come_back_as_they_were() -> None:
     task = InspectTask(call=Call("id", 0.0), index=0, tokens=(1,), offsets=(None,), selections=selections)
     packed = worker_messages.worker_request(1, task)
     assert packed is not None
-    assert tuple(worker_messages.read_worker_request(packed).selections()) == selections
+    assert tuple(worker_messages.WorkerRequest.decode(packed).selections()) == selections
 
 
 def test_a_plain_request_has_no_order_and_a_stop_string_is_told() -> None:
     assert worker_messages.worker_request(1, generation(stop=("x",))) is None
     packed = worker_messages.worker_request(1, generation(stop=("x",), steering=Steering(EDITS)))
     assert packed is not None
-    assert worker_messages.read_worker_request(packed).may_overrun
+    assert worker_messages.WorkerRequest.decode(packed).may_overrun
 
 
 def test_an_order_of_another_version_is_refused() -> None:
     with pytest.raises(InternalFailure, match="version 99, they know 3"):
-        worker_messages.read_worker_request(msgspec.msgpack.encode([99, "whatever", {"it": "holds"}]))
+        worker_messages.WorkerRequest.decode(msgspec.msgpack.encode([99, "whatever", {"it": "holds"}]))

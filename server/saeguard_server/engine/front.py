@@ -93,7 +93,6 @@ class EngineFront(Engine):
 
 
 def ends_task(event: Event | None) -> bool:
-    """Whether nothing comes after it."""
     if isinstance(event, StreamChunk):
         return event.completion is not None
     return not isinstance(event, ActivationPart)
@@ -108,7 +107,6 @@ class Backoff:
         self._started: float | None = None
 
     def started(self) -> None:
-        """Notes that it serves again."""
         self._started = self._clock()
 
     def failed(self) -> float:

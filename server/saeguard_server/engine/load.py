@@ -107,53 +107,39 @@ class KvShape:
 
     @classmethod
     def of(cls, config: Any) -> KvShape:
-        """From a Hugging Face configuration."""
         heads: int = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
-        """Memory of one token."""
         return 2 * self.layers * self.heads * self.size * dtype.itemsize
 
 
 def load_model(settings: ModelSettings, max_context: int) -> LoadedModel:
-    """Loads the model that the settings name.
-
-    Args:
-        max_context: of the engine; the model's own limit holds where it is smaller.
-
-    Raises:
-        ModelLoadError: no such model, an unknown architecture, no fast tokenizer, weights not in safetensors.
-    """
+    """As ``open_files``, with the weights, which must be in safetensors; raises ModelLoadError."""
     files = open_files(settings, max_context)
     network = open_model(files.folder, settings.dtype, settings.device)
     return LoadedModel(network, files.tokenizer, files.eos_ids, files.info, torch.device(settings.device))
 
 
 def load_checked_saes(settings: Settings, model: LoadedModel, metrics: Metrics) -> dict[str, LoadedSae]:
-    """The SAEs of the settings with what the check measured of each, which the metrics show.
-
-    Raises:
-        LoadError: one cannot be loaded or does not fit the model; names the convention that is most likely wrong.
-    """
+    """The SAEs as the check measured them, in the metrics too; LoadError names the convention most likely wrong."""
     saes = load_saes(settings.saes, model)
     if not settings.check.enabled or not saes:
         return saes
     tokens = calibration_tokens(settings.check, model)
     for served in settings.saes:
         sae = saes[served.name] = _check(saes[served.name], served, model, tokens)
-        if sae.measured is not None:
-            _show(sae.name, sae.measured, metrics)
+        quality = sae.measured or Quality()
+        gauges = (metrics.sae_l0, metrics.sae_fvu, metrics.sae_ce_increase)
+        for gauge, value in zip(gauges, (quality.l0, quality.fvu, quality.ce_increase), strict=True):
+            if value is not None:
+                gauge.labels(sae.name).set(value)
     return saes
 
 
 def load_saes(settings: tuple[ServedSaeSettings, ...], model: LoadedModel) -> dict[str, LoadedSae]:
-    """The SAEs by name, on the model's device.
-
-    Raises:
-        LoadError: one cannot be loaded, names a site that the model lacks, or has another width.
-    """
+    """The SAEs by name, on the model's device; raises LoadError, for a site or width that the model lacks too."""
     network = model.network
     saes = {}
     for served in settings:
@@ -193,11 +179,7 @@ def _check_widths(model: LoadedModel, saes: dict[str, LoadedSae]) -> None:
 
 
 def calibration_tokens(settings: CheckSettings, model: LoadedModel) -> list[Tensor]:
-    """Token ids [T] of the passages of the calibration text, each read on its own as a prompt would be.
-
-    Raises:
-        LoadError: the text cannot be read or holds nothing.
-    """
+    """Ids [T] of each passage of the calibration text, read on its own as a prompt would be; raises LoadError."""
     try:
         text = Path(settings.text).read_text(encoding="utf-8") if settings.text else calibration_text()
     except (OSError, UnicodeDecodeError) as err:
@@ -247,14 +229,6 @@ def _check(sae: LoadedSae, settings: ServedSaeSettings, model: LoadedModel, toke
         fields = {"sae": sae.name, "reading": warning.what, "fvu": warning.fvu, "setting": warning.setting}
         _log.warning("an SAE is within its bounds, but another reading fits it better", extra={"fields": fields})
     return replace(sae, measured=measured)
-
-
-def _show(name: str, measured: Quality, metrics: Metrics) -> None:
-    for gauge, value in ((metrics.sae_l0, measured.l0), (metrics.sae_fvu, measured.fvu)):
-        if value is not None:
-            gauge.labels(name).set(value)
-    if measured.ce_increase is not None:
-        metrics.sae_ce_increase.labels(name).set(measured.ce_increase)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import time
+from array import array
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
+from torch import Tensor
+
+from saeguard import results
 from saeguard.catalog import Model
-from saeguard.results import (
-    ActivationPart,
-    Completion,
-    FinishReason,
-    InterventionReceipt,
-    Receipt,
-    StoppedBy,
-    Timings,
-    TokenText,
-    TriggerReceipt,
-    Usage,
-)
+from saeguard.requests import FeatureSelection, Selection, ThresholdSelection, TopKSelection
+from saeguard_sae.coders import Temporal, is_signed
 from saeguard_sae.conditions import ConditionCounts
 from saeguard_sae.edit_table import EditCounts
+from saeguard_sae.encoding import FeatureSelector, SelectedFeatures, above_of, named_of, top_of
 from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.protocol import (
-    NOT_FINITE,
-    CompiledCondition,
-    CompiledEdit,
-    GenerateTask,
-    InspectTask,
-    Steering,
-)
-from saeguard_server.engine.selection import SparseRows
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, GenerateTask, InspectTask, Steering
 from saeguard_server.engine.tokenizer import Detokenizer, Tokenizer
 from saeguard_server.errors import InternalFailure, NonFiniteOutput
 from saeguard_server.observe import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Rows of a sparse matrix: row i holds ``indices[indptr[i]:indptr[i + 1]]`` and the same of ``values``."""
+
+    indptr: array[int]
+    indices: array[int]
+    values: array[float]
+
+    @classmethod
+    def pack(cls, selected: SelectedFeatures) -> SparseRows:
+        """Candidates and which of them to keep, fetched from their device."""
+        ends = selected.keep.sum(dim=-1).cumsum(dim=0).tolist()
+        return cls(
+            array("I", [0, *ends]),
+            array("I", selected.features[selected.keep].tolist()),
+            array("f", selected.values[selected.keep].tolist()),
+        )
+
+    def split(self, lengths: Iterable[int]) -> list[SparseRows]:
+        parts, row = [], 0
+        for length in lengths:
+            first, last = self.indptr[row], self.indptr[row + length]
+            indptr = array("I", (end - first for end in self.indptr[row : row + length + 1]))
+            parts.append(SparseRows(indptr, self.indices[first:last], self.values[first:last]))
+            row += length
+        return parts
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +61,7 @@ class RequestState:
     task: GenerateTask
     text: Detokenizer
     generated: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: results.FinishReason | None = None
     """Why it ended; None while it goes on."""
     started: float = 0.0
     first_token: float = 0.0
@@ -52,13 +69,12 @@ class RequestState:
 
     @classmethod
     def of(cls, task: GenerateTask, tokenizer: Tokenizer) -> RequestState:
-        """Of a generation that has been given nothing yet."""
         return cls(task, tokenizer.detokenizer(task.sampling.stop))
 
-    def timings(self) -> Timings:
+    def timings(self) -> results.Timings:
         """Seconds since the request arrived."""
         arrived = self.task.call.arrived
-        return Timings(
+        return results.Timings(
             queue_s=self.started - arrived,
             time_to_first_token_s=self.first_token - arrived if self.first_token else 0.0,
             total_s=time.monotonic() - arrived,
@@ -92,13 +108,14 @@ class OutputProcessor:
             state.finish_reason = "length"
         return text if state.finish_reason is None else text + state.text.flush()
 
-    def complete(self, state: RequestState, receipt: Receipt | None, stopped_by: StoppedBy | None = None) -> Completion:
-        """How a generation ended."""
+    def complete(
+        self, state: RequestState, receipt: results.Receipt | None, stopped_by: results.StoppedBy | None = None
+    ) -> results.Completion:
         assert state.finish_reason is not None, "it has ended"
-        return Completion(
+        return results.Completion(
             finish_reason=state.finish_reason,
             stop_string=state.text.stopped_by,
-            usage=Usage(len(state.task.tokens), len(state.generated)),
+            usage=results.Usage(len(state.task.tokens), len(state.generated)),
             timings=state.timings(),
             receipt=receipt,
             seed=state.task.seed,
@@ -113,7 +130,7 @@ class OutputProcessor:
         read: Sequence[int],
         forward_passes: int,
         condition_counts: Sequence[ConditionCounts] = (),
-    ) -> Receipt | None:
+    ) -> results.Receipt | None:
         """The receipt of a request that had edits or triggers; None for others.
 
         Args:
@@ -137,22 +154,19 @@ class OutputProcessor:
             if not edited.is_shadow:
                 self._metrics.tokens_edited.labels(edited.sae, edited.kind).inc(edited.tokens_edited)
                 self._metrics.relative_edit.labels(edited.sae).observe(edited.mean_relative_edit)
-        return Receipt(self._model.digest, steering.digest, interventions, forward_passes, triggers)
+        return results.Receipt(self._model.digest, steering.digest, interventions, forward_passes, triggers)
 
-    def activation_part(self, task: InspectTask, sae: str, start: int, rows: SparseRows) -> ActivationPart:
-        """What was selected of an input's tokens from position ``start`` on.
-
-        Raises:
-            NonFiniteOutput: an edit made them so.
-        """
+    def activation_part(self, task: InspectTask, sae: str, start: int, rows: SparseRows) -> results.ActivationPart:
+        """What was selected of an input's tokens from position ``start`` on; raises NonFiniteOutput."""
         if any(value != value for value in rows.values):
             raise NonFiniteOutput("activations are not finite; an edit may be too large")
         positions = range(start, start + len(rows.indptr) - 1)
         tokens = tuple(
-            TokenText(task.tokens[at], self._tokenizer.text(task.tokens[at]), task.offsets[at]) for at in positions
+            results.TokenText(task.tokens[at], self._tokenizer.text(task.tokens[at]), task.offsets[at])
+            for at in positions
         )
         is_last = positions.stop == len(task.tokens)
-        return ActivationPart(task.index, sae, tokens, rows.indptr, rows.indices, rows.values, start, is_last)
+        return results.ActivationPart(task.index, sae, tokens, rows.indptr, rows.indices, rows.values, start, is_last)
 
     def _observe_time(self, state: RequestState) -> None:
         now = time.monotonic()
@@ -165,17 +179,7 @@ class OutputProcessor:
         state.last_token = now
 
 
-def check_finite(logprobs: Sequence[float]) -> None:
-    """Refuses log-probabilities that are not numbers.
-
-    Raises:
-        NonFiniteOutput: one is not.
-    """
-    if any(logprob != logprob for logprob in logprobs):
-        raise NonFiniteOutput(NOT_FINITE)
-
-
-def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) -> StoppedBy:
+def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) -> results.StoppedBy:
     """The trigger that ended a generation: the first to be on, and of those the first of the request."""
     fired = [
         (count.first, condition.origin)
@@ -183,7 +187,7 @@ def stopped_by(steering: Steering, condition_counts: Sequence[ConditionCounts]) 
         if condition.stops and count.first is not None
     ]
     _, origin = min(fired, key=lambda pair: pair[0])
-    return StoppedBy(origin.policy, origin.rule)
+    return results.StoppedBy(origin.policy, origin.rule)
 
 
 def _check_counts(
@@ -214,8 +218,8 @@ def _in_scope(scope: CompiledEdit | CompiledCondition, length: int, special_at: 
     return last - first - skipped
 
 
-def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> TriggerReceipt:
-    return TriggerReceipt(
+def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> results.TriggerReceipt:
+    return results.TriggerReceipt(
         policy=condition.origin.policy,
         name=condition.origin.rule,
         is_shadow=condition.is_shadow,
@@ -226,8 +230,8 @@ def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> Tr
     )
 
 
-def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae) -> InterventionReceipt:
-    return InterventionReceipt(
+def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae) -> results.InterventionReceipt:
+    return results.InterventionReceipt(
         sae=edit.sae,
         feature=edit.feature,
         kind=edit.kind,
@@ -243,3 +247,56 @@ def _intervention_receipt(edit: CompiledEdit, count: EditCounts, sae: LoadedSae)
         rule=edit.origin.rule,
         is_shadow=edit.is_shadow,
     )
+
+
+class ActivationSelector:
+    """Selects features with the SAEs of a process, where the activations are."""
+
+    def __init__(self, saes: Mapping[str, LoadedSae]) -> None:
+        self._saes = saes
+        self._selectors: dict[str, FeatureSelector] = {}
+
+    def select(
+        self, sae: str, selection: Selection, parts: Sequence[Tensor], prefixes: Sequence[dict[str, Tensor]]
+    ) -> list[SparseRows]:
+        """[T, d_in] each of requests that select the same of an SAE -> what they get of their T tokens.
+
+        Args:
+            prefixes: of each request, by SAE, all its activations so far: kept here for an SAE that reads a token
+                together with all before it.
+        """
+        coder = self._saes[sae].dictionary
+        if isinstance(coder, Temporal):
+            pairs = zip(parts, prefixes, strict=True)
+            features = torch.cat([_encode_with_prefix(coder, x, prefix, sae) for x, prefix in pairs]).float()
+            signed = is_signed(coder)
+            selected = _apply(
+                selection, features, partial(top_of, signed=signed), partial(above_of, signed=signed), named_of
+            )
+        else:
+            if sae not in self._selectors:
+                self._selectors[sae] = FeatureSelector(coder)
+            selector = self._selectors[sae]
+            selected = _apply(selection, torch.cat(list(parts)), selector.top, selector.above, selector.named)
+        return SparseRows.pack(selected).split([len(x) for x in parts])
+
+
+def _encode_with_prefix(coder: Temporal, x: Tensor, prefix: dict[str, Tensor], sae: str) -> Tensor:
+    prefix[sae] = torch.cat([prefix[sae], x]) if sae in prefix else x.clone()
+    return coder.encode(prefix[sae])[-len(x) :]
+
+
+def _apply(
+    selection: Selection,
+    x: Tensor,
+    top: Callable[[Tensor, int], SelectedFeatures],
+    above: Callable[[Tensor, float], SelectedFeatures],
+    named: Callable[[Tensor, Sequence[int]], SelectedFeatures],
+) -> SelectedFeatures:
+    match selection:
+        case TopKSelection(k):
+            return top(x, k)
+        case ThresholdSelection(value):
+            return above(x, value)
+        case FeatureSelection(features):
+            return named(x, [feature.feature for feature in features])

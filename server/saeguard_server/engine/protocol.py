@@ -5,13 +5,15 @@ Everything a task holds is already resolved and checked: names are known, positi
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saeguard.catalog import Model
@@ -27,6 +29,13 @@ from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import NonFiniteOutput, ServiceError
 
 NOT_FINITE = "the model's output is not finite for this request; an edit may be too large"
+
+
+def check_finite(logprobs: Sequence[float]) -> None:
+    """Raises NonFiniteOutput for log-probabilities that are not numbers."""
+    if any(logprob != logprob for logprob in logprobs):
+        raise NonFiniteOutput(NOT_FINITE)
+
 
 Side: TypeAlias = Literal["steered", "unsteered"]
 
@@ -56,15 +65,11 @@ class Divergence:
             if match is None:
                 self._waiting[side][position] = row
             else:
-                pair = (row, match) if side == "steered" else (match, row)
-                self._divergences[position] = _kl(*pair)
+                p, q = (row, match) if side == "steered" else (match, row)
+                self._divergences[position] = F.kl_div(q, p, reduction="sum", log_target=True)
 
     def result(self) -> tuple[float, ...]:
-        """The divergence at each position, in order.
-
-        Raises:
-            NonFiniteOutput: a side's logits were not finite.
-        """
+        """The divergence at each position, in order; raises NonFiniteOutput."""
         assert len(self._divergences) == self._count, "both sides were read to the end"
         if not self._count:
             return ()
@@ -72,11 +77,6 @@ class Divergence:
         if not values.isfinite().all():
             raise NonFiniteOutput(NOT_FINITE)
         return tuple(values.clamp_min(0.0).tolist())
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Log-probabilities [vocabulary] of two distributions -> their divergence, a scalar."""
-    return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +127,7 @@ class CompiledCondition(FeatureCondition):
 
 @dataclass(frozen=True, slots=True)
 class CompiledEdit:
-    """An ``Intervention`` compiled against what is served: a map of raw values, on tokens at ``[first, last)``.
-
-    ``scope`` is as asked; ``first`` and ``last`` are what it selects of one request.
-    """
+    """An ``Intervention`` compiled against what is served: a map of raw values, on tokens at ``[first, last)``."""
 
     sae: str
     feature: int
@@ -157,7 +154,6 @@ class CompiledEdit:
 
     @property
     def ref(self) -> FeatureRef:
-        """The feature."""
         return FeatureRef(self.sae, self.feature)
 
 
@@ -169,6 +165,30 @@ class Steering:
     max_relative_edit: float = float("inf")
     digest: str = ""
     conditions: tuple[CompiledCondition, ...] = ()
+
+    def kv_key(self, start: int, end: int) -> bytes:
+        """Identity of what is applied to tokens at positions ``[start, end)``; empty where nothing is.
+
+        KV is shared among equal ones only. Who wants an edit, and how refusals name it, is no part of it.
+        """
+        here = [edit for edit in self.edits if edit.first < end and edit.last > start]
+        decided = [(condition.first, min(condition.last, end)) for condition in self.conditions]
+        if any(first < end and last > start for first, last in decided) or any(
+            edit.condition_number is not None for edit in here
+        ):
+            # What a condition is here follows from all that it has seen since it began.
+            placed = [(edit.digest, edit.first, min(edit.last, end)) for edit in here]
+            applied: object = self.digest, [condition.digest for condition in self.conditions], decided, placed
+        elif here:
+            applied = [_applied(edit, start, end) for edit in here], self.max_relative_edit
+        else:
+            return b""
+        return hashlib.blake2b(repr(applied).encode(), digest_size=16).digest()
+
+
+def _applied(edit: CompiledEdit, start: int, end: int) -> tuple[object, ...]:
+    first, last = max(edit.first, start) - start, min(edit.last, end) - start
+    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

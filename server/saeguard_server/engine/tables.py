@@ -74,7 +74,6 @@ class SteeringTables:
             self._tables[site].write(slot, edited, steering.max_relative_edit)
 
     def clear(self, slot: int) -> None:
-        """Frees a slot."""
         self._conditions.clear(slot)
         for table in self._tables.values():
             table.clear(slot)
@@ -87,11 +86,7 @@ class SteeringTables:
         self._conditions.begin(rows)
 
     def edit(self, site: Site, x: Tensor, see: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """x [N, width] as the model made it -> as it goes on with it; x itself where nobody edits.
-
-        Args:
-            see: what SAEs at the site read of x, where that is not x itself.
-        """
+        """x [N, width] -> what the model goes on with, x itself where nobody edits; SAEs here read ``see(x)``."""
         self._passes[site] += 1
         if self.watch is not None:
             self.watch(site, x if see is None else see(x))
@@ -108,11 +103,7 @@ class SteeringTables:
         return tuple(site for site in self._tables if self._passes[site] != 1)
 
     def check(self, slot: int) -> None:
-        """After a forward pass: whether every site with edits of this slot was reached exactly once.
-
-        Raises:
-            InternalFailure: its answer would have been unsteered.
-        """
+        """After a pass: raises InternalFailure unless every site with edits of this slot was reached exactly once."""
         for site in self.missed():
             if self._tables[site].holds(slot) or self._conditions.reads_at(site, slot):
                 raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
@@ -136,7 +127,6 @@ class SteeringTables:
         return Tallies({site: table.tally(slot) for site, table in self._tables.items()}, self._conditions.tally(slot))
 
     def resume(self, slot: int, tallies: Tallies) -> None:
-        """Goes on from there."""
         self._conditions.resume(slot, tallies.conditions)
         for site, tally in tallies.edits.items():
             self._tables[site].resume(slot, tally)
@@ -167,7 +157,6 @@ class SteeringTables:
 
 
 def _summand(sae: LoadedSae, terms: list[tuple[int, float]]) -> WeightedFeature:
-    """A probe's part in one SAE, read where its first write is."""
     site = sae.write_sites[0]
     features, weights = zip(*terms, strict=True)
     return WeightedFeature(site, _source(sae, site), sae.dictionary, features, weights)

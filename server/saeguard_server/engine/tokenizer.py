@@ -40,11 +40,7 @@ class Tokenizer:
         self.has_chat_template = bool(fast.chat_template)
 
     def encode(self, prompt: ModelInput) -> EncodedText:
-        """The ids the model will read.
-
-        Raises:
-            FieldError: names the field that is wrong.
-        """
+        """The ids the model will read; raises FieldError, which names the field."""
         if isinstance(prompt, str):
             return self._encode(prompt, add_special_tokens=True, field="text")
         if isinstance(prompt, ChatInput):
@@ -82,11 +78,7 @@ class Tokenizer:
 
 
 def encode_input(tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str = "") -> EncodedText:
-    """The ids of an input of at most so many tokens. ``prefix`` is the field that holds it, with its dot.
-
-    Raises:
-        InvalidRequest: no tokens or too many, an id outside the vocabulary, no chat template.
-    """
+    """The ids of an input of at most so many tokens, in the field ``prefix``, dot included; raises InvalidRequest."""
     try:
         encoded = tokenizer.encode(input)
     except FieldError as err:
@@ -98,11 +90,7 @@ def encode_input(tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str
 
 
 class Detokenizer:
-    """The text of one generation. What could still become a stop string waits until it is decided.
-
-    Args:
-        decode: a token to the text that becomes certain with it.
-    """
+    """The text of one generation. What could still become a stop string waits until it is decided."""
 
     def __init__(self, decode: Callable[[int], str], stops: Sequence[str]) -> None:
         self._decode, self._stops = decode, stops

@@ -18,7 +18,7 @@ from bench.worker import serve
 from saeguard.requests import GenerateRequest
 from saeguard_server.admission import Admission
 from saeguard_server.caller import Call
-from saeguard_server.engine.choice import load_engine
+from saeguard_server.engine import load_engine
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
 

@@ -30,7 +30,7 @@ from bench.world import WIDTH
 from saeguard.requests import Sampling
 from saeguard.types import Cap, Clamp, Condition, FeatureRef, Intervention, Scale, Term, Trigger, Window, Zero
 from saeguard_server.caller import Call
-from saeguard_server.engine.choice import load_engine
+from saeguard_server.engine import load_engine
 from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, Origin
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import ServedSaeSettings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from saeguard.requests import GenerateRequest, Sampling
 from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope
 from saeguard_server.engine.protocol import Steering
-from saeguard_server.engine.transformers.sequence import can_reuse, is_steered
 from saeguard_server.errors import NonFiniteOutput
 from support.alone import NEAR, Alone
 from support.engines import Answer, World, greedy, make_world, prompt
@@ -112,20 +111,27 @@ def test_a_steering_shares_nothing_with_another_from_its_first_token_on(other: S
         assert found <= first - first % 16 or one == other
 
 
+@pytest.mark.parametrize("steering", [Steering((change(),), digest="a"), STEERINGS[12]])
+def test_the_wording_of_refusals_keeps_nobody_from_sharing(steering: Steering) -> None:
+    """The counts are found too: no token is read again."""
+    worded = replace(steering, edits=tuple(replace(edit, field="interventions[3]") for edit in steering.edits))
+    assert reused(generation(0, TOKENS[:100], 3, steering), generation(1, TOKENS[:100], 3, worded)) == 96
+
+
 def test_who_looks_at_its_prompt_reads_it_but_others_may_have_what_it_read() -> None:
     for more in ({"watch": (("a", 1),)}, {"sampling": Sampling(prompt_logprobs=True)}):
         looking = generation(1, TOKENS[:100], **more)
-        assert not can_reuse(looking)
+        assert not looking.can_reuse
         assert reused(generation(0, TOKENS[:100]), looking) == 0
         looking = generation(0, TOKENS[:100], **more)
         assert reused(looking, generation(1, TOKENS[:100])) == 96
-    assert not can_reuse(inspection(0, TOKENS[:50]))
+    assert not inspection(0, TOKENS[:50]).can_reuse
     assert reused(inspection(0, TOKENS[:50]), generation(1, TOKENS[:50])) == 0, "an inspection teaches nothing"
 
 
 def test_is_steered() -> None:
     one = generation(0, TOKENS[:100], steering=Steering((change(20, 30), change(50))))
-    assert [is_steered(one, end) for end in (0, 20, 21, 50)] == [False, False, True, True]
+    assert [one.is_steered(end) for end in (0, 20, 21, 50)] == [False, False, True, True]
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,7 @@ class Reading:
 
 
 class PagedAttention:
-    """KV memory of ``places`` tokens, and attention over it.
-
-    Args:
-        kernel: what attends from one token each, ``attend_one`` or that compiled.
-    """
+    """KV memory of ``places`` tokens, and attention over it: from one token each by ``kernel``, compiled or not."""
 
     def __init__(
         self, shape: KvShape, places: int, dtype: torch.dtype, device: torch.device, kernel: Kernel | None = None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -24,13 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class Core:
-    """Requests in, events out; lives on one thread.
-
-    Args:
-        prefill_tokens: prompt tokens read in one step.
-        blocks: of KV memory.
-        reuse: whether KV of equal beginnings is shared.
-    """
+    """Requests in, events out; lives on one thread. With ``reuse``, equal beginnings share their KV blocks."""
 
     def __init__(
         self,
@@ -53,7 +46,6 @@ class Core:
         self.output = StepOutputProcessor(model, saes, metrics, self.runner.tables)
 
     def step(self) -> None:
-        """One turn for everyone."""
         batch = self._schedule()
         logits = self._forward(batch)
         if logits is not None:
@@ -69,7 +61,6 @@ class Core:
                 self._set_gauges()
 
     def fail_all(self, error: ServiceError) -> None:
-        """Ends every request with this error."""
         for sequence in self.scheduler.everyone():
             self._fail(sequence, error)
         self._set_gauges()
@@ -109,7 +100,7 @@ class Core:
         self.metrics.batch_size.observe(len(sequences))
         is_whole = not self.runner.tables.missed()
         for sequence, end in zip(sequences, batch.ends, strict=True):
-            with self._isolated(sequence):
+            with _Isolated(sequence, self._fail):
                 if not is_whole:
                     self.runner.tables.check(sequence.slot)
                 self._advance(sequence, end)
@@ -128,42 +119,30 @@ class Core:
         self.runner.slots.choose(slots, [max(token, 0) for token in tokens.tokens])
         for sequence, is_stopped in zip(stoppable, tokens.stopped, strict=True):
             if is_stopped:
-                with self._isolated(sequence):
+                with _Isolated(sequence, self._fail):
                     chunk = self.output.stopped(sequence)
                     self._leave(sequence)
                     sequence.send(chunk)
         return sequences, tokens
 
     def _hand_out(self, batch: Batch, logits: Tensor, sequences: list[Sequence], tokens: HostTokens) -> None:
-        """What the pass showed of prompts, and the tokens."""
         captured, scored = self.runner.capture.results(), logits[len(batch.sampling) :]
         for part in batch.parts:
             rows = scored[: part.length] if part in batch.scored else scored[:0]
             scored = scored[len(rows) :]
             if not part.sequence.is_done:
-                with self._isolated(part.sequence):
+                with _Isolated(part.sequence, self._fail):
                     self._send_prompt(part, rows, captured)
         for part in batch.ending:
             if not part.sequence.is_done:
                 self.scheduler.start_decoding(part.sequence)
         for row, sequence in enumerate(sequences):
             if not sequence.is_done:
-                with self._isolated(sequence):
+                with _Isolated(sequence, self._fail):
                     self._send_token(sequence, tokens, row)
 
-    @contextmanager
-    def _isolated(self, sequence: Sequence) -> Iterator[None]:
-        """What goes wrong in here ends this request and no other."""
-        try:
-            yield
-        except ServiceError as err:
-            self._fail(sequence, err)
-        except Exception:
-            _log.exception("a request failed in the engine", extra={"request_id": sequence.task.call.request_id})
-            self._fail(sequence, InternalFailure("the engine failed on this request"))
-
     def _join(self, sequence: Sequence, hit: PrefixHit) -> None:
-        with self._isolated(sequence):
+        with _Isolated(sequence, self._fail):
             if sequence.state is not None and not sequence.state.started:
                 sequence.state.started = time.monotonic()
             self.metrics.reused_tokens.inc(sequence.reused)
@@ -219,7 +198,6 @@ class Core:
             sequence.send(error)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Takes a request out and frees its slot and memory."""
         sequence.is_done = True
         slot = sequence.slot
         self.scheduler.remove(sequence)
@@ -231,3 +209,25 @@ class Core:
         self.metrics.running_requests.set(self.scheduler.slots_in_use)
         self.metrics.slots_in_use.set(self.scheduler.slots_in_use)
         self.metrics.kv_blocks_in_use.set(self.scheduler.blocks.in_use)
+
+
+class _Isolated:
+    """What goes wrong in it ends this request and no other."""
+
+    __slots__ = ("_fail", "_sequence")
+
+    def __init__(self, sequence: Sequence, fail: Callable[[Sequence, ServiceError], None]) -> None:
+        self._sequence, self._fail = sequence, fail
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, err: BaseException | None, __: object) -> bool:
+        if err is None:
+            return False
+        if isinstance(err, ServiceError):
+            self._fail(self._sequence, err)
+        elif isinstance(err, Exception):
+            request_id = self._sequence.task.call.request_id
+            _log.error("a request failed in the engine", exc_info=err, extra={"request_id": request_id})
+            self._fail(self._sequence, InternalFailure("the engine failed on this request"))
+        return isinstance(err, Exception)

@@ -18,7 +18,7 @@ from saeguard.types import KINDS
 from saeguard_sae.models import ModelLoadError, sites
 from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.front import RETRY_S, Backoff, Cancel, Command, EngineFront, Shutdown, Submit
-from saeguard_server.engine.load import LoadedModel, load_checked_saes, load_model
+from saeguard_server.engine.load import load_checked_saes, load_model
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers.attention import Reading
@@ -37,11 +37,7 @@ SMALL = 20_000_000
 
 
 class TransformersEngine(EngineFront):
-    """Continuous batching over a stock Hugging Face model, on a thread of its own.
-
-    Args:
-        build: makes the core; called again when a step failed in a way that is not one request's.
-    """
+    """Continuous batching over a stock Hugging Face model, on a thread of its own; a core that fails is built anew."""
 
     def __init__(self, build: Callable[[], Core]) -> None:
         super().__init__()
@@ -81,7 +77,8 @@ class TransformersEngine(EngineFront):
     def _run(self) -> None:
         while self._take_commands():
             # Out of the handler before it starts again: a traceback would hold on to the old memory.
-            if not self._step() and not self._restart():
+            is_well = self._succeeds(self._core.step, "the engine failed; it starts again")
+            if not is_well and not self._restart():
                 break
             self._deliver()
         self._core.fail_all(Unavailable("the server stopped"))
@@ -104,20 +101,16 @@ class TransformersEngine(EngineFront):
         state = RequestState.of(task, self.tokenizer) if isinstance(task, GenerateTask) else None
         return Sequence(uid, task, state, lambda event: self._outbox.append((uid, event)))
 
-    def _step(self) -> bool:
+    def _succeeds(self, work: Callable[[], None], problem: str) -> bool:
         try:
-            self._core.step()
+            work()
         except Exception:
-            _log.exception("the engine failed; it starts again")
+            _log.exception(problem)
             return False
         return True
 
     def _restart(self) -> bool:
-        """A failure of the whole step: its requests fail by name, and the engine goes on with clean memory and tables.
-
-        Returns:
-            False when it was told to stop before it could.
-        """
+        """Its requests fail, and the engine goes on with clean memory and tables; False when told to stop meanwhile."""
         self._is_down = True
         self._core.metrics.engine_restarts.inc()
         error = Unavailable("the engine failed and starts again", RETRY_S)
@@ -127,19 +120,14 @@ class TransformersEngine(EngineFront):
         self._deliver()
         self._core.release()
         while self._refuse_for(self._backoff.failed()):
-            if self._rebuild():
+            if self._succeeds(self._rebuild, "the engine could not start again"):
                 self._is_down = False
                 self._backoff.started()
                 return True
         return False
 
-    def _rebuild(self) -> bool:
-        try:
-            self._core = self._build()
-        except Exception:
-            _log.exception("the engine could not start again")
-            return False
-        return True
+    def _rebuild(self) -> None:
+        self._core = self._build()
 
     def _refuse_for(self, wait: float) -> bool:
         """Refuses whatever comes within so many seconds; False when told to stop."""
@@ -159,7 +147,6 @@ class TransformersEngine(EngineFront):
         return True
 
     def _deliver(self) -> None:
-        """One hand-over to the event loop for everything that the step produced."""
         if self._outbox and self._loop is not None:
             events, self._outbox = self._outbox, []
             self._loop.call_soon_threadsafe(self._hand_out, events)
@@ -211,12 +198,7 @@ def _idle(device: torch.device, running: int, prompt: int, blocks: int) -> Forwa
 
 
 def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
-    """The engine with its model and SAEs loaded and checked, not started.
-
-    Raises:
-        ModelLoadError: the model cannot be served.
-        LoadError: an SAE cannot be loaded, does not fit the model, or is not what its files state.
-    """
+    """The engine with its model and SAEs loaded and checked, not started; raises ModelLoadError, LoadError."""
     # On a thread that ends. OpenMP's workers belong to the thread that first computed; were this one left with some,
     # there would be more of them than cores, and those of the engine's thread would sleep between operations instead
     # of spinning (measured at 125M parameters, one request: 32 ms a token instead of 20).
@@ -230,7 +212,10 @@ def load_engine(settings: Settings, metrics: Metrics) -> TransformersEngine:
 def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
     own = settings.engine
     model = load_model(settings.model, own.max_context)
-    _set_threads(own.threads, model)
+    # Layers of a small model are over before a second thread has begun.
+    is_small = sum(weights.numel() for weights in model.network.parameters()) < SMALL
+    if threads := own.threads or (1 if is_small else None):
+        torch.set_num_threads(threads)
     saes = load_checked_saes(settings, model, metrics)
     blocks = kv_blocks(model, own.max_slots, own.kv_cache_mb)
     model = replace(model, info=replace(model.info, max_context=min(model.info.max_context, blocks * BLOCK)))
@@ -244,24 +229,12 @@ def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
         )  # fmt: skip
 
     engine = TransformersEngine(build)
-    if own.compile != "none":
-        _compile(network)
-    return engine
-
-
-def _compile(network: Network) -> None:
     try:
-        warm_up(network)
+        if own.compile != "none":
+            warm_up(network)
     except BackendCompilerFailed as err:
         first = next(iter(str(err.inner_exception).strip().splitlines()), type(err.inner_exception).__name__)
         raise ModelLoadError(
             f'engine.compile: compiling failed ({first}); is a C++ compiler there? "none" needs none'
         ) from err
-
-
-def _set_threads(threads: int | None, model: LoadedModel) -> None:
-    """The process's torch threads; one for a small model, whose layers are over before a second thread has begun."""
-    if threads is None and sum(weights.numel() for weights in model.network.parameters()) < SMALL:
-        threads = 1
-    if threads is not None:
-        torch.set_num_threads(threads)
+    return engine

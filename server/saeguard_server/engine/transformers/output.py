@@ -11,9 +11,8 @@ from torch import Tensor
 from saeguard.results import ActivationPart, FeatureReading, Receipt, StreamChunk, Token, TokenLogprob
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.load import LoadedModel
-from saeguard_server.engine.output import OutputProcessor, check_finite, stopped_by
-from saeguard_server.engine.protocol import NOT_FINITE, GenerateTask, InspectTask
-from saeguard_server.engine.selection import SparseRows
+from saeguard_server.engine.output import OutputProcessor, SparseRows, stopped_by
+from saeguard_server.engine.protocol import NOT_FINITE, GenerateTask, InspectTask, check_finite
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers.sampler import SampledTokens
 from saeguard_server.engine.transformers.scheduler import PrefillChunk
@@ -34,11 +33,7 @@ class HostTokens:
 
     @classmethod
     def fetch(cls, sampled: SampledTokens | None, stopped: Tensor | None) -> HostTokens:
-        """The step's one wait for the device, and one more for each thing that somebody asked for.
-
-        Args:
-            stopped: bool [n].
-        """
+        """The step's one wait for the device, and one for each thing that was asked for; ``stopped`` is bool [n]."""
         flags = [] if stopped is None else [stopped.long()]
         if sampled is None:
             return cls(torch.cat(flags).tolist() if flags else [], [], None, None, None)
@@ -53,11 +48,7 @@ class HostTokens:
         )
 
     def token(self, row: int, logprobs: int | None) -> Token:
-        """The row's token with as many log-probabilities as its request asked for.
-
-        Raises:
-            NonFiniteOutput: its logits were not finite.
-        """
+        """The row's token with as many log-probabilities as its request asked for; raises NonFiniteOutput."""
         if self.tokens[row] < 0:
             raise NonFiniteOutput(NOT_FINITE)
         if logprobs is None or self.logprobs is None:
@@ -70,8 +61,6 @@ class HostTokens:
 
 
 class StepOutputProcessor(OutputProcessor):
-    """Makes the events of every request of a step."""
-
     def __init__(
         self, model: LoadedModel, saes: Mapping[str, LoadedSae], metrics: Metrics, tables: SteeringTables
     ) -> None:
@@ -79,11 +68,7 @@ class StepOutputProcessor(OutputProcessor):
         self._tables = tables
 
     def prompt(self, sequence: Sequence, task: GenerateTask, part: PrefillChunk, logits: Tensor) -> StreamChunk | None:
-        """What a part of its prompt showed, where it asked; logits [T or 0, vocabulary].
-
-        Raises:
-            NonFiniteOutput: its log-probabilities are not numbers.
-        """
+        """What a part of its prompt showed, where it asked; logits [T or 0, vocabulary]. Raises NonFiniteOutput."""
         if task.measure is not None and len(logits):
             divergence, side = task.measure
             divergence.offer(side, part.start, logits)
@@ -134,12 +119,7 @@ class StepOutputProcessor(OutputProcessor):
     def activations(
         self, sequence: Sequence, task: InspectTask, part: PrefillChunk, rows: Mapping[str, SparseRows | Exception]
     ) -> list[ActivationPart]:
-        """A part of every SAE's activations, in the order asked for.
-
-        Raises:
-            NonFiniteOutput: an edit made them so.
-            InternalFailure: an edit was not offered every token in its scope exactly once.
-        """
+        """A part of every SAE's activations, in the order asked for; raises NonFiniteOutput, InternalFailure."""
         activations = []
         for sae, _ in task.selections:
             selected = rows[sae]

@@ -24,17 +24,11 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelLoadError, Site, depth, free_bytes, hook, locate
 from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.load import KvShape, LoadedModel
+from saeguard_server.engine.output import ActivationSelector, SparseRows
 from saeguard_server.engine.protocol import InspectTask
-from saeguard_server.engine.selection import ActivationSelector, SparseRows
 from saeguard_server.engine.tables import SteeringTables, Tallies
 from saeguard_server.engine.transformers import attention as ops
-from saeguard_server.engine.transformers.attention import (
-    Kernel,
-    PagedAttention,
-    Reading,
-    attend_fused,
-    attend_one,
-)
+from saeguard_server.engine.transformers.attention import Kernel, PagedAttention, Reading, attend_fused, attend_one
 from saeguard_server.engine.transformers.sampler import Sampler
 from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence, blocks_for
@@ -65,11 +59,7 @@ class ForwardPass:
 
 
 class SlotState:
-    """Per slot, on the host: the last token, how far the model has read, and the blocks that hold its KV.
-
-    Args:
-        is_special: bool [vocabulary] on the device.
-    """
+    """Per slot, on the host: the last token, how far the model has read, and the blocks that hold its KV."""
 
     def __init__(self, slots: int, context: int, is_special: Tensor) -> None:
         self._last = np.zeros(slots, np.int64)
@@ -84,11 +74,9 @@ class SlotState:
         self.place(slot, blocks)
 
     def place(self, slot: int, blocks: Many[int]) -> None:
-        """Its blocks."""
         self._blocks[slot, : len(blocks)] = blocks
 
     def choose(self, slots: Many[int], tokens: Many[int]) -> None:
-        """What the generating requests read next."""
         self._last[list(slots)] = tokens
 
     def build(self, batch: Batch) -> ForwardPass:
@@ -149,7 +137,6 @@ class PackedLinear(nn.Module):
         self._handle = ops.register(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
         is_compiling = torch.compiler.is_compiling()
         y: Tensor = ops.linear(x, self._handle, self.out_features) if is_compiling else self.product(x)
         return y
@@ -174,7 +161,6 @@ def padded_rows(count: int) -> int:
 
 
 def can_pack_weights(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch packs weights of that type there."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     has_library: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -227,7 +213,9 @@ class Network:
             self.kernel = torch.compile(attend_fused, dynamic=True, fullgraph=True)
         if packed and can_pack_weights(model.device, model.network.dtype):
             pack(model.network)
-        self._take_over_attention()
+        name = f"saeguard_{self._handle}"
+        AttentionInterface.register(name, self._attend)
+        self._network.set_attn_implementation(name)
         # Sites may share a module: those that change what later ones see come first.
         self._places: list[tuple[Site, Located]] = []
         self._handles = [self._attach(site) for site in sorted(sites, key=depth)]
@@ -240,11 +228,9 @@ class Network:
         self.attention, self.tables = attention, tables
 
     def detach(self) -> None:
-        """Lets go of them."""
         del self.attention, self.tables
 
     def close(self) -> None:
-        """Takes the hooks out of the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -268,11 +254,6 @@ class Network:
         out = self._network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
         logits: Tensor = out.logits[0].float()
         return logits
-
-    def _take_over_attention(self) -> None:
-        name = f"saeguard_{self._handle}"
-        AttentionInterface.register(name, self._attend)
-        self._network.set_attn_implementation(name)
 
     def _attend(
         self,
@@ -346,7 +327,6 @@ class ActivationCapture:
         return self._see
 
     def results(self) -> CapturedRows:
-        """What the last pass showed; once."""
         groups: dict[tuple[str, Selection], list[_Capture]] = defaultdict(list)
         for capture in self._captures:
             groups[capture.sae, capture.selection].append(capture)

@@ -12,16 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from saeguard_server.engine.protocol import GenerateTask
-from saeguard_server.engine.transformers.sequence import (
-    BLOCK,
-    BlockPool,
-    PrefixCache,
-    PrefixHit,
-    Sequence,
-    blocks_for,
-    can_reuse,
-    is_steered,
-)
+from saeguard_server.engine.transformers.sequence import BLOCK, BlockPool, PrefixCache, PrefixHit, Sequence, blocks_for
 
 _WORTH_KEEPING = 4 * BLOCK
 """A steered prompt's part at least this long is cut at the end of a block, where its counts can be kept."""
@@ -37,7 +28,6 @@ class PrefillChunk:
 
     @property
     def length(self) -> int:
-        """Tokens in it."""
         return self.end - self.start
 
     @property
@@ -59,7 +49,6 @@ class Batch:
 
     @classmethod
     def of(cls, running: Iterable[Sequence], parts: Iterable[PrefillChunk]) -> Batch:
-        """The batch of these."""
         parts = tuple(parts)
         generations = [(part, part.sequence.task) for part in parts if isinstance(part.sequence.task, GenerateTask)]
         return cls(
@@ -74,7 +63,6 @@ class Batch:
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        """Everyone in it."""
         return *self.running, *(part.sequence for part in self.parts)
 
     @property
@@ -97,11 +85,7 @@ class StepBudget:
 
 
 class Scheduler:
-    """First come, first served.
-
-    Args:
-        prefixes: where to look for what was read before; None never reuses.
-    """
+    """First come, first served; without ``prefixes``, nothing is reused."""
 
     def __init__(self, slots: int, blocks: BlockPool, prefixes: PrefixCache | None = None) -> None:
         self.blocks, self.prefixes = blocks, prefixes
@@ -112,20 +96,16 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True while any request is not finished."""
         return bool(self.waiting or self.running or self.prefilling)
 
     @property
     def slots_in_use(self) -> int:
-        """Slots that hold a request."""
         return len(self.running) + len(self.prefilling)
 
     def everyone(self) -> list[Sequence]:
-        """Every request here."""
         return [*self.running, *self.prefilling, *self.waiting]
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a request at the end of the queue."""
         self.waiting.append(sequence)
 
     def admit(self) -> tuple[Sequence, PrefixHit] | None:
@@ -149,7 +129,6 @@ class Scheduler:
         return sequence, hit
 
     def make_room(self) -> StepBudget:
-        """Memory for the next token of everyone who generates."""
         budget = StepBudget()
         for sequence in list(self.running):
             while self._wants_block(sequence) and not self.blocks.available:
@@ -162,10 +141,7 @@ class Scheduler:
         return budget
 
     def preempt(self, sequence: Sequence) -> int:
-        """Sends an admitted request back to the queue, before all that came later; returns the slot it had.
-
-        It keeps its tokens, and is read again from the first of them.
-        """
+        """Sends an admitted request back to the queue, to be read again from its first token; returns its slot."""
         slot = sequence.slot
         self.remove(sequence)
         sequence.computed = sequence.reused = sequence.learned = 0
@@ -219,5 +195,5 @@ class Scheduler:
 
     def _cut(self, sequence: Sequence, end: int) -> int:
         whole = end - end % BLOCK
-        keeps = self.prefixes is not None and can_reuse(sequence) and is_steered(sequence, whole)
+        keeps = self.prefixes is not None and sequence.can_reuse and sequence.is_steered(whole)
         return whole if keeps and whole - sequence.computed >= _WORTH_KEEPING else end

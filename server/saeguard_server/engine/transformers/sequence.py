@@ -13,15 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from saeguard.results import Token
+from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import (
-    CompiledCondition,
-    CompiledEdit,
-    Event,
-    GenerateTask,
-    InspectTask,
-    Steering,
-)
+from saeguard_server.engine.protocol import CompiledCondition, Event, GenerateTask, InspectTask
 from saeguard_server.engine.tables import Tallies
 
 BLOCK = 16
@@ -66,13 +60,23 @@ class Sequence:
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt."""
         return len(self.task.tokens)
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens sampled so far."""
         return len(self.tokens) - len(self.task.tokens)
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether it wants nothing of its prompt's tokens but their KV."""
+        task = self.task
+        return isinstance(task, GenerateTask) and not task.watch and not task.sampling.prompt_logprobs
+
+    def is_steered(self, end: int) -> bool:
+        """Whether an edit's or condition's scope holds any of the tokens before position ``end``."""
+        edits, conditions = self.task.steering.edits, self.task.steering.conditions
+        scopes = [(scope.first, scope.last) for scope in edits] + [(scope.first, scope.last) for scope in conditions]
+        return any(first < min(end, last) for first, last in scopes)
 
     def must_be_read(self, position: int, *, is_special: bool) -> bool:
         """Whether a trigger could stop the token at a position: then it is sent only when the model has read it."""
@@ -92,7 +96,6 @@ def block_key(parent: bytes, tokens: abc.Sequence[int], steering: bytes) -> byte
 
 
 def blocks_for(tokens: int) -> int:
-    """Blocks that hold so many tokens."""
     return -(-tokens // BLOCK)
 
 
@@ -119,7 +122,6 @@ class BlockPool:
 
     @property
     def in_use(self) -> int:
-        """Blocks that a request holds."""
         return self.count - self.available
 
     def allocate(self, count: int) -> list[int]:
@@ -137,7 +139,6 @@ class BlockPool:
                     self._free.append(block)
 
     def share(self, blocks: abc.Sequence[int]) -> None:
-        """One holder more."""
         for block in blocks:
             self._holders[block] += 1
             self._idle.pop(block, None)
@@ -198,16 +199,16 @@ class PrefixCache:
 
     def find(self, sequence: Sequence) -> PrefixHit:
         """What a waiting request can reuse; at least its last token is left to read."""
-        if not can_reuse(sequence):
+        if not sequence.can_reuse:
             return PrefixHit()
         most = (len(sequence.tokens) - 1) // BLOCK
         self._extend(sequence, most)
         blocks = self._blocks.find_cached(sequence.keys[:most])
         while blocks:
-            if not is_steered(sequence, len(blocks) * BLOCK):
+            if not sequence.is_steered(len(blocks) * BLOCK):
                 return PrefixHit(tuple(blocks))
-            steering, tallies = self._blocks.note_of(blocks[-1]) or (None, None)
-            if steering == sequence.task.steering:
+            applied, tallies = self._blocks.note_of(blocks[-1]) or (b"", None)
+            if applied and applied == sequence.task.steering.kv_key(0, FOREVER):
                 return PrefixHit(tuple(blocks), tallies)
             blocks.pop()
         return PrefixHit()
@@ -226,9 +227,9 @@ class PrefixCache:
 
     def _count(self, sequence: Sequence) -> None:
         """Keeps the counts, if this is where a pass ended and they are those of the edits alone."""
-        if sequence.computed % BLOCK or not can_reuse(sequence) or not is_steered(sequence, sequence.computed):
+        if sequence.computed % BLOCK or not sequence.can_reuse or not sequence.is_steered(sequence.computed):
             return
-        note = sequence.task.steering, self._tally(sequence.slot)
+        note = sequence.task.steering.kv_key(0, FOREVER), self._tally(sequence.slot)
         self._blocks.note(sequence.blocks[sequence.learned - 1], note)
 
     def _extend(self, sequence: Sequence, count: int) -> None:
@@ -236,39 +237,5 @@ class PrefixCache:
         for index in range(len(keys), count):
             start = index * BLOCK
             parent = keys[-1] if keys else b""
-            keys.append(block_key(parent, sequence.tokens[start : start + BLOCK], _active(steering, start)))
-
-
-def can_reuse(sequence: Sequence) -> bool:
-    """Whether a request wants nothing of its prompt's tokens but their KV."""
-    task = sequence.task
-    return isinstance(task, GenerateTask) and not task.watch and not task.sampling.prompt_logprobs
-
-
-def is_steered(sequence: Sequence, end: int) -> bool:
-    """Whether an edit's or condition's scope holds any of the tokens before position ``end``."""
-    steering = sequence.task.steering
-    scopes: tuple[CompiledEdit | CompiledCondition, ...] = (*steering.edits, *steering.conditions)
-    return any(scope.first < min(end, scope.last) for scope in scopes)
-
-
-def _active(steering: Steering, start: int) -> bytes:
-    """What is applied to the tokens of the block that begins at ``start``; empty where nothing is."""
-    end = start + BLOCK
-    here = [edit for edit in steering.edits if edit.first < end and edit.last > start]
-    decided = [(condition.first, min(condition.last, end)) for condition in steering.conditions]
-    if any(first < end and last > start for first, last in decided) or any(
-        edit.condition_number is not None for edit in here
-    ):
-        # What a condition is in this block follows from all that it has seen since it began.
-        what: object = steering.digest, decided, [(edit.first, min(edit.last, end)) for edit in here]
-    elif here:
-        what = [_part(edit, start) for edit in here], steering.max_relative_edit
-    else:
-        return b""
-    return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
-
-
-def _part(edit: CompiledEdit, start: int) -> tuple[object, ...]:
-    first, last = max(edit.first - start, 0), min(edit.last - start, BLOCK)
-    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.is_limited
+            tokens = sequence.tokens[start : start + BLOCK]
+            keys.append(block_key(parent, tokens, steering.kv_key(start, start + BLOCK)))

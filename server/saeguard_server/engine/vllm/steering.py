@@ -21,16 +21,10 @@ from saeguard_sae.edit_table import EditCounts
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Located, ModelConfig, Point, Site, depth, layout, locate, sites
 from saeguard_sae.rows import Rows, RowSpan
+from saeguard_server.engine.output import ActivationSelector
 from saeguard_server.engine.protocol import Steering
-from saeguard_server.engine.selection import ActivationSelector
 from saeguard_server.engine.tables import SteeringTables, Tallies
-from saeguard_server.engine.vllm.worker_messages import (
-    WorkerActivations,
-    WorkerOutput,
-    WorkerReadings,
-    WorkerRequest,
-    read_worker_request,
-)
+from saeguard_server.engine.vllm.worker_messages import WorkerActivations, WorkerOutput, WorkerReadings, WorkerRequest
 from saeguard_server.errors import InternalFailure
 
 _log = logging.getLogger(__name__)
@@ -58,11 +52,7 @@ class UnknownRunner(RuntimeError):
 
 
 def check_runner(runner: Any) -> None:
-    """Refuses what ``batch_parts`` does not know.
-
-    Raises:
-        UnknownRunner: says what to set.
-    """
+    """Raises UnknownRunner, with what to set, for what ``batch_parts`` does not know."""
     if not (hasattr(runner, "input_batch") and hasattr(runner, "requests")):
         raise UnknownRunner(
             f"vLLM's {type(runner).__module__} is not supported; set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
@@ -71,9 +61,12 @@ def check_runner(runner: Any) -> None:
 
 def batch_parts(runner: Any) -> list[BatchPart]:
     """The parts of the pass that the runner is about to make; none where it only measures or compiles."""
+    from vllm.forward_context import get_forward_context
+
     batch = runner.input_batch
     count = batch.num_reqs
-    if not count or not _is_real():
+    # Passes that measure memory or compile have no attention metadata.
+    if not count or get_forward_context().attn_metadata is None:
         return []
     bounds = pairwise(runner.query_start_loc.np[: count + 1].tolist())
     starts = batch.num_computed_tokens_cpu[:count].tolist()
@@ -120,13 +113,6 @@ def clear_request(runner: Any, state: Any) -> None:
             cache[rows] = cache[rows].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _is_real() -> bool:
-    """Passes that measure memory or compile have no attention metadata."""
-    from vllm.forward_context import get_forward_context
-
-    return get_forward_context().attn_metadata is not None
-
-
 @dataclass(slots=True, eq=False)
 class LiveRequest:
     """A request with edits, watched features or selections, as far as the tables of this process have them."""
@@ -160,25 +146,15 @@ class LiveRequest:
 
     @property
     def watch(self) -> tuple[tuple[str, int], ...]:
-        """The watched features that are here."""
         return tuple(self.request.watch[column] for column in self.columns)
 
     def take_up(self, start: int) -> None:
-        """It is read on from there: what comes before was found in memory, or it was preempted.
-
-        The passes so far were made all the same.
-        """
+        """Read on from there, after what was found in memory or a preemption; its passes were made all the same."""
         if start > self.request.untouched and start not in self.block_ends:
             self.problem = f"vLLM read on at position {start} after {self.read} tokens"
         self.read, self.tallies = start, self.block_ends.get(start, Tallies())
         self.past = {read: tallies for read, tallies in self.past.items() if read <= start}
         self.readings, self.activations, self.prefix = [], [], {}
-
-    def note_past(self, tallies: Tallies) -> None:
-        """Keeps what was counted up to here; of the oldest it lets go."""
-        self.past[self.read] = tallies
-        if len(self.past) > MAX_PAST:
-            del self.past[next(iter(self.past))]
 
 
 class SteeredModel:
@@ -282,7 +258,7 @@ class SteeredModel:
     def _meet(self, packed: bytes | None, state: Any) -> LiveRequest | None:
         if packed is None:
             return None
-        request = read_worker_request(packed)
+        request = WorkerRequest.decode(packed)
         edits = tuple(at for at, edit in enumerate(request.steering.edits) if edit.sae in self.saes)
         here = Steering(tuple(request.steering.edits[at] for at in edits), request.steering.max_relative_edit)
         columns = tuple(column for column, (sae, _) in enumerate(request.watch) if sae in self.saes)
@@ -316,7 +292,9 @@ class SteeredModel:
 
     def _note_counts(self, live: LiveRequest) -> None:
         if live.request.may_overrun:
-            live.note_past(self.tables.tally(live.slot))
+            live.past[live.read] = self.tables.tally(live.slot)
+            if len(live.past) > MAX_PAST:
+                del live.past[next(iter(live.past))]
         if 0 < live.request.untouched < live.read and live.read % BLOCK == 0:
             live.block_ends[live.read] = self.tables.tally(live.slot)
 
@@ -420,18 +398,13 @@ _SCALED_EMBEDDINGS = ("gemma2", "gemma3_text")
 
 
 def check_class(model: nn.Module, config: ModelConfig) -> None:
-    """Refuses an implementation of the model that is not the one whose places are known.
-
-    Raises:
-        ValueError: names both.
-    """
+    """Raises ValueError for an implementation of the model that is not the one whose places are known."""
     expected, actual = MODELS[config.model_type], type(model).__name__
     if actual != expected:
         raise ValueError(f"vLLM runs this {config.model_type} model as {actual}; its sites are known in {expected}")
 
 
 def offered_sites(config: ModelConfig, tensor_parallel: int) -> frozenset[Site]:
-    """The sites of a model that can be read and edited in vLLM."""
     missing = _NOWHERE | (_SHARDED if tensor_parallel > 1 else frozenset())
     if config.model_type in _SCALED_EMBEDDINGS:
         missing |= {"embed"}
@@ -449,13 +422,11 @@ def attach_edits(model: nn.Module, config: ModelConfig, tables: SteeringTables) 
 
 def hooked_sites(model: nn.Module, config: ModelConfig, sites: Iterable[Site]) -> frozenset[Site]:
     """Those of the sites whose module is in this process: pipeline stages hold a part of the layers each."""
-    return frozenset(site for site in sites if _is_here(model, config, site))
-
-
-def _is_here(model: nn.Module, config: ModelConfig, site: Site) -> bool:
     where = layout(config.model_type)
-    path = where.embed if site.point == "embed" else f"{where.blocks}.{site.layer}"
-    return type(model.get_submodule(path)).__name__ != "PPMissingLayer"
+    paths = {site: where.embed if site.point == "embed" else f"{where.blocks}.{site.layer}" for site in sites}
+    return frozenset(
+        site for site, path in paths.items() if type(model.get_submodule(path)).__name__ != "PPMissingLayer"
+    )
 
 
 def _hook(place: Located, site: Site, number: int) -> None:

@@ -45,8 +45,15 @@ class WorkerRequest(msgspec.Struct, frozen=True, array_like=True):
     untouched: int = 0
     """Tokens from the first one on of which nobody need know whether they were read, or found in memory."""
 
+    @classmethod
+    def decode(cls, packed: bytes) -> WorkerRequest:
+        """Raises InternalFailure for a request of another version of the server."""
+        version = msgspec.msgpack.decode(packed)[0]
+        if version != VERSION:
+            raise InternalFailure(f"a request for vLLM's workers has version {version}, they know {VERSION}")
+        return msgspec.msgpack.decode(packed, type=cls)
+
     def selections(self) -> Iterator[tuple[str, Selection]]:
-        """What to keep of which SAE's activations."""
         for sae, kind, fields in self.selected:
             yield sae, msgspec.convert(fields, _SELECTIONS[kind])
 
@@ -107,15 +114,3 @@ def may_reuse(task: GenerateTask | InspectTask) -> bool:
     if not isinstance(task, GenerateTask) or task.watch or task.sampling.prompt_logprobs:
         return False
     return all(edit.first >= len(task.tokens) - 1 for edit in task.steering.edits)
-
-
-def read_worker_request(packed: bytes) -> WorkerRequest:
-    """The request that a worker got.
-
-    Raises:
-        InternalFailure: it was written by another version of the server.
-    """
-    version = msgspec.msgpack.decode(packed)[0]
-    if version != VERSION:
-        raise InternalFailure(f"a request for vLLM's workers has version {version}, they know {VERSION}")
-    return msgspec.msgpack.decode(packed, type=WorkerRequest)

@@ -59,16 +59,10 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The process' number."""
         return self._process.pid
 
     def load(self, start: messages.Start) -> messages.WorkerReady:
-        """Loads the engine, waiting for it.
-
-        Raises:
-            BadSettings: the process died, or its clock is not ours.
-            Exception: what loading raised in the child.
-        """
+        """Loads the engine, waiting for it; raises what loading raised in the child, or BadSettings."""
         began = time.monotonic()
         try:
             messages.send_message(self._connection, start)
@@ -89,7 +83,6 @@ class WorkerProcess:
         self._commands.put(command)
 
     def outputs(self) -> Iterator[messages.StepOutput]:
-        """What it sends, until it is gone."""
         try:
             while True:
                 yield self._receive()
@@ -142,12 +135,7 @@ class WorkerProcess:
 
 
 def load_engine(settings: Settings, metrics: Metrics, load: messages.Loader) -> WorkerEngine:
-    """The engine that ``load`` makes, in a process of its own: loaded and checked there, not started.
-
-    Raises:
-        BadSettings: the process died while it loaded.
-        Exception: what ``load`` raised, as it raised it.
-    """
+    """The engine that ``load`` makes, in a process of its own, not started; raises what that raised, or BadSettings."""
     return WorkerEngine(messages.Start(settings, load), metrics)
 
 
@@ -177,7 +165,6 @@ class WorkerEngine(EngineFront):
 
     @property
     def pid(self) -> int:
-        """The number of the process that runs the engine."""
         return self._process.pid
 
     def is_ready(self) -> bool:
@@ -194,7 +181,6 @@ class WorkerEngine(EngineFront):
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the process, by force after a while."""
         with self._lock:
             is_first = not self._stopping.is_set()
             self._stopping.set()
@@ -213,7 +199,6 @@ class WorkerEngine(EngineFront):
             self._up.send(command)
 
     def _supervise(self) -> None:
-        """The thread: one process after another."""
         while True:
             for output in self._process.outputs():
                 self._last_output = time.monotonic()
@@ -238,7 +223,6 @@ class WorkerEngine(EngineFront):
         return False
 
     def _try(self) -> bool:
-        """One start; True when it serves."""
         try:
             with self._lock:
                 if self._stopping.is_set():

@@ -16,10 +16,9 @@ from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from saeguard.catalog import Model
 from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
@@ -44,8 +43,6 @@ Counts: TypeAlias = dict[str, Samples]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The first message to a child."""
-
     settings: Settings
     load: Loader
 
@@ -94,32 +91,22 @@ class _Pickler(pickle.Pickler):
 
 
 def dump_message(message: object) -> bytes:
-    """The message as bytes."""
     buffer = io.BytesIO()
     _Pickler(buffer, _PROTOCOL).dump(message)
     return buffer.getvalue()
 
 
 def send_message(connection: Connection, message: object) -> None:
-    """Sends one message, waiting until the other side has room for it.
-
-    Raises:
-        OSError: the other side is gone.
-    """
+    """Sends one message, waiting until the other side has room for it; OSError: the other side is gone."""
     connection.send_bytes(dump_message(message))
 
 
 def receive_message(connection: Connection) -> Any:
-    """The next message, waiting for it.
-
-    Raises:
-        EOFError, OSError: the other side is gone.
-    """
+    """The next message, waiting for it; EOFError, OSError: the other side is gone."""
     return pickle.loads(connection.recv_bytes())
 
 
 def count_metrics(registry: CollectorRegistry) -> Counts:
-    """Everything in a registry."""
     return {family.name: _samples(family) for family in registry.collect()}
 
 
@@ -155,11 +142,9 @@ class SummedMetrics(Collector):
         self._past_and_live = past | totals, {}
 
     def describe(self) -> Iterable[Metric]:
-        """The names, without values."""
         return [family for metric in self._own for family in metric.describe()]
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric with its total."""
         parts = self._past_and_live
         for metric in self._own:
             for family in metric.collect():
