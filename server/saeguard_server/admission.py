@@ -380,14 +380,14 @@ class LoadLimiter:
         self._working = 0
         self._in_flight = InFlight()
         self._is_closed = False
-        self.is_leaving = False
+        self.is_draining = False
 
-    def leave(self) -> None:
+    def start_draining(self) -> None:
         """The server is about to stop: it is no longer ready, but still takes what comes."""
-        self.is_leaving = True
+        self.is_draining = True
 
     def close(self) -> None:
-        self.is_leaving = True
+        self.is_draining = True
         self._is_closed = True
 
     async def idle(self, within_s: float) -> bool:
@@ -403,14 +403,14 @@ class LoadLimiter:
             yield
 
     @contextmanager
-    def work(self, caller: Caller) -> Iterator[None]:
+    def admit(self, caller: Caller) -> Iterator[None]:
         """Around an RPC that needs the engine.
 
         Raises:
             Unavailable: the engine is not ready.
             Overloaded: the queue is full, and nobody has more in it than this caller.
         """
-        self._check_room(caller)
+        self._refuse_if_full(caller)
         self._working += 1
         began = time.monotonic()
         try:
@@ -419,7 +419,7 @@ class LoadLimiter:
             self._working -= 1
             self._typical_s += 0.1 * (time.monotonic() - began - self._typical_s)
 
-    def _check_room(self, caller: Caller) -> None:
+    def _refuse_if_full(self, caller: Caller) -> None:
         if not self._engine.is_ready():
             self._refusals.labels("not_ready").inc()
             raise Unavailable("the engine is not ready", retry_after_s=SOON_S)

@@ -106,7 +106,7 @@ class App:
             stack.push_async_callback(_cut_off, server, interceptor)
 
             def is_ready() -> bool:
-                return engine.is_ready() and (policies is None or policies.is_current()) and not limiter.is_leaving
+                return engine.is_ready() and (policies is None or policies.is_current()) and not limiter.is_draining
 
             following = asyncio.create_task(health.follow(is_ready))
             stack.callback(following.cancel)
@@ -145,7 +145,7 @@ class App:
     async def drain(self) -> None:
         """Says NOT_SERVING, waits for load balancers to notice, refuses what is new, lets what runs finish."""
         LOG.info("draining", extra={"fields": {"drain_s": self._settings.drain_s}})
-        self._limiter.leave()
+        self._limiter.start_draining()
         self._health.set_ready(False)
         await asyncio.sleep(self._settings.drain_delay_s)
         self._limiter.close()

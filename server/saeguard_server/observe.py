@@ -69,7 +69,7 @@ class Metrics:
         self.refusals = self._counter("saeguard_refusals", "Requests refused before any work, by reason", ["reason"])
 
     def _declare_work(self) -> None:
-        self.batch_size = self._histogram("saeguard_batch_size", "Requests in a decode step", ROWS)
+        self.batch_size = self._histogram("saeguard_batch_size", "Requests in one forward pass", ROWS)
         self.prompt_tokens = self._counter("saeguard_prompt_tokens", "Prompt tokens prefilled")
         self.reused_tokens = self._counter(
             "saeguard_prompt_tokens_reused", "Prompt tokens taken from the prefix cache instead of prefilled"
@@ -94,8 +94,8 @@ class Metrics:
             "saeguard_relative_edit", "Size of an edit relative to the activation, |delta| / |x|, mean over a request",
             RATIOS, ["sae"],
         )  # fmt: skip
-        self.sae_l0 = self._gauge("saeguard_sae_l0", "L0 of the SAE: active features per token, mean", ["sae"])
-        self.sae_fvu = self._gauge("saeguard_sae_fvu", "Fraction of variance unexplained by the SAE", ["sae"])
+        self.sae_l0 = self._gauge("saeguard_sae_l0", "L0 of the SAE, measured at start: active features per token, mean", ["sae"])
+        self.sae_fvu = self._gauge("saeguard_sae_fvu", "Fraction of variance unexplained by the SAE, measured at start", ["sae"])
         self.sae_ce_increase = self._gauge(
             "saeguard_sae_ce_increase_nats", "Increase of the model's cross-entropy with the SAE spliced in", ["sae"]
         )
@@ -143,7 +143,6 @@ class PolicyMetrics:
         self._evaluated = counter("evaluated_tokens", "Tokens in a rule's scope that the model read")
         self._fired = counter("fired_requests", "Requests in which a rule edited, or its condition held")
         self._edited = counter("edited_tokens", "Tokens on which a rule changed a feature, or would have (shadow)")
-        self._capped = counter("capped_tokens", "Tokens on which max_relative_edit made a rule's edit smaller")
         self._stops = counter("stops", "Generations that a rule stopped")
         self._activation = Histogram(
             "saeguard_policy_rule_activation", "Maximum activation of a rule's feature in a request, before the edit",
@@ -176,7 +175,7 @@ class PolicyMetrics:
         in_force = set(rules)
         for labels in [labels for labels in self._series if labels[:2] not in in_force and labels[0] != OTHER]:
             self._series.discard(labels)
-            for metric in (self._evaluated, self._fired, self._edited, self._capped, self._stops, self._activation):
+            for metric in (self._evaluated, self._fired, self._edited, self._stops, self._activation):
                 if labels in metric._metrics:
                     metric.remove(*labels)
 
@@ -184,7 +183,6 @@ class PolicyMetrics:
         labels = self._labels(edit.policy, edit.rule, is_shadow=edit.is_shadow)
         self._evaluated.labels(*labels).inc(edit.tokens_eligible)
         self._edited.labels(*labels).inc(edit.tokens_edited)
-        self._capped.labels(*labels).inc(edit.tokens_capped)
         self._activation.labels(*labels).observe(edit.max_activation)
         if edit.tokens_edited:
             self._fired.labels(*labels).inc()

@@ -24,10 +24,10 @@ def refused(metrics: Any, reason: str) -> float:
 
 def test_a_full_queue_is_refused_and_counted(admission: LoadLimiter, engine: Any, metrics: Any) -> None:
     engine.waiting = 3
-    with admission.work(LOCAL):
+    with admission.admit(LOCAL):
         pass
     engine.waiting = 4
-    with pytest.raises(Overloaded, match="4 requests are waiting") as caught, admission.work(LOCAL):
+    with pytest.raises(Overloaded, match="4 requests are waiting") as caught, admission.admit(LOCAL):
         pass
     assert SHORTEST_RETRY_S <= caught.value.retry_after_s <= 1.5 * LONGEST_RETRY_S
     assert refused(metrics, "queue_full") == 1
@@ -37,25 +37,25 @@ def test_a_burst_is_refused_before_the_engine_knows_of_it(admission: LoadLimiter
     assert engine.waiting == 0
     with ExitStack() as burst:
         for _ in range(4 + 2):
-            burst.enter_context(admission.work(LOCAL))
-        with pytest.raises(Overloaded), admission.work(LOCAL):
+            burst.enter_context(admission.admit(LOCAL))
+        with pytest.raises(Overloaded), admission.admit(LOCAL):
             pass
-    with admission.work(LOCAL):
+    with admission.admit(LOCAL):
         pass
 
 
 def test_an_engine_that_is_not_ready_refuses(admission: LoadLimiter, engine: Any, metrics: Any) -> None:
     engine.ready = False
-    with pytest.raises(Unavailable) as caught, admission.work(LOCAL):
+    with pytest.raises(Unavailable) as caught, admission.admit(LOCAL):
         pass
     assert caught.value.retry_after_s
     assert refused(metrics, "not_ready") == 1
 
 
 def test_leaving_still_takes_requests_and_closing_does_not(admission: LoadLimiter, metrics: Any) -> None:
-    admission.leave()
+    admission.start_draining()
     with admission.rpc():
-        assert admission.is_leaving
+        assert admission.is_draining
     admission.close()
     with pytest.raises(Unavailable), admission.rpc():
         pass

@@ -19,7 +19,7 @@ from saeguard_server.caller import Call
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers import load_engine
-from saeguard_server.engine.transformers.core import Core
+from saeguard_server.engine.transformers.core import EngineCore
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
@@ -88,7 +88,7 @@ class Stepped:
     ) -> None:
         info = replace(loaded.model.info, max_context=min(loaded.model.info.max_context, blocks * BLOCK))
         self.metrics = Metrics(CollectorRegistry())
-        self.core = Core(
+        self.core = EngineCore(
             replace(loaded.model, info=info), loaded.network, loaded.saes, self.metrics,
             slots=slots, prefill_tokens=prefill_tokens, blocks=blocks, reuse=reuse,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from saeguard_server.errors import InternalFailure
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tallies:
+class RequestCounters:
     """What a request's edits and conditions counted and remember so far, on the device."""
 
     edits: dict[Site, dict[Hashable, Tally]] = field(default_factory=dict)
@@ -98,13 +98,13 @@ class SteeringTables:
             self._sources[site] = edited if see is None else see(edited)
         return edited
 
-    def missed(self) -> tuple[Site, ...]:
+    def unreached_sites(self) -> tuple[Site, ...]:
         """After a forward pass: the sites that it did not reach exactly once."""
         return tuple(site for site in self._tables if self._passes[site] != 1)
 
     def check(self, slot: int) -> None:
         """After a pass: raises InternalFailure unless every site with edits of this slot was reached exactly once."""
-        for site in self.missed():
+        for site in self.unreached_sites():
             if self._tables[site].holds(slot) or self._conditions.reads_at(site, slot):
                 raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
 
@@ -114,7 +114,7 @@ class SteeringTables:
         every = [[next(counts[site]) for site in self._saes[edit.sae].write_sites] for edit in steering.edits]
         return [first for first, *_ in every]
 
-    def seen(self, slot: int) -> list[ConditionCounts]:
+    def condition_counts(self, slot: int) -> list[ConditionCounts]:
         """What each condition saw so far, in the order of the request."""
         return self._conditions.counts(slot)
 
@@ -122,11 +122,13 @@ class SteeringTables:
         """bool [B], for which of these slots a condition has come on that stops; None where none of them has one."""
         return self._conditions.stopped(slots) if self._conditions.can_stop(slots) else None
 
-    def tally(self, slot: int) -> Tallies:
+    def tally(self, slot: int) -> RequestCounters:
         """What the slot's edits counted and its conditions remember, to ``resume`` with in a slot that has the same."""
-        return Tallies({site: table.tally(slot) for site, table in self._tables.items()}, self._conditions.tally(slot))
+        return RequestCounters(
+            {site: table.tally(slot) for site, table in self._tables.items()}, self._conditions.tally(slot)
+        )
 
-    def resume(self, slot: int, tallies: Tallies) -> None:
+    def resume(self, slot: int, tallies: RequestCounters) -> None:
         self._conditions.resume(slot, tallies.conditions)
         for site, tally in tallies.edits.items():
             self._tables[site].resume(slot, tally)

@@ -65,13 +65,13 @@ class GenerationServicer(GenerationServiceServicer):
 
     async def Compare(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.CompareResponse:
         generation, call = generate_request(request, self._limits), interceptor.current_call()
-        with self._limiter.work(call.caller):
+        with self._limiter.admit(call.caller):
             comparison = await self._generation.compare(generation, call)
         return to_message(generation_pb.CompareResponse, comparison)
 
     async def _chunks(self, request: generation_pb.GenerateRequest) -> AsyncIterator[StreamChunk]:
         generation, call = generate_request(request, self._limits), interceptor.current_call()
-        with self._limiter.work(call.caller):
+        with self._limiter.admit(call.caller):
             async with closing(self._generation.stream(generation, call)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -85,7 +85,7 @@ class ActivationServicer(ActivationServiceServicer):
         self, request: activation_pb.GetActivationsRequest, context: object
     ) -> AsyncIterator[activation_pb.GetActivationsResponse]:
         reading, call = activation_request(request, self._limits), interceptor.current_call()
-        with self._limiter.work(call.caller):
+        with self._limiter.admit(call.caller):
             async with closing(self._activations.stream(reading, call)) as parts:
                 async for part in parts:
                     for piece in split_part(part):

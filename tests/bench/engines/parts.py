@@ -11,7 +11,7 @@ from typing import Any
 from bench.stopwatch import Stopwatch
 from saeguard_server.engine.tables import SteeringTables
 from saeguard_server.engine.transformers.attention import PagedAttention
-from saeguard_server.engine.transformers.core import Core
+from saeguard_server.engine.transformers.core import EngineCore
 from saeguard_server.engine.transformers.engine import TransformersEngine
 from saeguard_server.engine.transformers.output import StepOutputProcessor
 from saeguard_server.engine.transformers.runner import ForwardPass, Network, PackedLinear, SlotState
@@ -32,7 +32,7 @@ _METHODS: tuple[tuple[type, tuple[str, ...], str], ...] = (
     (SlotState, ("build",), SCHEDULING),
     (StepOutputProcessor, ("token",), ANSWERS),
     (TransformersEngine, ("_deliver",), ANSWERS),
-    (Core, ("step",), ANSWERS),
+    (EngineCore, ("step",), ANSWERS),
 )
 _KEPT = 64
 
@@ -59,7 +59,7 @@ class Recorder:
         for owner, methods, name in _METHODS:
             for method in methods:
                 self._watch.watch(owner, method, name)
-        self._wrap(Core, "step", self._step)
+        self._wrap(EngineCore, "step", self._step)
         self._wrap(Network, "forward", self._forward)
 
     @staticmethod
@@ -67,7 +67,7 @@ class Recorder:
         inner = getattr(owner, method)
         setattr(owner, method, lambda this, *args: around(inner, this, *args))
 
-    def _step(self, inner: Callable[..., Any], core: Core) -> None:
+    def _step(self, inner: Callable[..., Any], core: EngineCore) -> None:
         scheduler = core.scheduler
         running, reading = len(scheduler.running), len(scheduler.waiting) + len(scheduler.prefilling)
         start = time.perf_counter()

@@ -81,7 +81,7 @@ async def test_the_last_replies_arrive_whole(app_with: Any, engine: Any, eventua
         replies = [asyncio.ensure_future(caller.stub.Generate(request)) for _ in range(64)]
         await eventually(lambda: engine.running == 65)
         os.kill(os.getpid(), signal.SIGTERM)
-        await eventually(lambda: app._limiter.is_leaving)
+        await eventually(lambda: app._limiter.is_draining)
         engine.gate.set()
         assert [one.completion.usage.generated_tokens for one in await asyncio.gather(*replies)] == [3] * 64
         await asyncio.wait_for(serving, 5)

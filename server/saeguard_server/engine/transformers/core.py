@@ -22,7 +22,7 @@ from saeguard_server.observe import Metrics
 _log = logging.getLogger(__name__)
 
 
-class Core:
+class EngineCore:
     """Requests in, events out; lives on one thread. With ``reuse``, equal beginnings share their KV blocks."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Core:
             return None
         self.metrics.steps.inc()
         self.metrics.batch_size.observe(len(sequences))
-        is_whole = not self.runner.tables.missed()
+        is_whole = not self.runner.tables.unreached_sites()
         for sequence, end in zip(sequences, batch.ends, strict=True):
             with _Isolated(sequence, self._fail):
                 if not is_whole:

@@ -22,7 +22,7 @@ from saeguard_server.engine.load import load_checked_saes, load_model
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers.attention import Reading
-from saeguard_server.engine.transformers.core import Core
+from saeguard_server.engine.transformers.core import EngineCore
 from saeguard_server.engine.transformers.runner import ForwardPass, Network, kv_blocks
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
 from saeguard_server.errors import Unavailable
@@ -39,7 +39,7 @@ SMALL = 20_000_000
 class TransformersEngine(EngineFront):
     """Continuous batching over a stock Hugging Face model, on a thread of its own; a core that fails is built anew."""
 
-    def __init__(self, build: Callable[[], Core]) -> None:
+    def __init__(self, build: Callable[[], EngineCore]) -> None:
         super().__init__()
         self._build = build
         self._core = core = build()
@@ -222,8 +222,8 @@ def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
     edited = frozenset(site for sae in saes.values() for site in (sae.site, *sae.write_sites))
     network = Network(model, edited, compiled=own.compile, packed=own.pack_weights)
 
-    def build() -> Core:
-        return Core(
+    def build() -> EngineCore:
+        return EngineCore(
             model, network, saes, metrics,
             slots=own.max_slots, prefill_tokens=own.prefill_tokens, blocks=blocks, reuse=own.prefix_cache,
         )  # fmt: skip

@@ -113,7 +113,7 @@ class StepOutputProcessor(OutputProcessor):
         state = sequence.state
         assert state is not None, "only generations can be stopped"
         state.finish_reason = "feature"
-        trigger = stopped_by(sequence.task.steering, self._tables.seen(sequence.slot))
+        trigger = stopped_by(sequence.task.steering, self._tables.condition_counts(sequence.slot))
         return StreamChunk(state.text.flush(), completion=self.complete(state, self._receipt(sequence), trigger))
 
     def activations(
@@ -152,7 +152,7 @@ class StepOutputProcessor(OutputProcessor):
             self._tables.counts(sequence.slot, steering),
             read=sequence.tokens[: sequence.computed],
             forward_passes=sequence.forward_passes,
-            condition_counts=self._tables.seen(sequence.slot),
+            condition_counts=self._tables.condition_counts(sequence.slot),
         )
 
 

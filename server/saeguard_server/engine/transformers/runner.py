@@ -26,7 +26,7 @@ from saeguard_sae.rows import Group, Rows, RowSpan
 from saeguard_server.engine.load import KvShape, LoadedModel
 from saeguard_server.engine.output import ActivationSelector, SparseRows
 from saeguard_server.engine.protocol import InspectTask
-from saeguard_server.engine.tables import SteeringTables, Tallies
+from saeguard_server.engine.tables import RequestCounters, SteeringTables
 from saeguard_server.engine.transformers import attention as ops
 from saeguard_server.engine.transformers.attention import Kernel, PagedAttention, Reading, attend_fused, attend_one
 from saeguard_server.engine.transformers.sampler import Sampler
@@ -373,7 +373,7 @@ class Runner:
         is_special[torch.tensor(special, dtype=torch.int64, device=device)] = True
         self.slots = SlotState(slots, model.info.max_context, is_special)
 
-    def join(self, sequence: Sequence, tallies: Tallies | None) -> None:
+    def join(self, sequence: Sequence, tallies: RequestCounters | None) -> None:
         """Prepares a request's slot; ``tallies``: what its edits counted on tokens that are not read again."""
         slot, task = sequence.slot, sequence.task
         self.slots.join(slot, sequence.computed, sequence.blocks)

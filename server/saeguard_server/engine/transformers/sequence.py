@@ -16,7 +16,7 @@ from saeguard.results import Token
 from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import CompiledCondition, Event, GenerateTask, InspectTask
-from saeguard_server.engine.tables import Tallies
+from saeguard_server.engine.tables import RequestCounters
 
 BLOCK = 16
 """Tokens of one block of KV memory."""
@@ -181,7 +181,7 @@ class PrefixHit:
     """Blocks that a request need not read again, and what its edits counted on them."""
 
     blocks: tuple[int, ...] = ()
-    tallies: Tallies | None = None
+    tallies: RequestCounters | None = None
 
 
 class PrefixCache:
@@ -194,7 +194,7 @@ class PrefixCache:
         tally: what the edits in a slot counted so far.
     """
 
-    def __init__(self, blocks: BlockPool, tally: Callable[[int], Tallies]) -> None:
+    def __init__(self, blocks: BlockPool, tally: Callable[[int], RequestCounters]) -> None:
         self._blocks, self._tally = blocks, tally
 
     def find(self, sequence: Sequence) -> PrefixHit:

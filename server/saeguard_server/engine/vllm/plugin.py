@@ -20,7 +20,7 @@ from saeguard_server.sources import open_sae_source
 _OURS = "is_saeguards"
 
 
-class Extension:
+class WorkerExtension:
     """Methods that vLLM adds to its workers, for ``collective_rpc``."""
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ from saeguard_sae.models import Located, ModelConfig, Point, Site, depth, layout
 from saeguard_sae.rows import Rows, RowSpan
 from saeguard_server.engine.output import ActivationSelector
 from saeguard_server.engine.protocol import Steering
-from saeguard_server.engine.tables import SteeringTables, Tallies
+from saeguard_server.engine.tables import RequestCounters, SteeringTables
 from saeguard_server.engine.vllm.worker_messages import WorkerActivations, WorkerOutput, WorkerReadings, WorkerRequest
 from saeguard_server.errors import InternalFailure
 
@@ -133,11 +133,11 @@ class LiveRequest:
     problem: str = ""
     blew_up: Tensor | None = None
     """bool [], whether the model made something of it that is not finite; on the device."""
-    tallies: Tallies = field(default_factory=Tallies)
+    tallies: RequestCounters = field(default_factory=RequestCounters)
     """What was counted, while it has no slot."""
-    past: dict[int, Tallies] = field(default_factory=dict)
+    past: dict[int, RequestCounters] = field(default_factory=dict)
     """What was counted when it had read that many tokens."""
-    block_ends: dict[int, Tallies] = field(default_factory=dict)
+    block_ends: dict[int, RequestCounters] = field(default_factory=dict)
     """What was counted at the ends of blocks, of a request that vLLM may take up again there."""
     readings: list[WorkerReadings] = field(default_factory=list)
     activations: list[WorkerActivations] = field(default_factory=list)
@@ -152,7 +152,7 @@ class LiveRequest:
         """Read on from there, after what was found in memory or a preemption; its passes were made all the same."""
         if start > self.request.untouched and start not in self.block_ends:
             self.problem = f"vLLM read on at position {start} after {self.read} tokens"
-        self.read, self.tallies = start, self.block_ends.get(start, Tallies())
+        self.read, self.tallies = start, self.block_ends.get(start, RequestCounters())
         self.past = {read: tallies for read, tallies in self.past.items() if read <= start}
         self.readings, self.activations, self.prefix = [], [], {}
 
@@ -298,7 +298,7 @@ class SteeredModel:
         if 0 < live.request.untouched < live.read and live.read % BLOCK == 0:
             live.block_ends[live.read] = self.tables.tally(live.slot)
 
-    def _counts(self, live: LiveRequest, tallies: Tallies) -> list[EditCounts]:
+    def _counts(self, live: LiveRequest, tallies: RequestCounters) -> list[EditCounts]:
         self.tables.write(self._spare, live.steering, live.watch)
         try:
             self.tables.resume(self._spare, tallies)
