@@ -1,4 +1,4 @@
-"""The metrics of an SAE, each defined once, as sums over tokens that come part by part: memory does not grow with them.
+"""The metrics of an SAE, as sums over tokens that come part by part: memory does not grow with them.
 
 A feature fires on a token where it is not 0. L0 is the number of features that fire, the density of a feature the share
 of tokens on which it does; a dead one never did. FVU, the fraction of variance unexplained (1 - explained variance), is

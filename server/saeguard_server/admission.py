@@ -1,6 +1,6 @@
 """Admission: whose request comes in, how much of it at once, and when it is its turn at the engine.
 
-Over a limit a request is refused by name, never parked.
+Over a limit a request is refused by name; under it, it may wait for its turn.
 """
 
 from __future__ import annotations

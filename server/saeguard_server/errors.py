@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+RETRY_S = 1.0
+"""When to come back where nothing better is known."""
+
 
 class ServiceError(Exception):
     """Base of everything the service refuses or fails with.
@@ -107,7 +110,7 @@ class NotConfigured(ServiceError, reason="NOT_CONFIGURED", status="FAILED_PRECON
 
 
 class Overloaded(ServiceError, reason="OVERLOADED", status="RESOURCE_EXHAUSTED"):
-    """The queue is full; nothing was started."""
+    """There is no room for this request now: the queue is full, or memory ran out."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)

@@ -94,8 +94,12 @@ class Metrics:
             "saeguard_relative_edit", "Size of an edit relative to the activation, |delta| / |x|, mean over a request",
             RATIOS, ["sae"],
         )  # fmt: skip
-        self.sae_l0 = self._gauge("saeguard_sae_l0", "L0 of the SAE, measured at start: active features per token, mean", ["sae"])
-        self.sae_fvu = self._gauge("saeguard_sae_fvu", "Fraction of variance unexplained by the SAE, measured at start", ["sae"])
+        self.sae_l0 = self._gauge(
+            "saeguard_sae_l0", "L0 of the SAE, measured at start: active features per token, mean", ["sae"]
+        )
+        self.sae_fvu = self._gauge(
+            "saeguard_sae_fvu", "Fraction of variance unexplained by the SAE, measured at start", ["sae"]
+        )
         self.sae_ce_increase = self._gauge(
             "saeguard_sae_ce_increase_nats", "Increase of the model's cross-entropy with the SAE spliced in", ["sae"]
         )

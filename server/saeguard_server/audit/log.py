@@ -18,11 +18,9 @@ from saeguard.results import Completion, InterventionReceipt, PolicyFacts, Trigg
 from saeguard.types import KINDS, Action, Apply, Condition, FeatureRef, Flag, Intervention, Scope, Stop, Trigger
 from saeguard_server.audit.chain import AuditFailed, AuditFolder, AuditWriter, BrokenChain
 from saeguard_server.caller import Call
-from saeguard_server.errors import Unavailable
+from saeguard_server.errors import RETRY_S, Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import AuditSettings, BadSettings
-
-RETRY_S = 1.0
 
 
 class Audit:

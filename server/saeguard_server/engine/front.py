@@ -12,9 +12,8 @@ from typing import TypeAlias
 
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
-from saeguard_server.errors import ServiceError, Unavailable
+from saeguard_server.errors import RETRY_S, ServiceError, Unavailable
 
-RETRY_S = 1.0
 FIRST_S, LONGEST_S = 0.5, 30.0
 GOOD_SERVICE_S = 60.0
 """An engine that ran this long has recovered."""

@@ -193,7 +193,7 @@ def _applied(edit: CompiledEdit, start: int, end: int) -> tuple[object, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateTask:
-    """One generation. ``sampling`` has its maximum and seed filled in."""
+    """One generation. ``max_new_tokens`` and ``seed`` are what applies, whatever ``sampling`` leaves open."""
 
     call: Call
     tokens: tuple[int, ...]

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 from saeguard.catalog import Activation, Revision
 from saeguard_server.caller import Caller, Role
-from saeguard_server.errors import Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
+from saeguard_server.errors import RETRY_S, Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
 from saeguard_server.policy.document import PolicyDiff, policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store import protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore
 
-RETRY_S = 1.0
 """Advice to callers when the store does not answer."""
 
 

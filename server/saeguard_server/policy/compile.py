@@ -18,7 +18,7 @@ from saeguard.catalog import Activation
 from saeguard.types import Condition, FeatureRef, Intervention, Scope
 from saeguard_sae.edits import IDENTITY
 from saeguard_server.engine.protocol import CompiledEdit, Engine
-from saeguard_server.errors import ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
+from saeguard_server.errors import RETRY_S, ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
 from saeguard_server.policy import rules
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Target
 from saeguard_server.policy.rules import Clash, CombinedPolicies, CompiledPolicy, PolicyNames, compile_policy
@@ -26,7 +26,6 @@ from saeguard_server.steering import compile_edit, find_feature, find_sae
 
 LISTED = 20
 """Problems in one message; what there are more is counted."""
-RETRY_S = 1.0
 """When to come back to a server without policies."""
 ANSWER_S = 0.25
 """Before a deadline, so that the caller still hears why."""

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
-from saeguard_server.engine.front import RETRY_S
 from saeguard_server.engine.load import LoadedModel
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.transformers.output import HostTokens, StepOutputProcessor
 from saeguard_server.engine.transformers.runner import CapturedRows, Network, Runner, is_out_of_memory
 from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk, Scheduler
 from saeguard_server.engine.transformers.sequence import BlockPool, PrefixCache, PrefixHit, Sequence
-from saeguard_server.errors import DeadlineExceeded, InternalFailure, Overloaded, ServiceError
+from saeguard_server.errors import RETRY_S, DeadlineExceeded, InternalFailure, Overloaded, ServiceError
 from saeguard_server.observe import Metrics
 
 _log = logging.getLogger(__name__)

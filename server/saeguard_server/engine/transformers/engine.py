@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from saeguard.types import KINDS
 from saeguard_sae.models import ModelLoadError, sites
 from saeguard_sae.rows import Group, Rows, RowSpan
-from saeguard_server.engine.front import RETRY_S, Backoff, Cancel, Command, EngineFront, Shutdown, Submit
+from saeguard_server.engine.front import Backoff, Cancel, Command, EngineFront, Shutdown, Submit
 from saeguard_server.engine.load import load_checked_saes, load_model
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
@@ -25,7 +25,7 @@ from saeguard_server.engine.transformers.attention import Reading
 from saeguard_server.engine.transformers.core import EngineCore
 from saeguard_server.engine.transformers.runner import ForwardPass, Network, kv_blocks
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
-from saeguard_server.errors import Unavailable
+from saeguard_server.errors import RETRY_S, Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import Settings
 

@@ -19,7 +19,7 @@ from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import KINDS
 from saeguard_sae.loading import LoadedSae, LoadError
 from saeguard_sae.models import ModelLoadError, Site, torch_dtype
-from saeguard_server.engine.front import RETRY_S, Backoff
+from saeguard_server.engine.front import Backoff
 from saeguard_server.engine.load import KvShape, ModelFiles, load_checked_saes, load_model, open_files, remote_sae
 from saeguard_server.engine.output import RequestState
 from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask
@@ -27,7 +27,7 @@ from saeguard_server.engine.vllm import output as vllm_output
 from saeguard_server.engine.vllm import steering
 from saeguard_server.engine.vllm.output import VllmOutputProcessor
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, WorkerPlan, worker_request
-from saeguard_server.errors import DeadlineExceeded, InternalFailure, Unavailable
+from saeguard_server.errors import RETRY_S, DeadlineExceeded, InternalFailure, Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import BadSettings, EngineSettings, Settings
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from saeguard.results import ActivationPart, FeatureReading, FinishReason, Receipt, StreamChunk, Token, TokenLogprob
 from saeguard_sae.edit_table import FOREVER
-from saeguard_server.engine.front import RETRY_S
 from saeguard_server.engine.output import OutputProcessor, RequestState, SparseRows
 from saeguard_server.engine.protocol import GenerateTask, InspectTask, check_finite
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, may_reuse
-from saeguard_server.errors import InternalFailure, InvalidRequest, Unavailable
+from saeguard_server.errors import RETRY_S, InternalFailure, InvalidRequest, Unavailable
 
 COLDEST, HOTTEST = 0.01, 2.0
 """vLLM refuses what is hotter, and takes what is colder as this."""
