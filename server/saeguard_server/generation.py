@@ -24,8 +24,8 @@ from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, In
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
-from saeguard_server.policy.compile import PoliciesInForce, Snapshot
 from saeguard_server.policy.resolve import resolve_policies
+from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import TokenRange
 

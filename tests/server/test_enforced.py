@@ -16,8 +16,8 @@ from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope, Stop, Tr
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import PoliciesInForce, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision
+from saeguard_server.policy.snapshot import PoliciesInForce, build_snapshot
 from saeguard_server.settings import LimitSettings
 from support.engines import Answer, Running, greedy, make_world, open_admission, prompt
 from support.policy_shapes import NOW, policy, rule, when

@@ -28,8 +28,8 @@ from saeguard_server.errors import (
 )
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import PoliciesInForce, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyRevision
+from saeguard_server.policy.snapshot import PoliciesInForce, build_snapshot
 from saeguard_server.settings import LimitSettings
 from support.policy_shapes import NOW, policy, rule, when
 

@@ -9,8 +9,8 @@ from saeguard.requests import GenerateRequest
 from saeguard.types import Intervention
 from saeguard_sae.edits import Affine
 from saeguard_server.caller import Caller, Role
-from saeguard_server.policy.compile import Snapshot
 from saeguard_server.policy.resolve import Resolution, resolve_policies
+from saeguard_server.policy.snapshot import Snapshot
 from support.policy_shapes import NOW
 
 InForce: TypeAlias = Callable[..., Snapshot]

@@ -11,9 +11,9 @@ from saeguard_server.caller import Caller
 from saeguard_server.engine.protocol import CompiledEdit, Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
 from saeguard_server.policy import rules
-from saeguard_server.policy.compile import Snapshot
 from saeguard_server.policy.model import Policy, PolicyLimits, Target
 from saeguard_server.policy.rules import Clash, CombinedPolicies, EnforcedEdit, PolicyNames
+from saeguard_server.policy.snapshot import Snapshot
 from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger
 
 

@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.administration import Administration
-from saeguard_server.policy.compile import PoliciesInForce, Snapshot, build_snapshot, check_or_refuse
+from saeguard_server.policy.check import check_or_refuse
 from saeguard_server.policy.model import Policy
+from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot, build_snapshot
 from saeguard_server.policy.store import open_store, protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreError
 from saeguard_server.settings import NO_STORE, BadSettings, PolicySettings

@@ -26,8 +26,8 @@ from saeguard_sae.models import Site
 from saeguard_server.engine.protocol import Capabilities
 from saeguard_server.errors import PoliciesUnavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.policy import compile
-from saeguard_server.policy.compile import PoliciesInForce, Snapshot
+from saeguard_server.policy import snapshot
+from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import Active
 from saeguard_server.policy.sync import PolicySync
@@ -64,7 +64,7 @@ async def follow(url: str, poll_s: float, stale_after_s: float) -> None:
     policies = PoliciesInForce(stale_after_s)
 
     def build(active: Active) -> Snapshot:
-        return compile.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
+        return snapshot.build_snapshot(active.activation, active.revision, served, datetime.now(UTC))
 
     store = await open_store(url)
     async with PolicySync(store, policies, build, Metrics(CollectorRegistry()), poll_s=poll_s).running():

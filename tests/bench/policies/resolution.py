@@ -29,9 +29,9 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import Capabilities
-from saeguard_server.policy.compile import Snapshot, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyRevision, Rollout, Rule, Target
 from saeguard_server.policy.resolve import resolve_policies
+from saeguard_server.policy.snapshot import Snapshot, build_snapshot
 from saeguard_server.steering import TokenRange, steer
 
 NOW = datetime.now(UTC)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from saeguard.catalog import Activation
-from saeguard_server.policy.compile import Snapshot, build_snapshot
 from saeguard_server.policy.model import Policy, PolicyRevision
+from saeguard_server.policy.snapshot import Snapshot, build_snapshot
 from support.policy_shapes import NOW
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from saeguard.types import Zero
 from saeguard_server.errors import ActivationNotReached, PoliciesUnavailable
-from saeguard_server.policy import compile
-from saeguard_server.policy.compile import PoliciesInForce, Snapshot
+from saeguard_server.policy import snapshot as snapshots
+from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from support.policy_shapes import policy, rule
 
 InForce = Callable[..., Snapshot]
@@ -91,7 +91,7 @@ async def test_waiting_for_an_activation(policies: PoliciesInForce, in_force: In
 async def test_an_activation_that_does_not_come(
     policies: PoliciesInForce, in_force: InForce, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compile, "ANSWER_S", 0.01)
+    monkeypatch.setattr(snapshots, "ANSWER_S", 0.01)
     policies.replace(in_force(number=3))
     policies.renew()
     for within_s in (-1.0, 0.05):
@@ -103,7 +103,7 @@ async def test_an_activation_that_does_not_come(
 
 
 def test_only_so_many_sets_of_policies_are_remembered(in_force: InForce, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "MAX_SELECTIONS", 2)
+    monkeypatch.setattr(snapshots, "MAX_SELECTIONS", 2)
     snapshot = in_force(*(policy(name, rule("none", Zero("mid", index))) for index, name in enumerate("abc")))
     first = snapshot.selected(("a",))
     assert snapshot.selected(("a",)) is first

@@ -15,8 +15,8 @@ import pytest
 from saeguard.catalog import Activation
 from saeguard_server.errors import ActivationNotReached, PoliciesUnavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import PoliciesInForce, Snapshot
 from saeguard_server.policy.model import PolicyRevision
+from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.policy.store.protocol import Active, ContentRefused, NothingActive, PolicyStore, StoreUnreachable
 from saeguard_server.policy.sync import PolicySync
 from support.policies import a_policy

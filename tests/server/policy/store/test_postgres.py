@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from saeguard_server.observe import Metrics
-from saeguard_server.policy.compile import PoliciesInForce, Snapshot
+from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreUnreachable
 from saeguard_server.policy.sync import PolicySync

@@ -26,8 +26,9 @@ from saeguard.types import (
     Zero,
 )
 from saeguard_server.errors import InvalidRequest
-from saeguard_server.policy.compile import CannotServe, Snapshot, check_or_refuse, check_policies
+from saeguard_server.policy.check import CannotServe, check_or_refuse, check_policies
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
+from saeguard_server.policy.snapshot import Snapshot
 from support.policy_shapes import NOW, policy, rule, when
 
 GOOD = rule("less", Cap("mid", 2, 2.0))

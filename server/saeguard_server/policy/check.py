@@ -1,4 +1,4 @@
-"""Whether a set of policies can be enforced on what is served, and what is then in force.
+"""Whether a set of policies can be enforced on what is served, and what is odd about it.
 
 Every problem is listed, not just the first. Rules and triggers are compiled as for a request, so that what passes here
 cannot be refused later.
@@ -6,31 +6,23 @@ cannot be refused later.
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import combinations
 
-from saeguard.catalog import Activation
 from saeguard.types import Condition, FeatureRef, Intervention, Scope
 from saeguard_sae.edits import IDENTITY
 from saeguard_server.engine.protocol import CompiledEdit, Engine
-from saeguard_server.errors import RETRY_S, ActivationNotReached, InvalidRequest, PoliciesUnavailable, UnknownName
+from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.policy import rules
-from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Target
-from saeguard_server.policy.rules import Clash, CombinedPolicies, CompiledPolicy, PolicyNames, compile_policy
+from saeguard_server.policy.model import Policy, PolicyLimits, Target
+from saeguard_server.policy.rules import Clash, CompiledPolicy, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
 
 LISTED = 20
 """Problems in one message; what there are more is counted."""
-"""When to come back to a server without policies."""
-ANSWER_S = 0.25
-"""Before a deadline, so that the caller still hears why."""
-MAX_SELECTIONS = 512
-"""Different sets of policies that are remembered: each costs a combination of rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +62,12 @@ def check_policies(
     A policy for other models is not checked against this one. ``now`` has a time zone.
     """
     here = [policy for policy in policies if is_for(policy, engine)]
-    problems = [problem for policy in here for problem in _problems(policy, engine, keeps_audit)]
+    problems = [problem for policy in here for problem in problems_of(policy, engine, keeps_audit)]
     broken = {problem.policy for problem in problems}
     sound = [compile_policy(policy, engine) for policy in here if policy.name not in broken]
-    problems += _clashes(sound, "enforce")
+    problems += find_clashes(sound, "enforce")
     warnings = [warning for policy in policies for warning in _warnings(policy, engine, now)]
-    warnings += _clashes(sound, "shadow")
+    warnings += find_clashes(sound, "shadow")
     return PolicyReport(tuple(problems), tuple(warnings))
 
 
@@ -89,30 +81,6 @@ def check_or_refuse(
     return tuple(map(str, report.warnings))
 
 
-def compile_policies(
-    policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
-) -> dict[str, CompiledPolicy]:
-    """Those that can act on this model, in order: none that is off, nor one that has expired and is broken.
-
-    Raises:
-        CannotServe: one cannot be enforced here as it is written, or two cannot be kept together.
-    """
-    compiled: dict[str, CompiledPolicy] = {}
-    problems: list[Finding] = []
-    for policy in policies:
-        if policy.mode == "off" or not is_for(policy, engine):
-            continue
-        own = list(_problems(policy, engine, keeps_audit))
-        if not own:
-            compiled[policy.name] = compile_policy(policy, engine)
-        elif policy.expires is None or policy.expires > now:
-            problems += own
-    problems += _clashes(list(compiled.values()), "enforce")
-    if problems:
-        raise CannotServe(problems)
-    return compiled
-
-
 def is_for(policy: Policy, engine: Engine) -> bool:
     return not policy.target.models or engine.model.name in policy.target.models
 
@@ -120,7 +88,7 @@ def is_for(policy: Policy, engine: Engine) -> bool:
 # --- what is wrong
 
 
-def _problems(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Finding]:
+def problems_of(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Finding]:
     seen: set[str] = set()
     for check in _checks(policy, engine, keeps_audit):
         try:
@@ -198,7 +166,7 @@ def _check_own_edits(policy: Policy, engine: Engine) -> None:
         raise InvalidRequest(err.second.field, str(err)) from err
 
 
-def _clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]:
+def find_clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]:
     """Pairs of policies that cannot both be enforced on a request; shadows as if they were enforced."""
     on_feature: dict[FeatureRef, list[tuple[Policy, CompiledEdit]]] = {}
     for policy, edits, triggers in policies:
@@ -283,112 +251,3 @@ def _has_label(ref: FeatureRef, engine: Engine) -> bool:
     except (InvalidRequest, UnknownName):
         return True
     return bool(sae.catalogue.feature(ref.feature).label)
-
-
-# --- what is in force: an activated revision with all its rules compiled, and a lease that runs out
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """One activation's policies, compiled for one served model. Immutable, but for what it remembers."""
-
-    activation: Activation
-    revision: PolicyRevision
-    engine: Engine
-    policies: Mapping[str, Policy]
-    """All of the revision's, by name."""
-    ready: Mapping[str, CompiledPolicy]
-    """Those that can act here: not off, and for this model."""
-    _selections: dict[PolicyNames, CombinedPolicies] = field(default_factory=dict)
-
-    def selected(self, selection: PolicyNames) -> CombinedPolicies:
-        """The rules of some of its policies together. Raises Clash: two cannot be kept together."""
-        known = self._selections.get(selection)
-        if known is None:
-            known = rules.select_policies(selection, self.ready, self.activation, self.engine)
-            if len(self._selections) >= MAX_SELECTIONS:
-                self._selections.clear()
-            self._selections[selection] = known
-        return known
-
-
-def build_snapshot(
-    activation: Activation, revision: PolicyRevision, engine: Engine, now: datetime, *, keeps_audit: bool = False
-) -> Snapshot:
-    return Snapshot(
-        activation=activation,
-        revision=revision,
-        engine=engine,
-        policies={policy.name: policy for policy in revision.policies},
-        ready=compile_policies(revision.policies, engine, now, keeps_audit=keeps_audit),
-    )
-
-
-class PoliciesInForce:
-    """The present snapshot. Used on the event loop only, by the clock that nobody sets."""
-
-    def __init__(self, stale_after_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stale_after_s = stale_after_s
-        self._clock = clock
-        self._snapshot: Snapshot | None = None
-        self._renewed_at: float | None = None
-        self._why = "no policies have been read yet"
-        self._waiters: set[asyncio.Future[None]] = set()
-
-    def replace(self, snapshot: Snapshot) -> None:
-        """Puts a snapshot in force for requests that come from now on; ``renew`` says for how long."""
-        self._snapshot = snapshot
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def renew(self, looked_at: float | None = None) -> None:
-        """The snapshot was what is in force at that time, by ``clock``; by default now."""
-        self._renewed_at = self._clock() if looked_at is None else looked_at
-
-    def withdraw(self, why: str) -> None:
-        """What is in force cannot be applied here: nothing is, until the next ``replace``."""
-        self._snapshot, self._why = None, why
-
-    def is_current(self) -> bool:
-        return self._refusal() is None
-
-    def current(self) -> Snapshot:
-        """What decides about a request now. Raises PoliciesUnavailable: there is nothing, or nothing fresh."""
-        refusal = self._refusal()
-        if refusal is not None or self._snapshot is None:
-            raise PoliciesUnavailable(refusal or self._why, RETRY_S)
-        return self._snapshot
-
-    async def at_least(self, activation: int, deadline: float) -> Snapshot:
-        """The present snapshot, once it is of this activation or a later one.
-
-        Args:
-            deadline: the caller's, on the ``time.monotonic`` clock.
-
-        Raises:
-            PoliciesUnavailable: there is nothing, or nothing fresh.
-            ActivationNotReached: it is not in force in time.
-        """
-        while (snapshot := self.current()).activation.number < activation:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.add(waiter)
-            try:
-                async with asyncio.timeout(deadline - ANSWER_S - time.monotonic()):
-                    await waiter
-            except TimeoutError as err:
-                raise ActivationNotReached(
-                    f"min_policy_activation: {activation} is not in force here yet, {snapshot.activation.number} is"
-                ) from err
-            finally:
-                self._waiters.discard(waiter)
-        return snapshot
-
-    def _refusal(self) -> str | None:
-        if self._snapshot is None:
-            return self._why
-        age = None if self._renewed_at is None else self._clock() - self._renewed_at
-        if age is None or age >= self._stale_after_s:
-            since = "" if age is None else f" for {age:.1f} s"
-            return f"policies could not be confirmed{since}; after {self._stale_after_s:g} s nothing is served"
-        return None
