@@ -118,7 +118,7 @@ class Administration:
             if expected_activation not in (None, activation):
                 raise Conflict(f"activation {activation} is in force, not {expected_activation}")
             if active is None or (number is None and (number := await self._previous(present)) is None):
-                raise UnknownName("revision", "nothing else was in force before")
+                raise UnknownName("revision", "no older revision was in force before")
             if number >= present:
                 raise InvalidRequest("revision", f"must be older than {present}, which is in force, got {number}")
         return await self.activate(number, caller=caller, reason=reason, expected_activation=activation)

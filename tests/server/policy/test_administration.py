@@ -140,13 +140,13 @@ async def three_revisions(administration: Administration) -> None:
 
 async def test_rolling_back_puts_an_older_revision_in_force(alone: Administration) -> None:
     await three_revisions(alone)
-    with pytest.raises(UnknownName, match="nothing else was in force"):
+    with pytest.raises(UnknownName, match="no older revision was in force"):
         await alone.rollback(caller=ANN, reason="back")
     for number in (1, 2, 3):
         await alone.activate(number, caller=ANN, reason="now")
     assert (await alone.rollback(caller=ANN, reason="back")).revision == 2
     assert (await alone.rollback(caller=ANN, reason="further back")).revision == 1
-    with pytest.raises(UnknownName, match="nothing else"):
+    with pytest.raises(UnknownName, match="no older revision"):
         await alone.rollback(caller=ANN, reason="back")
     await alone.activate(3, caller=ANN, reason="now")
     assert (await alone.rollback(caller=ANN, reason="back", number=2)).number == 7
