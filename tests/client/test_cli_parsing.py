@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard.types import KINDS, UNITS
+from saeguard.types import KINDS, UNITS, ValuedIntervention
 from saeguard_client import Add, Clamp, FeatureRef, Scale, Scope, Zero, cli
 from saeguard_client.cli import main
 from saeguard_client.cli.generate import EditFlag, steering
@@ -25,7 +25,7 @@ def parsed(*arguments: str) -> Any:
 
 
 @given(
-    st.sampled_from(sorted(set(KINDS) - {"zero", "scale"})),
+    st.sampled_from(sorted(kind for kind, edit in KINDS.items() if issubclass(edit, ValuedIntervention))),
     REFS,
     st.floats(allow_nan=False),
     st.sampled_from([None, *UNITS]),

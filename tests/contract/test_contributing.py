@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -23,8 +24,12 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 UNIT_SCALE = 2.0
 
 
+def takes_a_number(kind: str) -> bool:
+    return len(dataclasses.fields(KINDS[kind])) > len(dataclasses.fields(Intervention))
+
+
 def an_edit(kind: str) -> Intervention:
-    return KINDS[kind]("mid", 1, *(() if kind == "zero" else (0.5,)))
+    return KINDS[kind]("mid", 1, *([0.5] if takes_a_number(kind) else []))
 
 
 def test_every_path_exists() -> None:
@@ -46,7 +51,7 @@ def test_a_kind_of_edit_comes_with_all_that_users_need(kind: str) -> None:
     assert message.WhichOneof("kind") == kind
     assert wire.from_message(Intervention, message) == edit
 
-    value = "true" if kind == "zero" else "0.5"
+    value = "0.5" if takes_a_number(kind) else "true"
     text = f"name: a\nmode: enforce\nrules:\n  - {{name: r, sae: mid, feature: 1, {kind}: {value}}}\n"
     (policy,) = policies_from_yaml(text)
     assert policy.rules[0].intervention == edit
@@ -55,7 +60,7 @@ def test_a_kind_of_edit_comes_with_all_that_users_need(kind: str) -> None:
     effect = FeatureEffect.of(kind, Affine(*edit.affine(UNIT_SCALE)))
     assert already_meets(effect, effect)
 
-    operand = "" if kind == "zero" else "=0.5"
+    operand = "=0.5" if takes_a_number(kind) else ""
     arguments = cli.build_parser().parse_args(["generate", "x", f"--{kind}", f"mid:1{operand}"])
     assert [flag.kind for flag in arguments.edits] == [kind]
 

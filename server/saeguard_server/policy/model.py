@@ -1,6 +1,6 @@
 """The nouns: a policy and its rules, a revision of all policies; valid in themselves once they exist.
 
-Whether features exist and digests match is for ``compile`` to say, which knows what is served.
+Whether features exist and digests match is for ``check`` to say, which knows what is served.
 """
 
 from __future__ import annotations
