@@ -289,7 +289,7 @@ class FeaturePages:
     def __init__(self, sae: str | None, query: str, limit: int | None, options: CallOptions) -> None:
         self._left = None if limit is None else check_integer("limit", limit)
         self._next: Callable[..., UnaryCall[FeaturePage]] = partial(
-            unary, "ListFeatures", FeaturePage, options, sae=sae, query=query
+            unary, "ListFeatures", FeaturePage, options, sae="" if sae is None else sae, query=query
         )
         self._page_token: str | None = ""
         self._next()  # what cannot be sent is refused before the walk begins

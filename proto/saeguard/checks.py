@@ -106,6 +106,12 @@ def store(of: object, field: str, value: object) -> None:
     object.__setattr__(of, field, value)
 
 
+def store_default(of: object, field: str, default: object) -> None:
+    """None stands for the default."""
+    if getattr(of, field) is None:
+        store(of, field, default)
+
+
 def store_finite(of: object, *fields: str) -> None:
     """Numbers that are finite in float32."""
     for field in fields:

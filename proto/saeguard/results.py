@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -112,7 +112,7 @@ class TriggerReceipt:
     tokens_evaluated: int
     tokens_on: int
     first_position: int | None = None
-    maximum: float = -inf
+    maximum: float = field(default=-inf, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class Scope:
 
     def __post_init__(self) -> None:
         checks.check_choice("phase", self.phase, PHASES)
+        checks.store_default(self, "start", 0)
         checks.store_integer(self, "start")
         if self.end is not None:
             checks.store_integer(self, "end")
@@ -166,6 +167,7 @@ class Condition:
         if self.unit != "raw" and (len(self.terms) > 1 or self.terms[0].weight != 1 or self.bias):
             raise FieldError("unit", f"{self.unit} is for one feature with weight 1 and no bias")
         checks.check_instance("window", self.window, Window, "a Window")
+        checks.store_default(self, "scope", EVERY_TOKEN)
         checks.check_instance("scope", self.scope, Scope, "a Scope")
         if self.release is not None:
             checks.store_finite(self, "release")
@@ -217,6 +219,7 @@ class Intervention:
 
     def __post_init__(self) -> None:
         check_feature(self)
+        checks.store_default(self, "scope", EVERY_TOKEN)
         checks.check_instance("scope", self.scope, Scope, "a Scope")
         checks.check_instance("when", self.when, Condition | None, "a Condition")
 

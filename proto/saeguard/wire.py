@@ -80,14 +80,15 @@ def to_message(kind: type[M], value: object) -> M:
 
 
 def request_message(rpc: str, **values: Any) -> Message:
-    """The request of a method that needs no class; None is unset.
+    """The request of a method that needs no class; None leaves a field unset that may be.
 
     Raises:
         FieldError: the wire cannot hold a value.
     """
     kind = RPCS[rpc].request
     known = kind.DESCRIPTOR.fields_by_name
-    return kind(**{name: _scalar(known[name], name, value) for name, value in values.items() if value is not None})
+    present = {name: value for name, value in values.items() if value is not None or not known[name].has_presence}
+    return kind(**{name: _scalar(known[name], name, value) for name, value in present.items()})
 
 
 # --- by name

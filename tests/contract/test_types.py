@@ -228,3 +228,11 @@ def test_importing_takes_neither_torch_nor_numpy_nor_the_server(module: str) -> 
     code = f"import sys, {module}; print(*(n for n in ('torch', 'numpy', 'saeguard_server') if n in sys.modules))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+def test_none_stands_for_the_default_of_a_scope() -> None:
+    none: Any = None
+    assert Zero("a", 1, scope=none) == Zero("a", 1)
+    assert Scope(start=none, end=None) == Scope()
+    condition = Condition(terms=(Term("a", 1),), threshold=1.0, scope=none)
+    assert condition == Condition(terms=(Term("a", 1),), threshold=1.0)

@@ -407,3 +407,23 @@ def test_a_request_with_two_edits_is_parsed_in_150_microseconds() -> None:
     count = 200
     seconds = repeat(lambda: from_message(GenerateRequest, pb.GenerateRequest.FromString(raw)), number=count, repeat=7)
     assert min(seconds) / count < 150e-6
+
+
+@pytest.mark.parametrize(
+    ("rpc", "values", "field"),
+    [
+        ("GetFeature", {"sae": "a", "feature": None}, "feature"),
+        ("GetFeature", {"sae": None, "feature": 1}, "sae"),
+        ("ActivateRevision", {"revision": None, "expected_activation": 0, "reason": ""}, "revision"),
+        ("ActivateRevision", {"revision": 1, "expected_activation": None, "reason": ""}, "expected_activation"),
+        ("DeletePolicy", {"name": None, "etag": "1", "reason": ""}, "name"),
+    ],
+)
+def test_what_must_be_given_is_not_taken_as_nothing(rpc: str, values: dict[str, Any], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        request_message(rpc, **values)
+    assert caught.value.field == field
+
+
+def test_what_may_be_left_out_is() -> None:
+    assert not request_message("ListPolicies", revision=None).HasField("revision")  # type: ignore[misc]

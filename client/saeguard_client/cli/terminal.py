@@ -103,7 +103,8 @@ def as_json(value: object) -> str:
 def _plain(value: Any) -> Any:
     """Dataclasses as objects, sequences and arrays as lists, times in ISO 8601."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        # What never crosses the wire is not told.
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.repr}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | array):

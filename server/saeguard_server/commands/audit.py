@@ -106,6 +106,9 @@ def _replay(arguments: argparse.Namespace) -> int:
     ]
     if not done:
         return _none(arguments.request_id)
+    if "seed" not in done[-1]:
+        sys.stderr.write("saeguard audit: the request was refused before any work: there is nothing to run again\n")
+        return USAGE
     prompt = arguments.prompt_file.read_text(encoding="utf-8") if arguments.prompt_file else arguments.prompt
     try:
         with connect(arguments) as client:
