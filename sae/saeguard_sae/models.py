@@ -418,6 +418,14 @@ def _one_line(err: BaseException) -> str:
 _CGROUP, _PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Token ids of a Hugging Face tokenizer that stand for no text.
+
+    Edits leave them alone unless asked, and metrics leave them out.
+    """
+    return frozenset(map(int, tokenizer.all_special_ids))
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device; on the CPU, within the container's limit."""
     import torch

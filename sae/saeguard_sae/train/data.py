@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from saeguard_sae.models import ModelLoadError, open_folder, open_model, torch_dtype
+from saeguard_sae.models import ModelLoadError, open_folder, open_model, special_ids, torch_dtype
 from saeguard_sae.train.settings import DataSettings, LanguageModelSettings, StreamSettings, TrainError, one_line
 
 INDEX = "activations.json"
@@ -57,8 +57,7 @@ class LanguageModel:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that stand for no text."""
-        return frozenset(map(int, self.tokenizer.all_special_ids))
+        return special_ids(self.tokenizer)
 
 
 def open_language_model(settings: LanguageModelSettings) -> LanguageModel:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saeguard.checks import FieldError
 from saeguard.requests import ChatInput, ModelInput
+from saeguard_sae.models import special_ids
 from saeguard_server.errors import InvalidRequest
 
 
@@ -36,7 +37,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = vocab_size
-        self.special_ids = frozenset(map(int, fast.all_special_ids))
+        self.special_ids = special_ids(fast)
         self.has_chat_template = bool(fast.chat_template)
 
     def encode(self, prompt: ModelInput) -> EncodedText:
