@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import TypeVar
 
-from saeguard.types import Apply, Condition, FeatureRef, Intervention, Scope, Stop, Trigger, Unit
+from saeguard.types import Apply, Condition, FeatureRef, Intervention, Scope, Stop, Trigger, Unit, ValuedIntervention
 from saeguard_sae.coders import why_not_editable
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import FLOAT32_MAX, Affine
@@ -356,7 +356,7 @@ def _check_order(engine: Engine, sae: LoadedSae, condition: CompiledCondition) -
 
 
 def _affine(edit: Intervention, sae: LoadedSae, field: str) -> Affine:
-    unit: Unit = getattr(edit, "unit", "raw")
+    unit = edit.unit if isinstance(edit, ValuedIntervention) else "raw"
     affine = Affine(*edit.affine(_raw_per_unit(sae, edit.feature, unit, field, f"{field}.{edit.kind}.unit")))
     if any(isfinite(value) and abs(value) > FLOAT32_MAX for value in affine[1:]):
         raise InvalidRequest(f"{field}.{edit.kind}.value", "is not finite in float32 once it is in raw units")
