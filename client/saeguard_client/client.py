@@ -257,7 +257,7 @@ class Client:
         """``activations`` as they arrive. Arguments are as there.
 
         Returns:
-            Runs of whole tokens, which ``merge`` joins. Closing the iterator early cancels the reading.
+            Runs of whole tokens, which ``merge_activations`` joins. Closing the iterator early cancels the reading.
         """
         options = CallOptions(deadline_s, request_id)
         call = calls.activations(

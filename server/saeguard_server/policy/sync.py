@@ -1,6 +1,6 @@
 """Keeps one server's snapshot equal to what the store says is in force, and its lease running while it does.
 
-Whoever cannot look, or cannot apply what it sees, serves nothing: ``Policies`` refuses. Only the monotonic clock
+Whoever cannot look, or cannot apply what it sees, serves nothing: ``PoliciesInForce`` refuses. Only the monotonic clock
 decides; clocks that people set are for people.
 """
 

@@ -65,7 +65,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     1. The request id and the deadline: ``enter_call``.
     2. Counters and one log line: ``RpcRecord``.
     3. Errors to statuses: ``RpcStatus``, ``rpc_failure``.
-    4. A refusal while the server drains: ``RpcLimiter.rpc``.
+    4. A refusal while the server drains: ``LoadLimiter.rpc``.
     5. The deadline, where it is ours to impose.
     6. Who calls and whether it may: ``AuthInterceptor``.
     7. The message is parsed, the handler runs, headers and replies are sent.

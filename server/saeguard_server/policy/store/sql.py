@@ -1,4 +1,4 @@
-"""Policies in a database through SQLAlchemy, whichever it is; ``sqlite`` and ``postgres`` know what differs.
+"""Policies in a database through SQLAlchemy, whichever it is; ``databases`` and ``postgres`` know what differs.
 
 Writers lock the head row first, so numbers have no gaps and commits have one order. Rows never change once written.
 """
