@@ -17,7 +17,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reference-env vllm-env demo demo-policy serve test test-vllm check format stubs bench bench-profile bench-train bench-large \
+.PHONY: help setup reference-env vllm-env demo demo-policy serve test hostile test-vllm check format stubs bench bench-profile bench-train bench-large \
   peers-env gpu demo-assets image clean
 
 help: ## Show this list
@@ -75,6 +75,9 @@ serve: $(SERVING) ## Serve the bundled model on 127.0.0.1:50051 until Ctrl-C
 # A file's tests stay together: they share what is expensive to make. One thread each, as there is a process for each core.
 test: $(READY) ## Run the tests, in as many processes as there are cores (JOBS=0 for one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+hostile: $(READY) ## Attack running servers as clients would, and print what was tried, promised and measured
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hostile --hostile
 
 test-vllm: $(VLLM_READY) ## Run the tests of the engine over vLLM
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm

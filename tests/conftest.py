@@ -15,6 +15,10 @@ settings.load_profile("saeguard")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "reference_saes"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hostile", action="store_true", help="attack in full: tests/hostile takes about 20 minutes")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20250)
