@@ -76,6 +76,8 @@ class Caller:
     tags: frozenset[str] = frozenset()
     """What policies can be aimed at beside the name."""
     quota: Quota = UNLIMITED
+    is_anybody: bool = False
+    """Whether several people call by this name, who must not learn of each other."""
 
     def __post_init__(self) -> None:
         check_caller_name(self.name)
