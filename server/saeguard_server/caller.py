@@ -76,6 +76,8 @@ class Caller:
     tags: frozenset[str] = frozenset()
     """What policies can be aimed at beside the name."""
     quota: Quota = UNLIMITED
+    conversation: str | None = None
+    """The one that its token speaks of, "" for none; None leaves it to each request."""
     is_anybody: bool = False
     """Whether several people call by this name, who must not learn of each other."""
 

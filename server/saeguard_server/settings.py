@@ -311,6 +311,9 @@ class JwtSettings(SettingsTable, frozen=True, kw_only=True):
     """Roles begin with this in the claim; what does not, or is no role of ours, gives none."""
     tags_claim: Text | None = None
     """Where its tags are, in the same form; None is nowhere."""
+    conversation_claim: Text | None = None
+    """Where the conversation is that rollouts hash: its callers cannot choose another, nor any where the claim is
+    missing. None leaves it to their requests."""
     leeway_s: Annotated[float, Meta(ge=0.0, le=300.0)] = 30.0
     """How far the issuer's clock may be off."""
     jwks_refresh_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0

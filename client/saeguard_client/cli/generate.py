@@ -173,15 +173,20 @@ def _qualified(policy: str, name: str) -> str:
 
 def _trigger_summary(entry: TriggerReceipt) -> str:
     fired = "did not fire" if entry.first_position is None else f"fired at position {entry.first_position}"
+    fired = fired if entry.tokens_on is not None else f"was decided on {entry.tokens_evaluated} tokens"
     return f"{'shadow ' if entry.is_shadow else ''}{_qualified(entry.policy, entry.name)} {fired}"
 
 
 def _edit_summary(entry: InterventionReceipt) -> str:
     shadow = "shadow " if entry.is_shadow else ""
     rule = f"{shadow}{_qualified(entry.policy, entry.rule)}: " if entry.policy else ""
-    tokens = f"{entry.kind} {entry.sae}:{entry.feature} edited {entry.tokens_edited}/{entry.tokens_eligible} tokens"
+    edit = f"{rule}{entry.kind} {entry.sae}:{entry.feature}"
+    if entry.tokens_edited is None:
+        # Whoever may not observe is told where it applied, not what it met there.
+        return f"{edit} on {entry.tokens_eligible} tokens"
+    tokens = f"{edit} edited {entry.tokens_edited}/{entry.tokens_eligible} tokens"
     capped = f", {entry.tokens_capped} capped" if entry.tokens_capped else ""
-    return f"{rule}{tokens}, mean size {entry.mean_relative_edit:.2g} of |x|{capped}"
+    return f"{tokens}, mean size {entry.mean_relative_edit:.2g} of |x|{capped}"
 
 
 # --- flags of sampling

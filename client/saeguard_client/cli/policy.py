@@ -335,6 +335,10 @@ def _case_problems(case: Mapping[str, Any]) -> Iterator[str]:
 
 def _problems(case: Mapping[str, Any], completion: Completion) -> Iterator[str]:
     fired = _fired(completion)
+    if completion.receipt is not None and any(
+        entry.tokens_edited is None for entry in completion.receipt.interventions
+    ):
+        yield "the receipt does not say what fired, as this caller has not the role observe"
     yield from (f"{rule} did not fire" for rule in case.get("fires", ()) if rule not in fired)
     yield from (f"{rule} fired" for rule in case.get("quiet", ()) if rule in fired)
     if case.get("finish", completion.finish_reason) != completion.finish_reason:

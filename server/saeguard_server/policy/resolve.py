@@ -7,7 +7,7 @@ from datetime import datetime
 
 from saeguard.requests import GenerateRequest
 from saeguard.types import FeatureRef
-from saeguard_server.caller import Caller
+from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import CompiledEdit, Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
 from saeguard_server.policy import rules
@@ -75,12 +75,12 @@ def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now:
 
 def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> PolicyNames:
     for index, name in enumerate(request.policies):
-        _check_named(name, f"policies[{index}]", snapshot, now)
-    model, conversation = snapshot.engine.model.name, request.conversation
+        _check_named(name, f"policies[{index}]", caller, snapshot, now)
+    model, conversation = snapshot.engine.model.name, caller.conversation or request.conversation
     return tuple(
         name
         for name, (policy, _, _) in snapshot.ready.items()
-        if not _is_over(policy, now)
+        if not is_over(policy, now)
         and (
             name in request.policies
             or (is_aimed_at(policy.target, caller, model) and rules.is_chosen(policy, caller.name, conversation))
@@ -88,20 +88,30 @@ def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now
     )
 
 
-def _check_named(name: str, field: str, snapshot: Snapshot, now: datetime) -> None:
-    """Whoever asks for a policy must not get silently less."""
+def _check_named(name: str, field: str, caller: Caller, snapshot: Snapshot, now: datetime) -> None:
+    """Whoever asks for a policy must not get silently less; whoever may not read policies learns no other's name."""
+    if not caller.may(Role.POLICY_READ):
+        policy = snapshot.ready[name].policy if name in snapshot.ready else None
+        if policy is None or not _is_enforced_on(policy, caller, snapshot.engine.model.name, now):
+            what = f"no policy {name!r} is enforced and aimed at {caller.name}"
+            raise UnknownName(field, f"{what}; naming others needs the role {Role.POLICY_READ.value}")
+        return
     if name not in snapshot.policies:
         raise UnknownName(field, f"no policy {name!r} is in force")
     policy = snapshot.policies[name]
     if policy.mode == "off":
         raise InvalidRequest(field, f"{name!r} is off")
-    if _is_over(policy, now):
+    if is_over(policy, now):
         raise InvalidRequest(field, f"{name!r} has expired")
     if name not in snapshot.ready:
         raise InvalidRequest(field, f"{name!r} is for other models")
 
 
-def _is_over(policy: Policy, now: datetime) -> bool:
+def _is_enforced_on(policy: Policy, caller: Caller, model: str, now: datetime) -> bool:
+    return policy.mode == "enforce" and not is_over(policy, now) and is_aimed_at(policy.target, caller, model)
+
+
+def is_over(policy: Policy, now: datetime) -> bool:
     return policy.expires is not None and policy.expires <= now
 
 
