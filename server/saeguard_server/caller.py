@@ -22,10 +22,11 @@ class Role(StrEnum):
 
     GENERATE = "generate"
     OBSERVE = "observe"
-    """Read activations and the catalogue."""
+    """Learn values of features: activations, what is watched, conditions, what receipts measured; and the catalogue."""
     STEER = "steer"
-    """Send interventions and triggers of its own, on top of generate or observe."""
+    """Send interventions of its own, on top of generate or observe; triggers with both."""
     POLICY_READ = "policy-read"
+    """Read policies, name any of them in a request, and what they withhold or do in shadow."""
     POLICY_WRITE = "policy-write"
     POLICY_APPROVE = "policy-approve"
     ADMIN = "admin"

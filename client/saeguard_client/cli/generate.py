@@ -60,7 +60,7 @@ def add_generate(subparsers: argparse._SubParsersAction[Any]) -> None:
         parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - to read it from standard input")
         parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
         parser.add_argument("--compare", action="store_true", help="show the unsteered text beside the steered one")
-        watch = "with --json: also read this feature on every token; may be repeated"
+        watch = "with --json: also read this feature on every token (role observe); may be repeated"
         add_repeated(parser, "--watch", "SAE:FEATURE", watch, parse=FeatureRef.parse)
         parser.add_argument("--max-relative-edit", type=float, metavar="R", help="limit |edit| / |x| on every token")
         add_steering(parser)
@@ -290,7 +290,7 @@ def _add_triggers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("triggers and policies")
     for name, (_, help_text) in _ACTIONS.items():
         add_repeated(group, f"--{name}-on", "SAE:FEATURE=THRESHOLD[UNIT]", help_text, parse=_condition)
-    add_repeated(group, "--policy", "NAME", "apply this policy whatever its target and rollout")
+    add_repeated(group, "--policy", "NAME", "apply this policy, whatever its rollout")
     group.add_argument("--conversation", metavar="ID", help="what a rollout by conversation goes by")
 
 

@@ -40,6 +40,8 @@ _CASES = """Prompts on which policies should fire, or should not, in a file of c
     quiet = ["calm/insult"]          # that must not
     finish = "feature"               # "stop", "length" or "feature"
     max_new_tokens = 40
+
+Needs the roles generate, observe and policy-read: without them receipts do not tell what fired.
 """
 _CASE_FIELDS: Final[Mapping[str, type]] = {
     "prompt": str,
