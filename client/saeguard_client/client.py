@@ -125,7 +125,7 @@ class Client:
             triggers: what to do when features fire. With any, the completion has a receipt.
             policies: names of policies that shall apply whether or not their rollout chooses this request; to name
                 those that are not aimed at the caller needs the role policy-read.
-            conversation: what a policy's rollout by conversation hashes; that of the caller's token, where it tells one.
+            conversation: what a policy's rollout by conversation hashes; that of the caller's token, if it has one.
             min_policy_activation: the oldest activation of policies that may decide; waited for until the deadline.
             check_receipt: raise ReceiptMismatch where the receipt does not tell of all the edits, triggers and
                 policies of the request.

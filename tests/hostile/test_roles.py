@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
 import time
@@ -29,6 +30,7 @@ from saeguard_client import (
     Scope,
     Term,
     Trigger,
+    Unavailable,
     Zero,
 )
 from saeguard_server.app import ASSETS, App
@@ -109,7 +111,7 @@ async def served_to(folder: Path, **engine: Any) -> AsyncIterator[Served]:
     tokens = JwtSettings(issuer=ISSUER, audience=AUDIENCE, jwks=str(folder / "jwks.json"), conversation_claim="sid")
     settings: dict[str, Any] = {
         "identity": IdentitySettings(api_keys=str(folder / "keys.json"), jwt=tokens),
-        "policies": PolicySettings(store=f"directory:{folder / 'policies'}"),
+        "policies": PolicySettings(store=f"directory:{folder / 'policies'}", poll_s=0.1),
         "check": CheckSettings(enabled=False),
         "engine": EngineSettings(max_slots=4, **engine),
     }
@@ -251,6 +253,26 @@ async def test_names_of_policies_cannot_be_probed(served: Served, outcome: Outco
             taken.append(time.perf_counter() - began)
     known, unknown = (statistics.median(taken) * 1000 for taken in times.values())
     outcome("probing policies' names", "one answer", f"1 answer to 7 names; {known:.2f} against {unknown:.2f} ms")
+
+
+async def test_what_cannot_be_enforced_is_not_told_to_callers(served: Served, tmp_path: Path) -> None:
+    """Nothing is served, readings from which something may be withheld neither; and why not, is for the log."""
+    broken = "name: project-x\nmode: enforce\nrules: [{name: hidden, sae: resid4, feature: 999999, zero: true}]\n"
+    (tmp_path / "policies" / "next.yaml").write_text(broken)
+    observer = served.callers["observer"]
+    asked = (
+        lambda: observer.generate(PROMPT, max_new_tokens=1),
+        lambda: observer.activations(PROMPT, features=[OTHER]),
+    )
+    for ask in asked:
+        async with asyncio.timeout(20):
+            with pytest.raises(Unavailable, match="cannot be applied here") as caught:
+                while True:
+                    await ask()
+                    await asyncio.sleep(0.05)
+        assert caught.value.reason == "POLICIES_UNAVAILABLE"
+        assert not any(word in caught.value.message for word in ("project-x", "hidden", "999999"))
+    assert await served.callers["auditor"].activations(PROMPT, features=[OTHER])
 
 
 async def test_a_rules_values_cannot_be_guessed_from_a_digest(served: Served) -> None:
