@@ -6,7 +6,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,21 +255,24 @@ async def test_names_of_policies_cannot_be_probed(served: Served, outcome: Outco
     outcome("probing policies' names", "one answer", f"1 answer to 7 names; {known:.2f} against {unknown:.2f} ms")
 
 
+async def until_refused(ask: Callable[[], Awaitable[object]]) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            await ask()
+            await asyncio.sleep(0.05)
+
+
 async def test_what_cannot_be_enforced_is_not_told_to_callers(served: Served, tmp_path: Path) -> None:
     """Nothing is served, readings from which something may be withheld neither; and why not, is for the log."""
     broken = "name: project-x\nmode: enforce\nrules: [{name: hidden, sae: resid4, feature: 999999, zero: true}]\n"
     (tmp_path / "policies" / "next.yaml").write_text(broken)
     observer = served.callers["observer"]
-    asked = (
+    for ask in (
         lambda: observer.generate(PROMPT, max_new_tokens=1),
         lambda: observer.activations(PROMPT, features=[OTHER]),
-    )
-    for ask in asked:
-        async with asyncio.timeout(20):
-            with pytest.raises(Unavailable, match="cannot be applied here") as caught:
-                while True:
-                    await ask()
-                    await asyncio.sleep(0.05)
+    ):
+        with pytest.raises(Unavailable, match="cannot be applied here") as caught:
+            await until_refused(ask)
         assert caught.value.reason == "POLICIES_UNAVAILABLE"
         assert not any(word in caught.value.message for word in ("project-x", "hidden", "999999"))
     assert await served.callers["auditor"].activations(PROMPT, features=[OTHER])
