@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 
@@ -25,7 +25,7 @@ from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy import disclosure
-from saeguard_server.policy.disclosure import Disclosure, Withheld
+from saeguard_server.policy.disclosure import NOTHING_WITHHELD, Disclosure, Withheld
 from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.settings import LimitSettings
@@ -54,7 +54,7 @@ class CompiledRequest:
     """Whether a policy wants it to fail when it cannot be recorded."""
     counterfactual: tuple[tuple[str, float], ...] = ()
     """Policies to be measured, and on which share of the requests."""
-    withheld: Withheld = field(default_factory=dict)
+    withheld: Withheld = NOTHING_WITHHELD
     """Features of whose values its caller is told nothing."""
 
     @property
@@ -405,7 +405,7 @@ class ReadActivations:
         async with self._admission.request(call.caller, request) as admitted:
             withheld = self._withheld(call)
             disclosure.check_withheld(request, withheld)
-            hidden = {name: tuple(sorted(ref.feature for ref in withheld if ref.sae == name)) for name in request.saes}
+            hidden = {name: withheld.of_sae(name) for name in request.saes}
             tasks = await asyncio.to_thread(self._compile, request, call, hidden)
             admitted.tokens.reserve(sum(len(task.tokens) for task in tasks))
             for task in tasks:
@@ -417,7 +417,7 @@ class ReadActivations:
 
     def _withheld(self, call: Call) -> Withheld:
         if self._policies is None or call.caller.may(Role.POLICY_READ):
-            return {}
+            return NOTHING_WITHHELD
         return disclosure.withheld_from(call.caller, self._policies.current(), datetime.now(UTC))
 
     def _compile(

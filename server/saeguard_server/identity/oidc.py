@@ -106,13 +106,12 @@ class JwtAuthenticator:
     def _conversation(self, claims: Mapping[str, Any]) -> str | None:
         if (path := self._settings.conversation_claim) is None:
             return None
-        conversation = _claim(claims, path)
-        if conversation is None:
+        value = _claim(claims, path)
+        if value is None:
             return ""
-        is_text = isinstance(conversation, str) and conversation.isprintable()
-        if not is_text or not 0 < len(conversation) <= MAX_CONVERSATION_CHARS:
-            raise _refused(f"its claim {path} is no conversation of 1 to {MAX_CONVERSATION_CHARS} characters")
-        return conversation
+        if isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_CONVERSATION_CHARS:
+            return value
+        raise _refused(f"its claim {path} is no conversation of 1 to {MAX_CONVERSATION_CHARS} characters")
 
 
 def _header(token: str) -> Mapping[str, Any]:

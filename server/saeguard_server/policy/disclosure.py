@@ -5,10 +5,9 @@ from __future__ import annotations
 import hmac
 import secrets
 from array import array
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TypeAlias
+from typing import Final
 
 import numpy as np
 
@@ -19,11 +18,24 @@ from saeguard_server.admission import named_features
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Origin, Steering
 from saeguard_server.errors import PolicyRefusal
-from saeguard_server.policy.resolve import is_aimed_at, is_over
+from saeguard_server.policy.resolve import acts_on
 from saeguard_server.policy.snapshot import Snapshot
 
-Withheld: TypeAlias = Mapping[FeatureRef, str]
-"""Features, and a policy that withholds each."""
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """Features of whose values a caller is told nothing, by the policy that withholds them."""
+
+    by_policy: tuple[tuple[str, frozenset[FeatureRef]], ...] = ()
+
+    def policy(self, ref: FeatureRef) -> str | None:
+        return next((name for name, refs in self.by_policy if ref in refs), None)
+
+    def of_sae(self, sae: str) -> tuple[int, ...]:
+        return tuple(sorted({ref.feature for _, refs in self.by_policy for ref in refs if ref.sae == sae}))
+
+
+NOTHING_WITHHELD: Final = Withheld()
 
 
 def withheld_from(caller: Caller, snapshot: Snapshot, now: datetime) -> Withheld:
@@ -32,24 +44,17 @@ def withheld_from(caller: Caller, snapshot: Snapshot, now: datetime) -> Withheld
     Nothing is withheld from those with the role policy-read.
     """
     if caller.may(Role.POLICY_READ):
-        return {}
+        return NOTHING_WITHHELD
     model = snapshot.engine.model.name
-    return {
-        ref: name
-        for name, (policy, _, _) in snapshot.ready.items()
-        if policy.limits.withheld_features and policy.mode == "enforce"
-        if not is_over(policy, now) and is_aimed_at(policy.target, caller, model)
-        for ref in policy.limits.withheld_features
-    }
+    withheld = snapshot.withheld.items()
+    return Withheld(tuple(item for item in withheld if acts_on(snapshot.policies[item[0]], caller, model, now)))
 
 
 def check_withheld(request: GenerateRequest | ActivationRequest, withheld: Withheld) -> None:
     """Raises PolicyRefusal: a feature that is withheld is edited, watched, read by name or in a condition."""
-    if not withheld:
-        return
-    for field, ref in named_features(request):
-        if ref in withheld:
-            raise PolicyRefusal(field, f"feature {ref.feature} of {ref.sae!r} is withheld", policy=withheld[ref])
+    for field, ref in named_features(request) if withheld.by_policy else ():
+        if (policy := withheld.policy(ref)) is not None:
+            raise PolicyRefusal(field, f"feature {ref.feature} of {ref.sae!r} is withheld", policy=policy)
 
 
 # --- activations
@@ -134,12 +139,12 @@ class _Hidden:
         self._is_all, self._steering, self._withheld = not caller.may(Role.OBSERVE), steering, withheld
 
     def holds(self, condition: CompiledCondition) -> bool:
-        return self._is_all or any(FeatureRef(sae, feature) in self._withheld for sae, feature, _ in condition.terms)
+        return self._is_all or any(map(self._withheld.policy, (FeatureRef(*term[:2]) for term in condition.terms)))
 
     def holds_edit(self, edit: CompiledEdit) -> bool:
         number = edit.condition_number
         depends = number is not None and self.holds(self._steering.conditions[number])
-        return self._is_all or depends or edit.ref in self._withheld
+        return self._is_all or depends or self._withheld.policy(edit.ref) is not None
 
 
 def _unmeasured(entry: InterventionReceipt) -> InterventionReceipt:

@@ -80,7 +80,7 @@ def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now
     return tuple(
         name
         for name, (policy, _, _) in snapshot.ready.items()
-        if not is_over(policy, now)
+        if not _is_over(policy, now)
         and (
             name in request.policies
             or (is_aimed_at(policy.target, caller, model) and rules.is_chosen(policy, caller.name, conversation))
@@ -92,7 +92,7 @@ def _check_named(name: str, field: str, caller: Caller, snapshot: Snapshot, now:
     """Whoever asks for a policy must not get silently less; whoever may not read policies learns no other's name."""
     if not caller.may(Role.POLICY_READ):
         policy = snapshot.ready[name].policy if name in snapshot.ready else None
-        if policy is None or not _is_enforced_on(policy, caller, snapshot.engine.model.name, now):
+        if policy is None or not acts_on(policy, caller, snapshot.engine.model.name, now):
             what = f"no policy {name!r} is enforced and aimed at {caller.name}"
             raise UnknownName(field, f"{what}; naming others needs the role {Role.POLICY_READ.value}")
         return
@@ -101,17 +101,18 @@ def _check_named(name: str, field: str, caller: Caller, snapshot: Snapshot, now:
     policy = snapshot.policies[name]
     if policy.mode == "off":
         raise InvalidRequest(field, f"{name!r} is off")
-    if is_over(policy, now):
+    if _is_over(policy, now):
         raise InvalidRequest(field, f"{name!r} has expired")
     if name not in snapshot.ready:
         raise InvalidRequest(field, f"{name!r} is for other models")
 
 
-def _is_enforced_on(policy: Policy, caller: Caller, model: str, now: datetime) -> bool:
-    return policy.mode == "enforce" and not is_over(policy, now) and is_aimed_at(policy.target, caller, model)
+def acts_on(policy: Policy, caller: Caller, model: str, now: datetime) -> bool:
+    """Whether it is enforced on the caller's requests, as far as its rollout goes."""
+    return policy.mode == "enforce" and not _is_over(policy, now) and is_aimed_at(policy.target, caller, model)
 
 
-def is_over(policy: Policy, now: datetime) -> bool:
+def _is_over(policy: Policy, now: datetime) -> bool:
     return policy.expires is not None and policy.expires <= now
 
 

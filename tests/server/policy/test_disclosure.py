@@ -29,7 +29,14 @@ from saeguard_sae.edits import Affine
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Origin, Steering
 from saeguard_server.errors import PolicyRefusal
-from saeguard_server.policy.disclosure import Disclosure, check_withheld, widened, withheld_from, without_withheld
+from saeguard_server.policy.disclosure import (
+    Disclosure,
+    Withheld,
+    check_withheld,
+    widened,
+    withheld_from,
+    without_withheld,
+)
 from saeguard_server.policy.model import PolicyLimits, Rollout, Target
 from support.policy_shapes import NOW, policy, rule
 from support.resolving import BOT, READER, InForce
@@ -44,10 +51,17 @@ def when(*numbers: int) -> Condition:
 
 def test_a_feature_is_withheld_from_those_at_whom_the_policy_is_aimed(in_force: InForce) -> None:
     snapshot = in_force(policy("a", limits=LIMITS, target=Target(callers=("bot",))))
-    assert withheld_from(BOT, snapshot, NOW) == {SECRET: "a"}
-    assert not withheld_from(replace(BOT, name="human"), snapshot, NOW)
-    assert not withheld_from(READER, snapshot, NOW)
-    assert not withheld_from(Caller("bot", frozenset({Role.ADMIN})), snapshot, NOW)
+    assert withheld_from(BOT, snapshot, NOW) == Withheld((("a", frozenset({SECRET})),))
+    assert withheld_from(replace(BOT, name="human"), snapshot, NOW) == Withheld()
+    assert withheld_from(READER, snapshot, NOW) == Withheld()
+    assert withheld_from(Caller("bot", frozenset({Role.ADMIN})), snapshot, NOW) == Withheld()
+
+
+def test_the_same_weights_under_another_name_are_withheld_too(served: Any, in_force: InForce) -> None:
+    served.saes = {**served.saes, "alias": replace(served.saes["mid"], name="alias")}
+    withheld = withheld_from(BOT, in_force(policy("a", limits=LIMITS)), NOW)
+    assert withheld.of_sae("alias") == withheld.of_sae("mid") == (3,)
+    assert all(withheld.of_sae(name) == () for name in served.saes.keys() - {"alias", "mid"})
 
 
 @pytest.mark.parametrize(
@@ -65,7 +79,7 @@ def test_a_feature_is_withheld_from_those_at_whom_the_policy_is_aimed(in_force: 
 def test_while_the_policy_is_enforced_whatever_its_share(
     more: dict[str, Any], is_withheld: bool, in_force: InForce
 ) -> None:
-    assert bool(withheld_from(BOT, in_force(policy("a", limits=LIMITS, **more)), NOW)) == is_withheld
+    assert bool(withheld_from(BOT, in_force(policy("a", limits=LIMITS, **more)), NOW).by_policy) == is_withheld
 
 
 @pytest.mark.parametrize(
@@ -93,9 +107,9 @@ def test_while_the_policy_is_enforced_whatever_its_share(
 )
 def test_nobody_names_a_withheld_feature(field: str, request_: Any) -> None:
     with pytest.raises(PolicyRefusal, match="policy 'a' does not allow it: feature 3 of 'mid' is withheld") as caught:
-        check_withheld(request_, {SECRET: "a"})
+        check_withheld(request_, Withheld((("b", frozenset()), ("a", frozenset({SECRET})))))
     assert caught.value.field == field
-    check_withheld(request_, {FeatureRef("mid", 9): "a", FeatureRef("other", 3): "a"})
+    check_withheld(request_, Withheld((("a", frozenset({FeatureRef("mid", 9), FeatureRef("other", 3)})),)))
 
 
 rows = st.lists(st.dictionaries(st.integers(0, 9), st.floats(0.5, 9, width=32), max_size=8), min_size=1, max_size=5)
@@ -159,7 +173,7 @@ def caller(*roles: Role) -> Caller:
 
 
 def told(caller: Caller, withheld: tuple[FeatureRef, ...] = (), done: Completion = DONE) -> Completion:
-    return Disclosure().of(done, caller, STEERING, dict.fromkeys(withheld, "a"))
+    return Disclosure().of(done, caller, STEERING, Withheld((("a", frozenset(withheld)),)))
 
 
 def measured(done: Completion) -> list[bool]:
@@ -194,19 +208,19 @@ def test_without_policy_read_nothing_is_told_of_shadows_nor_a_digest_that_rules_
     assert done.policy == PolicyFacts(1, 2, ("a",), ())
     digest, disclosure = done.receipt.steering_digest, Disclosure()
     assert len(digest) == 64
-    again = [disclosure.of(DONE, caller(Role.GENERATE), STEERING, {}).receipt for _ in range(2)]
+    again = [disclosure.of(DONE, caller(Role.GENERATE), STEERING, Withheld()).receipt for _ in range(2)]
     assert again[0] == again[1]
     assert again[0] is not None
     assert again[0].steering_digest != digest, "another server's key"
     own = Steering(STEERING.edits[3:], digest="x")
     alone = replace(DONE, receipt=replace(DONE.receipt, interventions=DONE.receipt.interventions[3:], triggers=()))  # type: ignore[type-var]
-    assert disclosure.of(alone, caller(Role.STEER), own, {}).receipt.steering_digest == "x"  # type: ignore[union-attr]
+    assert disclosure.of(alone, caller(Role.STEER), own, Withheld()).receipt.steering_digest == "x"  # type: ignore[union-attr]
 
 
 def test_a_request_with_shadows_alone_has_no_receipt_for_who_may_not_know() -> None:
     shadow = Steering(STEERING.edits[2:3], digest="x")
     done = replace(DONE, receipt=Receipt("m", "x", (entry(STEERING.edits[2]),), 4))
-    assert Disclosure().of(done, caller(Role.OBSERVE), shadow, {}).receipt is None
+    assert Disclosure().of(done, caller(Role.OBSERVE), shadow, Withheld()).receipt is None
 
 
 @pytest.mark.parametrize(
