@@ -83,6 +83,7 @@ ROLES = {
     "writer": (Role.GENERATE,),
     "steerer": (Role.GENERATE, Role.STEER),
     "observer": (Role.GENERATE, Role.STEER, Role.OBSERVE),
+    "reader": (Role.GENERATE, Role.STEER, Role.OBSERVE),
     "auditor": (Role.GENERATE, Role.STEER, Role.OBSERVE, Role.POLICY_READ),
     "comparer": (Role.GENERATE, Role.POLICY_WRITE),
     "other": (Role.GENERATE,),
@@ -156,7 +157,7 @@ async def test_values_are_for_observers(served: Served, outcome: Outcome) -> Non
         with pytest.raises(PermissionDenied, match="needs the role observe"):
             async for _ in served.callers["steerer"].generate_stream(PROMPT, max_new_tokens=2, **asked):
                 pass
-        assert (await served.callers["observer"].generate(PROMPT, max_new_tokens=2, **asked)).tokens
+        assert (await served.callers["reader"].generate(PROMPT, max_new_tokens=2, **asked)).tokens
     with pytest.raises(PermissionDenied, match="needs the role observe"):
         await served.callers["writer"].generate(PROMPT, watch=[OTHER], max_new_tokens=2)
     # One token at a time under an edit that changes nothing, the receipt would be the reading.

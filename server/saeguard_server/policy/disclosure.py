@@ -78,9 +78,9 @@ def without_withheld(part: ActivationPart, hidden: tuple[int, ...], selection: S
     ends = np.concatenate(([0], np.cumsum(keep)))[indptr]
     return replace(
         part,
-        indptr=array("q", ends.tolist()),
-        indices=array("I", indices[keep].tolist()),
-        values=array("f", values[keep].tolist()),
+        indptr=array("q", ends.astype(np.int64).tobytes()),
+        indices=array("I", indices[keep].tobytes()),
+        values=array("f", values[keep].tobytes()),
         withheld=hidden,
     )
 
