@@ -49,12 +49,14 @@ class Admission:
         """Around everything that is done for a request.
 
         Raises:
-            PermissionDenied: it steers, and the caller may not.
+            PermissionDenied: it steers or writes special tokens, and the caller may not.
             QuotaExceeded: it names too many features, or too many of the caller's requests run.
         """
         triggers = request.triggers if isinstance(request, GenerateRequest) else ()
         if request.interventions or triggers:
             auth.check_role(caller, Role.STEER, "a request with interventions or triggers")
+        if request.parse_special_tokens:
+            auth.check_role(caller, Role.SPECIAL_TOKENS, "a request with parse_special_tokens")
         with self._quotas.request(caller, len(named_features(request))) as tokens:
             async with AsyncExitStack() as place:
                 yield AdmittedRequest(tokens, self.turns, caller, place)

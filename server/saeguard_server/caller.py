@@ -25,6 +25,8 @@ class Role(StrEnum):
     """Read activations and the catalogue."""
     STEER = "steer"
     """Send interventions and triggers of its own, on top of generate or observe."""
+    SPECIAL_TOKENS = "special-tokens"
+    """Write special tokens: as text that is parsed for them, or as token ids."""
     POLICY_READ = "policy-read"
     POLICY_WRITE = "policy-write"
     POLICY_APPROVE = "policy-approve"
