@@ -167,8 +167,8 @@ class _ReceiptCheck:
         entries: list[tuple[str, InterventionReceipt | TriggerReceipt]] = [*edits, *triggers]
         for field, entry in entries:
             self._check_policy(field, entry)
-        for field, told, edit in self._match_edits(edits):
-            self._check_edit(field, told, edit)
+        for field, entry_of_edit, edit in self._match_edits(edits):
+            self._check_edit(field, entry_of_edit, edit)
         self._check_triggers(triggers)
         self._check_stop()
 

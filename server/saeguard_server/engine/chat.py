@@ -40,8 +40,8 @@ class ChatTemplate:
 
     A template is a program: it may trim contents, change their case, cut them at markers, repeat them. It runs twice,
     with the contents and with marked ones, and both results must agree character by character. What a template has to
-    recognise is left unmarked in a second and a third attempt: blanks around a content, then strings that the template
-    names. None of them can be a part of a special token, so that what is unmarked never makes one.
+    recognise is left unmarked in a second and a third attempt: blanks, then also strings that the template names. None
+    of them can be a part of a special token, so that what is unmarked never makes one.
 
     Args:
         special: the strings of special tokens.
@@ -55,7 +55,7 @@ class ChatTemplate:
         """Raises FieldError: the template refuses the messages, or its parts and theirs cannot be told apart."""
         contents = [message.content for message in prompt.messages]
         text = self._layout(prompt, contents)
-        for pattern in (None, re.compile(rf"\A{self._blank}+|{self._blank}+\Z"), self._recognised):
+        for pattern in (None, re.compile(f"{self._blank}+"), self._recognised):
             marks = {plane: _Marks(plane) for plane in (CONTENT, ASSISTANT)}
             marked = [
                 _mark(message.content, marks[ASSISTANT if message.role == "assistant" else CONTENT], pattern)
@@ -96,7 +96,9 @@ class ChatTemplate:
         for letter in map(chr, (*range(0xD800), *range(0xFB00, 0xFB18))):
             if not _is_single(letter) and not any(name.upper() in letter.upper() for name in self._special):
                 free.add(letter)
-        return re.compile("|".join([*map(re.escape, sorted(free, key=len, reverse=True)), self._blank]))
+        longest_first = sorted((text for text in free if len(text) > 1), key=len, reverse=True)
+        letters = re.escape("".join(sorted(text for text in free if len(text) == 1)))
+        return re.compile("|".join([*map(re.escape, longest_first), f"[{letters}]", self._blank]))
 
     def _layout(self, prompt: ChatInput, contents: list[str]) -> str:
         messages = [
