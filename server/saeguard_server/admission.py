@@ -48,7 +48,7 @@ class Admission:
         """Around everything that is done for a request.
 
         Raises:
-            PermissionDenied: it steers or reads features, and the caller may not.
+            PermissionDenied: it steers, reads features or writes special tokens, and the caller may not.
             InvalidRequest: it names a conversation, and the caller's token another or none.
             QuotaExceeded: it names too many features, or too many of the caller's requests run.
         """
@@ -60,6 +60,8 @@ class Admission:
             auth.check_role(caller, Role.STEER, "a request with interventions or triggers")
         if _reads_features(request):
             auth.check_role(caller, Role.OBSERVE, "a request that watches features or has conditions on them")
+        if request.parse_special_tokens:
+            auth.check_role(caller, Role.SPECIAL_TOKENS, "a request with parse_special_tokens")
         with self._quotas.request(caller, len({ref for _, ref in named_features(request)})) as tokens:
             async with AsyncExitStack() as place:
                 yield AdmittedRequest(tokens, self.turns, caller, place)

@@ -25,6 +25,8 @@ class Role(StrEnum):
     """Learn values of features: activations, what is watched, conditions, what receipts measured; and the catalogue."""
     STEER = "steer"
     """Send interventions of its own, on top of generate or observe; triggers with both."""
+    SPECIAL_TOKENS = "special-tokens"
+    """Write special tokens: as text that is parsed for them, or as token ids."""
     POLICY_READ = "policy-read"
     """Read policies, name any of them in a request, and what they withhold or do in shadow."""
     POLICY_WRITE = "policy-write"

@@ -160,7 +160,9 @@ class Generation:
         for index, ref in enumerate(request.watch):
             steering.find_watchable(self._engine, ref, f"watch[{index}]")
         context = self._engine.model.max_context
-        tokens = encode_input(self._tokenizer, request.input, context - 1).ids
+        tokens = encode_input(
+            self._tokenizer, request.input, context - 1, parse_special_tokens=request.parse_special_tokens
+        ).ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         seed = request.sampling.seed
         task = GenerateTask(
@@ -426,7 +428,10 @@ class ReadActivations:
         selections = self._selections(request, hidden)
         tasks = []
         for index, input in enumerate(request.inputs):
-            encoded = encode_input(self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].")
+            encoded = encode_input(
+                self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].",
+                parse_special_tokens=request.parse_special_tokens,
+            )  # fmt: skip
             tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
             placed = steering.compile_steering(self._engine, request.interventions, None, tokens)
             tasks.append(

@@ -59,6 +59,7 @@ def add_generate(subparsers: argparse._SubParsersAction[Any]) -> None:
     ) as parser:
         parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - to read it from standard input")
         parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
+        parser.add_argument("--parse-special-tokens", action="store_true", help="special tokens in PROMPT are meant")
         parser.add_argument("--compare", action="store_true", help="show the unsteered text beside the steered one")
         watch = "with --json: also read this feature on every token (role observe); may be repeated"
         add_repeated(parser, "--watch", "SAE:FEATURE", watch, parse=FeatureRef.parse)
@@ -70,7 +71,7 @@ def add_generate(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run_generate(args: argparse.Namespace) -> int:
     arguments = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    arguments |= {"watch": args.watch, "max_relative_edit": args.max_relative_edit}
+    arguments |= {name: getattr(args, name) for name in ("watch", "max_relative_edit", "parse_special_tokens")}
     steer, prompt, enforced = steering(args), read_prompt(args.prompt, args.chat), _triggers_and_policies(args)
     if args.compare:
         if not steer:

@@ -31,10 +31,13 @@ class GetActivationsRequest(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """The largest activations of each token, at least 1; by magnitude where features can be negative."""
     threshold: _builtins.float
     """Every activation above this value; at least 0. Likewise."""
+    parse_special_tokens: _builtins.bool
+    """Of every input, as in GenerateRequest."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActivationInput]: ...
     @_builtins.property
@@ -60,10 +63,11 @@ class GetActivationsRequest(_message.Message):
         threshold: _builtins.float = ...,
         features: Global___FeatureSelection | None = ...,
         interventions: _abc.Iterable[_intervention_pb2.Intervention] | None = ...,
+        parse_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "inputs", b"inputs", "interventions", b"interventions", "saes", b"saes", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "inputs", b"inputs", "interventions", b"interventions", "parse_special_tokens", b"parse_special_tokens", "saes", b"saes", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_selection: _TypeAlias = _typing.Literal["top_k", "threshold", "features"]  # noqa: Y015
     _WhichOneofArgType_selection: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015

@@ -103,6 +103,7 @@ class GenerateRequest(_message.Message):
     POLICIES_FIELD_NUMBER: _builtins.int
     CONVERSATION_FIELD_NUMBER: _builtins.int
     MIN_POLICY_ACTIVATION_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_relative_edit: _builtins.float
     """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
@@ -110,6 +111,11 @@ class GenerateRequest(_message.Message):
     """What a rollout by conversation hashes; at most 256 characters. Where the caller's token says which it is, that or none."""
     min_policy_activation: _builtins.int
     """The oldest activation of policies that may decide about this request; waited for until the deadline."""
+    parse_special_tokens: _builtins.bool
+    """Special tokens that are written in `text`, or are among `tokens` behind those that the tokenizer puts first, are meant.
+    Otherwise text never becomes one, and such ids are refused. Needs the role special-tokens; not for `chat`, where only
+    the template writes any.
+    """
     @_builtins.property
     def chat(self) -> _input_pb2.ChatInput: ...
     @_builtins.property
@@ -150,10 +156,11 @@ class GenerateRequest(_message.Message):
         policies: _abc.Iterable[_builtins.str] | None = ...,
         conversation: _builtins.str = ...,
         min_policy_activation: _builtins.int | None = ...,
+        parse_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "input", b"input", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "conversation", b"conversation", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "policies", b"policies", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "triggers", b"triggers", "watch", b"watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "conversation", b"conversation", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "parse_special_tokens", b"parse_special_tokens", "policies", b"policies", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "triggers", b"triggers", "watch", b"watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_relative_edit: _TypeAlias = _typing.Literal["max_relative_edit"]  # noqa: Y015
     _WhichOneofArgType__max_relative_edit: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit"]  # noqa: Y015
