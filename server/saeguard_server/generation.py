@@ -37,8 +37,6 @@ DEADLINE_S = 60.0
 """Of a counterfactual."""
 IDLE_S = 0.2
 """How often it is looked whether the engine has time for one."""
-CANCELLED = "CANCELLED"
-"""Outcome of a request whose caller went away."""
 
 _log = logging.getLogger(__name__)
 
@@ -206,14 +204,18 @@ class RequestRecorder:
     async def request(
         self, request: GenerateRequest, call: Call, *, is_comparison: bool = False
     ) -> AsyncIterator[RecordedRequest]:
+        async with self.audited(request, call, is_comparison=is_comparison) as audit:
+            yield RecordedRequest(self, audit)
+
+    @asynccontextmanager
+    async def audited(
+        self, request: GenerateRequest | ActivationRequest, call: Call, *, is_comparison: bool = False
+    ) -> AsyncIterator[RequestAudit]:
         audit = self._audit.request(call, request, is_comparison=is_comparison)
         try:
-            yield RecordedRequest(self, audit)
-        except ServiceError as err:
-            audit.fail(err.reason)
-            raise
-        except BaseException:
-            audit.fail(CANCELLED)
+            yield audit
+        except BaseException as err:
+            audit.fail(err)
             raise
 
 
@@ -360,7 +362,7 @@ def without_policy(steering: Steering, policy: str) -> Steering:
 
 
 def _is_chosen(policy: str, request_id: str, share: float) -> bool:
-    """By a stable hash, so that a test and an investigation find the same requests."""
+    """By a stable hash of the server's own id, so that an investigation finds the same requests and nobody chooses."""
     digest = hashlib.blake2b(f"{policy} {request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
@@ -369,8 +371,16 @@ def _is_chosen(policy: str, request_id: str, share: float) -> bool:
 
 
 class ReadActivations:
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: LimitSettings, admission: Admission) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        limits: LimitSettings,
+        admission: Admission,
+        recorder: RequestRecorder | None = None,
+    ) -> None:
         self._engine, self._tokenizer, self._limits, self._admission = engine, tokenizer, limits, admission
+        self._recorder = recorder or RequestRecorder()
 
     async def stream(self, request: ActivationRequest, call: Call) -> AsyncGenerator[ActivationPart]:
         """Parts of whole tokens, input by input; everything is checked before the first is read.
@@ -380,15 +390,21 @@ class ReadActivations:
             PermissionDenied, QuotaExceeded: what this caller may not, before any work.
             DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
         """
-        async with self._admission.request(call.caller, request) as admitted:
+        async with (
+            self._recorder.audited(request, call) as audit,
+            self._admission.request(call.caller, request) as admitted,
+        ):
             tasks = await asyncio.to_thread(self._compile, request, call)
             admitted.tokens.reserve(sum(len(task.tokens) for task in tasks))
+            await audit.admit(None, None, required=False)
             for task in tasks:
                 await admitted.turn(len(task.tokens))
                 async with aclosing(self._engine.inspect(task)) as parts:
                     admitted.tokens.charge(len(task.tokens))
+                    audit.tokens_read += len(task.tokens)
                     async for part in parts:
                         yield part
+            await audit.finish_reading()
 
     def _compile(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
         selections = self._selections(request)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeAlias, get_args
 
@@ -47,8 +47,8 @@ class Target:
     models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("callers", "tags", "models"):
-            checks.store_texts(self, field)
+        for name in ("callers", "tags", "models"):
+            checks.store_texts(self, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,3 +174,5 @@ class PolicyRevision:
     author: str
     time: datetime
     reason: str
+    seal: str = field(default="", compare=False)
+    """Digest over its row in a database and all before; empty for files."""

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_server.audit.chain import START, AuditFolder, BrokenChain, Head, read_audit
+from saeguard_server.audit.chain import (
+    MAX_COUNTED,
+    OTHERS,
+    START,
+    AuditFolder,
+    BrokenChain,
+    CallCounts,
+    Head,
+    read_audit,
+    read_unwritten,
+)
 
 KEY = b"k" * 32
 RECORDS: list[dict[str, Any]] = [{"kind": "request", "caller": f"c{index}", "n": index} for index in range(12)]
@@ -122,3 +132,62 @@ def test_a_full_disk_leaves_the_chain_whole(tmp_path: Path, monkeypatch: pytest.
     audit.append(RECORDS[2:])
     audit.close()
     assert [record["n"] for record, _ in read_audit(tmp_path, None)] == list(range(12))
+
+
+class Disk:
+    """The calls with which a folder writes; each may fail as a disk does, a write after a part of the bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing = ""
+        self._real = {name: getattr(os, name) for name in ("write", "fsync", "ftruncate")}
+        for name in self._real:
+            monkeypatch.setattr(os, name, lambda *given, _name=name: self._call(_name, *given))
+
+    def _call(self, name: str, *given: Any) -> Any:
+        if name != self.failing:
+            return self._real[name](*given)
+        if name == "write":
+            self._real["write"](given[0], bytes(given[1])[:20])
+        raise OSError({"write": 28, "fsync": 5, "ftruncate": 30}[name], f"{name} failed")
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "ftruncate"])
+@pytest.mark.parametrize("max_bytes", [10**6, 600])
+def test_whatever_fails_the_chain_goes_on_also_over_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, max_bytes: int
+) -> None:
+    disk = Disk(monkeypatch)
+    audit = AuditFolder(tmp_path, key=None, max_bytes=max_bytes, sync=True)
+    for number in range(0, 12, 2):
+        disk.failing = call
+        with pytest.raises(OSError, match="failed"):
+            audit.append(RECORDS[number : number + 1])
+        disk.failing = ""
+        # Larger than what failed: a file may be left for the next one just now.
+        audit.append(RECORDS[number : number + 2])
+    audit.close()
+    assert [record["n"] for record, _ in read_audit(tmp_path, None)] == list(range(12))
+
+
+def test_how_many_are_unwritten_is_known_after_a_kill(tmp_path: Path) -> None:
+    audit = AuditFolder(tmp_path, key=None, max_bytes=10**6, sync=True)
+    audit.note_unwritten(1234)
+    assert read_unwritten(tmp_path) == 1234
+    audit.close()
+    again = AuditFolder(tmp_path, key=None, max_bytes=10**6, sync=True)
+    assert again.unwritten == 1234
+    again.close()
+
+
+def test_counts_of_unknown_peers_are_bounded() -> None:
+    counts = CallCounts()
+    for number in range(100_000):
+        counts.add("refused", "peer", f"10.{number % 10_000}.0/24", outcome="UNAUTHENTICATED")
+        counts.add("calls", "caller", "ann", method=f"/m{number % 3}")
+    records = counts.take()
+    refused = [record for record in records if record["kind"] == "refused"]
+    assert len(refused) == MAX_COUNTED["refused"] + 1
+    assert sum(record["calls"] for record in refused) == 100_000
+    assert max(refused, key=lambda record: record["calls"])["peer"] == OTHERS
+    assert [record["calls"] for record in records if record["kind"] == "calls"] == [33_334, 33_333, 33_333]
+    assert not counts.take()
