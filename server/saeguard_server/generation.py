@@ -235,6 +235,7 @@ class RecordedRequest:
         compiled = self._compiled
         assert compiled is not None, "it was admitted"
         self._answer += [token.id for token in chunk.tokens]
+        self._audit.tokens = len(self._answer)
         chunk = with_request_facts(chunk, compiled.task.call, compiled.policy)
         if chunk.completion is not None:
             await self._audit.finish(chunk.completion, compiled.task.tokens, self._answer)
@@ -401,7 +402,7 @@ class ReadActivations:
                 await admitted.turn(len(task.tokens))
                 async with aclosing(self._engine.inspect(task)) as parts:
                     admitted.tokens.charge(len(task.tokens))
-                    audit.tokens_read += len(task.tokens)
+                    audit.tokens += len(task.tokens)
                     async for part in parts:
                         yield part
             await audit.finish_reading()

@@ -292,8 +292,8 @@ class AuditWriter:
     want of room a record in the chain tells how many, also after a restart.
     """
 
-    def __init__(self, folder: AuditFolder, metrics: Metrics, counts: CallCounts | None = None) -> None:
-        self._folder, self._metrics, self._counts = folder, metrics, counts or CallCounts()
+    def __init__(self, folder: AuditFolder, metrics: Metrics) -> None:
+        self._folder, self._metrics, self.counts = folder, metrics, CallCounts()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: deque[_Job] = deque()
         self._waiting_bytes = 0
@@ -301,6 +301,14 @@ class AuditWriter:
         self._retry_at, self._counted_at = 0.0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
+
+    def note_refusal(self, record: dict[str, Any]) -> None:
+        """Of a call that did no work; beyond ``MAX_REFUSALS`` of its caller in a minute it is only counted."""
+        if self.counts.take_room(record["caller"]):
+            self.note(record)
+        else:
+            method = record.get("method", record["kind"])
+            self.counts.add("calls", "caller", record["caller"], method=method, outcome=record["outcome"])
 
     def note(self, record: dict[str, Any]) -> None:
         if self._jobs.qsize() < MAX_WAITING:
@@ -338,7 +346,7 @@ class AuditWriter:
             # While the disk fails they are counted on: one record later takes no more room than one now.
             if not is_open or (now >= self._counted_at + MINUTE_S and not self._waiting):
                 self._counted_at = now
-                jobs += [_Job(_stamped(record)) for record in self._counts.take()]
+                jobs += [_Job(_stamped(record)) for record in self.counts.take()]
             for job in jobs:
                 _measure(job)
             self._handle(jobs, is_last=not is_open)
@@ -453,10 +461,14 @@ MAX_COUNTED = {"calls": 4096, "refused": 64}
 """Records that a minute may make of each kind; what comes beyond is counted together as that of ``others``."""
 
 
+MAX_REFUSALS = 120
+"""Records of its own that a minute may make of one caller's refused calls."""
+
+
 class CallCounts:
     """Calls without a record of their own, counted by who called and how it ended until they are taken.
 
-    ``calls`` are reads of known callers, by ``caller``; ``refused`` are those that nobody is known to have made, by the
+    ``calls`` are those of known callers, by ``caller``; ``refused`` are those that nobody is known to have made, by the
     ``peer``'s network: an attacker with as many addresses as it likes fills neither memory nor disk.
     """
 
@@ -465,6 +477,13 @@ class CallCounts:
         self._since = _now()
         self._counts: dict[tuple[tuple[str, str], ...], int] = {}
         self._records: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+
+    def take_room(self, caller: str) -> bool:
+        """Whether a refusal of this caller gets a record of its own; asked once for each."""
+        with self._lock:
+            self._refusals[caller] += 1
+            return self._refusals[caller] <= MAX_REFUSALS
 
     def add(self, kind: str, who: str, name: str, **facts: str) -> None:
         """One more; ``name`` is that of whoever it was, and ``who`` says what it is the name of."""
@@ -481,5 +500,7 @@ class CallCounts:
         """A record for each kind of them, and counting begins again."""
         with self._lock:
             counts, since = self._counts, self._since
-            self._counts, self._records, self._since = {}, Counter(), _now()
+            self._counts, self._since = {}, _now()
+            self._records.clear()
+            self._refusals.clear()
         return [{**dict(key), "calls": count, "since": since} for key, count in counts.items()]

@@ -25,7 +25,7 @@ from cryptography.fernet import Fernet
 from saeguard.requests import ActivationRequest, GenerateRequest, ModelInput, Sampling
 from saeguard.results import Completion, InterventionReceipt, PolicyFacts, TriggerReceipt
 from saeguard.types import KINDS, Action, Apply, Condition, FeatureRef, Flag, Intervention, Scope, Stop, Trigger
-from saeguard_server.audit.chain import AuditFailed, AuditFolder, AuditWriter, BrokenChain, CallCounts
+from saeguard_server.audit.chain import AuditFailed, AuditFolder, AuditWriter, BrokenChain
 from saeguard_server.caller import NOBODY, Call
 from saeguard_server.errors import RETRY_S, RequestFieldError, ServiceError, Unavailable
 from saeguard_server.observe import Metrics
@@ -44,11 +44,9 @@ class Audit:
     """
 
     def __init__(
-        self, writer: AuditWriter | None = None, text: Redaction | None = None, *, required: bool = False,
-        counts: CallCounts | None = None,
-    ) -> None:  # fmt: skip
+        self, writer: AuditWriter | None = None, text: Redaction | None = None, *, required: bool = False
+    ) -> None:
         self._writer, self._text, self._required = writer, text, required
-        self._counts = counts or CallCounts()
         self._recorded: set[str] = set()
         """Ids of calls that have not ended and have a record, or will have one."""
 
@@ -64,8 +62,7 @@ class Audit:
             folder = AuditFolder(Path(settings.folder), key=key, max_bytes=limit, sync=settings.sync)
         except (OSError, ValueError, BrokenChain) as err:
             raise BadSettings(f"audit: {err}") from err
-        counts = CallCounts()
-        return cls(AuditWriter(folder, metrics, counts), text, required=settings.required, counts=counts)
+        return cls(AuditWriter(folder, metrics), text, required=settings.required)
 
     def request(
         self, call: Call, request: GenerateRequest | ActivationRequest, *, is_comparison: bool = False
@@ -130,12 +127,12 @@ class Audit:
             self._recorded.discard(call.request_id)
         elif call.caller is NOBODY:
             if error is not None:
-                self._counts.add("refused", "peer", peer_network(peer), outcome=error.reason)
+                self._writer.counts.add("refused", "peer", peer_network(peer), outcome=error.reason)
         elif error is None and outcome == "OK":
-            self._counts.add("calls", "caller", call.caller.name, method=method)
+            self._writer.counts.add("calls", "caller", call.caller.name, method=method)
         else:
             ended = {"outcome": outcome} if error is None else refusal_record(error)
-            self._writer.note({"kind": "call", **_who(call), "method": method, **ended})
+            self._writer.note_refusal({"kind": "call", **_who(call), "method": method, **ended})
 
     def close(self) -> None:
         if self._writer is not None:
@@ -148,10 +145,11 @@ class RequestAudit:
         text: Redaction | None, *, required: bool,
     ) -> None:  # fmt: skip
         self._writer, self._who, self._request, self._text, self._required = writer, who, request, text, required
-        self._facts: dict[str, Any] | None = None
-        self._is_over = False
-        self.tokens_read = 0
-        """Of activations, until now."""
+        self._facts: dict[str, Any] = {}
+        self._is_admitted = self._is_over = False
+        """Whether a record says that it was admitted, or how it ended."""
+        self.tokens = 0
+        """Read for activations, or generated, until now."""
 
     async def admit(self, facts: PolicyFacts | None, seed: int | None, *, required: bool) -> None:
         """Before any work on it, once it is known which policies decide.
@@ -167,11 +165,11 @@ class RequestAudit:
                 raise Unavailable("a policy requires an audit, and this server keeps none", RETRY_S)
             return
         self._required |= required
-        self._facts = {"asked": asked_record(self._request)}
         if isinstance(self._request, GenerateRequest):
-            self._facts |= {"policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
+            self._facts = {"policy": None if facts is None else msgspec.to_builtins(facts), "seed": seed}
         if self._required:
             await _write(self._writer, self._record("admitted"), is_droppable=True)
+            self._is_admitted = True
 
     async def finish(self, done: Completion, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Before the end of its answer is sent. Raises Unavailable: it must be audited, and that cannot be written."""
@@ -180,7 +178,7 @@ class RequestAudit:
 
     async def finish_reading(self) -> None:
         """As ``finish``, of activations."""
-        await self._finish({"outcome": DONE, "tokens": self.tokens_read})
+        await self._finish({"outcome": DONE, "tokens": self.tokens})
 
     async def _finish(self, outcome: dict[str, Any]) -> None:
         if self._writer is None:
@@ -197,17 +195,20 @@ class RequestAudit:
         if self._writer is None or self._is_over:
             return
         self._is_over = True
-        read = {"tokens": self.tokens_read} if self.tokens_read else {}
-        self._writer.note(self._record(self._kind) | refusal_record(error) | read)
+        record = self._record(self._kind) | refusal_record(error) | {"tokens": self.tokens}
+        # Of what was never answered, not all that somebody may have sent to fill the disk.
+        record["asked"] = excerpt(record["asked"])
+        if self.tokens or self._is_admitted:
+            self._writer.note(record)
+        else:
+            self._writer.note_refusal(record)
 
     @property
     def _kind(self) -> str:
         return "request" if isinstance(self._request, GenerateRequest) else "activations"
 
     def _record(self, kind: str) -> dict[str, Any]:
-        # Of a request that was refused before any work, not all that somebody may have sent to fill the disk.
-        facts = {"asked": excerpt(asked_record(self._request))} if self._facts is None else self._facts
-        return {"kind": kind, **self._who, **facts}
+        return {"kind": kind, **self._who, "asked": asked_record(self._request), **self._facts}
 
 
 async def _write(writer: AuditWriter, record: dict[str, Any], *, is_droppable: bool = False) -> None:
@@ -224,7 +225,7 @@ DONE = "done"
 CANCELLED = "CANCELLED"
 """Outcome of a request whose caller went away."""
 EXCERPT_BYTES = 2048
-"""About what a record holds of a request that was refused; it counts what it leaves out."""
+"""About what a record holds of a request that was not answered; it counts what it leaves out."""
 FIELD_BYTES = 256
 
 
@@ -322,6 +323,8 @@ def request_record(request: GenerateRequest) -> dict[str, Any]:
 
 def request_from_record(record: Mapping[str, Any], input: ModelInput) -> GenerateRequest:
     """The same request with the prompt put back. Raises ValueError: that is not what ``request_record`` gave."""
+    if "left_out" in record:
+        raise ValueError("the record of a request that was not answered holds only a part of it")
     try:
         return GenerateRequest(
             input=input,

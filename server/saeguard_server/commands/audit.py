@@ -214,7 +214,7 @@ class AuditSummary:
             if number in acts:
                 yield from _differences_of_act(kind, row, who, acts[number])
             elif intent := self._intent_of(kind, who, row["reason"]):
-                self._notes.append(f"{kind} {number} is in force or stored, its outcome has no record: {intent}")
+                self._notes.append(f"{kind} {number} is in the store, its outcome has no record: {intent}")
             elif row["time"] < self._first and number < min(acts, default=number + 1):
                 before += 1
             else:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from saeguard.requests import GenerateRequest, Sampling
 from saeguard.results import Completion, PolicyFacts, Timings, Usage
 from saeguard.types import Apply, Clamp, Condition, Term, Trigger
-from saeguard_server.audit.chain import AuditFailed, AuditWriter, CallCounts, read_audit
+from saeguard_server.audit.chain import MAX_REFUSALS, AuditFailed, AuditWriter, read_audit
 from saeguard_server.audit.log import Audit, EncryptedText, HashedText
 from saeguard_server.caller import LOCAL, NOBODY, Call
 from saeguard_server.errors import DeadlineExceeded, InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
@@ -257,7 +257,7 @@ async def test_an_act_goes_on_when_its_caller_goes_away(metrics: Metrics) -> Non
 
 async def test_each_call_has_one_record_or_is_counted(metrics: Metrics) -> None:
     disk = Disk()
-    one = Audit(AuditWriter(disk, metrics, counts := CallCounts()), counts=counts)
+    one = Audit(AuditWriter(disk, metrics))
     peer = "ipv6:%5B2001:db8:1:2::3%5D:5000"
     await serve(one)
     one.call_ended(CALL, "/generate", peer, "OK", None)
@@ -318,3 +318,27 @@ async def test_a_disk_that_hangs_fills_no_memory(metrics: Metrics, monkeypatch: 
     writer.close()
     told = [record["kind"] for record in disk.written]
     assert told.count("request") + sum(record.get("records", 0) for record in disk.written) == 5001
+
+
+@pytest.mark.parametrize("admitted", [False, True])
+async def test_one_caller_refused_without_end_fills_no_disk(metrics: Metrics, admitted: bool) -> None:
+    disk, calls = Disk(), 3000
+    one = Audit(AuditWriter(disk, metrics))
+    for number in range(calls):
+        call = Call(f"{number}", 0.0, LOCAL)
+        request = one.request(call, REQUEST)
+        if admitted:
+            # It is over before anything was generated.
+            await request.admit(FACTS, 5, required=False)
+        request.fail(asyncio.CancelledError())
+        one.call_ended(call, "/generate", "unix:", "CANCELLED", None)
+    answered = one.request(CALL, REQUEST)
+    await answered.admit(FACTS, 5, required=False)
+    answered.tokens = 3
+    answered.fail(asyncio.CancelledError())
+    one.close()
+    own = [told for told in disk.written if told["kind"] == "request"]
+    assert len(own) == MAX_REFUSALS + 1
+    assert (own[-1]["outcome"], own[-1]["tokens"]) == ("CANCELLED", 3)
+    (counted,) = (told for told in disk.written if told["kind"] == "calls")
+    assert (counted["caller"], counted["outcome"], counted["calls"]) == ("local", "CANCELLED", calls - MAX_REFUSALS)

@@ -23,6 +23,7 @@ from saeguard_server.audit.chain import (
     read_audit,
     read_unwritten,
 )
+from support.disks import ERRORS, FailingDisk
 
 KEY = b"k" * 32
 RECORDS: list[dict[str, Any]] = [{"kind": "request", "caller": f"c{index}", "n": index} for index in range(12)]
@@ -134,33 +135,16 @@ def test_a_full_disk_leaves_the_chain_whole(tmp_path: Path, monkeypatch: pytest.
     assert [record["n"] for record, _ in read_audit(tmp_path, None)] == list(range(12))
 
 
-class Disk:
-    """The calls with which a folder writes; each may fail as a disk does, a write after a part of the bytes."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.failing = ""
-        self._real = {name: getattr(os, name) for name in ("write", "fsync", "ftruncate")}
-        for name in self._real:
-            monkeypatch.setattr(os, name, lambda *given, _name=name: self._call(_name, *given))
-
-    def _call(self, name: str, *given: Any) -> Any:
-        if name != self.failing:
-            return self._real[name](*given)
-        if name == "write":
-            self._real["write"](given[0], bytes(given[1])[:20])
-        raise OSError({"write": 28, "fsync": 5, "ftruncate": 30}[name], f"{name} failed")
-
-
 @pytest.mark.parametrize("call", ["write", "fsync", "ftruncate"])
 @pytest.mark.parametrize("max_bytes", [10**6, 600])
 def test_whatever_fails_the_chain_goes_on_also_over_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, max_bytes: int
 ) -> None:
-    disk = Disk(monkeypatch)
+    disk = FailingDisk(monkeypatch)
     audit = AuditFolder(tmp_path, key=None, max_bytes=max_bytes, sync=True)
     for number in range(0, 12, 2):
         disk.failing = call
-        with pytest.raises(OSError, match="failed"):
+        with pytest.raises(OSError, match=os.strerror(ERRORS[call])):
             audit.append(RECORDS[number : number + 1])
         disk.failing = ""
         # Larger than what failed: a file may be left for the next one just now.

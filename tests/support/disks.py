@@ -1,0 +1,48 @@
+"""Disks that fail, under the audit alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from saeguard_server.audit import chain
+
+ERRORS = {"write": 28, "fsync": 5, "ftruncate": 30}
+"""ENOSPC after a part of the bytes, EIO when all are written, EROFS before any."""
+
+
+class FailingDisk:
+    """Stands for ``os`` where the audit writes; ``failing`` is the call that fails, or empty."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing = ""
+        self.after: Callable[[], None] = lambda: None
+        """Called after each write that was synced."""
+        monkeypatch.setattr(chain, "os", self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def write(self, file: int, data: memoryview) -> int:
+        if self.failing == "write":
+            os.write(file, data[:20])
+            self._fail("write")
+        return os.write(file, data)
+
+    def fsync(self, file: int) -> None:
+        if self.failing == "fsync":
+            self._fail("fsync")
+        os.fsync(file)
+        self.after()
+
+    def ftruncate(self, file: int, size: int) -> None:
+        if self.failing == "ftruncate":
+            self._fail("ftruncate")
+        os.ftruncate(file, size)
+
+    @staticmethod
+    def _fail(call: str) -> None:
+        raise OSError(ERRORS[call], os.strerror(ERRORS[call]))
