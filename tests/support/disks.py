@@ -15,7 +15,7 @@ ERRORS = {"write": 28, "fsync": 5, "ftruncate": 30}
 
 
 class FailingDisk:
-    """Stands for ``os`` where the audit writes; ``failing`` is the call that fails, or empty."""
+    """Stands for ``os`` where the audit writes; ``failing`` names the calls that fail; with "gone", after the first every one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failing = ""
@@ -27,22 +27,23 @@ class FailingDisk:
         return getattr(os, name)
 
     def write(self, file: int, data: memoryview) -> int:
-        if self.failing == "write":
+        if "write" in self.failing.split():
             os.write(file, data[:20])
             self._fail("write")
         return os.write(file, data)
 
     def fsync(self, file: int) -> None:
-        if self.failing == "fsync":
+        if "fsync" in self.failing.split():
             self._fail("fsync")
         os.fsync(file)
         self.after()
 
     def ftruncate(self, file: int, size: int) -> None:
-        if self.failing == "ftruncate":
+        if "ftruncate" in self.failing.split():
             self._fail("ftruncate")
         os.ftruncate(file, size)
 
-    @staticmethod
-    def _fail(call: str) -> None:
+    def _fail(self, call: str) -> None:
+        if "gone" in self.failing:
+            self.failing += " ftruncate"
         raise OSError(ERRORS[call], os.strerror(ERRORS[call]))

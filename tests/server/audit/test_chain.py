@@ -23,7 +23,7 @@ from saeguard_server.audit.chain import (
     read_audit,
     read_unwritten,
 )
-from support.disks import ERRORS, FailingDisk
+from support.disks import FailingDisk
 
 KEY = b"k" * 32
 RECORDS: list[dict[str, Any]] = [{"kind": "request", "caller": f"c{index}", "n": index} for index in range(12)]
@@ -135,16 +135,16 @@ def test_a_full_disk_leaves_the_chain_whole(tmp_path: Path, monkeypatch: pytest.
     assert [record["n"] for record, _ in read_audit(tmp_path, None)] == list(range(12))
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "ftruncate"])
+@pytest.mark.parametrize("calls", ["write", "fsync", "ftruncate", "write gone", "fsync gone"])
 @pytest.mark.parametrize("max_bytes", [10**6, 600])
 def test_whatever_fails_the_chain_goes_on_also_over_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, max_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: str, max_bytes: int
 ) -> None:
     disk = FailingDisk(monkeypatch)
     audit = AuditFolder(tmp_path, key=None, max_bytes=max_bytes, sync=True)
     for number in range(0, 12, 2):
-        disk.failing = call
-        with pytest.raises(OSError, match=os.strerror(ERRORS[call])):
+        disk.failing = calls
+        with pytest.raises(OSError, match=r"No space|error|Read-only"):
             audit.append(RECORDS[number : number + 1])
         disk.failing = ""
         # Larger than what failed: a file may be left for the next one just now.
