@@ -19,7 +19,7 @@ from saeguard_client import AsyncClient
 from saeguard_server.settings import AuditSettings, EngineSettings
 from support.served import serving_demo
 
-STREAMS, ROUNDS, NEW = 64, 7, 64
+STREAMS, ROUNDS, NEW = 64, 7, 48
 
 
 async def tokens_per_second(client: AsyncClient) -> float:

@@ -459,8 +459,6 @@ def _set(done: asyncio.Future[None], error: AuditFailed | None) -> None:
 OTHERS = "others"
 MAX_COUNTED = {"calls": 4096, "refused": 64}
 """Records that a minute may make of each kind; what comes beyond is counted together as that of ``others``."""
-
-
 MAX_REFUSALS = 120
 """Records of its own that a minute may make of one caller's refused calls."""
 

@@ -27,7 +27,7 @@ from saeguard.results import Completion, InterventionReceipt, PolicyFacts, Trigg
 from saeguard.types import KINDS, Action, Apply, Condition, FeatureRef, Flag, Intervention, Scope, Stop, Trigger
 from saeguard_server.audit.chain import AuditFailed, AuditFolder, AuditWriter, BrokenChain
 from saeguard_server.caller import NOBODY, Call
-from saeguard_server.errors import RETRY_S, RequestFieldError, ServiceError, Unavailable
+from saeguard_server.errors import RETRY_S, InternalFailure, RequestFieldError, ServiceError, Unavailable
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import AuditSettings, BadSettings
 
@@ -237,7 +237,7 @@ def _who(call: Call) -> dict[str, Any]:
 def refusal_record(error: BaseException) -> dict[str, Any]:
     """Reason, field and facts of an error; never its message, which quotes the caller."""
     if not isinstance(error, ServiceError):
-        return {"outcome": CANCELLED}
+        return {"outcome": InternalFailure.reason if isinstance(error, Exception) else CANCELLED}
     field = {"field": _cut(error.field, FIELD_BYTES)} if isinstance(error, RequestFieldError) else {}
     facts = {name: _cut(value, FIELD_BYTES) for name, value in error.facts.items()}
     return {"outcome": error.reason, **field, **({"facts": facts} if facts else {})}
