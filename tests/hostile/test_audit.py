@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -37,6 +35,7 @@ from saeguard_server.settings import AuditSettings, IdentitySettings, PolicySett
 from support.credentials import bearer, write_keys
 from support.disks import ERRORS, FailingDisk
 from support.served import serving_demo
+from support.server_process import server_process
 
 Outcome = Callable[[str, str, str], None]
 SUMMARY_BYTES = 500
@@ -336,34 +335,18 @@ async def test_who_writes_the_store_past_the_server_is_found(
     outcome("a policy store written past the server, replaced, altered", "audit verify tells", "3 of 3")
 
 
-@contextmanager
-def server_process(config: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server on the bundled model, and its address; killed at the end where it still runs."""
-    saeguard = "import sys; from saeguard_client.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", saeguard, "serve", "--config", str(config), "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen([*command, "--metrics-listen", ""], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        address = next(match[1] for line in process.stderr if (match := re.search(r'"address": "([^"]+)"', line)))
-        yield process, address
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_an_act_cut_off_by_a_kill_is_told(place: Place, capsys: pytest.CaptureFixture[str], outcome: Outcome) -> None:
-    config = place.path / "settings.toml"
-    config.write_text(f'[audit]\nfolder = "{place.audit}"\n[policies]\nstore = "{place.store}"\n')
-    with server_process(config) as (process, address), Client(address) as client:
+    tables = {"audit": {"folder": str(place.audit)}, "policies": {"store": place.store}}
+    with server_process(place.path, until="liveness", **tables) as server, Client(server.address) as client:
         client.apply_policies(document(1.0), etag="0", reason="because")
         # While somebody holds the store's lock, the act stands between its intent and its outcome.
         lock = sqlite3.connect(place.path / "policies.db", isolation_level=None)
         lock.execute("BEGIN IMMEDIATE")
         with pytest.raises(SaeguardError):
             client.activate_revision(1, expected_activation=0, reason="now", deadline_s=1.0)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        server.stop(signal.SIGKILL)
         lock.close()
+    config = place.path / f"{server.port}.toml"
     intent = next(record for record in place.records() if record.get("act") == "activate")
     for arguments in (["verify", "--folder", str(place.audit)], ["verify", "--config", str(config)]):
         assert main(["audit", *arguments]) == 0

@@ -15,7 +15,7 @@ ERRORS = {"write": 28, "fsync": 5, "ftruncate": 30}
 
 
 class FailingDisk:
-    """Stands for ``os`` where the audit writes; ``failing`` names the calls that fail; with "gone", after the first every one."""
+    """Stands for ``os`` where the audit writes; ``failing`` names the calls that fail, "gone" that none works after."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failing = ""
