@@ -22,7 +22,14 @@ from saeguard_server.audit.log import Audit, RequestAudit
 from saeguard_server.caller import Call
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, InspectTask, Side, Steering
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
-from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
+from saeguard_server.errors import (
+    DeadlineExceeded,
+    InternalFailure,
+    InvalidRequest,
+    NotConfigured,
+    ServiceError,
+    UnknownName,
+)
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
@@ -35,6 +42,8 @@ MAX_WAITING = 16
 """Counterfactuals that wait; further ones are not measured: traffic comes first."""
 DEADLINE_S = 60.0
 """Of a counterfactual."""
+ALMOST_OVER_S = 0.01
+"""What is cancelled so shortly before its deadline is cancelled for it: gRPC has a clock of its own."""
 IDLE_S = 0.2
 """How often it is looked whether the engine has time for one."""
 
@@ -215,7 +224,8 @@ class RequestRecorder:
         try:
             yield audit
         except BaseException as err:
-            audit.fail(err)
+            is_late = not isinstance(err, Exception) and time.monotonic() > call.deadline - ALMOST_OVER_S
+            audit.fail(DeadlineExceeded("cancelled at its deadline") if is_late else err)
             raise
 
 

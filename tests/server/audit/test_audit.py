@@ -20,6 +20,7 @@ from saeguard_server.audit.chain import MAX_REFUSALS, AuditFailed, AuditWriter, 
 from saeguard_server.audit.log import Audit, EncryptedText, HashedText
 from saeguard_server.caller import LOCAL, NOBODY, Call
 from saeguard_server.errors import DeadlineExceeded, InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
+from saeguard_server.generation import RequestRecorder
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import AuditSettings, BadSettings
 
@@ -82,6 +83,18 @@ async def test_a_failure_is_recorded_once(tmp_path: Path, metrics: Metrics) -> N
     request.fail(asyncio.CancelledError())
     one.close()
     assert [told["outcome"] for told in records(tmp_path)] == ["DEADLINE_EXCEEDED"]
+
+
+@pytest.mark.parametrize(("left_s", "outcome"), [(60.0, "CANCELLED"), (0.0, "DEADLINE_EXCEEDED")])
+async def test_a_request_cancelled_at_its_deadline_is_recorded_as_late(
+    tmp_path: Path, metrics: Metrics, left_s: float, outcome: str
+) -> None:
+    one = audit(tmp_path, metrics)
+    with pytest.raises(asyncio.CancelledError):
+        async with RequestRecorder(one).request(REQUEST, Call("r", time.monotonic() + left_s)):
+            raise asyncio.CancelledError
+    one.close()
+    assert [told["outcome"] for told in records(tmp_path)] == [outcome]
 
 
 async def test_text_is_hashed_or_sealed_by_choice(tmp_path: Path, metrics: Metrics) -> None:
