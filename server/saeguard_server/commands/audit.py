@@ -151,6 +151,7 @@ class AuditSummary:
         self._admitted: set[str] = set()
         self._unknown: dict[str, dict[str, Any]] = {}
         self._acts: dict[str, dict[int, dict[str, Any]]] = {"revision": {}, "activation": {}}
+        self._twice: list[tuple[str, dict[str, Any]]] = []
         self._notes: list[str] = []
 
     def add(self, record: dict[str, Any], head: str) -> None:
@@ -180,6 +181,7 @@ class AuditSummary:
             self._unknown.pop(request_id, None)
         # A write that changes nothing makes no revision.
         if outcome == "done" and record.get("policies", True):
+            self._twice += [(kind, record)] if record[kind] in self._acts[kind] else []
             self._acts[kind].setdefault(record[kind], record)
 
     def lines(self, folders: Sequence[Path]) -> Iterator[str]:
@@ -221,6 +223,8 @@ class AuditSummary:
                 yield f"{kind} {number} of {who} has no record: it was not made through a server of this audit"
         if before:
             self._notes.append(f"{before} {kind}s are older than the first record")
+        for record in [record for twice, record in self._twice if twice == kind]:
+            yield f"{kind} {record[kind]} was made twice, as in a store that went back: {_act_line(record)}"
         for number in sorted(acts.keys() - {row["number"] for row in rows}):
             yield f"{kind} {number} is not in the store, and was made: {_act_line(acts[number])}"
 
@@ -248,13 +252,14 @@ def _act_line(record: Mapping[str, Any]) -> str:
 
 def _of_call(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of a call by the server's id, else of all calls that their callers named so."""
-    named = {"own": [], "callers": []}  # type: dict[str, list[dict[str, Any]]]
+    own: list[dict[str, Any]] = []
+    callers: list[dict[str, Any]] = []
     for record, _ in _records(arguments):
         if record.get("request_id") == arguments.request_id:
-            named["own"].append(record)
+            own.append(record)
         elif record.get("client_request_id") == arguments.request_id:
-            named["callers"].append(record)
-    return named["own"] or named["callers"]
+            callers.append(record)
+    return own or callers
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -114,6 +114,7 @@ def test_intents_without_outcomes_are_told_until_the_store_tells(audited: Audite
     [
         ([WRITTEN, ACTIVATED], "revision 2 of ann has no record"),
         ([*OLD, record("policy", act="activate", activation=2, revision=1)], "activation 2 is not in the store"),
+        ([*OLD, WRITTEN], "revision 1 was made twice"),
         ([WRITTEN | {"caller": "eve"}, ACTIVATED, DELETED], "revision 1: caller 'ann' in the store, 'eve' in its"),
         ([WRITTEN | {"seal": "x"}, ACTIVATED, DELETED], "revision 1: seal"),
         ([WRITTEN, ACTIVATED | {"revision": 2}, DELETED], "activation 1: revision 1 in the store, 2 in its record"),
