@@ -435,6 +435,9 @@ class Completion(_message.Message):
     seed: _builtins.int
     """The seed that was used."""
     request_id: _builtins.str
+    """The server's own, under which its log and audit have the request; no two share one. What the caller sent as
+    x-request-id is beside it there, and comes back as x-client-request-id.
+    """
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property

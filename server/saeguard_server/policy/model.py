@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeAlias, get_args
 
@@ -47,8 +47,8 @@ class Target:
     models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("callers", "tags", "models"):
-            checks.store_texts(self, field)
+        for name in ("callers", "tags", "models"):
+            checks.store_texts(self, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +100,8 @@ class PolicyLimits:
         checks.store_texts(self, "denied_saes")
         if self.allowed_features is not None:
             checks.store_several(self, "allowed_features", FeatureRef, "a feature")
-        for field in ("denied_features", "withheld_features"):
-            checks.store_several(self, field, FeatureRef, "a feature")
+        for name in ("denied_features", "withheld_features"):
+            checks.store_several(self, name, FeatureRef, "a feature")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,3 +178,5 @@ class PolicyRevision:
     author: str
     time: datetime
     reason: str
+    seal: str = field(default="", compare=False)
+    """Digest over its row in a database and all before; empty for files."""
