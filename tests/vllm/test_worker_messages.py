@@ -16,7 +16,7 @@ from saeguard_server.errors import InternalFailure
 
 EDITS = (
     CompiledEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
-    CompiledEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
+    CompiledEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, stage=1),
 )
 
 

@@ -78,14 +78,14 @@ def compile_rule(policy: Policy, index: int, engine: Engine) -> CompiledEdit:
     """One of its rules; raises UnknownName, InvalidRequest."""
     rule, is_shadow = policy.rules[index], policy.mode == "shadow"
     origin = Origin(policy.name, rule.name)
-    return compile_edit(engine, rule.intervention, f"rules[{index}]", origin, is_shadow=is_shadow, is_limited=False)
+    return compile_edit(engine, rule.intervention, f"rules[{index}]", origin, is_shadow=is_shadow)
 
 
 def compile_policy_trigger(policy: Policy, index: int, engine: Engine) -> CompiledTrigger:
     """One of its triggers; raises UnknownName, InvalidRequest."""
     trigger, is_shadow = policy.triggers[index], policy.mode == "shadow"
     origin = Origin(policy.name, trigger.name)
-    return compile_trigger(engine, trigger, f"triggers[{index}]", origin, is_shadow=is_shadow, is_limited=False)
+    return compile_trigger(engine, trigger, f"triggers[{index}]", origin, is_shadow=is_shadow)
 
 
 def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], engine: Engine) -> EnforcedSteering:
@@ -253,7 +253,7 @@ class CombinedPolicies:
     """What is only counted."""
     shadow_triggers: tuple[CompiledTrigger, ...]
     limits: tuple[tuple[str, PolicyLimits], ...]
-    """What each enforced policy lets callers do, by the policy's name; those without limits are left out."""
+    """What each enforced policy lets callers do, by the policy's name."""
     max_relative_edit: float | None
     """The smallest of them."""
     facts: PolicyFacts
@@ -275,7 +275,7 @@ def select_policies(
     enforcing = [compiled for compiled in chosen if compiled.policy.mode == "enforce"]
     shadows = [compiled for compiled in chosen if compiled.policy.mode == "shadow"]
     policies = [compiled.policy for compiled in enforcing]
-    limits = tuple((policy.name, policy.limits) for policy in policies if policy.limits != PolicyLimits())
+    limits = tuple((policy.name, policy.limits) for policy in policies)
     return CombinedPolicies(
         enforced=combine(
             [edit for compiled in enforcing for edit in compiled.edits],
