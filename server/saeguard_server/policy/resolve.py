@@ -143,9 +143,19 @@ class _OwnSteering:
 
     def _change(self, edit: CompiledEdit) -> tuple[CompiledEdit, CompiledEdit | None] | None:
         """What ``allow_own_edit`` says. Raises PolicyRefusal: no rule is tightened, and not every policy allows it."""
-        change = rules.allow_own_edit(self._selected.enforced.by_feature.get(edit.ref, ()), edit, self._engine)
+        group = self._selected.enforced.by_feature.get(edit.ref, ())
+        change = rules.allow_own_edit(group, edit, self._engine)
+        # Their writers chose what the table lets callers make of these rules; for others it is an edit of the caller's.
+        writers = {rule.origin.policy for enforced in group for rule in enforced.rules}
+        removes = change is not None and rules.only_tightens_to_zero(*change)
         for policy, limits in self._selected.limits:
-            if limits.denies(edit.ref) or (change is None and not limits.allows(edit.ref)):
-                which = f"feature {edit.feature} of {edit.sae!r}, which its limits do not allow"
-                raise PolicyRefusal(f"{edit.field}.feature", f"callers may not edit {which}", policy=policy)
+            if change is None and not limits.allows(edit.ref):
+                problem = "callers may edit only what its limits allow"
+            elif change is not None and limits.denies(edit.ref):
+                problem = "its limits deny that feature"
+            elif change is not None and not removes and policy not in writers:
+                problem = "beside it callers may only bring the feature nearer to zero"
+            else:
+                continue
+            raise PolicyRefusal(f"{edit.field}.feature", problem, policy=policy)
         return change

@@ -21,6 +21,7 @@ from saeguard_server.policy.tighten import (
     already_meets,
     combine_effects,
     contains,
+    only_removes,
     strictness,
     token_overlap,
 )
@@ -143,6 +144,10 @@ def allow_own_edit(
             raise _refusal(edit, _refusing(enforced, edit), edit.kind, WEAKENS)
         return rule, rule if effect == effect_of(rule) else with_affine(engine, rule, effect.kind, effect.affine)
     return None
+
+
+def only_tightens_to_zero(rule: CompiledEdit, tighter: CompiledEdit | None) -> bool:
+    return tighter is None or only_removes(effect_of(rule), effect_of(tighter))
 
 
 def effect_of(edit: CompiledEdit) -> FeatureEffect:

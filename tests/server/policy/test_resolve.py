@@ -171,8 +171,11 @@ def test_rules_of_two_policies_are_kept_together(in_force: InForce) -> None:
         ("a", "twice", 3, "scale", Affine(alpha=2.0, hi=5.0)),
         ("b", "least", 2, "cap", Affine(hi=1.0)),
     ]
-    found = made(resolved(snapshot, Scale("mid", 3, 3.0)))
-    assert ("a", "twice", 3, "scale", Affine(alpha=3.0, hi=5.0)) in found
+    assert ("b", "least", 2, "zero", NONE) in made(resolved(snapshot, Zero("mid", 2)))
+    with pytest.raises(PolicyRefusal, match="policy 'c' does not allow it: beside it callers may only bring"):
+        resolved(snapshot, Scale("mid", 3, 3.0))
+    two = in_force(*(snapshot.policies[name] for name in "ab"))
+    assert ("a", "twice", 3, "scale", Affine(alpha=3.0, hi=5.0)) in made(resolved(two, Scale("mid", 3, 3.0)))
     with pytest.raises(PolicyRefusal, match="rule 'bound' of policy 'b'"):
         resolved(snapshot, Clamp("mid", 3, 6.0))
 
