@@ -22,7 +22,7 @@ HASHED_BY: tuple[HashBy, ...] = get_args(HashBy)
 
 MAX_RULES = 1024
 """Rules of one policy."""
-SAFE_RELATIVE_EDIT = 0.1
+SAFE_RELATIVE_EDIT = 0.02
 """``max_relative_edit`` up to which no search regained more than a fifth of what a policy suppresses, of the bundled
 model's French and flattery (``bench.policies.limits``)."""
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
