@@ -241,7 +241,8 @@ def steer(
             number = numbers[key]
         placed.append(in_place if number is None else replace(in_place, condition_number=number, condition=None))
     _check_disjoint(placed)
-    parts = sorted((part.digest, part.stage) for part in (*placed, *conditions[: len(triggers)]))
+    applied: list[CompiledEdit | CompiledCondition] = [*placed, *conditions[: len(triggers)]]
+    parts = sorted((part.digest, part.stage) for part in applied)
     digest = _digest([parts, max_relative_edit])
     return Steering(tuple(placed), inf if max_relative_edit is None else max_relative_edit, digest, tuple(conditions))
 

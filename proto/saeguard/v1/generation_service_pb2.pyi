@@ -105,7 +105,9 @@ class GenerateRequest(_message.Message):
     MIN_POLICY_ACTIVATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_relative_edit: _builtins.float
-    """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
+    """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt.
+    Where policies allow edits they set a smaller one.
+    """
     conversation: _builtins.str
     """What a rollout by conversation hashes; at most 256 characters."""
     min_policy_activation: _builtins.int

@@ -69,7 +69,7 @@ def guarded(core: Stepped, trigger: Trigger) -> CompiledTrigger:
 
 
 def test_own_edits_come_first_then_rules(world: World, loaded: Loaded) -> None:
-    """In one batch with those who have rules alone, edits alone and neither; in chunks; from cached prefixes."""
+    """In one batch with who has rules alone, edits alone and neither; in chunks, from cached prefixes, interrupted."""
     draw, alone = random.Random(20), Alone(world)
     asked: list[tuple[GenerateRequest, list[Intervention]]] = []
     for number in range(10):
@@ -77,8 +77,8 @@ def test_own_edits_come_first_then_rules(world: World, loaded: Loaded) -> None:
         rules = some_edits(draw, draw.choice((0, 2, 5)), range(48, 96)) if number else []
         asked.append((greedy(prompt(number % 3, 70), NEW, interventions=tuple(own)), rules))
     wanted = [alone.under(rules, request) for request, rules in asked]
-    for prefill_tokens in (7, 400):
-        core = loaded.core(prefill_tokens=prefill_tokens, blocks=80)
+    for prefill_tokens, blocks in ((7, 80), (400, 80), (60, 14)):
+        core = loaded.core(prefill_tokens=prefill_tokens, blocks=blocks)
         for _ in range(2):
             running = [policy_task(core, request, enforced(core, rules), []) for request, rules in asked]
             core.finish()
