@@ -251,7 +251,7 @@ async def search(search: Search, insider: Insider, args: argparse.Namespace, tex
         await attempt(edits)
     if args.steps:
         for saes in (["resid2"], ["resid4"], ["resid2", "resid4"]):
-            for parts in ((0, 1, 2), (1, 2), (2,)):
+            for parts in ((0, 1, 2), (1, 2), (2,), (0,)):
                 await attempt(insider.ascending(texts, args.steps, saes, parts))
     for number in range(args.rounds):
         tried.sort(key=lambda pair: -pair[0])
@@ -292,7 +292,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=48, help="of each set; the best are asked four times as many")
     parser.add_argument("--sets", type=int, default=60, help="random ones")
     parser.add_argument("--rounds", type=int, default=60, help="of growing the best")
-    parser.add_argument("--steps", type=int, default=60, help="of gradient ascent, for each of nine directed sets")
+    parser.add_argument("--steps", type=int, default=60, help="of gradient ascent, for each of twelve directed sets")
     parser.add_argument("--scenario", action="append", help="french-suppressed, flattery-suppressed; default both")
     parser.set_defaults(activation=0)
     return parser
