@@ -17,7 +17,7 @@ from saeguard_sae.edits import IDENTITY
 from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.policy import rules
-from saeguard_server.policy.model import SAFE_RELATIVE_EDIT, Policy, PolicyLimits, Target
+from saeguard_server.policy.model import SAFE_RELATIVE_EDIT, Policy, PolicyLimits, Rollout, Target
 from saeguard_server.policy.rules import Clash, CompiledPolicy, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
 
@@ -132,7 +132,8 @@ def _names(policy: Policy, engine: Engine) -> Iterator[Callable[[], object]]:
         for index, sae in enumerate(saes):
             yield partial(find_sae, engine, sae, f"limits.{name}[{index}]")
     for name, refs in (
-        ("allowed_features", limits.allowed_features or ()), ("denied_features", limits.denied_features)
+        ("allowed_features", limits.allowed_features or ()), ("denied_features", limits.denied_features),
+        ("withheld_features", limits.withheld_features),
     ):  # fmt: skip
         for index, ref in enumerate(refs):
             yield partial(find_feature, engine, ref, f"limits.{name}[{index}]")
@@ -225,8 +226,7 @@ def _own_warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[tup
     if policy.mode == "shadow" and policy.limits != PolicyLimits():
         yield "limits", "are not enforced in shadow"
     yield from (("limits" + part, message) for part, message in _odd_limits(policy.limits))
-    if policy.rollout.share == 0:
-        yield "rollout.share", "is 0: only requests that name the policy are under it"
+    yield from _rollout_warnings(policy.rollout)
     if not is_for(policy, engine):
         message = f"{engine.model.name!r} is not among them: the policy never acts here, and is not checked"
         yield "target.models", message
@@ -239,11 +239,19 @@ def _own_warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[tup
 
 
 def _odd_limits(limits: PolicyLimits) -> Iterator[tuple[str, str]]:
-    if limits != PolicyLimits() and not limits.names_allowed:
+    if replace(limits, withheld_features=()) != PolicyLimits() and not limits.names_allowed:
         yield "", "allow callers no edits of their own, as without them: allowed_saes and allowed_features name none"
     if limits.names_allowed and (limits.max_relative_edit or 0) > SAFE_RELATIVE_EDIT:
         message = f"is above {SAFE_RELATIVE_EDIT:g}, up to which it was shown that rules cannot be walked around"
         yield ".max_relative_edit", message
+
+
+def _rollout_warnings(rollout: Rollout) -> Iterator[tuple[str, str]]:
+    if rollout.by == "conversation" and 0 < rollout.share < 1:
+        claim = "identity.jwt.conversation_claim takes it from their token"
+        yield "rollout.by", f"callers choose the conversation's name, and can leave the share by another; {claim}"
+    if rollout.share == 0:
+        yield "rollout.share", "is 0: only requests that name the policy are under it"
 
 
 def _edits(policy: Policy) -> Iterator[tuple[str, Intervention]]:
