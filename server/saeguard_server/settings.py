@@ -245,9 +245,22 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     """How long running requests may finish after SIGTERM."""
     drain_delay_s: Seconds = 0.0
     """Wait between saying NOT_SERVING and refusing new requests, for load balancers to notice."""
-    max_connection_age_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] | None = None
+    max_connection_age_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] | None = 3600.0
     """Connections older than this are asked to reconnect, which spreads clients over new replicas; running requests
-    finish."""
+    have limits.max_deadline_s to finish, then it is closed."""
+    max_connection_idle_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0
+    """Connections without any call for so long are closed."""
+    max_connections: Count = 1024
+    """Connections at once; further ones are closed when they come."""
+    max_streams: Count = 1024
+    """Calls at once on one connection; a client's further ones wait in the client."""
+    max_calls: Count = 4096
+    """Calls at once in all, half-open, watching and unread ones too; then connections with more than their share of
+    them are refused."""
+    handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
+    receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    """Within which a request's message must be here."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
 
