@@ -255,8 +255,8 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     max_streams: Count = 1024
     """Calls at once on one connection; a client's further ones wait in the client."""
     max_calls: Count = 4096
-    """Calls at once in all, half-open, watching and unread ones too; then connections with more than their share of
-    them are refused."""
+    """Calls at once in all, half-open, watching and unread ones too; then a connection gets no more than its share of
+    them, max_calls / max_connections."""
     handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
     """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
     receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import struct
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def _string(text: bytes) -> bytes:
+def string(text: bytes) -> bytes:
+    """In HPACK, without Huffman's code."""
     size, prefix = len(text), b""
     if size < 127:
         return bytes([size]) + text
@@ -33,7 +35,7 @@ def header_block(path: bytes, more: tuple[tuple[bytes, bytes], ...] = ()) -> byt
     """A call's headers in HPACK, each written out and none remembered."""
     fields = ((b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"x"),
               (b"te", b"trailers"), (b"content-type", b"application/grpc"), *more)  # fmt: skip
-    return b"".join(b"\x00" + _string(name) + _string(value) for name, value in fields)
+    return b"".join(b"\x00" + string(name) + string(value) for name, value in fields)
 
 
 def grpc_message(body: bytes, *, compressed: bool = False) -> bytes:
@@ -91,6 +93,19 @@ class Http2:
         async with asyncio.timeout(within_s):
             while len(self.of_kind(kind)) < count and not self.closed.is_set():
                 await asyncio.sleep(0.01)
+
+    async def status(self, within_s: float = 10.0) -> str:
+        """Of the first call that ended on this connection: gRPC's number, or "reset". Raises TimeoutError."""
+        async with asyncio.timeout(within_s):
+            while not self.closed.is_set():
+                for kind, _, _, payload in self.frames:
+                    if kind == RST_STREAM and payload != b"\0\0\0\0":
+                        return "reset"
+                    # Written out, as it is the connection's first.
+                    if kind == HEADERS and (match := re.search(rb"grpc-status([\x01\x02])(\d+)", payload)):
+                        return match[2][: match[1][0]].decode()
+                await asyncio.sleep(0.01)
+        return "closed"
 
     async def _read(self) -> None:
         try:

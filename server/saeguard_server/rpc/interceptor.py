@@ -136,7 +136,9 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if status.is_for_the_core:
             # It cancels us here, at the latest when its clock says that the caller's time is over.
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
-        return await context.abort_with_status(rpc_failure(status.error, call.request_id))
+        with suppress(grpc.aio.InternalError):  # the caller is gone
+            await context.abort_with_status(rpc_failure(status.error, call.request_id))
+        return None
 
 
 # --- 1. The call, for whoever handles it
@@ -372,12 +374,15 @@ def _short(text: str) -> str:
 class OpenCalls:
     """Calls by connection until the core has ended them: half-open ones, and those whose answer is not read."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._open, self._of = most, 0, Counter[str]()
+    def __init__(self, most: int, connections: int) -> None:
+        """``connections`` can be open: each may have its share of ``most`` even where all are, so that twice as many
+        calls are the most that can be open."""
+        self._most, self._share = most, max(1, most // connections)
+        self._open, self._of = 0, Counter[str]()
 
     def enter(self, connection: str) -> None:
         """Counts the running RPC. Raises Overloaded: ``most`` are open, and this connection has its share of them."""
-        if self._open >= self._most and self._of[connection] >= self._most // max(1, len(self._of)):
+        if self._open >= self._most and self._of[connection] >= self._share:
             raise Overloaded("too many calls are open, and too many of them on this connection", SOON_S)
         self._open += 1
         self._of[connection] += 1

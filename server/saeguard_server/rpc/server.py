@@ -125,9 +125,10 @@ def _options(settings: ServerSettings, longest_call_s: float) -> list[tuple[str,
         ("grpc.keepalive_timeout_ms", _ms(KEEPALIVE_ANSWER_S)),
         # Two servers on one port would share its callers silently.
         ("grpc.so_reuseport", 0),
-        # The name that the core reads; "min_recv_ping_interval" is found in much code and does nothing.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Pings are answered, however many: where too many are to close a connection, it closes only once the core gets
+        # round to it, and until then each costs 3 KB.
+        ("grpc.http2.max_ping_strikes", 0),
     ]
     if settings.max_connection_age_s is not None:
         options.append(("grpc.max_connection_age_ms", _ms(settings.max_connection_age_s)))
