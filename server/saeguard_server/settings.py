@@ -487,7 +487,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise BadSettings(f"{path}: {err.strerror}") from err
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
+        # Not tomllib's own error alone: numbers of thousands of digits, and deep nesting.
         raise BadSettings(f"{path}: {err}") from err
 
 
