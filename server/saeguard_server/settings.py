@@ -93,7 +93,7 @@ class ModelSettings(SettingsTable, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 or bfloat16."""
     digest: Text | None = None
-    """SHA-256 that its files must have, as the log and ServerInfo give it; others are refused at start."""
+    """SHA-256 that its files and dtype must have, as the catalogue gives it; others are refused at start."""
     device: Text = "cpu"
     """A torch device such as cpu or cuda:0."""
 
