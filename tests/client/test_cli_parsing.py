@@ -199,3 +199,9 @@ def test_a_flag_is_taken_as_it_is_written_and_a_typo_shows_its_command(
         main(arguments)
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(usage)
+
+
+@pytest.mark.parametrize("number", ["-1", str(2**64)])
+def test_a_number_that_the_wire_has_not_is_wrong_usage(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policy", "list", f"--revision={number}"]) == 2
+    assert capsys.readouterr().err.startswith("saeguard: revision: must be 0 to ")

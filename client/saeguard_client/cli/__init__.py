@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Final
 
+from saeguard.checks import FieldError
 from saeguard_client.cli import features, generate, policy
 from saeguard_client.cli.terminal import Terminal, UsageError, add_connection, safe
 from saeguard_client.errors import SaeguardError, Unauthenticated, Unavailable
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
     terminal = Terminal()
     try:
         code: int = args.run(args)
-    except UsageError as err:
+    except (UsageError, FieldError) as err:
         terminal.note(f"saeguard: {err}")
         return USAGE
     except SaeguardError as err:

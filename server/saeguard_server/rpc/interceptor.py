@@ -103,16 +103,15 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             return handler  # type: ignore[return-value]
         method = handler_call_details.method
 
-        async def run(_: object, context: Context) -> Any:
-            return await self._run(handler, method, context)
+        async def run(_: object, context: Context) -> None:
+            await self._run(handler, method, context)
 
-        # As streams, of which we read the messages: until it is known who calls, the core holds back all but the first
-        # 64 KiB. No deserializer: bytes that are no message are answered by us, with details, and not by the core.
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(run, None, handler.response_serializer)
-        return grpc.stream_unary_rpc_method_handler(run, None, handler.response_serializer)
+        # As streams, of which we read and write the messages: until it is known who calls, the core holds back all but
+        # the first 64 KiB, and what nobody takes is given up in time. No deserializer: bytes that are no message are
+        # answered by us, with details, and not by the core.
+        return grpc.stream_stream_rpc_method_handler(run, None, handler.response_serializer)
 
-    async def _run(self, handler: Handler, method: str, context: Context) -> Any:
+    async def _run(self, handler: Handler, method: str, context: Context) -> None:
         is_own = method.startswith(OWN_METHODS)
         call = enter_call(context, self.max_deadline_s)
         record = RpcRecord(self._metrics, method, handler, context.peer())
@@ -125,10 +124,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     record.caller = caller.name
                     self._authentication.authorize(caller, method)
                     call = identified_call(call, caller)
-                    if handler.request_streaming:
-                        return await _serve(handler, _requests(handler, context), context, record, call)
-                    request = _parsed(handler, await _received(context, self._receive_s))
-                    return await _serve(handler, request, context, record, call)
+                    await self._serve(handler, context, record, call)
+                    return
         finally:
             record.close(status.code, status.error, logging.INFO if is_own else logging.DEBUG)
         # Only reached when ``status`` holds an error.
@@ -138,7 +135,20 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
         with suppress(grpc.aio.InternalError):  # the caller is gone
             await context.abort_with_status(rpc_failure(status.error, call.request_id))
-        return None
+
+    async def _serve(self, handler: Handler, context: Context, record: RpcRecord, call: Call) -> None:
+        if handler.request_streaming:
+            await _stream(handler.stream_stream, _requests(handler, context), context, record, call)
+            return
+        request = _parsed(handler, await _received(context, self._receive_s))
+        if handler.response_streaming:
+            await _stream(handler.unary_stream, request, context, record, call)
+            return
+        unary: Any = handler.unary_unary
+        reply = await unary(request, context)
+        await _send_headers(context, call)
+        await _written(context, reply, self._receive_s)
+        record.sent()
 
 
 # --- 1. The call, for whoever handles it
@@ -482,14 +492,16 @@ def _parsed(handler: Handler, raw: bytes) -> Any:
         raise InvalidRequest("request", "these bytes are not a message of the expected type") from err
 
 
-async def _serve(handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
-    if not handler.response_streaming:
-        unary: Any = handler.unary_unary
-        reply = await unary(request, context)
-        await _send_headers(context, call)
-        record.sent()
-        return reply
-    stream: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
+async def _written(context: Context, reply: Any, within_s: float) -> None:
+    """Raises DeadlineExceeded: the caller does not take it."""
+    try:
+        async with asyncio.timeout(within_s):
+            await context.write(reply)
+    except TimeoutError:
+        raise DeadlineExceeded(f"the reply was not taken within {within_s:g} s") from None
+
+
+async def _stream(stream: Any, request: Any, context: Context, record: RpcRecord, call: Call) -> None:
     is_first = True
     async with aclosing(stream(request, context)) as replies:
         async for reply in replies:
@@ -498,7 +510,6 @@ async def _serve(handler: Handler, request: Any, context: Context, record: RpcRe
                 is_first = False
             await context.write(reply)
             record.sent()
-    return None
 
 
 async def _send_headers(context: Context, call: Call) -> None:
