@@ -363,7 +363,7 @@ async def test_the_metrics_port_bounds_connections_headers_and_time(
     for long in (b"GET /" + b"a" * 2 * MAX_HEAD_BYTES, good[:-2] + b"a: b\r\n" * MAX_HEAD_BYTES):
         assert (await scrape(attacked.process.metrics_port, long))[0] == b""
     threads = attacked.threads()
-    held = [await asyncio.open_connection("127.0.0.1", attacked.metrics) for _ in range(MAX_SCRAPES)]
+    held = [await asyncio.open_connection("127.0.0.1", attacked.process.metrics_port) for _ in range(MAX_SCRAPES)]
     await asyncio.sleep(0.2)
     assert attacked.threads() <= threads + 4
     turned_away, took = await scrape(attacked.process.metrics_port, good)
