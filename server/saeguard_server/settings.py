@@ -251,9 +251,22 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     """How long running requests may finish after SIGTERM."""
     drain_delay_s: Seconds = 0.0
     """Wait between saying NOT_SERVING and refusing new requests, for load balancers to notice."""
-    max_connection_age_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] | None = None
+    max_connection_age_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] | None = 3600.0
     """Connections older than this are asked to reconnect, which spreads clients over new replicas; running requests
-    finish."""
+    have limits.max_deadline_s to finish, then it is closed."""
+    max_connection_idle_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0
+    """Connections without any call for so long are closed."""
+    max_connections: Count = 1024
+    """Connections at once; further ones are closed when they come."""
+    max_streams: Count = 1024
+    """Calls at once on one connection; a client's further ones wait in the client."""
+    max_calls: Count = 4096
+    """Calls at once in all, half-open, watching and unread ones too; then a connection gets no more than its share of
+    them, max_calls / max_connections."""
+    handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
+    receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    """Within which a request's message must be here, and a reply that is one message taken."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
 
@@ -484,7 +497,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise BadSettings(f"{path}: {err.strerror}") from err
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
+        # Not tomllib's own error alone: numbers of thousands of digits, and deep nesting.
         raise BadSettings(f"{path}: {err}") from err
 
 

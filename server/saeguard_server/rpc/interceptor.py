@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -25,13 +26,14 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from saeguard_server.admission import InFlight, LoadLimiter
+from saeguard_server.admission import SOON_S, InFlight, LoadLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
     InternalFailure,
     InvalidRequest,
+    Overloaded,
     PermissionDenied,
     QuotaExceeded,
     RequestFieldError,
@@ -50,7 +52,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 DOMAIN = "saeguard.v1"
 OWN_METHODS = "/saeguard."
-"""Methods that the deadline and the drain apply to; health and reflection outlive both."""
+"""Methods that the drain applies to; health and reflection outlive it."""
 REQUEST_ID_KEY = "x-request-id"
 """From callers what they name the call; to callers what the server does, which no two calls share."""
 CLIENT_REQUEST_ID_KEY = "x-client-request-id"
@@ -59,30 +61,39 @@ MESSAGE_BYTES = 512
 """A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
 ALMOST_OVER_S = 0.01
 """The core cancels at the deadline; its clock and ours differ by less than this."""
+CORE_CANCELS_S = 0.1
+"""After the end of a request that is cancelled, its cancellation comes within less."""
 CORE_ENDS_WITHIN_S = 1.0
 """How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Around unary-unary and unary-stream handlers, in this order; others, as reflection's, pass untouched.
+    """Around every handler, in this order.
 
     1. The request id and the deadline: ``enter_call``.
     2. Counters, one log line and a record in the audit: ``RpcRecord``, ``Audit.call_ended``.
     3. Errors to statuses: ``RpcStatus``, ``rpc_failure``.
-    4. A refusal while the server drains: ``LoadLimiter.rpc``.
-    5. The deadline, where it is ours to impose.
+    4. A refusal where too many calls are open: ``OpenCalls``; or while the server drains: ``LoadLimiter.rpc``.
+    5. The deadline.
     6. Who calls and whether it may: ``AuthInterceptor``.
-    7. The message is parsed, the handler runs, headers and replies are sent.
+    7. The message is received and parsed, the handler runs, headers and replies are sent.
 
     ``open`` counts the RPCs inside it, health's too.
     """
 
     def __init__(
-        self, metrics: Metrics, limiter: LoadLimiter, authentication: AuthInterceptor, max_deadline_s: float,
+        self,
+        metrics: Metrics,
+        limiter: LoadLimiter,
+        authentication: AuthInterceptor,
+        calls: OpenCalls,
         audit: Audit,
-    ) -> None:  # fmt: skip
-        self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
-        self._max_deadline_s, self._audit = max_deadline_s, audit
+        *,
+        max_deadline_s: float,
+        receive_s: float,
+    ) -> None:
+        self._metrics, self._limiter, self._authentication, self._calls = metrics, limiter, authentication, calls
+        self.max_deadline_s, self._receive_s, self._audit = max_deadline_s, receive_s, audit
         self.open = InFlight()
 
     async def intercept_service(
@@ -92,30 +103,32 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler:
         """The handler of this RPC inside the chain."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            # For None, an unknown method, the core answers UNIMPLEMENTED.
+        if handler is None:
+            # An unknown method: the core answers UNIMPLEMENTED.
             return handler  # type: ignore[return-value]
         method = handler_call_details.method
 
-        async def run(raw: bytes, context: Context) -> Any:
-            return await self._run(handler, method, raw, context)
+        async def run(_: object, context: Context) -> None:
+            await self._run(handler, method, context)
 
-        # No deserializer: bytes that are no message are answered by us, with details, and not by the core.
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(run, None, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(run, None, handler.response_serializer)
+        # As streams, of which we read and write the messages: until it is known who calls, the core holds back all but
+        # the first 64 KiB, and what nobody takes is given up in time. No deserializer: bytes that are no message are
+        # answered by us, with details, and not by the core.
+        return grpc.stream_stream_rpc_method_handler(run, None, handler.response_serializer)
 
-    async def _run(self, handler: Handler, method: str, raw: bytes, context: Context) -> Any:
+    async def _run(self, handler: Handler, method: str, context: Context) -> None:
         is_own = method.startswith(OWN_METHODS)
-        call = enter_call(context, self._max_deadline_s if is_own else inf)
+        call = enter_call(context, self.max_deadline_s)
         record = RpcRecord(self._metrics, method, handler, context.peer())
         status = RpcStatus(context)
         try:
             with self.open, status, self._limiter.rpc() if is_own else nullcontext():
-                async with asyncio.timeout(call.deadline - time.monotonic() if is_own else None) as status.timeout:
+                self._calls.enter(context.peer())
+                async with asyncio.timeout(call.deadline - time.monotonic()) as status.timeout:
                     call = identified_call(call, await self._authentication.authenticate(context, method))
                     self._authentication.authorize(call.caller, method)
-                    return await _serve(handler, _parsed(handler, raw), context, record, call)
+                    await self._serve(handler, context, record, call)
+                    return
         finally:
             record.close(call, status.code, status.error, logging.INFO if is_own else logging.DEBUG)
             self._audit.call_ended(call, method, record.peer, status.code.name, status.error)
@@ -124,7 +137,22 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if status.is_for_the_core:
             # It cancels us here, at the latest when its clock says that the caller's time is over.
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
-        return await context.abort_with_status(rpc_failure(status.error, call))
+        with suppress(grpc.aio.InternalError):  # the caller is gone
+            await context.abort_with_status(rpc_failure(status.error, call))
+
+    async def _serve(self, handler: Handler, context: Context, record: RpcRecord, call: Call) -> None:
+        if handler.request_streaming:
+            await _stream(handler.stream_stream, _requests(handler, context), context, record, call)
+            return
+        request = _parsed(handler, await _received(context, self._receive_s))
+        if handler.response_streaming:
+            await _stream(handler.unary_stream, request, context, record, call)
+            return
+        unary: Any = handler.unary_unary
+        reply = await unary(request, context)
+        await _send_headers(context, call)
+        await _written(context, reply, self._receive_s)
+        record.sent()
 
 
 # --- 1. The call, for whoever handles it
@@ -179,11 +207,14 @@ CODE_NAMES = {code: "".join(word.title() for word in code.name.split("_")) for c
 
 
 class RpcRecord:
-    """Follows one RPC, of one request message, from its start to ``close``."""
+    """Follows one RPC from its start to ``close``; the messages of a request that is a stream count as one."""
 
     def __init__(self, metrics: Metrics, method: str, handler: Handler, peer: str) -> None:
         _, service, name = method.split("/")
-        self._labels = ("server_stream" if handler.response_streaming else "unary", service, name)
+        kind = (
+            "bidi_stream" if handler.request_streaming else "server_stream" if handler.response_streaming else "unary"
+        )
+        self._labels = (kind, service, name)
         self._metrics = metrics
         self._method = method
         # Now: it is empty after a deadline.
@@ -356,6 +387,36 @@ def _short(text: str) -> str:
     return encoded[: MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
 
 
+# --- 4. How many calls are open
+
+
+class OpenCalls:
+    """Calls by connection until the core has ended them: half-open ones, and those whose answer is not read."""
+
+    def __init__(self, most: int, connections: int) -> None:
+        """``connections`` can be open: each may have its share of ``most`` even where all are, so that twice as many
+        calls are the most that can be open."""
+        self._most, self._share = most, max(1, most // connections)
+        self._open, self._of = 0, Counter[str]()
+
+    def enter(self, connection: str) -> None:
+        """Counts the running RPC. Raises Overloaded: ``most`` are open, and this connection has its share of them."""
+        if self._open >= self._most and self._of[connection] >= self._share:
+            raise Overloaded("too many calls are open, and too many of them on this connection", SOON_S)
+        self._open += 1
+        self._of[connection] += 1
+        # The core's own task: it ends once the status is sent.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self._leave(connection))
+
+    def _leave(self, connection: str) -> None:
+        self._open -= 1
+        self._of[connection] -= 1
+        if not self._of[connection]:
+            del self._of[connection]
+
+
 # --- 6. Who calls, and whether it may
 
 
@@ -413,6 +474,25 @@ def _credentials(context: Context) -> Credentials:
 # --- 7. The handler
 
 
+async def _received(context: Context, within_s: float) -> bytes:
+    """The one message. Raises DeadlineExceeded, InvalidRequest: it does not come in time, or at all."""
+    try:
+        async with asyncio.timeout(within_s):
+            raw = await context.read()
+    except TimeoutError:
+        raise DeadlineExceeded(f"the request's message did not arrive within {within_s:g} s") from None
+    if raw is grpc.aio.EOF:
+        # Also what a call looks like that is being cancelled, or whose message is too large: the core then ends us.
+        await asyncio.sleep(CORE_CANCELS_S)
+        raise InvalidRequest("request", "no message was sent")
+    return bytes(raw)
+
+
+async def _requests(handler: Handler, context: Context) -> AsyncIterator[Any]:
+    while (raw := await context.read()) is not grpc.aio.EOF:
+        yield _parsed(handler, raw)
+
+
 def _parsed(handler: Handler, raw: bytes) -> Any:
     parse: Any = handler.request_deserializer
     try:
@@ -421,14 +501,16 @@ def _parsed(handler: Handler, raw: bytes) -> Any:
         raise InvalidRequest("request", "these bytes are not a message of the expected type") from err
 
 
-async def _serve(handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
-    if not handler.response_streaming:
-        unary: Any = handler.unary_unary
-        reply = await unary(request, context)
-        await _send_headers(context, call)
-        record.sent()
-        return reply
-    stream: Any = handler.unary_stream
+async def _written(context: Context, reply: Any, within_s: float) -> None:
+    """Raises DeadlineExceeded: the caller does not take it."""
+    try:
+        async with asyncio.timeout(within_s):
+            await context.write(reply)
+    except TimeoutError:
+        raise DeadlineExceeded(f"the reply was not taken within {within_s:g} s") from None
+
+
+async def _stream(stream: Any, request: Any, context: Context, record: RpcRecord, call: Call) -> None:
     is_first = True
     async with aclosing(stream(request, context)) as replies:
         async for reply in replies:
@@ -437,7 +519,6 @@ async def _serve(handler: Handler, request: Any, context: Context, record: RpcRe
                 is_first = False
             await context.write(reply)
             record.sent()
-    return None
 
 
 async def _send_headers(context: Context, call: Call) -> None:

@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
+from google.protobuf.message import Message
+
 from saeguard import catalog
+from saeguard.checks import MAX_INT64
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard.wire import to_message
@@ -30,6 +33,7 @@ class PolicyServicer(PolicyServiceServicer):
         self._optional_enforcement, self._audit = enforcement, audit
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
+        _check_numbers(request)
         newest = await self._administration.revision()
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
@@ -75,13 +79,16 @@ class PolicyServicer(PolicyServiceServicer):
     async def ActivateRevision(
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
+        _check_numbers(request)
         return pb.ActivateRevisionResponse(activation=await self._activate("activate", request, request.revision))
 
     async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
+        _check_numbers(request)
         number = request.revision if request.HasField("revision") else None
         return pb.RollbackResponse(activation=await self._activate("rollback", request, number))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
+        _check_numbers(request)
         limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
         if not 1 <= limit <= MAX_HISTORY:
             raise InvalidRequest("limit", f"must be 1 to {MAX_HISTORY}, got {limit}")
@@ -132,6 +139,13 @@ def _written(written: WriteResult) -> dict[str, Any]:
     revision = written.revision
     stored = {} if revision is None else {"revision": revision.number, "seal": revision.seal}
     return {"policies": [change.name for change in written.changes], **stored}
+
+
+def _check_numbers(request: Message) -> None:
+    """Raises InvalidRequest: a revision or an activation that no store can number so."""
+    for field, number in request.ListFields():
+        if field.cpp_type == field.CPPTYPE_UINT64 and number > MAX_INT64:
+            raise InvalidRequest(field.name, f"must be at most {MAX_INT64}, got {number}")
 
 
 def _summary(policy: Policy) -> catalog.PolicySummary:
