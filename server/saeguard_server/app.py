@@ -90,7 +90,7 @@ class App:
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
-            activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies)
+            activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies, recorder)
             health = rpc.Health(rpc.SERVICES)
             servicers = rpc.Servicers(
                 generation=GenerationServicer(generation, limiter, limits),
@@ -102,7 +102,8 @@ class App:
             )
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
             interceptor = RpcInterceptor(
-                metrics, limiter, authentication, OpenCalls(settings.server.max_calls, settings.server.max_connections),
+                metrics, limiter, authentication, audit,
+                OpenCalls(settings.server.max_calls, settings.server.max_connections),
                 max_deadline_s=limits.max_deadline_s, receive_s=settings.server.receive_s,
             )  # fmt: skip
             server = rpc.build_server(servicers, interceptor, settings.server)
