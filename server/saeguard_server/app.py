@@ -102,8 +102,9 @@ class App:
             )
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
             interceptor = RpcInterceptor(
-                metrics, limiter, authentication, OpenCalls(settings.server.max_calls, settings.server.max_connections),
-                audit, max_deadline_s=limits.max_deadline_s, receive_s=settings.server.receive_s,
+                metrics, limiter, authentication, audit,
+                OpenCalls(settings.server.max_calls, settings.server.max_connections),
+                max_deadline_s=limits.max_deadline_s, receive_s=settings.server.receive_s,
             )  # fmt: skip
             server = rpc.build_server(servicers, interceptor, settings.server)
             address = rpc.listen_on(server, settings.server)

@@ -86,14 +86,15 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         metrics: Metrics,
         limiter: LoadLimiter,
         authentication: AuthInterceptor,
-        calls: OpenCalls,
         audit: Audit,
+        calls: OpenCalls,
         *,
         max_deadline_s: float,
         receive_s: float,
     ) -> None:
-        self._metrics, self._limiter, self._authentication, self._calls = metrics, limiter, authentication, calls
-        self.max_deadline_s, self._receive_s, self._audit = max_deadline_s, receive_s, audit
+        self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
+        self._audit, self._calls = audit, calls
+        self.max_deadline_s, self._receive_s = max_deadline_s, receive_s
         self.open = InFlight()
 
     async def intercept_service(

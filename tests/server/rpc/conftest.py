@@ -131,8 +131,8 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         metrics,
         admission,
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
-        OpenCalls(settings.server.max_calls, settings.server.max_connections),
         Audit(),
+        OpenCalls(settings.server.max_calls, settings.server.max_connections),
         max_deadline_s=limits.max_deadline_s,
         receive_s=settings.server.receive_s,
     )
