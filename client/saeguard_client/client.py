@@ -127,10 +127,12 @@ class Client:
             ignore_eos: go on after the end-of-sequence token.
             prompt_logprobs: log-probability of every prompt token given those before it.
             max_relative_edit: limit on an edit's size as a share of the activation's.
-            watch: features to read on every token without editing them.
+            watch: features to read on every token without editing them. It needs the role observe, and so do triggers
+                and edits that depend on features.
             triggers: what to do when features fire. With any, the completion has a receipt.
-            policies: names of policies that shall apply whether or not their target and rollout choose this request.
-            conversation: what a policy's rollout by conversation hashes.
+            policies: names of policies that shall apply whether or not their rollout chooses this request; to name
+                those that are not aimed at the caller needs the role policy-read.
+            conversation: what a policy's rollout by conversation hashes; that of the caller's token, if it has one.
             min_policy_activation: the oldest activation of policies that may decide; waited for until the deadline.
             parse_special_tokens: special tokens that are written in a text, or are among token ids, are meant; needs
                 the role special-tokens. Otherwise text never becomes one; contents of messages never do.
@@ -249,7 +251,7 @@ class Client:
             parse_special_tokens: as in ``generate``, for every input.
 
         Returns:
-            A sparse matrix for each input and SAE, by input and then by SAE.
+            A sparse matrix for each input and SAE, by input and then by SAE, without features that policies withhold.
         """
         return merge_activations(
             self.activations_stream(

@@ -138,6 +138,7 @@ class GetActivationsResponse(_message.Message):
     INDICES_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
     input: _builtins.int
     """Index into the request's inputs."""
     sae: _builtins.str
@@ -155,6 +156,12 @@ class GetActivationsResponse(_message.Message):
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def withheld(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Features of this SAE that policies withhold from the caller: they are left out of top_k and threshold, and cannot be
+        named.
+        """
+
     def __init__(
         self,
         *,
@@ -166,10 +173,11 @@ class GetActivationsResponse(_message.Message):
         indices: _abc.Iterable[_builtins.int] | None = ...,
         values: _abc.Iterable[_builtins.float] | None = ...,
         last: _builtins.bool = ...,
+        withheld: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "indptr", b"indptr", "input", b"input", "last", b"last", "sae", b"sae", "start", b"start", "tokens", b"tokens", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "indptr", b"indptr", "input", b"input", "last", b"last", "sae", b"sae", "start", b"start", "tokens", b"tokens", "values", b"values", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

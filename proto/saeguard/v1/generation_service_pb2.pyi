@@ -108,7 +108,7 @@ class GenerateRequest(_message.Message):
     max_relative_edit: _builtins.float
     """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
     conversation: _builtins.str
-    """What a rollout by conversation hashes; at most 256 characters."""
+    """What a rollout by conversation hashes; at most 256 characters. Where the caller's token says which it is, that or none."""
     min_policy_activation: _builtins.int
     """The oldest activation of policies that may decide about this request; waited for until the deadline."""
     parse_special_tokens: _builtins.bool
@@ -128,7 +128,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def watch(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureRef]:
-        """Features to read on every token, without editing them."""
+        """Features to read on every token, without editing them. Needs the role observe, and so do conditions: triggers, and
+        edits that depend on one.
+        """
 
     @_builtins.property
     def triggers(self) -> _containers.RepeatedCompositeFieldContainer[_condition_pb2.Trigger]:
@@ -136,7 +138,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Policies that shall apply whether or not their target and rollout choose this request."""
+        """Policies that shall apply whether or not their rollout chooses this request. One that is not aimed at the caller, or not
+        enforced, is as unknown as a name that nobody has, but for callers with the role policy-read.
+        """
 
     def __init__(
         self,
@@ -512,7 +516,7 @@ class PolicyFacts(_message.Message):
 
     @_builtins.property
     def shadowed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of those that were evaluated and not applied."""
+        """Names of those that were evaluated and not applied; for callers with the role policy-read."""
 
     def __init__(
         self,

@@ -56,6 +56,8 @@ class Audit:
             record = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
             # A comparison also shows what policies suppress.
             record |= {"is_comparison": True} if is_comparison else {}
+            if call.caller.conversation:
+                record["asked"]["conversation"] = call.caller.conversation
         return RequestAudit(self._writer, record, self._text, required=self._required)
 
     @property
