@@ -31,7 +31,7 @@ MAX_TERMS: Final = 4096
 
 
 def check_feature(of: FeatureRef | Term | Intervention) -> None:
-    checks.check_filled("sae", checks.check_text("sae", of.sae))
+    checks.check_name("sae", of.sae)
     checks.store_integer(of, "feature")
 
 
@@ -358,7 +358,7 @@ class Trigger:
     action: Action = Flag()
 
     def __post_init__(self) -> None:
-        checks.check_filled("name", checks.check_text("name", self.name))
+        checks.check_name("name", self.name)
         checks.check_instance("when", self.when, Condition, "a Condition")
         checks.check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
 

@@ -10,9 +10,10 @@ import heapq
 import itertools
 import random
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -20,17 +21,31 @@ from saeguard.requests import ActivationRequest, FeatureSelection, GenerateReque
 from saeguard.types import Condition, FeatureRef, Intervention, Trigger
 from saeguard_server.caller import UNLIMITED, Caller, Quota, Role
 from saeguard_server.engine.protocol import Engine
-from saeguard_server.errors import Overloaded, QuotaExceeded, ServiceError, Unavailable
+from saeguard_server.errors import (
+    Overloaded,
+    PermissionDenied,
+    QuotaExceeded,
+    RequestFieldError,
+    ServiceError,
+    Unavailable,
+)
 from saeguard_server.identity import auth
 from saeguard_server.observe import Metrics
+from saeguard_server.threads import WorkThreads
 
 MINUTE_S = 60.0
+TOKENS_QUOTA = "tokens_per_minute"
 SOON_S = 1.0
 """When to come back to a server that is starting or stopping, or once one of the caller's own requests ends."""
 SHORTEST_RETRY_S = 0.2
 LONGEST_RETRY_S = 30.0
 POLL_S = 0.01
 """How often the engine's queue is looked at while anybody waits: slots become free before slow readers are done."""
+PROMPT_THREADS = 2
+MAX_PROMPTS = 1024
+"""Requests that wait to be tokenised and compiled."""
+BYTES_PER_TOKEN = 8
+"""What a message counts as against a quota until its tokens are known, and for good where it is refused."""
 MAX_REMEMBERED = 1024
 """Callers remembered at once; beyond it, of those who wait no more, those that are ahead least are forgotten."""
 
@@ -40,7 +55,9 @@ class Admission:
 
     def __init__(self, engine: Engine, metrics: Metrics, slots: int) -> None:
         self.turns = FairQueue(engine, metrics, slots)
-        self._quotas = Quotas(metrics)
+        self.prompts = WorkThreads("prompts", PROMPT_THREADS, MAX_PROMPTS)
+        """Where requests are tokenised and compiled."""
+        self.quotas = Quotas(metrics)
 
     @asynccontextmanager
     async def request(
@@ -55,7 +72,7 @@ class Admission:
         triggers = request.triggers if isinstance(request, GenerateRequest) else ()
         if request.interventions or triggers:
             auth.check_role(caller, Role.STEER, "a request with interventions or triggers")
-        with self._quotas.request(caller, len(named_features(request))) as tokens:
+        with self.quotas.request(caller, len(named_features(request))) as tokens:
             async with AsyncExitStack() as place:
                 yield AdmittedRequest(tokens, self.turns, caller, place)
 
@@ -102,18 +119,42 @@ class Quotas:
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
 
     @contextmanager
+    def message(self, caller: Caller, size: int) -> Iterator[None]:
+        """Around reading a message of so many bytes and all that comes of it: one that is refused has been paid for.
+
+        Raises:
+            QuotaExceeded: the caller has no tokens left for it.
+        """
+        if caller.quota.tokens_per_minute is None:
+            yield
+            return
+        tokens = TokenBudget(self, caller)
+        tokens.resize(size // BYTES_PER_TOKEN)
+        reset = _OF_MESSAGE.set(tokens)
+        try:
+            yield
+        except (RequestFieldError, PermissionDenied, QuotaExceeded) as err:
+            # Not where too many run: nothing was done for it, and whoever waits would be the poorer.
+            tokens.is_kept = not isinstance(err, QuotaExceeded) or err.quota == TOKENS_QUOTA
+            raise
+        finally:
+            _OF_MESSAGE.reset(reset)
+            tokens.close()
+
+    @contextmanager
     def request(self, caller: Caller, features: int) -> Iterator[TokenBudget]:
+        tokens = _OF_MESSAGE.get() or TokenBudget(self, caller)
         if caller.quota == UNLIMITED:
-            yield TokenBudget(self, caller)
+            yield tokens
             return
         self._check(caller, features)
-        tokens = TokenBudget(self, caller)
         self._account(caller).running += 1
         try:
             yield tokens
         finally:
             self._account(caller).running -= 1
-            tokens.close()
+            if tokens is not _OF_MESSAGE.get():
+                tokens.close()
 
     def reserve(self, caller: Caller, tokens: int) -> None:
         """Takes tokens out of the caller's bucket. Raises QuotaExceeded: it has not so many."""
@@ -125,10 +166,20 @@ class Quotas:
         if missing > 0:
             self._refuse(
                 f"{caller.name} may use {most} tokens a minute, and this request can take {tokens}",
-                "tokens_per_minute",
-                missing * MINUTE_S / most if tokens <= most else None,
+                TOKENS_QUOTA,
+                self.refill_s(caller, missing) if tokens <= most else None,
             )
         account.add(-tokens, now)
+
+    def take(self, caller: Caller, tokens: int) -> None:
+        """Takes them whether the caller has so many or not."""
+        if caller.quota.tokens_per_minute is not None:
+            self._account(caller).add(-tokens, self._clock())
+
+    def refill_s(self, caller: Caller, tokens: float) -> float:
+        """How long the caller's bucket takes for so many."""
+        most = caller.quota.tokens_per_minute
+        return 0.0 if most is None else tokens * MINUTE_S / most
 
     def give_back(self, caller: Caller, tokens: int) -> None:
         if caller.quota.tokens_per_minute is not None and tokens > 0:
@@ -168,16 +219,33 @@ class TokenBudget:
     def __init__(self, quotas: Quotas, caller: Caller) -> None:
         self._quotas, self._caller = quotas, caller
         self._reserved = self._charged = 0
+        self.is_kept = False
+        """Whether it was refused, and pays what was reserved for reading it."""
 
-    def reserve(self, tokens: int) -> None:
-        self._quotas.reserve(self._caller, tokens)
-        self._reserved += tokens
+    def resize(self, tokens: int) -> None:
+        """Reserves so many in place of what was reserved so far. Raises QuotaExceeded: there are not so many."""
+        self._quotas.give_back(self._caller, self._reserved)
+        try:
+            self._quotas.reserve(self._caller, tokens)
+        except QuotaExceeded as err:
+            self._quotas.take(self._caller, self._reserved)
+            if err.retry_after_s is not None:
+                # What was done so far is not given back.
+                err.retry_after_s += self._quotas.refill_s(self._caller, self._reserved)
+            raise
+        self._reserved = tokens
 
     def charge(self, tokens: int) -> None:
         self._charged += tokens
 
     def close(self) -> None:
-        self._quotas.give_back(self._caller, self._reserved - self._charged)
+        """Gives back what was not used."""
+        if not self.is_kept:
+            self._quotas.give_back(self._caller, self._reserved - self._charged)
+
+
+_OF_MESSAGE: ContextVar[TokenBudget | None] = ContextVar("budget", default=None)
+"""What was reserved for the message that is being answered."""
 
 
 class _Account:
@@ -370,14 +438,26 @@ class FairQueue:
 
 
 class LoadLimiter:
-    def __init__(self, engine: Engine, turns: FairQueue, metrics: Metrics, *, max_queue: int, max_slots: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        turns: FairQueue,
+        metrics: Metrics,
+        *,
+        max_queue: int,
+        max_slots: int,
+        max_unread: int = 2**31,
+        prompts: WorkThreads | None = None,
+    ) -> None:
         self._engine = engine
-        self._turns = turns
+        self._queues = (turns,) if prompts is None else (turns, prompts)
         self._refusals = metrics.refusals
         self._max_queue = max_queue
         self._max_slots = max_slots
         self._typical_s = SOON_S
         self._working = 0
+        self.unread = Waiting(max_unread, max_queue)
+        """Of those that work, streams whose readers do not read: the engine goes on without them."""
         self._in_flight = InFlight()
         self._is_closed = False
         self.is_draining = False
@@ -424,20 +504,55 @@ class LoadLimiter:
             self._refusals.labels("not_ready").inc()
             raise Unavailable("the engine is not ready", retry_after_s=SOON_S)
         # Counted here too: of many requests that come in one burst, none is in the engine's queue yet.
-        is_burst = self._working >= self._max_queue + self._max_slots
+        is_burst = self._working - self.unread.total >= self._max_queue + self._max_slots
         if is_burst or self._engine.queued() >= self._max_queue:
             self._refusals.labels("queue_full").inc()
             refusal = Overloaded(
                 f"{self._max_queue} requests are waiting already", retry_after_s=self._retry_after_s()
             )  # fmt: skip
             # One caller's thousand requests must not shut the door on everybody else.
-            if not self._turns.evict(caller.name, refusal):
+            if not any(queue.evict(caller.name, refusal) for queue in self._queues):
                 raise refusal
 
     def _retry_after_s(self) -> float:
         """Until about half of the queue has moved, spread so that those refused together do not return together."""
         half = self._typical_s * self._max_queue / (2 * self._max_slots)
         return min(max(half, SHORTEST_RETRY_S), LONGEST_RETRY_S) * random.uniform(1.0, 1.5)
+
+
+class Waiting:
+    """What waits for somebody else than this server, and holds no place of the engine or its queue meanwhile."""
+
+    def __init__(self, most_each: int, most: int) -> None:
+        """At most so many of each caller, and of all of them together."""
+        self._most_each, self._most = most_each, most
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self._counts.total()
+
+    def enter(self, caller: Caller) -> bool:
+        """Whether there is room for one more; then ``leave`` must follow."""
+        if self._counts[caller.name] >= self._most_each or self.total >= self._most:
+            return False
+        self._counts[caller.name] += 1
+        return True
+
+    def leave(self, caller: Caller) -> None:
+        self._counts[caller.name] -= 1
+        if not self._counts[caller.name]:
+            del self._counts[caller.name]
+
+    @contextmanager
+    def hold(self, caller: Caller, what: str) -> Iterator[None]:
+        """Raises Overloaded: too many wait already."""
+        if not self.enter(caller):
+            raise Overloaded(f"too many requests wait for {what}", SOON_S)
+        try:
+            yield
+        finally:
+            self.leave(caller)
 
 
 class InFlight:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import zip_longest
 
 from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest, Sampling, Selection, TopKSelection
@@ -28,6 +29,7 @@ from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import TokenRange
+from saeguard_server.threads import NEVER, Cancellation
 
 MAX_MEASURED_TOKENS = 512
 """Of an answer that is measured against another: what waits for the other side is a row of the vocabulary for each."""
@@ -87,7 +89,7 @@ class Generation:
             self._admission.request(call.caller, request) as admitted,
         ):
             compiled = await self.compile(request, call)
-            admitted.tokens.reserve(compiled.most_tokens)
+            admitted.tokens.resize(compiled.most_tokens)
             await record.admit(compiled)
             await admitted.turn(compiled.most_tokens)
             async with aclosing(self._engine.generate(compiled.task)) as chunks:
@@ -119,7 +121,7 @@ class Generation:
                 raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
             # Two answers, and one of them read twice.
             most = 4 * compiled.most_tokens
-            admitted.tokens.reserve(most)
+            admitted.tokens.resize(most)
             await record.admit(compiled)
             await admitted.turn(most)
             steered, unsteered = await asyncio.gather(all_chunks(self._engine, task), all_chunks(self._engine, plain))
@@ -140,7 +142,16 @@ class Generation:
             ServiceError: as for ``stream``, but for what the engine raises.
         """
         snapshot = await self._snapshot(request, call)
-        return await asyncio.to_thread(self._compile, request, call, snapshot)
+        return await self._admission.prompts.run(call, partial(self._compile, request, call, snapshot))
+
+    async def wait_for_policies(self, request: GenerateRequest, call: Call, within_s: float) -> None:
+        """Until policies are in force that are as new as the request demands: it needs no place in the engine yet.
+
+        Raises:
+            PoliciesUnavailable, ActivationNotReached, NotConfigured: they will not be.
+        """
+        async with self._recorder.request(request, call):
+            await self._snapshot(request, replace(call, deadline=min(call.deadline, time.monotonic() + within_s)))
 
     async def _snapshot(self, request: GenerateRequest, call: Call) -> Snapshot | None:
         if self._policies is not None:
@@ -152,11 +163,13 @@ class Generation:
             raise NotConfigured("min_policy_activation: this server has no policies")
         return None
 
-    def _compile(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
+    def _compile(
+        self, request: GenerateRequest, call: Call, snapshot: Snapshot | None, cancellation: Cancellation = NEVER
+    ) -> CompiledRequest:
         for index, ref in enumerate(request.watch):
             steering.find_watchable(self._engine, ref, f"watch[{index}]")
         context = self._engine.model.max_context
-        tokens = encode_input(self._tokenizer, request.input, context - 1).ids
+        tokens = encode_input(self._tokenizer, request.input, context - 1, cancellation=cancellation).ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         seed = request.sampling.seed
         task = GenerateTask(
@@ -381,8 +394,8 @@ class ReadActivations:
             DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
         """
         async with self._admission.request(call.caller, request) as admitted:
-            tasks = await asyncio.to_thread(self._compile, request, call)
-            admitted.tokens.reserve(sum(len(task.tokens) for task in tasks))
+            tasks = await self._admission.prompts.run(call, partial(self._compile, request, call))
+            admitted.tokens.resize(sum(len(task.tokens) for task in tasks))
             for task in tasks:
                 await admitted.turn(len(task.tokens))
                 async with aclosing(self._engine.inspect(task)) as parts:
@@ -390,11 +403,13 @@ class ReadActivations:
                     async for part in parts:
                         yield part
 
-    def _compile(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
+    def _compile(self, request: ActivationRequest, call: Call, cancellation: Cancellation = NEVER) -> list[InspectTask]:
         selections = self._selections(request)
         tasks = []
         for index, input in enumerate(request.inputs):
-            encoded = encode_input(self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].")
+            cancellation.check()
+            most = self._engine.model.max_context
+            encoded = encode_input(self._tokenizer, input, most, f"inputs[{index}].", cancellation)
             tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
             placed = steering.compile_steering(self._engine, request.interventions, None, tokens)
             tasks.append(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -27,21 +28,25 @@ IDLE_S = 5.0
 """A thread that had nothing to do for so long ends; the next piece of work starts another."""
 
 
-class Wanted:
+class Cancellation:
     """Whether somebody still waits for what a thread works on; the work asks at every step of bounded size."""
 
     def __init__(self, deadline: float = inf) -> None:
-        self._deadline, self._is_over = deadline, False
+        self._deadline, self._is_cancelled = deadline, False
 
-    def withdraw(self) -> None:
-        self._is_over = True
+    def cancel(self) -> None:
+        self._is_cancelled = True
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded: nobody does."""
-        if self._is_over:
+        if self._is_cancelled:
             raise Cancelled("nobody waits for this any more")
         if time.monotonic() >= self._deadline:
             raise DeadlineExceeded("the time allowed for this request is over")
+
+
+NEVER = Cancellation()
+"""For whoever calls without a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,11 @@ class _Job:
     work: Callable[[], Any]
     result: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
+
+
+def _begin(work: Callable[[Cancellation], T], cancellation: Cancellation) -> T:
+    cancellation.check()
+    return work(cancellation)
 
 
 class WorkThreads:
@@ -62,7 +72,7 @@ class WorkThreads:
         self._running = self._started = 0
         self._lock = threading.Lock()
 
-    async def run(self, call: Call, work: Callable[[Wanted], T]) -> T:
+    async def run(self, call: Call, work: Callable[[Cancellation], T]) -> T:
         """What ``work`` returns or raises; it is told when nobody waits for it any more.
 
         Raises:
@@ -73,18 +83,13 @@ class WorkThreads:
             await self._turn(call.caller.name)
         else:
             self._running += 1
-        wanted, loop = Wanted(call.deadline), asyncio.get_running_loop()
-
-        def begin() -> T:
-            wanted.check()
-            return work(wanted)
-
-        job = _Job(lambda context=copy_context(): context.run(begin), loop.create_future(), loop)
+        cancellation, loop = Cancellation(call.deadline), asyncio.get_running_loop()
+        job = _Job(partial(copy_context().run, _begin, work, cancellation), loop.create_future(), loop)
         self._hand_over(job)
         try:
             result: T = await job.result
         finally:
-            wanted.withdraw()
+            cancellation.cancel()
         return result
 
     def evict(self, caller: str, error: ServiceError) -> bool:

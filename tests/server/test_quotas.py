@@ -42,7 +42,7 @@ def quotas(metrics: Metrics, clock: Clock) -> Quotas:
 
 def refusal(quotas: Quotas, who: Caller, features: int = 0, tokens: int = 0) -> QuotaExceeded:
     with pytest.raises(QuotaExceeded) as caught, quotas.request(who, features) as budget:
-        budget.reserve(tokens)
+        budget.resize(tokens)
     return caught.value
 
 
@@ -71,16 +71,16 @@ def test_features_of_a_request(quotas: Quotas) -> None:
 def test_tokens_are_taken_at_once_and_what_was_not_used_is_given_back(quotas: Quotas, clock: Clock) -> None:
     who = caller(tokens_per_minute=600)
     with quotas.request(who, 0) as tokens:
-        tokens.reserve(500)
+        tokens.resize(500)
         assert refusal(quotas, who, tokens=200).retry_after_s == pytest.approx(10.0)
         tokens.charge(100)
     with quotas.request(who, 0) as tokens:
-        tokens.reserve(500)
+        tokens.resize(500)
         tokens.charge(500)
     assert refusal(quotas, who, tokens=1).retry_after_s == pytest.approx(0.1)
     clock.now += 30.0
     with quotas.request(who, 0) as tokens:
-        tokens.reserve(300)
+        tokens.resize(300)
         tokens.charge(300)
     clock.now += 1000.0
     assert refusal(quotas, who, tokens=601).retry_after_s is None, "no wait makes room for more than a minute's"
@@ -88,7 +88,7 @@ def test_tokens_are_taken_at_once_and_what_was_not_used_is_given_back(quotas: Qu
 
 def test_without_a_quota_nothing_is_counted(quotas: Quotas) -> None:
     with quotas.request(LOCAL, 10**6) as tokens:
-        tokens.reserve(10**9)
+        tokens.resize(10**9)
     assert not quotas._accounts
 
 
@@ -104,7 +104,7 @@ def test_nobody_uses_more_than_a_minute_allows(acts: list[tuple[str, int, int, f
     for name, wanted, share, pause in acts:
         try:
             with quotas.request(caller(name, tokens_per_minute=rate), 0) as tokens:
-                tokens.reserve(wanted)
+                tokens.resize(wanted)
                 tokens.charge(wanted * share // 100)
                 used.setdefault(name, []).append((clock.now, wanted * share // 100))
         except QuotaExceeded as err:
@@ -121,7 +121,7 @@ def test_nobody_uses_more_than_a_minute_allows(acts: list[tuple[str, int, int, f
 def test_callers_who_use_nothing_are_forgotten(quotas: Quotas, clock: Clock) -> None:
     for number in range(1000):
         with quotas.request(caller(f"c{number}", tokens_per_minute=60), 0) as tokens:
-            tokens.reserve(1)
+            tokens.resize(1)
             tokens.charge(1)
         clock.now += 1.0
     assert len(quotas._accounts) < 10

@@ -13,7 +13,7 @@ import pytest
 from saeguard_server import threads
 from saeguard_server.caller import Call, Caller
 from saeguard_server.errors import Cancelled, DeadlineExceeded, Overloaded
-from saeguard_server.threads import Wanted, WorkThreads
+from saeguard_server.threads import Cancellation, WorkThreads
 
 
 def call(name: str = "local", within_s: float = 30.0) -> Call:
@@ -57,7 +57,7 @@ async def test_no_more_threads_than_stated_and_one_caller_after_the_other() -> N
 async def test_what_is_raised_is_raised_and_the_thread_goes_on() -> None:
     pool = WorkThreads("steady", 1, 10)
 
-    def fails(_: Wanted) -> None:
+    def fails(_: Cancellation) -> None:
         raise KeyError("x")
 
     for _ in range(3):
@@ -85,11 +85,11 @@ async def test_work_of_a_caller_who_is_gone_or_late_is_not_begun_and_stops() -> 
     pool, gate = WorkThreads("test", 1, 10), Gate()
     ends: list[BaseException] = []
 
-    def polls(wanted: Wanted) -> None:
+    def polls(cancellation: Cancellation) -> None:
         gate.order.append("polls")
         try:
             while True:
-                wanted.check()
+                cancellation.check()
                 time.sleep(0.001)
         except BaseException as err:
             ends.append(err)

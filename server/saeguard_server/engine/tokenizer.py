@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from saeguard.checks import FieldError
-from saeguard.requests import ChatInput, ModelInput
+from saeguard.requests import ChatInput, ModelInput, TokenInput
 from saeguard_sae.models import special_ids
 from saeguard_server.errors import InvalidRequest
+from saeguard_server.threads import NEVER, Cancellation
+
+PIECE_CHARS = 65_536
+"""Of a text that is tokenised at once before it is known how long it is: 0.1 s of one core, and some 50 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.special_ids = special_ids(fast)
         self.has_chat_template = bool(fast.chat_template)
+        self._token_bytes = max(len(token.encode()) for token in self._backend.get_vocab())
 
     def encode(self, prompt: ModelInput) -> EncodedText:
         """The ids the model will read; raises FieldError, which names the field."""
@@ -50,6 +55,28 @@ class Tokenizer:
             if not 0 <= token < self.vocab_size:
                 raise FieldError(f"tokens.ids[{index}]", f"must be 0 to {self.vocab_size - 1}, got {token}")
         return EncodedText(tuple(prompt.ids), (None,) * len(prompt.ids))
+
+    def check_length(self, prompt: ModelInput, most: int, cancellation: Cancellation) -> None:
+        """Refuses what can be seen to have more than ``most`` tokens, at a cost that does not grow with how many more.
+
+        Raises:
+            FieldError: it has.
+            ServiceError: nobody waits for it any more.
+        """
+        if isinstance(prompt, TokenInput):
+            return
+        field = "text" if isinstance(prompt, str) else "chat"
+        texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt.messages]
+        size, most_bytes = sum(len(text.encode()) for text in texts), most * self._token_bytes
+        if size > most_bytes:
+            raise FieldError(field, f"has {size} bytes, at most {most_bytes} fit into {most} tokens")
+        # Pieces have a few tokens more than the whole has, at their ends; twice as many mean that it is too long.
+        tokens = 0
+        for piece in _pieces(texts) if size > PIECE_CHARS else ():
+            cancellation.check()
+            tokens += len(self._backend.encode_batch_fast([piece], add_special_tokens=False)[0])
+            if tokens > 2 * most:
+                raise FieldError(field, f"has {size} bytes of more than {most} tokens")
 
     def text(self, token: int) -> str:
         """The text of one token, spaces included; a part of a character shows as the replacement character."""
@@ -70,7 +97,8 @@ class Tokenizer:
             raise FieldError("chat", f"the chat template refuses these messages: {err}") from err
 
     def _encode(self, text: str, *, add_special_tokens: bool, field: str) -> EncodedText:
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        # Of a batch, as only that lets other threads run meanwhile.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         if not encoding.ids:
             raise FieldError(field, "gives no tokens")
         return EncodedText(
@@ -78,9 +106,16 @@ class Tokenizer:
         )
 
 
-def encode_input(tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str = "") -> EncodedText:
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    return (text[first : first + PIECE_CHARS] for text in texts for first in range(0, len(text), PIECE_CHARS))
+
+
+def encode_input(
+    tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str = "", cancellation: Cancellation = NEVER
+) -> EncodedText:
     """The ids of an input of at most so many tokens, in the field ``prefix``, dot included; raises InvalidRequest."""
     try:
+        tokenizer.check_length(input, most, cancellation)
         encoded = tokenizer.encode(input)
     except FieldError as err:
         raise InvalidRequest(f"{prefix}{err.field}", err.problem) from err

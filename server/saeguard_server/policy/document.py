@@ -50,14 +50,24 @@ class BadDocument(ValueError):
     """A text that is no policy. The message names the path, such as ``rules[2].clamp.value``."""
 
 
-def read_policy_files(files: Mapping[str, str]) -> tuple[Policy, ...]:
-    """The policies of all YAML files, by name. Raises BadDocument, which begins with the file's name."""
-    return tuple(
-        policy
-        for name in files
-        if name.endswith((".yaml", ".yml"))
-        for policy in _policies_of_file(name, files[name], partial(probe_in_files, files, name))
-    )
+def is_policy_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def read_policy_files(files: Mapping[str, str], check: Callable[[], None] = lambda: None) -> tuple[Policy, ...]:
+    """The policies of all YAML files, by name.
+
+    Args:
+        check: called before each file; what it raises ends the work.
+
+    Raises:
+        BadDocument: a file is wrong; it begins with its name.
+    """
+    policies: list[Policy] = []
+    for name in filter(is_policy_file, files):
+        check()
+        policies += _policies_of_file(name, files[name], partial(probe_in_files, files, name))
+    return tuple(policies)
 
 
 def _policies_of_file(name: str, text: str, probes: ProbeReader) -> tuple[Policy, ...]:

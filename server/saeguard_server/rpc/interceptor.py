@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from saeguard_server.admission import InFlight, LoadLimiter
+from saeguard_server.admission import InFlight, LoadLimiter, Quotas
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
@@ -40,6 +40,8 @@ from saeguard_server.errors import (
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import REQUEST_ID, Metrics
+from saeguard_server.rpc.unread import CORE_ENDS_WITHIN_S, ReplyWriter
+from saeguard_server.settings import LimitSettings
 
 LOG = logging.getLogger("saeguard.rpc")
 
@@ -53,10 +55,12 @@ OWN_METHODS = "/saeguard."
 REQUEST_ID_KEY = "x-request-id"
 MESSAGE_BYTES = 512
 """A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
+BRINGS_INPUT = frozenset({"Generate", "GenerateStream", "Compare", "GetActivations", "ApplyPolicies"})
+"""Methods whose requests may be large."""
+SMALL_REQUEST_BYTES = 65_536
+"""What the requests of all others may have."""
 ALMOST_OVER_S = 0.01
 """The core cancels at the deadline; its clock and ours differ by less than this."""
-CORE_ENDS_WITHIN_S = 1.0
-"""How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
@@ -68,17 +72,28 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     4. A refusal while the server drains: ``LoadLimiter.rpc``.
     5. The deadline, where it is ours to impose.
     6. Who calls and whether it may: ``AuthInterceptor``.
-    7. The message is parsed, the handler runs, headers and replies are sent.
+    7. The message is small enough, and paid for where it is refused: ``Quotas.message``.
+    8. It is parsed, the handler runs, headers and replies are sent: ``ReplyWriter`` ends what nobody reads.
 
     ``open`` counts the RPCs inside it, health's too.
     """
 
     def __init__(
-        self, metrics: Metrics, limiter: LoadLimiter, authentication: AuthInterceptor, max_deadline_s: float
+        self,
+        metrics: Metrics,
+        limiter: LoadLimiter,
+        authentication: AuthInterceptor,
+        limits: LimitSettings,
+        quotas: Quotas,
     ) -> None:
         self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
-        self._max_deadline_s = max_deadline_s
+        self._limits, self._quotas = limits, quotas
         self.open = InFlight()
+
+    @property
+    def max_message_bytes(self) -> int:
+        """That any method takes."""
+        return max(self._limits.max_request_bytes, self._limits.max_policy_bytes, SMALL_REQUEST_BYTES)
 
     async def intercept_service(
         self,
@@ -102,7 +117,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     async def _run(self, handler: Handler, method: str, raw: bytes, context: Context) -> Any:
         is_own = method.startswith(OWN_METHODS)
-        call = enter_call(context, self._max_deadline_s if is_own else inf)
+        call = enter_call(context, self._limits.max_deadline_s if is_own else inf)
         record = RpcRecord(self._metrics, method, handler, context.peer())
         status = RpcStatus(context)
         try:
@@ -112,7 +127,9 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     record.caller = caller.name
                     self._authentication.authorize(caller, method)
                     call = identified_call(call, caller)
-                    return await _serve(handler, _parsed(handler, raw), context, record, call)
+                    self._check_size(method, len(raw))
+                    with self._quotas.message(caller, len(raw)):
+                        return await self._serve(handler, _parsed(handler, raw), context, record, call)
         finally:
             record.close(status.code, status.error, logging.INFO if is_own else logging.DEBUG)
         # Only reached when ``status`` holds an error.
@@ -120,7 +137,39 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if status.is_for_the_core:
             # It cancels us here, at the latest when its clock says that the caller's time is over.
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
-        return await context.abort_with_status(rpc_failure(status.error, call.request_id))
+        try:
+            # Behind a message that is not read, this waits with the core, and holds nothing of ours.
+            return await context.abort_with_status(rpc_failure(status.error, call.request_id))
+        except grpc.aio.InternalError:
+            await asyncio.sleep(CORE_ENDS_WITHIN_S)  # the caller is gone meanwhile, and the core cancels us here
+            raise
+
+    def _check_size(self, method: str, size: int) -> None:
+        name = method.rpartition("/")[2]
+        most = SMALL_REQUEST_BYTES
+        if method.startswith(OWN_METHODS) and name in BRINGS_INPUT:
+            most = self._limits.max_policy_bytes if name == "ApplyPolicies" else self._limits.max_request_bytes
+        if size > most:
+            raise InvalidRequest("request", f"at most {most} bytes, got {size}")
+
+    async def _serve(self, handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
+        if not handler.response_streaming:
+            unary: Any = handler.unary_unary
+            reply = await unary(request, context)
+            await _send_headers(context, call)
+            record.sent()
+            return reply
+        stream: Any = handler.unary_stream
+        writer = ReplyWriter(context, call.caller, self._limiter.unread, self._limits.max_unread_s)
+        is_first = True
+        async with writer.watching(), aclosing(stream(request, context)) as replies:
+            async for reply in replies:
+                if is_first:
+                    await _send_headers(context, call)
+                    is_first = False
+                await writer.write(reply)
+                record.sent()
+        return None
 
 
 # --- 1. The call, for whoever handles it
@@ -410,25 +459,6 @@ def _parsed(handler: Handler, raw: bytes) -> Any:
         return parse(raw) if parse is not None else raw
     except DecodeError as err:
         raise InvalidRequest("request", "these bytes are not a message of the expected type") from err
-
-
-async def _serve(handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
-    if not handler.response_streaming:
-        unary: Any = handler.unary_unary
-        reply = await unary(request, context)
-        await _send_headers(context, call)
-        record.sent()
-        return reply
-    stream: Any = handler.unary_stream
-    is_first = True
-    async with aclosing(stream(request, context)) as replies:
-        async for reply in replies:
-            if is_first:
-                await _send_headers(context, call)
-                is_first = False
-            await context.write(reply)
-            record.sent()
-    return None
 
 
 async def _send_headers(context: Context, call: Call) -> None:

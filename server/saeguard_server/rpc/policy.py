@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from saeguard import catalog
+from saeguard.checks import MAX_NAME_CHARS
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard.wire import to_message
@@ -15,10 +17,15 @@ from saeguard_server.policy.administration import Administration, WriteResult, e
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.sync import Enforcement
 from saeguard_server.rpc import interceptor
+from saeguard_server.threads import Cancellation, WorkThreads
 
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
 MAX_DOCUMENTS = 1024
+MAX_YAML_BYTES = 524_288
+"""In all documents together; probes, which are JSON, are parsed a hundred times as fast."""
+MAX_PARSINGS = 16
+"""Calls whose documents wait to be parsed at once."""
 
 
 class PolicyServicer(PolicyServiceServicer):
@@ -26,6 +33,7 @@ class PolicyServicer(PolicyServiceServicer):
 
     def __init__(self, enforcement: Enforcement | None, audit: Audit) -> None:
         self._optional_enforcement, self._audit = enforcement, audit
+        self._parsers = WorkThreads("policies to be parsed", 1, MAX_PARSINGS)
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
         newest = await self._administration.revision()
@@ -53,9 +61,12 @@ class PolicyServicer(PolicyServiceServicer):
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         etag = request.etag or (None if request.dry_run else etag_of(None))
-        written = await self._administration.apply(
-            _parsed(request.documents),
-            caller=interceptor.current_call().caller,
+        _check_documents(request.documents)
+        administration, call = self._administration, interceptor.current_call()
+        policies = await self._parsers.run(call, partial(_parsed, request.documents))
+        written = await administration.apply(
+            policies,
+            caller=call.caller,
             reason=request.reason,
             etag=etag,
             is_whole_set=request.prune,
@@ -151,15 +162,23 @@ def _number(written: WriteResult) -> int | None:
     return None if written.revision is None else written.revision.number
 
 
-def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:
+def _check_documents(documents: Sequence[pb.PolicyDocument]) -> None:
     if not 1 <= len(documents) <= MAX_DOCUMENTS:
         raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
-    files: dict[str, str] = {}
+    names: set[str] = set()
     for index, file in enumerate(documents):
-        if not file.name or file.name in files:
-            raise InvalidRequest(f"documents[{index}].name", "must be there, and differ from the others")
-        files[file.name] = file.content
+        if not 0 < len(file.name) <= MAX_NAME_CHARS or file.name in names:
+            problem = f"must have 1 to {MAX_NAME_CHARS} characters, and differ from the others"
+            raise InvalidRequest(f"documents[{index}].name", problem)
+        names.add(file.name)
+    size = sum(len(file.content.encode()) for file in documents if document.is_policy_file(file.name))
+    if size > MAX_YAML_BYTES:
+        raise InvalidRequest("documents", f"at most {MAX_YAML_BYTES} bytes of YAML, got {size}")
+
+
+def _parsed(documents: Sequence[pb.PolicyDocument], cancellation: Cancellation) -> tuple[Policy, ...]:
+    """In a thread: a mebibyte of YAML takes seconds."""
     try:
-        return document.read_policy_files(files)
+        return document.read_policy_files({file.name: file.content for file in documents}, cancellation.check)
     except document.BadDocument as err:
         raise InvalidRequest("documents", str(err)) from err

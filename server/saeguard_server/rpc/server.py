@@ -62,7 +62,7 @@ class Servicers:
 
 
 def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: ServerSettings) -> grpc.aio.Server:
-    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
+    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings, interceptor.max_message_bytes))
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
     activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
     catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicers.catalog, server)
@@ -86,13 +86,14 @@ def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
     return Address(address.host, port)
 
 
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings, max_message_bytes: int) -> list[tuple[str, int]]:
     options = [
         # Two servers on one port would share its callers silently.
         ("grpc.so_reuseport", 0),
         # The name that the core reads; "min_recv_ping_interval" is found in much code and does nothing.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_receive_message_length", max_message_bytes),
     ]
     if settings.max_connection_age_s is not None:
         options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)))

@@ -18,7 +18,7 @@ from saeguard.v1 import (
     generation_service_pb2_grpc,
     server_info_service_pb2_grpc,
 )
-from saeguard_server.admission import FairQueue, LoadLimiter
+from saeguard_server.admission import FairQueue, LoadLimiter, Quotas
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import Call
 from saeguard_server.catalog import Catalog, describe_model, describe_server
@@ -131,7 +131,8 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         metrics,
         admission,
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
-        limits.max_deadline_s,
+        limits,
+        Quotas(metrics),
     )
     server = edge.build_server(servicers, interceptor, settings.server)
     address = str(edge.listen_on(server, settings.server))
