@@ -24,8 +24,8 @@ MAX_HISTORY = 500
 MAX_DOCUMENTS = 1024
 MAX_YAML_BYTES = 524_288
 """In all documents together; probes, which are JSON, are parsed a hundred times as fast."""
-MAX_PARSINGS = 16
-"""Calls whose documents wait to be parsed at once."""
+MAX_WAITING = 16
+"""Calls whose documents wait to be parsed or written at once."""
 
 
 class PolicyServicer(PolicyServiceServicer):
@@ -33,16 +33,17 @@ class PolicyServicer(PolicyServiceServicer):
 
     def __init__(self, enforcement: Enforcement | None, audit: Audit) -> None:
         self._optional_enforcement, self._audit = enforcement, audit
-        self._parsers = WorkThreads("policies to be parsed", 1, MAX_PARSINGS)
+        self._documents = WorkThreads("documents of policies", 1, MAX_WAITING)
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
         newest = await self._administration.revision()
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
         policies = revision.policies if revision else ()
+        text = await self._documents.run(interceptor.current_call(), partial(_yaml, policies))
         policy_set = catalog.PolicySet(
             policies=tuple(map(_summary, policies)),
-            yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
+            yaml=text,
             etag=etag_of(newest),
             revision=None if revision is None else _revision(revision),
             active=None if active is None else active.activation,
@@ -63,7 +64,7 @@ class PolicyServicer(PolicyServiceServicer):
         etag = request.etag or (None if request.dry_run else etag_of(None))
         _check_documents(request.documents)
         administration, call = self._administration, interceptor.current_call()
-        policies = await self._parsers.run(call, partial(_parsed, request.documents))
+        policies = await self._documents.run(call, partial(_parsed, request.documents))
         written = await administration.apply(
             policies,
             caller=call.caller,
@@ -174,6 +175,14 @@ def _check_documents(documents: Sequence[pb.PolicyDocument]) -> None:
     size = sum(len(file.content.encode()) for file in documents if document.is_policy_file(file.name))
     if size > MAX_YAML_BYTES:
         raise InvalidRequest("documents", f"at most {MAX_YAML_BYTES} bytes of YAML, got {size}")
+
+
+def _yaml(policies: Sequence[Policy], cancellation: Cancellation) -> str:
+    texts = []
+    for policy in policies:
+        cancellation.check()
+        texts.append(document.policy_to_yaml(policy))
+    return "---\n".join(texts)
 
 
 def _parsed(documents: Sequence[pb.PolicyDocument], cancellation: Cancellation) -> tuple[Policy, ...]:
