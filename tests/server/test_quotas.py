@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -10,9 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from saeguard_server.admission import Quotas
+from saeguard_server.admission import BYTES_PER_TOKEN, Quotas
 from saeguard_server.caller import LOCAL, Caller, Quota, Role
-from saeguard_server.errors import QuotaExceeded
+from saeguard_server.errors import (
+    InvalidRequest,
+    Overloaded,
+    PermissionDenied,
+    PolicyRefusal,
+    QuotaExceeded,
+    ServiceError,
+    Unavailable,
+)
 from saeguard_server.observe import Metrics
 
 
@@ -84,6 +92,53 @@ def test_tokens_are_taken_at_once_and_what_was_not_used_is_given_back(quotas: Qu
         tokens.charge(300)
     clock.now += 1000.0
     assert refusal(quotas, who, tokens=601).retry_after_s is None, "no wait makes room for more than a minute's"
+
+
+def test_a_message_is_paid_for_where_it_is_refused_and_else_given_back(quotas: Quotas) -> None:
+    who = caller(tokens_per_minute=600)
+    for error in (InvalidRequest("x", "y"), PolicyRefusal("x", "y", policy="p"), PermissionDenied("x", "steer")):
+        level = left(quotas, who)
+        with pytest.raises(type(error)), quotas.message(who, 80 * BYTES_PER_TOKEN):
+            raise error
+        assert left(quotas, who) == level - 80
+    for other in (Overloaded("x", 1.0), Unavailable("x"), QuotaExceeded("x", "max_concurrent", 1.0), None):
+        level = left(quotas, who)
+        with suppress(ServiceError), quotas.message(who, 80 * BYTES_PER_TOKEN):
+            if other is not None:
+                raise other
+        assert left(quotas, who) == level
+    with pytest.raises(QuotaExceeded), quotas.message(who, 601 * BYTES_PER_TOKEN):
+        pytest.fail("nothing is read of it")
+
+
+def test_a_messages_tokens_take_the_place_of_its_size(quotas: Quotas) -> None:
+    who = caller(tokens_per_minute=600)
+    with quotas.message(who, 100 * BYTES_PER_TOKEN), quotas.request(who, 0) as tokens:
+        assert left(quotas, who) == 500
+        tokens.resize(550)
+        assert left(quotas, who) == 50
+        tokens.charge(200)
+    assert left(quotas, who) == 400
+
+
+def test_too_many_tokens_pay_for_having_been_counted_and_fit_when_told_to_come_back(
+    quotas: Quotas, clock: Clock
+) -> None:
+    who, size = caller(tokens_per_minute=600), 100 * BYTES_PER_TOKEN
+    with quotas.request(who, 0) as tokens:
+        tokens.resize(400)
+        tokens.charge(400)
+    with pytest.raises(QuotaExceeded) as caught, quotas.message(who, size), quotas.request(who, 0) as tokens:
+        tokens.resize(600)
+    assert left(quotas, who) == 100
+    assert caught.value.retry_after_s == pytest.approx(50.0)
+    clock.now += 50.0
+    with quotas.message(who, size), quotas.request(who, 0) as tokens:
+        tokens.resize(600)
+
+
+def left(quotas: Quotas, who: Caller) -> float:
+    return quotas._account(who).level(quotas._clock())
 
 
 def test_without_a_quota_nothing_is_counted(quotas: Quotas) -> None:
