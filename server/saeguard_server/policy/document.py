@@ -50,25 +50,14 @@ class BadDocument(ValueError):
     """A text that is no policy. The message names the path, such as ``rules[2].clamp.value``."""
 
 
-def is_policy_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
-
-
-def read_policy_files(files: Mapping[str, str], check: Callable[[], None] = lambda: None) -> tuple[Policy, ...]:
-    """The policies of all YAML files, by name.
-
-    Args:
-        check: called before each file; what it raises ends the work.
-
-    Raises:
-        BadDocument: a file is wrong; it begins with its name.
-    """
-    policies: list[Policy] = []
-    probes = ProbeFiles(files)
-    for name in filter(is_policy_file, files):
-        check()
-        policies += _policies_of_file(name, files[name], partial(probes.read, name))
-    return tuple(policies)
+def read_policy_files(files: Mapping[str, str]) -> tuple[Policy, ...]:
+    """The policies of all YAML files, by name. Raises BadDocument, which begins with the file's name."""
+    return tuple(
+        policy
+        for name in files
+        if name.endswith((".yaml", ".yml"))
+        for policy in _policies_of_file(name, files[name], partial(probe_in_files, files, name))
+    )
 
 
 def _policies_of_file(name: str, text: str, probes: ProbeReader) -> tuple[Policy, ...]:
@@ -398,31 +387,15 @@ class BadProbe(ValueError):
     """A file that is no probe; the message names the field."""
 
 
-class ProbeFiles:
-    """Probes among the texts that came with policies, each parsed once however often it is named."""
-
-    def __init__(self, files: Mapping[str, str]) -> None:
-        self._files = files
-        self._probes: dict[str, LinearProbe] = {}
-        self._terms = 0
-
-    def read(self, yaml_name: str, name: str) -> LinearProbe:
-        """One in the folder of a policy's file. Raises ValueError: there is none, or too many terms in all."""
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"must be a file in the policy's folder, got {name!r}")
-        place = str(PurePosixPath(yaml_name).parent / path)
-        if place not in self._files:
-            raise ValueError(f"there is no file {place!r}")
-        if place not in self._probes:
-            self._probes[place] = parse_probe(self._files[place])
-        self._terms += len(self._probes[place].terms)
-        if self._terms > MAX_PROBE_TERMS:
-            raise ValueError(f"at most {MAX_PROBE_TERMS} terms in all conditions that name probes")
-        return self._probes[place]
-
-
-MAX_PROBE_TERMS = 262_144
+def probe_in_files(files: Mapping[str, str], yaml_name: str, name: str) -> LinearProbe:
+    """From one of the texts that came with the policy's, in its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"must be a file in the policy's folder, got {name!r}")
+    place = str(PurePosixPath(yaml_name).parent / path)
+    if place not in files:
+        raise ValueError(f"there is no file {place!r}")
+    return parse_probe(files[place])
 
 
 class _ProbeTerm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -452,11 +425,10 @@ def parse_probe(text: str | bytes) -> LinearProbe:
         raise BadProbe("must have one of terms and weights")
     if probe.weights is not None and probe.sae is None:
         raise BadProbe("sae: must be set with weights")
-    count = len(probe.terms or ()) or sum(map(bool, probe.weights or ()))
-    if not 1 <= count <= types.MAX_TERMS:
-        raise BadProbe(f"must have 1 to {types.MAX_TERMS} weights that are not 0, got {count}")
     weights = {f"weights[{i}]": _ProbeTerm(feature=i, weight=w) for i, w in enumerate(probe.weights or ()) if w}
     listed = weights or {f"terms[{i}]": term for i, term in enumerate(probe.terms or ())}
+    if not 1 <= len(listed) <= types.MAX_TERMS:
+        raise BadProbe(f"must have 1 to {types.MAX_TERMS} weights that are not 0, got {len(listed)}")
     return LinearProbe(tuple(_probe_term(path, term, probe.sae) for path, term in listed.items()), probe.bias)
 
 
@@ -476,8 +448,6 @@ def _probe_term(path: str, term: _ProbeTerm, sae: str | None) -> Term:
 MAX_CHARS = 8 * 2**20
 """Of one text."""
 MAX_DEPTH = 32
-MAX_NODES = 65_536
-"""Keys, values and lists of one document: libyaml composes it in one go, and no other thread runs meanwhile."""
 
 
 class BadYaml(ValueError):
@@ -542,11 +512,8 @@ def read_yaml_documents(text: str) -> list[Any]:
 
 def _check_events(text: str) -> None:
     """Before anything is built: a few aliases can stand for more than memory holds, and deep nesting ends the stack."""
-    depth = nodes = 0
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-        nodes = 0 if isinstance(event, yaml.DocumentStartEvent) else nodes + isinstance(event, yaml.NodeEvent)
-        if nodes > MAX_NODES:
-            raise BadYaml(f"{_line(event.start_mark)}: at most {MAX_NODES} keys, values and lists in a document")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise BadYaml(f"{_line(event.start_mark)}: anchors and aliases are not supported")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

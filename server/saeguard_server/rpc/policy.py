@@ -22,8 +22,6 @@ from saeguard_server.threads import Cancellation, WorkThreads
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
 MAX_DOCUMENTS = 1024
-MAX_YAML_BYTES = 524_288
-"""In all documents together; probes, which are JSON, are parsed a hundred times as fast."""
 MAX_WAITING = 16
 """Calls whose documents wait to be parsed or written at once."""
 
@@ -172,9 +170,6 @@ def _check_documents(documents: Sequence[pb.PolicyDocument]) -> None:
             problem = f"must have 1 to {MAX_NAME_CHARS} characters, and differ from the others"
             raise InvalidRequest(f"documents[{index}].name", problem)
         names.add(file.name)
-    size = sum(len(file.content.encode()) for file in documents if document.is_policy_file(file.name))
-    if size > MAX_YAML_BYTES:
-        raise InvalidRequest("documents", f"at most {MAX_YAML_BYTES} bytes of YAML, got {size}")
 
 
 def _yaml(policies: Sequence[Policy], cancellation: Cancellation) -> str:
@@ -186,8 +181,7 @@ def _yaml(policies: Sequence[Policy], cancellation: Cancellation) -> str:
 
 
 def _parsed(documents: Sequence[pb.PolicyDocument], cancellation: Cancellation) -> tuple[Policy, ...]:
-    """In a thread: a mebibyte of YAML takes seconds."""
     try:
-        return document.read_policy_files({file.name: file.content for file in documents}, cancellation.check)
+        return document.read_policy_files({file.name: file.content for file in documents})
     except document.BadDocument as err:
         raise InvalidRequest("documents", str(err)) from err
