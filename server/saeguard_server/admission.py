@@ -520,11 +520,14 @@ class LoadLimiter:
         return min(max(half, SHORTEST_RETRY_S), LONGEST_RETRY_S) * random.uniform(1.0, 1.5)
 
 
+FEW = 4
+
+
 class Waiting:
     """What waits for somebody else than this server, and holds no place of the engine or its queue meanwhile."""
 
     def __init__(self, most_each: int, most: int) -> None:
-        """At most so many of each caller, and of all of them together."""
+        """At most so many of each caller, and of all of them together, but that everybody may have a few."""
         self._most_each, self._most = most_each, most
         self._counts: Counter[str] = Counter()
 
@@ -534,7 +537,8 @@ class Waiting:
 
     def enter(self, caller: Caller) -> bool:
         """Whether there is room for one more; then ``leave`` must follow."""
-        if self._counts[caller.name] >= self._most_each or self.total >= self._most:
+        own = self._counts[caller.name]
+        if own >= self._most_each or (own >= FEW and self.total >= self._most):
             return False
         self._counts[caller.name] += 1
         return True

@@ -25,7 +25,7 @@ from saeguard_server.identity import auth
 from saeguard_server.observe import Exporter, Metrics
 from saeguard_server.policy.sync import open_enforcement, run_enforcement
 from saeguard_server.rpc import server as rpc
-from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
+from saeguard_server.rpc.interceptor import AuthInterceptor, OpenCalls, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
 from saeguard_server.settings import DEMO, Address, BadSettings, ServedSaeSettings, ServerSettings, Settings
@@ -70,6 +70,8 @@ class App:
             metrics_port = None
             if listen := settings.server.metrics_listen:
                 metrics_port = stack.enter_context(Exporter(metrics.registry, Address.parse(listen))).port
+            # After the port above, which may be the same one, and before a model is loaded.
+            rpc.check_free(Address.parse(settings.server.listen))
             audit = Audit.of(settings.audit, metrics)
             stack.callback(audit.close)
             store = await stack.enter_async_context(open_enforcement(settings.policies))
@@ -102,7 +104,10 @@ class App:
                 health=health,
             )
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
-            interceptor = RpcInterceptor(metrics, limiter, authentication, limits, admission.quotas)
+            interceptor = RpcInterceptor(
+                metrics, limiter, authentication, OpenCalls(settings.server.max_calls, settings.server.max_connections),
+                admission.quotas, limits=limits, receive_s=settings.server.receive_s,
+            )  # fmt: skip
             server = rpc.build_server(servicers, interceptor, settings.server)
             address = rpc.listen_on(server, settings.server)
             await server.start()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from saeguard import catalog
-from saeguard.checks import MAX_NAME_CHARS
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard.wire import to_message
@@ -60,7 +59,6 @@ class PolicyServicer(PolicyServiceServicer):
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         etag = request.etag or (None if request.dry_run else etag_of(None))
-        _check_documents(request.documents)
         administration, call = self._administration, interceptor.current_call()
         policies = await self._documents.run(call, partial(_parsed, request.documents))
         written = await administration.apply(
@@ -161,17 +159,6 @@ def _number(written: WriteResult) -> int | None:
     return None if written.revision is None else written.revision.number
 
 
-def _check_documents(documents: Sequence[pb.PolicyDocument]) -> None:
-    if not 1 <= len(documents) <= MAX_DOCUMENTS:
-        raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
-    names: set[str] = set()
-    for index, file in enumerate(documents):
-        if not 0 < len(file.name) <= MAX_NAME_CHARS or file.name in names:
-            problem = f"must have 1 to {MAX_NAME_CHARS} characters, and differ from the others"
-            raise InvalidRequest(f"documents[{index}].name", problem)
-        names.add(file.name)
-
-
 def _yaml(policies: Sequence[Policy], cancellation: Cancellation) -> str:
     texts = []
     for policy in policies:
@@ -180,8 +167,15 @@ def _yaml(policies: Sequence[Policy], cancellation: Cancellation) -> str:
     return "---\n".join(texts)
 
 
-def _parsed(documents: Sequence[pb.PolicyDocument], cancellation: Cancellation) -> tuple[Policy, ...]:
+def _parsed(documents: Sequence[pb.PolicyDocument], _: Cancellation) -> tuple[Policy, ...]:
+    if not 1 <= len(documents) <= MAX_DOCUMENTS:
+        raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
+    files: dict[str, str] = {}
+    for index, file in enumerate(documents):
+        if not file.name or file.name in files:
+            raise InvalidRequest(f"documents[{index}].name", "must be there, and differ from the others")
+        files[file.name] = file.content
     try:
-        return document.read_policy_files({file.name: file.content for file in documents})
+        return document.read_policy_files(files)
     except document.BadDocument as err:
         raise InvalidRequest("documents", str(err)) from err

@@ -105,12 +105,21 @@ async def test_closing_stops_the_engine_and_frees_the_ports(app_with: Any, engin
         assert again.metrics_port is None
 
 
-async def test_a_port_that_is_taken_is_refused_and_everything_is_closed(app_with: Any, engine: Any) -> None:
+async def test_a_port_that_is_taken_is_told_by_its_name_before_a_model_is_loaded(
+    app_with: Any, settings_of: Any, engine: Any
+) -> None:
+    def load(*_: object) -> Any:
+        raise AssertionError("a model was loaded for a port that is taken")
+
     async with app_with() as app:
-        with pytest.raises(BadSettings, match=r"server\.listen"):
-            async with app_with(server={"listen": str(app.address)}):
+        taken = settings_of(server={"listen": str(app.address)})
+        with pytest.raises(BadSettings, match=rf"server\.listen: {app.address}: Address already in use"):
+            async with App.build(taken, load):
                 pass
-        assert engine.is_stopped
+        twice = f"127.0.0.1:{app.port + 1}"
+        with pytest.raises(BadSettings, match=r"server\.listen"):
+            async with App.build(settings_of(server={"listen": twice, "metrics_listen": twice}), load):
+                pass
         with pytest.raises(BadSettings, match=r"server\.metrics_listen"):
             async with app_with(server={"metrics_listen": f"127.0.0.1:{app.metrics_port}"}):
                 pass

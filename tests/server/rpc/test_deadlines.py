@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import msgspec
 import pytest
 
 from saeguard.results import StreamChunk
@@ -56,8 +55,7 @@ async def test_the_servers_deadline_on_the_headers_reaches_the_caller(running: A
             yield chunk
 
     running.generate.stream = held
-    limits = running.interceptor._limits
-    running.interceptor._limits = msgspec.structs.replace(limits, max_deadline_s=DEADLINE_S)
+    running.interceptor.max_deadline_s = DEADLINE_S
     error = await ask(None)
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert error.details() == "the time allowed for this request is over"
