@@ -36,7 +36,7 @@ Add = Callable[[Any], Any]
 
 MOST_STALL_S = 1.5
 """Of a health check on a busy machine of two cores; an idle one answers within 0.1 s."""
-MOST_GROWTH_MIB = 300
+MOST_GROWTH_MIB = 600
 SLOTS, QUEUE = 4, 8
 NEIGHBOUR = pb.GenerateRequest(
     text="In the morning, the old farmer", sampling={"max_new_tokens": 80, "seed": 7, "ignore_eos": True}

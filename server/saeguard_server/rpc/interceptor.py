@@ -138,7 +138,9 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     raw = await _received(context, self._receive_s)
                     self._check_size(method, len(raw))
                     with self._quotas.message(caller, len(raw)):
-                        return await self._serve(handler, _parsed(handler, raw), context, record, call)
+                        request = _parsed(handler, raw)
+                        del raw  # megabytes, for as long as it is answered
+                        return await self._serve(handler, request, context, record, call)
         finally:
             record.close(status.code, status.error, logging.INFO if is_own else logging.DEBUG)
         # Only reached when ``status`` holds an error.
