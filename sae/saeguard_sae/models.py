@@ -459,11 +459,12 @@ _CGROUP, _PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Token ids of a Hugging Face tokenizer that stand for no text.
+    """Token ids that a Hugging Face tokenizer flags as special, whether or not they have a name such as ``bos_token``.
 
-    Edits leave them alone unless asked, and metrics leave them out.
+    Edits and conditions leave them alone unless asked, metrics leave them out, and they have no text.
     """
-    return frozenset(map(int, tokenizer.all_special_ids))
+    flagged = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset(map(int, (*tokenizer.all_special_ids, *flagged)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -24,7 +24,7 @@ class FakeTokenizer:
     def check_length(self, prompt: ModelInput, most: int, cancellation: object) -> None:
         pass
 
-    def encode(self, prompt: ModelInput) -> EncodedText:
+    def encode(self, prompt: ModelInput, *, parse_special_tokens: bool) -> EncodedText:
         if isinstance(prompt, TokenInput):
             return EncodedText(prompt.ids, (None,) * len(prompt.ids))
         text = prompt if isinstance(prompt, str) else "".join(one.content for one in prompt.messages)
