@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 MAX_UINT32: Final = 2**32 - 1
+MAX_INT64: Final = 2**63 - 1
+"""What a database counts to, and so the largest number of a revision or an activation."""
 MAX_UINT64: Final = 2**64 - 1
 FLOAT32_MAX: Final = 3.4028234663852886e38
 MAX_NAME_CHARS: Final = 256

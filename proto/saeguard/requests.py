@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from saeguard import checks
-from saeguard.checks import FLOAT32_MAX, MAX_UINT64, FieldError
+from saeguard.checks import FLOAT32_MAX, MAX_INT64, MAX_UINT64, FieldError
 from saeguard.types import EDITS, FeatureRef, Intervention, Trigger, check_edited_once
 
 CHAT_ROLES: Final = ("system", "user", "assistant")
@@ -168,7 +168,7 @@ class GenerateRequest:
         if len(checks.check_text("conversation", self.conversation)) > MAX_CONVERSATION_CHARS:
             length = len(self.conversation)
             raise FieldError("conversation", f"at most {MAX_CONVERSATION_CHARS} characters, got {length}")
-        checks.store_integer(self, "min_policy_activation", MAX_UINT64, optional=True)
+        checks.store_integer(self, "min_policy_activation", MAX_INT64, optional=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class App:
             if listen := settings.server.metrics_listen:
                 metrics_port = stack.enter_context(Exporter(metrics.registry, Address.parse(listen))).port
             # After the port above, which may be the same one, and before a model is loaded.
-            rpc.check_free(Address.parse(settings.server.listen))
+            rpc.check_listen(settings.server)
             audit = Audit.of(settings.audit, metrics)
             stack.callback(audit.close)
             store = await stack.enter_async_context(open_enforcement(settings.policies))

@@ -284,7 +284,7 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
     """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
     receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
-    """Within which a request's message must be here."""
+    """Within which a request's message must be here, and a reply that is one message taken."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
 
@@ -514,7 +514,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise BadSettings(f"{path}: {err.strerror}") from err
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
+        # Not tomllib's own error alone: numbers of thousands of digits, and deep nesting.
         raise BadSettings(f"{path}: {err}") from err
 
 

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import os
-import re
-import socket
-import subprocess
-import sys
-import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+from saeguard_server.caller import Role
 from saeguard_server.rpc.server import METADATA_BYTES
 from support import http2
+from support.credentials import write_keys
 from support.http2 import Http2, frame, grpc_message, header_block
+from support.server_process import ServerProcess, server_process
 
 CHECK, WATCH = b"/grpc.health.v1.Health/Check", b"/grpc.health.v1.Health/Watch"
 REFLECT = b"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -32,22 +30,11 @@ METHODS = (CHECK, WATCH, REFLECT, GENERATE, STREAM, INFO, APPLY)
 RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAUTHENTICATED = "8", "4", "12", "16"
 
 CONNECTIONS, STREAMS, CALLS, HOLD_S, LIFE_S = 64, 32, 64, 1.0, 3.0
-SETTINGS = f"""
-[server]
-listen = "127.0.0.1:0"
-metrics_listen = "127.0.0.1:{{metrics}}"
-log_level = "error"
-max_connections = {CONNECTIONS}
-max_streams = {STREAMS}
-max_calls = {CALLS}
-max_connection_idle_s = {HOLD_S}
-handshake_s = {HOLD_S}
-receive_s = {HOLD_S}
-[limits]
-max_deadline_s = {LIFE_S}
-"""
+SERVER = {
+    "log_level": "error", "max_connections": CONNECTIONS, "max_streams": STREAMS, "max_calls": CALLS,
+    "max_connection_idle_s": HOLD_S, "handshake_s": HOLD_S, "receive_s": HOLD_S,
+}  # fmt: skip
 
-SAEGUARD = Path(sys.executable).with_name("saeguard")
 Outcome = Callable[[str, str, str], None]
 
 
@@ -55,14 +42,23 @@ Outcome = Callable[[str, str, str], None]
 class Attacked:
     """A server in a process of its own, on the bundled model."""
 
-    process: subprocess.Popen[str]
-    port: int
-    metrics: int
-    asks: bool
-    """Whether callers must say who they are."""
+    process: ServerProcess
     key: str = ""
-    lines: list[str] = field(default_factory=list)
-    """Of its standard error."""
+    """Of a caller who may do all; empty where nobody has to say who they are."""
+
+    @property
+    def port(self) -> int:
+        return self.process.port
+
+    @property
+    def asks(self) -> bool:
+        return bool(self.key)
+
+    @property
+    def folder(self) -> Path:
+        """What the system tells of the process."""
+        assert self.process.process is not None
+        return Path(f"/proc/{self.process.process.pid}")
 
     @property
     def credentials(self) -> tuple[tuple[tuple[bytes, bytes], ...], ...]:
@@ -71,12 +67,11 @@ class Attacked:
         return ((), known) if self.asks else ((),)
 
     def memory_mb(self) -> int:
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        text = (self.folder / "status").read_text()
         return int(text.split("VmRSS:")[1].split()[0]) // 1024
 
-    def peak_mb(self) -> int:
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(text.split("VmHWM:")[1].split()[0]) // 1024
+    def threads(self) -> int:
+        return len(list((self.folder / "task").iterdir()))
 
     @asynccontextmanager
     async def connection(self, *, settings: bytes = b"") -> AsyncIterator[Http2]:
@@ -94,53 +89,25 @@ class Attacked:
         return time.monotonic() - began
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module", params=["anonymous", "keys"])
 def attacked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
-    folder, metrics = tmp_path_factory.mktemp("attacked"), free_port()
-    asks, key = request.param == "keys", ""
-    text = SETTINGS.format(metrics=metrics)
-    if asks:
-        made = subprocess.run(
-            [SAEGUARD, "key", "create", "x", "--role", "admin", "--file", folder / "k"],
-            capture_output=True, text=True, check=True, umask=0o077,
-        )  # fmt: skip
-        key = made.stdout.strip()
-        text += f'[identity]\napi_keys = "{folder / "k"}"\n'
-    (folder / "settings.toml").write_text(text)
-    process = subprocess.Popen(
-        [SAEGUARD, "serve", "--config", folder / "settings.toml"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    server = Attacked(process, 0, metrics, asks, key)
-    assert process.stderr is not None
-    for line in process.stderr:
-        server.lines.append(line)
-        if match := re.search(r"serving .* on 127\.0\.0\.1:(\d+);", line):
-            server.port = int(match[1])
-            break
-    assert server.port, server.lines
-    stderr = process.stderr
-    reading = threading.Thread(target=lambda: server.lines.extend(stderr), daemon=True)
-    reading.start()
-    yield server
-    process.terminate()
-    assert process.wait(30) == 0, server.lines
-    reading.join(5)
-    stderr.close()
-    assert not [line for line in server.lines if "Traceback" in line or "INTERNAL" in line or "unexpected" in line]
+    folder, key = tmp_path_factory.mktemp("attacked"), ""
+    settings: dict[str, Any] = {"server": SERVER, "limits": {"max_deadline_s": LIFE_S}}
+    if request.param == "keys":
+        key = write_keys(folder / "keys", admin=[Role.ADMIN])["admin"]
+        settings["identity"] = {"api_keys": str(folder / "keys")}
+    with server_process(folder, **settings) as process:
+        yield Attacked(process, key)
+        assert process.stop() == 0, process.errors()
+        text = process.log.read_text()
+    assert not [line for line in text.splitlines() if "Traceback" in line or "INTERNAL" in line or "unexpected" in line]
 
 
 async def test_compressed_messages_are_refused_and_never_inflated(
     attacked: Attacked, outcome: Outcome, is_full: bool
 ) -> None:
     """One of 3 MiB would become 3 GiB; 60 KB, all that a stream's window takes, would become 60 MB."""
-    zeros, before = b"\0" * ((256 if is_full else 48) << 20), attacked.peak_mb()
+    zeros, before = b"\0" * ((256 if is_full else 48) << 20), attacked.process.peak_mib()
     layers = {b"gzip": gzip.compress(zeros), b"deflate": zlib.compress(zeros)}
     del zeros
     for encoding, body in layers.items():
@@ -157,9 +124,11 @@ async def test_compressed_messages_are_refused_and_never_inflated(
     async with attacked.connection() as connection:
         await connection.open(1, CHECK, grpc_message(layers[b"gzip"][:60_000], compressed=True), ends=True)
         assert await connection.status() == "3"
-    grown = attacked.peak_mb() - before
+    grown = attacked.process.peak_mib() - before
     assert grown < 30
-    outcome("compressed messages, 14 methods and encodings, nested", "UNIMPLEMENTED, never inflated", f"+{grown} MB")
+    outcome(
+        "compressed messages, 14 methods and encodings, nested", "UNIMPLEMENTED, never inflated", f"+{grown:.0f} MB"
+    )
 
 
 async def test_a_call_whose_message_does_not_come_is_ended(attacked: Attacked, outcome: Outcome) -> None:
@@ -238,16 +207,19 @@ async def test_connections_and_calls_are_bounded_and_a_newcomer_is_served(attack
     outcome(f"{CONNECTIONS + 20} connections, 256 health watches", f"{CONNECTIONS}, {CALLS} and a share", f"{watching}")
 
 
-async def test_replies_that_are_not_read_are_dropped_in_time(attacked: Attacked) -> None:
+@pytest.mark.parametrize("call", [(CHECK, b"", True), (WATCH, b"", True), (REFLECT, b"\x3a\x01*", False)])
+async def test_replies_that_are_not_read_are_given_up(attacked: Attacked, call: tuple[bytes, bytes, bool]) -> None:
     """Window 0: no byte of a reply can leave."""
+    method, body, ends = call
     async with AsyncExitStack() as stack:
         closed = b"\0\x04\0\0\0\0"
         readers = [await stack.enter_async_context(attacked.connection(settings=closed)) for _ in range(4)]
         for reader in readers:
             for stream in range(8):
-                await reader.open(2 * stream + 1, REFLECT, grpc_message(b"\x3a\x01*"))
+                await reader.open(2 * stream + 1, method, grpc_message(body), ends=ends)
         assert await attacked.answers_within() < 2.0
-        async with asyncio.timeout(LIFE_S + HOLD_S + 4):
+        # Without a call the connection is idle, and closed.
+        async with asyncio.timeout((HOLD_S if method == CHECK else LIFE_S) + HOLD_S + 2):
             for reader in readers:
                 await reader.closed.wait()
 
@@ -377,36 +349,36 @@ async def test_the_metrics_port_bounds_connections_headers_and_time(
     from saeguard_server.observe import MAX_HEAD_BYTES, MAX_SCRAPES, SCRAPE_S
 
     good = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-    text, _ = await scrape(attacked.metrics, good)
+    text, _ = await scrape(attacked.process.metrics_port, good)
     assert text.startswith(b"HTTP/1.1 200 OK")
     assert b"saeguard_" in text
-    assert (await scrape(attacked.metrics, b"HEAD /metrics HTTP/1.1\r\n\r\n"))[0].endswith(b"\r\n\r\n")
+    assert (await scrape(attacked.process.metrics_port, b"HEAD /metrics HTTP/1.1\r\n\r\n"))[0].endswith(b"\r\n\r\n")
     for other in (
         b"GET /../etc/passwd HTTP/1.1\r\n\r\n",
         b"POST /metrics HTTP/1.1\r\n\r\n",
         b"\r\n\r\n",
         b"\xff\r\n\r\n",
     ):
-        assert (await scrape(attacked.metrics, other))[0].startswith(b"HTTP/1.1 404")
+        assert (await scrape(attacked.process.metrics_port, other))[0].startswith(b"HTTP/1.1 404")
     for long in (b"GET /" + b"a" * 2 * MAX_HEAD_BYTES, good[:-2] + b"a: b\r\n" * MAX_HEAD_BYTES):
-        assert (await scrape(attacked.metrics, long))[0] == b""
-    threads = len(os.listdir(f"/proc/{attacked.process.pid}/task"))
-    held = [await asyncio.open_connection("127.0.0.1", attacked.metrics) for _ in range(MAX_SCRAPES)]
+        assert (await scrape(attacked.process.metrics_port, long))[0] == b""
+    threads = attacked.threads()
+    held = [await asyncio.open_connection("127.0.0.1", attacked.process.metrics_port) for _ in range(MAX_SCRAPES)]
     await asyncio.sleep(0.2)
-    assert len(os.listdir(f"/proc/{attacked.process.pid}/task")) <= threads + 4
-    turned_away, took = await scrape(attacked.metrics, good)
+    assert attacked.threads() <= threads + 4
+    turned_away, took = await scrape(attacked.process.metrics_port, good)
     assert turned_away == b""
     assert took < 1.0
     assert await attacked.answers_within() < 2.0
     if is_full:
-        _, held_s = await scrape(attacked.metrics, b"", 0)
+        _, held_s = await scrape(attacked.process.metrics_port, b"", 0)
         async with asyncio.timeout(SCRAPE_S + 3):
             for reader, _ in held:
                 assert await reader.read() == b""
-        _, dripped_s = await scrape(attacked.metrics, good[:-2] + b"a: b\r\n" * 100, 0.2)
+        _, dripped_s = await scrape(attacked.process.metrics_port, good[:-2] + b"a: b\r\n" * 100, 0.2)
         assert max(held_s, dripped_s) < SCRAPE_S + 2
     for _, writer in held:
         writer.close()
     await asyncio.sleep(0.2)
-    assert (await scrape(attacked.metrics, good))[0].startswith(b"HTTP/1.1 200 OK")
+    assert (await scrape(attacked.process.metrics_port, good))[0].startswith(b"HTTP/1.1 200 OK")
     outcome("metrics port: 100 connections, slow and huge headers", f"{MAX_SCRAPES} for {SCRAPE_S:g} s", "one thread")

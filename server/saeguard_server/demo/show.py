@@ -71,7 +71,8 @@ def _free_port() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--generations", type=int, default=200, help="per scenario and side (default: 200)")
     parser.add_argument("--target", help="use a server that already serves the demo model")
     arguments = parser.parse_args()

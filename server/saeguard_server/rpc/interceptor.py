@@ -96,7 +96,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._metrics, self._limiter, self._authentication, self._calls = metrics, limiter, authentication, calls
         self._quotas, self._limits, self._receive_s = quotas, limits, receive_s
         self.max_deadline_s = limits.max_deadline_s
-        self._unread_watches = Waiting(MAX_UINT32, MAX_UINT32)
+        self._other_unread = Waiting(MAX_UINT32, MAX_UINT32)
         self.open = InFlight()
 
     async def intercept_service(
@@ -111,16 +111,15 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             return handler  # type: ignore[return-value]
         method = handler_call_details.method
 
-        async def run(_: object, context: Context) -> Any:
-            return await self._run(handler, method, context)
+        async def run(_: object, context: Context) -> None:
+            await self._run(handler, method, context)
 
-        # As streams, of which we read the messages: until it is known who calls, the core holds back all but the first
-        # 64 KiB. No deserializer: bytes that are no message are answered by us, with details, and not by the core.
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(run, None, handler.response_serializer)
-        return grpc.stream_unary_rpc_method_handler(run, None, handler.response_serializer)
+        # As streams, of which we read and write the messages: until it is known who calls, the core holds back all but
+        # the first 64 KiB, and what nobody takes is given up in time. No deserializer: bytes that are no message are
+        # answered by us, with details, and not by the core.
+        return grpc.stream_stream_rpc_method_handler(run, None, handler.response_serializer)
 
-    async def _run(self, handler: Handler, method: str, context: Context) -> Any:
+    async def _run(self, handler: Handler, method: str, context: Context) -> None:
         is_own = method.startswith(OWN_METHODS)
         call = enter_call(context, self.max_deadline_s)
         record = RpcRecord(self._metrics, method, handler, context.peer())
@@ -133,14 +132,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     record.caller = caller.name
                     self._authentication.authorize(caller, method)
                     call = identified_call(call, caller)
-                    if handler.request_streaming:
-                        return await self._serve(handler, _requests(handler, context), context, record, call)
-                    raw = await _received(context, self._receive_s)
-                    self._check_size(method, len(raw))
-                    with self._quotas.message(caller, len(raw)):
-                        request = _parsed(handler, raw)
-                        del raw  # megabytes, for as long as it is answered
-                        return await self._serve(handler, request, context, record, call)
+                    await self._serve(handler, method, context, record, call)
+                    return
         finally:
             record.close(status.code, status.error, logging.INFO if is_own else logging.DEBUG)
         # Only reached when ``status`` holds an error.
@@ -151,34 +144,29 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         with suppress(grpc.aio.InternalError):  # the caller is gone
             # Behind a message that is not read, this waits with the core, and holds nothing of ours.
             await context.abort_with_status(rpc_failure(status.error, call.request_id))
-        return None
+
+    async def _serve(self, handler: Handler, method: str, context: Context, record: RpcRecord, call: Call) -> None:
+        # Only streams hold a place while they wait; watches of the health do not either.
+        is_counted = handler.response_streaming and call.caller is not NOBODY
+        unread = self._limiter.unread if is_counted else self._other_unread
+        writer = ReplyWriter(context, call.caller, unread, self._limits.max_unread_s)
+        if handler.request_streaming:
+            stream: Any = handler.stream_stream
+            await _write_all(stream(_requests(handler, context), context), writer, context, record, call)
+            return
+        raw = await _received(context, self._receive_s)
+        self._check_size(method, len(raw))
+        with self._quotas.message(call.caller, len(raw)):
+            request = _parsed(handler, raw)
+            del raw  # megabytes, for as long as it is answered
+            stream = handler.unary_stream if handler.response_streaming else _as_stream(handler.unary_unary)
+            await _write_all(stream(request, context), writer, context, record, call)
 
     def _check_size(self, method: str, size: int) -> None:
         name = method.rpartition("/")[2]
         most = self._limits.max_request_bytes if name in BRINGS_INPUT else SMALL_REQUEST_BYTES
         if size > most and name != "ApplyPolicies":  # which has what any message may have
             raise InvalidRequest("request", f"at most {most} bytes, got {size}")
-
-    async def _serve(self, handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
-        if not handler.response_streaming:
-            unary: Any = handler.unary_unary
-            reply = await unary(request, context)
-            await _send_headers(context, call)
-            record.sent()
-            return reply
-        stream: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
-        # Watches of the health take no place, and nobody in particular asks for them.
-        unread = self._unread_watches if call.caller is NOBODY else self._limiter.unread
-        writer = ReplyWriter(context, call.caller, unread, self._limits.max_unread_s)
-        is_first = True
-        async with writer.watching(), aclosing(stream(request, context)) as replies:
-            async for reply in replies:
-                if is_first:
-                    await _send_headers(context, call)
-                    is_first = False
-                await writer.write(reply)
-                record.sent()
-        return None
 
 
 # --- 1. The call, for whoever handles it
@@ -520,6 +508,26 @@ def _parsed(handler: Handler, raw: bytes) -> Any:
         return parse(raw) if parse is not None else raw
     except DecodeError as err:
         raise InvalidRequest("request", "these bytes are not a message of the expected type") from err
+
+
+def _as_stream(unary: Any) -> Callable[[Any, Context], AsyncGenerator[Any]]:
+    async def stream(request: Any, context: Context) -> AsyncGenerator[Any]:
+        yield await unary(request, context)
+
+    return stream
+
+
+async def _write_all(
+    replies: AsyncGenerator[Any], writer: ReplyWriter, context: Context, record: RpcRecord, call: Call
+) -> None:
+    is_first = True
+    async with writer.watching(), aclosing(replies):
+        async for reply in replies:
+            if is_first:
+                await _send_headers(context, call)
+                is_first = False
+            await writer.write(reply)
+            record.sent()
 
 
 async def _send_headers(context: Context, call: Call) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from google.protobuf.message import Message
+
 from saeguard import catalog
+from saeguard.checks import MAX_INT64
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard.wire import to_message
@@ -33,6 +36,7 @@ class PolicyServicer(PolicyServiceServicer):
         self._documents = WorkThreads("documents of policies", 1, MAX_WAITING)
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
+        _check_numbers(request)
         newest = await self._administration.revision()
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
@@ -77,6 +81,7 @@ class PolicyServicer(PolicyServiceServicer):
     async def ActivateRevision(
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
+        _check_numbers(request)
         activation = await self._administration.activate(
             request.revision,
             caller=interceptor.current_call().caller,
@@ -86,6 +91,7 @@ class PolicyServicer(PolicyServiceServicer):
         return pb.ActivateRevisionResponse(activation=await self._activated("activate", activation))
 
     async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
+        _check_numbers(request)
         activation = await self._administration.rollback(
             caller=interceptor.current_call().caller,
             reason=request.reason,
@@ -95,6 +101,7 @@ class PolicyServicer(PolicyServiceServicer):
         return pb.RollbackResponse(activation=await self._activated("rollback", activation))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
+        _check_numbers(request)
         limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
         if not 1 <= limit <= MAX_HISTORY:
             raise InvalidRequest("limit", f"must be 1 to {MAX_HISTORY}, got {limit}")
@@ -126,6 +133,13 @@ class PolicyServicer(PolicyServiceServicer):
     async def _record(self, act: str, reason: str, **facts: object) -> None:
         # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.
         await self._audit.act(interceptor.current_call(), act, reason=reason, **facts)
+
+
+def _check_numbers(request: Message) -> None:
+    """Raises InvalidRequest: a revision or an activation that no store can number so."""
+    for field, number in request.ListFields():
+        if field.cpp_type == field.CPPTYPE_UINT64 and number > MAX_INT64:
+            raise InvalidRequest(field.name, f"must be at most {MAX_INT64}, got {number}")
 
 
 def _summary(policy: Policy) -> catalog.PolicySummary:

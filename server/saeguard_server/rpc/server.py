@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,10 @@ def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
     return Address(address.host, port)
 
 
-def check_free(address: Address) -> None:
-    """Whether the port can be listened on now: known before a model is loaded. Raises BadSettings: it cannot."""
+def check_listen(settings: ServerSettings) -> None:
+    """What ``listen_on`` needs, before a model is loaded. Raises BadSettings: the port or a TLS file cannot be used."""
+    server_credentials(settings)
+    address = Address.parse(settings.listen)
     try:
         families = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, where in families:
@@ -155,14 +158,20 @@ def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | Non
     files += [Path(settings.tls_client_ca)] if settings.tls_client_ca is not None else []
 
     def read() -> grpc.ServerCertificateConfiguration:
+        # The core takes anything, and then fails at each handshake.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files[1], files[0], password=lambda: "")
+        for file in files[2:]:
+            context.load_verify_locations(file)
         key, certificate, *authorities = (file.read_bytes() for file in files)
         roots = authorities[0] if authorities else None
         return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=roots)
 
     try:
         watched = WatchedFiles("TLS files", files, read)
-    except OSError as err:
-        raise BadSettings(f"server.tls_*: {err.filename}: {err.strerror}") from err
+    except (OSError, ValueError) as err:
+        names = getattr(err, "filename", None) or ", ".join(map(str, files))
+        raise BadSettings(f"server.tls_*: {names}: {error_text(err)}") from err
     served = watched.current()
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
