@@ -249,7 +249,7 @@ class LimitSettings(SettingsTable, frozen=True, kw_only=True):
     max_unread: Count = 64
     """Streams of one caller that wait to be read; of all callers, max_queue. They hold no place meanwhile."""
     max_unread_s: Seconds = 30.0
-    """How long one message may wait to be read before its stream is ended."""
+    """How long one message of an answer may wait to be read before the call is ended."""
 
 
 class ServerSettings(SettingsTable, frozen=True, kw_only=True):
@@ -284,7 +284,7 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
     """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
     receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
-    """Within which a request's message must be here, and a reply that is one message taken."""
+    """Within which a request's message must be here."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
 

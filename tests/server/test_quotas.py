@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from saeguard_server.admission import BYTES_PER_TOKEN, Quotas
 from saeguard_server.caller import LOCAL, Caller, Quota, Role
 from saeguard_server.errors import (
     InvalidRequest,
@@ -22,6 +21,7 @@ from saeguard_server.errors import (
     Unavailable,
 )
 from saeguard_server.observe import Metrics
+from saeguard_server.quotas import BYTES_PER_TOKEN, Quotas
 
 
 class Clock:

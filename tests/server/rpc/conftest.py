@@ -18,7 +18,7 @@ from saeguard.v1 import (
     generation_service_pb2_grpc,
     server_info_service_pb2_grpc,
 )
-from saeguard_server.admission import FairQueue, LoadLimiter, Quotas
+from saeguard_server.admission import FairQueue, LoadLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import Call
 from saeguard_server.catalog import Catalog, describe_model, describe_server
@@ -27,6 +27,7 @@ from saeguard_server.generation import with_request_facts
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Metrics
+from saeguard_server.quotas import Quotas
 from saeguard_server.rpc import server as edge
 from saeguard_server.rpc.interceptor import AuthInterceptor, OpenCalls, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
