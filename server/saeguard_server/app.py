@@ -93,7 +93,7 @@ class App:
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
-            activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies)
+            activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies, recorder)
             health = rpc.Health(rpc.SERVICES)
             servicers = rpc.Servicers(
                 generation=GenerationServicer(generation, limiter, limits, engine.model.max_context),
@@ -106,7 +106,7 @@ class App:
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
             interceptor = RpcInterceptor(
                 metrics, limiter, authentication, OpenCalls(settings.server.max_calls, settings.server.max_connections),
-                admission.quotas, limits=limits, receive_s=settings.server.receive_s,
+                admission.quotas, audit, limits=limits, receive_s=settings.server.receive_s,
             )  # fmt: skip
             server = rpc.build_server(servicers, interceptor, settings.server)
             address = rpc.listen_on(server, settings.server)

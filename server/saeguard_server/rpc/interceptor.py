@@ -28,6 +28,7 @@ from grpc_status import rpc_status
 
 from saeguard.checks import MAX_UINT32
 from saeguard_server.admission import SOON_S, InFlight, LoadLimiter, Waiting
+from saeguard_server.audit.log import Audit
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
@@ -57,6 +58,9 @@ DOMAIN = "saeguard.v1"
 OWN_METHODS = "/saeguard."
 """Methods that the drain applies to; health and reflection outlive it."""
 REQUEST_ID_KEY = "x-request-id"
+"""From callers what they name the call; to callers what the server does, which no two calls share."""
+CLIENT_REQUEST_ID_KEY = "x-client-request-id"
+"""To callers, the name that they sent."""
 MESSAGE_BYTES = 512
 """A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
 BRINGS_INPUT = frozenset({"Generate", "GenerateStream", "Compare", "GetActivations"})
@@ -72,7 +76,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Around every handler, in this order.
 
     1. The request id and the deadline: ``enter_call``.
-    2. Counters and one log line: ``RpcRecord``.
+    2. Counters, one log line and a record in the audit: ``RpcRecord``, ``Audit.call_ended``.
     3. Errors to statuses: ``RpcStatus``, ``rpc_failure``.
     4. A refusal where too many calls are open: ``OpenCalls``; or while the server drains: ``LoadLimiter.rpc``.
     5. The deadline.
@@ -90,12 +94,13 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         authentication: AuthInterceptor,
         calls: OpenCalls,
         quotas: Quotas,
+        audit: Audit,
         *,
         limits: LimitSettings,
         receive_s: float,
     ) -> None:
         self._metrics, self._limiter, self._authentication, self._calls = metrics, limiter, authentication, calls
-        self._quotas, self._limits, self._receive_s = quotas, limits, receive_s
+        self._quotas, self._audit, self._limits, self._receive_s = quotas, audit, limits, receive_s
         self.max_deadline_s = limits.max_deadline_s
         self._other_unread = Waiting(MAX_UINT32, MAX_UINT32)
         self.open = InFlight()
@@ -129,14 +134,13 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             with self.open, status, self._limiter.rpc() if is_own else nullcontext():
                 self._calls.enter(context.peer())
                 async with asyncio.timeout(call.deadline - time.monotonic()) as status.timeout:
-                    caller = await self._authentication.authenticate(context, method)
-                    record.caller = caller.name
-                    self._authentication.authorize(caller, method)
-                    call = identified_call(call, caller)
+                    call = identified_call(call, await self._authentication.authenticate(context, method))
+                    self._authentication.authorize(call.caller, method)
                     await self._serve(handler, method, context, record, call)
                     return
         finally:
-            record.close(status.code, status.error, logging.INFO if is_own else logging.DEBUG)
+            record.close(call, status.code, status.error, logging.INFO if is_own else logging.DEBUG)
+            self._audit.call_ended(call, method, record.peer, status.code.name, status.error)
         # Only reached when ``status`` holds an error.
         assert status.error is not None
         if status.is_for_the_core:
@@ -144,7 +148,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
         with suppress(grpc.aio.InternalError):  # the caller is gone
             # Behind a message that is not read, this waits with the core, and holds nothing of ours.
-            await context.abort_with_status(rpc_failure(status.error, call.request_id))
+            await context.abort_with_status(rpc_failure(status.error, call))
 
     async def _serve(self, handler: Handler, method: str, context: Context, record: RpcRecord, call: Call) -> None:
         # Only streams hold a place while they wait; watches of the health do not either.
@@ -183,10 +187,10 @@ def current_call() -> Call:
 
 
 def enter_call(context: Context, max_deadline_s: float) -> Call:
-    """Begins a call: the caller's request id where it is safe to log, and a deadline that is not too far."""
+    """Begins a call: an id of its own, the caller's where it is safe to log, and a deadline that is not too far."""
     left = context.time_remaining()
     deadline = time.monotonic() + min(inf if left is None else left, max_deadline_s)
-    call = Call(_request_id(context), deadline, NOBODY)
+    call = Call(uuid.uuid4().hex, deadline, NOBODY, client_request_id=_client_request_id(context))
     _CURRENT.set(call)
     REQUEST_ID.set(call.request_id)
     return call
@@ -199,11 +203,16 @@ def identified_call(call: Call, caller: Caller) -> Call:
     return call
 
 
-def _request_id(context: Context) -> str:
+def _client_request_id(context: Context) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
             return value
-    return uuid.uuid4().hex
+    return ""
+
+
+def _id_metadata(call: Call) -> tuple[tuple[str, str], ...]:
+    own = (REQUEST_ID_KEY, call.request_id)
+    return (own, (CLIENT_REQUEST_ID_KEY, call.client_request_id)) if call.client_request_id else (own,)
 
 
 # --- 2. Counters under the names gRPC dashboards expect, and one log line
@@ -227,10 +236,8 @@ class RpcRecord:
         self._labels = (kind, service, name)
         self._metrics = metrics
         self._method = method
-        self.caller: str | None = None
-        """Who calls, once that is known."""
         # Now: it is empty after a deadline.
-        self._peer = peer
+        self.peer = peer
         self._began = time.perf_counter()
         self._sent = metrics.messages_sent.labels(*self._labels)
         self._messages = 0
@@ -242,7 +249,7 @@ class RpcRecord:
         self._messages += 1
         self._sent.inc()
 
-    def close(self, code: grpc.StatusCode, error: ServiceError | None, level: int) -> None:
+    def close(self, call: Call, code: grpc.StatusCode, error: ServiceError | None, level: int) -> None:
         """The RPC has ended."""
         seconds = time.perf_counter() - self._began
         self._metrics.rpcs_handled.labels(*self._labels, CODE_NAMES[code]).inc()
@@ -252,10 +259,12 @@ class RpcRecord:
             "code": code.name,
             "seconds": round(seconds, 6),
             "messages": self._messages,
-            "peer": self._peer,
+            "peer": self.peer,
         }
-        if self.caller is not None:
-            fields["caller"] = self.caller
+        if call.caller is not NOBODY:
+            fields["caller"] = call.caller.name
+        if call.client_request_id:
+            fields["client_request_id"] = call.client_request_id
         if error is not None:
             # Reason and field, never the message: that quotes the caller.
             fields["reason"] = error.reason
@@ -342,16 +351,16 @@ class RpcFailure(grpc.Status):
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
-def rpc_failure(error: ServiceError, request_id: str) -> RpcFailure:
+def rpc_failure(error: ServiceError, call: Call) -> RpcFailure:
     """The status that ends an RPC with ``error``."""
     code = grpc.StatusCode[error.status]
-    message = _public_message(error, request_id)
+    message = _public_message(error, call.request_id)
     number: int = code.value[0]
     rich = status_pb2.Status(code=number, message=message)
-    for detail in _details(error, request_id):
+    for detail in _details(error, call.request_id):
         rich.details.append(_packed(detail))
     trailers: tuple[tuple[str, str | bytes], ...] = (*rpc_status.to_status(rich).trailing_metadata,)
-    trailers += (("x-request-id", request_id),)
+    trailers += _id_metadata(call)
     if error.retry_after_s is not None:
         trailers += (("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))),)
     elif isinstance(error, QuotaExceeded):
@@ -533,7 +542,7 @@ async def _write_all(
 
 async def _send_headers(context: Context, call: Call) -> None:
     # Not before the first reply: a client retries a refusal only while it has seen no headers.
-    sending = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),)))
+    sending = asyncio.ensure_future(context.send_initial_metadata(_id_metadata(call)))
     try:
         await asyncio.shield(sending)
     except asyncio.CancelledError:

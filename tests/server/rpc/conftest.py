@@ -134,6 +134,7 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
         OpenCalls(settings.server.max_calls, settings.server.max_connections),
         Quotas(metrics),
+        Audit(),
         limits=limits,
         receive_s=settings.server.receive_s,
     )
