@@ -167,7 +167,7 @@ def check_receipt(completion: Completion, request: GenerateRequest) -> None:
         ReceiptMismatch: something is missing, or the receipt contradicts the rest of the reply.
     """
     receipt, facts = completion.receipt, completion.policy
-    in_force = () if facts is None else (*facts.enforced, *facts.shadowed)
+    in_force = () if facts is None else (*facts.applied, *facts.shadowed)
     for name in request.policies:
         if name not in in_force:
             raise receipt_mismatch(f"the policy {name!r} was asked for and not applied")

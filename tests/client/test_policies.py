@@ -200,7 +200,7 @@ def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path)
         interventions=[receipt_pb2.InterventionReceipt(policy="calm", rule="flattery", tokens_edited=3)],
         triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult")],
     )
-    facts = gen.PolicyFacts(activation=4, revision=6, enforced=["calm"])
+    facts = gen.PolicyFacts(activation=4, revision=6, applied=["calm"])
     done = gen.Completion(
         finish_reason=gen.FINISH_REASON_STOP, receipt=receipt, policy=facts, usage=gen.Usage(), timings=gen.Timings()
     )

@@ -35,7 +35,7 @@ EDIT = InterventionReceipt(
 )  # fmt: skip
 FIRED = TriggerReceipt("", "secret", False, 5, 1, 4)
 RECEIPT = Receipt("m", "s", (EDIT,), 3, (FIRED,))
-FACTS = PolicyFacts(activation=7, revision=3, enforced=("calm",), shadowed=("quiet",))
+FACTS = PolicyFacts(activation=7, revision=3, applied=("calm",), shadowed=("quiet",))
 DONE = Completion(
     text="", tokens=(), readings=(), prompt_logprobs=(), finish_reason="feature", stop_string="", usage=Usage(1, 0),
     timings=Timings(0, 0, 0), seed=1, request_id="r", receipt=RECEIPT, stopped_by=StoppedBy("", "secret"), policy=FACTS,
@@ -66,7 +66,7 @@ def test_an_edit_that_a_policy_makes_too_is_told_of_by_its_rule() -> None:
         (replace(DONE, receipt=replace(RECEIPT, triggers=(replace(FIRED, first_position=None),))), "'secret' fired"),
         (replace(DONE, stopped_by=None), "finish reason is 'feature'"),
         (replace(DONE, policy=None), "the policy 'calm'"),
-        (replace(DONE, policy=replace(FACTS, enforced=())), "the policy 'calm'"),
+        (replace(DONE, policy=replace(FACTS, applied=())), "the policy 'calm'"),
         (replace(DONE, receipt=replace(RECEIPT, interventions=(EDIT, replace(EDIT, policy="x")))), "policy 'x'"),
     ],
 )

@@ -163,7 +163,8 @@ def summary(completion: Completion) -> str:
         parts.extend(_trigger_summary(entry) for entry in receipt.triggers)
         parts.append(f"steering {receipt.steering_digest[:12]}")
     if completion.policy is not None:
-        parts.append(f"policies of revision {completion.policy.revision}")
+        enforced = (f"{rule.policy}/{rule.rule} on {rule.tokens} tokens" for rule in completion.policy.enforced)
+        parts.append(f"policies of revision {completion.policy.revision} enforced {', '.join(enforced) or 'nothing'}")
     return safe(" | ".join(parts), keep="")
 
 

@@ -20,6 +20,8 @@ class EncodedText:
 
     ids: tuple[int, ...]
     offsets: tuple[int | None, ...]
+    assistant_turns: tuple[tuple[int, int], ...] = ()
+    """Of a chat: the tokens ``[first, last)`` of each assistant message's content, in order."""
 
 
 class Tokenizer:

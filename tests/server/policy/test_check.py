@@ -146,7 +146,7 @@ def test_scopes_of_two_rules(served: Any) -> None:
         return len(problems(served, policy("a", first), policy("b", second)))
 
     prompt, generated = Scope(phase="prompt"), Scope(phase="generated")
-    assert both(rule("r", Zero("mid", 2, scope=prompt)), rule("s", Clamp("mid", 2, 1.0, scope=generated))) == 0
+    assert both(rule("r", Zero("mid", 2, scope=prompt)), rule("s", Clamp("mid", 2, 1.0, scope=generated))) == 1
     assert both(rule("r", Zero("mid", 2)), rule("s", Cap("mid", 2, 1.0, scope=generated))) == 0
     assert both(rule("r", Cap("mid", 2, 1.0, scope=generated)), rule("s", Zero("mid", 2))) == 0
     assert both(rule("r", Cap("mid", 2, 2.0)), rule("s", Cap("mid", 2, 1.0, scope=generated))) == 1

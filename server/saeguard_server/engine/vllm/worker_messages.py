@@ -15,7 +15,7 @@ from saeguard_server.settings import ServedSaeSettings
 
 KEY = "saeguard"
 """Of our entry in ``SamplingParams.extra_args`` and in vLLM's ``additional_config``."""
-VERSION = 3
+VERSION = 4
 _SELECTIONS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Selection)}
 
 
