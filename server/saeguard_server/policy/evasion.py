@@ -13,15 +13,11 @@ from collections.abc import Iterator
 from saeguard.types import Apply, Condition, Scope
 from saeguard_server.policy.model import Policy
 
-FORGETS = (
-    "a caller who asks for a few tokens at a time sends the answer so far as a prompt, where 'generated' forgets what "
-    "it has seen; leave scope out"
-)
+FORGETS = "forgets what it saw of an answer once a caller sends that back as a prompt for more; leave scope out"
 TAKES_BACK = (
-    "a caller who asks for a few tokens at a time sends the answer so far as a prompt, whose tokens then decide anew; "
-    "leave scope out, or take over: any_so_far"
+    "an answer that a caller sends back as a prompt for more decides anew; leave scope out, or take over: any_so_far"
 )
-MOVES = "callers choose what comes before a token, and so its position; leave it out"
+MOVES = "callers choose a token's position by what they put before it; leave it out"
 
 
 def find_evasions(policy: Policy) -> Iterator[tuple[str, str]]:
