@@ -267,7 +267,7 @@ def steer(
     parts = sorted([edit.digest for edit in every] + [trigger.condition.digest for trigger in triggers])
     digest = _digest([parts, max_relative_edit])
     limit = inf if max_relative_edit is None else max_relative_edit
-    is_scattered = any(scope.generated for scope in (*placed, *conditions))
+    is_scattered = any(edit.generated for edit in placed) or any(condition.generated for condition in conditions)
     return Steering(
         tuple(placed), limit, digest, tuple(conditions), generated if is_scattered else (), tokens.special_end
     )

@@ -189,7 +189,7 @@ CUT_UP = {
 async def test_what_can_be_cut_up_is_refused_when_it_is_written(tmp_path: Path, outcome: Outcome) -> None:
     edit = "rules: [{{name: a, sae: resid2, feature: 7, zero: true, {}}}]"
     documents = {field: edit.format(part) for field, part in CUT_UP.items()}
-    documents["triggers[0].when.scope.phase"] = f"triggers: [{APPLIED}]"
+    documents["triggers[0].when.scope.phase"] = APPLIED
     store = PolicySettings(store=f"sqlite:///{tmp_path}/policies.db")
     async with serving_demo(policies=store) as app, AsyncClient(f"127.0.0.1:{app.port}") as client:
         for field, document in documents.items():

@@ -266,7 +266,12 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
         parse = partial(EditFlag.parse, kind)
         add_repeated(group, f"--{kind}", f"SAE:FEATURE{operand}", help_text.replace("`", ""), dest="edits", parse=parse)
     group.add_argument("--unit", choices=types.UNITS, default="raw", help="of values that name none (default: raw)")
-    group.add_argument("--phase", choices=types.PHASES, default="all", help="tokens to edit (default: all)")
+    group.add_argument(
+        "--phase",
+        choices=types.PHASES,
+        default="all",
+        help="tokens to edit (default: all); generated begins with the last of the prompt",
+    )
 
 
 def steering(args: argparse.Namespace) -> tuple[Intervention, ...]:

@@ -186,7 +186,8 @@ class Steering:
     def is_generated(self, start: int, end: int) -> NDArray[np.bool_]:
         """bool [end - start], whether each of positions ``[start, end)`` counts as generated."""
         bounds = np.array(self.generated, np.int64).flatten()
-        return np.searchsorted(bounds, np.arange(start, end), side="right") % 2 == 1
+        within: NDArray[np.bool_] = np.searchsorted(bounds, np.arange(start, end), side="right") % 2 == 1
+        return within
 
     def kv_key(self, start: int, end: int) -> bytes:
         """Identity of what is applied to tokens at positions ``[start, end)``; empty where nothing is.
