@@ -18,7 +18,7 @@ VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-ver
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reference-env vllm-env demo demo-policy serve test hostile test-vllm check format stubs bench bench-profile bench-train bench-large \
-  peers-env gpu demo-assets image clean
+  peers-env gpu demo-assets wheel image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -125,6 +125,17 @@ gpu: $(READY) ## Run the tests that need a CUDA device
 
 demo-assets: $(READY) ## Make the bundled model, its SAEs and catalogue again from nothing (about 18 minutes; ARGS="--out DIR --fraction 0.01" to try it)
 	PYTHONPATH=tests $(BIN)/python -m demo.build $(ARGS)
+
+# The bill is of what "pip install saeguard" brings; the image holds its own, of everything in it.
+wheel: $(READY) ## Build the wheel, and beside it its bill of materials (CycloneDX), in dist/
+	rm -rf dist && $(PYTHON) -m venv --clear .venv-wheel && $(PYTHON) -m venv --clear .venv-bill
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	.venv-bill/bin/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/^ARG CYCLONEDX_VERSION=/cyclonedx-bom==/p' deploy/Dockerfile)"
+	.venv-wheel/bin/python -m pip uninstall --quiet --yes pip setuptools
+	.venv-bill/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+	  --output-file "$$(ls dist/*.whl | sed 's/-py3-none-any.whl/.cdx.json/')" .venv-wheel
+	rm -rf .venv-wheel .venv-bill
 
 image: ## Build the image and check it without a Docker engine (needs root and Debian's container tools)
 	deploy/check_image.sh

@@ -163,6 +163,20 @@ raise SystemExit(f"found {found}" if found else 0)
 '
 }
 
+# It names every package that is installed, in its version, but for the project itself.
+has_a_bill_of_materials() {
+    inside python -c '
+import importlib.metadata, json
+from packaging.utils import canonicalize_name
+bill = json.load(open("/opt/venv/share/saeguard/sbom.cdx.json"))
+named = {(canonicalize_name(part["name"]), part["version"]) for part in bill["components"]}
+here = {(canonicalize_name(part.name), part.version) for part in importlib.metadata.distributions()}
+here = {part for part in here if part[0] != "saeguard"}
+print(len(named), "packages, of which", sum("licenses" in part for part in bill["components"]), "state a licence by name")
+raise SystemExit(f"not the same: {sorted(named ^ here)}" if named != here else 0)
+'
+}
+
 asks() { "$PYTHON" "$repo/deploy/check_requests.py" "$@"; }
 
 left_in_order() {
@@ -200,6 +214,7 @@ metrics=$(podman port "$container" 9464/tcp)
 check "neither root nor capabilities" is_confined
 check "nothing but /tmp can be written" is_read_only
 check "no pip and no uv" has_no_installer
+check "a bill of materials, complete" has_a_bill_of_materials
 check "an edit is applied, the receipt says so" asks steered "$grpc"
 check "/metrics counts it" asks metrics "http://$metrics/metrics"
 check "a running stream outlives the stop" asks drained "$grpc" podman stop --time "$STOP_S" "$container"

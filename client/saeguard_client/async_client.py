@@ -16,6 +16,7 @@ from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard_client import calls
 from saeguard_client.calls import AccessToken, CallOptions, ChannelOptions, StreamCall, StrPath, UnaryCall
 from saeguard_client.errors import DeadlineExceeded, NotFound, Unavailable, from_call
+from saeguard_client.receipts import KnownDigests
 
 T = TypeVar("T")
 
@@ -40,8 +41,11 @@ class AsyncClient:
         retries: int = calls.DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
+        model_digest: str | None = None,
+        sae_digests: Mapping[str, str] | None = None,
     ) -> None:
         tls = (root_certificates, private_key, certificate_chain)
+        self._digests = KnownDigests(model_digest, sae_digests)
         self._defaults = calls.Defaults.of(deadline_s, metadata or {}, api_key, token)
         self._endpoint = calls.endpoint(target, channel, tls, retries, options)
         self._channel = channel
@@ -83,6 +87,7 @@ class AsyncClient:
         policies: str | Iterable[str] = (),
         conversation: str | None = None,
         min_policy_activation: int | None = None,
+        parse_special_tokens: bool = False,
         check_receipt: bool = True,
         deadline_s: float | None = None,
         request_id: str | None = None,
@@ -93,7 +98,8 @@ class AsyncClient:
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
             seed=seed, stop=stop, logprobs=logprobs, ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs,
             max_relative_edit=max_relative_edit, watch=watch, triggers=triggers, policies=policies,
-            conversation=conversation, min_policy_activation=min_policy_activation, check_receipt=check_receipt,
+            conversation=conversation, min_policy_activation=min_policy_activation,
+            parse_special_tokens=parse_special_tokens, check_receipt=check_receipt, digests=self._digests,
         )  # fmt: skip
         return await self._unary(call.generate())
 
@@ -119,6 +125,7 @@ class AsyncClient:
         policies: str | Iterable[str] = (),
         conversation: str | None = None,
         min_policy_activation: int | None = None,
+        parse_special_tokens: bool = False,
         check_receipt: bool = True,
         deadline_s: float | None = None,
         request_id: str | None = None,
@@ -129,7 +136,8 @@ class AsyncClient:
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
             seed=seed, stop=stop, logprobs=logprobs, ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs,
             max_relative_edit=max_relative_edit, watch=watch, triggers=triggers, policies=policies,
-            conversation=conversation, min_policy_activation=min_policy_activation, check_receipt=check_receipt,
+            conversation=conversation, min_policy_activation=min_policy_activation,
+            parse_special_tokens=parse_special_tokens, check_receipt=check_receipt, digests=self._digests,
         )  # fmt: skip
         return self._stream(call.generate_stream())
 
@@ -145,6 +153,7 @@ class AsyncClient:
         triggers: Iterable[Trigger] = (),
         policies: str | Iterable[str] = (),
         conversation: str | None = None,
+        parse_special_tokens: bool = False,
         check_receipt: bool = True,
         deadline_s: float | None = None,
         request_id: str | None = None,
@@ -153,7 +162,8 @@ class AsyncClient:
         call = calls.generation(
             input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_relative_edit=max_relative_edit, triggers=triggers,
-            policies=policies, conversation=conversation, check_receipt=check_receipt,
+            policies=policies, conversation=conversation, parse_special_tokens=parse_special_tokens,
+            check_receipt=check_receipt, digests=self._digests,
         )  # fmt: skip
         return await self._unary(call.compare())
 
@@ -168,13 +178,14 @@ class AsyncClient:
         threshold: float | None = None,
         features: Iterable[FeatureRef] | None = None,
         steer: Iterable[Intervention] = (),
+        parse_special_tokens: bool = False,
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> list[Activations]:
         """Which features fire on which token of each input; arguments and result are as in ``Client.activations``."""
         parts = self.activations_stream(
-            inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer, deadline_s=deadline_s,
-            request_id=request_id,
+            inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer,
+            parse_special_tokens=parse_special_tokens, deadline_s=deadline_s, request_id=request_id,
         )  # fmt: skip
         return merge_activations([part async for part in parts])
 
@@ -187,25 +198,30 @@ class AsyncClient:
         threshold: float | None = None,
         features: Iterable[FeatureRef] | None = None,
         steer: Iterable[Intervention] = (),
+        parse_special_tokens: bool = False,
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGenerator[ActivationPart, None]:
         """``activations`` as they arrive; as ``Client.activations_stream``."""
         options = CallOptions(deadline_s, request_id)
         call = calls.activations(
-            inputs, saes, options, top_k=top_k, threshold=threshold, features=features, steer=steer
-        )
+            inputs, saes, options, top_k=top_k, threshold=threshold, features=features, steer=steer,
+            parse_special_tokens=parse_special_tokens,
+        )  # fmt: skip
         return self._stream(call)
 
     # --- what is served
 
     async def model(self, *, deadline_s: float | None = None, request_id: str | None = None) -> Model:
         """The served model."""
-        return await self._unary(calls.unary("GetModel", Model, CallOptions(deadline_s, request_id)))
+        return self._digests.read_model(
+            await self._unary(calls.unary("GetModel", Model, CallOptions(deadline_s, request_id)))
+        )
 
     async def saes(self, *, deadline_s: float | None = None, request_id: str | None = None) -> tuple[Sae, ...]:
         """Every served SAE."""
-        return await self._unary(calls.unary_list("ListSaes", Sae, CallOptions(deadline_s, request_id), part="saes"))
+        call = calls.unary_list("ListSaes", Sae, CallOptions(deadline_s, request_id), part="saes")
+        return self._digests.read_saes(await self._unary(call))
 
     async def feature(
         self, sae: str, index: int, *, deadline_s: float | None = None, request_id: str | None = None

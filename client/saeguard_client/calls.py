@@ -25,8 +25,8 @@ from saeguard.results import ActivationPart, Comparison, Completion, StreamChunk
 from saeguard.types import FeatureRef, Intervention
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.wire import RPCS, from_message, read_chunk, request_message, to_message
-from saeguard_client import errors
-from saeguard_client.errors import malformed
+from saeguard_client.errors import malformed, receipt_mismatch
+from saeguard_client.receipts import KnownDigests, check_receipt
 
 DEFAULT_DEADLINE_S: Final = 600.0
 DEFAULT_RETRIES: Final = 3
@@ -318,6 +318,7 @@ class GenerateCall:
 
     request: GenerateRequest
     check_receipt: bool
+    digests: KnownDigests
     options: CallOptions
 
     def generate(self) -> UnaryCall[Completion]:
@@ -332,7 +333,7 @@ class GenerateCall:
 
     def _check(self, completion: Completion) -> Completion:
         if self.check_receipt:
-            errors.check_receipt(completion, self.request)
+            check_receipt(completion, self.request, self.digests)
         return completion
 
     def _message(self) -> pb.GenerateRequest:
@@ -343,7 +344,9 @@ class GenerateCall:
 
     def _comparison(self, reply: pb.CompareResponse) -> Comparison:
         comparison = from_message(Comparison, reply)
-        self._check(comparison.steered)
+        steered, unsteered = self._check(comparison.steered), comparison.unsteered
+        if self.check_receipt and (unsteered.receipt is not None or unsteered.seed != steered.seed):
+            raise receipt_mismatch("unsteered", "it has a receipt, or another seed than the steered completion")
         return comparison
 
 
@@ -352,6 +355,7 @@ def generation(
     options: CallOptions,
     *,
     check_receipt: bool,
+    digests: KnownDigests,
     steer: Iterable[Intervention],
     policies: str | Iterable[str],
     stop: str | Iterable[str] = (),
@@ -371,7 +375,7 @@ def generation(
         policies=_several("policies", policies),
         **choices,
     )
-    return GenerateCall(request, check_bool("check_receipt", check_receipt), options)
+    return GenerateCall(request, check_bool("check_receipt", check_receipt), digests, options)
 
 
 def _several(field: str, values: str | Iterable[Any]) -> tuple[Any, ...]:
@@ -414,6 +418,7 @@ def activations(
     threshold: float | None,
     features: Iterable[FeatureRef] | None,
     steer: Iterable[Intervention],
+    parse_special_tokens: bool,
 ) -> StreamCall[ActivationPart]:
     """Raises FieldError, naming the request's field, where the wire cannot hold a value."""
     several = _several("inputs", inputs)
@@ -422,6 +427,7 @@ def activations(
         saes=check_sequence("saes", saes),
         selection=_selection(top_k, threshold, features),
         interventions=check_sequence("interventions", steer),
+        parse_special_tokens=parse_special_tokens,
     )
     method = RPCS["GetActivations"]
     message = to_message(method.request, request)

@@ -15,6 +15,7 @@ from saeguard.types import FeatureRef, Intervention, Trigger
 from saeguard_client import calls
 from saeguard_client.calls import AccessToken, CallOptions, ChannelOptions, StreamCall, StrPath, UnaryCall
 from saeguard_client.errors import DeadlineExceeded, NotFound, Unavailable, from_call
+from saeguard_client.receipts import KnownDigests
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class Client:
         retries: repetitions, 0 to 4, of a call that was refused as unavailable or overloaded before its first message.
         metadata: sent with every call.
         options: further gRPC channel options.
+        model_digest: SHA-256 in hex that receipts must show; otherwise the one that ``model`` last gave, if it did.
+        sae_digests: the same by SAE; otherwise those that ``saes`` last gave.
 
     Raises:
         ValueError: an argument makes no sense.
@@ -56,8 +59,11 @@ class Client:
         retries: int = calls.DEFAULT_RETRIES,
         metadata: Mapping[str, str] | None = None,
         options: ChannelOptions = (),
+        model_digest: str | None = None,
+        sae_digests: Mapping[str, str] | None = None,
     ) -> None:
         tls = (root_certificates, private_key, certificate_chain)
+        self._digests = KnownDigests(model_digest, sae_digests)
         self._defaults = calls.Defaults.of(deadline_s, metadata or {}, api_key, token)
         self._endpoint = calls.endpoint(target, channel, tls, retries, options)
         self._channel: grpc.Channel = channel or calls.open_channel(grpc, self._endpoint)
@@ -99,6 +105,7 @@ class Client:
         policies: str | Iterable[str] = (),
         conversation: str | None = None,
         min_policy_activation: int | None = None,
+        parse_special_tokens: bool = False,
         check_receipt: bool = True,
         deadline_s: float | None = None,
         request_id: str | None = None,
@@ -120,13 +127,17 @@ class Client:
             ignore_eos: go on after the end-of-sequence token.
             prompt_logprobs: log-probability of every prompt token given those before it.
             max_relative_edit: limit on an edit's size as a share of the activation's.
-            watch: features to read on every token without editing them.
+            watch: features to read on every token without editing them. It needs the role observe, and so do triggers
+                and edits that depend on features.
             triggers: what to do when features fire. With any, the completion has a receipt.
-            policies: names of policies that shall apply whether or not their target and rollout choose this request.
-            conversation: what a policy's rollout by conversation hashes.
+            policies: names of policies that shall apply whether or not their rollout chooses this request; to name
+                those that are not aimed at the caller needs the role policy-read.
+            conversation: what a policy's rollout by conversation hashes; that of the caller's token, if it has one.
             min_policy_activation: the oldest activation of policies that may decide; waited for until the deadline.
-            check_receipt: raise ReceiptMismatch where the receipt does not tell of all the edits, triggers and
-                policies of the request.
+            parse_special_tokens: special tokens that are written in a text, or are among token ids, are meant; needs
+                the role special-tokens. Otherwise text never becomes one; contents of messages never do.
+            check_receipt: raise ReceiptMismatch where the receipt does not fit the edits, triggers and policies of the
+                request, the rest of the reply, or the digests that are pinned or were read from the catalogue.
 
         Returns:
             The text, its tokens and how it ended, with the receipt.
@@ -136,7 +147,8 @@ class Client:
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
             seed=seed, stop=stop, logprobs=logprobs, ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs,
             max_relative_edit=max_relative_edit, watch=watch, triggers=triggers, policies=policies,
-            conversation=conversation, min_policy_activation=min_policy_activation, check_receipt=check_receipt,
+            conversation=conversation, min_policy_activation=min_policy_activation,
+            parse_special_tokens=parse_special_tokens, check_receipt=check_receipt, digests=self._digests,
         )  # fmt: skip
         return self._unary(call.generate())
 
@@ -162,6 +174,7 @@ class Client:
         policies: str | Iterable[str] = (),
         conversation: str | None = None,
         min_policy_activation: int | None = None,
+        parse_special_tokens: bool = False,
         check_receipt: bool = True,
         deadline_s: float | None = None,
         request_id: str | None = None,
@@ -177,7 +190,8 @@ class Client:
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
             seed=seed, stop=stop, logprobs=logprobs, ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs,
             max_relative_edit=max_relative_edit, watch=watch, triggers=triggers, policies=policies,
-            conversation=conversation, min_policy_activation=min_policy_activation, check_receipt=check_receipt,
+            conversation=conversation, min_policy_activation=min_policy_activation,
+            parse_special_tokens=parse_special_tokens, check_receipt=check_receipt, digests=self._digests,
         )  # fmt: skip
         return self._stream(call.generate_stream())
 
@@ -193,6 +207,7 @@ class Client:
         triggers: Iterable[Trigger] = (),
         policies: str | Iterable[str] = (),
         conversation: str | None = None,
+        parse_special_tokens: bool = False,
         check_receipt: bool = True,
         deadline_s: float | None = None,
         request_id: str | None = None,
@@ -204,7 +219,8 @@ class Client:
         call = calls.generation(
             input, CallOptions(deadline_s, request_id), steer=steer, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_relative_edit=max_relative_edit, triggers=triggers,
-            policies=policies, conversation=conversation, check_receipt=check_receipt,
+            policies=policies, conversation=conversation, parse_special_tokens=parse_special_tokens,
+            check_receipt=check_receipt, digests=self._digests,
         )  # fmt: skip
         return self._unary(call.compare())
 
@@ -219,6 +235,7 @@ class Client:
         threshold: float | None = None,
         features: Iterable[FeatureRef] | None = None,
         steer: Iterable[Intervention] = (),
+        parse_special_tokens: bool = False,
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> list[Activations]:
@@ -231,14 +248,15 @@ class Client:
             threshold: every activation above it.
             features: just these, zeros included.
             steer: read under these edits; a feature is read before the edits of its own site.
+            parse_special_tokens: as in ``generate``, for every input.
 
         Returns:
-            A sparse matrix for each input and SAE, by input and then by SAE.
+            A sparse matrix for each input and SAE, by input and then by SAE, without features that policies withhold.
         """
         return merge_activations(
             self.activations_stream(
-                inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer, deadline_s=deadline_s,
-                request_id=request_id,
+                inputs, saes, top_k=top_k, threshold=threshold, features=features, steer=steer,
+                parse_special_tokens=parse_special_tokens, deadline_s=deadline_s, request_id=request_id,
             )
         )  # fmt: skip
 
@@ -251,6 +269,7 @@ class Client:
         threshold: float | None = None,
         features: Iterable[FeatureRef] | None = None,
         steer: Iterable[Intervention] = (),
+        parse_special_tokens: bool = False,
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> Generator[ActivationPart, None, None]:
@@ -261,19 +280,23 @@ class Client:
         """
         options = CallOptions(deadline_s, request_id)
         call = calls.activations(
-            inputs, saes, options, top_k=top_k, threshold=threshold, features=features, steer=steer
-        )
+            inputs, saes, options, top_k=top_k, threshold=threshold, features=features, steer=steer,
+            parse_special_tokens=parse_special_tokens,
+        )  # fmt: skip
         return self._stream(call)
 
     # --- what is served
 
     def model(self, *, deadline_s: float | None = None, request_id: str | None = None) -> Model:
         """The served model."""
-        return self._unary(calls.unary("GetModel", Model, CallOptions(deadline_s, request_id)))
+        return self._digests.read_model(
+            self._unary(calls.unary("GetModel", Model, CallOptions(deadline_s, request_id)))
+        )
 
     def saes(self, *, deadline_s: float | None = None, request_id: str | None = None) -> tuple[Sae, ...]:
         """Every served SAE."""
-        return self._unary(calls.unary_list("ListSaes", Sae, CallOptions(deadline_s, request_id), part="saes"))
+        call = calls.unary_list("ListSaes", Sae, CallOptions(deadline_s, request_id), part="saes")
+        return self._digests.read_saes(self._unary(call))
 
     def feature(
         self, sae: str, index: int, *, deadline_s: float | None = None, request_id: str | None = None

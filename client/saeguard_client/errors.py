@@ -18,7 +18,7 @@ SaeguardError
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,10 +26,6 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc import StatusCode
 from grpc_status import rpc_status
-
-from saeguard.requests import GenerateRequest
-from saeguard.results import Completion, Receipt
-from saeguard.types import Apply, Intervention
 
 DOMAIN: Final = "saeguard.v1"
 BY_STATUS: Final[dict[StatusCode, type[SaeguardError]]] = {}
@@ -120,7 +116,10 @@ class InternalError(SaeguardError, statuses=(StatusCode.INTERNAL, StatusCode.DAT
 
 
 class ReceiptMismatch(InternalError):
-    """The reply has no receipt, or one that does not tell of all that was asked for. The text may be unsteered."""
+    """The reply has no receipt, or one that does not fit what was asked for. The text may be unsteered.
+
+    ``violations`` name the field of the reply, such as ``receipt.interventions[0].tokens_eligible``.
+    """
 
 
 def from_call(call: Any) -> SaeguardError:
@@ -153,62 +152,9 @@ def malformed(problem: str) -> InternalError:
     return InternalError(f"the server's reply cannot be used: {problem}", "MALFORMED_REPLY")
 
 
-def receipt_mismatch(problem: str) -> ReceiptMismatch:
-    return ReceiptMismatch(f"the server's reply may be unsteered: {problem}", "RECEIPT_MISMATCH")
-
-
-# --- whether a reply's receipt tells of all that was asked for: nobody should find out later that a text was unsteered
-
-
-def check_receipt(completion: Completion, request: GenerateRequest) -> None:
-    """Whether the reply accounts for the request's edits, triggers and policies.
-
-    Raises:
-        ReceiptMismatch: something is missing, or the receipt contradicts the rest of the reply.
-    """
-    receipt, facts = completion.receipt, completion.policy
-    in_force = () if facts is None else (*facts.applied, *facts.shadowed)
-    for name in request.policies:
-        if name not in in_force:
-            raise receipt_mismatch(f"the policy {name!r} was asked for and not applied")
-    if receipt is None:
-        if request.interventions or request.triggers:
-            raise receipt_mismatch("it has no receipt")
-        if facts is not None and completion.stopped_by is not None:
-            raise receipt_mismatch("a trigger ended it and it has no receipt")
-        return
-    applied = [
-        edit
-        for trigger in request.triggers
-        if isinstance(trigger.action, Apply)
-        for edit in trigger.action.interventions
-    ]
-    _check_edits(receipt, [*request.interventions, *applied])
-    _check_triggers(completion, receipt, [trigger.name for trigger in request.triggers])
-    policies = {entry.policy for entry in receipt.interventions} | {entry.policy for entry in receipt.triggers}
-    for name in sorted(policies - {"", *in_force}):
-        raise receipt_mismatch(f"the receipt tells of a policy {name!r} that was not in force")
-
-
-def _check_edits(receipt: Receipt, edits: Iterable[Intervention]) -> None:
-    """An edit of a feature that a policy edits too is told of by the policy's rule."""
-    entries = [entry for entry in receipt.interventions if not entry.is_shadow]
-    of_request = {(entry.sae, entry.feature, entry.kind) for entry in entries if not entry.policy}
-    of_policies = {(entry.sae, entry.feature) for entry in entries if entry.policy}
-    for edit in edits:
-        if (edit.sae, edit.feature, edit.kind) not in of_request and (edit.sae, edit.feature) not in of_policies:
-            raise receipt_mismatch(f"the receipt does not tell of {edit.kind} of {edit.ref}")
-
-
-def _check_triggers(completion: Completion, receipt: Receipt, names: Iterable[str]) -> None:
-    entries = {(entry.policy, entry.name): entry for entry in receipt.triggers}
-    for name in names:
-        if ("", name) not in entries:
-            raise receipt_mismatch(f"the receipt does not tell of the trigger {name!r}")
-    by = completion.stopped_by
-    if (completion.finish_reason == "feature") != (by is not None):
-        raise receipt_mismatch(f"its finish reason is {completion.finish_reason!r}, and stopped_by {by}")
-    if by is not None:
-        entry = entries.get((by.policy, by.name))
-        if entry is None or entry.is_shadow or entry.first_position is None:
-            raise receipt_mismatch(f"the receipt does not tell that {by.name!r} fired")
+def receipt_mismatch(field: str, problem: str) -> ReceiptMismatch:
+    return ReceiptMismatch(
+        f"the server's reply may be unsteered: {field}: {problem}",
+        "RECEIPT_MISMATCH",
+        violations=(FieldViolation(field, problem),),
+    )

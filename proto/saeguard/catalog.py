@@ -10,7 +10,7 @@ from saeguard.types import FeatureRef
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The served model; ``sites`` are where SAEs can read and edit, ``digest`` is SHA-256 of its files in hex.
+    """The served model; ``sites`` are where SAEs can read and edit, ``digest`` is SHA-256 of its files and dtype.
 
     ``max_context`` is the tokens one request may hold: the model's own limit or the engine's, whichever is smaller.
     """
@@ -59,7 +59,7 @@ class SaeConvention:
 
 @dataclass(frozen=True, slots=True)
 class Sae:
-    """One served SAE; ``digest`` is SHA-256 of its files in hex, with the settings that decide what they mean.
+    """One served SAE; ``digest`` is SHA-256 of its files, sites, settings and the maxima that unit "max" counts in.
 
     Attributes:
         site: where it reads.

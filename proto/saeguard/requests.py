@@ -53,7 +53,7 @@ class TokenInput:
 
 
 ModelInput: TypeAlias = str | ChatInput | TokenInput
-"""Text, which gets the tokenizer's usual special tokens; a conversation; or token ids."""
+"""Text, which gets the tokenizer's usual special tokens and no others; a conversation; or token ids."""
 Input: TypeAlias = ModelInput | Sequence[ChatMessage | Mapping[str, str]] | Sequence[int]
 """What callers may write for it: also bare messages or dicts with role and content, and bare token ids."""
 
@@ -149,9 +149,11 @@ class GenerateRequest:
     policies: Sequence[str] = ()
     conversation: str = ""
     min_policy_activation: int | None = None
+    parse_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         _check_input(self.input)
+        checks.check_bool("parse_special_tokens", self.parse_special_tokens)
         checks.check_instance("sampling", self.sampling, Sampling, "a Sampling")
         checks.store_several(self, "interventions", EDITS, "an edit such as Zero or Clamp")
         check_edited_once(self.interventions)
@@ -214,8 +216,10 @@ class ActivationRequest:
     saes: Sequence[str] = ()
     selection: Selection
     interventions: Sequence[Intervention] = ()
+    parse_special_tokens: bool = False
 
     def __post_init__(self) -> None:
+        checks.check_bool("parse_special_tokens", self.parse_special_tokens)
         checks.store(self, "inputs", checks.check_sequence("inputs", self.inputs))
         checks.check_filled("inputs", self.inputs)
         for index, input in enumerate(self.inputs):

@@ -68,7 +68,8 @@ class InterventionReceipt:
         sae_digest: the SAE's digest, as in the catalogue.
         site: where it was applied, such as "resid_post.12".
         tokens_eligible: tokens inside the scope that the model read.
-        tokens_edited: eligible tokens whose feature value changed.
+        tokens_edited: eligible tokens whose feature value changed. It and the four below are None for callers without
+            the role observe, and where a policy withholds the feature.
         mean_activation: feature value before the edit, over eligible tokens; ``max_activation`` likewise.
         mean_relative_edit: size of the edit as a share of the activation's, mean over eligible tokens.
         tokens_capped: tokens where ``max_relative_edit`` made the site's edit smaller.
@@ -82,11 +83,11 @@ class InterventionReceipt:
     sae_digest: str
     site: str
     tokens_eligible: int
-    tokens_edited: int
-    mean_activation: float
-    max_activation: float
-    mean_relative_edit: float
-    tokens_capped: int
+    tokens_edited: int | None = None
+    mean_activation: float | None = None
+    max_activation: float | None = None
+    mean_relative_edit: float | None = None
+    tokens_capped: int | None = None
     policy: str = ""
     rule: str = ""
     is_shadow: bool = False
@@ -100,8 +101,8 @@ class TriggerReceipt:
         policy: whose trigger it is; "" is the request's own.
         is_shadow: evaluated, and not acted on.
         tokens_evaluated: tokens inside the condition's scope that the model read.
-        tokens_on: evaluated tokens on which it held.
-        first_position: of the token on which it first held; None if it never did.
+        tokens_on: evaluated tokens on which it held; None where the caller may not know.
+        first_position: of the token on which it first held; None if it never did, and where ``tokens_on`` is.
         maximum: largest value of its sum, -inf over nothing. It never leaves the server: who does not write policies
             must not learn how near a threshold was.
     """
@@ -110,7 +111,7 @@ class TriggerReceipt:
     name: str
     is_shadow: bool
     tokens_evaluated: int
-    tokens_on: int
+    tokens_on: int | None = None
     first_position: int | None = None
     maximum: float = field(default=-inf, repr=False)
 
@@ -161,7 +162,7 @@ class PolicyFacts:
     Attributes:
         activation: number of the act that put ``revision`` in force; later acts have larger ones.
         applied: names of the policies that were applied.
-        shadowed: names of those that were evaluated and not applied.
+        shadowed: names of those that were evaluated and not applied, for callers with the role policy-read.
         enforced: of the applied ones' rules and triggers those that had a token at least; a rule that another one
             makes stricter, or does anyway, is told of by that one. Empty until the generation has ended.
     """
@@ -333,15 +334,21 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class ActivationPart(_Rows):
-    """Consecutive tokens of one input under one SAE; ``start`` is the first one's position, ``last`` ends the pair."""
+    """Consecutive tokens of one input under one SAE; ``start`` is the first one's position, ``last`` ends the pair.
+
+    ``withheld`` are features that policies withhold from the caller: a selection by size leaves them out.
+    """
 
     start: int
     last: bool
+    withheld: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Activations(_Rows):
-    """Every token of one input under one SAE."""
+    """Every token of one input under one SAE; without those features that policies withhold from the caller."""
+
+    withheld: tuple[int, ...] = ()
 
 
 def merge_activations(parts: Iterable[ActivationPart]) -> list[Activations]:
@@ -360,6 +367,7 @@ def merge_activations(parts: Iterable[ActivationPart]) -> list[Activations]:
 def _join_parts(input: int, sae: str, parts: Iterable[ActivationPart]) -> Activations:
     tokens: list[TokenText] = []
     indptr, indices, values = array("q", [0]), array("I"), array("f")
+    withheld: tuple[int, ...] = ()
     for part in parts:
         if part.start != len(tokens):
             raise ValueError(f"a part starts at token {part.start}, but {len(tokens)} are there")
@@ -368,4 +376,5 @@ def _join_parts(input: int, sae: str, parts: Iterable[ActivationPart]) -> Activa
         indptr.extend(stored + end for end in part.indptr[1:])
         indices.extend(part.indices)
         values.extend(part.values)
-    return Activations(input, sae, tuple(tokens), indptr, indices, values)
+        withheld = part.withheld
+    return Activations(input, sae, tuple(tokens), indptr, indices, values, withheld)

@@ -369,6 +369,7 @@ def _read_part(message: activation_pb.GetActivationsResponse, path: str) -> resu
         values=array("f", message.values),
         start=message.start,
         last=message.last,
+        withheld=tuple(message.withheld),
     )
 
 
@@ -382,6 +383,7 @@ def _write_part(part: results.ActivationPart) -> activation_pb.GetActivationsRes
         indices=part.indices,
         values=part.values,
         last=part.last,
+        withheld=part.withheld,
     )
 
 

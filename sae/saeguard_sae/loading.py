@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ class LoadError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedSae:
-    """An SAE read from disk, not yet tied to a model (``bind``). ``digest`` as ``LoadedSae`` has it."""
+    """An SAE read from disk, not yet tied to a model (``bind``)."""
 
     name: str
     format: str
     parsed: ParsedSae
-    digest: str
+    files_digest: str
+    """SHA-256 over its weight and config files and the choices that were used, hex."""
     catalogue: Catalogue
 
 
@@ -54,7 +55,8 @@ class LoadedSae:
     name: str
     site: Site
     dictionary: SparseCoder
-    digest: str  # SHA-256 of its weight and config files, hex; also of settings that decide what they mean
+    digest: str
+    """SHA-256, hex, over its files and all that decides what is computed with them: see ``_digest``."""
     catalogue: Catalogue
     writes: tuple[Site, ...] = ()
     """Where it writes; empty where that is ``site``. Several for one layer of a cross-layer transcoder."""
@@ -115,7 +117,7 @@ def _loaded(opened: OpenedSae, site: Site, dictionary: SparseCoder, writes: tupl
         opened.name,
         site,
         dictionary,
-        opened.digest,
+        _digest(opened, site, dictionary, writes),
         opened.catalogue,
         writes,
         format=opened.format,
@@ -124,13 +126,38 @@ def _loaded(opened: OpenedSae, site: Site, dictionary: SparseCoder, writes: tupl
     )
 
 
-def weights_digest(files: tuple[Path, ...]) -> str:
-    """SHA-256 over the files' names and bytes in the order of their names, hex."""
+def _digest(opened: OpenedSae, site: Site, dictionary: SparseCoder, writes: tuple[Site, ...]) -> str:
+    """Over the files, where it reads and writes, its settings whoever stated them, and the maxima of unit "max".
+
+    Files alone would not do: the same ones mean something else at another site, under a normalisation that a list of
+    releases states, or beside a catalogue whose maxima were changed.
+    """
+    maxima = {index: feature.maximum for index, feature in opened.catalogue.features.items()}
+    meaning = {
+        "site": str(site),
+        "writes": [str(place) for place in writes],
+        "settings": _settings_of(dictionary),
+        "maxima": sorted((index, maximum) for index, maximum in maxima.items() if maximum is not None),
+    }
+    return with_settings(opened.files_digest, meaning)
+
+
+def _settings_of(value: object) -> object:
+    """What a coder is besides its tensors, which its files hold: numbers, words and flags by name."""
+    if isinstance(value, Tensor):
+        return None
+    if not is_dataclass(value):
+        return value
+    return {attribute.name: _settings_of(getattr(value, attribute.name)) for attribute in fields(value)}
+
+
+def weights_digest(files: tuple[Path, ...], folder: Path | None = None) -> str:
+    """SHA-256 over the files' names, or their paths in ``folder``, and bytes in the order of these, hex."""
     total = hashlib.sha256()
-    for file in sorted(files, key=lambda path: path.name):
+    for name, file in sorted((file.relative_to(folder).as_posix() if folder else file.name, file) for file in files):
         with file.open("rb") as stream:
             part = hashlib.file_digest(stream, "sha256").digest()
-        total.update(file.name.encode() + b"\0" + part)
+        total.update(name.encode() + b"\0" + part)
     return total.hexdigest()
 
 
@@ -306,17 +333,14 @@ def bind(opened: OpenedSae, model: nn.Module, config: ModelConfig, overrides: Ov
     except ValueError as err:
         raise LoadError(f"SAE {opened.name!r}: {err}") from err
     notes += _site_notes(overrides, opened.parsed, site, writes, processing)
+    loaded = _loaded(opened, site, dictionary, writes)
     return replace(
-        _loaded(opened, site, dictionary, writes),
-        digest=with_settings(opened.digest, _meaning(overrides)),
+        loaded,
+        # Processing changes tensors; a gain is the model's, and writing behind it is not writing before it.
+        digest=with_settings(loaded.digest, {"processing": processing, "is_gained": gain is not None}),
         write_gain=gain,
         conventions=(*opened.parsed.conventions, *notes),
     )
-
-
-def _meaning(overrides: Overrides) -> dict[str, object]:
-    names = ("apply_b_dec_to_input", "normalize_activations", "processing")
-    return {name: value for name in names if (value := getattr(overrides, name)) is not None}
 
 
 def _overridden(coder: SparseCoder, overrides: Overrides) -> tuple[SparseCoder, list[Convention]]:

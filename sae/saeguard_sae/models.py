@@ -6,6 +6,7 @@ engine's proof test; nothing else knows module names. torch and transformers are
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -292,7 +293,7 @@ def hooked(model: nn.Module, config: ModelConfig, sites: Iterable[Site], visit: 
 
 
 DTYPES = ("float32", "bfloat16", "float16")  # in which SAEs are held; models compute in the first two
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
 # Its attention caps logits, which the fused kernel leaves out without a word.
 _EAGER = ("gemma2",)
 
@@ -321,7 +322,11 @@ class ModelFolder:
     @property
     def files(self) -> tuple[Path, ...]:
         """Everything that the model is made of, ordered by name."""
-        return tuple(sorted(file for pattern in _MODEL_FILES for file in self.path.glob(pattern)))
+        return _files(self.path)
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern)))
 
 
 def open_folder(path: str, revision: str | None = None) -> ModelFolder:
@@ -337,9 +342,44 @@ def open_folder(path: str, revision: str | None = None) -> ModelFolder:
             folder = Path(snapshot_download(path, revision=revision or None, allow_patterns=list(_MODEL_FILES)))
         config = AutoConfig.from_pretrained(folder)
         layout(config.model_type)
+        _check_names_files_beside_it(folder)
         return ModelFolder(folder, config, _fast_tokenizer(folder))
     except (ValueError, OSError) as err:
         raise _unusable(path, err) from err
+
+
+def _check_names_files_beside_it(folder: Path) -> None:
+    """A digest covers the folder: what its files name must be in it. Raises ValueError: a name that is not."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("adapter_config.json: an adapter stands on another folder's weights; merge it into the model")
+    covered = {file.relative_to(folder).as_posix() for file in _files(folder)}
+    for index in folder.glob("*.index.json"):
+        shards = _json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index.name}: weight_map must be an object of file names")
+        for name in shards.values():
+            _check_covered(index.name, "weight_map", name, covered)
+    for file in ("config.json", "tokenizer_config.json"):
+        for key, name in (_json_object(folder / file) if (folder / file).is_file() else {}).items():
+            # Tokenizers saved long ago name places of the machine that they were saved on; nothing is read there.
+            is_read = key == "transformers_weights" or (key.endswith("_file") and (folder / str(name)).is_file())
+            if is_read and name is not None:
+                _check_covered(file, key, name, covered)
+
+
+def _check_covered(file: str, key: str, name: object, covered: set[str]) -> None:
+    if name not in covered:
+        raise ValueError(f"{file}: {key} names {name!r}, which is no file of the model's folder")
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"{file.name}: {err}") from err
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name}: must be a JSON object")
+    return content
 
 
 def open_model(folder: ModelFolder, dtype: str, device: str) -> Any:
@@ -419,11 +459,12 @@ _CGROUP, _PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Token ids of a Hugging Face tokenizer that stand for no text.
+    """Token ids that a Hugging Face tokenizer flags as special, whether or not they have a name such as ``bos_token``.
 
-    Edits leave them alone unless asked, and metrics leave them out.
+    Edits and conditions leave them alone unless asked, metrics leave them out, and they have no text.
     """
-    return frozenset(map(int, tokenizer.all_special_ids))
+    flagged = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset(map(int, (*tokenizer.all_special_ids, *flagged)))
 
 
 def free_bytes(device: torch.device) -> int:

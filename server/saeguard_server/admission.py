@@ -14,13 +14,12 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
 
 from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest
-from saeguard.types import Condition, FeatureRef, Intervention, Trigger
+from saeguard.types import Condition, FeatureRef, Intervention
 from saeguard_server.caller import UNLIMITED, Caller, Quota, Role
 from saeguard_server.engine.protocol import Engine
-from saeguard_server.errors import Overloaded, QuotaExceeded, ServiceError, Unavailable
+from saeguard_server.errors import InvalidRequest, Overloaded, QuotaExceeded, ServiceError, Unavailable
 from saeguard_server.identity import auth
 from saeguard_server.observe import Metrics
 
@@ -49,13 +48,21 @@ class Admission:
         """Around everything that is done for a request.
 
         Raises:
-            PermissionDenied: it steers, and the caller may not.
+            PermissionDenied: it steers, reads features or writes special tokens, and the caller may not.
+            InvalidRequest: it names a conversation, and the caller's token another or none.
             QuotaExceeded: it names too many features, or too many of the caller's requests run.
         """
         triggers = request.triggers if isinstance(request, GenerateRequest) else ()
+        conversation = request.conversation if isinstance(request, GenerateRequest) else ""
+        if conversation and caller.conversation not in (None, conversation):
+            raise InvalidRequest("conversation", "must be the one in the caller's token, or left out")
         if request.interventions or triggers:
             auth.check_role(caller, Role.STEER, "a request with interventions or triggers")
-        with self._quotas.request(caller, len(named_features(request))) as tokens:
+        if _reads_features(request):
+            auth.check_role(caller, Role.OBSERVE, "a request that watches features or has conditions on them")
+        if request.parse_special_tokens:
+            auth.check_role(caller, Role.SPECIAL_TOKENS, "a request with parse_special_tokens")
+        with self._quotas.request(caller, len({ref for _, ref in named_features(request)})) as tokens:
             async with AsyncExitStack() as place:
                 yield AdmittedRequest(tokens, self.turns, caller, place)
 
@@ -71,24 +78,36 @@ class AdmittedRequest:
         await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))
 
 
-def named_features(request: GenerateRequest | ActivationRequest) -> set[FeatureRef]:
-    """Every feature that the request names: edited, watched, read by itself, or in a condition."""
-    edited = set(chain.from_iterable(map(_of_edit, request.interventions)))
-    if isinstance(request, GenerateRequest):
-        return edited.union(request.watch, *map(_of_trigger, request.triggers))
-    return edited.union(request.selection.features if isinstance(request.selection, FeatureSelection) else ())
+def named_features(request: GenerateRequest | ActivationRequest) -> Iterator[tuple[str, FeatureRef]]:
+    """Every feature that the request names, by field: edited, watched, read by itself, or in a condition."""
+    for index, edit in enumerate(request.interventions):
+        yield from _of_edit(edit, f"interventions[{index}]")
+    if isinstance(request, ActivationRequest):
+        named = request.selection.features if isinstance(request.selection, FeatureSelection) else ()
+        yield from ((f"features.features[{index}]", ref) for index, ref in enumerate(named))
+        return
+    yield from ((f"watch[{index}]", ref) for index, ref in enumerate(request.watch))
+    for index, trigger in enumerate(request.triggers):
+        yield from _of_condition(trigger.when, f"triggers[{index}].when")
+        for number, edit in enumerate(trigger.edits):
+            yield from _of_edit(edit, f"triggers[{index}].apply.interventions[{number}]")
 
 
-def _of_edit(edit: Intervention) -> set[FeatureRef]:
-    return {edit.ref} | (_of_condition(edit.when) if edit.when is not None else set())
+def _of_edit(edit: Intervention, field: str) -> Iterator[tuple[str, FeatureRef]]:
+    yield field, edit.ref
+    if edit.when is not None:
+        yield from _of_condition(edit.when, f"{field}.when")
 
 
-def _of_trigger(trigger: Trigger) -> set[FeatureRef]:
-    return _of_condition(trigger.when).union(*map(_of_edit, trigger.edits))
+def _of_condition(condition: Condition, field: str) -> Iterator[tuple[str, FeatureRef]]:
+    return ((f"{field}.terms[{index}]", term.ref) for index, term in enumerate(condition.terms))
 
 
-def _of_condition(condition: Condition) -> set[FeatureRef]:
-    return {term.ref for term in condition.terms}
+def _reads_features(request: GenerateRequest | ActivationRequest) -> bool:
+    """Whether the answer tells of values: what is watched; and a condition is a question about one."""
+    if any(edit.when is not None for edit in request.interventions):
+        return True
+    return isinstance(request, GenerateRequest) and bool(request.watch or request.triggers)
 
 
 # --- quotas: requests at once, tokens a minute, features of a request

@@ -88,7 +88,7 @@ class App:
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
-            activations = ReadActivations(engine, engine.tokenizer, limits, admission)
+            activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies)
             health = rpc.Health(rpc.SERVICES)
             servicers = rpc.Servicers(
                 generation=GenerationServicer(generation, limiter, limits),

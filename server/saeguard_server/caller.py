@@ -22,10 +22,13 @@ class Role(StrEnum):
 
     GENERATE = "generate"
     OBSERVE = "observe"
-    """Read activations and the catalogue."""
+    """Learn values of features: activations, what is watched, conditions, what receipts measured; and the catalogue."""
     STEER = "steer"
-    """Send interventions and triggers of its own, on top of generate or observe."""
+    """Send interventions of its own, on top of generate or observe; triggers with both."""
+    SPECIAL_TOKENS = "special-tokens"
+    """Write special tokens: as text that is parsed for them, or as token ids."""
     POLICY_READ = "policy-read"
+    """Read policies, name any of them in a request, and what they withhold or do in shadow."""
     POLICY_WRITE = "policy-write"
     POLICY_APPROVE = "policy-approve"
     ADMIN = "admin"
@@ -76,6 +79,10 @@ class Caller:
     tags: frozenset[str] = frozenset()
     """What policies can be aimed at beside the name."""
     quota: Quota = UNLIMITED
+    conversation: str | None = None
+    """The one that its token speaks of, "" for none; None leaves it to each request."""
+    is_anybody: bool = False
+    """Whether several people call by this name, who must not learn of each other."""
 
     def __post_init__(self) -> None:
         check_caller_name(self.name)

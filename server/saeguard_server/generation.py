@@ -7,7 +7,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,11 +19,13 @@ from saeguard.types import FeatureRef
 from saeguard_server import steering
 from saeguard_server.admission import Admission
 from saeguard_server.audit.log import Audit, RequestAudit
-from saeguard_server.caller import Call
+from saeguard_server.caller import Call, Role
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, InspectTask, Side, Steering
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
 from saeguard_server.observe import Metrics, PolicyMetrics
+from saeguard_server.policy import disclosure
+from saeguard_server.policy.disclosure import NOTHING_WITHHELD, Disclosure, Withheld
 from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.settings import LimitSettings
@@ -52,6 +54,8 @@ class CompiledRequest:
     """Whether a policy wants it to fail when it cannot be recorded."""
     counterfactual: tuple[tuple[str, float], ...] = ()
     """Policies to be measured, and on which share of the requests."""
+    withheld: Withheld = NOTHING_WITHHELD
+    """Features of whose values its caller is told nothing."""
 
     @property
     def most_tokens(self) -> int:
@@ -156,7 +160,9 @@ class Generation:
         for index, ref in enumerate(request.watch):
             steering.find_watchable(self._engine, ref, f"watch[{index}]")
         context = self._engine.model.max_context
-        encoded = encode_input(self._tokenizer, request.input, context - 1)
+        encoded = encode_input(
+            self._tokenizer, request.input, context - 1, parse_special_tokens=request.parse_special_tokens
+        )
         tokens = encoded.ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         seed = request.sampling.seed
@@ -174,12 +180,15 @@ class Generation:
             token_range = TokenRange.of(encoded, task.max_new_tokens, triggers, self._tokenizer.special_ids)
             placed = steering.steer(edits, triggers, request.max_relative_edit, token_range)
             return CompiledRequest(replace(task, steering=placed))
-        resolved = resolve_policies(request, call.caller, snapshot, datetime.now(UTC))
+        now = datetime.now(UTC)
+        withheld = disclosure.withheld_from(call.caller, snapshot, now)
+        disclosure.check_withheld(request, withheld)
+        resolved = resolve_policies(request, call.caller, snapshot, now)
         selected = resolved.selected
         token_range = TokenRange.of(encoded, task.max_new_tokens, resolved.triggers, self._tokenizer.special_ids)
         placed = steering.steer(resolved.edits, resolved.triggers, resolved.max_relative_edit, token_range)
         return CompiledRequest(
-            replace(task, steering=placed), selected.facts, selected.requires_audit, selected.counterfactual
+            replace(task, steering=placed), selected.facts, selected.requires_audit, selected.counterfactual, withheld
         )
 
 
@@ -202,6 +211,7 @@ class RequestRecorder:
         counterfactuals: Counterfactuals | None = None,
     ) -> None:
         self._audit, self.rules, self.counterfactuals = audit or Audit(), rules, counterfactuals
+        self.disclosure = Disclosure()
 
     @asynccontextmanager
     async def request(
@@ -230,7 +240,7 @@ class RecordedRequest:
         await self._audit.admit(compiled.policy, compiled.task.seed, required=compiled.requires_audit)
 
     async def chunk(self, chunk: StreamChunk) -> StreamChunk:
-        """The chunk as it is to be sent. Raises Unavailable: it is the last, must be audited, and cannot be."""
+        """The chunk as its caller may see it. Raises Unavailable: it is the last, must be audited, and cannot be."""
         compiled = self._compiled
         assert compiled is not None, "it was admitted"
         self._answer += [token.id for token in chunk.tokens]
@@ -241,6 +251,11 @@ class RecordedRequest:
                 self._recorder.rules.observe(chunk.completion)
             if self._recorder.counterfactuals is not None:
                 self._recorder.counterfactuals.consider(compiled.task, self._answer, compiled.counterfactual)
+            task = compiled.task
+            completion = self._recorder.disclosure.of(
+                chunk.completion, task.call.caller, task.steering, compiled.withheld
+            )
+            return replace(chunk, completion=completion)
         return chunk
 
 
@@ -373,32 +388,54 @@ def _is_chosen(policy: str, request_id: str, share: float) -> bool:
 
 
 class ReadActivations:
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: LimitSettings, admission: Admission) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        limits: LimitSettings,
+        admission: Admission,
+        policies: PoliciesInForce | None = None,
+    ) -> None:
         self._engine, self._tokenizer, self._limits, self._admission = engine, tokenizer, limits, admission
+        self._policies = policies
 
     async def stream(self, request: ActivationRequest, call: Call) -> AsyncGenerator[ActivationPart]:
         """Parts of whole tokens, input by input; everything is checked before the first is read.
 
         Raises:
             UnknownName, InvalidRequest: what cannot be served as asked, by field, before any work.
-            PermissionDenied, QuotaExceeded: what this caller may not, before any work.
+            PermissionDenied, QuotaExceeded, PolicyRefusal: what this caller may not, before any work.
+            PoliciesUnavailable: nobody knows what must be withheld.
             DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
         """
         async with self._admission.request(call.caller, request) as admitted:
-            tasks = await asyncio.to_thread(self._compile, request, call)
+            withheld = self._withheld(call)
+            disclosure.check_withheld(request, withheld)
+            hidden = {name: withheld.of_sae(name) for name in request.saes}
+            tasks = await asyncio.to_thread(self._compile, request, call, hidden)
             admitted.tokens.reserve(sum(len(task.tokens) for task in tasks))
             for task in tasks:
                 await admitted.turn(len(task.tokens))
                 async with aclosing(self._engine.inspect(task)) as parts:
                     admitted.tokens.charge(len(task.tokens))
                     async for part in parts:
-                        yield part
+                        yield disclosure.without_withheld(part, hidden.get(part.sae, ()), request.selection)
 
-    def _compile(self, request: ActivationRequest, call: Call) -> list[InspectTask]:
-        selections = self._selections(request)
+    def _withheld(self, call: Call) -> Withheld:
+        if self._policies is None or call.caller.may(Role.POLICY_READ):
+            return NOTHING_WITHHELD
+        return disclosure.withheld_from(call.caller, self._policies.current(), datetime.now(UTC))
+
+    def _compile(
+        self, request: ActivationRequest, call: Call, hidden: Mapping[str, Sequence[int]]
+    ) -> list[InspectTask]:
+        selections = self._selections(request, hidden)
         tasks = []
         for index, input in enumerate(request.inputs):
-            encoded = encode_input(self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].")
+            encoded = encode_input(
+                self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].",
+                parse_special_tokens=request.parse_special_tokens,
+            )  # fmt: skip
             tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids, encoded.assistant_turns)
             placed = steering.compile_steering(self._engine, request.interventions, None, tokens)
             tasks.append(
@@ -409,7 +446,9 @@ class ReadActivations:
             )  # fmt: skip
         return tasks
 
-    def _selections(self, request: ActivationRequest) -> tuple[tuple[str, Selection], ...]:
+    def _selections(
+        self, request: ActivationRequest, hidden: Mapping[str, Sequence[int]]
+    ) -> tuple[tuple[str, Selection], ...]:
         for index, name in enumerate(request.saes):
             steering.find_sae(self._engine, name, f"saes[{index}]")
         selection = request.selection
@@ -417,7 +456,7 @@ class ReadActivations:
             return self._by_sae(request.saes, selection)
         if isinstance(selection, TopKSelection):
             self._check_values("top_k", selection.k)
-        return tuple((name, selection) for name in request.saes)
+        return tuple((name, disclosure.widened(selection, len(hidden[name]))) for name in request.saes)
 
     def _by_sae(self, saes: Sequence[str], selection: FeatureSelection) -> tuple[tuple[str, Selection], ...]:
         self._check_values("features.features", len(selection.features))

@@ -184,6 +184,8 @@ class PolicyMetrics:
                     metric.remove(*labels)
 
     def _observe_edit(self, edit: InterventionReceipt) -> None:
+        assert edit.tokens_edited is not None, "the receipt is whole"
+        assert edit.max_activation is not None, "the receipt is whole"
         labels = self._labels(edit.policy, edit.rule, is_shadow=edit.is_shadow)
         self._evaluated.labels(*labels).inc(edit.tokens_eligible)
         self._edited.labels(*labels).inc(edit.tokens_edited)

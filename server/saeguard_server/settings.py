@@ -93,7 +93,7 @@ class ModelSettings(SettingsTable, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 or bfloat16."""
     digest: Text | None = None
-    """SHA-256 that its files must have, as the log and ServerInfo give it; others are refused at start."""
+    """SHA-256 that its files and dtype must have, as the catalogue gives it; others are refused at start."""
     device: Text = "cpu"
     """A torch device such as cpu or cuda:0."""
 
@@ -158,6 +158,9 @@ class CheckSettings(SettingsTable, frozen=True, kw_only=True):
     """Tokens of it that are read."""
 
 
+SharedBy: TypeAlias = Literal["caller", "everybody"]
+
+
 class VllmSettings(SettingsTable, frozen=True, kw_only=True):
     """How vLLM runs the model; read by the vllm engine only."""
 
@@ -194,6 +197,9 @@ class EngineSettings(SettingsTable, frozen=True, kw_only=True):
     """Memory for keys and values, in MiB; by default what all slots can need, but at most half of what is free."""
     prefix_cache: bool = True
     """Whether prompts that begin alike, and are steered alike, share what was read."""
+    share_prefixes: SharedBy = "caller"
+    """Among whose: each caller's own; or everybody's, and then how soon an answer begins tells whether somebody else
+    sent the same prompt. Callers that nobody knows ("anonymous") share nothing unless everybody does."""
     pack_weights: bool = True
     """On a CPU: whether linear layers are held in the layout that its library multiplies fastest."""
     compile: Literal["none", "attention", "all"] = "none"
@@ -305,6 +311,9 @@ class JwtSettings(SettingsTable, frozen=True, kw_only=True):
     """Roles begin with this in the claim; what does not, or is no role of ours, gives none."""
     tags_claim: Text | None = None
     """Where its tags are, in the same form; None is nowhere."""
+    conversation_claim: Text | None = None
+    """Where the conversation is that rollouts hash: its callers cannot choose another, nor any where the claim is
+    missing. None leaves it to their requests."""
     leeway_s: Annotated[float, Meta(ge=0.0, le=300.0)] = 30.0
     """How far the issuer's clock may be off."""
     jwks_refresh_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0

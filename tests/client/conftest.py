@@ -217,25 +217,25 @@ def receipt() -> receipts.Receipt:
                 kind="clamp",
                 sae_digest="c" * 64,
                 site="resid_post.4",
-                tokens_eligible=5,
+                tokens_eligible=4,
                 tokens_edited=4,
                 mean_activation=0.5,
                 max_activation=2.0,
                 mean_relative_edit=0.25,
-                tokens_capped=1,
+                tokens_capped=0,
             )
         ],
     )
 
 
 @pytest.fixture
-def completion(receipt: receipts.Receipt) -> gen.Completion:
+def completion() -> gen.Completion:
+    """Of a request that asks for no steering."""
     return gen.Completion(
         finish_reason=gen.FINISH_REASON_STOP,
         stop_string="END",
         usage=gen.Usage(prompt_tokens=2, generated_tokens=3),
         timings=gen.Timings(queue_s=0.25, time_to_first_token_s=0.5, total_s=1.0),
-        receipt=receipt,
         seed=2**63 + 1,
         request_id="r-1",
     )
@@ -264,3 +264,12 @@ def whole_reply(stream_replies: list[Any]) -> gen.GenerateResponse:
         whole.readings.extend(part.readings)
         whole.prompt_logprobs.extend(part.prompt_logprobs)
     return whole
+
+
+@pytest.fixture
+def steered_reply(whole_reply: gen.GenerateResponse, receipt: receipts.Receipt) -> gen.GenerateResponse:
+    """Of a request that clamps resid4:17."""
+    steered = gen.GenerateResponse()
+    steered.CopyFrom(whole_reply)
+    steered.completion.receipt.CopyFrom(receipt)
+    return steered

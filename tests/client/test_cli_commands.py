@@ -21,7 +21,7 @@ from saeguard_client.cli import main, terminal
 RUN = [sys.executable, "-W", "error", "-c", "import sys; from saeguard_client.cli import main; sys.exit(main())"]
 RECEIPT = (
     "stop | 2 + 3 tokens | 1.00 s | seed 9223372036854775809 | "
-    "clamp resid4:17 edited 4/5 tokens, mean size 0.25 of |x|, 1 capped | steering bbbbbbbbbbbb\n"
+    "clamp resid4:17 edited 4/4 tokens, mean size 0.25 of |x| | steering bbbbbbbbbbbb\n"
 )
 
 
@@ -55,7 +55,10 @@ def tty(monkeypatch: Any) -> Tty:
     return Tty()
 
 
-def test_generate_streams_and_tells_what_was_done(server: Any, saeguard: Any, stream_replies: Any) -> None:
+def test_generate_streams_and_tells_what_was_done(
+    server: Any, saeguard: Any, stream_replies: Any, receipt: Any
+) -> None:
+    stream_replies[-1].completion.receipt.CopyFrom(receipt)
     server.on("GenerateStream", stream_replies)
     assert saeguard("generate", "x", "--clamp", "resid4:17=2") == (0, "Once upon a\n", RECEIPT)
     request = server.seen[0].request
@@ -63,14 +66,19 @@ def test_generate_streams_and_tells_what_was_done(server: Any, saeguard: Any, st
     assert not request.sampling.HasField("seed")
 
 
-def test_generate_json_is_one_object(server: Any, saeguard: Any, stream_replies: Any) -> None:
+def test_generate_json_is_one_object(server: Any, saeguard: Any, stream_replies: Any, receipt: Any) -> None:
+    end = stream_replies[-1].completion
+    end.receipt.CopyFrom(receipt)
+    end.seed = 7
     server.on("GenerateStream", stream_replies)
-    code, out, err = saeguard("generate", "x", "--json", "--seed", "7", "--watch", "resid4:17")
+    steered = ("--seed", "7", "--watch", "resid4:17", "--clamp", "resid4:17=2", "--parse-special-tokens")
+    code, out, err = saeguard("generate", "x", "--json", *steered)
     assert (code, err, out.count("\n")) == (0, "", 1)
     done = json.loads(out)
     assert (done["text"], done["finish_reason"]) == ("Once upon a", "stop")
     assert done["receipt"]["interventions"][0]["tokens_edited"] == 4
     assert server.seen[0].request.watch[0] == gen.FeatureRef(sae="resid4", feature=17)
+    assert server.seen[0].request.parse_special_tokens
 
 
 def test_generate_reads_standard_input_as_chat(
@@ -84,18 +92,23 @@ def test_generate_reads_standard_input_as_chat(
 
 
 def test_a_model_cannot_drive_the_terminal(server: Any, saeguard: Any, completion: Any) -> None:
-    server.on("GenerateStream", [gen.GenerateResponse(text="\x1b[2J\x07hi\r", completion=completion)])
+    tokens = [gen.Token(id=1)] * 3
+    server.on("GenerateStream", [gen.GenerateResponse(text="\x1b[2J\x07hi\r", tokens=tokens, completion=completion)])
     assert saeguard("generate", "x")[1] == "\\x1b[2J\\x07hi\\r\n"
 
 
 def compared(request: Any, context: Any) -> Any:
     text = "steered text" if request.interventions else "plain text"
     entries = [
-        receipt_pb2.InterventionReceipt(sae=edit.sae, feature=edit.feature, kind=edit.WhichOneof("kind"))
+        receipt_pb2.InterventionReceipt(
+            sae=edit.sae, feature=edit.feature, kind=edit.WhichOneof("kind"), sae_digest="c" * 64, site="mlp_out.1",
+            tokens_eligible=1,
+        )
         for edit in request.interventions
-    ]
-    receipt = receipt_pb2.Receipt(interventions=entries) if entries else None
-    spent = {"usage": gen.Usage(), "timings": gen.Timings()}
+    ]  # fmt: skip
+    digests = {"model_digest": "a" * 64, "steering_digest": "b" * 64}
+    receipt = receipt_pb2.Receipt(interventions=entries, forward_passes=1, **digests) if entries else None
+    spent = {"usage": gen.Usage(prompt_tokens=2), "timings": gen.Timings()}
     done = gen.Completion(finish_reason=2, seed=request.sampling.seed, receipt=receipt, **spent)
     return gen.GenerateResponse(text=text, completion=done)
 
@@ -301,7 +314,8 @@ def test_a_closed_pipe_is_quiet(server: Any, stream_replies: Any) -> None:
 
 
 def test_what_an_old_terminal_cannot_show_is_replaced(server: Any, completion: Any) -> None:
-    server.on("GenerateStream", [gen.GenerateResponse(text="caf\u00e9", completion=completion)])
+    tokens = [gen.Token(id=1)] * 3
+    server.on("GenerateStream", [gen.GenerateResponse(text="caf\u00e9", tokens=tokens, completion=completion)])
     command = [*RUN, "generate", "x", "--target", server.target]
     ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(command, capture_output=True, env=ascii_only, check=True)

@@ -54,6 +54,7 @@ ARGUMENTS: dict[str, Any] = {
     "policies": "calm",
     "conversation": "c-1",
     "min_policy_activation": 2**64 - 1,
+    "parse_special_tokens": True,
     "check_receipt": False,
 }
 
@@ -133,6 +134,7 @@ EXPECTED = {
     "policies": ["calm"],
     "conversation": "c-1",
     "min_policy_activation": 2**64 - 1,
+    "parse_special_tokens": True,
 }
 
 
@@ -165,7 +167,7 @@ def test_what_is_not_said_is_not_sent(server: Any, shell: Any, whole_reply: Any)
             ),
         ),
         ([0, 2**32 - 1], "tokens", input_pb2.TokenInput(ids=[0, 2**32 - 1])),
-        (range(3), "tokens", input_pb2.TokenInput(ids=[0, 1, 2])),
+        (range(2), "tokens", input_pb2.TokenInput(ids=[0, 1])),
     ],
 )
 def test_inputs(server: Any, shell: Any, whole_reply: Any, written: Any, field: str, expected: Any) -> None:
@@ -176,9 +178,9 @@ def test_inputs(server: Any, shell: Any, whole_reply: Any, written: Any, field: 
     assert getattr(request, field) == expected
 
 
-def test_the_completion_is_the_reply(server: Any, shell: Any, whole_reply: Any) -> None:
-    server.on("Generate", whole_reply)
-    done = shell.call("generate", "Once")
+def test_the_completion_is_the_reply(server: Any, shell: Any, steered_reply: Any) -> None:
+    server.on("Generate", steered_reply)
+    done = shell.call("generate", "Once", steer=[Clamp("resid4", 17, 1.0)])
     assert (done.text, done.finish_reason, done.stop_string) == ("Once upon a", "stop", "END")
     assert [token.id for token in done.tokens] == [0, 1, 2]
     assert done.tokens[0].logprob == -0.5
@@ -192,7 +194,7 @@ def test_the_completion_is_the_reply(server: Any, shell: Any, whole_reply: Any) 
 
 
 def test_absent_is_none(server: Any, shell: Any) -> None:
-    end = gen.Completion(finish_reason=77, usage=gen.Usage(), timings=gen.Timings())
+    end = gen.Completion(finish_reason=77, usage=gen.Usage(generated_tokens=1), timings=gen.Timings())
     server.on("Generate", gen.GenerateResponse(tokens=[gen.Token(id=1)], completion=end))
     done = shell.call("generate", "Once")
     assert done.receipt is None
@@ -227,7 +229,7 @@ def test_a_reply_without_completion_is_an_error(server: Any, shell: Any) -> None
 
 
 def test_a_message_after_the_end_is_an_error(server: Any, shell: Any, stream_replies: Any) -> None:
-    server.on("GenerateStream", [stream_replies[-1], stream_replies[0]])
+    server.on("GenerateStream", [*stream_replies, stream_replies[0]])
     with pytest.raises(InternalError, match="after the completion"):
         list(shell.stream("generate_stream", "Once"))
 
@@ -297,5 +299,5 @@ def test_a_comparison_is_both_answers_and_their_distance(server: Any, shell: Any
 
 def test_a_comparison_without_the_receipt_is_refused(server: Any, shell: Any, whole_reply: Any) -> None:
     server.on("Compare", gen.CompareResponse(steered=whole_reply, unsteered=whole_reply))
-    with pytest.raises(ReceiptMismatch, match="zero of resid4:1"):
+    with pytest.raises(ReceiptMismatch, match="it has no receipt"):
         shell.call("compare", "Once", steer=[Zero("resid4", 1)])

@@ -197,12 +197,28 @@ def test_rollback_goes_to_what_was_in_force_before(server: Any, saeguard: Any) -
 
 def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path) -> None:
     receipt = receipt_pb2.Receipt(
-        interventions=[receipt_pb2.InterventionReceipt(policy="calm", rule="flattery", tokens_edited=3)],
+        model_digest="a" * 64,
+        steering_digest="b" * 64,
+        forward_passes=1,
+        interventions=[
+            receipt_pb2.InterventionReceipt(
+                policy="calm",
+                rule="flattery",
+                sae_digest="c" * 64,
+                site="mlp_out.1",
+                tokens_eligible=3,
+                tokens_edited=3,
+            )
+        ],
         triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult")],
     )
     facts = gen.PolicyFacts(activation=4, revision=6, applied=["calm"])
     done = gen.Completion(
-        finish_reason=gen.FINISH_REASON_STOP, receipt=receipt, policy=facts, usage=gen.Usage(), timings=gen.Timings()
+        finish_reason=gen.FINISH_REASON_STOP,
+        receipt=receipt,
+        policy=facts,
+        usage=gen.Usage(prompt_tokens=4),
+        timings=gen.Timings(),
     )
     server.on("Generate", gen.GenerateResponse(completion=done))
     cases = tmp_path / "cases.toml"

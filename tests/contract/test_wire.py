@@ -195,7 +195,7 @@ def test_a_chunk_means_the_same_after_the_wire(chunk: StreamChunk) -> None:
 
 def test_a_part_means_the_same_after_the_wire() -> None:
     tokens = (TokenText(1, "a", 0), TokenText(2, "b"))
-    part = ActivationPart(0, "mid", tokens, array("q", [0, 1, 1]), array("I", [7]), array("f", [0.5]), 3, True)
+    part = ActivationPart(0, "mid", tokens, array("q", [0, 1, 1]), array("I", [7]), array("f", [0.5]), 3, True, (4, 9))
     message = to_message(activation_pb.GetActivationsResponse, part)
     assert from_message(ActivationPart, message) == part
     message.indptr[:] = [0, 2, 1]

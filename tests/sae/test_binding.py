@@ -142,7 +142,6 @@ def test_what_the_user_says_wins_and_is_told(models: Any) -> None:
     sae = bind(opened(coder(), Site(1, "resid_post")), model, model.config, said)
     assert isinstance(sae.dictionary, Dictionary)
     plain = bind(opened(coder(), Site(1, "resid_post")), model, model.config)
-    assert plain.digest == "digest"
     assert sae.digest != plain.digest, "the same files mean something else"
     assert (sae.site, sae.dictionary.centre, sae.dictionary.normalisation) == (said.site, False, "layer_norm")
     told = {one.name: (one.value, one.source) for one in sae.conventions}

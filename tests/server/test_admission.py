@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from saeguard.requests import ActivationRequest, FeatureSelection, GenerateReque
 from saeguard.types import Apply, Condition, FeatureRef, Term, Trigger, Zero
 from saeguard_server.admission import Admission, named_features
 from saeguard_server.caller import Caller, Quota, Role
-from saeguard_server.errors import PermissionDenied, QuotaExceeded
+from saeguard_server.errors import InvalidRequest, PermissionDenied, QuotaExceeded
 
 TEXT = "hi"
 
@@ -32,8 +33,15 @@ STEERED: dict[str, Any] = {
         inputs=(TEXT,), saes=("mid",), selection=TopKSelection(1), interventions=(EDIT,)
     ),
 }
-PLAIN: dict[str, Any] = {
+READING: dict[str, Any] = {
     "watching": GenerateRequest(input=TEXT, watch=(ref(1),)),
+    "trigger": STEERED["trigger"],
+    "dependent edit": GenerateRequest(input=TEXT, interventions=(Zero("mid", 1, when=when(2)),)),
+    "reading under a dependent edit": replace(
+        STEERED["reading under edits"], interventions=(Zero("mid", 1, when=when(2)),)
+    ),
+}
+PLAIN: dict[str, Any] = {
     "asking for a policy": GenerateRequest(input=TEXT, policies=("safe",)),
     "reading": ActivationRequest(inputs=(TEXT,), saes=("mid",), selection=TopKSelection(1)),
 }
@@ -50,9 +58,30 @@ async def test_whoever_steers_needs_the_role(admission: Admission, request_: Any
     with pytest.raises(PermissionDenied, match="needs the role steer"):
         async with admission.request(others, request_):
             pass
-    for role in (Role.STEER, Role.ADMIN):
-        async with admission.request(Caller("a", frozenset({role})), request_):
+    for roles in ({Role.STEER, Role.OBSERVE}, {Role.ADMIN}):
+        async with admission.request(Caller("a", frozenset(roles)), request_):
             pass
+
+
+@pytest.mark.parametrize("request_", READING.values(), ids=READING)
+async def test_whoever_reads_features_needs_the_role(admission: Admission, request_: Any) -> None:
+    others = Caller("a", frozenset(Role) - {Role.OBSERVE, Role.ADMIN})
+    with pytest.raises(PermissionDenied, match="needs the role observe"):
+        async with admission.request(others, request_):
+            pass
+    async with admission.request(Caller("a", frozenset({Role.STEER, Role.OBSERVE})), request_):
+        pass
+
+
+async def test_a_conversation_is_the_one_of_the_callers_token(admission: Admission) -> None:
+    for conversation in ("one", ""):
+        caller = Caller("a", frozenset(), conversation=conversation)
+        for allowed in {"", conversation}:
+            async with admission.request(caller, GenerateRequest(input=TEXT, conversation=allowed)):
+                pass
+        with pytest.raises(InvalidRequest, match="conversation: must be the one in the caller's token"):
+            async with admission.request(caller, GenerateRequest(input=TEXT, conversation="another")):
+                pass
 
 
 @pytest.mark.parametrize("request_", PLAIN.values(), ids=PLAIN)
@@ -69,11 +98,26 @@ async def test_every_feature_of_a_request_counts_once(admission: Admission) -> N
         triggers=(TRIGGER, Trigger("u", when(5, 6), applied)),
         watch=(ref(1), ref(8)),
     )
-    assert named_features(request) == {ref(one) for one in range(1, 9)}
+    assert dict(named_features(request)) == {
+        "interventions[0]": ref(1),
+        "interventions[1]": ref(3),
+        "interventions[1].when.terms[0]": ref(1),
+        "interventions[1].when.terms[1]": ref(4),
+        "watch[0]": ref(1),
+        "watch[1]": ref(8),
+        "triggers[0].when.terms[0]": ref(2),
+        "triggers[1].when.terms[0]": ref(5),
+        "triggers[1].when.terms[1]": ref(6),
+        "triggers[1].apply.interventions[0]": ref(7),
+    }
     named = ActivationRequest(
         inputs=(TEXT,), saes=(), selection=FeatureSelection((ref(1), ref(2))), interventions=(EDIT,)
     )
-    assert named_features(named) == {ref(1), ref(2)}
+    assert dict(named_features(named)) == {
+        "interventions[0]": ref(1),
+        "features.features[0]": ref(1),
+        "features.features[1]": ref(2),
+    }
     for most in (7, 8):
         caller = Caller("a", frozenset(Role), quota=Quota(max_features=most))
         if most == 8:

@@ -39,7 +39,7 @@ class Words:
 
     special_ids = frozenset[int]()
 
-    def encode(self, prompt: object) -> EncodedText:
+    def encode(self, prompt: object, *, parse_special_tokens: bool) -> EncodedText:
         return EncodedText((1, 2, 3), (None, None, None))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from saeguard.requests import GenerateRequest
@@ -16,6 +17,9 @@ from support.policy_shapes import NOW
 InForce: TypeAlias = Callable[..., Snapshot]
 """Makes a snapshot of some policies."""
 BOT = Caller("bot", frozenset({Role.GENERATE, Role.STEER}), tags=frozenset({"public"}))
+
+READER = replace(BOT, roles=BOT.roles | {Role.POLICY_READ})
+"""The same one, who may also read policies."""
 
 
 def asks(*edits: Intervention, caller: Caller = BOT, **more: Any) -> tuple[GenerateRequest, Caller]:

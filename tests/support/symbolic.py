@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 from saeguard.requests import Sampling, TopKSelection
 from saeguard_sae.edits import Affine
-from saeguard_server.caller import Call
+from saeguard_server.caller import LOCAL, Call, Caller
 from saeguard_server.engine.protocol import (
     CompiledCondition,
     CompiledEdit,
@@ -18,6 +19,7 @@ from saeguard_server.engine.protocol import (
 )
 from saeguard_server.engine.transformers.scheduler import PrefillChunk, Scheduler, StepBudget
 from saeguard_server.engine.transformers.sequence import BLOCK, BlockPool, PrefixCache, PrefixHit, Sequence
+from saeguard_server.settings import SharedBy
 
 SPECIAL = 7
 """The token that is special here."""
@@ -47,10 +49,12 @@ def guard(first: int = 0, last: int = 10**9, threshold: float = 0.5) -> Compiled
     )  # fmt: skip
 
 
-def generation(uid: int, tokens: list[int], new: int = 8, steering: Steering = UNSTEERED, **more: Any) -> Sequence:
+def generation(
+    uid: int, tokens: list[int], new: int = 8, steering: Steering = UNSTEERED, caller: Caller = LOCAL, **more: Any
+) -> Sequence:
     """A request for ``new`` tokens; ``more`` is of its task."""
-    given: dict[str, Any] = {"sampling": Sampling()} | more
-    task = GenerateTask(call=_CALL, tokens=tuple(tokens), max_new_tokens=new, seed=0, steering=steering, **given)
+    given: dict[str, Any] = {"sampling": Sampling(), "call": replace(_CALL, caller=caller)} | more
+    task = GenerateTask(tokens=tuple(tokens), max_new_tokens=new, seed=0, steering=steering, **given)
     return Sequence(uid, task, None, lambda event: None)
 
 
@@ -101,9 +105,17 @@ class Symbolic:
         choose: the next token, from the tokens so far.
     """
 
-    def __init__(self, slots: int, blocks: int, choose: Callable[[list[int]], int], *, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        slots: int,
+        blocks: int,
+        choose: Callable[[list[int]], int],
+        *,
+        reuse: bool = True,
+        shared_by: SharedBy = "caller",
+    ) -> None:
         memory = BlockPool(blocks)
-        self.scheduler = Scheduler(slots, memory, PrefixCache(memory, self._tally) if reuse else None)
+        self.scheduler = Scheduler(slots, memory, PrefixCache(memory, self._tally, shared_by) if reuse else None)
         self._memory: dict[int, int] = {}
         self._counts: dict[int, list[int]] = {}
         self._choose = choose

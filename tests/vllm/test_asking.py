@@ -67,6 +67,11 @@ def test_kv_is_salted_with_the_steering() -> None:
     assert output.prompt_arguments(task(replace(AFTER)))["cache_salt"] == salts[1]
 
 
+def test_kv_is_salted_with_who_may_share_it() -> None:
+    salts = [output.prompt_arguments(task(steering), key) for steering in (None, STEERING) for key in (b"1", b"2")]
+    assert len({prompt["cache_salt"] for prompt in salts}) == 4
+
+
 def salt(edit: CompiledEdit, limit: float = 0.5, digest: str = "abc") -> object:
     return output.prompt_arguments(task(Steering((edit,), limit, digest)))["cache_salt"]
 

@@ -59,8 +59,9 @@ def add_generate(subparsers: argparse._SubParsersAction[Any]) -> None:
     ) as parser:
         parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - to read it from standard input")
         parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
+        parser.add_argument("--parse-special-tokens", action="store_true", help="special tokens in PROMPT are meant")
         parser.add_argument("--compare", action="store_true", help="show the unsteered text beside the steered one")
-        watch = "with --json: also read this feature on every token; may be repeated"
+        watch = "with --json: also read this feature on every token (role observe); may be repeated"
         add_repeated(parser, "--watch", "SAE:FEATURE", watch, parse=FeatureRef.parse)
         parser.add_argument("--max-relative-edit", type=float, metavar="R", help="limit |edit| / |x| on every token")
         add_steering(parser)
@@ -70,7 +71,7 @@ def add_generate(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run_generate(args: argparse.Namespace) -> int:
     arguments = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    arguments |= {"watch": args.watch, "max_relative_edit": args.max_relative_edit}
+    arguments |= {name: getattr(args, name) for name in ("watch", "max_relative_edit", "parse_special_tokens")}
     steer, prompt, enforced = steering(args), read_prompt(args.prompt, args.chat), _triggers_and_policies(args)
     if args.compare:
         if not steer:
@@ -174,15 +175,20 @@ def _qualified(policy: str, name: str) -> str:
 
 def _trigger_summary(entry: TriggerReceipt) -> str:
     fired = "did not fire" if entry.first_position is None else f"fired at position {entry.first_position}"
+    fired = fired if entry.tokens_on is not None else f"was decided on {entry.tokens_evaluated} tokens"
     return f"{'shadow ' if entry.is_shadow else ''}{_qualified(entry.policy, entry.name)} {fired}"
 
 
 def _edit_summary(entry: InterventionReceipt) -> str:
     shadow = "shadow " if entry.is_shadow else ""
     rule = f"{shadow}{_qualified(entry.policy, entry.rule)}: " if entry.policy else ""
-    tokens = f"{entry.kind} {entry.sae}:{entry.feature} edited {entry.tokens_edited}/{entry.tokens_eligible} tokens"
+    edit = f"{rule}{entry.kind} {entry.sae}:{entry.feature}"
+    if entry.tokens_edited is None:
+        # Whoever may not observe is told where it applied, not what it met there.
+        return f"{edit} on {entry.tokens_eligible} tokens"
+    tokens = f"{edit} edited {entry.tokens_edited}/{entry.tokens_eligible} tokens"
     capped = f", {entry.tokens_capped} capped" if entry.tokens_capped else ""
-    return f"{rule}{tokens}, mean size {entry.mean_relative_edit:.2g} of |x|{capped}"
+    return f"{tokens}, mean size {entry.mean_relative_edit:.2g} of |x|{capped}"
 
 
 # --- flags of sampling
@@ -291,7 +297,7 @@ def _add_triggers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("triggers and policies")
     for name, (_, help_text) in _ACTIONS.items():
         add_repeated(group, f"--{name}-on", "SAE:FEATURE=THRESHOLD[UNIT]", help_text, parse=_condition)
-    add_repeated(group, "--policy", "NAME", "apply this policy whatever its target and rollout")
+    add_repeated(group, "--policy", "NAME", "apply this policy, whatever its rollout")
     group.add_argument("--conversation", metavar="ID", help="what a rollout by conversation goes by")
 
 

@@ -40,6 +40,8 @@ _CASES = """Prompts on which policies should fire, or should not, in a file of c
     quiet = ["calm/insult"]          # that must not
     finish = "feature"               # "stop", "length" or "feature"
     max_new_tokens = 40
+
+Needs the roles generate, observe and policy-read: without them receipts do not tell what fired.
 """
 _CASE_FIELDS: Final[Mapping[str, type]] = {
     "prompt": str,
@@ -335,6 +337,10 @@ def _case_problems(case: Mapping[str, Any]) -> Iterator[str]:
 
 def _problems(case: Mapping[str, Any], completion: Completion) -> Iterator[str]:
     fired = _fired(completion)
+    if completion.receipt is not None and any(
+        entry.tokens_edited is None for entry in completion.receipt.interventions
+    ):
+        yield "the receipt does not say what fired, as this caller has not the role observe"
     yield from (f"{rule} did not fire" for rule in case.get("fires", ()) if rule not in fired)
     yield from (f"{rule} fired" for rule in case.get("quiet", ()) if rule in fired)
     if case.get("finish", completion.finish_reason) != completion.finish_reason:

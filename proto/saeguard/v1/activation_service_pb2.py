@@ -27,7 +27,7 @@ from saeguard.v1 import input_pb2 as saeguard_dot_v1_dot_input__pb2
 from saeguard.v1 import intervention_pb2 as saeguard_dot_v1_dot_intervention__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$saeguard/v1/activation_service.proto\x12\x0bsaeguard.v1\x1a$saeguard/v1/generation_service.proto\x1a\x17saeguard/v1/input.proto\x1a\x1esaeguard/v1/intervention.proto\"\xeb\x01\n\x15GetActivationsRequest\x12,\n\x06inputs\x18\x01 \x03(\x0b\x32\x1c.saeguard.v1.ActivationInput\x12\x0c\n\x04saes\x18\x02 \x03(\t\x12\x0f\n\x05top_k\x18\x03 \x01(\rH\x00\x12\x13\n\tthreshold\x18\x04 \x01(\x01H\x00\x12\x31\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x1d.saeguard.v1.FeatureSelectionH\x00\x12\x30\n\rinterventions\x18\x06 \x03(\x0b\x32\x19.saeguard.v1.InterventionB\x0b\n\tselection\"}\n\x0f\x41\x63tivationInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.saeguard.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.saeguard.v1.TokenInputH\x00\x42\x07\n\x05input\"=\n\x10\x46\x65\x61tureSelection\x12)\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x17.saeguard.v1.FeatureRef\"\xaa\x01\n\x16GetActivationsResponse\x12\r\n\x05input\x18\x01 \x01(\r\x12\x0b\n\x03sae\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\r\x12&\n\x06tokens\x18\x04 \x03(\x0b\x32\x16.saeguard.v1.TokenText\x12\x0e\n\x06indptr\x18\x05 \x03(\r\x12\x0f\n\x07indices\x18\x06 \x03(\r\x12\x0e\n\x06values\x18\x07 \x03(\x02\x12\x0c\n\x04last\x18\x08 \x01(\x08\"E\n\tTokenText\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x06offset\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_offset2p\n\x11\x41\x63tivationService\x12[\n\x0eGetActivations\x12\".saeguard.v1.GetActivationsRequest\x1a#.saeguard.v1.GetActivationsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$saeguard/v1/activation_service.proto\x12\x0bsaeguard.v1\x1a$saeguard/v1/generation_service.proto\x1a\x17saeguard/v1/input.proto\x1a\x1esaeguard/v1/intervention.proto\"\x89\x02\n\x15GetActivationsRequest\x12,\n\x06inputs\x18\x01 \x03(\x0b\x32\x1c.saeguard.v1.ActivationInput\x12\x0c\n\x04saes\x18\x02 \x03(\t\x12\x0f\n\x05top_k\x18\x03 \x01(\rH\x00\x12\x13\n\tthreshold\x18\x04 \x01(\x01H\x00\x12\x31\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x1d.saeguard.v1.FeatureSelectionH\x00\x12\x30\n\rinterventions\x18\x06 \x03(\x0b\x32\x19.saeguard.v1.Intervention\x12\x1c\n\x14parse_special_tokens\x18\x07 \x01(\x08\x42\x0b\n\tselection\"}\n\x0f\x41\x63tivationInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.saeguard.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.saeguard.v1.TokenInputH\x00\x42\x07\n\x05input\"=\n\x10\x46\x65\x61tureSelection\x12)\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x17.saeguard.v1.FeatureRef\"\xbc\x01\n\x16GetActivationsResponse\x12\r\n\x05input\x18\x01 \x01(\r\x12\x0b\n\x03sae\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\r\x12&\n\x06tokens\x18\x04 \x03(\x0b\x32\x16.saeguard.v1.TokenText\x12\x0e\n\x06indptr\x18\x05 \x03(\r\x12\x0f\n\x07indices\x18\x06 \x03(\r\x12\x0e\n\x06values\x18\x07 \x03(\x02\x12\x0c\n\x04last\x18\x08 \x01(\x08\x12\x10\n\x08withheld\x18\t \x03(\r\"E\n\tTokenText\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x06offset\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_offset2p\n\x11\x41\x63tivationService\x12[\n\x0eGetActivations\x12\".saeguard.v1.GetActivationsRequest\x1a#.saeguard.v1.GetActivationsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'saeguard.v1.activation_serv
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETACTIVATIONSREQUEST']._serialized_start=149
-  _globals['_GETACTIVATIONSREQUEST']._serialized_end=384
-  _globals['_ACTIVATIONINPUT']._serialized_start=386
-  _globals['_ACTIVATIONINPUT']._serialized_end=511
-  _globals['_FEATURESELECTION']._serialized_start=513
-  _globals['_FEATURESELECTION']._serialized_end=574
-  _globals['_GETACTIVATIONSRESPONSE']._serialized_start=577
-  _globals['_GETACTIVATIONSRESPONSE']._serialized_end=747
-  _globals['_TOKENTEXT']._serialized_start=749
-  _globals['_TOKENTEXT']._serialized_end=818
-  _globals['_ACTIVATIONSERVICE']._serialized_start=820
-  _globals['_ACTIVATIONSERVICE']._serialized_end=932
+  _globals['_GETACTIVATIONSREQUEST']._serialized_end=414
+  _globals['_ACTIVATIONINPUT']._serialized_start=416
+  _globals['_ACTIVATIONINPUT']._serialized_end=541
+  _globals['_FEATURESELECTION']._serialized_start=543
+  _globals['_FEATURESELECTION']._serialized_end=604
+  _globals['_GETACTIVATIONSRESPONSE']._serialized_start=607
+  _globals['_GETACTIVATIONSRESPONSE']._serialized_end=795
+  _globals['_TOKENTEXT']._serialized_start=797
+  _globals['_TOKENTEXT']._serialized_end=866
+  _globals['_ACTIVATIONSERVICE']._serialized_start=868
+  _globals['_ACTIVATIONSERVICE']._serialized_end=980
 # @@protoc_insertion_point(module_scope)

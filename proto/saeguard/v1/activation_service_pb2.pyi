@@ -31,10 +31,13 @@ class GetActivationsRequest(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """The largest activations of each token, at least 1; by magnitude where features can be negative."""
     threshold: _builtins.float
     """Every activation above this value; at least 0. Likewise."""
+    parse_special_tokens: _builtins.bool
+    """Of every input, as in GenerateRequest."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActivationInput]: ...
     @_builtins.property
@@ -60,10 +63,11 @@ class GetActivationsRequest(_message.Message):
         threshold: _builtins.float = ...,
         features: Global___FeatureSelection | None = ...,
         interventions: _abc.Iterable[_intervention_pb2.Intervention] | None = ...,
+        parse_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "inputs", b"inputs", "interventions", b"interventions", "saes", b"saes", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "inputs", b"inputs", "interventions", b"interventions", "parse_special_tokens", b"parse_special_tokens", "saes", b"saes", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_selection: _TypeAlias = _typing.Literal["top_k", "threshold", "features"]  # noqa: Y015
     _WhichOneofArgType_selection: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
@@ -134,6 +138,7 @@ class GetActivationsResponse(_message.Message):
     INDICES_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
     input: _builtins.int
     """Index into the request's inputs."""
     sae: _builtins.str
@@ -151,6 +156,12 @@ class GetActivationsResponse(_message.Message):
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def withheld(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Features of this SAE that policies withhold from the caller: they are left out of top_k and threshold, and cannot be
+        named.
+        """
+
     def __init__(
         self,
         *,
@@ -162,10 +173,11 @@ class GetActivationsResponse(_message.Message):
         indices: _abc.Iterable[_builtins.int] | None = ...,
         values: _abc.Iterable[_builtins.float] | None = ...,
         last: _builtins.bool = ...,
+        withheld: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "indptr", b"indptr", "input", b"input", "last", b"last", "sae", b"sae", "start", b"start", "tokens", b"tokens", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "indptr", b"indptr", "input", b"input", "last", b"last", "sae", b"sae", "start", b"start", "tokens", b"tokens", "values", b"values", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

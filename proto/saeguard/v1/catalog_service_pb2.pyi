@@ -51,7 +51,7 @@ class GetModelResponse(_message.Message):
     architecture: _builtins.str
     """Hugging Face model_type, such as "llama"."""
     digest: _builtins.str
-    """SHA-256 of the model's files, hex."""
+    """SHA-256 of the model's files and dtype, hex."""
     num_layers: _builtins.int
     d_model: _builtins.int
     vocab_size: _builtins.int
@@ -143,7 +143,9 @@ class Sae(_message.Message):
     architecture: _builtins.str
     """Such as "relu", "jumprelu", "topk", "gated"; "..._transcoder" where it writes elsewhere than it reads."""
     digest: _builtins.str
-    """SHA-256 of the SAE's files, hex; where settings decide what they mean, of those too."""
+    """SHA-256, hex, of the SAE's files and of all else that decides what is computed: its sites, its settings whoever
+    stated them, and the features' maxima.
+    """
     num_labelled: _builtins.int
     """Features with a label in the catalogue."""
     format: _builtins.str

@@ -103,13 +103,19 @@ class GenerateRequest(_message.Message):
     POLICIES_FIELD_NUMBER: _builtins.int
     CONVERSATION_FIELD_NUMBER: _builtins.int
     MIN_POLICY_ACTIVATION_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_relative_edit: _builtins.float
     """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
     conversation: _builtins.str
-    """What a rollout by conversation hashes; at most 256 characters."""
+    """What a rollout by conversation hashes; at most 256 characters. Where the caller's token says which it is, that or none."""
     min_policy_activation: _builtins.int
     """The oldest activation of policies that may decide about this request; waited for until the deadline."""
+    parse_special_tokens: _builtins.bool
+    """Special tokens that are written in `text`, or are among `tokens` behind those that the tokenizer puts first, are meant.
+    Otherwise text never becomes one, and such ids are refused. Needs the role special-tokens; not for `chat`, where only
+    the template writes any.
+    """
     @_builtins.property
     def chat(self) -> _input_pb2.ChatInput: ...
     @_builtins.property
@@ -122,7 +128,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def watch(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureRef]:
-        """Features to read on every token, without editing them."""
+        """Features to read on every token, without editing them. Needs the role observe, and so do conditions: triggers, and
+        edits that depend on one.
+        """
 
     @_builtins.property
     def triggers(self) -> _containers.RepeatedCompositeFieldContainer[_condition_pb2.Trigger]:
@@ -130,7 +138,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Policies that shall apply whether or not their target and rollout choose this request."""
+        """Policies that shall apply whether or not their rollout chooses this request. One that is not aimed at the caller, or not
+        enforced, is as unknown as a name that nobody has, but for callers with the role policy-read.
+        """
 
     def __init__(
         self,
@@ -146,10 +156,11 @@ class GenerateRequest(_message.Message):
         policies: _abc.Iterable[_builtins.str] | None = ...,
         conversation: _builtins.str = ...,
         min_policy_activation: _builtins.int | None = ...,
+        parse_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "input", b"input", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "conversation", b"conversation", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "policies", b"policies", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "triggers", b"triggers", "watch", b"watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit", "_min_policy_activation", b"_min_policy_activation", "chat", b"chat", "conversation", b"conversation", "input", b"input", "interventions", b"interventions", "max_relative_edit", b"max_relative_edit", "min_policy_activation", b"min_policy_activation", "parse_special_tokens", b"parse_special_tokens", "policies", b"policies", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "triggers", b"triggers", "watch", b"watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_relative_edit: _TypeAlias = _typing.Literal["max_relative_edit"]  # noqa: Y015
     _WhichOneofArgType__max_relative_edit: _TypeAlias = _typing.Literal["_max_relative_edit", b"_max_relative_edit"]  # noqa: Y015
@@ -506,7 +517,7 @@ class PolicyFacts(_message.Message):
 
     @_builtins.property
     def shadowed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of those that were evaluated and not applied."""
+        """Names of those that were evaluated and not applied; for callers with the role policy-read."""
 
     @_builtins.property
     def enforced(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnforcedRule]:

@@ -20,7 +20,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ChatInput(_message.Message):
-    """A conversation, laid out by the tokenizer's chat template."""
+    """A conversation, laid out by the tokenizer's chat template. Contents are text: special tokens written in them are not
+    parsed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -65,7 +67,9 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class TokenInput(_message.Message):
-    """Token ids as they are fed to the model; nothing is added."""
+    """Token ids as they are fed to the model; nothing is added. Special ones beyond those that the tokenizer puts first need
+    parse_special_tokens.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -20,7 +20,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Receipt(_message.Message):
-    """What was applied, measured while the model ran."""
+    """What was applied, measured while the model ran. What was measured of features is there for callers with the role
+    observe; what policies in shadow would have done, for those with policy-read.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -32,7 +34,9 @@ class Receipt(_message.Message):
     model_digest: _builtins.str
     """SHA-256 of the served model's files, hex."""
     steering_digest: _builtins.str
-    """SHA-256 of the steering that was applied, hex: the same edits give the same digest."""
+    """SHA-256 of the steering that was applied, hex: the same edits give the same digest. Where policies have a part in it, so
+    that rules could be guessed until they fit, callers without policy-read get one under a key of the server's process.
+    """
     forward_passes: _builtins.int
     """Forward passes of the model that touched this request."""
     @_builtins.property
@@ -82,9 +86,9 @@ class TriggerReceipt(_message.Message):
     tokens_evaluated: _builtins.int
     """Tokens inside the condition's scope that the model read."""
     tokens_on: _builtins.int
-    """Evaluated tokens on which the condition held."""
+    """Evaluated tokens on which the condition held; absent where the caller may not know, unless it ended the generation."""
     first_position: _builtins.int
-    """Of the token on which it first held; absent if it never did."""
+    """Of the token on which it first held; absent if it never did, and where tokens_on is."""
     def __init__(
         self,
         *,
@@ -92,16 +96,21 @@ class TriggerReceipt(_message.Message):
         name: _builtins.str = ...,
         is_shadow: _builtins.bool = ...,
         tokens_evaluated: _builtins.int = ...,
-        tokens_on: _builtins.int = ...,
+        tokens_on: _builtins.int | None = ...,
         first_position: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_position", b"_first_position", "first_position", b"first_position"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_position", b"_first_position", "_tokens_on", b"_tokens_on", "first_position", b"first_position", "tokens_on", b"tokens_on"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_position", b"_first_position", "first_position", b"first_position", "is_shadow", b"is_shadow", "name", b"name", "policy", b"policy", "tokens_evaluated", b"tokens_evaluated", "tokens_on", b"tokens_on"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_position", b"_first_position", "_tokens_on", b"_tokens_on", "first_position", b"first_position", "is_shadow", b"is_shadow", "name", b"name", "policy", b"policy", "tokens_evaluated", b"tokens_evaluated", "tokens_on", b"tokens_on"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_position: _TypeAlias = _typing.Literal["first_position"]  # noqa: Y015
     _WhichOneofArgType__first_position: _TypeAlias = _typing.Literal["_first_position", b"_first_position"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_on: _TypeAlias = _typing.Literal["tokens_on"]  # noqa: Y015
+    _WhichOneofArgType__tokens_on: _TypeAlias = _typing.Literal["_tokens_on", b"_tokens_on"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_position) -> _WhichOneofReturnType__first_position | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_on) -> _WhichOneofReturnType__tokens_on | None: ...
 
 Global___TriggerReceipt: _TypeAlias = TriggerReceipt  # noqa: Y015
 
@@ -134,7 +143,10 @@ class InterventionReceipt(_message.Message):
     tokens_eligible: _builtins.int
     """Tokens inside the scope that the model read."""
     tokens_edited: _builtins.int
-    """Eligible tokens whose feature value changed."""
+    """From here to tokens_capped: absent for callers without the role observe, and where a policy withholds the feature, or
+    one that a rule depends on.
+    Eligible tokens whose feature value changed.
+    """
     mean_activation: _builtins.float
     """Feature value before the edit, over eligible tokens."""
     max_activation: _builtins.float
@@ -156,19 +168,38 @@ class InterventionReceipt(_message.Message):
         sae_digest: _builtins.str = ...,
         site: _builtins.str = ...,
         tokens_eligible: _builtins.int = ...,
-        tokens_edited: _builtins.int = ...,
-        mean_activation: _builtins.float = ...,
-        max_activation: _builtins.float = ...,
-        mean_relative_edit: _builtins.float = ...,
-        tokens_capped: _builtins.int = ...,
+        tokens_edited: _builtins.int | None = ...,
+        mean_activation: _builtins.float | None = ...,
+        max_activation: _builtins.float | None = ...,
+        mean_relative_edit: _builtins.float | None = ...,
+        tokens_capped: _builtins.int | None = ...,
         policy: _builtins.str = ...,
         rule: _builtins.str = ...,
         is_shadow: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_activation", b"_max_activation", "_mean_activation", b"_mean_activation", "_mean_relative_edit", b"_mean_relative_edit", "_tokens_capped", b"_tokens_capped", "_tokens_edited", b"_tokens_edited", "max_activation", b"max_activation", "mean_activation", b"mean_activation", "mean_relative_edit", b"mean_relative_edit", "tokens_capped", b"tokens_capped", "tokens_edited", b"tokens_edited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "is_shadow", b"is_shadow", "kind", b"kind", "max_activation", b"max_activation", "mean_activation", b"mean_activation", "mean_relative_edit", b"mean_relative_edit", "policy", b"policy", "rule", b"rule", "sae", b"sae", "sae_digest", b"sae_digest", "site", b"site", "tokens_capped", b"tokens_capped", "tokens_edited", b"tokens_edited", "tokens_eligible", b"tokens_eligible"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_activation", b"_max_activation", "_mean_activation", b"_mean_activation", "_mean_relative_edit", b"_mean_relative_edit", "_tokens_capped", b"_tokens_capped", "_tokens_edited", b"_tokens_edited", "feature", b"feature", "is_shadow", b"is_shadow", "kind", b"kind", "max_activation", b"max_activation", "mean_activation", b"mean_activation", "mean_relative_edit", b"mean_relative_edit", "policy", b"policy", "rule", b"rule", "sae", b"sae", "sae_digest", b"sae_digest", "site", b"site", "tokens_capped", b"tokens_capped", "tokens_edited", b"tokens_edited", "tokens_eligible", b"tokens_eligible"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_activation: _TypeAlias = _typing.Literal["max_activation"]  # noqa: Y015
+    _WhichOneofArgType__max_activation: _TypeAlias = _typing.Literal["_max_activation", b"_max_activation"]  # noqa: Y015
+    _WhichOneofReturnType__mean_activation: _TypeAlias = _typing.Literal["mean_activation"]  # noqa: Y015
+    _WhichOneofArgType__mean_activation: _TypeAlias = _typing.Literal["_mean_activation", b"_mean_activation"]  # noqa: Y015
+    _WhichOneofReturnType__mean_relative_edit: _TypeAlias = _typing.Literal["mean_relative_edit"]  # noqa: Y015
+    _WhichOneofArgType__mean_relative_edit: _TypeAlias = _typing.Literal["_mean_relative_edit", b"_mean_relative_edit"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_capped: _TypeAlias = _typing.Literal["tokens_capped"]  # noqa: Y015
+    _WhichOneofArgType__tokens_capped: _TypeAlias = _typing.Literal["_tokens_capped", b"_tokens_capped"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_edited: _TypeAlias = _typing.Literal["tokens_edited"]  # noqa: Y015
+    _WhichOneofArgType__tokens_edited: _TypeAlias = _typing.Literal["_tokens_edited", b"_tokens_edited"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_activation) -> _WhichOneofReturnType__max_activation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_activation) -> _WhichOneofReturnType__mean_activation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_relative_edit) -> _WhichOneofReturnType__mean_relative_edit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_capped) -> _WhichOneofReturnType__tokens_capped | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_edited) -> _WhichOneofReturnType__tokens_edited | None: ...
 
 Global___InterventionReceipt: _TypeAlias = InterventionReceipt  # noqa: Y015

@@ -56,6 +56,8 @@ class Audit:
             record = {"request_id": call.request_id, "caller": call.caller.name, "asked": request_record(request)}
             # A comparison also shows what policies suppress.
             record |= {"is_comparison": True} if is_comparison else {}
+            if call.caller.conversation:
+                record["asked"]["conversation"] = call.caller.conversation
         return RequestAudit(self._writer, record, self._text, required=self._required)
 
     @property
@@ -138,6 +140,7 @@ def request_record(request: GenerateRequest) -> dict[str, Any]:
         "interventions": [_edit_record(edit) for edit in request.interventions],
         "max_relative_edit": request.max_relative_edit,
         "watch": msgspec.to_builtins(request.watch),
+        "parse_special_tokens": request.parse_special_tokens,
         "triggers": [_trigger_record(trigger) for trigger in request.triggers],
         "policies": list(request.policies),
         "conversation": request.conversation,
@@ -153,6 +156,7 @@ def request_from_record(record: Mapping[str, Any], input: ModelInput) -> Generat
             interventions=tuple(map(_edit, record["interventions"])),
             max_relative_edit=record["max_relative_edit"],
             watch=msgspec.convert(record["watch"], tuple[FeatureRef, ...]),
+            parse_special_tokens=record.get("parse_special_tokens", False),  # not in older records
             triggers=tuple(map(_trigger, record["triggers"])),
             policies=tuple(record["policies"]),
             conversation=record["conversation"],

@@ -147,6 +147,7 @@ def request_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "steer": request.interventions,
         "max_relative_edit": request.max_relative_edit,
         "watch": request.watch,
+        "parse_special_tokens": request.parse_special_tokens,
         "triggers": request.triggers,
         "policies": request.policies,
         "conversation": request.conversation,

@@ -154,7 +154,7 @@ def _check(arguments: argparse.Namespace) -> int:
     model = load_model(settings.model, max_context=2048)
     sae = load_saes((served,), model)[served.name]
     report = measure_served_sae(sae, served, model, calibration_tokens(settings.check, model))
-    _print(("", *_conventions(sae.conventions), "", *_measured(report, model)))
+    _print(("", *_conventions(sae.conventions), "", f"digest        {sae.digest}", "", *_measured(report, model)))
     _print(("", f"does not hold: {report.explain()}" if report.violations else f"holds: {report.explain()}"))
     return 1 if report.violations else 0
 
@@ -169,7 +169,7 @@ def _recognised(opened: OpenedSae) -> Iterator[str]:
     yield f"reads at      {parsed.reads or 'its files do not say: give --site'}"
     if parsed.writes:
         yield f"writes at     {', '.join(map(str, parsed.writes))}"
-    yield f"digest        {opened.digest}"
+    yield f"files digest  {opened.files_digest}"
     labelled = sum(bool(feature.label) for feature in opened.catalogue.features.values())
     yield f"features      {len(opened.catalogue.features)} in its catalogue, {labelled} labelled"
 

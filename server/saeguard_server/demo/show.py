@@ -185,7 +185,9 @@ class Replay:
             steered=self._score(scenario, steered),
             samples=(plain[0].text, steered[0].text),
             loss_change=change,
-            tokens_edited=sum(receipt.tokens_edited for completion in steered for receipt in _receipts(completion)),
+            tokens_edited=sum(
+                receipt.tokens_edited or 0 for completion in steered for receipt in _receipts(completion)
+            ),
         )
 
     async def untouched(self, scenario: Scenario, seeds: Sequence[int]) -> int:

@@ -53,10 +53,12 @@ def open_files(settings: ModelSettings, max_context: int) -> ModelFiles:
             tokenizer.
     """
     folder = open_folder(settings.path, settings.revision)
-    digest = weights_digest(folder.files)
+    own = {} if settings.dtype == "float32" else {"dtype": settings.dtype}
+    digest = with_settings(weights_digest(folder.files, folder.path), own)
     if settings.digest is not None and settings.digest != digest:
         raise ModelLoadError(
-            f"model {settings.path!r}: model.digest: its files have {digest}, the settings ask for {settings.digest}"
+            f"model {settings.path!r}: model.digest: its files in {settings.dtype} have {digest}, the settings ask for "
+            f"{settings.digest}"
         )
     config = folder.config
     tokenizer = Tokenizer(folder.tokenizer, config.vocab_size)

@@ -148,12 +148,12 @@ class OutputProcessor:
         triggers = tuple(_trigger_receipt(condition, count) for condition, count in pairs if condition.is_trigger)
         if not steering.edits and not triggers:
             return None
-        edits = zip(steering.edits, counts, strict=True)
+        edits = list(zip(steering.edits, counts, strict=True))
         interventions = tuple(_intervention_receipt(edit, count, self._saes[edit.sae]) for edit, count in edits)
-        for edited in interventions:
-            if not edited.is_shadow:
-                self._metrics.tokens_edited.labels(edited.sae, edited.kind).inc(edited.tokens_edited)
-                self._metrics.relative_edit.labels(edited.sae).observe(edited.mean_relative_edit)
+        for edit, count in edits:
+            if not edit.is_shadow:
+                self._metrics.tokens_edited.labels(edit.sae, edit.kind).inc(count.edited)
+                self._metrics.relative_edit.labels(edit.sae).observe(count.mean_relative_edit)
         return results.Receipt(self._model.digest, steering.digest, interventions, forward_passes, triggers)
 
     def activation_part(self, task: InspectTask, sae: str, start: int, rows: SparseRows) -> results.ActivationPart:

@@ -30,6 +30,7 @@ from saeguard_sae.models import Site
 from saeguard_server.caller import Call
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import NonFiniteOutput, ServiceError
+from saeguard_server.settings import SharedBy
 
 NOT_FINITE = "the model's output is not finite for this request; an edit may be too large"
 
@@ -192,7 +193,8 @@ class Steering:
     def kv_key(self, start: int, end: int) -> bytes:
         """Identity of what is applied to tokens at positions ``[start, end)``; empty where nothing is.
 
-        KV is shared among equal ones only. Who wants an edit, and how refusals name it, is no part of it.
+        KV is shared among equal ones only, by those of one ``cache_salt``. Who wants an edit, and how refusals name it,
+        is no part of it.
         """
         here = [edit for edit in self.edits if self.spans(edit, start, end)]
         if any(self.spans(condition, start, end) for condition in self.conditions) or any(
@@ -227,6 +229,14 @@ class GenerateTask:
     watch: tuple[tuple[str, int], ...] = ()
     measure: tuple[Divergence, Side] | None = None
     """Where its prompt's logits go, and for which side; with ``prompt_logprobs``, on an engine that ``compares``."""
+
+
+def cache_salt(task: GenerateTask | InspectTask, uid: int, shared_by: SharedBy) -> bytes:
+    """Identity of those whose cached prefixes a task may find, ``uid`` being its own; empty is everybody."""
+    if shared_by == "everybody":
+        return b""
+    caller = task.call.caller
+    return hashlib.blake2b(f"{caller.name}\0{uid if caller.is_anybody else ''}".encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
+import tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from saeguard.checks import FieldError
 from saeguard.requests import ChatInput, ModelInput
 from saeguard_sae.models import special_ids
+from saeguard_server.engine.chat import ChatTemplate
 from saeguard_server.errors import InvalidRequest
+
+NOT_PARSED = "is a special token, and only a request with parse_special_tokens may write it"
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
-    """A prompt as ids, with each token's offset in the text it was made from (None for ids and added tokens)."""
+    """A prompt as ids, with each token's offset in the text it was made from (None for ids and added tokens).
+
+    ``assistant_turns`` are the ranges ``[first, last)`` of tokens that the contents of a conversation's assistant are.
+    """
 
     ids: tuple[int, ...]
     offsets: tuple[int | None, ...]
     assistant_turns: tuple[tuple[int, int], ...] = ()
-    """Of a chat: the tokens ``[first, last)`` of each assistant message's content, in order."""
 
 
 class Tokenizer:
@@ -33,7 +45,6 @@ class Tokenizer:
     """
 
     def __init__(self, fast: PreTrainedTokenizerFast, vocab_size: int) -> None:
-        self._fast = fast
         # The backend alone is safe to use from several threads; the wrapper sets truncation on every call.
         self._backend = fast.backend_tokenizer
         self._backend.no_truncation()
@@ -41,16 +52,33 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.special_ids = special_ids(fast)
         self.has_chat_template = bool(fast.chat_template)
+        added = {str(token): id for id, token in fast.added_tokens_decoder.items()}
+        special = {name: id for name, id in added.items() if id in self.special_ids}
+        # Turns may also be written with tokens that are not flagged as special.
+        markers = {name for name in added.keys() - special if any(map(str.isalnum, name))}
+        if self.has_chat_template:
+            special |= {name: added[name] for name in ChatTemplate(fast, special).written(markers)}
+        self._template = ChatTemplate(fast, special) if self.has_chat_template else None
+        self._text = TextEncoder(self._backend, special, unknown=fast.unk_token_id)
 
-    def encode(self, prompt: ModelInput) -> EncodedText:
-        """The ids the model will read; raises FieldError, which names the field."""
-        if isinstance(prompt, str):
-            return self._encode(prompt, add_special_tokens=True, field="text")
+    def encode(self, prompt: ModelInput, *, parse_special_tokens: bool = False) -> EncodedText:
+        """The ids the model will read; raises FieldError, which names the field.
+
+        Text never becomes a special token, but for those that the tokenizer puts around it, unless they are parsed.
+        """
         if isinstance(prompt, ChatInput):
-            return self._encode(self._layout(prompt), add_special_tokens=False, field="chat")
+            if parse_special_tokens:
+                raise FieldError("parse_special_tokens", "is for text and token ids: contents of messages are text")
+            return self._encode_chat(prompt)
+        if isinstance(prompt, str):
+            backend = self._backend if parse_special_tokens else self._text.backend_for("text", prompt)
+            encoding = backend.encode(prompt, add_special_tokens=True)
+            return EncodedText(_filled("text", encoding.ids), _starts(encoding.offsets))
         for index, token in enumerate(prompt.ids):
             if not 0 <= token < self.vocab_size:
                 raise FieldError(f"tokens.ids[{index}]", f"must be 0 to {self.vocab_size - 1}, got {token}")
+        if not parse_special_tokens:
+            self._text.check_ids(prompt.ids)
         return EncodedText(tuple(prompt.ids), (None,) * len(prompt.ids))
 
     def text(self, token: int) -> str:
@@ -59,33 +87,117 @@ class Tokenizer:
 
     def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
         """For one request's generated tokens; special ones have no text."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return Detokenizer(lambda token: stream.step(self._backend, token) or "", stops)
+        stream = DecodeStream(skip_special_tokens=False)
+        special = self.special_ids
+        return Detokenizer(lambda token: "" if token in special else stream.step(self._backend, token) or "", stops)
 
-    def _layout(self, prompt: ChatInput) -> str:
-        if not self.has_chat_template:
+    def _encode_chat(self, prompt: ChatInput) -> EncodedText:
+        if self._template is None:
             raise FieldError("chat", "this model's tokenizer has no chat template; send text")
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        try:
-            return str(self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as err:  # templates are programs, and raise what they like
-            raise FieldError("chat", f"the chat template refuses these messages: {err}") from err
-
-    def _encode(self, text: str, *, add_special_tokens: bool, field: str) -> EncodedText:
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        if not encoding.ids:
-            raise FieldError(field, "gives no tokens")
-        return EncodedText(
-            tuple(encoding.ids), tuple(start if end > start else None for start, end in encoding.offsets)
-        )
+        for index, message in enumerate(prompt.messages):
+            self._text.backend_for(f"chat.messages[{index}].content", message.content)
+        chat = self._template.render(prompt)
+        ids, offsets = self._text.encode_parts(chat.text, chat.origin)
+        starts, ends = np.maximum.accumulate(np.array(offsets).reshape(-1, 2), axis=0).T
+        first = np.searchsorted(ends, [start for start, _ in chat.turns], "right").tolist()
+        last = np.searchsorted(starts, [end for _, end in chat.turns]).tolist()
+        turns = tuple(pair for pair in zip(first, last, strict=True) if pair[0] < pair[1])
+        return EncodedText(_filled("chat", ids), _starts(offsets), turns)
 
 
-def encode_input(tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str = "") -> EncodedText:
+class TextEncoder:
+    """A tokenizer to which no text is a special token: each has a name that only this process knows.
+
+    Args:
+        special: id of each special token by its string.
+        unknown: the id of what the tokenizer does not know, which any text may become.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int], unknown: int | None) -> None:
+        secret = secrets.token_hex(16)
+        self._names = {name: f"q{secret}z{id}z" for name, id in special.items()}
+        self._ids = special
+        layout = json.loads(backend.to_str())
+        words = {token["content"] for token in layout["added_tokens"] if token["single_word"]}
+        bounded = {name: rf"(?<!\w){re.escape(name)}(?!\w)" if name in words else re.escape(name) for name in special}
+        longest_first = (bounded[name] for name in sorted(special, key=len, reverse=True))
+        self._pattern = re.compile("|".join(longest_first) or r"(?!)")
+        self._backend = tokenizers.Tokenizer.from_str(json.dumps(_renamed(layout, self._names)))
+        self._special_ids = frozenset(special.values()) - {unknown}
+        # Such as a letter of the alphabet: as text it would be lost.
+        self._unwritable = [name for name in special if not self._backend.encode(name, add_special_tokens=False).ids]
+        self._first = self._backend.encode("a", add_special_tokens=True).ids
+
+    def backend_for(self, field: str, text: str) -> tokenizers.Tokenizer:
+        for name in self._unwritable:
+            if name in text:
+                raise FieldError(field, f"holds {name!r}, which the tokenizer knows as a special token alone")
+        return self._backend
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Those that the tokenizer itself puts first may come first."""
+        is_first = True
+        for index, token in enumerate(ids):
+            is_first = is_first and index < len(self._first) and token == self._first[index]
+            if token in self._special_ids and not is_first:
+                raise FieldError(f"tokens.ids[{index}]", f"{token} {NOT_PARSED}")
+
+    def encode_parts(self, text: str, origin: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a text whose special tokens are those that stand in ``origin``, a string as long."""
+        matches = list(self._pattern.finditer(origin))
+        parts, at = [], 0
+        for match in matches:
+            parts += [text[at : match.start()], self._names[match.group()]]
+            at = match.end()
+        encoding = self._backend.encode("".join([*parts, text[at:]]), add_special_tokens=False)
+        expected = [self._ids[match.group()] for match in matches]
+        if [id for id in encoding.ids if id in self._special_ids] != [id for id in expected if id in self._special_ids]:
+            raise FieldError("chat", "the tokenizer does not keep the template's special tokens and its text apart")
+        longer = [len(self._names[match.group()]) - len(match.group()) for match in matches]
+        shifts = np.array([0, *accumulate(longer)])
+        ends = np.array([match.end() for match in matches], dtype=np.int64) + shifts[1:]
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        offsets -= shifts[np.searchsorted(ends, offsets, "right")]
+        return encoding.ids, [(start, end) for start, end in offsets.tolist()]
+
+
+def _renamed(layout: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The tokenizer's JSON with other strings for these tokens, ids as before."""
+    for token in layout["added_tokens"]:
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "single_word": False}
+    model = layout["model"]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if not names.keys() & {*pair, "".join(pair)}]
+    return layout
+
+
+def _filled(field: str, ids: Sequence[int]) -> tuple[int, ...]:
+    if not ids:
+        raise FieldError(field, "gives no tokens")
+    return tuple(ids)
+
+
+def _starts(offsets: Sequence[tuple[int, int]]) -> tuple[int | None, ...]:
+    return tuple(start if end > start else None for start, end in offsets)
+
+
+def encode_input(
+    tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str = "", *, parse_special_tokens: bool = False
+) -> EncodedText:
     """The ids of an input of at most so many tokens, in the field ``prefix``, dot included; raises InvalidRequest."""
     try:
-        encoded = tokenizer.encode(input)
+        encoded = tokenizer.encode(input, parse_special_tokens=parse_special_tokens)
     except FieldError as err:
-        raise InvalidRequest(f"{prefix}{err.field}", err.problem) from err
+        # The flag is the request's, not the input's.
+        field = err.field if err.field == "parse_special_tokens" else f"{prefix}{err.field}"
+        raise InvalidRequest(field, err.problem) from err
     if len(encoded.ids) > most:
         name = "text" if isinstance(input, str) else "chat" if isinstance(input, ChatInput) else "tokens"
         raise InvalidRequest(f"{prefix}{name}", f"has {len(encoded.ids)} tokens, at most {most} fit")

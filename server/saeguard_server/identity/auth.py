@@ -66,7 +66,8 @@ class Identity:
 
 def _everybody(settings: IdentitySettings) -> Caller:
     if settings.allow_anonymous:
-        caller = Caller("anonymous", frozenset(settings.anonymous_roles), quota=settings.quota_of("anonymous"))
+        roles, quota = frozenset(settings.anonymous_roles), settings.quota_of("anonymous")
+        caller = Caller("anonymous", roles, quota=quota, is_anybody=True)
     else:
         caller = Caller.local(settings.quota_of("local"))
     level = logging.WARNING if settings.allow_anonymous else logging.INFO

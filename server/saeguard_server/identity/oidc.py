@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK, PyJWKClient
 from jwt.exceptions import PyJWTError
 
+from saeguard.requests import MAX_CONVERSATION_CHARS
 from saeguard_server.caller import API_KEY_PREFIX, Caller, Credentials, Quota, Role
 from saeguard_server.errors import Unauthenticated, Unavailable
 from saeguard_server.settings import BadSettings, JwtSettings, WatchedFiles, error_text
@@ -96,10 +97,21 @@ class JwtAuthenticator:
         roles = {word.removeprefix(prefix) for word in words if word.startswith(prefix)} & known.keys()
         tags = _words(_claim(claims, settings.tags_claim)) if settings.tags_claim is not None else ()
         name = f"{settings.name_prefix}{name}"
+        chosen, quota = frozenset(known[role] for role in roles), self._quota_of(name)
         try:
-            return Caller(name, frozenset(known[role] for role in roles), frozenset(tags), self._quota_of(name))
+            return Caller(name, chosen, frozenset(tags), quota, conversation=self._conversation(claims))
         except ValueError:
             raise _refused(f"its claim {settings.name_claim} is no name") from None
+
+    def _conversation(self, claims: Mapping[str, Any]) -> str | None:
+        if (path := self._settings.conversation_claim) is None:
+            return None
+        value = _claim(claims, path)
+        if value is None:
+            return ""
+        if isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_CONVERSATION_CHARS:
+            return value
+        raise _refused(f"its claim {path} is no conversation of 1 to {MAX_CONVERSATION_CHARS} characters")
 
 
 def _header(token: str) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.policy import rules
 from saeguard_server.policy.evasion import find_evasions
-from saeguard_server.policy.model import Policy, PolicyLimits, Target
+from saeguard_server.policy.model import Policy, PolicyLimits, Rollout, Target
 from saeguard_server.policy.rules import Clash, CompiledPolicy, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
 
@@ -134,7 +134,8 @@ def _names(policy: Policy, engine: Engine) -> Iterator[Callable[[], object]]:
         for index, sae in enumerate(saes):
             yield partial(find_sae, engine, sae, f"limits.{name}[{index}]")
     for name, refs in (
-        ("allowed_features", limits.allowed_features or ()), ("denied_features", limits.denied_features)
+        ("allowed_features", limits.allowed_features or ()), ("denied_features", limits.denied_features),
+        ("withheld_features", limits.withheld_features),
     ):  # fmt: skip
         for index, ref in enumerate(refs):
             yield partial(find_feature, engine, ref, f"limits.{name}[{index}]")
@@ -219,8 +220,7 @@ def _own_warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[tup
         yield "mode", "is off: the policy does nothing"
     if policy.mode == "shadow" and policy.limits != PolicyLimits():
         yield "limits", "are not enforced in shadow"
-    if policy.rollout.share == 0:
-        yield "rollout.share", "is 0: only requests that name the policy are under it"
+    yield from _rollout_warnings(policy.rollout)
     if not is_for(policy, engine):
         message = f"{engine.model.name!r} is not among them: the policy never acts here, and is not checked"
         yield "target.models", message
@@ -230,6 +230,14 @@ def _own_warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[tup
         yield "counterfactual_share", f"measures nothing in mode {policy.mode}"
     if not policy.owner:
         yield "owner", "is empty: nobody to ask"
+
+
+def _rollout_warnings(rollout: Rollout) -> Iterator[tuple[str, str]]:
+    if rollout.by == "conversation" and 0 < rollout.share < 1:
+        claim = "identity.jwt.conversation_claim takes it from their token"
+        yield "rollout.by", f"callers choose the conversation's name, and can leave the share by another; {claim}"
+    if rollout.share == 0:
+        yield "rollout.share", "is 0: only requests that name the policy are under it"
 
 
 def _edits(policy: Policy) -> Iterator[tuple[str, Intervention]]:

@@ -143,6 +143,7 @@ _OPERANDS = {
     kind: [field.name for field in fields(edit) if field.name not in _SHARED] for kind, edit in types.KINDS.items()
 }
 """The fields that only one kind of edit has: none, a factor, or a value and its unit."""
+_LIMITED = ("allowed_features", "denied_features", "withheld_features")
 _ACTIONS: Mapping[str, types.Action] = {"flag": types.Flag(), "stop": types.Stop()}
 
 
@@ -155,7 +156,7 @@ def _policy(tree: Any, probes: ProbeReader) -> Policy:
         "rollout": partial(_fields, Rollout),
         "rules": partial(_several, partial(_rule, probes=probes)),
         "triggers": partial(_several, partial(_trigger, probes=probes)),
-        "limits": partial(_fields, PolicyLimits, readers={"allowed_features": features, "denied_features": features}),
+        "limits": partial(_fields, PolicyLimits, readers=dict.fromkeys(_LIMITED, features)),
         "pins": partial(_fields, Pins, readers={"saes": lambda saes, at: tuple(sorted(_mapping(saes, at).items()))}),
         "expires": _time,
     }

@@ -88,6 +88,9 @@ class PolicyLimits:
     denied_saes: tuple[str, ...] = ()
     allowed_features: tuple[FeatureRef, ...] | None = None
     denied_features: tuple[FeatureRef, ...] = ()
+    withheld_features: tuple[FeatureRef, ...] = ()
+    """They cannot be watched, read, edited or put into conditions by callers at whom the policy is aimed, whatever its
+    rollout, and receipts say nothing of their values; but for callers with the role policy-read."""
 
     def __post_init__(self) -> None:
         if self.max_relative_edit is not None:
@@ -97,7 +100,8 @@ class PolicyLimits:
         checks.store_texts(self, "denied_saes")
         if self.allowed_features is not None:
             checks.store_several(self, "allowed_features", FeatureRef, "a feature")
-        checks.store_several(self, "denied_features", FeatureRef, "a feature")
+        for field in ("denied_features", "withheld_features"):
+            checks.store_several(self, field, FeatureRef, "a feature")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

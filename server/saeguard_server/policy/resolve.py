@@ -7,7 +7,7 @@ from datetime import datetime
 
 from saeguard.requests import GenerateRequest
 from saeguard.types import FeatureRef
-from saeguard_server.caller import Caller
+from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import CompiledEdit, Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
 from saeguard_server.policy import rules
@@ -75,8 +75,8 @@ def _selected(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now:
 
 def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now: datetime) -> PolicyNames:
     for index, name in enumerate(request.policies):
-        _check_named(name, f"policies[{index}]", snapshot, now)
-    model, conversation = snapshot.engine.model.name, request.conversation
+        _check_named(name, f"policies[{index}]", caller, snapshot, now)
+    model, conversation = snapshot.engine.model.name, caller.conversation or request.conversation
     return tuple(
         name
         for name, (policy, _, _) in snapshot.ready.items()
@@ -88,8 +88,14 @@ def _selection(request: GenerateRequest, caller: Caller, snapshot: Snapshot, now
     )
 
 
-def _check_named(name: str, field: str, snapshot: Snapshot, now: datetime) -> None:
-    """Whoever asks for a policy must not get silently less."""
+def _check_named(name: str, field: str, caller: Caller, snapshot: Snapshot, now: datetime) -> None:
+    """Whoever asks for a policy must not get silently less; whoever may not read policies learns no other's name."""
+    if not caller.may(Role.POLICY_READ):
+        policy = snapshot.ready[name].policy if name in snapshot.ready else None
+        if policy is None or not acts_on(policy, caller, snapshot.engine.model.name, now):
+            what = f"no policy {name!r} is enforced and aimed at {caller.name}"
+            raise UnknownName(field, f"{what}; naming others needs the role {Role.POLICY_READ.value}")
+        return
     if name not in snapshot.policies:
         raise UnknownName(field, f"no policy {name!r} is in force")
     policy = snapshot.policies[name]
@@ -99,6 +105,11 @@ def _check_named(name: str, field: str, snapshot: Snapshot, now: datetime) -> No
         raise InvalidRequest(field, f"{name!r} has expired")
     if name not in snapshot.ready:
         raise InvalidRequest(field, f"{name!r} is for other models")
+
+
+def acts_on(policy: Policy, caller: Caller, model: str, now: datetime) -> bool:
+    """Whether it is enforced on the caller's requests, as far as its rollout goes."""
+    return policy.mode == "enforce" and not _is_over(policy, now) and is_aimed_at(policy.target, caller, model)
 
 
 def _is_over(policy: Policy, now: datetime) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from saeguard.catalog import Activation
+from saeguard.types import FeatureRef
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.errors import RETRY_S, ActivationNotReached, PoliciesUnavailable
 from saeguard_server.policy import rules
@@ -33,6 +34,8 @@ class Snapshot:
     """All of the revision's, by name."""
     ready: Mapping[str, CompiledPolicy]
     """Those that can act here: not off, and for this model."""
+    withheld: Mapping[str, frozenset[FeatureRef]] = field(default_factory=dict)
+    """What enforced ones withhold, by policy; under every name that the same weights are served by."""
     _selections: dict[PolicyNames, CombinedPolicies] = field(default_factory=dict)
 
     def selected(self, selection: PolicyNames) -> CombinedPolicies:
@@ -49,12 +52,23 @@ class Snapshot:
 def build_snapshot(
     activation: Activation, revision: PolicyRevision, engine: Engine, now: datetime, *, keeps_audit: bool = False
 ) -> Snapshot:
+    ready = compile_policies(revision.policies, engine, now, keeps_audit=keeps_audit)
     return Snapshot(
         activation=activation,
         revision=revision,
         engine=engine,
         policies={policy.name: policy for policy in revision.policies},
-        ready=compile_policies(revision.policies, engine, now, keeps_audit=keeps_audit),
+        ready=ready,
+        withheld={
+            name: frozenset(
+                FeatureRef(sae.name, ref.feature)
+                for ref in policy.limits.withheld_features
+                for sae in engine.saes.values()
+                if sae.digest == engine.saes[ref.sae].digest
+            )
+            for name, (policy, _, _) in ready.items()
+            if policy.mode == "enforce" and policy.limits.withheld_features
+        },
     )
 
 

@@ -180,10 +180,11 @@ class PolicySync:
         try:
             snapshot = await asyncio.to_thread(self._build, active)
         except Exception as err:
-            message = f"revision {active.revision.number} cannot be applied here: {err}"
+            message = f"revision {active.revision.number} cannot be applied here"
+            # Why, is for the log: callers are told this, and it names policies that are not theirs.
             self._policies.withdraw(message)
             self._enforced = None
-            raise protocol.NotApplicable(message) from err
+            raise protocol.NotApplicable(f"{message}: {err}") from err
         self._policies.replace(snapshot)
         self._count(active)
         self._applied, self._enforced = active, active.digest

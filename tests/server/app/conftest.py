@@ -21,7 +21,7 @@ class FakeTokenizer:
     special_ids = frozenset({0})
     has_chat_template = True
 
-    def encode(self, prompt: ModelInput) -> EncodedText:
+    def encode(self, prompt: ModelInput, *, parse_special_tokens: bool) -> EncodedText:
         if isinstance(prompt, TokenInput):
             return EncodedText(prompt.ids, (None,) * len(prompt.ids))
         text = prompt if isinstance(prompt, str) else "".join(one.content for one in prompt.messages)

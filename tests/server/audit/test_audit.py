@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ async def test_what_must_be_audited_is_written_before_any_work(tmp_path: Path, m
     await request.finish(DONE, [1], [2])
     assert [told["kind"] for told in records(tmp_path)] == ["admitted", "request"]
     one.close()
+
+
+async def test_the_conversation_of_a_token_is_the_one_recorded(tmp_path: Path, metrics: Metrics) -> None:
+    log = audit(tmp_path, metrics)
+    for conversation in (None, "", "c7"):
+        call = replace(CALL, caller=replace(LOCAL, conversation=conversation))
+        log.request(call, replace(REQUEST, conversation="c7" if conversation is None else "")).fail("CANCELLED")
+    log.close()
+    assert [record["asked"]["conversation"] for record in records(tmp_path)] == ["c7", "", "c7"]
 
 
 async def test_a_failure_is_recorded_once(tmp_path: Path, metrics: Metrics) -> None:

@@ -92,7 +92,7 @@ def test_files_must_have_the_digest_that_the_settings_ask_for(world: World) -> N
     right = msgspec.structs.replace(settings, model=msgspec.structs.replace(model, digest=digest))
     assert load_engine(right, Metrics(CollectorRegistry())).model.digest == digest
     wrong = msgspec.structs.replace(settings, model=msgspec.structs.replace(model, digest="f" * 64))
-    refused(wrong, ModelLoadError, f"model.digest: its files have {digest}, the settings ask for f")
+    refused(wrong, ModelLoadError, f"model.digest: its files in float32 have {digest}, the settings ask for f")
 
 
 def test_an_unknown_dtype_is_refused(world: World) -> None:

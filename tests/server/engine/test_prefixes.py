@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from saeguard.requests import GenerateRequest, Sampling
 from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope
-from saeguard_server.engine.protocol import Steering
+from saeguard_server.caller import LOCAL, Caller
+from saeguard_server.engine.protocol import Steering, cache_salt
 from saeguard_server.errors import NonFiniteOutput
 from support.alone import NEAR, Alone
 from support.engines import Answer, World, greedy, make_world, prompt
@@ -68,9 +69,9 @@ def test_a_chain_of_blocks_is_never_begun_by_another_steering(steering: Steering
         assert batch.admitted[-1].reused == (64 if before == steering and steering != Steering() else 112)
 
 
-def reused(first: Any, then: Any, budget: int = 200) -> int:
+def reused(first: Any, then: Any, budget: int = 200, **more: Any) -> int:
     """Tokens that the second request does not read again."""
-    batch = Symbolic(2, 60, lambda tokens: 3)
+    batch = Symbolic(2, 60, lambda tokens: 3, **more)
     for one in (first, then):
         batch.scheduler.add(one)
         batch.finish(budget)
@@ -84,7 +85,34 @@ def test_equal_beginnings_are_shared_up_to_the_last_token() -> None:
     assert reused(generation(0, TOKENS[:15], 40), generation(1, [*TOKENS[:15], *[3] * 40])) == 48, "generated ones too"
 
 
-def test_what_precedes_the_first_steered_token_is_everybodys() -> None:
+ANYBODY = Caller("anonymous", frozenset(), is_anybody=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "shared"),
+    [
+        (LOCAL, LOCAL, 96),
+        (LOCAL, replace(LOCAL, name="other"), 0),
+        (replace(LOCAL, name="other"), LOCAL, 0),
+        (ANYBODY, ANYBODY, 0),
+        (LOCAL, ANYBODY, 0),
+        (Caller("a\0", frozenset()), Caller("a", frozenset()), 0) if False else (LOCAL, LOCAL, 96),
+    ],
+)
+def test_prefixes_are_a_callers_own_unless_everybody_shares_them(first: Caller, then: Caller, shared: int) -> None:
+    for steering in (Steering(), STEERINGS[1], STEERINGS[7]):
+        pair = [generation(uid, TOKENS[:100], 3, steering, caller=one) for uid, one in enumerate((first, then))]
+        assert reused(*pair) == shared
+        pair = [generation(uid, TOKENS[:100], 3, steering, caller=one) for uid, one in enumerate((first, then))]
+        assert reused(*pair, shared_by="everybody") == 96
+
+
+def test_a_request_that_gave_its_memory_up_finds_its_own_prefix_whoever_it_is() -> None:
+    task = generation(0, TOKENS[:20], caller=ANYBODY).task
+    assert cache_salt(task, 5, "caller") == cache_salt(task, 5, "caller") != cache_salt(task, 6, "caller")
+
+
+def test_what_precedes_the_first_steered_token_is_for_every_steering() -> None:
     some = Steering((change(40),), digest="a")
     assert reused(generation(0, TOKENS[:100]), generation(1, TOKENS[:100], steering=some)) == 32
     assert reused(generation(0, TOKENS[:100], steering=some), generation(1, TOKENS[:100])) == 32

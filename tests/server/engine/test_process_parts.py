@@ -93,7 +93,7 @@ def test_events_arrive_as_they_are() -> None:
     reading = FeatureReading(9, (0.5, -1.0))
     chunk = StreamChunk("é", (Token(5, -0.5, (TokenLogprob(6, -0.75),)), Token(7)), (reading,), (-0.25,), done)
     token = TokenText(3, "x", None)
-    part = ActivationPart(1, "a", (token,), array("I", [0, 1]), array("I", [4]), array("f", [0.5]), 2, True)
+    part = ActivationPart(1, "a", (token,), array("I", [0, 1]), array("I", [4]), array("f", [0.5]), 2, True, (3,))
     for event in (chunk, part):
         for field in fields(event):
             assert getattr(event, field.name), f"{field.name} is not tested"

@@ -72,6 +72,15 @@ async def test_claims_that_are_not_right(jwks: Path, claims: dict[str, Any], sai
     assert await refused(opened(jwks), token(**claims)) == said
 
 
+async def test_a_conversation_is_taken_from_a_claim_where_the_settings_name_one(jwks: Path) -> None:
+    assert (await opened(jwks).caller(shown(token(sid="one")))).conversation is None
+    tokens = opened(jwks, conversation_claim="sid")
+    assert (await tokens.caller(shown(token(sid="one")))).conversation == "one"
+    assert (await tokens.caller(shown(token()))).conversation == "", "none, and the caller cannot choose one"
+    for wrong in (7, ["one"], "", "x" * 257, "a\nb", "\ud800"):
+        assert await refused(tokens, token(sid=wrong)) == "its claim sid is no conversation of 1 to 256 characters"
+
+
 async def test_clocks_may_differ_by_the_leeway(jwks: Path) -> None:
     late = token(exp=int(time.time()) - 20)
     assert (await opened(jwks).caller(shown(late))).name == "jwt:alice"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRe
 from saeguard_server.policy.model import Policy, Rollout, Target
 from saeguard_server.policy.resolve import resolve_policies
 from support.policy_shapes import NOW, policy, rule
-from support.resolving import InForce, asks, resolved
+from support.resolving import BOT, READER, InForce, asks, resolved
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_a_policy_ends_when_it_expires(in_force: InForce) -> None:
     assert resolve_policies(*asks(), snapshot, NOW).edits
     assert not resolve_policies(*asks(), snapshot, NOW + timedelta(seconds=1)).edits
     with pytest.raises(InvalidRequest, match=r"policies\[0\]: 'a' has expired"):
-        resolve_policies(*asks(policies=("a",)), snapshot, NOW + timedelta(seconds=1))
+        resolve_policies(*asks(policies=("a",), caller=READER), snapshot, NOW + timedelta(seconds=1))
 
 
 def test_callers_may_ask_for_policies(in_force: InForce) -> None:
@@ -50,13 +51,48 @@ def test_callers_may_ask_for_policies(in_force: InForce) -> None:
         policy("d", rule("none", Zero("mid", 5)), target=Target(models=("other",))),
     )
     assert not resolved(snapshot).edits
-    found = resolved(snapshot, policies=("b", "a"))
+    found = resolved(snapshot, policies=("b", "a"), caller=READER)
     assert (found.selected.facts.applied, found.selected.facts.shadowed) == (("a",), ("b",))
     with pytest.raises(UnknownName, match=r"policies\[1\]: no policy 'z' is in force"):
-        resolved(snapshot, policies=("a", "z"))
+        resolved(snapshot, policies=("a", "z"), caller=READER)
     for name, said in (("c", "is off"), ("d", "is for other models")):
         with pytest.raises(InvalidRequest, match=rf"policies\[0\]: '{name}' {said}"):
-            resolved(snapshot, policies=(name,))
+            resolved(snapshot, policies=(name,), caller=READER)
+
+
+def test_who_may_not_read_policies_can_name_those_aimed_at_it_and_learns_of_no_other(in_force: InForce) -> None:
+    def zero(name: str, **more: Any) -> Policy:
+        return policy(name, rule("none", Zero("mid", 2)), **more)
+
+    snapshot = in_force(
+        zero("mine", target=Target(callers=("bot",)), rollout=Rollout(share=0.0)),
+        zero("theirs", target=Target(callers=("human",))),
+        zero("tagged", target=Target(tags=("internal",))),
+        zero("trial", mode="shadow"),
+        zero("sleeping", mode="off"),
+        zero("over", expires=NOW),
+        zero("elsewhere", target=Target(models=("other",))),
+    )
+    assert resolved(snapshot, policies=("mine",)).selected.facts.applied == ("mine",)
+    refusals = []
+    for name in ("theirs", "tagged", "trial", "sleeping", "over", "elsewhere", "nobodys"):
+        with pytest.raises(UnknownName) as caught:
+            resolved(snapshot, policies=("mine", name))
+        refusals.append((caught.value.field, dict(caught.value.facts), caught.value.message.replace(name, "...")))
+    assert refusals == [refusals[0]] * 7
+    assert "no policy '...' is enforced and aimed at bot; naming others needs the role policy-read" in refusals[0][2]
+
+
+def test_the_conversation_of_a_token_is_what_a_rollout_hashes(in_force: InForce) -> None:
+    half = Rollout(share=0.5, by="conversation")
+    snapshot = in_force(policy("a", rule("none", Zero("mid", 2)), rollout=half))
+    names = [f"c{number}" for number in range(40)]
+    chosen = [bool(resolved(snapshot, conversation=name).edits) for name in names]
+    assert 10 < sum(chosen) < 30
+    for name, is_chosen in zip(names, chosen, strict=True):
+        assert bool(resolved(snapshot, caller=replace(BOT, conversation=name)).edits) == is_chosen
+    silent = replace(BOT, conversation="")
+    assert bool(resolved(snapshot, caller=silent).edits) == bool(resolved(snapshot).edits), "it goes by the caller"
 
 
 def test_two_that_cannot_be_kept_together_fail_closed(in_force: InForce) -> None:
@@ -66,7 +102,7 @@ def test_two_that_cannot_be_kept_together_fail_closed(in_force: InForce) -> None
     snapshot = in_force(one("a", Zero("mid", 2), "bot"), one("b", Clamp("mid", 2, 2.0), "human"))
     assert resolved(snapshot).selected.facts.applied == ("a",)
     with pytest.raises(PolicyRefusal, match=r"policies: .*rule 'r' of policy 'a' and rule 'r' of policy 'b'"):
-        resolved(snapshot, policies=("b",))
+        resolved(snapshot, policies=("b",), caller=READER)
     # As if a revision had been put in force unchecked.
     ready = {name: one._replace(policy=replace(one.policy, target=Target())) for name, one in snapshot.ready.items()}
     with pytest.raises(PoliciesUnavailable, match="cannot both be kept"):

@@ -17,12 +17,14 @@ from saeguard_server.engine.transformers.scheduler import Batch, PrefillChunk, S
 from saeguard_server.engine.transformers.sequence import BlockPool, PrefixCache, PrefixHit, Sequence
 from saeguard_server.errors import RETRY_S, DeadlineExceeded, InternalFailure, Overloaded, ServiceError
 from saeguard_server.observe import Metrics
+from saeguard_server.settings import SharedBy
 
 _log = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """Requests in, events out; lives on one thread. With ``reuse``, equal beginnings share their KV blocks."""
+    """Requests in, events out; lives on one thread. With ``reuse``, equal beginnings share their KV blocks, among
+    whose requests ``shared_by`` says."""
 
     def __init__(
         self,
@@ -35,12 +37,13 @@ class EngineCore:
         prefill_tokens: int,
         blocks: int,
         reuse: bool = True,
+        shared_by: SharedBy = "caller",
     ) -> None:
         self.model, self.saes, self.metrics = model, saes, metrics
         self.prefill_tokens = prefill_tokens
         self.runner = Runner(model, network, saes, slots, blocks)
         memory = BlockPool(blocks)
-        self.prefixes = PrefixCache(memory, self.runner.tables.tally) if reuse else None
+        self.prefixes = PrefixCache(memory, self.runner.tables.tally, shared_by) if reuse else None
         self.scheduler = Scheduler(slots, memory, self.prefixes)
         self.output = StepOutputProcessor(model, saes, metrics, self.runner.tables)
 

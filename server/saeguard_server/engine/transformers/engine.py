@@ -226,6 +226,7 @@ def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
         return EngineCore(
             model, network, saes, metrics,
             slots=own.max_slots, prefill_tokens=own.prefill_tokens, blocks=blocks, reuse=own.prefix_cache,
+            shared_by=own.share_prefixes,
         )  # fmt: skip
 
     engine = TransformersEngine(build)

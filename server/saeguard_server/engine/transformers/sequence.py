@@ -15,8 +15,9 @@ from torch import Tensor
 from saeguard.results import Token
 from saeguard_sae.edit_table import FOREVER
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import CompiledCondition, Event, GenerateTask, InspectTask
+from saeguard_server.engine.protocol import CompiledCondition, Event, GenerateTask, InspectTask, cache_salt
 from saeguard_server.engine.tables import RequestCounters
+from saeguard_server.settings import SharedBy
 
 BLOCK = 16
 """Tokens of one block of KV memory."""
@@ -90,7 +91,8 @@ def block_key(parent: bytes, tokens: abc.Sequence[int], steering: bytes) -> byte
     """Identity of one block's KV: what was read up to its end, and how the model was steered meanwhile.
 
     Args:
-        steering: what is applied to this block's tokens; empty where nothing is, so that everybody may share it.
+        parent: the key of the block before; of the first one, the salt of those who share it.
+        steering: what is applied to this block's tokens; empty where nothing is, so that every steering may share it.
     """
     return hashlib.blake2b(parent + steering + array("q", tokens).tobytes(), digest_size=16).digest()
 
@@ -192,10 +194,13 @@ class PrefixCache:
 
     Args:
         tally: what the edits in a slot counted so far.
+        shared_by: among whose requests.
     """
 
-    def __init__(self, blocks: BlockPool, tally: Callable[[int], RequestCounters]) -> None:
-        self._blocks, self._tally = blocks, tally
+    def __init__(
+        self, blocks: BlockPool, tally: Callable[[int], RequestCounters], shared_by: SharedBy = "caller"
+    ) -> None:
+        self._blocks, self._tally, self._shared_by = blocks, tally, shared_by
 
     def find(self, sequence: Sequence) -> PrefixHit:
         """What a waiting request can reuse; at least its last token is left to read."""
@@ -236,6 +241,6 @@ class PrefixCache:
         keys, steering = sequence.keys, sequence.task.steering
         for index in range(len(keys), count):
             start = index * BLOCK
-            parent = keys[-1] if keys else b""
+            parent = keys[-1] if keys else cache_salt(sequence.task, sequence.uid, self._shared_by)
             tokens = sequence.tokens[start : start + BLOCK]
             keys.append(block_key(parent, tokens, steering.kv_key(start, start + BLOCK)))

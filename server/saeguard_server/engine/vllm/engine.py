@@ -22,14 +22,14 @@ from saeguard_sae.models import ModelLoadError, Site, torch_dtype
 from saeguard_server.engine.front import Backoff
 from saeguard_server.engine.load import KvShape, ModelFiles, load_checked_saes, load_model, open_files, remote_sae
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask
+from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask, cache_salt
 from saeguard_server.engine.vllm import output as vllm_output
 from saeguard_server.engine.vllm import steering
 from saeguard_server.engine.vllm.output import VllmOutputProcessor
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, WorkerPlan, worker_request
 from saeguard_server.errors import RETRY_S, DeadlineExceeded, InternalFailure, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.settings import BadSettings, EngineSettings, Settings
+from saeguard_server.settings import BadSettings, EngineSettings, Settings, SharedBy
 
 _log = logging.getLogger(__name__)
 
@@ -64,13 +64,14 @@ class VllmEngine(Engine):
         sites: frozenset[Site],
         metrics: Metrics,
         slots: int,
+        shared_by: SharedBy = "caller",
     ) -> None:
         self.model, self.tokenizer, self.saes = files.info, files.tokenizer, saes
         self.capabilities = Capabilities(NAME, sites, frozenset(KINDS))
         self._eos_ids = files.eos_ids
         self._output = VllmOutputProcessor(files.info, files.tokenizer, files.eos_ids, saes, metrics)
         self._client: VllmClient | None = client
-        self._launch, self._metrics, self._slots = launch, metrics, slots
+        self._launch, self._metrics, self._slots, self._shared_by = launch, metrics, slots, shared_by
         self._backoff = Backoff()
         self._uids = itertools.count()
         self._running = 0
@@ -152,7 +153,8 @@ class VllmEngine(Engine):
         client = self._up()
         self._count(1)
         try:
-            async with aclosing(client.generate(vllm_output.prompt_arguments(task), sampling, str(uid))) as outputs:
+            prompt = vllm_output.prompt_arguments(task, cache_salt(task, uid, self._shared_by))
+            async with aclosing(client.generate(prompt, sampling, str(uid))) as outputs:
                 while True:
                     yield await self._in_time(task, anext(outputs))
         except StopAsyncIteration:
@@ -444,7 +446,8 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
         client = launch()
     except (RuntimeError, ValueError) as err:
         raise BadSettings(f"engine: vLLM could not start, for reasons that its log above gives ({err})") from err
-    return VllmEngine(model, saes, client, launch, sites, metrics, settings.engine.max_slots)
+    own = settings.engine
+    return VllmEngine(model, saes, client, launch, sites, metrics, own.max_slots, own.share_prefixes)
 
 
 def _checked(settings: Settings, sites: frozenset[Site], metrics: Metrics) -> dict[str, LoadedSae]:

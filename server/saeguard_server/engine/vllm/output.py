@@ -173,12 +173,13 @@ def inspection_arguments(task: InspectTask, request: bytes | None) -> dict[str, 
     return _common(task, request) | {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True}
 
 
-def prompt_arguments(task: GenerateTask | InspectTask) -> dict[str, Any]:
-    """vLLM's prompt: KV is shared among those who are steered alike only."""
+def prompt_arguments(task: GenerateTask | InspectTask, salt: bytes = b"") -> dict[str, Any]:
+    """vLLM's prompt: KV is shared among those of the same ``salt`` who are steered alike only."""
     prompt: dict[str, Any] = {"prompt_token_ids": list(task.tokens)}
     # The digest tells the SAEs' weights, the key the positions: "generated" begins elsewhere after another prompt.
     applied = task.steering.kv_key(0, FOREVER)
-    return prompt | {"cache_salt": task.steering.digest + applied.hex()} if applied else prompt
+    key = salt.hex() + (task.steering.digest + applied.hex() if applied else "")
+    return prompt | {"cache_salt": key} if key else prompt
 
 
 def _common(task: GenerateTask | InspectTask, request: bytes | None) -> dict[str, Any]:
