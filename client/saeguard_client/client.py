@@ -23,8 +23,9 @@ T = TypeVar("T")
 class Client:
     """A connection to a Saeguard server; threads may share it. Use it with ``with``, or call ``close``.
 
-    Every method takes ``deadline_s`` (None: the client's) and ``request_id`` (sent as ``x-request-id``). It raises
-    SaeguardError where the call fails, and ValueError, which names the field, for what cannot be sent.
+    Every method takes ``deadline_s`` (None: the client's) and ``request_id`` (sent as ``x-request-id``: a name of the
+    call, which the server's log and audit hold beside its own id). It raises SaeguardError where the call fails, and
+    ValueError, which names the field, for what cannot be sent.
 
     Args:
         target: such as "localhost:50051" or "dns:///saeguard:50051"; calls are spread over all its addresses.

@@ -24,6 +24,8 @@ from saeguard_client.errors import receipt_mismatch
 SHA256: Final = re.compile("[0-9a-f]{64}")
 TOLERANCE: Final = 1e-3
 """Relative, of measured values: they are float32, or come from a model in bfloat16."""
+MEASURED: Final = ("tokens_edited", "mean_activation", "max_activation", "mean_relative_edit", "tokens_capped")
+"""What a receipt leaves out for callers who may not learn values of features."""
 
 
 class KnownDigests:
@@ -217,6 +219,8 @@ class _ReceiptCheck:
             self._check_most(f"{field}.tokens_eligible", entry.tokens_eligible)
         else:
             self._check_scope(f"{field}.tokens_eligible", entry.tokens_eligible, edit.scope)
+        if not _is_measured(field, entry):
+            return
         for name in ("tokens_edited", "tokens_capped"):
             if getattr(entry, name) > entry.tokens_eligible:
                 raise receipt_mismatch(f"{field}.{name}", "is above tokens_eligible")
@@ -226,7 +230,9 @@ class _ReceiptCheck:
         may_differ = edit is None or edit.when is not None or entry.rule
         if not may_differ and not entry.tokens_edited and entry.tokens_eligible:
             assert edit is not None
-            if _changes(edit, entry.max_activation) or _changes(edit, entry.mean_activation):
+            if any(
+                value is not None and _changes(edit, value) for value in (entry.max_activation, entry.mean_activation)
+            ):
                 raise receipt_mismatch(f"{field}.tokens_edited", f"is 0, and {edit.kind} would change what it measured")
 
     def _check_triggers(self, entries: list[tuple[str, TriggerReceipt]]) -> None:
@@ -245,16 +251,21 @@ class _ReceiptCheck:
             self._check_most(f"{field}.tokens_evaluated", entry.tokens_evaluated)
         else:
             self._check_scope(f"{field}.tokens_evaluated", entry.tokens_evaluated, trigger.when.scope)
+        if entry.tokens_on is None:
+            if entry.first_position is not None:
+                raise receipt_mismatch(f"{field}.tokens_on", "is left out, and first_position is not")
+            return
         if entry.tokens_on > entry.tokens_evaluated:
             raise receipt_mismatch(f"{field}.tokens_on", "is above tokens_evaluated")
         if (entry.first_position is None) != (entry.tokens_on == 0):
             problem = f"is {entry.first_position}, and tokens_on {entry.tokens_on}"
             raise receipt_mismatch(f"{field}.first_position", problem)
         if entry.first_position is not None:
-            self._check_fired(field, entry, entry.first_position, trigger)
+            self._check_fired(field, entry, (entry.first_position, entry.tokens_on), trigger)
 
-    def _check_fired(self, field: str, entry: TriggerReceipt, first: int, trigger: Trigger | None) -> None:
-        if first + entry.tokens_on > self._bounds.most:
+    def _check_fired(self, field: str, entry: TriggerReceipt, fired: tuple[int, int], trigger: Trigger | None) -> None:
+        first, tokens_on = fired
+        if first + tokens_on > self._bounds.most:
             raise receipt_mismatch(f"{field}.first_position", f"is {first}, beyond the tokens that were read")
         if trigger is not None:
             if not trigger.when.scope.start <= first < (trigger.when.scope.end or first + 1):
@@ -268,11 +279,12 @@ class _ReceiptCheck:
             return
         entries = {(entry.policy, entry.name): entry for entry in self._receipt.triggers}
         entry = entries.get((by.policy, by.name))
-        if entry is None or entry.is_shadow or entry.first_position is None:
+        if entry is None or entry.is_shadow or entry.tokens_on == 0:
             raise receipt_mismatch("stopped_by", f"the receipt does not tell that {by.name!r} fired")
         if not by.policy and not isinstance(self._triggers[by.name].action, Stop):
             raise receipt_mismatch("stopped_by", f"the trigger {by.name!r} was not to stop it")
-        if self._completion.usage.generated_tokens > max(0, entry.first_position - self._bounds.prompt):
+        first = entry.first_position
+        if first is not None and self._completion.usage.generated_tokens > max(0, first - self._bounds.prompt):
             raise receipt_mismatch("stopped_by", f"the token that {by.name!r} fired on was sent")
 
     def _check_scope(self, field: str, count: int, scope: Scope) -> None:
@@ -308,15 +320,22 @@ class _ReceiptCheck:
             raise receipt_mismatch(field, f"is {count}, and at most {self._bounds.most} tokens were read")
 
 
+def _is_measured(field: str, entry: InterventionReceipt) -> bool:
+    hidden = [name for name in MEASURED if getattr(entry, name) is None]
+    if hidden and len(hidden) < len(MEASURED):
+        raise receipt_mismatch(f"{field}.{hidden[0]}", "is left out, and other values that were measured are not")
+    return not hidden
+
+
 def _check_measured(field: str, entry: InterventionReceipt) -> None:
-    for name in ("mean_activation", "max_activation", "mean_relative_edit"):
-        if not isfinite(getattr(entry, name)):
-            raise receipt_mismatch(f"{field}.{name}", f"must be finite, got {getattr(entry, name)}")
-    most = entry.max_activation + TOLERANCE * max(abs(entry.max_activation), 1.0)
-    if entry.tokens_eligible and entry.mean_activation > most:
-        raise receipt_mismatch(f"{field}.mean_activation", f"is {entry.mean_activation}, above max_activation")
-    if entry.mean_relative_edit < 0 or (entry.mean_relative_edit > 0 and not entry.tokens_edited):
-        problem = f"is {entry.mean_relative_edit}, and {entry.tokens_edited} tokens were edited"
+    mean, largest, size = (getattr(entry, name) for name in ("mean_activation", "max_activation", "mean_relative_edit"))
+    for name, value in (("mean_activation", mean), ("max_activation", largest), ("mean_relative_edit", size)):
+        if not isfinite(value):
+            raise receipt_mismatch(f"{field}.{name}", f"must be finite, got {value}")
+    if entry.tokens_eligible and mean > largest + TOLERANCE * max(abs(largest), 1.0):
+        raise receipt_mismatch(f"{field}.mean_activation", f"is {mean}, above max_activation")
+    if size < 0 or (size > 0 and not entry.tokens_edited):
+        problem = f"is {size}, and {entry.tokens_edited} tokens were edited"
         raise receipt_mismatch(f"{field}.mean_relative_edit", problem)
 
 

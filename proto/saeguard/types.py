@@ -28,6 +28,7 @@ WINDOWS: Final[tuple[WindowKind, ...]] = get_args(WindowKind)
 
 MAX_WINDOW: Final = 128
 MAX_TERMS: Final = 4096
+MAX_TRIGGER_CHARS: Final = 256
 
 
 def check_feature(of: FeatureRef | Term | Intervention) -> None:
@@ -365,6 +366,8 @@ class Trigger:
 
     def __post_init__(self) -> None:
         checks.check_filled("name", checks.check_text("name", self.name))
+        if len(self.name) > MAX_TRIGGER_CHARS:
+            raise FieldError("name", f"at most {MAX_TRIGGER_CHARS} characters, got {len(self.name)}")
         checks.check_instance("when", self.when, Condition, "a Condition")
         checks.check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
 

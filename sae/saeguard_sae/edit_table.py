@@ -43,7 +43,6 @@ class EditColumn:
     write_gain: Tensor | None = None  # [width] multiplies what is written
     condition: int | None = None  # number of the slot's condition that must be on; None is always
     is_shadow: bool = False  # counted as if it were made, and not made
-    is_limited: bool = True  # whether the slot's limit on ``|edit| / |x|`` counts and shortens it
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +139,14 @@ class EditTable:
         wide = own.float()
         read = {source: wide if source is None else group.take(sources[source]).float() for source in live}
         is_limited = any(slot in self._limited for slot in group.slots)
-        changes = {
-            source: columns.change(read[source], group, on, is_limited=is_limited) for source, columns in live.items()
-        }
+        changes = {source: columns.change(read[source], group, on) for source, columns in live.items()}
         self._values.append((group, {source: change.f for source, change in changes.items()}))
         delta, norm = reduce(torch.add, (change.delta for change in changes.values())), wide.norm(dim=-1)
         shrink = None
         if is_limited:
             allowed, length = self._limit[next(iter(live.values())).at(group.slots), None] * norm, delta.norm(dim=-1)
             shrink = torch.where(length > allowed, allowed / length, 1.0)
-            free = (change.free for change in changes.values() if change.free is not None)
-            delta = reduce(torch.add, free, delta * shrink[..., None])
+            delta = delta * shrink[..., None]
         for source, change in changes.items():
             live[source].count(group.slots, change, norm, shrink)
         is_edited = torch.cat([change.is_edited for change in changes.values()], dim=-1).any(dim=-1, keepdim=True)
@@ -195,8 +191,7 @@ class EditChange(NamedTuple):
     size: Tensor
     is_changed: Tensor
     is_edited: Tensor  # where an edit is made, whether or not it changes the value
-    delta: Tensor  # of the edits that a limit may shorten
-    free: Tensor | None  # of the others; None where there are none
+    delta: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +201,6 @@ class _Slot:
     needs: Needs
     whole: tuple[tuple[int, tuple[int, ...]], ...]  # numbers of coders, each with its features
     is_conditional: bool
-    is_free: bool  # whether an edit must not be shortened
 
 
 class _Live(NamedTuple):
@@ -218,7 +212,6 @@ class _Live(NamedTuple):
     needs: Needs
     product: Product
     is_conditional: bool
-    is_free: bool
 
 
 _TINY = 1e-30
@@ -254,7 +247,7 @@ class EditColumns:
     def at(self, slots: tuple[int, ...]) -> slice | Tensor:
         return self._needs(slots).at
 
-    def change(self, x: Tensor, group: Group, on: Tensor | None, *, is_limited: bool) -> EditChange:
+    def change(self, x: Tensor, group: Group, on: Tensor | None) -> EditChange:
         """x [B, T, d_read] in float32, on bool [B, T, 1 + conditions] -> what these edits add to what is written."""
         live = self._needs(group.slots)
         cells = live.cells
@@ -267,22 +260,17 @@ class EditColumns:
         change = torch.where(applied, _target(f, cells) - f, 0.0)
         size = change if scalings is None else change * encoding.of_kind(scalings[2], cells["restores"])
         is_edited = applied & cells["edits"][:, None]
-        written = torch.where(is_edited, size, 0.0)
-        delta, free = written, None
-        if is_limited and live.is_free:
-            limited = cells["limited"][:, None]
-            delta, free = torch.where(limited, written, 0.0), live.product.write(torch.where(limited, 0.0, written))
+        delta = live.product.write(torch.where(is_edited, size, 0.0))
         norm = size.abs() * cells["norm"][:, None]
-        return EditChange(f, eligible, norm, change != 0, is_edited, live.product.write(delta), free)
+        return EditChange(f, eligible, norm, change != 0, is_edited, delta)
 
     def count(self, slots: tuple[int, ...], change: EditChange, norm: Tensor, shrink: Tensor | None) -> None:
         live = self._needs(slots)
         inside, relative = torch.where(change.eligible, change.f, 0.0), change.size / norm.clamp_min(_TINY)[..., None]
         amounts = {"eligible": change.eligible, "edited": change.is_changed, "sum": inside}
         if shrink is not None:
-            limited, left = live.cells["limited"][:, None], shrink[..., None]
-            relative = torch.where(limited, relative * left, relative)
-            amounts["capped"] = change.is_edited & limited & (left < 1)
+            relative = relative * shrink[..., None]
+            amounts["capped"] = change.is_edited & (shrink[..., None] < 1)
         for name, amount in (amounts | {"relative": relative}).items():
             column = self.store[name]
             column[live.at, : live.used] += amount[:, 0] if amount.shape[1] == 1 else amount.sum(1, dtype=column.dtype)
@@ -306,7 +294,6 @@ class EditColumns:
             reduce(or_, (slot.needs for slot in here), Needs()),
             Product.of(self.store["W_enc"], self.store["W_dec"], at, cells["row"]),
             is_conditional=any(slot.is_conditional for slot in here),
-            is_free=any(slot.is_free for slot in here),
         )
 
     def _note_change(self) -> None:
@@ -332,7 +319,6 @@ class EditColumns:
             Needs.of((self._writers[number][0] for number in by_writer), self._coders),
             tuple(whole),
             is_conditional=any(column.condition is not None for column in columns),
-            is_free=any(not column.is_limited for column in columns),
         )
 
     def _own(self, columns: Sequence[EditColumn]) -> Cells:
@@ -341,7 +327,6 @@ class EditColumns:
             **{name: [getattr(column, name) for column in columns] for name in _WHERE},
             "condition": [0 if column.condition is None else column.condition + 1 for column in columns],
             "edits": [not column.is_shadow for column in columns],
-            "limited": [column.is_limited for column in columns],
         }
         return {name: torch.tensor(values, device=self.store.device) for name, values in cells.items()}
 
@@ -365,7 +350,7 @@ def _key(column: EditColumn) -> tuple[object, ...]:
     """Equal where columns are; coders and gains are held on to, so that their ids stay theirs."""
     return (
         id(column.coder), id(column.write_gain), column.block, column.feature, column.affine, column.first, column.last,
-        column.special, column.generated, column.condition, column.is_shadow, column.is_limited,
+        column.special, column.generated, column.condition, column.is_shadow,
     )  # fmt: skip
 
 
@@ -420,10 +405,9 @@ EDIT_COLUMNS: dict[str, Kind] = {
     "last": Kind(0, torch.int64),
     "special": Kind(False, torch.bool),
     "generated": Kind(False, torch.bool),
-    # Where the slot's condition with this number, from 1, is on (0: always); whether it is made, and may be shortened.
+    # Where the slot's condition with this number, from 1, is on (0: always); whether it is made.
     "condition": Kind(0, torch.int64),
     "edits": Kind(False, torch.bool),
-    "limited": Kind(False, torch.bool),
     # Columns that read and write the same have the same number.
     "row": Kind(-1, torch.int64),
     # What happened, over eligible tokens: the receipt's numbers.
@@ -439,7 +423,7 @@ COUNTERS = ("eligible", "edited", "capped", "sum", "max", "relative")
 _LIVE = (
     *(name for name in encoding.READ if name != "W_enc"),
     *_WHERE,
-    *("alpha", "beta", "lo", "hi", "norm", "condition", "edits", "limited", "row"),
+    *("alpha", "beta", "lo", "hi", "norm", "condition", "edits", "row"),
 )
 
 

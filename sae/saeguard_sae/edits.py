@@ -16,5 +16,8 @@ class Affine(NamedTuple):
     lo: float = -inf
     hi: float = inf
 
+    def of(self, f: float) -> float:
+        return min(max(self.alpha * f + self.beta, self.lo), self.hi)
+
 
 IDENTITY: Final = Affine()

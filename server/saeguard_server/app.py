@@ -88,7 +88,7 @@ class App:
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
-            activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies)
+            activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies, recorder)
             health = rpc.Health(rpc.SERVICES)
             servicers = rpc.Servicers(
                 generation=GenerationServicer(generation, limiter, limits),
@@ -99,7 +99,7 @@ class App:
                 health=health,
             )
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
-            interceptor = RpcInterceptor(metrics, limiter, authentication, limits.max_deadline_s)
+            interceptor = RpcInterceptor(metrics, limiter, authentication, limits.max_deadline_s, audit)
             server = rpc.build_server(servicers, interceptor, settings.server)
             address = rpc.listen_on(server, settings.server)
             await server.start()

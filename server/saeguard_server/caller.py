@@ -110,12 +110,15 @@ NOBODY = Caller("nobody", frozenset())
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One RPC: its id for logs and receipts, ``deadline`` on the ``time.monotonic`` clock in seconds, and who calls.
+    """One RPC: its id, ``deadline`` on the ``time.monotonic`` clock in seconds, and who calls.
 
-    ``arrived`` is on the same clock: what waits before the engine is part of how long an answer took.
+    ``request_id`` is the server's own, for logs, records and choices by chance. ``client_request_id`` is what the
+    caller names the call, or empty: two callers may choose the same one, and nothing is decided by it. ``arrived`` is
+    on the same clock: what waits before the engine is part of how long an answer took.
     """
 
     request_id: str
     deadline: float
     caller: Caller = LOCAL
     arrived: float = field(default_factory=time.monotonic, compare=False)
+    client_request_id: str = ""

@@ -22,7 +22,14 @@ from saeguard_server.audit.log import Audit, RequestAudit
 from saeguard_server.caller import Call, Role
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, InspectTask, Side, Steering
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
-from saeguard_server.errors import InternalFailure, InvalidRequest, NotConfigured, ServiceError, UnknownName
+from saeguard_server.errors import (
+    DeadlineExceeded,
+    InternalFailure,
+    InvalidRequest,
+    NotConfigured,
+    ServiceError,
+    UnknownName,
+)
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy import disclosure
 from saeguard_server.policy.disclosure import NOTHING_WITHHELD, Disclosure, Withheld
@@ -37,10 +44,10 @@ MAX_WAITING = 16
 """Counterfactuals that wait; further ones are not measured: traffic comes first."""
 DEADLINE_S = 60.0
 """Of a counterfactual."""
+ALMOST_OVER_S = 0.01
+"""What is cancelled so shortly before its deadline is cancelled for it: gRPC has a clock of its own."""
 IDLE_S = 0.2
 """How often it is looked whether the engine has time for one."""
-CANCELLED = "CANCELLED"
-"""Outcome of a request whose caller went away."""
 
 _log = logging.getLogger(__name__)
 
@@ -217,14 +224,19 @@ class RequestRecorder:
     async def request(
         self, request: GenerateRequest, call: Call, *, is_comparison: bool = False
     ) -> AsyncIterator[RecordedRequest]:
+        async with self.audited(request, call, is_comparison=is_comparison) as audit:
+            yield RecordedRequest(self, audit)
+
+    @asynccontextmanager
+    async def audited(
+        self, request: GenerateRequest | ActivationRequest, call: Call, *, is_comparison: bool = False
+    ) -> AsyncIterator[RequestAudit]:
         audit = self._audit.request(call, request, is_comparison=is_comparison)
         try:
-            yield RecordedRequest(self, audit)
-        except ServiceError as err:
-            audit.fail(err.reason)
-            raise
-        except BaseException:
-            audit.fail(CANCELLED)
+            yield audit
+        except BaseException as err:
+            is_late = not isinstance(err, Exception) and time.monotonic() > call.deadline - ALMOST_OVER_S
+            audit.fail(DeadlineExceeded("cancelled at its deadline") if is_late else err)
             raise
 
 
@@ -244,6 +256,7 @@ class RecordedRequest:
         compiled = self._compiled
         assert compiled is not None, "it was admitted"
         self._answer += [token.id for token in chunk.tokens]
+        self._audit.tokens = len(self._answer)
         chunk = with_request_facts(chunk, compiled.task.call, compiled.policy)
         if chunk.completion is not None:
             await self._audit.finish(chunk.completion, compiled.task.tokens, self._answer)
@@ -379,7 +392,7 @@ def without_policy(steering: Steering, policy: str) -> Steering:
 
 
 def _is_chosen(policy: str, request_id: str, share: float) -> bool:
-    """By a stable hash, so that a test and an investigation find the same requests."""
+    """By a stable hash of the server's own id, so that an investigation finds the same requests and nobody chooses."""
     digest = hashlib.blake2b(f"{policy} {request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
@@ -395,9 +408,10 @@ class ReadActivations:
         limits: LimitSettings,
         admission: Admission,
         policies: PoliciesInForce | None = None,
+        recorder: RequestRecorder | None = None,
     ) -> None:
         self._engine, self._tokenizer, self._limits, self._admission = engine, tokenizer, limits, admission
-        self._policies = policies
+        self._policies, self._recorder = policies, recorder or RequestRecorder()
 
     async def stream(self, request: ActivationRequest, call: Call) -> AsyncGenerator[ActivationPart]:
         """Parts of whole tokens, input by input; everything is checked before the first is read.
@@ -408,18 +422,24 @@ class ReadActivations:
             PoliciesUnavailable: nobody knows what must be withheld.
             DeadlineExceeded, NonFiniteOutput, Unavailable, InternalFailure: from the engine.
         """
-        async with self._admission.request(call.caller, request) as admitted:
+        async with (
+            self._recorder.audited(request, call) as audit,
+            self._admission.request(call.caller, request) as admitted,
+        ):
             withheld = self._withheld(call)
             disclosure.check_withheld(request, withheld)
             hidden = {name: withheld.of_sae(name) for name in request.saes}
             tasks = await asyncio.to_thread(self._compile, request, call, hidden)
             admitted.tokens.reserve(sum(len(task.tokens) for task in tasks))
+            await audit.admit(None, None, required=False)
             for task in tasks:
                 await admitted.turn(len(task.tokens))
                 async with aclosing(self._engine.inspect(task)) as parts:
                     admitted.tokens.charge(len(task.tokens))
+                    audit.tokens += len(task.tokens)
                     async for part in parts:
                         yield disclosure.without_withheld(part, hidden.get(part.sae, ()), request.selection)
+            await audit.finish_reading()
 
     def _withheld(self, call: Call) -> Withheld:
         if self._policies is None or call.caller.may(Role.POLICY_READ):

@@ -392,12 +392,13 @@ class PolicySettings(SettingsTable, frozen=True, kw_only=True):
 
 
 class AuditSettings(SettingsTable, frozen=True, kw_only=True):
-    """One record for each request and each act on policies."""
+    """A record of each call of a known caller; others are counted."""
 
     folder: Text | None = None
     """Where the files are; one server writes to a folder. Without one, nothing is audited."""
     required: bool = False
-    """Whether every request fails that cannot be audited; otherwise those under policies that say so."""
+    """Whether every request fails that cannot be audited; otherwise those under policies that say so. Acts on policies
+    always do."""
     text: Literal["none", "hash", "encrypt"] = "none"
     """What records hold of prompts and answers: nothing; SHA-256 of their token ids; the ids under a key."""
     text_key_file: str | None = None

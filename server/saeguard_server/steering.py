@@ -106,7 +106,6 @@ def compile_edit(
     origin: Origin = OWN,
     *,
     is_shadow: bool = False,
-    is_limited: bool = True,
     condition: CompiledCondition | None = None,
 ) -> CompiledEdit:
     """An intervention as the engine can make it; ``field`` is how refusals name it.
@@ -128,7 +127,7 @@ def compile_edit(
     compiled = CompiledEdit(
         edit.sae, edit.feature, edit.kind, _affine(edit, sae, field),
         scope.start, FOREVER if scope.end is None else scope.end, scope.include_special_tokens,
-        is_shadow=is_shadow, is_limited=is_limited, origin=origin, scope=scope, condition=condition, field=field,
+        is_shadow=is_shadow, origin=origin, scope=scope, condition=condition, field=field,
     )  # fmt: skip
     return with_affine(engine, compiled, compiled.kind, compiled.affine)
 
@@ -143,7 +142,7 @@ def with_affine(engine: Engine, edit: CompiledEdit, kind: str, affine: Affine) -
             "feature": edit.feature,
             "affine": [repr(value) for value in affine],
             "scope": _scope_parts(edit.scope),
-            "how": [edit.is_shadow, edit.is_limited],
+            "how": [edit.is_shadow],
             "when": None if condition is None else condition.digest,
         }
     )
@@ -157,7 +156,6 @@ def compile_trigger(
     origin: Origin,
     *,
     is_shadow: bool = False,
-    is_limited: bool = True,
 ) -> CompiledTrigger:
     """A trigger as the engine decides it, with its edits. Raises UnknownName, InvalidRequest by field."""
     action = trigger.action
@@ -168,7 +166,7 @@ def compile_trigger(
     edits = tuple(
         compile_edit(
             engine, edit, f"{field}.apply.interventions[{index}]", origin,
-            is_shadow=is_shadow, is_limited=is_limited, condition=condition,
+            is_shadow=is_shadow, condition=condition,
         )
         for index, edit in enumerate(trigger.edits)
     )  # fmt: skip
@@ -237,34 +235,36 @@ def steer(
     """What the engine applies to one request: the edits in this order, then those of the triggers.
 
     Args:
-        max_relative_edit: of all edits that are limited together; None does not limit them.
+        max_relative_edit: of the request's own edits together; None does not limit them.
 
     Raises:
         InvalidRequest: a scope of the request's own holds no token, two edits would change one feature of one token,
             or there is nothing to limit.
     """
     every = [*edits, *(edit for trigger in triggers for edit in trigger.edits)]
-    if max_relative_edit is not None and not any(edit.is_limited for edit in every):
+    has_own = any(not edit.origin.policy for edit in every)
+    if max_relative_edit is not None and not has_own:
         raise InvalidRequest("max_relative_edit", "has nothing to limit: there are no interventions")
     if not every and not triggers:
         return Steering()
     generated = tokens.generated()
-    conditions = [place(trigger.condition, tokens, generated) for trigger in triggers]
-    # A trigger's condition is its own; equal ones of edits are one.
-    numbers: dict[int | str, int] = {id(trigger.condition): number for number, trigger in enumerate(triggers)}
+    conditions = [place(trigger.condition, tokens, has_own, generated) for trigger in triggers]
+    # A trigger's condition is its own; equal ones of edits at one stage are one.
+    numbers: dict[object, int] = {id(trigger.condition): number for number, trigger in enumerate(triggers)}
     placed = []
     for edit in every:
-        number = None
+        number, in_place = None, place(edit, tokens, has_own, generated)
         if edit.condition is not None:
-            key = id(edit.condition) if id(edit.condition) in numbers else edit.condition.digest
+            known = id(edit.condition)
+            key: object = known if known in numbers else (edit.condition.digest, in_place.stage)
             if key not in numbers:
                 numbers[key] = len(conditions)
-                conditions.append(place(edit.condition, tokens, generated))
+                conditions.append(place(edit.condition, tokens, has_own, generated))
             number = numbers[key]
-        in_place = place(edit, tokens, generated)
         placed.append(in_place if number is None else replace(in_place, condition_number=number, condition=None))
     _check_disjoint(placed)
-    parts = sorted([edit.digest for edit in every] + [trigger.condition.digest for trigger in triggers])
+    applied: list[CompiledEdit | CompiledCondition] = [*placed, *conditions[: len(triggers)]]
+    parts = sorted((part.digest, part.stage) for part in applied)
     digest = _digest([parts, max_relative_edit])
     limit = inf if max_relative_edit is None else max_relative_edit
     is_scattered = any(edit.generated for edit in placed) or any(condition.generated for condition in conditions)
@@ -273,20 +273,24 @@ def steer(
     )
 
 
-def place(compiled: C, tokens: TokenRange, generated: tuple[tuple[int, int], ...] = ()) -> C:
-    """At the positions of one request, of whose chat those in ``generated`` count so.
+def place(compiled: C, tokens: TokenRange, has_own: bool, generated: tuple[tuple[int, int], ...]) -> C:
+    """At the positions of one request, and behind its own edits where it has some and this is a policy's.
+
+    Args:
+        generated: what counts so of a chat with assistant turns.
 
     Raises:
         InvalidRequest: the request's own edit or condition is on no token that the model reads: what it limits would
             silently never be done.
     """
+    stage = int(has_own and bool(compiled.origin.policy))
     if compiled.origin.policy and compiled.scope.phase == "all":
-        return compiled
+        return replace(compiled, stage=stage) if stage else compiled
     first, last = compiled.scope.positions(len(tokens.prompt))
     last, is_scattered = FOREVER if last is None else last, bool(generated) and compiled.scope.phase == "generated"
     if is_scattered:
         first = next(max(start, compiled.scope.start) for start, end in generated if end > compiled.scope.start)
-    compiled = replace(compiled, first=first, last=last, generated=is_scattered)
+    compiled = replace(compiled, first=first, last=last, generated=is_scattered, stage=stage)
     if not compiled.origin.policy and not _holds_a_token(compiled, tokens, generated):
         positions = f"positions 0 to {tokens.tokens - 1}, {len(tokens.prompt)} of them prompt"
         raise InvalidRequest(f"{compiled.field}.scope", f"selects no token: the model reads {positions}")

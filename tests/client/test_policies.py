@@ -208,9 +208,13 @@ def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path)
                 site="mlp_out.1",
                 tokens_eligible=3,
                 tokens_edited=3,
+                mean_activation=1.0,
+                max_activation=1.0,
+                mean_relative_edit=0.1,
+                tokens_capped=0,
             )
         ],
-        triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult")],
+        triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult", tokens_on=0)],
     )
     facts = gen.PolicyFacts(activation=4, revision=6, applied=["calm"])
     done = gen.Completion(

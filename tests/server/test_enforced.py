@@ -82,14 +82,14 @@ async def test_a_tightened_rule_is_the_tighter_edit(ask: Ask) -> None:
 
 
 async def test_a_requests_limit_is_not_a_rules_and_a_policys_is_a_requests(ask: Ask) -> None:
-    clamp = policy("a", rule("r", Clamp(SAE, 4, 9.0)))
+    limits = PolicyLimits(max_relative_edit=0.02, allowed_saes=(SAE,))
+    clamp = policy("a", rule("r", Clamp(SAE, 4, 9.0)), limits=limits)
     rules, own = made(await ask(clamp, interventions=(Clamp(SAE, 5, 9.0),), max_relative_edit=0.01))
     assert (rules.tokens_capped, own.tokens_capped) == (0, own.tokens_edited)
     assert rules.mean_relative_edit > 0.01 >= own.mean_relative_edit - 1e-6
-    (limited,) = made(
-        await ask(policy("b", limits=PolicyLimits(max_relative_edit=0.01)), interventions=(Clamp(SAE, 5, 9.0),))
-    )
+    (limited,) = made(await ask(policy("b", limits=limits), interventions=(Clamp(SAE, 5, 9.0),)))
     assert limited.tokens_capped == limited.tokens_edited > 0
+    assert limited.mean_relative_edit == pytest.approx(0.02)
 
 
 async def test_a_policys_triggers_and_conditions_do_what_a_requests_would(ask: Ask) -> None:

@@ -31,7 +31,7 @@ from saeguard_server.observe import Metrics
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.snapshot import PoliciesInForce, build_snapshot
 from saeguard_server.settings import LimitSettings
-from support.policy_shapes import NOW, policy, rule, when
+from support.policy_shapes import NOW, OPEN, policy, rule, when
 
 
 class Words:
@@ -95,9 +95,9 @@ async def test_everybody_is_steered_and_the_reply_says_by_what(server: Server) -
         policy("a", rule("less", Cap("mid", 2, 2.0))), policy("b", rule("none", Zero("mid", 3)), mode="shadow")
     )
     chunks, task = await server.run()
-    assert [(one.origin.policy, one.affine, one.is_shadow, one.is_limited) for one in task.steering.edits] == [
-        ("a", Affine(hi=2.0), False, False),
-        ("b", Affine(alpha=0.0), True, False),
+    assert [(one.origin.policy, one.affine, one.is_shadow) for one in task.steering.edits] == [
+        ("a", Affine(hi=2.0), False),
+        ("b", Affine(alpha=0.0), True),
     ]
     assert task.steering.digest
     assert facts(chunks) == PolicyFacts(activation=1, revision=2, applied=("a",), shadowed=("b",))
@@ -142,7 +142,7 @@ async def test_nothing_is_served_without_policies_that_are_known(server: Server)
 
 
 async def test_a_policys_stop_has_the_last_token_read(server: Server) -> None:
-    server.put_in_force(policy("a", triggers=(Trigger("end", when(), Stop()),)))
+    server.put_in_force(policy("a", triggers=(Trigger("end", when(), Stop()),), limits=OPEN))
     _, task = await server.run()
     assert task.steering.conditions[0].stops
     # One position more than without: a scope that holds only the last token then holds one.

@@ -208,9 +208,9 @@ def test_the_digest_covers_conditions_and_triggers(engine: TransformersEngine) -
 
 
 def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
-    """Shadow and enforced edits of one feature, unlimited ones, one that two made together, scopes beyond the text."""
+    """Shadow and enforced edits of one feature, one that two made together, scopes beyond the text."""
     origin = Origin("safety", "no-bridges")
-    own = compile_edit(engine, gated(when()), "policy", origin, is_limited=False)
+    own = compile_edit(engine, gated(when()), "policy", origin)
     wants = [
         with_affine(engine, own, "cap", Affine(lo=1, hi=2)),
         compile_edit(engine, Zero("resid_post", 4, scope=Scope(start=50)), "policy", origin, is_shadow=True),
@@ -218,12 +218,7 @@ def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
     trigger = compile_trigger(engine, Trigger("t", when(), Stop()), "policy", origin, is_shadow=True)
     found = steer(wants, [trigger], None, REACH)
     first, second = found.edits
-    assert (first.affine, first.is_limited, first.origin, first.condition_number) == (
-        Affine(lo=1, hi=2),
-        False,
-        origin,
-        1,
-    )
+    assert (first.affine, first.origin, first.condition_number) == (Affine(lo=1, hi=2), origin, 1)
     assert (second.is_shadow, second.first) == (True, 50)
     assert [(one.stops, one.is_shadow) for one in found.conditions] == [(False, True), (False, False)]
     with pytest.raises(InvalidRequest, match="max_relative_edit: has nothing to limit"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ class Alone:
         receipt = got.completion.receipt
         counted = [one.tokens_eligible for one in receipt.interventions] if receipt else []
         assert counted == [eligible(one, read, len(request.input.ids)) for one in request.interventions]
+
+    def under(self, rules: Sequence[Intervention], request: GenerateRequest) -> reference.Answer:
+        """Its own edits made first at each site, then rules."""
+        assert isinstance(request.input, TokenInput)
+        ids, new = list(request.input.ids), request.sampling.max_new_tokens or 0
+        own = [self._plain(one, len(ids)) for one in request.interventions]
+        enforced = [replace(self._plain(one, len(ids)), stage=1) for one in rules]
+        return reference.generate(self._world.model, ids, new, own + enforced, set())
 
     def _plain(self, one: Intervention, prompt_tokens: int) -> reference.PlainEdit:
         point = one.sae

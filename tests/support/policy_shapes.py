@@ -124,6 +124,10 @@ def policies(draw: st.DrawFn) -> Policy:
     )
 
 
+OPEN = PolicyLimits(max_relative_edit=0.05, allowed_saes=("mid",))
+"""Callers may edit what they like of that SAE, within the bound."""
+
+
 def rule(name: str, edit: Intervention, **more: Any) -> Rule:
     """A rule that makes the edit, with other values for some of its fields."""
     return Rule(name, replace(edit, **more))

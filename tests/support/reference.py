@@ -25,6 +25,8 @@ class PlainEdit:
     change: Callable[[Tensor], Tensor]
     applies: Callable[[int, int], bool] = lambda position, token: True
     """Whether the token at a position is in scope."""
+    stage: int = 0
+    """Edits of a later one read what those before left."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ def generate(model: Any, prompt: list[int], new: int, edits: list[PlainEdit], sp
 
 def _token(x: Tensor, position: int, token: int, edits: list[PlainEdit], special: set[int]) -> Tensor:
     """One token [width], edited."""
+    for stage in sorted({edit.stage for edit in edits}):
+        x = _staged(x, position, token, [edit for edit in edits if edit.stage == stage], special)
+    return x
+
+
+def _staged(x: Tensor, position: int, token: int, edits: list[PlainEdit], special: set[int]) -> Tensor:
     out = x.clone()
     for sae in {id(edit.sae): edit.sae for edit in edits}.values():
         f = sae.encode(x)

@@ -17,13 +17,14 @@ from saeguard.types import KINDS
 from saeguard_sae.models import sites
 from saeguard_server.caller import Call
 from saeguard_server.engine.output import RequestState
-from saeguard_server.engine.protocol import Capabilities, Event, GenerateTask, InspectTask
+from saeguard_server.engine.protocol import Capabilities, CompiledEdit, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.core import EngineCore
 from saeguard_server.engine.transformers.sequence import BLOCK, Sequence
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import LimitSettings
+from saeguard_server.steering import CompiledTrigger, TokenRange, compile_edits, steer
 from support.engines import Answer, World, open_admission
 
 _LONG_S = 600.0
@@ -152,7 +153,7 @@ class Stepped:
     def is_empty(self) -> bool:
         """Whether no slot, no block and no column of a table is held."""
         scheduler, tables = self.core.scheduler, self.core.runner.tables
-        columns = [table._sources for table in tables._tables.values()]
+        columns = [table._sources for stages in tables._tables.values() for table in stages]
         is_free = scheduler.slots_in_use == 0 and scheduler.blocks.in_use == 0
         return is_free and not any(columns) and scheduler.blocks.available == scheduler.blocks.count
 
@@ -162,3 +163,21 @@ class Stepped:
         self._asked += 1
         self.core.scheduler.add(asked.sequence)
         return asked
+
+
+def policy_task(
+    core: Stepped, request: GenerateRequest, edits: list[CompiledEdit], triggers: list[CompiledTrigger]
+) -> Asked:
+    """A request on which policies act."""
+    prompt_ids, new = request.input.ids, request.sampling.max_new_tokens or 0  # type: ignore[union-attr]
+    every = [*edits, *compile_edits(core.engine, request.interventions)]
+    reach = TokenRange(prompt_ids, len(prompt_ids) + new, core.core.model.tokenizer.special_ids)
+    task = GenerateTask(
+        call=Call("test", time.monotonic() + 60),
+        tokens=prompt_ids,
+        sampling=request.sampling,
+        max_new_tokens=new,
+        seed=1,
+        steering=steer(every, triggers, request.max_relative_edit, reach),
+    )
+    return core.submit(task)

@@ -86,7 +86,7 @@ def test_kv_is_shared_by_who_differs_in_the_wording_of_refusals_alone() -> None:
     "applied",
     [
         {"sae": "other"}, {"feature": 2}, {"affine": Affine(alpha=0.5)}, {"affine": Affine(alpha=0.0, beta=1.0)},
-        {"first": 1}, {"last": 8}, {"special": True}, {"is_shadow": True}, {"is_limited": False},
+        {"first": 1}, {"last": 8}, {"special": True}, {"is_shadow": True}, {"stage": 1},
     ],
 )  # fmt: skip
 def test_kv_is_never_shared_by_who_differ_in_what_is_applied(applied: dict[str, Any]) -> None:

@@ -84,6 +84,28 @@ def test_each_request_is_edited_by_its_own_order(made: Callable[[int], Runner]) 
     assert report.problem == ""
 
 
+def test_a_policys_edit_is_made_after_the_requests(made: Callable[[int], Runner]) -> None:
+    one = made(2)
+    rule = CompiledEdit("here", 3, "scale", Affine(alpha=-1.0), 0, FOREVER, special=False, stage=1)
+    own = CompiledEdit("here", 7, "clamp", Affine(alpha=0.0, beta=9.0), 0, FOREVER, special=False)
+    task = GenerateTask(
+        call=Call("a", 0.0), tokens=(1,) * 8, sampling=Sampling(), max_new_tokens=1, seed=0,
+        steering=Steering((rule, own), max_relative_edit=0.3),
+    )  # fmt: skip
+    one.orders["a"] = worker_messages.worker_request(1, task)
+    x, out = one.run(("a", 0, 6))
+    f, rows = one.plain.encode, one.plain.weights["W_dec"]
+    edit = (9.0 - f(x)[:, 7])[:, None] * rows[7]
+    edit *= (0.3 * x.norm(dim=1) / edit.norm(dim=1)).clamp_max(1.0)[:, None]
+    between = x + edit
+    wanted = between - 2 * f(between)[:, 3, None] * rows[3]
+    assert torch.allclose(out, wanted, atol=1e-5)
+    assert (f(between)[:, 3] - f(x)[:, 3]).abs().max() > 0.01
+    counts = one.steered.output(1, 6).counts
+    assert counts[0].mean_activation == pytest.approx(float(f(between)[:, 3].mean()), abs=1e-5)
+    assert (counts[0].capped, counts[1].capped > 0) == (0, True)
+
+
 def test_a_preempted_request_is_counted_once(made: Callable[[int], Runner]) -> None:
     one = made(2)
     one.ask("a", 1, watch=True)

@@ -16,7 +16,7 @@ from saeguard_server.errors import InternalFailure
 
 EDITS = (
     CompiledEdit("second", 7, "clamp", Affine(alpha=0.0, beta=2.5), 0, FOREVER, special=False),
-    CompiledEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, is_limited=False),
+    CompiledEdit("first", 0, "floor", Affine(lo=-1.0), 3, 9, special=True, is_shadow=True, stage=1),
 )
 
 
@@ -55,5 +55,5 @@ def test_a_plain_request_has_no_order_and_a_stop_string_is_told() -> None:
 
 
 def test_an_order_of_another_version_is_refused() -> None:
-    with pytest.raises(InternalFailure, match="version 99, they know 3"):
+    with pytest.raises(InternalFailure, match="version 99, they know 4"):
         worker_messages.WorkerRequest.decode(msgspec.msgpack.encode([99, "whatever", {"it": "holds"}]))

@@ -106,7 +106,9 @@ class GenerateRequest(_message.Message):
     PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_relative_edit: _builtins.float
-    """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt."""
+    """Limit on |edit| / |x| per site and token, above 0; a larger edit is shortened to it and counted in the receipt.
+    Where policies allow edits they set a smaller one.
+    """
     conversation: _builtins.str
     """What a rollout by conversation hashes; at most 256 characters. Where the caller's token says which it is, that or none."""
     min_policy_activation: _builtins.int
@@ -435,6 +437,9 @@ class Completion(_message.Message):
     seed: _builtins.int
     """The seed that was used."""
     request_id: _builtins.str
+    """The server's own, under which its log and audit have the request; no two share one. What the caller sent as
+    x-request-id is beside it there, and comes back as x-client-request-id.
+    """
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property

@@ -16,10 +16,13 @@ import os
 import queue
 import re
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,8 @@ def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
 
 
 _NAME = re.compile(r"audit-(\d{8})\.jsonl")
+_LOCK = "lock"
+"""Held by the process that writes; it holds how many records that process has in memory alone, or lost."""
 
 
 class AuditFolder:
@@ -92,19 +97,22 @@ class AuditFolder:
         """
         self._folder, self._key, self._max_bytes, self._sync = folder, key, max_bytes, sync
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             os.close(self._lock)
             raise OSError(err.errno, "another process writes this audit", str(folder)) from err
         try:
+            self.unwritten = read_unwritten(folder)
             self._number, self.head = self._find_end()
             self._file = self._open()
             self._size = os.fstat(self._file).st_size
         except BaseException:
             os.close(self._lock)
             raise
+        # Its place is taken while there is room: it is written over when there is none.
+        self._store_unwritten(self.unwritten)
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Writes all of them to the disk; or none, with an OSError: the chain goes on from where it was."""
@@ -113,18 +121,34 @@ class AuditFolder:
             line, head = append_link(head, record, self._key)
             lines.append(line)
         data = b"".join(lines)
+        # What came through of an attempt that failed must not stand there twice, nor stay in a file that is left.
+        os.ftruncate(self._file, self._size)
         if self._size and self._size + len(data) > self._max_bytes:
             self._rotate()
-        # What came through of an attempt that failed must not stand there twice.
-        os.ftruncate(self._file, self._size)
-        _write(self._file, data)
-        if self._sync:
-            os.fsync(self._file)
+        try:
+            _write(self._file, data)
+            if self._sync:
+                os.fsync(self._file)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise
         self._size += len(data)
         self.head = head
 
+    def note_unwritten(self, records: int) -> None:
+        """How many are only in memory, or lost: in place, so that a full disk has room for it and a kill leaves it."""
+        if records != self.unwritten:
+            self._store_unwritten(records)
+
+    def _store_unwritten(self, records: int) -> None:
+        self.unwritten = records
+        with suppress(OSError):
+            os.pwrite(self._lock, f"{records:020}".encode(), 0)
+
     def close(self) -> None:
-        os.ftruncate(self._file, self._size)
+        with suppress(OSError):
+            os.ftruncate(self._file, self._size)
         os.close(self._file)
         os.close(self._lock)
 
@@ -141,8 +165,12 @@ class AuditFolder:
 
     def _open(self) -> int:
         file = os.open(self._folder / _name(self._number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        if self._sync:
-            _sync_folder(self._folder)
+        try:
+            if self._sync:
+                _sync_folder(self._folder)
+        except OSError:
+            os.close(file)
+            raise
         return file
 
     def _find_end(self) -> tuple[int, Head]:
@@ -160,6 +188,15 @@ class AuditFolder:
 def audit_files(folder: Path) -> list[tuple[int, Path]]:
     named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def read_unwritten(folder: Path) -> int:
+    """Records that the server of this folder could not write, and that the chain does not count yet."""
+    try:
+        text = (folder / _LOCK).read_bytes()
+    except FileNotFoundError:
+        return 0
+    return int(text) if text.isdigit() else 0
 
 
 def read_audit(folder: Path, key: bytes | None) -> Iterator[tuple[dict[str, Any], Head]]:
@@ -228,42 +265,72 @@ _log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 MAX_WAITING = 10_000
-"""Records that wait for a disk that cannot be written; what comes on top is lost, and counted in the chain."""
+MAX_WAITING_BYTES = 64 * 2**20
+"""What waits for a disk that cannot be written; what comes on top is lost, and counted in the chain."""
 RETRY_S = 1.0
+MINUTE_S = 60.0
+"""How often calls that are only counted are written down."""
 
 
 class AuditFailed(Exception):
     """A record that had to be written could not be."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
     record: dict[str, Any]
-    done: asyncio.Future[None] | None
+    done: asyncio.Future[None] | None = None
+    is_droppable: bool = False
+    """Whether nothing remains to be told once the one who waits has heard that it could not be written."""
+    size: int = 0
 
 
 class AuditWriter:
     """A queue in front of a folder, and a thread that writes: one write and sync for all that came meanwhile.
 
     Records that somebody waits for fail when they cannot be written. Others wait and are tried again; of those lost for
-    want of room a record in the chain tells how many.
+    want of room a record in the chain tells how many, also after a restart.
     """
 
     def __init__(self, folder: AuditFolder, metrics: Metrics) -> None:
-        self._folder, self._metrics = folder, metrics
+        self._folder, self._metrics, self.counts = folder, metrics, CallCounts()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._waiting: deque[dict[str, Any]] = deque()
-        self._lost = 0
+        self._waiting: deque[_Job] = deque()
+        self._waiting_bytes = 0
+        self._lost, self._losing = folder.unwritten, threading.Lock()
+        self._retry_at, self._counted_at = 0.0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
 
-    def note(self, record: dict[str, Any]) -> None:
-        self._jobs.put(_Job(_stamped(record), None))
+    def note_refusal(self, record: dict[str, Any]) -> None:
+        """Of a call that did no work; beyond ``MAX_REFUSALS`` of its caller in a minute it is only counted."""
+        if self.counts.take_room(record["caller"]):
+            self.note(record)
+        else:
+            method = record.get("method", record["kind"])
+            self.counts.add("calls", "caller", record["caller"], method=method, outcome=record["outcome"])
 
-    async def write(self, record: dict[str, Any]) -> None:
-        """Returns once the record is on the disk. Raises AuditFailed: it is not."""
+    def note(self, record: dict[str, Any]) -> None:
+        if self._jobs.qsize() < MAX_WAITING:
+            self._jobs.put(_Job(_stamped(record)))
+        else:
+            self._lose(1)
+
+    async def write(self, record: dict[str, Any], *, is_droppable: bool = False) -> None:
+        """Returns once the record is on the disk.
+
+        Args:
+            is_droppable: whether it is dropped where it cannot be written; otherwise it is still written later, with
+                ``late``, or counted as lost.
+
+        Raises:
+            AuditFailed: it is not on the disk.
+        """
+        if self._jobs.qsize() >= MAX_WAITING:
+            self._lose(not is_droppable)
+            raise AuditFailed("the audit cannot be written as fast as records come")
         done = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job(_stamped(record), done))
+        self._jobs.put(_Job(_stamped(record), done, is_droppable))
         await done
 
     def close(self) -> None:
@@ -275,15 +342,23 @@ class AuditWriter:
         is_open = True
         while is_open:
             jobs, is_open = self._next()
-            self._handle(jobs)
-        if self._waiting:
-            _log.error("audit records could not be written", extra={"fields": {"lost": len(self._waiting)}})
+            now = time.monotonic()
+            # While the disk fails they are counted on: one record later takes no more room than one now.
+            if not is_open or (now >= self._counted_at + MINUTE_S and not self._waiting):
+                self._counted_at = now
+                jobs += [_Job(_stamped(record)) for record in self.counts.take()]
+            for job in jobs:
+                _measure(job)
+            self._handle(jobs, is_last=not is_open)
+        if self._waiting or self._lost:
+            _log.error("audit records could not be written", extra={"fields": {"lost": self._folder.unwritten}})
 
     def _next(self) -> tuple[list[_Job], bool]:
-        """What has come, waiting for it; not for ever while something waits."""
+        """What has come, waiting for it; not for ever while something waits or is counted."""
         jobs: list[_Job] = []
+        left = RETRY_S if self._waiting or self._lost else self._counted_at + MINUTE_S - time.monotonic()
         try:
-            job = self._jobs.get(timeout=RETRY_S if self._waiting else None)
+            job = self._jobs.get(timeout=max(0.0, left))
             while job is not None:
                 jobs.append(job)
                 if len(jobs) == MAX_BATCH:
@@ -293,42 +368,80 @@ class AuditWriter:
             return jobs, True
         return jobs, False
 
-    def _handle(self, jobs: list[_Job]) -> None:
-        lost = [_stamped({"kind": "lost", "records": self._lost})] if self._lost else []
-        records = [*lost, *self._waiting, *(job.record for job in jobs)]
-        if not records:
+    def _handle(self, jobs: list[_Job], *, is_last: bool) -> None:
+        if time.monotonic() < self._retry_at and not is_last and all(job.done is None for job in jobs):
+            # The disk has just failed, and nobody asks whether it still does.
+            self._retry_later(jobs)
             return
         try:
-            self._folder.append(records)
+            while self._waiting:
+                first = list(islice(self._waiting, MAX_BATCH))
+                self._append(first)
+                for job in first:
+                    self._waiting.popleft()
+                    self._waiting_bytes -= job.size
+            self._append(jobs)
         except OSError as err:
+            self._retry_at = time.monotonic() + RETRY_S
             self._metrics.audit_failures.inc()
             _log.error("the audit cannot be written", extra={"fields": {"reason": err.strerror}})
             self._retry_later(jobs)
             _settle(jobs, AuditFailed(f"the audit cannot be written: {err.strerror}"))
         else:
-            self._metrics.audit_records.inc(len(records))
-            self._waiting.clear()
-            self._lost = 0
+            self._folder.note_unwritten(self._lost)
             _settle(jobs, None)
+
+    def _append(self, jobs: list[_Job]) -> None:
+        lost = self._lost
+        records = [_stamped({"kind": "lost", "records": lost})] if lost else []
+        records += [job.record for job in jobs]
+        if records:
+            self._folder.append(records)
+            self._lose(-lost)
+            self._metrics.audit_records.inc(len(records))
 
     def _retry_later(self, jobs: list[_Job]) -> None:
         for job in jobs:
-            if job.done is not None:
+            if job.is_droppable:
                 continue
-            if len(self._waiting) < MAX_WAITING:
-                self._waiting.append(job.record)
+            if job.done is not None:
+                job.record["late"] = True
+            if len(self._waiting) < MAX_WAITING and self._waiting_bytes + job.size <= MAX_WAITING_BYTES:
+                self._waiting.append(job)
+                self._waiting_bytes += job.size
             else:
-                self._lost += 1
+                self._lose(1)
+        self._folder.note_unwritten(self._lost + len(self._waiting))
+
+    def _lose(self, records: int) -> None:
+        with self._losing:
+            self._lost += records
+
+
+def _measure(job: _Job) -> None:
+    """What is no JSON must not end the thread that writes: it becomes a record that one is lost."""
+    try:
+        job.size = len(msgspec.json.encode(job.record))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        _log.exception("a record cannot be written")
+        if job.done is not None:
+            _settle([job], AuditFailed("the record cannot be written"))
+        job.record, job.done, job.is_droppable = _stamped({"kind": "lost", "records": 1}), None, False
 
 
 def _stamped(record: dict[str, Any]) -> dict[str, Any]:
-    return {"time": datetime.now(UTC).isoformat(timespec="microseconds"), **record}
+    return {"time": _now(), **record}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _settle(jobs: list[_Job], error: AuditFailed | None) -> None:
     for job in jobs:
         if job.done is not None:
-            job.done.get_loop().call_soon_threadsafe(_set, job.done, error)
+            with suppress(RuntimeError):  # the loop of whoever waited is closed
+                job.done.get_loop().call_soon_threadsafe(_set, job.done, error)
 
 
 def _set(done: asyncio.Future[None], error: AuditFailed | None) -> None:
@@ -338,3 +451,54 @@ def _set(done: asyncio.Future[None], error: AuditFailed | None) -> None:
         done.set_result(None)
     else:
         done.set_exception(error)
+
+
+# --- calls that are only counted
+
+
+OTHERS = "others"
+MAX_COUNTED = {"calls": 4096, "refused": 64}
+"""Records that a minute may make of each kind; what comes beyond is counted together as that of ``others``."""
+MAX_REFUSALS = 120
+"""Records of its own that a minute may make of one caller's refused calls."""
+
+
+class CallCounts:
+    """Calls without a record of their own, counted by who called and how it ended until they are taken.
+
+    ``calls`` are those of known callers, by ``caller``; ``refused`` are those that nobody is known to have made, by the
+    ``peer``'s network: an attacker with as many addresses as it likes fills neither memory nor disk.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since = _now()
+        self._counts: dict[tuple[tuple[str, str], ...], int] = {}
+        self._records: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+
+    def take_room(self, caller: str) -> bool:
+        """Whether a refusal of this caller gets a record of its own; asked once for each."""
+        with self._lock:
+            self._refusals[caller] += 1
+            return self._refusals[caller] <= MAX_REFUSALS
+
+    def add(self, kind: str, who: str, name: str, **facts: str) -> None:
+        """One more; ``name`` is that of whoever it was, and ``who`` says what it is the name of."""
+        with self._lock:
+            key = (("kind", kind), (who, name), *facts.items())
+            if key not in self._counts:
+                if self._records[kind] >= MAX_COUNTED[kind]:
+                    key = (("kind", kind), (who, OTHERS), *facts.items())
+                else:
+                    self._records[kind] += 1
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def take(self) -> list[dict[str, Any]]:
+        """A record for each kind of them, and counting begins again."""
+        with self._lock:
+            counts, since = self._counts, self._since
+            self._counts, self._since = {}, _now()
+            self._records.clear()
+            self._refusals.clear()
+        return [{**dict(key), "calls": count, "since": since} for key, count in counts.items()]

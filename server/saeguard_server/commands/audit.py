@@ -1,11 +1,12 @@
-"""``saeguard audit``: check that nobody changed the records, show them, and run a request again."""
+"""``saeguard audit``: check that nobody changed the records or the policy store, show them, and run a request again."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ GOOD, BROKEN, USAGE = 0, 1, 2
 def add_audit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("audit", help="check, show and replay audit records", description=__doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    verify = _add_action(actions, "verify", "check every record against the one before it", _verify)
+    verify = _add_action(actions, "verify", "check every record, and that the policy store agrees with them", _verify)
     verify.add_argument("--head", metavar="SEQ:HASH", help="a record that must be there, as an earlier run told")
+    verify.add_argument("--store", help="the server's policies.store: its own chain, and its acts against the records")
     show = _add_action(actions, "show", "print the records of a request as JSON lines", _show)
-    show.add_argument("request_id")
+    show.add_argument("request_id", help="the server's id, or what callers named theirs")
     replay = _add_action(actions, "replay", "run a request again and compare what it gives", _replay)
     replay.add_argument("request_id")
     prompt = replay.add_mutually_exclusive_group(required=True)
@@ -42,7 +44,10 @@ def _add_action(
     run: Callable[[argparse.Namespace], int],
 ) -> argparse.ArgumentParser:
     parser = actions.add_parser(name, help=text, description=text)
-    parser.add_argument("--folder", type=Path, required=True, help="the server's audit.folder")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the server's settings: folder, key and store")
+    parser.add_argument(
+        "--folder", type=Path, action="append", help="the server's audit.folder; again for servers of the same store"
+    )
     parser.add_argument("--key-file", type=Path, help="the server's audit.chain_key_file")
     parser.set_defaults(run=lambda arguments: _run(run, arguments))
     return parser
@@ -53,6 +58,7 @@ def _run(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
     from saeguard_server.audit.chain import BrokenChain
 
     try:
+        _read_settings(arguments)
         return run(arguments)
     except BrokenChain as err:
         sys.stderr.write(f"BROKEN: {err}\n")
@@ -62,48 +68,217 @@ def _run(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
         return USAGE
 
 
-def _records(arguments: argparse.Namespace) -> Any:
+def _read_settings(arguments: argparse.Namespace) -> None:
+    """What flags leave out. Raises ValueError: there is no folder, or the settings cannot be read."""
+    from saeguard_server.settings import NO_STORE, load_settings
+
+    settings = load_settings(arguments.config)
+    audit, store = settings.audit, settings.policies.store
+    if arguments.folder is None and audit.folder is not None:
+        arguments.folder = [Path(audit.folder)]
+    if arguments.key_file is None and audit.chain_key_file is not None:
+        arguments.key_file = Path(audit.chain_key_file)
+    if "store" in arguments and arguments.store is None and store != NO_STORE:
+        arguments.store = store
+    if arguments.folder is None:
+        raise ValueError("--folder, or --config with audit.folder, must say where the records are")
+
+
+def _records(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each record with the head that it makes, folder by folder."""
     from saeguard_server.audit.chain import read_audit
 
     key = arguments.key_file.read_bytes().strip() if arguments.key_file else None
-    return read_audit(arguments.folder, key)
+    for folder in arguments.folder:
+        for record, head in read_audit(folder, key):
+            yield record, f"{head.seq}:{head.hash}"
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    missing = arguments.head
-    count, head, lost, first, last = 0, "", 0, "", ""
-    for record, after in _records(arguments):
-        count += 1
-        first, last = first or record["time"], record["time"]
-        lost += record.get("records", 0) if record["kind"] == "lost" else 0
-        head = f"{after.seq}:{after.hash}"
+    summary, missing = AuditSummary(), arguments.head
+    for record, head in _records(arguments):
+        summary.add(record, head)
         if head == missing:
             missing = None
     if missing is not None:
         sys.stderr.write(f"BROKEN: the record {missing} is not there: the end was cut off, or the chain made anew\n")
         return BROKEN
-    if not count:
-        sys.stdout.write("no records\n")
-        return GOOD
-    sys.stdout.write(f"{count} records, none changed or missing, {first} to {last}\nhead {head}\n")
-    if lost:
-        sys.stdout.write(f"{lost} records could not be written while the disk was full or gone\n")
-    return GOOD
+    problems = [] if arguments.store is None else _compare_store(summary, arguments.store)
+    for line in summary.lines(arguments.folder):
+        sys.stdout.write(f"{line}\n")
+    for problem in problems:
+        sys.stderr.write(f"DIFFERS: {problem}\n")
+    return BROKEN if problems else GOOD
+
+
+def _compare_store(summary: AuditSummary, where: str) -> list[str]:
+    """Raises BrokenChain: its own chain is broken; OSError: it cannot be read."""
+    from saeguard_server.audit.chain import BrokenChain
+    from saeguard_server.policy.store import open_for_reading
+    from saeguard_server.policy.store.protocol import StoreCorrupted, StoreError
+
+    async def rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        store = open_for_reading(where)
+        try:
+            await store.verify()
+            return await store.rows()
+        finally:
+            await store.close()
+
+    try:
+        revisions, activations = asyncio.run(rows())
+    except StoreCorrupted as err:
+        raise BrokenChain(f"the policy store: {err}") from err
+    except StoreError as err:
+        raise OSError(f"the policy store: {err}") from err
+    problems = [*summary.compare("revision", revisions), *summary.compare("activation", activations)]
+    sys.stdout.write(f"{len(revisions)} revisions and {len(activations)} activations in the store, none changed\n")
+    return problems
+
+
+ACTS = {"write": "revision", "delete": "revision", "activate": "activation", "rollback": "activation"}
+"""What each act adds to the store."""
+UNCERTAIN = ("UNAVAILABLE", "INTERNAL", "CANCELLED")
+"""Outcomes of an act that may have taken effect: the store did not answer, or the server was stopped."""
+
+
+class AuditSummary:
+    """What records tell as a whole, and whether a policy store tells the same of acts on policies."""
+
+    def __init__(self) -> None:
+        self._count, self._lost, self._back, self._head = 0, 0, 0, ""
+        self._first = self._last = ""
+        self._admitted: set[str] = set()
+        self._unknown: dict[str, dict[str, Any]] = {}
+        self._acts: dict[str, dict[int, dict[str, Any]]] = {"revision": {}, "activation": {}}
+        self._twice: list[tuple[str, dict[str, Any]]] = []
+        self._notes: list[str] = []
+
+    def add(self, record: dict[str, Any], head: str) -> None:
+        self._count += 1
+        self._head = head
+        self._back += record["seq"] > 1 and record["time"] < self._last
+        self._first, self._last = min(self._first or record["time"], record["time"]), record["time"]
+        request_id = record.get("request_id", "")
+        match record["kind"]:
+            case "lost":
+                self._lost += record["records"]
+            case "admitted":
+                self._admitted.add(request_id)
+            case "request" | "activations":
+                self._admitted.discard(request_id)
+            case "intent":
+                self._unknown[request_id] = record
+            case "policy":
+                self._add_outcome(request_id, record)
+            case "call":  # it ended before the act began
+                self._unknown.pop(request_id, None)
+
+    def _add_outcome(self, request_id: str, record: dict[str, Any]) -> None:
+        # Older records have neither intents nor outcomes: they are of acts that were done.
+        outcome, kind = record.get("outcome", "done"), ACTS[record["act"]]
+        if outcome not in UNCERTAIN:
+            self._unknown.pop(request_id, None)
+        # A write that changes nothing makes no revision.
+        if outcome == "done" and record.get("policies", True):
+            self._twice += [(kind, record)] if record[kind] in self._acts[kind] else []
+            self._acts[kind].setdefault(record[kind], record)
+
+    def lines(self, folders: Sequence[Path]) -> Iterator[str]:
+        from saeguard_server.audit.chain import read_unwritten
+
+        if not self._count:
+            yield "no records"
+        else:
+            yield f"{self._count} records, none changed or missing, {self._first} to {self._last}"
+            yield f"head {self._head}"
+        if self._lost:
+            yield f"{self._lost} records could not be written while the disk was full or gone"
+        if unwritten := sum(map(read_unwritten, folders)):
+            yield f"{unwritten} more could not be written yet, or were lost when the server ended"
+        if self._back:
+            yield f"the clock went back {self._back} times"
+        if self._admitted:
+            yield f"{len(self._admitted)} requests were admitted and have no outcome: they run, or the server ended"
+        yield from self._notes
+        for record in self._unknown.values():
+            yield f"an act with unknown outcome: {_act_line(record)}"
+
+    def compare(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """How the store's rows of a kind differ from the records of acts; notes what is only not known."""
+        return list(self._compare(kind, rows))
+
+    def _compare(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        acts = self._acts[kind]
+        before = 0
+        for row in rows:
+            number, who = row["number"], row["author" if kind == "revision" else "actor"]
+            if number in acts:
+                yield from _differences_of_act(kind, row, who, acts[number])
+            elif intent := self._intent_of(kind, who, row["reason"]):
+                self._notes.append(f"{kind} {number} is in the store, its outcome has no record: {intent}")
+            elif row["time"] < self._first and number < min(acts, default=number + 1):
+                before += 1
+            else:
+                yield f"{kind} {number} of {who} has no record: it was not made through a server of this audit"
+        if before:
+            self._notes.append(f"{before} {kind}s are older than the first record")
+        for record in [record for twice, record in self._twice if twice == kind]:
+            yield f"{kind} {record[kind]} was made twice, as in a store that went back: {_act_line(record)}"
+        for number in sorted(acts.keys() - {row["number"] for row in rows}):
+            yield f"{kind} {number} is not in the store, and was made: {_act_line(acts[number])}"
+
+    def _intent_of(self, kind: str, who: str, reason: str) -> str | None:
+        """An act that may have made a row; it is taken, as each makes one."""
+        for request_id, record in self._unknown.items():
+            is_its = ACTS[record["act"]] == kind and record["caller"] == who
+            if is_its and reason.startswith(record["reason"]):
+                return _act_line(self._unknown.pop(request_id))
+        return None
+
+
+def _differences_of_act(kind: str, row: Mapping[str, Any], who: str, record: Mapping[str, Any]) -> Iterator[str]:
+    store: dict[str, Any] = {"caller": who, "reason": row["reason"], "seal": row["seal"], "stored": row["time"]}
+    if kind == "activation":
+        store |= {"revision": row["revision"]}
+    for name in ("caller", "reason", "seal", "stored", "revision"):
+        if name in record and name in store and record[name] != store[name]:
+            yield f"{kind} {row['number']}: {name} {store[name]!r} in the store, {record[name]!r} in its record"
+
+
+def _act_line(record: Mapping[str, Any]) -> str:
+    return f"{record['act']} by {record['caller']} at {record['time']}, request {record['request_id']}"
+
+
+def _of_call(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of a call by the server's id, else of all calls that their callers named so."""
+    own: list[dict[str, Any]] = []
+    callers: list[dict[str, Any]] = []
+    for record, _ in _records(arguments):
+        if record.get("request_id") == arguments.request_id:
+            own.append(record)
+        elif record.get("client_request_id") == arguments.request_id:
+            callers.append(record)
+    return own or callers
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    records = [record for record, _ in _records(arguments) if record.get("request_id") == arguments.request_id]
+    records = _of_call(arguments)
     for record in records:
         sys.stdout.write(json.dumps(record, sort_keys=True) + "\n")
+    calls = {record["request_id"] for record in records}
+    if len(calls) > 1:
+        sys.stderr.write(f"{len(calls)} calls were named so by their callers\n")
+    for request_id in calls:
+        if {record["kind"] for record in records if record["request_id"] == request_id} == {"intent"}:
+            sys.stderr.write(f"the outcome of request {request_id} is not known\n")
     return GOOD if records else _none(arguments.request_id)
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    done = [
-        record
-        for record, _ in _records(arguments)
-        if record.get("request_id") == arguments.request_id and record["kind"] == "request"
-    ]
+    done = [record for record in _of_call(arguments) if record["kind"] == "request"]
+    if len({record["request_id"] for record in done}) > 1:
+        raise ValueError(f"several calls were named {arguments.request_id} by their callers: give the server's id")
     if not done:
         return _none(arguments.request_id)
     if "seed" not in done[-1]:

@@ -106,6 +106,12 @@ class Origin:
 
 OWN: Final = Origin()
 """The request's own interventions."""
+STAGES: Final = (0, 1)
+"""What edits and conditions at a site read: 0 what the model made, 1 what the edits of stage 0 left of it.
+
+Where a request has edits of its own, those and its conditions are 0 and all that is policies' is 1: a rule rests on the
+stream that the caller left. ``Steering.max_relative_edit`` is of stage 0. Where it has none, everything is 0.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +121,8 @@ class CompiledCondition(FeatureCondition):
     ``scope`` is as asked; ``first`` and ``last`` are what it selects of one request.
     """
 
+    stage: int = 0
+    """Of ``STAGES``."""
     is_trigger: bool = False
     """Whether receipts tell of it; an edit's own condition is told by the edit."""
     is_shadow: bool = False
@@ -147,8 +155,8 @@ class CompiledEdit:
     """Of ``Steering.conditions``, the one that must be on; None is always."""
     is_shadow: bool = False
     """Counted as if it were made, and not made."""
-    is_limited: bool = True
-    """Whether ``Steering.max_relative_edit`` may shorten it: a policy's edits are never shortened by a request."""
+    stage: int = 0
+    """Of ``STAGES``."""
     origin: Origin = OWN
     scope: Scope = EVERY_TOKEN
     condition: CompiledCondition | None = None
@@ -213,7 +221,7 @@ class Steering:
 
     def _applied(self, edit: CompiledEdit, start: int, end: int) -> tuple[object, ...]:
         spans = [(first - start, last - start) for first, last in self.spans(edit, start, end)]
-        return edit.sae, edit.feature, tuple(edit.affine), edit.special, spans, edit.is_shadow, edit.is_limited
+        return edit.sae, edit.feature, tuple(edit.affine), edit.special, spans, edit.is_shadow, edit.stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

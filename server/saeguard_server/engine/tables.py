@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from saeguard_sae.feature_sums import Sum, WeightedFeature
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
 from saeguard_sae.rows import Rows
-from saeguard_server.engine.protocol import CompiledCondition, Steering
+from saeguard_server.engine.protocol import STAGES, CompiledCondition, Steering
 from saeguard_server.errors import InternalFailure
 
 
@@ -27,7 +28,7 @@ from saeguard_server.errors import InternalFailure
 class RequestCounters:
     """What a request's edits and conditions counted and remember so far, on the device."""
 
-    edits: dict[Site, dict[Hashable, Tally]] = field(default_factory=dict)
+    edits: dict[Site, list[dict[Hashable, Tally]]] = field(default_factory=dict)
     conditions: ConditionMemory = field(default_factory=dict)
 
 
@@ -35,7 +36,8 @@ class SteeringTables:
     """Edits and readings of up to ``slots`` requests at the sites of ``saes``.
 
     A site is read before its own edits, and by those who write elsewhere (transcoders) after them: what the model
-    itself goes on with.
+    itself goes on with. Edits and conditions of stage 1, which are policies' where a request has edits of its own, read
+    what those of stage 0 left.
     """
 
     def __init__(self, saes: Mapping[str, LoadedSae], slots: int, device: torch.device) -> None:
@@ -44,7 +46,7 @@ class SteeringTables:
         """Called as ``watch(site, x)`` with the activations [N, width] before the edits, while it is set."""
         self._saes = saes
         widths = {site: sae.write_width for sae in saes.values() for site in sae.write_sites}
-        self._tables = {site: EditTable(slots, width, device) for site, width in widths.items()}
+        self._tables = {site: [EditTable(slots, width, device) for _ in STAGES] for site, width in widths.items()}
         self._conditions = ConditionTable(slots, self._sum_of, device)
         self._read_by = _readers(saes)
         self._sources: dict[Site, Tensor] = {}
@@ -55,28 +57,29 @@ class SteeringTables:
     def write(self, slot: int, steering: Steering, watch: Iterable[tuple[str, int]] = ()) -> None:
         """Gives a free slot its request's conditions, edits and watched features."""
         numbers = self._conditions.write(slot, steering.conditions)
-        columns: dict[Site, list[EditColumn]] = defaultdict(list)
+        columns: dict[tuple[Site, int], list[EditColumn]] = defaultdict(list)
         for edit in steering.edits:
             sae = self._saes[edit.sae]
             for block, site in enumerate(sae.write_sites):
-                columns[site].append(
+                columns[site, edit.stage].append(
                     EditColumn(
                         sae.dictionary, edit.feature, edit.affine, edit.first, edit.last, edit.special, edit.generated,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
                         condition=None if edit.condition_number is None else numbers[edit.condition_number],
-                        is_shadow=edit.is_shadow, is_limited=edit.is_limited,
+                        is_shadow=edit.is_shadow,
                     )
                 )  # fmt: skip
         for name, feature in watch:
             sae, site = self._saes[name], self._saes[name].write_sites[0]
-            columns[site].append(EditColumn(sae.dictionary, feature, source=_source(sae, site)))
-        for site, edited in columns.items():
-            self._tables[site].write(slot, edited, steering.max_relative_edit)
+            columns[site, 0].append(EditColumn(sae.dictionary, feature, source=_source(sae, site)))
+        for (site, stage), edited in columns.items():
+            self._tables[site][stage].write(slot, edited, inf if stage else steering.max_relative_edit)
 
     def clear(self, slot: int) -> None:
         self._conditions.clear(slot)
-        for table in self._tables.values():
-            table.clear(slot)
+        for tables in self._tables.values():
+            for table in tables:
+                table.clear(slot)
 
     def begin(self, rows: Rows) -> None:
         """Before a forward pass: whose tokens it will read."""
@@ -90,10 +93,10 @@ class SteeringTables:
         self._passes[site] += 1
         if self.watch is not None:
             self.watch(site, x if see is None else see(x))
-        table, edited = self._tables.get(site), x
-        if table is not None:
-            self._conditions.decide(site, x, self.rows, self._sources)
-            edited = table.apply(x, self.rows, self._sources, self._conditions.on)
+        edited = x
+        for stage, table in enumerate(self._tables.get(site, ())):
+            self._conditions.decide((site, stage), edited, self.rows, self._sources)
+            edited = table.apply(edited, self.rows, self._sources, self._conditions.on)
         if any(self._is_read(site, target) for target in self._read_by.get(site, ())):
             self._sources[site] = edited if see is None else see(edited)
         return edited
@@ -105,13 +108,18 @@ class SteeringTables:
     def check(self, slot: int) -> None:
         """After a pass: raises InternalFailure unless every site with edits of this slot was reached exactly once."""
         for site in self.unreached_sites():
-            if self._tables[site].holds(slot) or self._conditions.reads_at(site, slot):
+            if any(
+                table.holds(slot) or self._conditions.reads_at((site, stage), slot)
+                for stage, table in enumerate(self._tables[site])
+            ):
                 raise InternalFailure(f"the model passed {site} {self._passes[site]} times in one step, not once")
 
     def counts(self, slot: int, steering: Steering) -> list[EditCounts]:
         """What each edit did so far, in the order of the request; at its first site where it writes at several."""
-        counts = {site: iter(table.counts(slot)) for site, table in self._tables.items()}
-        every = [[next(counts[site]) for site in self._saes[edit.sae].write_sites] for edit in steering.edits]
+        counts = {site: [iter(table.counts(slot)) for table in tables] for site, tables in self._tables.items()}
+        every = [
+            [next(counts[site][edit.stage]) for site in self._saes[edit.sae].write_sites] for edit in steering.edits
+        ]
         return [first for first, *_ in every]
 
     def condition_counts(self, slot: int) -> list[ConditionCounts]:
@@ -125,43 +133,48 @@ class SteeringTables:
     def tally(self, slot: int) -> RequestCounters:
         """What the slot's edits counted and its conditions remember, to ``resume`` with in a slot that has the same."""
         return RequestCounters(
-            {site: table.tally(slot) for site, table in self._tables.items()}, self._conditions.tally(slot)
+            {site: [table.tally(slot) for table in tables] for site, tables in self._tables.items()},
+            self._conditions.tally(slot),
         )
 
     def resume(self, slot: int, tallies: RequestCounters) -> None:
         self._conditions.resume(slot, tallies.conditions)
-        for site, tally in tallies.edits.items():
-            self._tables[site].resume(slot, tally)
+        for site, stages in tallies.edits.items():
+            for table, tally in zip(self._tables[site], stages, strict=True):
+                table.resume(slot, tally)
 
     def readings(self, steering: Steering, watch: tuple[tuple[str, int], ...], slot: int) -> Tensor:
         """[T, len(watch)] the watched features of a request on its T tokens of the last forward pass."""
         at = dict.fromkeys(self._tables, 0)
         for edit in steering.edits:
             for site in self._saes[edit.sae].write_sites:
-                at[site] += 1
+                at[site] += edit.stage == 0
         columns = []
         for name, _ in watch:
             site = self._saes[name].write_sites[0]
-            columns.append(self._tables[site].values(slot, at[site]))
+            columns.append(self._tables[site][0].values(slot, at[site]))
             at[site] += 1
         return torch.stack(columns, dim=-1)
 
     def _is_read(self, site: Site, target: Site) -> bool:
         """Whether what the model goes on with after a site is read at a later one."""
-        return self._tables[target].reads(site, self.rows) or self._conditions.reads(target, site, self.rows)
+        return any(
+            table.reads(site, self.rows) or self._conditions.reads((target, stage), site, self.rows)
+            for stage, table in enumerate(self._tables[target])
+        )
 
     def _sum_of(self, condition: CompiledCondition) -> Sum:
         terms: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for name, feature, weight in condition.terms:
             terms[name].append((feature, weight))
         saes = sorted((self._saes[name] for name in terms), key=lambda sae: depth(sae.write_sites[0]))
-        return tuple(_summand(sae, terms[sae.name]) for sae in saes)
+        return tuple(_summand(sae, terms[sae.name], condition.stage) for sae in saes)
 
 
-def _summand(sae: LoadedSae, terms: list[tuple[int, float]]) -> WeightedFeature:
+def _summand(sae: LoadedSae, terms: list[tuple[int, float]], stage: int) -> WeightedFeature:
     site = sae.write_sites[0]
     features, weights = zip(*terms, strict=True)
-    return WeightedFeature(site, _source(sae, site), sae.dictionary, features, weights)
+    return WeightedFeature((site, stage), _source(sae, site), sae.dictionary, features, weights)
 
 
 def _source(sae: LoadedSae, site: Site) -> Site | None:

@@ -18,7 +18,7 @@ from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.policy import rules
 from saeguard_server.policy.evasion import find_evasions
-from saeguard_server.policy.model import Policy, PolicyLimits, Rollout, Target
+from saeguard_server.policy.model import SAFE_RELATIVE_EDIT, Policy, PolicyLimits, Rollout, Target
 from saeguard_server.policy.rules import Clash, CompiledPolicy, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
 
@@ -64,6 +64,7 @@ def check_policies(
     """
     here = [policy for policy in policies if is_for(policy, engine)]
     problems = [problem for policy in here for problem in problems_of(policy, engine, keeps_audit)]
+    problems += [problem for policy in policies for problem in _unbounded(policy)]
     broken = {problem.policy for problem in problems}
     sound = [compile_policy(policy, engine) for policy in here if policy.name not in broken]
     problems += find_clashes(sound, "enforce")
@@ -170,6 +171,14 @@ def _check_own_edits(policy: Policy, engine: Engine) -> None:
         raise InvalidRequest(err.second.field, str(err)) from err
 
 
+def _unbounded(policy: Policy) -> Iterator[Finding]:
+    """Stored before this was asked for, it is in force all the same, and allows callers nothing."""
+    limits = policy.limits
+    if limits.names_allowed and limits.max_relative_edit is None:
+        bound = f"{SAFE_RELATIVE_EDIT:g} is the largest that was shown to hold"
+        yield Finding(policy.name, "limits.max_relative_edit", f"must be set where callers may edit features; {bound}")
+
+
 def find_clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]:
     """Pairs of policies that cannot both be enforced on a request; shadows as if they were enforced."""
     on_feature: dict[FeatureRef, list[tuple[Policy, CompiledEdit]]] = {}
@@ -220,6 +229,7 @@ def _own_warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[tup
         yield "mode", "is off: the policy does nothing"
     if policy.mode == "shadow" and policy.limits != PolicyLimits():
         yield "limits", "are not enforced in shadow"
+    yield from (("limits" + part, message) for part, message in _odd_limits(policy.limits))
     yield from _rollout_warnings(policy.rollout)
     if not is_for(policy, engine):
         message = f"{engine.model.name!r} is not among them: the policy never acts here, and is not checked"
@@ -230,6 +240,14 @@ def _own_warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[tup
         yield "counterfactual_share", f"measures nothing in mode {policy.mode}"
     if not policy.owner:
         yield "owner", "is empty: nobody to ask"
+
+
+def _odd_limits(limits: PolicyLimits) -> Iterator[tuple[str, str]]:
+    if replace(limits, withheld_features=()) != PolicyLimits() and not limits.names_allowed:
+        yield "", "allow callers no edits of their own, as without them: allowed_saes and allowed_features name none"
+    if limits.names_allowed and (limits.max_relative_edit or 0) > SAFE_RELATIVE_EDIT:
+        message = f"is above {SAFE_RELATIVE_EDIT:g}, up to which it was shown that rules cannot be walked around"
+        yield ".max_relative_edit", message
 
 
 def _rollout_warnings(rollout: Rollout) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeAlias, get_args
 
@@ -22,6 +22,9 @@ HASHED_BY: tuple[HashBy, ...] = get_args(HashBy)
 
 MAX_RULES = 1024
 """Rules of one policy."""
+SAFE_RELATIVE_EDIT = 0.02
+"""``max_relative_edit`` up to which no search regained more than a fifth of what a policy suppresses, of the bundled
+model's French and flattery (``bench.policies.limits``)."""
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
@@ -47,8 +50,8 @@ class Target:
     models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("callers", "tags", "models"):
-            checks.store_texts(self, field)
+        for name in ("callers", "tags", "models"):
+            checks.store_texts(self, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +83,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLimits:
-    """What callers under the policy may do themselves. None allows all that ``denied`` does not name."""
+    """What callers under the policy may edit beside its rules: nothing but what is allowed here by name.
+
+    With both ``allowed`` lists a feature must be in both. What is denied may not be tightened either.
+    """
 
     max_relative_edit: float | None = None
-    """Largest ``|edit| / |x|`` per site and token of the caller's own edits."""
+    """Largest ``|edit| / |x|`` per token of the caller's own edits, all sites together; without it none is allowed."""
     allowed_saes: tuple[str, ...] | None = None
     denied_saes: tuple[str, ...] = ()
     allowed_features: tuple[FeatureRef, ...] | None = None
@@ -100,8 +106,25 @@ class PolicyLimits:
         checks.store_texts(self, "denied_saes")
         if self.allowed_features is not None:
             checks.store_several(self, "allowed_features", FeatureRef, "a feature")
-        for field in ("denied_features", "withheld_features"):
-            checks.store_several(self, field, FeatureRef, "a feature")
+        for name in ("denied_features", "withheld_features"):
+            checks.store_several(self, name, FeatureRef, "a feature")
+
+    @property
+    def names_allowed(self) -> bool:
+        return bool(self.allowed_saes or self.allowed_features)
+
+    def denies(self, ref: FeatureRef) -> bool:
+        return ref.sae in self.denied_saes or ref in self.denied_features
+
+    def allows(self, ref: FeatureRef) -> bool:
+        saes, features = self.allowed_saes, self.allowed_features
+        return (
+            self.max_relative_edit is not None
+            and not (saes is None and features is None)
+            and (saes is None or ref.sae in saes)
+            and (features is None or ref in features)
+            and not self.denies(ref)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,3 +201,5 @@ class PolicyRevision:
     author: str
     time: datetime
     reason: str
+    seal: str = field(default="", compare=False)
+    """Digest over its row in a database and all before; empty for files."""

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from saeguard.requests import GenerateRequest
-from saeguard.types import FeatureRef
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import CompiledEdit, Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
 from saeguard_server.policy import rules
-from saeguard_server.policy.model import Policy, PolicyLimits, Target
-from saeguard_server.policy.rules import Clash, CombinedPolicies, EnforcedEdit, PolicyNames
+from saeguard_server.policy.model import Policy, Target
+from saeguard_server.policy.rules import Clash, CombinedPolicies, PolicyNames
 from saeguard_server.policy.snapshot import Snapshot
 from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger
 
@@ -126,17 +125,18 @@ class _OwnSteering:
         self._became_rules = False
 
     def limit(self, max_relative_edit: float | None) -> float | None:
-        """Of the request's own edits; none where each became part of a rule."""
-        if self.edits or any(trigger.edits for trigger in self.triggers):
-            return rules.smallest((max_relative_edit, self._selected.max_relative_edit))
+        """Of the request's own edits at each site; none where each became part of a rule."""
+        own = [*self.edits, *(edit for trigger in self.triggers for edit in trigger.edits)]
+        if own:
+            sites = {site for edit in own for site in self._engine.saes[edit.sae].write_sites}
+            limit = self._selected.max_relative_edit
+            return rules.smallest((max_relative_edit, None if limit is None else limit / len(sites)))
         return None if self._became_rules else max_relative_edit
 
     def add_edits(self, request: GenerateRequest) -> None:
         for index, intervention in enumerate(request.interventions):
-            field = f"interventions[{index}]"
-            self._check_allowed(intervention.ref, field)
-            edit = compile_edit(self._engine, intervention, field)
-            change = rules.allow_own_edit(self._enforced(edit.ref), edit, self._engine)
+            edit = compile_edit(self._engine, intervention, f"interventions[{index}]")
+            change = self._change(edit)
             if change is None:
                 self.edits.append(edit)
                 continue
@@ -147,30 +147,26 @@ class _OwnSteering:
 
     def add_triggers(self, request: GenerateRequest) -> None:
         for index, trigger in enumerate(request.triggers):
-            field = f"triggers[{index}]"
-            for number, edit in enumerate(trigger.edits):
-                self._check_allowed(edit.ref, f"{field}.apply.interventions[{number}]")
-            compiled = compile_trigger(self._engine, trigger, field, Origin(rule=trigger.name))
-            enforced = {
-                number
-                for number, edit in enumerate(compiled.edits)
-                if rules.allow_own_edit(self._enforced(edit.ref), edit, self._engine) is not None
-            }
+            compiled = compile_trigger(self._engine, trigger, f"triggers[{index}]", Origin(rule=trigger.name))
+            enforced = {number for number, edit in enumerate(compiled.edits) if self._change(edit) is not None}
             self._became_rules |= bool(enforced)
             self.triggers.append(rules.without_edits(compiled, enforced))
 
-    def _enforced(self, ref: FeatureRef) -> tuple[EnforcedEdit, ...]:
-        return self._selected.enforced.by_feature.get(ref, ())
-
-    def _check_allowed(self, ref: FeatureRef, field: str) -> None:
+    def _change(self, edit: CompiledEdit) -> tuple[CompiledEdit, CompiledEdit | None] | None:
+        """What ``allow_own_edit`` says. Raises PolicyRefusal: no rule is tightened, and not every policy allows it."""
+        group = self._selected.enforced.by_feature.get(edit.ref, ())
+        change = rules.allow_own_edit(group, edit, self._engine)
+        # Their writers chose what the table lets callers make of these rules; for others it is an edit of the caller's.
+        writers = {rule.origin.policy for enforced in group for rule in enforced.rules}
+        removes = change is not None and rules.only_tightens_to_zero(*change)
         for policy, limits in self._selected.limits:
-            _check_limits(policy, limits, ref, field)
-
-
-def _check_limits(policy: str, limits: PolicyLimits, ref: FeatureRef, field: str) -> None:
-    saes, features = limits.allowed_saes, limits.allowed_features
-    if ref.sae in limits.denied_saes or (saes is not None and ref.sae not in saes):
-        raise PolicyRefusal(f"{field}.sae", f"callers may not edit features of {ref.sae!r}", policy=policy)
-    if ref in limits.denied_features or (features is not None and ref not in features):
-        problem = f"callers may not edit feature {ref.feature} of {ref.sae!r}"
-        raise PolicyRefusal(f"{field}.feature", problem, policy=policy)
+            if change is None and not limits.allows(edit.ref):
+                problem = "callers may edit only what its limits allow"
+            elif change is not None and limits.denies(edit.ref):
+                problem = "its limits deny that feature"
+            elif change is not None and not removes and policy not in writers:
+                problem = "beside it callers may only bring the feature nearer to zero"
+            else:
+                continue
+            raise PolicyRefusal(f"{edit.field}.feature", problem, policy=policy)
+        return change

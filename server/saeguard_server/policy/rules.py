@@ -21,6 +21,7 @@ from saeguard_server.policy.tighten import (
     already_meets,
     combine_effects,
     contains,
+    only_removes,
     strictness,
     token_overlap,
 )
@@ -78,14 +79,14 @@ def compile_rule(policy: Policy, index: int, engine: Engine) -> CompiledEdit:
     """One of its rules; raises UnknownName, InvalidRequest."""
     rule, is_shadow = policy.rules[index], policy.mode == "shadow"
     origin = Origin(policy.name, rule.name)
-    return compile_edit(engine, rule.intervention, f"rules[{index}]", origin, is_shadow=is_shadow, is_limited=False)
+    return compile_edit(engine, rule.intervention, f"rules[{index}]", origin, is_shadow=is_shadow)
 
 
 def compile_policy_trigger(policy: Policy, index: int, engine: Engine) -> CompiledTrigger:
     """One of its triggers; raises UnknownName, InvalidRequest."""
     trigger, is_shadow = policy.triggers[index], policy.mode == "shadow"
     origin = Origin(policy.name, trigger.name)
-    return compile_trigger(engine, trigger, f"triggers[{index}]", origin, is_shadow=is_shadow, is_limited=False)
+    return compile_trigger(engine, trigger, f"triggers[{index}]", origin, is_shadow=is_shadow)
 
 
 def combine(edits: Sequence[CompiledEdit], triggers: Sequence[CompiledTrigger], engine: Engine) -> EnforcedSteering:
@@ -143,6 +144,10 @@ def allow_own_edit(
             raise _refusal(edit, _refusing(enforced, edit), edit.kind, WEAKENS)
         return rule, rule if effect == effect_of(rule) else with_affine(engine, rule, effect.kind, effect.affine)
     return None
+
+
+def only_tightens_to_zero(rule: CompiledEdit, tighter: CompiledEdit | None) -> bool:
+    return tighter is None or only_removes(effect_of(rule), effect_of(tighter))
 
 
 def effect_of(edit: CompiledEdit) -> FeatureEffect:
@@ -253,7 +258,7 @@ class CombinedPolicies:
     """What is only counted."""
     shadow_triggers: tuple[CompiledTrigger, ...]
     limits: tuple[tuple[str, PolicyLimits], ...]
-    """What each enforced policy lets callers do, by the policy's name; those without limits are left out."""
+    """What each enforced policy lets callers do, by the policy's name."""
     max_relative_edit: float | None
     """The smallest of them."""
     facts: PolicyFacts
@@ -275,7 +280,7 @@ def select_policies(
     enforcing = [compiled for compiled in chosen if compiled.policy.mode == "enforce"]
     shadows = [compiled for compiled in chosen if compiled.policy.mode == "shadow"]
     policies = [compiled.policy for compiled in enforcing]
-    limits = tuple((policy.name, policy.limits) for policy in policies if policy.limits != PolicyLimits())
+    limits = tuple((policy.name, policy.limits) for policy in policies)
     return CombinedPolicies(
         enforced=combine(
             [edit for compiled in enforcing for edit in compiled.edits],

@@ -7,11 +7,11 @@ accepted where one map is at least as tight as the rule and keeps the edit's dem
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isfinite
 from typing import Literal, TypeAlias
 
 from saeguard.types import Scope
-from saeguard_sae.edits import Affine
+from saeguard_sae.edits import FLOAT32_MAX, Affine
 from saeguard_server.engine.protocol import CompiledEdit
 
 Base: TypeAlias = Literal["free", "constant", "scale", "add"]
@@ -113,6 +113,17 @@ def already_meets(enforced: FeatureEffect, requested: FeatureEffect) -> bool:
             return low == high == requested.value
         case "scale" | "add":
             return enforced == requested
+
+
+def only_removes(enforced: FeatureEffect, tighter: FeatureEffect) -> bool:
+    """Whether the feature always ends between zero and what ``enforced`` leaves of it."""
+    before, after = enforced.affine, tighter.affine
+    # Between these values both are linear and keep their sign.
+    corners = {0.0, FLOAT32_MAX, -FLOAT32_MAX}
+    for affine in (before, after):
+        if affine.alpha:
+            corners |= {(f - affine.beta) / affine.alpha for f in (0.0, affine.lo, affine.hi) if isfinite(f)}
+    return all(min(0.0, before.of(f)) <= after.of(f) <= max(0.0, before.of(f)) for f in corners)
 
 
 def strictness(effect: FeatureEffect) -> tuple[int, float]:

@@ -26,6 +26,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from saeguard_server.admission import InFlight, LoadLimiter
+from saeguard_server.audit.log import Audit
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
@@ -51,6 +52,9 @@ DOMAIN = "saeguard.v1"
 OWN_METHODS = "/saeguard."
 """Methods that the deadline and the drain apply to; health and reflection outlive both."""
 REQUEST_ID_KEY = "x-request-id"
+"""From callers what they name the call; to callers what the server does, which no two calls share."""
+CLIENT_REQUEST_ID_KEY = "x-client-request-id"
+"""To callers, the name that they sent."""
 MESSAGE_BYTES = 512
 """A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
 ALMOST_OVER_S = 0.01
@@ -63,7 +67,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Around unary-unary and unary-stream handlers, in this order; others, as reflection's, pass untouched.
 
     1. The request id and the deadline: ``enter_call``.
-    2. Counters and one log line: ``RpcRecord``.
+    2. Counters, one log line and a record in the audit: ``RpcRecord``, ``Audit.call_ended``.
     3. Errors to statuses: ``RpcStatus``, ``rpc_failure``.
     4. A refusal while the server drains: ``LoadLimiter.rpc``.
     5. The deadline, where it is ours to impose.
@@ -74,10 +78,11 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, metrics: Metrics, limiter: LoadLimiter, authentication: AuthInterceptor, max_deadline_s: float
-    ) -> None:
+        self, metrics: Metrics, limiter: LoadLimiter, authentication: AuthInterceptor, max_deadline_s: float,
+        audit: Audit,
+    ) -> None:  # fmt: skip
         self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
-        self._max_deadline_s = max_deadline_s
+        self._max_deadline_s, self._audit = max_deadline_s, audit
         self.open = InFlight()
 
     async def intercept_service(
@@ -108,19 +113,18 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         try:
             with self.open, status, self._limiter.rpc() if is_own else nullcontext():
                 async with asyncio.timeout(call.deadline - time.monotonic() if is_own else None) as status.timeout:
-                    caller = await self._authentication.authenticate(context, method)
-                    record.caller = caller.name
-                    self._authentication.authorize(caller, method)
-                    call = identified_call(call, caller)
+                    call = identified_call(call, await self._authentication.authenticate(context, method))
+                    self._authentication.authorize(call.caller, method)
                     return await _serve(handler, _parsed(handler, raw), context, record, call)
         finally:
-            record.close(status.code, status.error, logging.INFO if is_own else logging.DEBUG)
+            record.close(call, status.code, status.error, logging.INFO if is_own else logging.DEBUG)
+            self._audit.call_ended(call, method, record.peer, status.code.name, status.error)
         # Only reached when ``status`` holds an error.
         assert status.error is not None
         if status.is_for_the_core:
             # It cancels us here, at the latest when its clock says that the caller's time is over.
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
-        return await context.abort_with_status(rpc_failure(status.error, call.request_id))
+        return await context.abort_with_status(rpc_failure(status.error, call))
 
 
 # --- 1. The call, for whoever handles it
@@ -136,10 +140,10 @@ def current_call() -> Call:
 
 
 def enter_call(context: Context, max_deadline_s: float) -> Call:
-    """Begins a call: the caller's request id where it is safe to log, and a deadline that is not too far."""
+    """Begins a call: an id of its own, the caller's where it is safe to log, and a deadline that is not too far."""
     left = context.time_remaining()
     deadline = time.monotonic() + min(inf if left is None else left, max_deadline_s)
-    call = Call(_request_id(context), deadline, NOBODY)
+    call = Call(uuid.uuid4().hex, deadline, NOBODY, client_request_id=_client_request_id(context))
     _CURRENT.set(call)
     REQUEST_ID.set(call.request_id)
     return call
@@ -152,11 +156,16 @@ def identified_call(call: Call, caller: Caller) -> Call:
     return call
 
 
-def _request_id(context: Context) -> str:
+def _client_request_id(context: Context) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
             return value
-    return uuid.uuid4().hex
+    return ""
+
+
+def _id_metadata(call: Call) -> tuple[tuple[str, str], ...]:
+    own = (REQUEST_ID_KEY, call.request_id)
+    return (own, (CLIENT_REQUEST_ID_KEY, call.client_request_id)) if call.client_request_id else (own,)
 
 
 # --- 2. Counters under the names gRPC dashboards expect, and one log line
@@ -177,10 +186,8 @@ class RpcRecord:
         self._labels = ("server_stream" if handler.response_streaming else "unary", service, name)
         self._metrics = metrics
         self._method = method
-        self.caller: str | None = None
-        """Who calls, once that is known."""
         # Now: it is empty after a deadline.
-        self._peer = peer
+        self.peer = peer
         self._began = time.perf_counter()
         self._sent = metrics.messages_sent.labels(*self._labels)
         self._messages = 0
@@ -192,7 +199,7 @@ class RpcRecord:
         self._messages += 1
         self._sent.inc()
 
-    def close(self, code: grpc.StatusCode, error: ServiceError | None, level: int) -> None:
+    def close(self, call: Call, code: grpc.StatusCode, error: ServiceError | None, level: int) -> None:
         """The RPC has ended."""
         seconds = time.perf_counter() - self._began
         self._metrics.rpcs_handled.labels(*self._labels, CODE_NAMES[code]).inc()
@@ -202,10 +209,12 @@ class RpcRecord:
             "code": code.name,
             "seconds": round(seconds, 6),
             "messages": self._messages,
-            "peer": self._peer,
+            "peer": self.peer,
         }
-        if self.caller is not None:
-            fields["caller"] = self.caller
+        if call.caller is not NOBODY:
+            fields["caller"] = call.caller.name
+        if call.client_request_id:
+            fields["client_request_id"] = call.client_request_id
         if error is not None:
             # Reason and field, never the message: that quotes the caller.
             fields["reason"] = error.reason
@@ -292,16 +301,16 @@ class RpcFailure(grpc.Status):
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
-def rpc_failure(error: ServiceError, request_id: str) -> RpcFailure:
+def rpc_failure(error: ServiceError, call: Call) -> RpcFailure:
     """The status that ends an RPC with ``error``."""
     code = grpc.StatusCode[error.status]
-    message = _public_message(error, request_id)
+    message = _public_message(error, call.request_id)
     number: int = code.value[0]
     rich = status_pb2.Status(code=number, message=message)
-    for detail in _details(error, request_id):
+    for detail in _details(error, call.request_id):
         rich.details.append(_packed(detail))
     trailers: tuple[tuple[str, str | bytes], ...] = (*rpc_status.to_status(rich).trailing_metadata,)
-    trailers += (("x-request-id", request_id),)
+    trailers += _id_metadata(call)
     if error.retry_after_s is not None:
         trailers += (("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))),)
     elif isinstance(error, QuotaExceeded):
@@ -433,7 +442,7 @@ async def _serve(handler: Handler, request: Any, context: Context, record: RpcRe
 
 async def _send_headers(context: Context, call: Call) -> None:
     # Not before the first reply: a client retries a refusal only while it has seen no headers.
-    sending = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),)))
+    sending = asyncio.ensure_future(context.send_initial_metadata(_id_metadata(call)))
     try:
         await asyncio.shield(sending)
     except asyncio.CancelledError:

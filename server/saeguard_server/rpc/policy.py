@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
 
 from saeguard import catalog
 from saeguard.v1 import policy_service_pb2 as pb
@@ -44,47 +46,40 @@ class PolicyServicer(PolicyServiceServicer):
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: object) -> pb.DeletePolicyResponse:
         if not request.etag:
             raise InvalidRequest("etag", "must be the one that ListPolicies gave")
-        written = await self._administration.delete(
-            [request.name], caller=interceptor.current_call().caller, reason=request.reason, etag=request.etag
-        )
-        await self._record("delete", request.reason, name=request.name, revision=_number(written))
+        call, administration = interceptor.current_call(), self._administration
+        written = await self._audit.act(
+            call,
+            "delete",
+            lambda: administration.delete([request.name], caller=call.caller, reason=request.reason, etag=request.etag),
+            lambda written: {"name": request.name, "reason": request.reason, **_written(written)},
+            name=request.name, etag=request.etag, reason=request.reason,
+        )  # fmt: skip
         return to_message(pb.DeletePolicyResponse, _change(written))
 
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         etag = request.etag or (None if request.dry_run else etag_of(None))
-        written = await self._administration.apply(
-            _parsed(request.documents),
-            caller=interceptor.current_call().caller,
-            reason=request.reason,
-            etag=etag,
-            is_whole_set=request.prune,
-            is_trial=request.dry_run,
-        )
-        if not request.dry_run:
-            changed = [change.name for change in written.changes]
-            await self._record("write", request.reason, policies=changed, revision=_number(written))
+        call, policies = interceptor.current_call(), _parsed(request.documents)
+        apply = partial(
+            self._administration.apply, policies, caller=call.caller, reason=request.reason, etag=etag,
+            is_whole_set=request.prune, is_trial=request.dry_run,
+        )  # fmt: skip
+        if request.dry_run:
+            return to_message(pb.ApplyPoliciesResponse, _change(await apply()))
+        written = await self._audit.act(
+            call, "write", apply, lambda written: {"reason": request.reason, **_written(written)},
+            names=[policy.name for policy in policies], prune=request.prune, etag=request.etag, reason=request.reason,
+        )  # fmt: skip
         return to_message(pb.ApplyPoliciesResponse, _change(written))
 
     async def ActivateRevision(
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
-        activation = await self._administration.activate(
-            request.revision,
-            caller=interceptor.current_call().caller,
-            reason=request.reason,
-            expected_activation=request.expected_activation,
-        )
-        return pb.ActivateRevisionResponse(activation=await self._activated("activate", activation))
+        return pb.ActivateRevisionResponse(activation=await self._activate("activate", request, request.revision))
 
     async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
-        activation = await self._administration.rollback(
-            caller=interceptor.current_call().caller,
-            reason=request.reason,
-            number=request.revision if request.HasField("revision") else None,
-            expected_activation=request.expected_activation,
-        )
-        return pb.RollbackResponse(activation=await self._activated("rollback", activation))
+        number = request.revision if request.HasField("revision") else None
+        return pb.RollbackResponse(activation=await self._activate("rollback", request, number))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
         limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
@@ -109,15 +104,34 @@ class PolicyServicer(PolicyServiceServicer):
     def _administration(self) -> Administration:
         return self._enforcement.administration
 
-    async def _activated(self, act: str, activation: catalog.Activation) -> pb.Activation:
+    async def _activate(
+        self, what: str, request: pb.ActivateRevisionRequest | pb.RollbackRequest, number: int | None
+    ) -> pb.Activation:
+        call, administration = interceptor.current_call(), self._administration
+        act: Callable[..., Awaitable[catalog.Activation]] = (
+            administration.rollback if what == "rollback" else administration.activate
+        )
+        how = {"caller": call.caller, "reason": request.reason, "expected_activation": request.expected_activation}
+        activation = await self._audit.act(
+            call, what, partial(act, number=number, **how), _activated,
+            revision=number, expected_activation=request.expected_activation, reason=request.reason,
+        )  # fmt: skip
         # So that whoever put it in force finds it so here; other servers follow on their own.
         await self._enforcement.look_now()
-        await self._record(act, activation.reason, activation=activation.number, revision=activation.revision)
         return to_message(pb.Activation, activation)
 
-    async def _record(self, act: str, reason: str, **facts: object) -> None:
-        # After the act: what is recorded was done. That the record cannot be written is told, and the act stays.
-        await self._audit.act(interceptor.current_call(), act, reason=reason, **facts)
+
+def _activated(activation: catalog.Activation) -> dict[str, Any]:
+    return {
+        "activation": activation.number, "revision": activation.revision, "reason": activation.reason,
+        "stored": activation.time.isoformat(timespec="microseconds"),
+    }  # fmt: skip
+
+
+def _written(written: WriteResult) -> dict[str, Any]:
+    revision = written.revision
+    stored = {} if revision is None else {"revision": revision.number, "seal": revision.seal}
+    return {"policies": [change.name for change in written.changes], **stored}
 
 
 def _summary(policy: Policy) -> catalog.PolicySummary:
@@ -145,10 +159,6 @@ def _change(written: WriteResult) -> catalog.PolicyChange:
         etag=written.etag,
         findings=tuple(catalog.PolicyFinding("", warning) for warning in written.warnings),
     )
-
-
-def _number(written: WriteResult) -> int | None:
-    return None if written.revision is None else written.revision.number
 
 
 def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:

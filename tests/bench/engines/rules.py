@@ -79,7 +79,6 @@ def compiled_rules(engine: Any) -> tuple[list[CompiledEdit], list[CompiledTrigge
             ),
             f"rules[{at}]",
             Origin("bench", f"rule-{at}"),
-            is_limited=False,
         )
         for at in range(EDITS)
     ]

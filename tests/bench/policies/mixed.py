@@ -90,11 +90,11 @@ def main() -> int:
             seen, by = asyncio.run(run(server.target, changes))
         took = time.monotonic() - began
         records = [record for record, _ in read_audit(files / "audit", None)]
-    kept = {one["request_id"]: one for one in records if one["kind"] == "request"}
+    kept = {one["client_request_id"]: one for one in records if one["kind"] == "request"}
     missing = [
         name for name, revision in by.items() if name not in kept or kept[name]["policy"]["revision"] != revision
     ]
-    acts = sum(one["kind"] == "policy" and one["act"] == "activate" for one in records)
+    acts = sum(one["kind"] == "policy" and one["act"] == "activate" and one["outcome"] == "done" for one in records)
     revisions = len(set(by.values()))
     passed = not (seen["wrong"] or missing) and set(seen) <= {"right"} and acts == changes + 1
     told = {

@@ -29,7 +29,7 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import Capabilities
-from saeguard_server.policy.model import Policy, PolicyRevision, Rollout, Rule, Target
+from saeguard_server.policy.model import Policy, PolicyLimits, PolicyRevision, Rollout, Rule, Target
 from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.policy.snapshot import Snapshot, build_snapshot
 from saeguard_server.steering import TokenRange, steer
@@ -67,6 +67,7 @@ def policies(rollout: Rollout = EVERYBODY) -> tuple[Policy, ...]:
             mode="enforce",
             target=Target(tags=("public",)),
             rollout=rollout,
+            limits=PolicyLimits(max_relative_edit=0.02, allowed_saes=("sae-3",)),
             rules=tuple(
                 Rule(
                     f"rule-{index}",

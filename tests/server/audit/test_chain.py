@@ -12,7 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard_server.audit.chain import START, AuditFolder, BrokenChain, Head, read_audit
+from saeguard_server.audit.chain import (
+    MAX_COUNTED,
+    OTHERS,
+    START,
+    AuditFolder,
+    BrokenChain,
+    CallCounts,
+    Head,
+    read_audit,
+    read_unwritten,
+)
+from support.disks import FailingDisk
 
 KEY = b"k" * 32
 RECORDS: list[dict[str, Any]] = [{"kind": "request", "caller": f"c{index}", "n": index} for index in range(12)]
@@ -122,3 +133,45 @@ def test_a_full_disk_leaves_the_chain_whole(tmp_path: Path, monkeypatch: pytest.
     audit.append(RECORDS[2:])
     audit.close()
     assert [record["n"] for record, _ in read_audit(tmp_path, None)] == list(range(12))
+
+
+@pytest.mark.parametrize("calls", ["write", "fsync", "ftruncate", "write gone", "fsync gone"])
+@pytest.mark.parametrize("max_bytes", [10**6, 600])
+def test_whatever_fails_the_chain_goes_on_also_over_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: str, max_bytes: int
+) -> None:
+    disk = FailingDisk(monkeypatch)
+    audit = AuditFolder(tmp_path, key=None, max_bytes=max_bytes, sync=True)
+    for number in range(0, 12, 2):
+        disk.failing = calls
+        with pytest.raises(OSError, match=r"No space|error|Read-only"):
+            audit.append(RECORDS[number : number + 1])
+        disk.failing = ""
+        # Larger than what failed: a file may be left for the next one just now.
+        audit.append(RECORDS[number : number + 2])
+    audit.close()
+    assert [record["n"] for record, _ in read_audit(tmp_path, None)] == list(range(12))
+
+
+def test_how_many_are_unwritten_is_known_after_a_kill(tmp_path: Path) -> None:
+    audit = AuditFolder(tmp_path, key=None, max_bytes=10**6, sync=True)
+    audit.note_unwritten(1234)
+    assert read_unwritten(tmp_path) == 1234
+    audit.close()
+    again = AuditFolder(tmp_path, key=None, max_bytes=10**6, sync=True)
+    assert again.unwritten == 1234
+    again.close()
+
+
+def test_counts_of_unknown_peers_are_bounded() -> None:
+    counts = CallCounts()
+    for number in range(100_000):
+        counts.add("refused", "peer", f"10.{number % 10_000}.0/24", outcome="UNAUTHENTICATED")
+        counts.add("calls", "caller", "ann", method=f"/m{number % 3}")
+    records = counts.take()
+    refused = [record for record in records if record["kind"] == "refused"]
+    assert len(refused) == MAX_COUNTED["refused"] + 1
+    assert sum(record["calls"] for record in refused) == 100_000
+    assert max(refused, key=lambda record: record["calls"])["peer"] == OTHERS
+    assert [record["calls"] for record in records if record["kind"] == "calls"] == [33_334, 33_333, 33_333]
+    assert not counts.take()

@@ -14,9 +14,11 @@ import torch
 
 from saeguard.requests import GenerateRequest
 from saeguard.types import Clamp, Scale, Scope
+from saeguard_server.engine.protocol import Origin
+from saeguard_server.steering import compile_edit
 from support.alone import Alone
 from support.engines import World, greedy, make_world, prompt
-from support.stepping import Loaded
+from support.stepping import Loaded, policy_task
 
 ASKED = os.environ.get("SAEGUARD_TEST_COMPILE", "all").split(",")
 
@@ -55,6 +57,10 @@ def test_compiled_is_as_plain(what: str, world: World) -> None:
         alone.check(request, got.answer)
     single = requests()[3]
     alone.check(single, one.answer(single))
+    steered, rule = requests()[1], Scale("resid_post", 9, -2.0)
+    ruled = policy_task(one, steered, [compile_edit(one.engine, rule, "rules[0]", Origin("safety", "rule"))], [])
+    one.finish()
+    assert ruled.answer.ids == alone.under([rule], steered).tokens
     assert one.is_empty()
     assert _graphs() == graphs, "a request waited for the compiler"
 

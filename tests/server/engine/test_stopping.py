@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +11,11 @@ import pytest
 from saeguard.requests import GenerateRequest, Sampling
 from saeguard.results import StoppedBy, StreamChunk
 from saeguard.types import Apply, Clamp, Condition, FeatureRef, Scope, Stop, Term, Trigger
-from saeguard_server.caller import Call
-from saeguard_server.engine.protocol import CompiledEdit, GenerateTask, Origin
-from saeguard_server.steering import (
-    CompiledTrigger,
-    TokenRange,
-    compile_edit,
-    compile_edits,
-    compile_trigger,
-    steer,
-)
+from saeguard_server.engine.protocol import Origin
+from saeguard_server.steering import compile_edit, compile_trigger
 from support.engines import Answer, World, greedy, make_world, prompt
 from support.models import EOS
-from support.stepping import Asked, Loaded, Stepped
+from support.stepping import Asked, Loaded, Stepped, policy_task
 
 NEW = 30
 PROBE = FeatureRef("resid_post", 4)
@@ -170,24 +161,6 @@ def test_eos_needs_no_reading(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -
     assert watched.completion.finish_reason == "stop"
 
 
-def policy_task(
-    core: Stepped, request: GenerateRequest, edits: list[CompiledEdit], triggers: list[CompiledTrigger]
-) -> Asked:
-    """A request on which policies act."""
-    prompt_ids, new = request.input.ids, request.sampling.max_new_tokens or 0  # type: ignore[union-attr]
-    every = [*edits, *compile_edits(core.engine, request.interventions)]
-    reach = TokenRange(prompt_ids, len(prompt_ids) + new, core.core.model.tokenizer.special_ids)
-    task = GenerateTask(
-        call=Call("test", time.monotonic() + 60),
-        tokens=prompt_ids,
-        sampling=request.sampling,
-        max_new_tokens=new,
-        seed=1,
-        steering=steer(every, triggers, request.max_relative_edit, reach),
-    )
-    return core.submit(task)
-
-
 def test_shadows_change_nothing_and_are_counted(loaded: Loaded) -> None:
     """Beside their enforced twins: what they say is what enforcing would have done to the same text."""
     origin = Origin("safety", "rule")
@@ -198,7 +171,7 @@ def test_shadows_change_nothing_and_are_counted(loaded: Loaded) -> None:
     plain = core.answer(ask())
     asked = policy_task(
         core, ask(),
-        [compile_edit(core.engine, clamp, "p", origin, is_shadow=True, is_limited=False)],
+        [compile_edit(core.engine, clamp, "p", origin, is_shadow=True)],
         [compile_trigger(core.engine, trigger, "p", Origin("safety", trigger.name), is_shadow=True)
          for trigger in (watch, applies)],
     )  # fmt: skip
@@ -233,7 +206,7 @@ def _prompt_values(core: Stepped) -> list[float]:
 def test_a_requests_limit_never_shortens_a_policys_edit(loaded: Loaded) -> None:
     core = loaded.core(reuse=False)
     clamp = Clamp("resid_post", 4, 9.0)
-    enforced = compile_edit(core.engine, clamp, "p", Origin("safety", "rule"), is_limited=False)
+    enforced = compile_edit(core.engine, clamp, "p", Origin("safety", "rule"))
     only = policy_task(core, ask(), [enforced], [])
     core.finish()
     own = ask(interventions=(Clamp("resid_post", 7, 9.0),), max_relative_edit=1e-9)

@@ -49,7 +49,7 @@ def test_a_sound_policy_has_nothing(served: Any) -> None:
     one = policy(
         "a", GOOD, rule("half", Scale("mid", 5, 0.5, when=when(2))), rule("late", Zero("late", 0, when=when())),
         triggers=(Trigger("end", when(scope=Scope(phase="generated")), Stop()),),
-        limits=PolicyLimits(denied_saes=("late",)),
+        limits=PolicyLimits(max_relative_edit=0.01, allowed_saes=("mid",), denied_features=(FeatureRef("mid", 1),)),
         pins=Pins(model="digest-of-model", saes=(("mid", "digest-of-mid"),)),
         expires=NOW + timedelta(days=1),
     )  # fmt: skip
@@ -69,6 +69,7 @@ def test_every_problem_is_listed_by_its_field(served: Any) -> None:
             Trigger("u", when(above=0.5, unit="max", feature=1), Apply((Zero("mid", 33),))),
         ),
         limits=PolicyLimits(
+            max_relative_edit=9.0,
             allowed_saes=("mid", "x"), denied_saes=("y",), allowed_features=(FeatureRef("mid", 44),),
             denied_features=(FeatureRef("z", 1),),
         ),
@@ -198,6 +199,7 @@ def test_what_a_reviewer_should_look_at(served: Any) -> None:
         "b: mode: is off: the policy does nothing",
         "b: rules[0].scale: changes nothing",
         "c: limits: are not enforced in shadow",
+        "c: limits: allow callers no edits of their own, as without them: allowed_saes and allowed_features name none",
         "c: rollout.share: is 0: only requests that name the policy are under it",
         "d: target.models: 'fake' is not among them: the policy never acts here, and is not checked",
         "d: expires: is over: the policy does nothing",

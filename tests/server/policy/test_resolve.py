@@ -29,7 +29,8 @@ from saeguard_server.engine.protocol import Origin
 from saeguard_server.errors import InvalidRequest, PolicyRefusal, UnknownName
 from saeguard_server.policy.model import PolicyLimits
 from saeguard_server.policy.resolve import resolve_policies
-from support.policy_shapes import NOW, policy, rule, when
+from saeguard_server.policy.snapshot import Snapshot
+from support.policy_shapes import NOW, OPEN, policy, rule, when
 from support.resolving import BOT, InForce, made, resolved
 
 NONE = Affine(alpha=0.0)
@@ -37,22 +38,21 @@ NONE = Affine(alpha=0.0)
 
 def test_what_is_enforced_comes_first_then_shadows_then_the_requests_own(in_force: InForce) -> None:
     snapshot = in_force(
-        policy("a", rule("less", Cap("mid", 2, 2.0))),
+        policy("a", rule("less", Cap("mid", 2, 2.0)), limits=OPEN),
         policy("b", rule("none", Zero("mid", 3)), mode="shadow"),
-        policy("c", rule("none", Zero("mid", 5))),
+        policy("c", rule("none", Zero("mid", 5)), limits=OPEN),
         policy("d", rule("none", Zero("mid", 6)), mode="off"),
     )
-    found = resolved(snapshot, Add("mid", 7, 1.0), max_relative_edit=0.5)
+    found = resolved(snapshot, Add("mid", 7, 1.0), max_relative_edit=0.01)
     assert made(found) == [
         ("a", "less", 2, "cap", Affine(hi=2.0)),
         ("c", "none", 5, "zero", NONE),
         ("~b", "none", 3, "zero", NONE),
         ("", "", 7, "add", Affine(beta=1.0)),
     ]
-    assert [one.is_limited for one in found.edits] == [False, False, False, True]
     assert (found.selected.facts.activation, found.selected.facts.revision) == (3, 7)
     assert (found.selected.facts.applied, found.selected.facts.shadowed) == (("a", "c"), ("b",))
-    assert found.max_relative_edit == 0.5
+    assert found.max_relative_edit == 0.01
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_request_may_tighten_a_rule_and_the_edit_is_the_rules(
 def test_what_weakens_is_refused_by_field_policy_and_rule(
     enforced: Intervention, asked: Intervention, field: str, in_force: InForce
 ) -> None:
-    snapshot = in_force(policy("a", rule("less", enforced)))
+    snapshot = in_force(policy("a", rule("less", enforced), limits=OPEN))
     with pytest.raises(PolicyRefusal, match="rule 'less' of policy 'a' does not allow it") as caught:
         resolved(snapshot, Add("mid", 3, 0.5), asked)
     assert caught.value.field == f"interventions[1].{field}"
@@ -112,7 +112,7 @@ def test_what_weakens_is_refused_by_field_policy_and_rule(
     ],
 )
 def test_scopes_and_conditions(of_rule: dict[str, Any], asked: Intervention, result: str, in_force: InForce) -> None:
-    snapshot = in_force(policy("a", rule("less", Cap("mid", 2, 2.0, **of_rule))))
+    snapshot = in_force(policy("a", rule("less", Cap("mid", 2, 2.0, **of_rule)), limits=OPEN))
     if result == "scope and condition":
         with pytest.raises(PolicyRefusal, match=result) as caught:
             resolved(snapshot, asked)
@@ -128,7 +128,7 @@ def trigger(name: str, *edits: Intervention, on: Condition | None = None) -> Tri
 
 
 def test_a_requests_triggers_do_not_weaken_a_rule_either(in_force: InForce) -> None:
-    snapshot = in_force(policy("a", rule("less", Cap("mid", 2, 2.0))))
+    snapshot = in_force(policy("a", rule("less", Cap("mid", 2, 2.0)), limits=OPEN))
     found = resolved(
         snapshot, triggers=(trigger("t", Cap("mid", 2, 3.0), Zero("mid", 3)), Trigger("s", when(), Stop()))
     )
@@ -143,7 +143,9 @@ def test_a_requests_triggers_do_not_weaken_a_rule_either(in_force: InForce) -> N
 
 def test_a_policys_triggers_are_decided_and_their_features_left_alone(in_force: InForce) -> None:
     watch = policy(
-        "a", triggers=(trigger("calm", Zero("mid", 2, scope=Scope(phase="generated"))), Trigger("end", when(), Stop()))
+        "a",
+        triggers=(trigger("calm", Zero("mid", 2, scope=Scope(phase="generated"))), Trigger("end", when(), Stop())),
+        limits=OPEN,
     )
     snapshot = in_force(watch, policy("b", triggers=(Trigger("seen", when(), Flag()),), mode="shadow"))
     own = Trigger("mine", when(), Flag())
@@ -169,21 +171,26 @@ def test_rules_of_two_policies_are_kept_together(in_force: InForce) -> None:
         ("a", "twice", 3, "scale", Affine(alpha=2.0, hi=5.0)),
         ("b", "least", 2, "cap", Affine(hi=1.0)),
     ]
-    found = made(resolved(snapshot, Scale("mid", 3, 3.0)))
-    assert ("a", "twice", 3, "scale", Affine(alpha=3.0, hi=5.0)) in found
+    assert ("b", "least", 2, "zero", NONE) in made(resolved(snapshot, Zero("mid", 2)))
+    with pytest.raises(PolicyRefusal, match="policy 'c' does not allow it: beside it callers may only bring"):
+        resolved(snapshot, Scale("mid", 3, 3.0))
+    two = in_force(*(snapshot.policies[name] for name in "ab"))
+    assert ("a", "twice", 3, "scale", Affine(alpha=3.0, hi=5.0)) in made(resolved(two, Scale("mid", 3, 3.0)))
     with pytest.raises(PolicyRefusal, match="rule 'bound' of policy 'b'"):
         resolved(snapshot, Clamp("mid", 3, 6.0))
 
 
 def test_the_strictest_limit_holds_for_the_requests_own_edits(in_force: InForce) -> None:
     limits = (
-        policy("a", limits=PolicyLimits(max_relative_edit=0.3)),
-        policy("b", limits=PolicyLimits(max_relative_edit=0.2)),
+        policy("a", limits=PolicyLimits(max_relative_edit=0.3, allowed_saes=("mid", "late"))),
+        policy("b", limits=PolicyLimits(max_relative_edit=0.2, allowed_saes=("late", "mid"))),
     )
     snapshot = in_force(*limits)
     assert resolved(snapshot, Zero("mid", 2)).max_relative_edit == 0.2
     assert resolved(snapshot, Zero("mid", 2), max_relative_edit=0.1).max_relative_edit == 0.1
     assert resolved(snapshot, Zero("mid", 2), max_relative_edit=0.5).max_relative_edit == 0.2
+    # The bound is of all sites together.
+    assert resolved(snapshot, Zero("mid", 2), Zero("late", 0)).max_relative_edit == 0.1
     assert resolved(snapshot).max_relative_edit is None
     # Nothing to limit: left as it was asked, for `steer` to refuse.
     assert resolved(snapshot, max_relative_edit=0.5).max_relative_edit == 0.5
@@ -192,30 +199,59 @@ def test_the_strictest_limit_holds_for_the_requests_own_edits(in_force: InForce)
 
 
 @pytest.mark.parametrize(
-    ("limits", "field"),
+    ("limits", "is_allowed"),
     [
-        (PolicyLimits(denied_saes=("mid",)), "sae"),
-        (PolicyLimits(allowed_saes=("late",)), "sae"),
-        (PolicyLimits(denied_features=(FeatureRef("mid", 2),)), "feature"),
-        (PolicyLimits(allowed_features=(FeatureRef("mid", 3),)), "feature"),
-        (PolicyLimits(allowed_features=()), "feature"),
-        (PolicyLimits(allowed_saes=("mid",), allowed_features=(FeatureRef("mid", 2),)), None),
+        ({}, False),
+        ({"denied_saes": ("late",)}, False),
+        ({"denied_saes": ("mid",), "allowed_saes": ("mid",)}, False),
+        ({"allowed_saes": ("late",)}, False),
+        ({"allowed_saes": ()}, False),
+        ({"denied_features": (FeatureRef("mid", 2),), "allowed_saes": ("mid",)}, False),
+        ({"allowed_features": (FeatureRef("mid", 3),)}, False),
+        ({"allowed_features": ()}, False),
+        ({"allowed_saes": ("late",), "allowed_features": (FeatureRef("mid", 2),)}, False),
+        ({"allowed_saes": ("mid",), "max_relative_edit": None}, False),
+        ({"allowed_saes": ("mid",)}, True),
+        ({"allowed_features": (FeatureRef("mid", 2),)}, True),
+        ({"allowed_saes": ("mid",), "allowed_features": (FeatureRef("mid", 2),)}, True),
     ],
 )
-def test_what_callers_may_not_touch(limits: PolicyLimits, field: str | None, in_force: InForce) -> None:
-    snapshot = in_force(policy("a", limits=limits))
+def test_callers_edit_only_what_every_enforced_policy_allows(
+    limits: dict[str, Any], is_allowed: bool, in_force: InForce
+) -> None:
+    mine = policy("a", rule("r", Zero("mid", 3)), limits=PolicyLimits(**{"max_relative_edit": 0.1} | limits))
+    snapshot = in_force(mine, policy("b", triggers=(Trigger("end", when(), Stop()),), limits=OPEN))
+    _check_own_edits(snapshot, is_allowed)
+    shadow = policy("s", rule("r", Zero("mid", 5)), mode="shadow")
+    _check_own_edits(in_force(shadow, replace(mine, mode="shadow"), replace(mine, name="o", mode="off")), True)
+    _check_own_edits(in_force(shadow, mine), is_allowed)
+    # A stop can be walked around by edits that move what it watches, as a rule can: the same default.
+    if is_allowed:
+        with pytest.raises(PolicyRefusal, match="policy 'c'"):
+            resolved(in_force(mine, policy("c", triggers=(Trigger("end", when(), Stop()),))), Zero("mid", 2))
+
+
+def _check_own_edits(snapshot: Snapshot, is_allowed: bool) -> None:
     requests = {
         "interventions[0]": {"interventions": (Zero("mid", 2),)},
         "triggers[0].apply.interventions[0]": {"triggers": (trigger("t", Zero("mid", 2)),)},
     }
     for where, wanted in requests.items():
         request = GenerateRequest(input="x", **wanted)
-        if field is None:
+        if is_allowed:
             resolve_policies(request, BOT, snapshot, NOW)
             continue
         with pytest.raises(PolicyRefusal, match="policy 'a'") as caught:
             resolve_policies(request, BOT, snapshot, NOW)
-        assert (caught.value.field, caught.value.facts) == (f"{where}.{field}", {"policy": "a"})
+        assert (caught.value.field, caught.value.facts) == (f"{where}.feature", {"policy": "a"})
+
+
+def test_what_is_denied_may_not_be_tightened_and_what_is_not_allowed_may(in_force: InForce) -> None:
+    cap = policy("a", rule("less", Cap("mid", 2, 2.0)), limits=PolicyLimits(allowed_saes=("late",)))
+    assert made(resolved(in_force(cap), Zero("mid", 2))) == [("a", "less", 2, "zero", NONE)]
+    denied = replace(cap, limits=PolicyLimits(denied_features=(FeatureRef("mid", 2),)))
+    with pytest.raises(PolicyRefusal, match=r"interventions\[0\].feature: policy 'a' does not allow it"):
+        resolved(in_force(denied), Zero("mid", 2))
 
 
 def test_a_requests_own_mistakes_are_its_own(in_force: InForce) -> None:
@@ -227,7 +263,10 @@ def test_a_requests_own_mistakes_are_its_own(in_force: InForce) -> None:
 
 
 def test_nothing_is_worked_out_twice(in_force: InForce) -> None:
-    snapshot = in_force(policy("a", rule("less", Cap("mid", 2, 2.0))), policy("b", rule("none", Zero("mid", 3))))
+    snapshot = in_force(
+        policy("a", rule("less", Cap("mid", 2, 2.0)), limits=OPEN),
+        policy("b", rule("none", Zero("mid", 3)), limits=OPEN),
+    )
     first, second = resolved(snapshot), resolved(snapshot, Add("mid", 7, 1.0))
     assert first.edits == second.edits[:2]
     assert all(edit is again for edit, again in zip(first.edits, resolved(snapshot).edits, strict=True))

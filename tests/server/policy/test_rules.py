@@ -43,7 +43,7 @@ ENGINE: Any = SimpleNamespace(saes={"mid": SimpleNamespace(digest="d", site="her
 def ready(number: int, edit: Intervention, scope: Scope, is_conditional: bool) -> CompiledEdit:
     condition: Any = SimpleNamespace(digest="when", is_trigger=False) if is_conditional else None
     return CompiledEdit(
-        "mid", 2, edit.kind, Affine(*edit.affine(1.0)), 0, 0, False, is_limited=False, origin=Origin(f"p{number}", "r"),
+        "mid", 2, edit.kind, Affine(*edit.affine(1.0)), 0, 0, False, origin=Origin(f"p{number}", "r"),
         scope=scope, condition=condition, field="rules[0]",
     )  # fmt: skip
 

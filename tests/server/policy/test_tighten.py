@@ -18,6 +18,7 @@ from saeguard_server.policy.tighten import (
     TokenSet,
     already_meets,
     combine_effects,
+    only_removes,
     strictness,
     token_overlap,
 )
@@ -237,3 +238,18 @@ def test_conditions_hide_what_is_enforced() -> None:
     for enforced, asked in [(sometimes, everywhere), (fired, everywhere), (fired, fired), (sometimes, fired)]:
         assert token_overlap(enforced, asked) == "across"
     assert token_overlap(TokenSet(Scope(), "another"), sometimes) == "across"
+
+
+def test_what_only_removes() -> None:
+    """Of what the table allows: the rest pushes the stream as far as a caller likes."""
+    answers = set()
+    for rule, asked in product(map(effect, EDITS), repeat=2):
+        tighter = combine_effects(rule, asked)
+        if tighter is not None:
+            before, after = mapped(rule.affine, GRID), mapped(tighter.affine, GRID)
+            removes = bool(((np.minimum(before, 0) <= after) & (after <= np.maximum(before, 0))).all())
+            assert only_removes(rule, tighter) == removes, (rule, asked)
+            answers.add(removes)
+    assert answers == {True, False}
+    assert only_removes(effect(Cap("mid", 2, 2.0)), effect(Zero("mid", 2)))
+    assert not only_removes(effect(Floor("mid", 2, 1.0)), effect(Clamp("mid", 2, 1e6)))

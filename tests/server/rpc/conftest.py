@@ -132,6 +132,7 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         admission,
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
         limits.max_deadline_s,
+        Audit(),
     )
     server = edge.build_server(servicers, interceptor, settings.server)
     address = str(edge.listen_on(server, settings.server))

@@ -15,6 +15,7 @@ from saeguard.v1 import catalog_service_pb2 as catalog_pb
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import input_pb2
 from saeguard_server import errors
+from saeguard_server.caller import Call
 from saeguard_server.errors import (
     InternalFailure,
     InvalidRequest,
@@ -190,7 +191,8 @@ async def test_long_texts_are_quoted_in_part(running: Any) -> None:
 
 
 def test_the_worst_message_fits_the_trailers() -> None:
-    status = rpc_failure(InvalidRequest("interventions[255].scope.include_special_tokens", "é" * 10_000), "r" * 64)
+    call = Call("r" * 32, 0.0, client_request_id="c" * 64)
+    status = rpc_failure(InvalidRequest("interventions[255].scope.include_special_tokens", "é" * 10_000), call)
     # grpc-message is percent-encoded, binary trailers travel in base64.
     total = 3 * len(status.details.encode()) + sum(4 * len(value) // 3 for _, value in status.trailing_metadata)
     assert total < 8192

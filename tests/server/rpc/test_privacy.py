@@ -80,10 +80,10 @@ async def test_each_rpc_has_one_line_with_its_id(running: Any, lines: io.StringI
         request = pb.GenerateRequest(text="hi", **fields)
         await attempt(running.generation.GenerateStream(request, metadata=(("x-request-id", name),)))
     good, bad = (json.loads(line) for line in lines.getvalue().splitlines())
-    assert (good["request_id"], good["code"], good["messages"]) == ("good", "OK", 3)
+    assert (good["client_request_id"], good["code"], good["messages"]) == ("good", "OK", 3)
     assert good["method"] == "/saeguard.v1.GenerationService/GenerateStream"
     assert good["peer"].startswith("ipv4:127.0.0.1:")
-    assert (bad["request_id"], bad["code"], bad["messages"]) == ("bad", "INVALID_ARGUMENT", 0)
+    assert (bad["client_request_id"], bad["code"], bad["messages"]) == ("bad", "INVALID_ARGUMENT", 0)
     assert (bad["reason"], bad["field"]) == ("INVALID_REQUEST", "sampling.top_p")
 
 
@@ -91,6 +91,7 @@ async def test_the_log_says_where_an_unexpected_error_came_from(running: Any, li
     running.engine.error = KeyError("x")
     await attempt(running.generation.Generate(pb.GenerateRequest(text="hi"), metadata=(("x-request-id", "one"),)))
     unexpected, rpc = (json.loads(line) for line in lines.getvalue().splitlines())
-    assert (unexpected["level"], unexpected["request_id"], rpc["request_id"]) == ("error", "one", "one")
+    assert (unexpected["level"], unexpected["request_id"]) == ("error", rpc["request_id"])
+    assert rpc["client_request_id"] == "one"
     assert unexpected["exception"][0]["type"] == "KeyError"
     assert any("conftest.py" in frame and "generate" in frame for frame in unexpected["exception"][0]["frames"])

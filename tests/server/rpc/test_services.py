@@ -23,22 +23,28 @@ async def test_generate_gathers_what_the_stream_sends(running: Any) -> None:
     assert not whole.completion.HasField("receipt")
 
 
-async def test_the_request_id_comes_back_and_is_in_the_completion(running: Any) -> None:
-    call = running.generation.Generate(pb.GenerateRequest(text="hi"), metadata=(("x-request-id", "job-17"),))
-    reply = await call
-    assert dict(await call.initial_metadata())["x-request-id"] == "job-17"
-    assert reply.completion.request_id == "job-17"
-    assert running.generate.calls[0].request_id == "job-17"
+async def test_the_servers_id_comes_back_beside_the_callers(running: Any) -> None:
+    ids = []
+    for _ in range(2):
+        call = running.generation.Generate(pb.GenerateRequest(text="hi"), metadata=(("x-request-id", "job-17"),))
+        reply = await call
+        headers = dict(await call.initial_metadata())
+        assert headers["x-client-request-id"] == "job-17"
+        assert reply.completion.request_id == headers["x-request-id"]
+        assert running.generate.calls[-1].client_request_id == "job-17"
+        ids.append(headers["x-request-id"])
+    assert "job-17" not in ids
+    assert ids[0] != ids[1]
 
 
-async def test_an_odd_request_id_is_replaced(running: Any) -> None:
+async def test_an_odd_request_id_is_left_out(running: Any) -> None:
     for odd in ("", "has a space", "x" * 65, '{"json": 1}'):
         call = running.generation.GenerateStream(pb.GenerateRequest(text="hi"), metadata=(("x-request-id", odd),))
         parts = [part async for part in call]
-        made = dict(await call.initial_metadata())["x-request-id"]
-        assert made != odd
-        assert len(made) == 32
-        assert parts[-1].completion.request_id == made
+        headers = dict(await call.initial_metadata())
+        assert len(headers["x-request-id"]) == 32
+        assert "x-client-request-id" not in headers
+        assert parts[-1].completion.request_id == headers["x-request-id"]
 
 
 async def test_activations_arrive_as_rows(running: Any) -> None:

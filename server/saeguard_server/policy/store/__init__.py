@@ -28,6 +28,17 @@ async def open_store(where: str) -> PolicyStore:
     return await SqlStore.open(_database(where))
 
 
+def open_for_reading(where: str) -> SqlStore:
+    """The database that ``[policies] store`` names, as it is: nothing is made or migrated.
+
+    Raises:
+        ValueError: it is none, or its file is not there.
+    """
+    if where.startswith("sqlite:///") and not Path(where.removeprefix("sqlite:///")).is_file():
+        raise ValueError(f"{where}: there is no such file")
+    return SqlStore(_database(where))
+
+
 def _database(where: str) -> Database:
     try:
         url = make_url(where)

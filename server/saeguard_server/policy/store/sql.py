@@ -177,14 +177,20 @@ class SqlStore:
 
     async def verify(self) -> tuple[int, int]:
         """Reads all; the numbers of revisions and activations. Raises StoreCorrupted: altered, missing, gaps."""
+        revisions, activations = await self.rows()
+        for row in revisions:
+            await self.revision(row["number"])
+        return len(revisions), len(activations)
+
+    async def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """All revisions and activations, oldest first. Raises StoreCorrupted: altered, missing, gaps."""
         async with self._transaction() as connection:
             head = await self._head(connection)
-            for table, newest in ((REVISIONS, head.revision), (ACTIVATIONS, head.activation)):
-                rows = await connection.execute(sa.select(table).order_by(table.c.number))
-                check_chain(table, rows.all(), newest)
-        for number in range(1, head.revision + 1):
-            await self.revision(number)
-        return head.revision, head.activation
+            revisions, activations = [
+                check_chain(table, (await connection.execute(sa.select(table).order_by(table.c.number))).all(), newest)
+                for table, newest in ((REVISIONS, head.revision), (ACTIVATIONS, head.activation))
+            ]
+        return revisions, activations
 
     async def wait(self, timeout_s: float) -> None:
         await self._database.wait(timeout_s)
@@ -280,7 +286,7 @@ def documents_of(policies: Iterable[Policy]) -> dict[str, str]:
 
 
 def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> PolicyRevision:
-    return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason"))
+    return PolicyRevision(policies=tuple(policies), **_act(values, "number", "author", "reason", "seal"))
 
 
 def change_of_row(values: Mapping[str, Any]) -> Revision:
@@ -333,16 +339,18 @@ def check_seal(table: Table, row: sa.Row[Any]) -> dict[str, Any]:
     return values
 
 
-def check_chain(table: Table, rows: Sequence[sa.Row[Any]], newest: int) -> None:
-    """Of all rows, in order, up to ``newest``. Raises StoreCorrupted: one is altered, missing or misplaced."""
+def check_chain(table: Table, rows: Sequence[sa.Row[Any]], newest: int) -> list[dict[str, Any]]:
+    """Values of all rows, in order, up to ``newest``. Raises StoreCorrupted: one is altered, missing or misplaced."""
     if len(rows) != newest:
         raise StoreCorrupted(f"{table.name} has {len(rows)} rows where its head says {newest}")
-    previous = ""
+    previous, checked = "", []
     for number, row in enumerate(rows, start=1):
         values = check_seal(table, row)
+        checked.append(values)
         if values["number"] != number or values["previous"] != previous:
             raise StoreCorrupted(f"row {number} of {table.name} is missing or does not follow the one before it")
         previous = values["seal"]
+    return checked
 
 
 # --- the schema

@@ -14,6 +14,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from saeguard_client.cli import main
+from saeguard_server.audit.chain import AuditFolder
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
 from saeguard_server.policy.model import Policy
@@ -190,6 +192,26 @@ async def test_a_gap_in_the_middle_is_found(store: SqlStore, where: str) -> None
     await raw(where, *unguarded(where, "policy_revisions", "DELETE FROM policy_revisions WHERE number = 2"))
     with pytest.raises(StoreCorrupted, match="has 2 rows where its head says 3"):
         await store.verify()
+
+
+async def test_an_audit_agrees_with_what_was_done_and_the_reader_changes_nothing(
+    store: SqlStore, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit = AuditFolder(tmp_path / "audit", key=None, max_bytes=10**6, sync=False)
+    revision = await store.write([a_policy()], etag=NO_REVISION, author="ann", reason="because")
+    activation = await store.activate(1, actor="eve", reason="now")
+    common = {"kind": "policy", "time": revision.time.isoformat(), "request_id": "r", "outcome": "done"}
+    written = common | {"act": "write", "caller": "ann", "revision": 1, "seal": revision.seal, "reason": "because"}
+    stored = activation.time.isoformat(timespec="microseconds")
+    activated = common | {"act": "activate", "caller": "eve", "activation": 1, "revision": 1, "stored": stored}
+    audit.append([written, activated])
+    audit.close()
+    verify = ["audit", "verify", "--folder", str(tmp_path / "audit"), "--store", where]
+    code = await asyncio.to_thread(main, verify)
+    assert (code, capsys.readouterr().err) == (0, "")
+    await write(store, a_policy(value=2.0), etag="1")
+    assert await asyncio.to_thread(main, verify) == 1
+    assert "revision 2 of ann has no record" in capsys.readouterr().err
 
 
 async def test_a_newer_schema_is_refused_by_name(store: SqlStore, where: str) -> None:

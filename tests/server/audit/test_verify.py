@@ -1,0 +1,154 @@
+"""What ``saeguard audit`` tells of records, older ones too, and of a store beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeguard.requests import GenerateRequest
+from saeguard_client.cli import main
+from saeguard_server.audit.chain import AuditFolder
+from saeguard_server.audit.log import request_record
+from saeguard_server.commands.audit import request_of
+from saeguard_server.policy.store import open_store
+from support.policies import a_policy
+
+Lines = tuple[int, str, str]
+WHEN = "2020-01-01T00:00:00.000000+00:00"
+
+
+def record(kind: str, **facts: Any) -> dict[str, Any]:
+    return {"time": WHEN, "kind": kind, "request_id": "r", "caller": "ann", **facts}
+
+
+WRITTEN = record("policy", act="write", reason="because", policies=["calm"], revision=1)
+UNCHANGED = record("policy", act="write", reason="because", policies=[], revision=1)
+ACTIVATED = record("policy", act="activate", reason="now", activation=1, revision=1)
+DELETED = record("policy", act="delete", reason="because", name="calm", revision=2)
+GENERATED = record(
+    "request", asked=request_record(GenerateRequest(input="x")), policy=None, seed=5, outcome="stop", prompt_tokens=1
+)
+OLD = [WRITTEN, UNCHANGED, ACTIVATED, DELETED, record("admitted", seed=5), GENERATED]
+"""As they were before acts had intents and outcomes."""
+
+
+class Audited:
+    def __init__(self, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.path, self.store, self._capsys = path, f"sqlite:///{path / 'policies.db'}", capsys
+
+    def write(self, *records: dict[str, Any], folder: str = "audit", unwritten: int = 0) -> None:
+        audit = AuditFolder(self.path / folder, key=None, max_bytes=10**6, sync=False)
+        audit.append(list(records))
+        audit.note_unwritten(unwritten)
+        audit.close()
+
+    def fill_store(self) -> None:
+        async def fill() -> None:
+            store = await open_store(self.store)
+            await store.write([a_policy()], etag="0", author="ann", reason="because")
+            await store.activate(1, actor="ann", reason="now")
+            await store.write([], etag="1", author="ann", reason="because")
+            await store.close()
+
+        asyncio.run(fill())
+
+    def run(self, action: str, *arguments: str) -> Lines:
+        code = main(["audit", action, "--folder", str(self.path / "audit"), *arguments])
+        return code, *self._capsys.readouterr()
+
+    def verify(self, *arguments: str) -> Lines:
+        return self.run("verify", "--store", self.store, *arguments)
+
+
+@pytest.fixture
+def audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Audited:
+    return Audited(tmp_path, capsys)
+
+
+def test_older_records_are_verified_shown_and_replayed(audited: Audited) -> None:
+    audited.write(*OLD)
+    audited.fill_store()
+    code, out, err = audited.verify()
+    assert (code, err) == (0, "")
+    assert "2 revisions and 1 activations in the store" in out
+    assert "unknown outcome" not in out
+    assert "admitted" not in out
+    code, out, _ = audited.run("show", "r")
+    assert (code, len(out.splitlines())) == (0, len(OLD))
+    assert request_of(json.loads(out.splitlines()[-1]))["seed"] == 5
+
+
+def test_intents_without_outcomes_are_told_until_the_store_tells(audited: Audited) -> None:
+    intent = record("intent", act="write", reason="because", names=["calm"])
+    others = [
+        record("intent", act="rollback", reason="now") | {"request_id": "rolled"},
+        record("policy", act="rollback", outcome="UNAVAILABLE") | {"request_id": "rolled"},
+        record("intent", act="delete", reason="because") | {"request_id": "refused"},
+        record("policy", act="delete", outcome="CONFLICT") | {"request_id": "refused"},
+        record("intent", act="delete", reason="because") | {"request_id": "ended"},
+        record("call", outcome="DEADLINE_EXCEEDED") | {"request_id": "ended"},
+    ]
+    audited.write(intent, *others, ACTIVATED | {"request_id": "a"}, DELETED | {"request_id": "d"}, unwritten=3)
+    code, out, _ = audited.run("verify")
+    assert code == 0
+    assert "3 more could not be written yet" in out
+    assert [line for line in out.splitlines() if "unknown" in line] == [
+        f"an act with unknown outcome: write by ann at {WHEN}, request r",
+        f"an act with unknown outcome: rollback by ann at {WHEN}, request rolled",
+    ]
+    audited.fill_store()
+    code, out, err = audited.verify()
+    assert (code, err) == (0, "")
+    assert "revision 1 is in the store, its outcome has no record: write by ann" in out
+    assert [line for line in out.splitlines() if "unknown" in line] == [
+        f"an act with unknown outcome: rollback by ann at {WHEN}, request rolled"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "problem"),
+    [
+        ([WRITTEN, ACTIVATED], "revision 2 of ann has no record"),
+        ([*OLD, record("policy", act="activate", activation=2, revision=1)], "activation 2 is not in the store"),
+        ([*OLD, WRITTEN], "revision 1 was made twice"),
+        ([WRITTEN | {"caller": "eve"}, ACTIVATED, DELETED], "revision 1: caller 'ann' in the store, 'eve' in its"),
+        ([WRITTEN | {"seal": "x"}, ACTIVATED, DELETED], "revision 1: seal"),
+        ([WRITTEN, ACTIVATED | {"revision": 2}, DELETED], "activation 1: revision 1 in the store, 2 in its record"),
+    ],
+)
+def test_a_store_that_tells_something_else(audited: Audited, records: list[dict[str, Any]], problem: str) -> None:
+    audited.write(*records)
+    audited.fill_store()
+    code, _, err = audited.verify()
+    assert (code, err.startswith(f"DIFFERS: {problem}")) == (1, True)
+
+
+def test_what_is_older_than_the_audit_is_no_fault(audited: Audited) -> None:
+    audited.fill_store()
+    audited.write(record("request") | {"time": "2999-01-01T00:00:00.000000+00:00"})
+    code, out, err = audited.verify()
+    assert (code, err) == (0, "")
+    assert "2 revisions are older than the first record" in out
+
+
+def test_servers_of_one_store_are_verified_together(audited: Audited) -> None:
+    audited.write(WRITTEN, DELETED | {"time": "2020-01-02T00:00:00.000000+00:00"})
+    audited.write(ACTIVATED, folder="other")
+    audited.fill_store()
+    assert audited.verify()[0] == 1
+    code, out, _ = audited.verify("--folder", str(audited.path / "other"))
+    assert (code, "clock" in out) == (0, False)
+
+
+def test_a_clock_that_went_back_is_told(audited: Audited) -> None:
+    audited.write(GENERATED, GENERATED | {"time": "2019-01-01T00:00:00.000000+00:00"})
+    assert "the clock went back 1 times" in audited.run("verify")[1]
+
+
+def test_without_a_folder_nothing_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "verify"]) == 2
+    assert "--folder, or --config with audit.folder" in capsys.readouterr().err
