@@ -240,11 +240,11 @@ async def test_names_of_policies_cannot_be_probed(served: Served, outcome: Outco
     # One's own is no secret, and naming it changes nothing.
     done = await served.callers["writer"].generate(PROMPT, policies=["hush"], max_new_tokens=1)
     assert done.policy is not None
-    assert (done.policy.enforced, done.policy.shadowed) == (("hush",), ())
+    assert (done.policy.applied, done.policy.shadowed) == (("hush",), ())
     assert "hush" not in str(await refusal(served.callers["other"], "hush"))
     told = await served.callers["auditor"].generate(PROMPT, policies=["other-team"], max_new_tokens=1)
     assert told.policy is not None
-    assert (told.policy.enforced, told.policy.shadowed) == (("hush", "other-team"), ("trial",))
+    assert (told.policy.applied, told.policy.shadowed) == (("hush", "other-team"), ("trial",))
     rounds = 200 if is_full else 10
     times: dict[str, list[float]] = {"other-team": [], "nobodys-ax": []}
     for _ in range(rounds):
@@ -297,7 +297,7 @@ async def test_a_conversation_that_a_token_tells_cannot_be_left(served: Served, 
     for name in names:
         async with AsyncClient(served.target, token=token(sid=name)) as alice:
             is_under = [
-                bool(done.policy is not None and "half" in done.policy.enforced)
+                bool(done.policy is not None and "half" in done.policy.applied)
                 for done in (
                     await alice.generate(PROMPT, max_new_tokens=1),
                     await alice.generate(PROMPT, max_new_tokens=1, conversation=name),
