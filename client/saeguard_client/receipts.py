@@ -17,7 +17,7 @@ from typing import Final
 from saeguard.catalog import Model, Sae
 from saeguard.checks import FieldError, check_text
 from saeguard.requests import ChatInput, GenerateRequest, TokenInput
-from saeguard.results import Completion, InterventionReceipt, Receipt, TriggerReceipt
+from saeguard.results import Completion, InterventionReceipt, Receipt, TriggerReceipt, enforced_rules
 from saeguard.types import Intervention, Scope, Stop, Trigger, ValuedIntervention
 from saeguard_client.errors import receipt_mismatch
 
@@ -90,13 +90,19 @@ def check_receipt(completion: Completion, request: GenerateRequest, known: Known
     """
     _check_reply(completion, request)
     _check_policies(completion, request)
-    receipt = completion.receipt
-    if receipt is None:
+    if completion.receipt is None:
         if request.interventions or request.triggers:
             raise receipt_mismatch("receipt", "it has no receipt")
         if completion.stopped_by is not None:
             raise receipt_mismatch("receipt", "a trigger ended it and it has no receipt")
-        return
+    else:
+        _check_present(completion, completion.receipt, request, known)
+    facts, rules = completion.policy, enforced_rules(completion.receipt)
+    if facts is not None and facts.enforced != rules:
+        raise receipt_mismatch("policy.enforced", f"is {facts.enforced}, and the receipt tells of {rules}")
+
+
+def _check_present(completion: Completion, receipt: Receipt, request: GenerateRequest, known: KnownDigests) -> None:
     if not receipt.interventions and not receipt.triggers:
         raise receipt_mismatch("receipt", "tells of nothing")
     known.check(receipt)

@@ -21,6 +21,7 @@ from saeguard_client import (
     Clamp,
     Completion,
     Condition,
+    EnforcedRule,
     InterventionReceipt,
     PolicyFacts,
     Receipt,
@@ -89,7 +90,10 @@ def test_a_reply_that_tells_of_everything_passes() -> None:
 
 
 def test_an_edit_that_a_policy_makes_too_is_told_of_by_its_rule() -> None:
-    check(edited(kind="zero", policy="calm", rule="r"))
+    reply = edited(kind="zero", policy="calm", rule="r")
+    check(replace(reply, policy=replace(FACTS, enforced=(EnforcedRule("calm", "r", 7),))))
+    with pytest.raises(ReceiptMismatch, match=re.escape("policy.enforced")):
+        check(reply)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,9 @@ def test_what_does_not_fit_is_named(reply: Completion, missing: str) -> None:
 def test_what_was_not_asked_for_has_no_receipt() -> None:
     plain = replace(DONE, finish_reason="length", stopped_by=None, policy=None)
     check(replace(plain, receipt=None), GenerateRequest(input="x"))
+    facts = replace(FACTS, applied=(), enforced=(EnforcedRule("calm", "r", 1),))
+    with pytest.raises(ReceiptMismatch, match=re.escape("policy.enforced")):
+        check(replace(plain, receipt=None, policy=facts), GenerateRequest(input="x"))
     with pytest.raises(ReceiptMismatch, match="clamp of a:3 was not asked for"):
         check(replace(plain, receipt=replace(RECEIPT, interventions=(EDIT,), triggers=())), GenerateRequest(input="x"))
     with pytest.raises(ReceiptMismatch, match="tells of nothing"):
