@@ -70,9 +70,10 @@ class Caller:
         while len(ids) < FRENCH.max_new_tokens:
             prompt = FRENCH.prompt + text if how == "text" else TokenInput([*read, *ids, *end])
             asked = {"max_new_tokens": tokens, "temperature": FRENCH.temperature, "seed": 1000 * number + len(ids)}
+            asked["parse_special_tokens"] = how != "text"
             made, is_over = await (self._cancelled if how == "stream" else self._whole)(prompt, asked)
             ids += made
-            text = self._tokenizer._fast.decode(ids, skip_special_tokens=True)
+            text = self._tokenizer._backend.decode(ids, skip_special_tokens=True)
             if is_over or not made:
                 break
         return text
@@ -91,7 +92,7 @@ class Caller:
         return [], True
 
     def _ids(self, tail: str) -> Sequence[int]:
-        return [self._tokenizer._fast.convert_tokens_to_ids(tail)] if tail else []
+        return [self._tokenizer._backend.token_to_id(tail)] if tail else []
 
 
 @pytest.mark.parametrize("scope", ["{phase: generated}", "{phase: all}"])
@@ -169,7 +170,8 @@ async def test_a_stop_holds_a_token_at_a_time(tmp_path: Path, outcome: Outcome) 
 HEAD = "name: cut\nmode: {}\nowner: safety\n"
 WHEN = "sae: resid2, feature: 9, above: 1"
 APPLIED = (
-    f"{{name: t, when: {{{WHEN}, scope: {{phase: generated}}}}, apply: [{{sae: resid2, feature: 3, zero: true}}]}}"
+    f"triggers: [{{name: t, when: {{{WHEN}, scope: {{phase: generated}}}}, "
+    "apply: [{sae: resid2, feature: 3, zero: true}]}]"
 )
 
 
