@@ -69,10 +69,13 @@ class Caller:
         ids: list[int] = []
         while len(ids) < FRENCH.max_new_tokens:
             prompt = FRENCH.prompt + text if how == "text" else TokenInput([*read, *ids, *end])
-            asked = {"max_new_tokens": tokens, "temperature": FRENCH.temperature, "seed": 1000 * number + len(ids)}
+            asked = {
+                "max_new_tokens": tokens, "temperature": FRENCH.temperature, "seed": 1000 * number + len(ids),
+                "parse_special_tokens": bool(tail),
+            }  # fmt: skip
             made, is_over = await (self._cancelled if how == "stream" else self._whole)(prompt, asked)
             ids += made
-            text = self._tokenizer._fast.decode(ids, skip_special_tokens=True)
+            text = self._text(ids)
             if is_over or not made:
                 break
         return text
@@ -91,7 +94,11 @@ class Caller:
         return [], True
 
     def _ids(self, tail: str) -> Sequence[int]:
-        return [self._tokenizer._fast.convert_tokens_to_ids(tail)] if tail else []
+        return [self._tokenizer._backend.token_to_id(tail)] if tail else []
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.detokenizer(())
+        return "".join(map(text.push, ids)) + text.flush()
 
 
 @pytest.mark.parametrize("scope", ["{phase: generated}", "{phase: all}"])
@@ -168,9 +175,7 @@ async def test_a_stop_holds_a_token_at_a_time(tmp_path: Path, outcome: Outcome) 
 
 HEAD = "name: cut\nmode: {}\nowner: safety\n"
 WHEN = "sae: resid2, feature: 9, above: 1"
-APPLIED = (
-    f"{{name: t, when: {{{WHEN}, scope: {{phase: generated}}}}, apply: [{{sae: resid2, feature: 3, zero: true}}]}}"
-)
+APPLIED = f"when: {{{WHEN}, scope: {{phase: generated}}}}, apply: [{{sae: resid2, feature: 3, zero: true}}]"
 
 
 def gated(when: str) -> str:
@@ -189,7 +194,7 @@ CUT_UP = {
 async def test_what_can_be_cut_up_is_refused_when_it_is_written(tmp_path: Path, outcome: Outcome) -> None:
     edit = "rules: [{{name: a, sae: resid2, feature: 7, zero: true, {}}}]"
     documents = {field: edit.format(part) for field, part in CUT_UP.items()}
-    documents["triggers[0].when.scope.phase"] = APPLIED
+    documents["triggers[0].when.scope.phase"] = f"triggers: [{{name: t, {APPLIED}}}]"
     store = PolicySettings(store=f"sqlite:///{tmp_path}/policies.db")
     async with serving_demo(policies=store) as app, AsyncClient(f"127.0.0.1:{app.port}") as client:
         for field, document in documents.items():
