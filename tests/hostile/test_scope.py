@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from saeguard_client import AsyncClient, Completion, EnforcedRule, FeatureRef, InvalidArgument, TokenInput
+from saeguard_client import AsyncClient, ChatMessage, Completion, EnforcedRule, FeatureRef, InvalidArgument, TokenInput
 from saeguard_server.app import App
 from saeguard_server.demo.scenarios import Demonstration, Scenario, load_demonstration
 from saeguard_server.settings import PolicySettings
@@ -204,3 +204,18 @@ async def test_what_can_be_cut_up_is_refused_when_it_is_written(tmp_path: Path, 
             assert field in str(shadow.findings)
         assert (await client.policies()).policies == ()
     outcome("a policy that can be cut up", "refused by its field; in shadow a warning", f"{len(documents)} of them")
+
+
+async def test_the_assistants_turns_of_a_chat_count_as_generated(tmp_path: Path, outcome: Outcome) -> None:
+    """Whatever a turn holds, it is what a model said: the tokens of its content, and the one before it."""
+    asked, said = ChatMessage("user", "Le matin ?"), "Il a vu le pain."
+    async with served(policy("{phase: generated}"), tmp_path / "policy") as (app, client):
+        tokens = len(app.engine.tokenizer.encode(said).ids) - 1
+        counts = []
+        for turns in range(3):
+            chat = [asked, *(message for _ in range(turns) for message in (ChatMessage("assistant", said), asked))]
+            done = await client.generate(chat, max_new_tokens=1)
+            assert done.policy is not None
+            counts.append({rule.tokens for rule in done.policy.enforced})
+    outcome("an answer sent back in a chat", "its tokens count as generated", f"{counts}, {tokens} in each turn")
+    assert counts == [{1}, {tokens + 2}, {2 * (tokens + 1) + 1}]
