@@ -310,7 +310,8 @@ class _ReceiptCheck:
             isinstance(input, ChatInput)
             and any(message.role == "user" and message.content.strip() for message in input.messages)
         )
-        has_prompt = has_text and first == 0 and (last is None or last >= prompt)
+        is_covered = first == 0 and (last is None or last >= prompt)
+        has_prompt = has_text and is_covered and not self._request.parse_special_tokens
         is_checked = scope.phase != "generated" and last is not None and last <= prompt  # the server refuses it without
         ends_prompt = first < prompt and 1 < prompt <= (prompt if last is None else last)  # never left alone
         return int(inside > 0 and self._bounds.least >= prompt and (has_prompt or is_checked or ends_prompt))

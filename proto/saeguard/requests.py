@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from saeguard import checks
-from saeguard.checks import FLOAT32_MAX, MAX_UINT64, FieldError
+from saeguard.checks import FLOAT32_MAX, MAX_INT64, MAX_UINT64, FieldError
 from saeguard.types import EDITS, FeatureRef, Intervention, Trigger, check_edited_once
 
 CHAT_ROLES: Final = ("system", "user", "assistant")
@@ -161,14 +161,14 @@ class GenerateRequest:
             checks.store(self, "max_relative_edit", checks.check_limit("max_relative_edit", self.max_relative_edit))
         checks.store_several(self, "watch", FeatureRef, "a FeatureRef")
         checks.store_several(self, "triggers", Trigger, "a Trigger")
-        checks.store_texts(self, "policies")
+        checks.store_names(self, "policies")
         _check_distinct("watch", self.watch, "a feature is named twice")
         _check_distinct("triggers", [trigger.name for trigger in self.triggers], "a name is given twice")
         _check_distinct("policies", self.policies, "a policy is named twice")
         if len(checks.check_text("conversation", self.conversation)) > MAX_CONVERSATION_CHARS:
             length = len(self.conversation)
             raise FieldError("conversation", f"at most {MAX_CONVERSATION_CHARS} characters, got {length}")
-        checks.store_integer(self, "min_policy_activation", MAX_UINT64, optional=True)
+        checks.store_integer(self, "min_policy_activation", MAX_INT64, optional=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +227,7 @@ class ActivationRequest:
         checks.check_instance(
             "selection", self.selection, Selection, "a TopKSelection, ThresholdSelection or FeatureSelection"
         )
-        checks.store_texts(self, "saes")
-        if "" in self.saes:
-            raise FieldError(f"saes[{self.saes.index('')}]", "must not be empty")
+        checks.store_names(self, "saes")
         if not self.saes and not isinstance(self.selection, FeatureSelection):
             raise FieldError("saes", "must not be empty unless features are named")
         _check_distinct("saes", self.saes, "an SAE is named twice")

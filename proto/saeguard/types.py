@@ -28,11 +28,10 @@ WINDOWS: Final[tuple[WindowKind, ...]] = get_args(WindowKind)
 
 MAX_WINDOW: Final = 128
 MAX_TERMS: Final = 4096
-MAX_TRIGGER_CHARS: Final = 256
 
 
 def check_feature(of: FeatureRef | Term | Intervention) -> None:
-    checks.check_filled("sae", checks.check_text("sae", of.sae))
+    checks.check_name("sae", of.sae)
     checks.store_integer(of, "feature")
 
 
@@ -365,9 +364,7 @@ class Trigger:
     action: Action = Flag()
 
     def __post_init__(self) -> None:
-        checks.check_filled("name", checks.check_text("name", self.name))
-        if len(self.name) > MAX_TRIGGER_CHARS:
-            raise FieldError("name", f"at most {MAX_TRIGGER_CHARS} characters, got {len(self.name)}")
+        checks.check_name("name", self.name)
         checks.check_instance("when", self.when, Condition, "a Condition")
         checks.check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 T = TypeVar("T")
+
+_MAX_COUNT = 2**32 - 1
+"""What callers are told of it must fit."""
 
 FEATURES = "features.jsonl"
 
@@ -28,7 +32,7 @@ class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A text in which the feature fired with ``value`` on the token at ``token_index``."""
 
     text: str
-    token_index: int
+    token_index: Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
     value: float
 
 
@@ -46,6 +50,12 @@ class CatalogueFeature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     top_tokens: tuple[CatalogueToken, ...] = ()
     examples: tuple[Example, ...] = ()
 
+    def __post_init__(self) -> None:
+        for probability in self.quantiles:
+            # Turned round, for NaN; float refuses what is no number.
+            if not 0.0 <= float(probability) <= 1.0:
+                raise ValueError(f"quantiles: must be of probabilities from 0 to 1, got {probability!r}")
+
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How well the SAE stands in for the activation; cross-entropies in nats per token."""
@@ -56,7 +66,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ce_spliced: float | None = None
     ce_mean_ablated: float | None = None
     dead_share: float | None = None
-    tokens: int | None = None  # tokens these were measured on
+    tokens: Annotated[int, Meta(ge=0, le=_MAX_COUNT)] | None = None  # tokens these were measured on
 
     @property
     def ce_increase(self) -> float | None:
@@ -103,7 +113,7 @@ def read_features(file: Path, d_sae: int | None = None) -> dict[int, CatalogueFe
 def _decode(data: bytes, kind: type[T], where: str) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as err:
+    except (msgspec.DecodeError, RecursionError) as err:
         raise BadCatalogue(f"{where}: {err}") from err
 
 

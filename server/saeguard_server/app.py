@@ -25,7 +25,7 @@ from saeguard_server.identity import auth
 from saeguard_server.observe import Exporter, Metrics
 from saeguard_server.policy.sync import open_enforcement, run_enforcement
 from saeguard_server.rpc import server as rpc
-from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
+from saeguard_server.rpc.interceptor import AuthInterceptor, OpenCalls, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
 from saeguard_server.settings import DEMO, Address, BadSettings, ServedSaeSettings, ServerSettings, Settings
@@ -70,6 +70,8 @@ class App:
             metrics_port = None
             if listen := settings.server.metrics_listen:
                 metrics_port = stack.enter_context(Exporter(metrics.registry, Address.parse(listen))).port
+            # After the port above, which may be the same one, and before a model is loaded.
+            rpc.check_listen(settings.server)
             audit = Audit.of(settings.audit, metrics)
             stack.callback(audit.close)
             store = await stack.enter_async_context(open_enforcement(settings.policies))
@@ -84,22 +86,28 @@ class App:
             recorder = RequestRecorder(audit, metrics.policy_rules, counterfactuals)
             slots, limits = settings.engine.max_slots, settings.limits
             admission = Admission(engine, metrics, slots)
-            limiter = LoadLimiter(engine, admission.turns, metrics, max_queue=limits.max_queue, max_slots=slots)
+            limiter = LoadLimiter(
+                engine, admission.turns, metrics, max_queue=limits.max_queue, max_slots=slots,
+                max_unread=limits.max_unread, prompts=admission.prompts,
+            )  # fmt: skip
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
             activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies, recorder)
             health = rpc.Health(rpc.SERVICES)
             servicers = rpc.Servicers(
-                generation=GenerationServicer(generation, limiter, limits),
-                activation=ActivationServicer(activations, limiter, limits),
+                generation=GenerationServicer(generation, limiter, limits, engine.model.max_context),
+                activation=ActivationServicer(activations, limiter, limits, engine.model.max_context),
                 catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
                 policy=PolicyServicer(enforced, audit),
                 server_info=rpc.ServerInfoServicer(describe_server(engine, settings)),
                 health=health,
             )
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
-            interceptor = RpcInterceptor(metrics, limiter, authentication, limits.max_deadline_s, audit)
+            interceptor = RpcInterceptor(
+                metrics, limiter, authentication, OpenCalls(settings.server.max_calls, settings.server.max_connections),
+                admission.quotas, audit, limits=limits, receive_s=settings.server.receive_s,
+            )  # fmt: skip
             server = rpc.build_server(servicers, interceptor, settings.server)
             address = rpc.listen_on(server, settings.server)
             await server.start()

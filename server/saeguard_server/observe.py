@@ -5,26 +5,33 @@ Labels are names that the server chose, never a caller's text, and no log line h
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import threading
+import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
 
 from saeguard.results import Completion, InterventionReceipt, TriggerReceipt
-from saeguard_server.settings import Address, BadSettings
+from saeguard_server.settings import Address, BadSettings, error_text
 
 RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 RULE_LABELS = ("policy", "rule", "mode")
 MAX_RULES = 2000
 """Rules with series of their own; those of further ones are counted together."""
 OTHER = "other"
+
+MAX_SCRAPES, SCRAPE_S, MAX_HEAD_BYTES = 16, 10.0, 16 * 1024
+"""Of the metrics port: connections at once, how long each has, and bytes of a request's line and headers."""
 
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -209,18 +216,73 @@ class PolicyMetrics:
 
 
 class Exporter:
-    """/metrics over HTTP on a port of its own, so that it can be kept from callers; a context manager that stops it."""
+    """/metrics over HTTP on a port of its own, so that it can be kept from callers; a context manager that stops it.
+
+    In one thread with a loop of its own, so that it answers while the server's is busy. A connection has one request,
+    within ``SCRAPE_S``; at most ``MAX_SCRAPES`` are open, and further ones are closed as they come.
+    """
 
     def __init__(self, registry: CollectorRegistry, address: Address) -> None:
         """Listens at once. Raises BadSettings: the address cannot be used."""
+        self._registry, self._open = registry, 0
+        self._loop = asyncio.new_event_loop()
+        self._rendering = asyncio.Lock()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="metrics", daemon=True)
+        self._thread.start()
         try:
-            self._server, self._thread = start_http_server(address.port, address.host, registry)
-        except OSError as err:
-            raise BadSettings(f"server.metrics_listen: {address}: {err.strerror}") from err
+            listening = asyncio.start_server(self._answer, address.host, address.port, limit=MAX_HEAD_BYTES)
+            self._server = asyncio.run_coroutine_threadsafe(listening, self._loop).result()
+        except (OSError, UnicodeError) as err:
+            self._stop()
+            raise BadSettings(f"server.metrics_listen: {address}: {error_text(err)}") from err
 
     @property
     def port(self) -> int:
-        return self._server.server_port
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open <= MAX_SCRAPES:
+                async with asyncio.timeout(SCRAPE_S):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(await self._reply(head.decode("latin-1").split("\r\n")))
+                    await writer.drain()
+                    writer.close()
+                    await writer.wait_closed()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            # Not in time, too long, or gone.
+            pass
+        finally:
+            self._open -= 1
+            writer.transport.abort()
+
+    async def _reply(self, head: Sequence[str]) -> bytes:
+        method, _, rest = head[0].partition(" ")
+        path = rest.partition(" ")[0].partition("?")[0]
+        status, kind, body = "404 Not Found", "text/plain", b"only GET /metrics\n"
+        if path == "/metrics" and method in ("GET", "HEAD"):
+            headers = dict(line.lower().partition(":")[::2] for line in head[1:])
+            encode, kind = choose_encoder(headers.get("accept", ""))
+            status, body = "200 OK", await self._rendered(encode)
+        lines = (f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}", "Connection: close")
+        return "\r\n".join((*lines, "", "")).encode() + (b"" if method == "HEAD" else body)
+
+    async def _rendered(self, encode: Callable[[CollectorRegistry], bytes]) -> bytes:
+        async with self._rendering:
+            began = time.monotonic()
+            body = encode(self._registry)
+            # As long a pause: whoever scrapes without end gets half of one core, and the server the rest.
+            await asyncio.sleep(time.monotonic() - began)
+            return body
+
+    async def _close(self) -> None:
+        self._server.close()
+        answers = asyncio.all_tasks() - {asyncio.current_task()}
+        for answer in answers:
+            answer.cancel()
+        await asyncio.gather(*answers, return_exceptions=True)
 
     def __enter__(self) -> Exporter:
         return self
@@ -228,9 +290,13 @@ class Exporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")

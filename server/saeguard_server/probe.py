@@ -12,7 +12,8 @@ from grpc_health.v1 import health_pb2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="saeguard_server.probe", description="Exits 0 on SERVING, else 1.")
+    about = "Exits 0 on SERVING, else 1."
+    parser = argparse.ArgumentParser(prog="saeguard_server.probe", description=about, allow_abbrev=False)
     parser.add_argument("target", nargs="?", default="127.0.0.1:50051")
     parser.add_argument("--service", default="", help='"" is the whole server, "liveness" the process')
     parser.add_argument("--timeout-s", type=float, default=3.0)

@@ -218,8 +218,14 @@ class LimitSettings(SettingsTable, frozen=True, kw_only=True):
     """For requests that name none."""
     max_deadline_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 600.0
     """Imposed on requests without a deadline or with a longer one."""
+    max_request_bytes: Count = 1_048_576
+    """Of one request that brings inputs, at most 4 MiB."""
+    max_steering_bytes: Count = 262_144
+    """Of all that one request says beside its inputs: what an audit record can quote."""
+    max_messages: Count = 1024
+    """Chat messages in one input."""
     max_interventions: Count = 256
-    """Edits in one request."""
+    """Edits in one request, those of its triggers included."""
     max_watch: Count = 64
     """Watched features in one request."""
     max_triggers: Count = 64
@@ -230,8 +236,20 @@ class LimitSettings(SettingsTable, frozen=True, kw_only=True):
     """Policies named in one request."""
     max_activation_inputs: Count = 64
     """Inputs in one GetActivations."""
+    max_activation_saes: Count = 64
+    """SAEs named in one GetActivations."""
     max_activation_values: Count = 4096
     """Activations kept per token in one GetActivations selection."""
+
+    max_parked: Count = 64
+    """Requests of one caller that wait for an activation of the policies (min_policy_activation); of all callers,
+    max_queue."""
+    max_parked_s: Seconds = 30.0
+    """How long one may wait for it."""
+    max_unread: Count = 64
+    """Streams of one caller that wait to be read; of all callers, max_queue. They hold no place meanwhile."""
+    max_unread_s: Seconds = 30.0
+    """How long one message of an answer may wait to be read before the call is ended."""
 
 
 class ServerSettings(SettingsTable, frozen=True, kw_only=True):
@@ -251,9 +269,22 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     """How long running requests may finish after SIGTERM."""
     drain_delay_s: Seconds = 0.0
     """Wait between saying NOT_SERVING and refusing new requests, for load balancers to notice."""
-    max_connection_age_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] | None = None
+    max_connection_age_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] | None = 3600.0
     """Connections older than this are asked to reconnect, which spreads clients over new replicas; running requests
-    finish."""
+    have limits.max_deadline_s to finish, then it is closed."""
+    max_connection_idle_s: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 300.0
+    """Connections without any call for so long are closed."""
+    max_connections: Count = 1024
+    """Connections at once; further ones are closed when they come."""
+    max_streams: Count = 1024
+    """Calls at once on one connection; a client's further ones wait in the client."""
+    max_calls: Count = 4096
+    """Calls at once in all, half-open, watching and unread ones too; then a connection gets no more than its share of
+    them, max_calls / max_connections."""
+    handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 5.0
+    """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
+    receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    """Within which a request's message must be here."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
 
@@ -484,7 +515,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise BadSettings(f"{path}: {err.strerror}") from err
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
+        # Not tomllib's own error alone: numbers of thousands of digits, and deep nesting.
         raise BadSettings(f"{path}: {err}") from err
 
 

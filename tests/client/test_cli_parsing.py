@@ -179,3 +179,29 @@ def test_help(capsys: Any, arguments: list[str]) -> None:
 def test_version(capsys: Any) -> None:
     assert exit_code(["--version"]) == 0
     assert capsys.readouterr().out.startswith("saeguard ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (("generate", "x", "--see", "1"), "usage: saeguard generate"),
+        (("generate", "x", "--sead", "1"), "usage: saeguard generate"),
+        (("policy", "list", "--rev", "1"), "usage: saeguard policy list"),
+        (("serve", "--max-slot", "1"), "usage: saeguard serve"),
+        (("key", "list", "--fil", "x"), "usage: saeguard key list"),
+        (("--targe", "x", "info"), "usage: saeguard "),
+    ],
+)
+def test_a_flag_is_taken_as_it_is_written_and_a_typo_shows_its_command(
+    arguments: tuple[str, ...], usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(usage)
+
+
+@pytest.mark.parametrize("number", ["-1", str(2**64)])
+def test_a_number_that_the_wire_has_not_is_wrong_usage(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policy", "list", f"--revision={number}"]) == 2
+    assert capsys.readouterr().err.startswith("saeguard: revision: must be 0 to ")

@@ -39,6 +39,9 @@ class Words:
 
     special_ids = frozenset[int]()
 
+    def check_length(self, prompt: object, most: int, cancellation: object) -> None:
+        pass
+
     def encode(self, prompt: object, *, parse_special_tokens: bool) -> EncodedText:
         return EncodedText((1, 2, 3), (None, None, None))
 

@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import strategies as st
 
 from saeguard import requests, types
-from saeguard.checks import FLOAT32_MAX, MAX_UINT32, MAX_UINT64
+from saeguard.checks import FLOAT32_MAX, MAX_INT64, MAX_UINT32, MAX_UINT64
 from saeguard.wire import CLASSES
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -115,7 +115,7 @@ generations = st.builds(
     triggers=triggers,
     policies=st.lists(some_words, max_size=2, unique=True),
     conversation=words,
-    min_policy_activation=st.none() | st.integers(0, MAX_UINT64),
+    min_policy_activation=st.none() | st.integers(0, MAX_INT64),
 )
 selections = st.one_of(
     st.builds(requests.TopKSelection, st.integers(1, MAX_UINT32)),

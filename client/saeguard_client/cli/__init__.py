@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Final
 
+from saeguard.checks import FieldError
 from saeguard_client.cli import features, generate, policy
 from saeguard_client.cli.terminal import Terminal, UsageError, add_connection, safe
 from saeguard_client.errors import SaeguardError, Unauthenticated, Unavailable
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
     terminal = Terminal()
     try:
         code: int = args.run(args)
-    except UsageError as err:
+    except (UsageError, FieldError) as err:
         terminal.note(f"saeguard: {err}")
         return USAGE
     except SaeguardError as err:
@@ -90,14 +91,24 @@ def _explained(error: SaeguardError, target: str) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that may stand for one in a package which is only imported when it is asked to parse."""
+    """A parser that may stand for one in a package which is only imported when it is asked to parse.
+
+    Flags are taken as they are written, never by their beginnings: an option that is new must not change what an old
+    script says.
+    """
 
     entry_point: EntryPoint | None = None
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"allow_abbrev": False})
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, by the real parser where this is a stand-in."""
+        """As argparse's, by the real parser where this is a stand-in; what is not known is refused with its usage."""
         if self.entry_point is None:
-            return super().parse_known_args(args, namespace)
+            parsed, rest = super().parse_known_args(args, namespace)
+            if rest:
+                self.error(f"unrecognized arguments: {' '.join(rest)}")
+            return parsed, rest
         parsed, rest = self._real(self.entry_point).parse_known_args(args, namespace)
         parsed.plugin = self.entry_point.name
         return parsed, rest
@@ -107,7 +118,7 @@ class CommandParser(argparse.ArgumentParser):
             add = entry_point.load()
         except ImportError as err:
             self.exit(2, missing(entry_point.name, err) + "\n")
-        holder = argparse.ArgumentParser(prog="saeguard").add_subparsers()
+        holder = CommandParser(prog="saeguard").add_subparsers()
         add(holder)
         real: argparse.ArgumentParser = holder.choices[entry_point.name]
         return real

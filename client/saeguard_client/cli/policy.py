@@ -56,8 +56,6 @@ _JSON: Final = "print one JSON object"
 _REASON: Final = "why, for the history"
 _SUFFIXES: Final = (".yaml", ".yml", ".json")
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
-NOTICED: Final = 1
-"""Exit code of ``lint`` where it noticed something."""
 
 
 def add_policy(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -189,9 +187,8 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def run_lint(args: argparse.Namespace) -> int:
-    if _dry_run(args, prune=False).findings:
-        return NOTICED
-    Terminal().line("nothing to say against these policies")
+    if not _dry_run(args, prune=False).findings:
+        Terminal().line("nothing to say against these policies")
     return 0
 
 

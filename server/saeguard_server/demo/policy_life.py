@@ -41,7 +41,8 @@ class Phase:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--generations", type=int, default=200, help="in each phase (default: 200)")
     generations = parser.parse_args().generations
     demonstration = load_demonstration()

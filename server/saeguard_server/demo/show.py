@@ -71,7 +71,8 @@ def _free_port() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--generations", type=int, default=200, help="per scenario and side (default: 200)")
     parser.add_argument("--target", help="use a server that already serves the demo model")
     arguments = parser.parse_args()
@@ -227,7 +228,9 @@ class Replay:
     async def _losses(self, texts: Sequence[str], steer: list[Intervention]) -> list[list[float]]:
         async def losses(text: str) -> list[float]:
             async with self._concurrency:
-                completion = await self._client.generate(text, steer=steer, max_new_tokens=1, prompt_logprobs=True)
+                completion = await self._client.generate(
+                    text, steer=steer, max_new_tokens=1, prompt_logprobs=True, parse_special_tokens=True
+                )
             return [-logprob for logprob in completion.prompt_logprobs]
 
         return await asyncio.gather(*(losses(text) for text in texts))

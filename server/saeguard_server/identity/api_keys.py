@@ -63,8 +63,18 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             when = getattr(self, name)
             if when is not None and when.tzinfo is None:
                 raise ValueError(f"{name}: must have a time zone, such as 2027-01-31T00:00:00Z")
-        if not _HASH.fullmatch(self.hash):
+        self._check_hash()
+
+    def _check_hash(self) -> None:
+        """Now, and not when its holder comes."""
+        fields = _HASH.fullmatch(self.hash)
+        if fields is None:
             raise ValueError("hash: must be scrypt$n$r$p$salt$hash")
+        n, r, p = (int(fields[group]) for group in (1, 2, 3))
+        if n < 2 or n & (n - 1) or not 0 < n * r * p * 128 < _MAX_MEMORY:
+            raise ValueError(f"hash: n must be a power of two, and n * r * p * 128 below {_MAX_MEMORY}")
+        for group in (4, 5):
+            b64decode(fields[group], validate=True)
 
     def matches(self, secret: str) -> bool:
         """Whether this is the key's secret; takes as long as scrypt does, whatever the answer."""
@@ -183,7 +193,7 @@ def read_keys(path: Path) -> KeyFile:
         raise BadSettings(f"{path}: others may read or change it (mode {mode & 0o777:04o}): chmod 600, or 640 at most")
     try:
         return msgspec.json.decode(raw, type=KeyFile)
-    except msgspec.DecodeError as err:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as err:
         raise BadSettings(f"{path}: {err}") from err
 
 

@@ -171,6 +171,9 @@ _NEEDS: Mapping[str, Mapping[str, Need]] = {
         "Check": Access.PUBLIC,
         "Watch": Access.PUBLIC,
     },
+    "grpc.reflection.v1alpha.ServerReflection": {
+        "ServerReflectionInfo": Access.PUBLIC,
+    },
 }
 
 _SECOND_PERSON: RoleTable = {

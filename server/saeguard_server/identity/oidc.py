@@ -1,24 +1,29 @@
 """JSON Web Tokens (RFC 7519) of an OpenID Connect issuer, and its public keys from a file or a URL.
 
-Only public-key signatures are accepted. PyJWT fetches and parses the keys. Its cache is not used: there, every call
-waits while keys are fetched, and keys that were once fetched are not trusted while the issuer is away.
+Only public-key signatures are accepted. PyJWT parses the keys. It does not fetch them: there, every call waits while
+that is done, an answer may be of any size and come a byte at a time, and keys that were once fetched are not trusted
+while the issuer is away.
 """
 
 from __future__ import annotations
 
 import asyncio
+import http.client
+import io
 import json
 import logging
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from jwt import PyJWK, PyJWKClient
-from jwt.exceptions import PyJWTError
+from jwt import PyJWK
 
 from saeguard.requests import MAX_CONVERSATION_CHARS
 from saeguard_server.caller import API_KEY_PREFIX, Caller, Credentials, Quota, Role
@@ -28,10 +33,12 @@ from saeguard_server.settings import BadSettings, JwtSettings, WatchedFiles, err
 LOG = logging.getLogger("saeguard.identity")
 
 FETCH_TIMEOUT_S = 5.0
+"""From the connection to the last byte."""
+MAX_JWKS_BYTES = 2**20
 MIN_REFRESH_S = 10.0
 """Tokens with made-up key ids must not make us ask the issuer more often than this."""
 MAX_KEYS = 256
-MIN_RSA_BITS = 2048
+MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16_384
 _KINDS = ("RSA", "EC", "OKP")
 
 REFUSALS: Mapping[type[Exception], str] = {
@@ -81,8 +88,8 @@ class JwtAuthenticator:
                 leeway=self._settings.leeway_s,
                 options={"require": ["exp", "iss", "aud"]},
             )
-        except (jwt.PyJWTError, TypeError, ValueError) as err:
-            # TypeError and ValueError: a key of another kind than the algorithm.
+        except Exception as err:
+            # Not PyJWT's alone: a key of another kind than the algorithm, times beyond a clock, deep claims.
             reason = next((text for kind, text in REFUSALS.items() if isinstance(err, kind)), _MALFORMED)
             raise _refused(reason) from None
         return claims
@@ -169,14 +176,13 @@ def open_jwks(settings: JwtSettings) -> Jwks:
     """Raises BadSettings: the file cannot be used. A URL is asked when the first token comes."""
     if not settings.is_remote:
         return JwksFile(Path(settings.jwks))
-    client = PyJWKClient(settings.jwks, cache_jwk_set=False, timeout=FETCH_TIMEOUT_S)
-    return JwksUrl(client.fetch_data, settings.jwks_refresh_s, settings.jwks_max_age_s)
+    return JwksUrl(lambda: fetch_jwks(settings.jwks), settings.jwks_refresh_s, settings.jwks_max_age_s)
 
 
 class JwksFile:
     def __init__(self, path: Path) -> None:
         try:
-            self._keys = WatchedFiles("token keys", [path], lambda: public_keys(json.loads(path.read_bytes())))
+            self._keys = WatchedFiles("token keys", [path], lambda: public_keys(read_jwks(path.read_bytes())))
         except (OSError, ValueError) as err:
             raise BadSettings(f"identity.jwt.jwks: {path}: {error_text(err)}") from err
 
@@ -220,14 +226,63 @@ class JwksUrl:
 
     async def _renew(self) -> None:
         try:
-            keys = public_keys(await asyncio.to_thread(self._fetch))
-        except (OSError, ValueError, PyJWTError) as err:
+            keys = await asyncio.to_thread(lambda: public_keys(self._fetch()))
+        except Exception as err:
+            # Whatever the answer is: those who wait for it must hear that there are no keys.
             problem = {"problem": error_text(err)}
             LOG.warning("token keys cannot be read, the old ones stay", extra={"fields": problem})
         else:
             self._keys, self._last_success = keys, self._clock()
         finally:
             self._renewal = None
+
+
+def fetch_jwks(url: str) -> Any:
+    """The document at a URL, asked for directly: no proxy, and no other place that the answer names.
+
+    Raises:
+        OSError, TimeoutError: no answer that is whole within ``FETCH_TIMEOUT_S``, however it comes.
+        ValueError: the answer is not 200, larger than ``MAX_JWKS_BYTES``, or no JSON.
+    """
+    answer = asyncio.run(_download(url))
+    response = http.client.HTTPResponse(SimpleNamespace(makefile=lambda mode: io.BytesIO(answer)))  # type: ignore[arg-type]
+    try:
+        response.begin()
+        if response.status != http.HTTPStatus.OK:
+            raise ValueError(f"the issuer answers {response.status}")
+        return read_jwks(response.read())
+    except http.client.HTTPException as err:
+        raise ValueError(f"the issuer's answer is not HTTP: {type(err).__name__}") from err
+
+
+async def _download(url: str) -> bytes:
+    parts, answer = urlsplit(url), bytearray()
+    is_tls = parts.scheme == "https"
+    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    head = (f"GET {target} HTTP/1.1", f"Host: {parts.netloc}", "Accept: application/json", "Connection: close", "", "")
+    async with asyncio.timeout(FETCH_TIMEOUT_S):
+        reader, writer = await asyncio.open_connection(
+            parts.hostname, parts.port or (443 if is_tls else 80), ssl=ssl.create_default_context() if is_tls else None
+        )
+        try:
+            writer.write("\r\n".join(head).encode("ascii"))
+            while part := await reader.read(65_536):
+                answer += part
+                if len(answer) > MAX_JWKS_BYTES:
+                    raise ValueError(f"the issuer's answer is larger than {MAX_JWKS_BYTES} bytes")
+        finally:
+            writer.transport.abort()
+    return bytes(answer)
+
+
+def read_jwks(raw: bytes) -> Any:
+    """Raises ValueError: no JSON, too large or too deep."""
+    if len(raw) > MAX_JWKS_BYTES:
+        raise ValueError(f"is larger than {MAX_JWKS_BYTES} bytes")
+    try:
+        return json.loads(raw)
+    except RecursionError as err:
+        raise ValueError("is nested too deeply") from err
 
 
 def public_keys(document: Any) -> Keys:
@@ -264,9 +319,9 @@ def _public_key(entry: Any) -> PublicKey | None:
         return None
     try:
         key = PyJWK.from_dict(entry).key
-    except PyJWTError:
-        # A curve or algorithm that PyJWT does not know.
+    except Exception:
+        # A curve or algorithm that PyJWT does not know; and members of other types than theirs end in any way.
         return None
-    if isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS:
+    if isinstance(key, RSAPublicKey) and not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
         return None
     return PublicKey(key, entry.get("alg"))

@@ -8,11 +8,13 @@ comparison and its threshold, ``stop: true`` for the action.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from difflib import unified_diff
-from functools import partial, singledispatch
+from functools import cache, partial, singledispatch
+from itertools import count
+from math import isfinite
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -38,6 +40,8 @@ class LinearProbe:
     bias: float
 
 
+MAX_MESSAGE_CHARS = 1000
+
 ProbeReader: TypeAlias = Callable[[str], LinearProbe]
 """The probe in a file of that name, for conditions that name one. Raises ValueError."""
 
@@ -47,30 +51,40 @@ def no_probes(name: str) -> LinearProbe:
 
 
 class BadDocument(ValueError):
-    """A text that is no policy. The message names the path, such as ``rules[2].clamp.value``."""
+    """A text that is no policy. The message names the path, such as ``rules[2].clamp.value``, and quotes a little."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}...")
 
 
 def read_policy_files(files: Mapping[str, str]) -> tuple[Policy, ...]:
     """The policies of all YAML files, by name. Raises BadDocument, which begins with the file's name."""
+    values, probes = count(), cache(partial(probe_in_files, files))
     return tuple(
         policy
         for name in files
         if name.endswith((".yaml", ".yml"))
-        for policy in _policies_of_file(name, files[name], partial(probe_in_files, files, name))
+        for policy in _policies_of_file(name, files[name], partial(probes, name), values)
     )
 
 
-def _policies_of_file(name: str, text: str, probes: ProbeReader) -> tuple[Policy, ...]:
+def _policies_of_file(name: str, text: str, probes: ProbeReader, values: Iterator[int]) -> tuple[Policy, ...]:
     try:
-        return policies_from_yaml(text, probes)
+        return policies_from_yaml(text, probes, values)
     except BadDocument as err:
         raise BadDocument(f"{name}: {err}") from err
 
 
-def policies_from_yaml(text: str, probes: ProbeReader = no_probes) -> tuple[Policy, ...]:
-    """The policies of a text, one in each YAML document. Raises BadDocument: there is none, or one is wrong."""
+def policies_from_yaml(
+    text: str, probes: ProbeReader = no_probes, values: Iterator[int] | None = None
+) -> tuple[Policy, ...]:
+    """The policies of a text, one in each YAML document. Raises BadDocument: there is none, or one is wrong.
+
+    Args:
+        values: numbers those of the texts that are read together.
+    """
     try:
-        trees = read_yaml_documents(text)
+        trees = read_yaml_documents(text, values)
     except BadYaml as err:
         raise BadDocument(str(err)) from err
     if not trees:
@@ -260,8 +274,9 @@ def _scope(tree: Tree, path: str) -> Scope:
 
 def _time(text: Any, path: str) -> datetime:
     try:
-        return msgspec.convert(text, datetime)
-    except msgspec.ValidationError as err:
+        time: datetime = msgspec.convert(text, datetime)
+        return time if time.tzinfo is None else time.astimezone(UTC)
+    except (msgspec.ValidationError, OverflowError) as err:
         raise FieldError(path, str(err)) from err
 
 
@@ -420,16 +435,19 @@ def parse_probe(text: str | bytes) -> LinearProbe:
     """The probe that a JSON text describes. Raises BadProbe: it describes none."""
     try:
         probe = msgspec.json.decode(text, type=_Probe)
-    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as err:
         raise BadProbe(str(err)) from err
     if (probe.terms is None) == (probe.weights is None):
         raise BadProbe("must have one of terms and weights")
     if probe.weights is not None and probe.sae is None:
         raise BadProbe("sae: must be set with weights")
+    number = len(probe.terms or ()) + sum(weight != 0 for weight in probe.weights or ())
+    if not 1 <= number <= types.MAX_TERMS:
+        raise BadProbe(f"must have 1 to {types.MAX_TERMS} weights that are not 0, got {number}")
+    if not isfinite(probe.bias):
+        raise BadProbe(f"bias: must be a number, got {probe.bias}")
     weights = {f"weights[{i}]": _ProbeTerm(feature=i, weight=w) for i, w in enumerate(probe.weights or ()) if w}
     listed = weights or {f"terms[{i}]": term for i, term in enumerate(probe.terms or ())}
-    if not 1 <= len(listed) <= types.MAX_TERMS:
-        raise BadProbe(f"must have 1 to {types.MAX_TERMS} weights that are not 0, got {len(listed)}")
     return LinearProbe(tuple(_probe_term(path, term, probe.sae) for path, term in listed.items()), probe.bias)
 
 
@@ -446,33 +464,21 @@ def _probe_term(path: str, term: _ProbeTerm, sae: str | None) -> Term:
 # --- the YAML that policies use: the safe subset, where nothing is guessed and nothing is said twice
 
 
-MAX_CHARS = 8 * 2**20
+MAX_CHARS = 4 * 2**20
 """Of one text."""
 MAX_DEPTH = 32
+MAX_VALUES = 250_000
+"""Of all texts that are read together: words, numbers, keys, ends of lists. Reading so many takes about a second."""
+MAX_DIGITS = 64
+"""Of a number, however it is written."""
 
 
 class BadYaml(ValueError):
     """Not YAML, or more of YAML than policies use; the message says on which line."""
 
 
-class _Loader(yaml.CSafeLoader):
-    """Only true and false are booleans, so that ``mode: off`` is a word; 012 and 1:30 are no numbers, dates text."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise BadYaml(f"{_line(key.start_mark)}: a key must be a word")
-            if key.value in seen:
-                raise BadYaml(f"{_line(key.start_mark)}: {key.value!r} is given twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Quotes what ``_Loader``, or a reader of YAML 1.1, would not take as text; lists are indented."""
+    """Quotes what ``_scalar``, or a reader of YAML 1.1, would not take as text; lists are indented."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
@@ -489,44 +495,85 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text)
-_FLOAT = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?")
-for _tag, _pattern, _first in (
-    ("null", r"~|null|", ["~", "n", ""]),
-    ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?(?:0|[1-9]\d*)", list("-+0123456789")),
-    ("float", r"[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?", list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT.pattern + r"\Z"), list("-+.0123456789"))
+_FLOAT = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?\Z")
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+_WORDS: Mapping[str, bool | None] = {"": None, "~": None, "null": None, "true": True, "false": False}
+_NUMBER = re.compile(
+    r"(?P<int>[-+]?(?:0|[1-9][0-9]*))|[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+)
 
 
-def read_yaml_documents(text: str) -> list[Any]:
-    """Those that are not empty. Raises BadYaml: it is none, says a key twice, uses anchors or tags."""
+def read_yaml_documents(text: str, values: Iterator[int] | None = None) -> list[Any]:
+    """Those that are not empty. Raises BadYaml: it is none, is too large, says a key twice, uses anchors or tags."""
     if len(text) > MAX_CHARS:
         raise BadYaml(f"at most {MAX_CHARS} characters, got {len(text)}")
     try:
-        _check_events(text)
-        return [tree for tree in yaml.load_all(text, Loader=_Loader) if tree is not None]
-    except yaml.YAMLError as err:
+        events = _plain_events(text, count() if values is None else values)
+        trees = [_tree_of(next(events), events) for event in events if isinstance(event, yaml.DocumentStartEvent)]
+    except (yaml.YAMLError, UnicodeEncodeError) as err:
         raise BadYaml(_yaml_problem(err)) from err
+    return [tree for tree in trees if tree is not None]
 
 
-def _check_events(text: str) -> None:
-    """Before anything is built: a few aliases can stand for more than memory holds, and deep nesting ends the stack."""
+def _plain_events(text: str, values: Iterator[int]) -> Iterator[yaml.Event]:
+    """What a few lines of could stand for more than memory, the stack or the time allows is refused as it comes."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise BadYaml(f"{_line(event.start_mark)}: anchors and aliases are not supported")
+        problem = None
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise BadYaml(f"{_line(event.start_mark)}: is nested too deeply")
+        if next(values) > MAX_VALUES:
+            problem = f"all texts together may hold {MAX_VALUES} values"
+        elif depth > MAX_DEPTH:
+            problem = "is nested too deeply"
+        elif isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+            problem = "anchors and aliases are not supported"
+        elif getattr(event, "tag", None) is not None:
+            problem = "tags are not supported"
+        if problem is not None:
+            raise BadYaml(f"{_line(event.start_mark)}: {problem}")
+        yield event
+
+
+def _tree_of(event: yaml.Event, events: Iterator[yaml.Event]) -> Any:
+    if isinstance(event, yaml.ScalarEvent):
+        return _scalar(event)
+    if isinstance(event, yaml.SequenceStartEvent):
+        entries = []
+        while not isinstance(event := next(events), yaml.SequenceEndEvent):
+            entries.append(_tree_of(event, events))
+        return entries
+    tree: Tree = {}
+    while not isinstance(event := next(events), yaml.MappingEndEvent):
+        key = _scalar(event) if isinstance(event, yaml.ScalarEvent) else None
+        if not isinstance(key, str):
+            raise BadYaml(f"{_line(event.start_mark)}: a key must be a word")
+        if key in tree:
+            raise BadYaml(f"{_line(event.start_mark)}: {key!r} is given twice")
+        tree[key] = _tree_of(next(events), events)
+    return tree
+
+
+def _scalar(event: yaml.ScalarEvent) -> Any:
+    """Only true and false are booleans, so that ``mode: off`` is a word; 012 and 1:30 are no numbers, dates text."""
+    is_plain, text = event.implicit[0], event.value
+    if not is_plain:
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return text
+    if len(text) > MAX_DIGITS:
+        raise BadYaml(f"{_line(event.start_mark)}: a number may have {MAX_DIGITS} digits")
+    return int(text) if match["int"] else float(text)
 
 
 def _line(mark: Any) -> str:
     return f"line {mark.line + 1}"
 
 
-def _yaml_problem(err: yaml.YAMLError) -> str:
+def _yaml_problem(err: Exception) -> str:
     mark = getattr(err, "problem_mark", None)
     problem = getattr(err, "problem", None) or getattr(err, "reason", None) or "is not YAML"
     return f"{_line(mark)}: {problem}" if mark is not None else str(problem)

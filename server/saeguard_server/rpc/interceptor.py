@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -25,13 +26,15 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from saeguard_server.admission import InFlight, LoadLimiter
+from saeguard.checks import MAX_UINT32
+from saeguard_server.admission import SOON_S, InFlight, LoadLimiter, Waiting
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
     InternalFailure,
     InvalidRequest,
+    Overloaded,
     PermissionDenied,
     QuotaExceeded,
     RequestFieldError,
@@ -41,6 +44,9 @@ from saeguard_server.errors import (
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import REQUEST_ID, Metrics
+from saeguard_server.quotas import Quotas
+from saeguard_server.rpc.unread import CORE_ENDS_WITHIN_S, ReplyWriter
+from saeguard_server.settings import LimitSettings
 
 LOG = logging.getLogger("saeguard.rpc")
 
@@ -50,39 +56,53 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 DOMAIN = "saeguard.v1"
 OWN_METHODS = "/saeguard."
-"""Methods that the deadline and the drain apply to; health and reflection outlive both."""
+"""Methods that the drain applies to; health and reflection outlive it."""
 REQUEST_ID_KEY = "x-request-id"
 """From callers what they name the call; to callers what the server does, which no two calls share."""
 CLIENT_REQUEST_ID_KEY = "x-client-request-id"
 """To callers, the name that they sent."""
 MESSAGE_BYTES = 512
 """A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
+BRINGS_INPUT = frozenset({"Generate", "GenerateStream", "Compare", "GetActivations"})
+SMALL_REQUEST_BYTES = 65_536
+"""What the requests of other methods may have, but for policies."""
 ALMOST_OVER_S = 0.01
 """The core cancels at the deadline; its clock and ours differ by less than this."""
-CORE_ENDS_WITHIN_S = 1.0
-"""How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
+CORE_CANCELS_S = 0.1
+"""After the end of a request that is cancelled, its cancellation comes within less."""
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Around unary-unary and unary-stream handlers, in this order; others, as reflection's, pass untouched.
+    """Around every handler, in this order.
 
     1. The request id and the deadline: ``enter_call``.
     2. Counters, one log line and a record in the audit: ``RpcRecord``, ``Audit.call_ended``.
     3. Errors to statuses: ``RpcStatus``, ``rpc_failure``.
-    4. A refusal while the server drains: ``LoadLimiter.rpc``.
-    5. The deadline, where it is ours to impose.
+    4. A refusal where too many calls are open: ``OpenCalls``; or while the server drains: ``LoadLimiter.rpc``.
+    5. The deadline.
     6. Who calls and whether it may: ``AuthInterceptor``.
-    7. The message is parsed, the handler runs, headers and replies are sent.
+    7. The message is received, small enough, and paid for where it is refused: ``Quotas.message``.
+    8. It is parsed, the handler runs, headers and replies are sent: ``ReplyWriter`` ends what nobody reads.
 
     ``open`` counts the RPCs inside it, health's too.
     """
 
     def __init__(
-        self, metrics: Metrics, limiter: LoadLimiter, authentication: AuthInterceptor, max_deadline_s: float,
+        self,
+        metrics: Metrics,
+        limiter: LoadLimiter,
+        authentication: AuthInterceptor,
+        calls: OpenCalls,
+        quotas: Quotas,
         audit: Audit,
-    ) -> None:  # fmt: skip
-        self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
-        self._max_deadline_s, self._audit = max_deadline_s, audit
+        *,
+        limits: LimitSettings,
+        receive_s: float,
+    ) -> None:
+        self._metrics, self._limiter, self._authentication, self._calls = metrics, limiter, authentication, calls
+        self._quotas, self._audit, self._limits, self._receive_s = quotas, audit, limits, receive_s
+        self.max_deadline_s = limits.max_deadline_s
+        self._other_unread = Waiting(MAX_UINT32, MAX_UINT32)
         self.open = InFlight()
 
     async def intercept_service(
@@ -92,30 +112,32 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler:
         """The handler of this RPC inside the chain."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            # For None, an unknown method, the core answers UNIMPLEMENTED.
+        if handler is None:
+            # An unknown method: the core answers UNIMPLEMENTED.
             return handler  # type: ignore[return-value]
         method = handler_call_details.method
 
-        async def run(raw: bytes, context: Context) -> Any:
-            return await self._run(handler, method, raw, context)
+        async def run(_: object, context: Context) -> None:
+            await self._run(handler, method, context)
 
-        # No deserializer: bytes that are no message are answered by us, with details, and not by the core.
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(run, None, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(run, None, handler.response_serializer)
+        # As streams, of which we read and write the messages: until it is known who calls, the core holds back all but
+        # the first 64 KiB, and what nobody takes is given up in time. No deserializer: bytes that are no message are
+        # answered by us, with details, and not by the core.
+        return grpc.stream_stream_rpc_method_handler(run, None, handler.response_serializer)
 
-    async def _run(self, handler: Handler, method: str, raw: bytes, context: Context) -> Any:
+    async def _run(self, handler: Handler, method: str, context: Context) -> None:
         is_own = method.startswith(OWN_METHODS)
-        call = enter_call(context, self._max_deadline_s if is_own else inf)
+        call = enter_call(context, self.max_deadline_s)
         record = RpcRecord(self._metrics, method, handler, context.peer())
         status = RpcStatus(context)
         try:
             with self.open, status, self._limiter.rpc() if is_own else nullcontext():
-                async with asyncio.timeout(call.deadline - time.monotonic() if is_own else None) as status.timeout:
+                self._calls.enter(context.peer())
+                async with asyncio.timeout(call.deadline - time.monotonic()) as status.timeout:
                     call = identified_call(call, await self._authentication.authenticate(context, method))
                     self._authentication.authorize(call.caller, method)
-                    return await _serve(handler, _parsed(handler, raw), context, record, call)
+                    await self._serve(handler, method, context, record, call)
+                    return
         finally:
             record.close(call, status.code, status.error, logging.INFO if is_own else logging.DEBUG)
             self._audit.call_ended(call, method, record.peer, status.code.name, status.error)
@@ -124,7 +146,32 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if status.is_for_the_core:
             # It cancels us here, at the latest when its clock says that the caller's time is over.
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
-        return await context.abort_with_status(rpc_failure(status.error, call))
+        with suppress(grpc.aio.InternalError):  # the caller is gone
+            # Behind a message that is not read, this waits with the core, and holds nothing of ours.
+            await context.abort_with_status(rpc_failure(status.error, call))
+
+    async def _serve(self, handler: Handler, method: str, context: Context, record: RpcRecord, call: Call) -> None:
+        # Only streams hold a place while they wait; watches of the health do not either.
+        is_counted = handler.response_streaming and call.caller is not NOBODY
+        unread = self._limiter.unread if is_counted else self._other_unread
+        writer = ReplyWriter(context, call.caller, unread, self._limits.max_unread_s)
+        if handler.request_streaming:
+            stream: Any = handler.stream_stream
+            await _write_all(stream(_requests(handler, context), context), writer, context, record, call)
+            return
+        raw = await _received(context, self._receive_s)
+        self._check_size(method, len(raw))
+        with self._quotas.message(call.caller, len(raw)):
+            request = _parsed(handler, raw)
+            del raw  # megabytes, for as long as it is answered
+            stream = handler.unary_stream if handler.response_streaming else _as_stream(handler.unary_unary)
+            await _write_all(stream(request, context), writer, context, record, call)
+
+    def _check_size(self, method: str, size: int) -> None:
+        name = method.rpartition("/")[2]
+        most = self._limits.max_request_bytes if name in BRINGS_INPUT else SMALL_REQUEST_BYTES
+        if size > most and name != "ApplyPolicies":  # which has what any message may have
+            raise InvalidRequest("request", f"at most {most} bytes, got {size}")
 
 
 # --- 1. The call, for whoever handles it
@@ -179,11 +226,14 @@ CODE_NAMES = {code: "".join(word.title() for word in code.name.split("_")) for c
 
 
 class RpcRecord:
-    """Follows one RPC, of one request message, from its start to ``close``."""
+    """Follows one RPC from its start to ``close``; the messages of a request that is a stream count as one."""
 
     def __init__(self, metrics: Metrics, method: str, handler: Handler, peer: str) -> None:
         _, service, name = method.split("/")
-        self._labels = ("server_stream" if handler.response_streaming else "unary", service, name)
+        kind = (
+            "bidi_stream" if handler.request_streaming else "server_stream" if handler.response_streaming else "unary"
+        )
+        self._labels = (kind, service, name)
         self._metrics = metrics
         self._method = method
         # Now: it is empty after a deadline.
@@ -356,6 +406,36 @@ def _short(text: str) -> str:
     return encoded[: MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
 
 
+# --- 4. How many calls are open
+
+
+class OpenCalls:
+    """Calls by connection until the core has ended them: half-open ones, and those whose answer is not read."""
+
+    def __init__(self, most: int, connections: int) -> None:
+        """``connections`` can be open: each may have its share of ``most`` even where all are, so that twice as many
+        calls are the most that can be open."""
+        self._most, self._share = most, max(1, most // connections)
+        self._open, self._of = 0, Counter[str]()
+
+    def enter(self, connection: str) -> None:
+        """Counts the running RPC. Raises Overloaded: ``most`` are open, and this connection has its share of them."""
+        if self._open >= self._most and self._of[connection] >= self._share:
+            raise Overloaded("too many calls are open, and too many of them on this connection", SOON_S)
+        self._open += 1
+        self._of[connection] += 1
+        # The core's own task: it ends once the status is sent.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self._leave(connection))
+
+    def _leave(self, connection: str) -> None:
+        self._open -= 1
+        self._of[connection] -= 1
+        if not self._of[connection]:
+            del self._of[connection]
+
+
 # --- 6. Who calls, and whether it may
 
 
@@ -413,6 +493,25 @@ def _credentials(context: Context) -> Credentials:
 # --- 7. The handler
 
 
+async def _received(context: Context, within_s: float) -> bytes:
+    """The one message. Raises DeadlineExceeded, InvalidRequest: it does not come in time, or at all."""
+    try:
+        async with asyncio.timeout(within_s):
+            raw = await context.read()
+    except TimeoutError:
+        raise DeadlineExceeded(f"the request's message did not arrive within {within_s:g} s") from None
+    if raw is grpc.aio.EOF:
+        # Also what a call looks like that is being cancelled, or whose message is too large: the core then ends us.
+        await asyncio.sleep(CORE_CANCELS_S)
+        raise InvalidRequest("request", "no message was sent")
+    return bytes(raw)
+
+
+async def _requests(handler: Handler, context: Context) -> AsyncIterator[Any]:
+    while (raw := await context.read()) is not grpc.aio.EOF:
+        yield _parsed(handler, raw)
+
+
 def _parsed(handler: Handler, raw: bytes) -> Any:
     parse: Any = handler.request_deserializer
     try:
@@ -421,23 +520,24 @@ def _parsed(handler: Handler, raw: bytes) -> Any:
         raise InvalidRequest("request", "these bytes are not a message of the expected type") from err
 
 
-async def _serve(handler: Handler, request: Any, context: Context, record: RpcRecord, call: Call) -> Any:
-    if not handler.response_streaming:
-        unary: Any = handler.unary_unary
-        reply = await unary(request, context)
-        await _send_headers(context, call)
-        record.sent()
-        return reply
-    stream: Any = handler.unary_stream
+def _as_stream(unary: Any) -> Callable[[Any, Context], AsyncGenerator[Any]]:
+    async def stream(request: Any, context: Context) -> AsyncGenerator[Any]:
+        yield await unary(request, context)
+
+    return stream
+
+
+async def _write_all(
+    replies: AsyncGenerator[Any], writer: ReplyWriter, context: Context, record: RpcRecord, call: Call
+) -> None:
     is_first = True
-    async with aclosing(stream(request, context)) as replies:
+    async with writer.watching(), aclosing(replies):
         async for reply in replies:
             if is_first:
                 await _send_headers(context, call)
                 is_first = False
-            await context.write(reply)
+            await writer.write(reply)
             record.sent()
-    return None
 
 
 async def _send_headers(context: Context, call: Call) -> None:

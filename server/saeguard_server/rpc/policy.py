@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
+from google.protobuf.message import Message
+
 from saeguard import catalog
+from saeguard.checks import MAX_INT64
 from saeguard.v1 import policy_service_pb2 as pb
 from saeguard.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from saeguard.wire import to_message
@@ -17,10 +20,13 @@ from saeguard_server.policy.administration import Administration, WriteResult, e
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.sync import Enforcement
 from saeguard_server.rpc import interceptor
+from saeguard_server.threads import Cancellation, WorkThreads
 
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
 MAX_DOCUMENTS = 1024
+MAX_WAITING = 16
+"""Calls whose documents wait to be parsed or written at once."""
 
 
 class PolicyServicer(PolicyServiceServicer):
@@ -28,15 +34,18 @@ class PolicyServicer(PolicyServiceServicer):
 
     def __init__(self, enforcement: Enforcement | None, audit: Audit) -> None:
         self._optional_enforcement, self._audit = enforcement, audit
+        self._documents = WorkThreads("documents of policies", 1, MAX_WAITING)
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
+        _check_numbers(request)
         newest = await self._administration.revision()
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
         policies = revision.policies if revision else ()
+        text = await self._documents.run(interceptor.current_call(), partial(_yaml, policies))
         policy_set = catalog.PolicySet(
             policies=tuple(map(_summary, policies)),
-            yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
+            yaml=text,
             etag=etag_of(newest),
             revision=None if revision is None else _revision(revision),
             active=None if active is None else active.activation,
@@ -59,9 +68,10 @@ class PolicyServicer(PolicyServiceServicer):
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         etag = request.etag or (None if request.dry_run else etag_of(None))
-        call, policies = interceptor.current_call(), _parsed(request.documents)
+        administration, call = self._administration, interceptor.current_call()
+        policies = await self._documents.run(call, partial(_parsed, request.documents))
         apply = partial(
-            self._administration.apply, policies, caller=call.caller, reason=request.reason, etag=etag,
+            administration.apply, policies, caller=call.caller, reason=request.reason, etag=etag,
             is_whole_set=request.prune, is_trial=request.dry_run,
         )  # fmt: skip
         if request.dry_run:
@@ -75,13 +85,16 @@ class PolicyServicer(PolicyServiceServicer):
     async def ActivateRevision(
         self, request: pb.ActivateRevisionRequest, context: object
     ) -> pb.ActivateRevisionResponse:
+        _check_numbers(request)
         return pb.ActivateRevisionResponse(activation=await self._activate("activate", request, request.revision))
 
     async def Rollback(self, request: pb.RollbackRequest, context: object) -> pb.RollbackResponse:
+        _check_numbers(request)
         number = request.revision if request.HasField("revision") else None
         return pb.RollbackResponse(activation=await self._activate("rollback", request, number))
 
     async def ListHistory(self, request: pb.ListHistoryRequest, context: object) -> pb.ListHistoryResponse:
+        _check_numbers(request)
         limit = request.limit if request.HasField("limit") else DEFAULT_HISTORY
         if not 1 <= limit <= MAX_HISTORY:
             raise InvalidRequest("limit", f"must be 1 to {MAX_HISTORY}, got {limit}")
@@ -134,6 +147,13 @@ def _written(written: WriteResult) -> dict[str, Any]:
     return {"policies": [change.name for change in written.changes], **stored}
 
 
+def _check_numbers(request: Message) -> None:
+    """Raises InvalidRequest: a revision or an activation that no store can number so."""
+    for field, number in request.ListFields():
+        if field.cpp_type == field.CPPTYPE_UINT64 and number > MAX_INT64:
+            raise InvalidRequest(field.name, f"must be at most {MAX_INT64}, got {number}")
+
+
 def _summary(policy: Policy) -> catalog.PolicySummary:
     return catalog.PolicySummary(
         name=policy.name,
@@ -161,7 +181,15 @@ def _change(written: WriteResult) -> catalog.PolicyChange:
     )
 
 
-def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:
+def _yaml(policies: Sequence[Policy], cancellation: Cancellation) -> str:
+    texts = []
+    for policy in policies:
+        cancellation.check()
+        texts.append(document.policy_to_yaml(policy))
+    return "---\n".join(texts)
+
+
+def _parsed(documents: Sequence[pb.PolicyDocument], _: Cancellation) -> tuple[Policy, ...]:
     if not 1 <= len(documents) <= MAX_DOCUMENTS:
         raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
     files: dict[str, str] = {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
+import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +35,7 @@ from saeguard_server.errors import UnknownName
 from saeguard_server.rpc.interceptor import RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
-from saeguard_server.settings import Address, BadSettings, ServerSettings, WatchedFiles
+from saeguard_server.settings import Address, BadSettings, ServerSettings, WatchedFiles, error_text
 
 LOG = logging.getLogger("saeguard.server")
 
@@ -48,6 +51,15 @@ SERVICES: tuple[str, ...] = tuple(
     for service in file.services_by_name.values()
 )
 
+METADATA_BYTES = 16 * 1024
+"""Of a call's metadata, as HTTP/2 counts it: names, values and 32 bytes for each. More is RESOURCE_EXHAUSTED."""
+MESSAGE_BYTES = 4 * 2**20
+"""Of a request's message. Compressed ones are UNIMPLEMENTED: a thousandth of this could become all of it."""
+OWN_FILES = 256
+"""Descriptors for everything that is not a caller's connection."""
+KEEPALIVE_S, KEEPALIVE_ANSWER_S = 60.0, 20.0
+"""A connection that says nothing for so long is asked whether it lives, and closed without an answer."""
+
 HEALTH_SERVICE: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -62,7 +74,7 @@ class Servicers:
 
 
 def build_server(servicers: Servicers, interceptor: RpcInterceptor, settings: ServerSettings) -> grpc.aio.Server:
-    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
+    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings, interceptor.max_deadline_s))
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
     activation_service_pb2_grpc.add_ActivationServiceServicer_to_server(servicers.activation, server)
     catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicers.catalog, server)
@@ -86,17 +98,64 @@ def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
     return Address(address.host, port)
 
 
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+def check_listen(settings: ServerSettings) -> None:
+    """What ``listen_on`` needs, before a model is loaded. Raises BadSettings: the port or a TLS file cannot be used."""
+    server_credentials(settings)
+    allow_files(settings.max_connections + OWN_FILES)
+    address = Address.parse(settings.listen)
+    try:
+        families = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, where in families:
+            with socket.socket(family, kind, protocol) as probe:
+                # As the core does, which waits for no connection of a server that has just ended.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(where)
+    except (OSError, UnicodeError) as err:
+        raise BadSettings(f"server.listen: {address}: {error_text(err)}") from err
+
+
+def allow_files(number: int) -> None:
+    """Lets the process open so many: a connection that finds no descriptor left would wait, and all others with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        allowed = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < number:
+            fields = {"allowed": allowed, "needed": number}
+            LOG.warning("fewer open files are allowed than server.max_connections needs", extra={"fields": fields})
+
+
+def _options(settings: ServerSettings, longest_call_s: float) -> list[tuple[str, int]]:
     options = [
+        # Refused by its name. What says it is compressed and is not named so is taken as it is, never inflated.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.per_message_decompression", 0),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        # One limit: between two, calls are refused by chance.
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_connection_idle_ms", _ms(settings.max_connection_idle_s)),
+        ("grpc.server_handshake_timeout_ms", _ms(settings.handshake_s)),
+        ("grpc.http2.settings_timeout", _ms(settings.handshake_s)),
+        ("grpc.keepalive_time_ms", _ms(KEEPALIVE_S)),
+        ("grpc.keepalive_timeout_ms", _ms(KEEPALIVE_ANSWER_S)),
         # Two servers on one port would share its callers silently.
         ("grpc.so_reuseport", 0),
-        # The name that the core reads; "min_recv_ping_interval" is found in much code and does nothing.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Pings are answered, however many: where too many are to close a connection, it closes only once the core gets
+        # round to it, and until then each costs 3 KB.
+        ("grpc.http2.max_ping_strikes", 0),
     ]
     if settings.max_connection_age_s is not None:
-        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)))
+        options.append(("grpc.max_connection_age_ms", _ms(settings.max_connection_age_s)))
+        options.append(("grpc.max_connection_age_grace_ms", _ms(longest_call_s)))
     return options
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
 
 
 # --- TLS
@@ -114,14 +173,20 @@ def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | Non
     files += [Path(settings.tls_client_ca)] if settings.tls_client_ca is not None else []
 
     def read() -> grpc.ServerCertificateConfiguration:
+        # The core takes anything, and then fails at each handshake.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files[1], files[0], password=lambda: "")
+        for file in files[2:]:
+            context.load_verify_locations(file)
         key, certificate, *authorities = (file.read_bytes() for file in files)
         roots = authorities[0] if authorities else None
         return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=roots)
 
     try:
         watched = WatchedFiles("TLS files", files, read)
-    except OSError as err:
-        raise BadSettings(f"server.tls_*: {err.filename}: {err.strerror}") from err
+    except (OSError, ValueError) as err:
+        names = getattr(err, "filename", None) or ", ".join(map(str, files))
+        raise BadSettings(f"server.tls_*: {names}: {error_text(err)}") from err
     served = watched.current()
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:

@@ -108,3 +108,21 @@ async def test_files_that_are_no_certificate_are_refused(app_with: Any, tmp_path
     with pytest.raises(BadSettings):
         async with app_with(server={"tls_certificate": str(bad), "tls_key": str(bad)}):
             pass
+
+
+@pytest.mark.parametrize("first", [b"", b"\x16\x03\x01", b"\x16\x03\x01\x00\xff" + b"\0" * 20, b"PRI * HTTP/2.0"])
+async def test_a_handshake_that_does_not_go_on_is_ended(app_with: Any, pairs: dict[str, Pair], first: bytes) -> None:
+    files = {"tls_certificate": str(pairs["server"].cert), "tls_key": str(pairs["server"].key)}
+    async with app_with(server=files | {"handshake_s": 0.5}) as app:
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+        writer.write(first)
+        async with asyncio.timeout(3):
+            while await reader.read(1024):
+                pass
+        writer.close()
+
+
+async def test_files_that_do_not_belong_together_are_refused(app_with: Any, pairs: dict[str, Pair]) -> None:
+    with pytest.raises(BadSettings, match=r"server\.tls_\*: .*server\.pem"):
+        async with app_with(server={"tls_certificate": str(pairs["server"].cert), "tls_key": str(pairs["client"].key)}):
+            pass

@@ -49,9 +49,13 @@ def test_a_second_person_is_asked_for_where_the_server_wants_one() -> None:
         assert (alone[method], together[method]) == (Role.POLICY_WRITE, Role.POLICY_APPROVE)
 
 
-def test_only_health_is_open_to_all() -> None:
+def test_only_health_and_reflection_are_open_to_all() -> None:
     is_open = {method for method, need in auth.role_table(False).items() if need is Access.PUBLIC}
-    assert is_open == {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
+    assert is_open == {
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    }
 
 
 def test_what_is_not_in_the_table_is_closed() -> None:

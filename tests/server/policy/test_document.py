@@ -142,7 +142,7 @@ def test_several_policies_in_one_text() -> None:
         ("name: a\nname: b", "line 2: 'name' is given twice"),
         ("name: &x a\nmode: *x", "line 1: anchors and aliases"),
         ("? [a]\n: 3", "line 1: a key must be a word"),
-        ("a: !!python/object:os.system {}", "could not determine a constructor"),
+        ("a: !!python/object:os.system {}", "line 1: tags are not supported"),
         ("name: a\nmode: enforce\nsurprise: 1", "unknown field `surprise`"),
         ("name: a\nmode: enforce", "rules: a policy must have rules, triggers or limits"),
         ("name: A\nmode: enforce\nlimits: {max_relative_edit: 1}", "name: must be 1 to 63 of"),

@@ -27,8 +27,9 @@ from saeguard_server.generation import with_request_facts
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Metrics
+from saeguard_server.quotas import Quotas
 from saeguard_server.rpc import server as edge
-from saeguard_server.rpc.interceptor import AuthInterceptor, RpcInterceptor
+from saeguard_server.rpc.interceptor import AuthInterceptor, OpenCalls, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
 from saeguard_server.rpc.server import Health, ServerInfoServicer
 from saeguard_server.rpc.services import ActivationServicer, CatalogServicer, GenerationServicer
@@ -131,8 +132,11 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         metrics,
         admission,
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
-        limits.max_deadline_s,
+        OpenCalls(settings.server.max_calls, settings.server.max_connections),
+        Quotas(metrics),
         Audit(),
+        limits=limits,
+        receive_s=settings.server.receive_s,
     )
     server = edge.build_server(servicers, interceptor, settings.server)
     address = str(edge.listen_on(server, settings.server))

@@ -55,7 +55,7 @@ async def test_the_servers_deadline_on_the_headers_reaches_the_caller(running: A
             yield chunk
 
     running.generate.stream = held
-    running.interceptor._max_deadline_s = DEADLINE_S
+    running.interceptor.max_deadline_s = DEADLINE_S
     error = await ask(None)
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert error.details() == "the time allowed for this request is over"

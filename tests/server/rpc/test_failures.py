@@ -201,7 +201,7 @@ def test_the_worst_message_fits_the_trailers() -> None:
 async def test_the_deadline_of_the_server_ends_a_request_and_its_task(running: Any, eventually: Any) -> None:
     server_limit = 0.2
     running.engine.step_s = 0.05
-    running.interceptor._max_deadline_s = server_limit
+    running.interceptor.max_deadline_s = server_limit
     for call in both(running, text="hi", sampling=pb.Sampling(max_new_tokens=1000)):
         error, details = await failed(call)
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from saeguard.catalog import Activation, Revision
@@ -133,7 +132,8 @@ class DirectoryStore:
             self._refused = (files.digest, str(err))
             raise
         before = () if self._active is None else self._active.revision.policies
-        diff = "".join(change.diff for change in policy_changes(before, active.revision.policies))
+        changes = await asyncio.to_thread(policy_changes, before, active.revision.policies)
+        diff = "".join(change.diff for change in changes)
         about = {name: getattr(active.revision, name) for name in ("number", "author", "time", "reason")}
         self._changes = (Revision(**about, diff=diff), *self._changes)[:MAX_CHANGES]
         self._activations = (active.activation, *self._activations)[:MAX_CHANGES]
@@ -169,8 +169,9 @@ def _active_of(files: StoreFiles) -> Active:
 
 def _about(text: str) -> _About:
     try:
-        return msgspec.yaml.decode(text, type=_About)
-    except (msgspec.MsgspecError, yaml.YAMLError) as err:
+        (tree,) = document.read_yaml_documents(text) or [None]
+        return msgspec.convert(tree, _About)
+    except ValueError as err:
         raise ContentRefused(f"{ABOUT}: {err}") from err
 
 
@@ -222,17 +223,17 @@ def _read_folder(path: Path) -> StoreFiles:
         # Resolved once: every file is then read on the same side of a swap.
         folder = (path / SWAPPED if (path / SWAPPED).is_symlink() else path).resolve(strict=True)
         names = sorted(file.name for file in folder.iterdir() if _is_policy_file(file))
-        files = StoreFiles({name: (folder / name).read_bytes() for name in names})
+        if sum((folder / name).stat().st_size for name in names) > MAX_BYTES:
+            raise ContentRefused(f"files are larger than {MAX_BYTES} bytes together")
+        return StoreFiles({name: (folder / name).read_bytes() for name in names})
     except OSError as err:
         raise StoreUnreachable(f"{err.filename or path}: {err.strerror}") from err
-    if sum(map(len, files.contents.values())) > MAX_BYTES:
-        raise ContentRefused(f"files are larger than {MAX_BYTES} bytes together")
-    return files
 
 
 def _is_policy_file(path: Path) -> bool:
     is_named = path.name == SUMS or path.suffix in SUFFIXES
-    return is_named and not path.name.startswith(".") and not path.is_dir()
+    # A pipe would be waited for, and a link to nothing must be seen to fail.
+    return is_named and not path.name.startswith(".") and (path.is_file() or not path.exists())
 
 
 def _check_sums(contents: dict[str, bytes]) -> None:
