@@ -129,7 +129,7 @@ async def test_the_reply_says_which_rules_had_a_token_and_how_many(tmp_path: Pat
     every = [f"r{number}" for number in range(len(FRENCH.interventions))]
     async with served(policy("{phase: generated}"), tmp_path / "policy") as (_, client):
         for new, tokens in ((1, 1), (3, 3)):
-            done = await client.generate(FRENCH.prompt, max_new_tokens=new, ignore_eos=True)
+            done = await client.generate(FRENCH.prompt, max_new_tokens=new, temperature=0)
             assert done.policy is not None
             assert done.policy.applied == ("less-french",)
             assert list(done.policy.enforced) == [EnforcedRule("less-french", rule, tokens) for rule in every]
