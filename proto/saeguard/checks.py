@@ -11,6 +11,7 @@ MAX_INT64: Final = 2**63 - 1
 """What a database counts to, and so the largest number of a revision or an activation."""
 MAX_UINT64: Final = 2**64 - 1
 FLOAT32_MAX: Final = 3.4028234663852886e38
+MAX_NAME_CHARS: Final = 256
 
 
 class FieldError(ValueError):
@@ -35,6 +36,15 @@ def check_text(field: str, value: object) -> str:
             problem = f"holds a lone surrogate at character {err.start}, which UTF-8 cannot carry"
             raise FieldError(field, problem) from None
     return value
+
+
+def check_name(field: str, value: object) -> str:
+    """Of an SAE, a trigger, a policy."""
+    name = check_text(field, value)
+    check_filled(field, name)
+    if len(name) > MAX_NAME_CHARS:
+        raise FieldError(field, f"at most {MAX_NAME_CHARS} characters, got {len(name)}")
+    return name
 
 
 def check_integer(field: str, value: Any, most: int = MAX_UINT32, least: int = 0) -> int:
@@ -146,4 +156,11 @@ def store_texts(of: object, field: str) -> None:
     values = check_sequence(field, getattr(of, field))
     for index, value in enumerate(values):
         check_text(f"{field}[{index}]", value)
+    store(of, field, values)
+
+
+def store_names(of: object, field: str) -> None:
+    values = check_sequence(field, getattr(of, field))
+    for index, value in enumerate(values):
+        check_name(f"{field}[{index}]", value)
     store(of, field, values)

@@ -161,7 +161,7 @@ class GenerateRequest:
             checks.store(self, "max_relative_edit", checks.check_limit("max_relative_edit", self.max_relative_edit))
         checks.store_several(self, "watch", FeatureRef, "a FeatureRef")
         checks.store_several(self, "triggers", Trigger, "a Trigger")
-        checks.store_texts(self, "policies")
+        checks.store_names(self, "policies")
         _check_distinct("watch", self.watch, "a feature is named twice")
         _check_distinct("triggers", [trigger.name for trigger in self.triggers], "a name is given twice")
         _check_distinct("policies", self.policies, "a policy is named twice")
@@ -227,9 +227,7 @@ class ActivationRequest:
         checks.check_instance(
             "selection", self.selection, Selection, "a TopKSelection, ThresholdSelection or FeatureSelection"
         )
-        checks.store_texts(self, "saes")
-        if "" in self.saes:
-            raise FieldError(f"saes[{self.saes.index('')}]", "must not be empty")
+        checks.store_names(self, "saes")
         if not self.saes and not isinstance(self.selection, FeatureSelection):
             raise FieldError("saes", "must not be empty unless features are named")
         _check_distinct("saes", self.saes, "an SAE is named twice")

@@ -28,11 +28,10 @@ WINDOWS: Final[tuple[WindowKind, ...]] = get_args(WindowKind)
 
 MAX_WINDOW: Final = 128
 MAX_TERMS: Final = 4096
-MAX_TRIGGER_CHARS: Final = 256
 
 
 def check_feature(of: FeatureRef | Term | Intervention) -> None:
-    checks.check_filled("sae", checks.check_text("sae", of.sae))
+    checks.check_name("sae", of.sae)
     checks.store_integer(of, "feature")
 
 
@@ -61,7 +60,13 @@ class FeatureRef:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
     """The tokens something applies to: of a phase, at positions ``[start, end)`` over prompt and generated tokens
-    together, and the tokenizer's special ones only where they are included."""
+    together, and the tokenizer's special ones only where they are included.
+
+    "generated" begins with the last prompt token, whose prediction is the first generated token: who asks for a token
+    at a time has the same tokens edited as they come. In a chat, each assistant turn counts too, from the token before
+    its content to its end. "prompt" is every prompt token. A special token that ends a prompt is never left alone, for
+    the same reason.
+    """
 
     phase: Phase = "all"
     start: int = 0
@@ -79,10 +84,10 @@ class Scope:
         checks.check_bool("include_special_tokens", self.include_special_tokens)
 
     def positions(self, prompt_tokens: int) -> tuple[int, int | None]:
-        """``[first, last)`` position for a prompt of that length; None is no end."""
+        """``[first, last)`` position for a prompt of that length without assistant turns; None is no end."""
         first, last = self.start, self.end
         if self.phase == "generated":
-            first = max(first, prompt_tokens)
+            first = max(first, prompt_tokens - 1)
         if self.phase == "prompt":
             last = prompt_tokens if last is None else min(last, prompt_tokens)
         return first, last
@@ -359,9 +364,7 @@ class Trigger:
     action: Action = Flag()
 
     def __post_init__(self) -> None:
-        checks.check_filled("name", checks.check_text("name", self.name))
-        if len(self.name) > MAX_TRIGGER_CHARS:
-            raise FieldError("name", f"at most {MAX_TRIGGER_CHARS} characters, got {len(self.name)}")
+        checks.check_name("name", self.name)
         checks.check_instance("when", self.when, Condition, "a Condition")
         checks.check_instance("action", self.action, Action, "Flag(), Stop() or Apply([...])")
 

@@ -10,26 +10,35 @@ import heapq
 import itertools
 import random
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest
 from saeguard.types import Condition, FeatureRef, Intervention
-from saeguard_server.caller import UNLIMITED, Caller, Quota, Role
+from saeguard_server.caller import Caller, Role
 from saeguard_server.engine.protocol import Engine
-from saeguard_server.errors import InvalidRequest, Overloaded, QuotaExceeded, ServiceError, Unavailable
+from saeguard_server.errors import (
+    InvalidRequest,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
 from saeguard_server.identity import auth
 from saeguard_server.observe import Metrics
+from saeguard_server.quotas import Quotas, TokenBudget
+from saeguard_server.threads import WorkThreads
 
-MINUTE_S = 60.0
 SOON_S = 1.0
 """When to come back to a server that is starting or stopping, or once one of the caller's own requests ends."""
 SHORTEST_RETRY_S = 0.2
 LONGEST_RETRY_S = 30.0
 POLL_S = 0.01
 """How often the engine's queue is looked at while anybody waits: slots become free before slow readers are done."""
+PROMPT_THREADS = 2
+MAX_PROMPTS = 1024
+"""Requests that wait to be tokenised and compiled."""
 MAX_REMEMBERED = 1024
 """Callers remembered at once; beyond it, of those who wait no more, those that are ahead least are forgotten."""
 
@@ -39,7 +48,9 @@ class Admission:
 
     def __init__(self, engine: Engine, metrics: Metrics, slots: int) -> None:
         self.turns = FairQueue(engine, metrics, slots)
-        self._quotas = Quotas(metrics)
+        self.prompts = WorkThreads("prompts", PROMPT_THREADS, MAX_PROMPTS)
+        """Where requests are tokenised and compiled."""
+        self.quotas = Quotas(metrics)
 
     @asynccontextmanager
     async def request(
@@ -62,7 +73,7 @@ class Admission:
             auth.check_role(caller, Role.OBSERVE, "a request that watches features or has conditions on them")
         if request.parse_special_tokens:
             auth.check_role(caller, Role.SPECIAL_TOKENS, "a request with parse_special_tokens")
-        with self._quotas.request(caller, len({ref for _, ref in named_features(request)})) as tokens:
+        with self.quotas.request(caller, len({ref for _, ref in named_features(request)})) as tokens:
             async with AsyncExitStack() as place:
                 yield AdmittedRequest(tokens, self.turns, caller, place)
 
@@ -108,115 +119,6 @@ def _reads_features(request: GenerateRequest | ActivationRequest) -> bool:
     if any(edit.when is not None for edit in request.interventions):
         return True
     return isinstance(request, GenerateRequest) and bool(request.watch or request.triggers)
-
-
-# --- quotas: requests at once, tokens a minute, features of a request
-
-
-class Quotas:
-    """Every caller's account; those that are as good as new are forgotten."""
-
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self._refusals, self._clock = metrics.refusals, clock
-        self._accounts: OrderedDict[str, _Account] = OrderedDict()
-
-    @contextmanager
-    def request(self, caller: Caller, features: int) -> Iterator[TokenBudget]:
-        if caller.quota == UNLIMITED:
-            yield TokenBudget(self, caller)
-            return
-        self._check(caller, features)
-        tokens = TokenBudget(self, caller)
-        self._account(caller).running += 1
-        try:
-            yield tokens
-        finally:
-            self._account(caller).running -= 1
-            tokens.close()
-
-    def reserve(self, caller: Caller, tokens: int) -> None:
-        """Takes tokens out of the caller's bucket. Raises QuotaExceeded: it has not so many."""
-        most = caller.quota.tokens_per_minute
-        if most is None:
-            return
-        now, account = self._clock(), self._account(caller)
-        missing = tokens - account.level(now)
-        if missing > 0:
-            self._refuse(
-                f"{caller.name} may use {most} tokens a minute, and this request can take {tokens}",
-                "tokens_per_minute",
-                missing * MINUTE_S / most if tokens <= most else None,
-            )
-        account.add(-tokens, now)
-
-    def give_back(self, caller: Caller, tokens: int) -> None:
-        if caller.quota.tokens_per_minute is not None and tokens > 0:
-            self._account(caller).add(tokens, self._clock())
-
-    def _check(self, caller: Caller, features: int) -> None:
-        quota = caller.quota
-        if quota.max_features is not None and features > quota.max_features:
-            message = f"{caller.name} may name {quota.max_features} features in a request, got {features}"
-            self._refuse(message, "max_features", None)
-        if quota.max_concurrent is not None and self._account(caller).running >= quota.max_concurrent:
-            message = f"{caller.name} may have {quota.max_concurrent} requests at once"
-            self._refuse(message, "max_concurrent", SOON_S)
-
-    def _refuse(self, message: str, quota: str, retry_after_s: float | None) -> None:
-        self._refusals.labels(f"quota_{quota}").inc()
-        raise QuotaExceeded(message, quota, retry_after_s)
-
-    def _account(self, caller: Caller) -> _Account:
-        if caller.name not in self._accounts:
-            self._forget_idle()
-            self._accounts[caller.name] = _Account(caller.quota, self._clock())
-        self._accounts.move_to_end(caller.name)
-        return self._accounts[caller.name]
-
-    def _forget_idle(self) -> None:
-        """From those that were not heard of for longest: two for each that is added."""
-        now = self._clock()
-        for name in list(self._accounts)[:2]:
-            if self._accounts[name].is_idle(now):
-                del self._accounts[name]
-
-
-class TokenBudget:
-    """The tokens of one request: what was reserved for it when it came in, and what it has used."""
-
-    def __init__(self, quotas: Quotas, caller: Caller) -> None:
-        self._quotas, self._caller = quotas, caller
-        self._reserved = self._charged = 0
-
-    def reserve(self, tokens: int) -> None:
-        self._quotas.reserve(self._caller, tokens)
-        self._reserved += tokens
-
-    def charge(self, tokens: int) -> None:
-        self._charged += tokens
-
-    def close(self) -> None:
-        self._quotas.give_back(self._caller, self._reserved - self._charged)
-
-
-class _Account:
-    """One caller's use. The bucket holds what may be used at once and fills up within a minute."""
-
-    def __init__(self, quota: Quota, now: float) -> None:
-        self.running = 0
-        self._size = quota.tokens_per_minute or 0
-        self._level, self._at = float(self._size), now
-
-    def level(self, now: float) -> float:
-        self._level = min(self._level + (now - self._at) * self._size / MINUTE_S, self._size)
-        self._at = now
-        return self._level
-
-    def add(self, tokens: int, now: float) -> None:
-        self._level = min(self.level(now) + tokens, self._size)
-
-    def is_idle(self, now: float) -> bool:
-        return not self.running and self.level(now) >= self._size
 
 
 # --- who enters the engine next: start-time fair queueing over callers, by tokens (Goyal, Vin and Cheng, 1996)
@@ -389,14 +291,26 @@ class FairQueue:
 
 
 class LoadLimiter:
-    def __init__(self, engine: Engine, turns: FairQueue, metrics: Metrics, *, max_queue: int, max_slots: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        turns: FairQueue,
+        metrics: Metrics,
+        *,
+        max_queue: int,
+        max_slots: int,
+        max_unread: int = 2**31,
+        prompts: WorkThreads | None = None,
+    ) -> None:
         self._engine = engine
-        self._turns = turns
+        self._queues = (turns,) if prompts is None else (turns, prompts)
         self._refusals = metrics.refusals
         self._max_queue = max_queue
         self._max_slots = max_slots
         self._typical_s = SOON_S
         self._working = 0
+        self.unread = Waiting(max_unread, max_queue)
+        """Of those that work, streams whose readers do not read: the engine goes on without them."""
         self._in_flight = InFlight()
         self._is_closed = False
         self.is_draining = False
@@ -443,20 +357,59 @@ class LoadLimiter:
             self._refusals.labels("not_ready").inc()
             raise Unavailable("the engine is not ready", retry_after_s=SOON_S)
         # Counted here too: of many requests that come in one burst, none is in the engine's queue yet.
-        is_burst = self._working >= self._max_queue + self._max_slots
+        is_burst = self._working - self.unread.total >= self._max_queue + self._max_slots
         if is_burst or self._engine.queued() >= self._max_queue:
             self._refusals.labels("queue_full").inc()
             refusal = Overloaded(
                 f"{self._max_queue} requests are waiting already", retry_after_s=self._retry_after_s()
             )  # fmt: skip
             # One caller's thousand requests must not shut the door on everybody else.
-            if not self._turns.evict(caller.name, refusal):
+            if not any(queue.evict(caller.name, refusal) for queue in self._queues):
                 raise refusal
 
     def _retry_after_s(self) -> float:
         """Until about half of the queue has moved, spread so that those refused together do not return together."""
         half = self._typical_s * self._max_queue / (2 * self._max_slots)
         return min(max(half, SHORTEST_RETRY_S), LONGEST_RETRY_S) * random.uniform(1.0, 1.5)
+
+
+FEW = 4
+
+
+class Waiting:
+    """What waits for somebody else than this server, and holds no place of the engine or its queue meanwhile."""
+
+    def __init__(self, most_each: int, most: int) -> None:
+        """At most so many of each caller, and of all of them together, but that everybody may have a few."""
+        self._most_each, self._most = most_each, most
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self._counts.total()
+
+    def enter(self, caller: Caller) -> bool:
+        """Whether there is room for one more; then ``leave`` must follow."""
+        own = self._counts[caller.name]
+        if own >= self._most_each or (own >= FEW and self.total >= self._most):
+            return False
+        self._counts[caller.name] += 1
+        return True
+
+    def leave(self, caller: Caller) -> None:
+        self._counts[caller.name] -= 1
+        if not self._counts[caller.name]:
+            del self._counts[caller.name]
+
+    @contextmanager
+    def hold(self, caller: Caller, what: str) -> Iterator[None]:
+        """Raises Overloaded: too many wait already."""
+        if not self.enter(caller):
+            raise Overloaded(f"too many requests wait for {what}", SOON_S)
+        try:
+            yield
+        finally:
+            self.leave(caller)
 
 
 class InFlight:

@@ -86,15 +86,18 @@ class App:
             recorder = RequestRecorder(audit, metrics.policy_rules, counterfactuals)
             slots, limits = settings.engine.max_slots, settings.limits
             admission = Admission(engine, metrics, slots)
-            limiter = LoadLimiter(engine, admission.turns, metrics, max_queue=limits.max_queue, max_slots=slots)
+            limiter = LoadLimiter(
+                engine, admission.turns, metrics, max_queue=limits.max_queue, max_slots=slots,
+                max_unread=limits.max_unread, prompts=admission.prompts,
+            )  # fmt: skip
 
             policies = None if enforced is None else enforced.policies
             generation = Generation(engine, engine.tokenizer, limits, admission, policies, recorder)
             activations = ReadActivations(engine, engine.tokenizer, limits, admission, policies, recorder)
             health = rpc.Health(rpc.SERVICES)
             servicers = rpc.Servicers(
-                generation=GenerationServicer(generation, limiter, limits),
-                activation=ActivationServicer(activations, limiter, limits),
+                generation=GenerationServicer(generation, limiter, limits, engine.model.max_context),
+                activation=ActivationServicer(activations, limiter, limits, engine.model.max_context),
                 catalog=CatalogServicer(Catalog(engine.saes), describe_model(engine)),
                 policy=PolicyServicer(enforced, audit),
                 server_info=rpc.ServerInfoServicer(describe_server(engine, settings)),
@@ -102,9 +105,8 @@ class App:
             )
             authentication = AuthInterceptor(identity, auth.role_table(settings.policies.second_person), metrics)
             interceptor = RpcInterceptor(
-                metrics, limiter, authentication, audit,
-                OpenCalls(settings.server.max_calls, settings.server.max_connections),
-                max_deadline_s=limits.max_deadline_s, receive_s=settings.server.receive_s,
+                metrics, limiter, authentication, OpenCalls(settings.server.max_calls, settings.server.max_connections),
+                admission.quotas, audit, limits=limits, receive_s=settings.server.receive_s,
             )  # fmt: skip
             server = rpc.build_server(servicers, interceptor, settings.server)
             address = rpc.listen_on(server, settings.server)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -19,9 +19,12 @@ from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.settings import Settings
+from saeguard_server.threads import NEVER, Cancellation
 
 DEFAULT_PAGE = 50
 LARGEST_PAGE = 1000
+MAX_QUERY_CHARS = 1024
+MAX_QUERY_WORDS = 32
 PAGE_CHARS = 500_000
 """A page ends early here: a character can take four bytes, and a message may have 4 MiB."""
 
@@ -51,19 +54,23 @@ class Catalog:
             raise InvalidRequest("feature", f"{sae!r} has features 0 to {loaded.dictionary.d_sae - 1}, got {index}")
         return _feature(sae, loaded.catalogue.feature(index))
 
-    def features(self, sae: str, query: str, page_size: int, page_token: str) -> catalog.FeaturePage:
+    def features(
+        self, sae: str, query: str, page_size: int, page_token: str, cancellation: Cancellation = NEVER
+    ) -> catalog.FeaturePage:
         """Features that hold every word of ``query``, of one SAE or ("") of all; labelled ones first, then by density.
 
         Raises:
             UnknownName: no such SAE.
-            InvalidRequest: the page is too large, or the token is not from a page of this search.
+            InvalidRequest: the page or the query is too large, or the token is not from a page of this search.
+            ServiceError: nobody waits for it any more.
         """
+        words = _words(query)
         if page_size > LARGEST_PAGE:
             raise InvalidRequest("page_size", f"at most {LARGEST_PAGE}, got {page_size}")
         if sae:
             self._sae(sae)
         start = _position(page_token, sae, query)
-        entries = islice(self._search(sae, query), start, None)
+        entries = islice(self._search(sae, words, cancellation), start, None)
         return _page(entries, start, page_size or DEFAULT_PAGE, _search_key(sae, query))
 
     def _sae(self, name: str) -> LoadedSae:
@@ -71,13 +78,20 @@ class Catalog:
             raise UnknownName("sae", f"no SAE is called {name!r}; served are {', '.join(sorted(self._saes)) or 'none'}")
         return self._saes[name]
 
-    def _search(self, sae: str, query: str) -> Iterator[Entry]:
-        words = query.casefold().split()
+    def _search(self, sae: str, words: Sequence[str], cancellation: Cancellation) -> Iterator[Entry]:
         for name, entry in self._entries:
+            cancellation.check()
             if not sae or name == sae:
                 text = _text(entry).casefold() if words else ""
                 if all(word in text for word in words):
                     yield name, entry
+
+
+def _words(query: str) -> list[str]:
+    words = query.casefold().split() if len(query) <= MAX_QUERY_CHARS else []
+    if len(query) > MAX_QUERY_CHARS or len(words) > MAX_QUERY_WORDS:
+        raise InvalidRequest("query", f"at most {MAX_QUERY_CHARS} characters and {MAX_QUERY_WORDS} words")
+    return words
 
 
 def _rank(listed: Entry) -> tuple[bool, float, str, int]:

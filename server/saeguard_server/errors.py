@@ -125,6 +125,10 @@ class Cancelled(ServiceError, reason="CANCELLED", status="CANCELLED"):
     """The caller went away."""
 
 
+class NotRead(ServiceError, reason="NOT_READ", status="CANCELLED"):
+    """The caller did not read its answer in time, or let too many of its answers wait."""
+
+
 class Unavailable(ServiceError, reason="UNAVAILABLE", status="UNAVAILABLE"):
     """Draining, starting, or the engine is down: to be tried elsewhere or later."""
 

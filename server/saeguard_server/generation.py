@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import zip_longest
 
 from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest, Sampling, Selection, TopKSelection
-from saeguard.results import ActivationPart, Comparison, PolicyFacts, StreamChunk, join_chunks
+from saeguard.results import ActivationPart, Comparison, PolicyFacts, StreamChunk, enforced_rules, join_chunks
 from saeguard.types import FeatureRef
 from saeguard_server import steering
 from saeguard_server.admission import Admission
@@ -37,6 +38,7 @@ from saeguard_server.policy.resolve import resolve_policies
 from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot
 from saeguard_server.settings import LimitSettings
 from saeguard_server.steering import TokenRange
+from saeguard_server.threads import NEVER, Cancellation
 
 MAX_MEASURED_TOKENS = 512
 """Of an answer that is measured against another: what waits for the other side is a row of the vocabulary for each."""
@@ -98,7 +100,7 @@ class Generation:
             self._admission.request(call.caller, request) as admitted,
         ):
             compiled = await self.compile(request, call)
-            admitted.tokens.reserve(compiled.most_tokens)
+            admitted.tokens.resize(compiled.most_tokens)
             await record.admit(compiled)
             await admitted.turn(compiled.most_tokens)
             async with aclosing(self._engine.generate(compiled.task)) as chunks:
@@ -130,7 +132,7 @@ class Generation:
                 raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
             # Two answers, and one of them read twice.
             most = 4 * compiled.most_tokens
-            admitted.tokens.reserve(most)
+            admitted.tokens.resize(most)
             await record.admit(compiled)
             await admitted.turn(most)
             steered, unsteered = await asyncio.gather(all_chunks(self._engine, task), all_chunks(self._engine, plain))
@@ -151,7 +153,15 @@ class Generation:
             ServiceError: as for ``stream``, but for what the engine raises.
         """
         snapshot = await self._snapshot(request, call)
-        return await asyncio.to_thread(self._compile, request, call, snapshot)
+        return await self._admission.prompts.run(call, partial(self._compile, request, call, snapshot))
+
+    async def wait_for_policies(self, request: GenerateRequest, call: Call, within_s: float) -> None:
+        """Until policies are in force that are as new as the request demands: it needs no place in the engine yet.
+
+        Raises:
+            PoliciesUnavailable, ActivationNotReached, NotConfigured: they will not be.
+        """
+        await self._snapshot(request, replace(call, deadline=min(call.deadline, time.monotonic() + within_s)))
 
     async def _snapshot(self, request: GenerateRequest, call: Call) -> Snapshot | None:
         if self._policies is not None:
@@ -163,13 +173,20 @@ class Generation:
             raise NotConfigured("min_policy_activation: this server has no policies")
         return None
 
-    def _compile(self, request: GenerateRequest, call: Call, snapshot: Snapshot | None) -> CompiledRequest:
+    def _compile(
+        self, request: GenerateRequest, call: Call, snapshot: Snapshot | None, cancellation: Cancellation = NEVER
+    ) -> CompiledRequest:
         for index, ref in enumerate(request.watch):
             steering.find_watchable(self._engine, ref, f"watch[{index}]")
         context = self._engine.model.max_context
-        tokens = encode_input(
-            self._tokenizer, request.input, context - 1, parse_special_tokens=request.parse_special_tokens
-        ).ids
+        encoded = encode_input(
+            self._tokenizer,
+            request.input,
+            context - 1,
+            cancellation=cancellation,
+            parse_special_tokens=request.parse_special_tokens,
+        )
+        tokens = encoded.ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         seed = request.sampling.seed
         task = GenerateTask(
@@ -183,7 +200,7 @@ class Generation:
         if snapshot is None:
             edits = steering.compile_edits(self._engine, request.interventions)
             triggers = steering.compile_triggers(self._engine, request.triggers)
-            token_range = TokenRange.of(tokens, task.max_new_tokens, triggers, self._tokenizer.special_ids)
+            token_range = TokenRange.of(encoded, task.max_new_tokens, triggers, self._tokenizer.special_ids)
             placed = steering.steer(edits, triggers, request.max_relative_edit, token_range)
             return CompiledRequest(replace(task, steering=placed))
         now = datetime.now(UTC)
@@ -191,7 +208,7 @@ class Generation:
         disclosure.check_withheld(request, withheld)
         resolved = resolve_policies(request, call.caller, snapshot, now)
         selected = resolved.selected
-        token_range = TokenRange.of(tokens, task.max_new_tokens, resolved.triggers, self._tokenizer.special_ids)
+        token_range = TokenRange.of(encoded, task.max_new_tokens, resolved.triggers, self._tokenizer.special_ids)
         placed = steering.steer(resolved.edits, resolved.triggers, resolved.max_relative_edit, token_range)
         return CompiledRequest(
             replace(task, steering=placed), selected.facts, selected.requires_audit, selected.counterfactual, withheld
@@ -275,7 +292,10 @@ def with_request_facts(chunk: StreamChunk, call: Call, policy: PolicyFacts | Non
     """The chunk; the last one says whose request it was, and which policies decided."""
     if chunk.completion is None:
         return chunk
-    return replace(chunk, completion=replace(chunk.completion, request_id=call.request_id, policy=policy))
+    done = chunk.completion
+    if policy is not None:
+        policy = replace(policy, enforced=enforced_rules(done.receipt))
+    return replace(chunk, completion=replace(done, request_id=call.request_id, policy=policy))
 
 
 # --- how far an answer's tokens are from what the model would have said under another steering
@@ -425,8 +445,8 @@ class ReadActivations:
             withheld = self._withheld(call)
             disclosure.check_withheld(request, withheld)
             hidden = {name: withheld.of_sae(name) for name in request.saes}
-            tasks = await asyncio.to_thread(self._compile, request, call, hidden)
-            admitted.tokens.reserve(sum(len(task.tokens) for task in tasks))
+            tasks = await self._admission.prompts.run(call, partial(self._compile, request, call, hidden))
+            admitted.tokens.resize(sum(len(task.tokens) for task in tasks))
             await audit.admit(None, None, required=False)
             for task in tasks:
                 await admitted.turn(len(task.tokens))
@@ -443,16 +463,21 @@ class ReadActivations:
         return disclosure.withheld_from(call.caller, self._policies.current(), datetime.now(UTC))
 
     def _compile(
-        self, request: ActivationRequest, call: Call, hidden: Mapping[str, Sequence[int]]
+        self,
+        request: ActivationRequest,
+        call: Call,
+        hidden: Mapping[str, Sequence[int]],
+        cancellation: Cancellation = NEVER,
     ) -> list[InspectTask]:
-        selections = self._selections(request, hidden)
+        selections, most = self._selections(request, hidden), self._engine.model.max_context
         tasks = []
         for index, input in enumerate(request.inputs):
+            cancellation.check()
             encoded = encode_input(
-                self._tokenizer, input, self._engine.model.max_context, f"inputs[{index}].",
+                self._tokenizer, input, most, f"inputs[{index}].", cancellation,
                 parse_special_tokens=request.parse_special_tokens,
             )  # fmt: skip
-            tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
+            tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids, encoded.assistant_turns)
             placed = steering.compile_steering(self._engine, request.interventions, None, tokens)
             tasks.append(
                 InspectTask(

@@ -218,8 +218,14 @@ class LimitSettings(SettingsTable, frozen=True, kw_only=True):
     """For requests that name none."""
     max_deadline_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 600.0
     """Imposed on requests without a deadline or with a longer one."""
+    max_request_bytes: Count = 1_048_576
+    """Of one request that brings inputs, at most 4 MiB."""
+    max_steering_bytes: Count = 262_144
+    """Of all that one request says beside its inputs: what an audit record can quote."""
+    max_messages: Count = 1024
+    """Chat messages in one input."""
     max_interventions: Count = 256
-    """Edits in one request."""
+    """Edits in one request, those of its triggers included."""
     max_watch: Count = 64
     """Watched features in one request."""
     max_triggers: Count = 64
@@ -230,8 +236,20 @@ class LimitSettings(SettingsTable, frozen=True, kw_only=True):
     """Policies named in one request."""
     max_activation_inputs: Count = 64
     """Inputs in one GetActivations."""
+    max_activation_saes: Count = 64
+    """SAEs named in one GetActivations."""
     max_activation_values: Count = 4096
     """Activations kept per token in one GetActivations selection."""
+
+    max_parked: Count = 64
+    """Requests of one caller that wait for an activation of the policies (min_policy_activation); of all callers,
+    max_queue."""
+    max_parked_s: Seconds = 30.0
+    """How long one may wait for it."""
+    max_unread: Count = 64
+    """Streams of one caller that wait to be read; of all callers, max_queue. They hold no place meanwhile."""
+    max_unread_s: Seconds = 30.0
+    """How long one message of an answer may wait to be read before the call is ended."""
 
 
 class ServerSettings(SettingsTable, frozen=True, kw_only=True):
@@ -266,7 +284,7 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 5.0
     """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
     receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
-    """Within which a request's message must be here, and a reply that is one message taken."""
+    """Within which a request's message must be here."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug, info, warning or error. Only debug logs the messages of unexpected errors, which can quote a request."""
 

@@ -34,6 +34,7 @@ EXCEPTIONS = {
     "Conflict": ("CONFLICT", "Aborted"),
     "ReadOnlyStore": ("READ_ONLY_STORE", "FailedPrecondition"),
     "NotConfigured": ("NOT_CONFIGURED", "FailedPrecondition"),
+    "NotRead": ("NOT_READ", "Cancelled"),
     "Overloaded": ("OVERLOADED", "ResourceExhausted"),
     "DeadlineExceeded": ("DEADLINE_EXCEEDED", "DeadlineExceeded"),
     "Cancelled": ("CANCELLED", "Cancelled"),

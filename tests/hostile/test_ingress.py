@@ -92,7 +92,7 @@ class Attacked:
 @pytest.fixture(scope="module", params=["anonymous", "keys"])
 def attacked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     folder, key = tmp_path_factory.mktemp("attacked"), ""
-    settings: dict[str, Any] = {"server": SERVER, "limits": {"max_deadline_s": LIFE_S}}
+    settings: dict[str, Any] = {"server": SERVER, "limits": {"max_deadline_s": LIFE_S, "max_unread_s": HOLD_S}}
     if request.param == "keys":
         key = write_keys(folder / "keys", admin=[Role.ADMIN])["admin"]
         settings["identity"] = {"api_keys": str(folder / "keys")}

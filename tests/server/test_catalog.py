@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from saeguard.catalog import Feature, FeaturePage
 from saeguard_server import catalog as flow
 from saeguard_server.catalog import Catalog
-from saeguard_server.errors import InvalidRequest, UnknownName
+from saeguard_server.errors import Cancelled, InvalidRequest, UnknownName
+from saeguard_server.threads import Cancellation
 
 
 @pytest.fixture
@@ -40,6 +41,20 @@ def test_labelled_features_come_first_then_the_densest(catalog: Catalog) -> None
 )
 def test_every_word_must_be_somewhere(catalog: Catalog, query: str, wanted: list[tuple[str, int]]) -> None:
     assert found(catalog.features("", query, 0, "")) == wanted
+
+
+@pytest.mark.parametrize("query", ["x" * 1025, "a " * 33])
+def test_a_long_query_is_refused(catalog: Catalog, query: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        catalog.features("", query, 0, "")
+    assert caught.value.field == "query"
+
+
+def test_a_search_ends_when_nobody_waits_for_it(catalog: Catalog) -> None:
+    cancellation = Cancellation()
+    cancellation.cancel()
+    with pytest.raises(Cancelled):
+        catalog.features("", "nothing", 0, "", cancellation)
 
 
 def test_pages_put_together_are_the_whole(catalog: Catalog) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import ExitStack
+from math import inf
 from typing import Any
 
 import pytest
 
-from saeguard_server.admission import LONGEST_RETRY_S, SHORTEST_RETRY_S, FairQueue, LoadLimiter
-from saeguard_server.caller import LOCAL
+from saeguard_server.admission import FEW, LONGEST_RETRY_S, SHORTEST_RETRY_S, FairQueue, LoadLimiter, Waiting
+from saeguard_server.caller import LOCAL, Call, Caller
 from saeguard_server.errors import Overloaded, Unavailable
+from saeguard_server.threads import WorkThreads
 
 
 @pytest.fixture
@@ -42,6 +45,55 @@ def test_a_burst_is_refused_before_the_engine_knows_of_it(admission: LoadLimiter
             pass
     with admission.admit(LOCAL):
         pass
+
+
+def test_those_who_do_not_read_take_no_room(admission: LoadLimiter) -> None:
+    with ExitStack() as burst:
+        for _ in range(4 + 2):
+            burst.enter_context(admission.admit(LOCAL))
+        assert admission.unread.enter(LOCAL)
+        with admission.admit(LOCAL):
+            pass
+        admission.unread.leave(LOCAL)
+        with pytest.raises(Overloaded), admission.admit(LOCAL):
+            pass
+
+
+async def test_a_burst_of_one_caller_that_waits_to_be_tokenised_gives_way(engine: Any, metrics: Any) -> None:
+    prompts, release = WorkThreads("prompts", 1, 100), threading.Event()
+    queue = FairQueue(engine, metrics, slots=2)
+    admission = LoadLimiter(engine, queue, metrics, max_queue=4, max_slots=2, prompts=prompts)
+
+    async def tokenised(name: str) -> None:
+        caller = Caller(name, frozenset())
+        with admission.admit(caller):
+            await prompts.run(Call("id", inf, caller), lambda _: release.wait(10))
+
+    greedy = [asyncio.create_task(tokenised("greedy")) for _ in range(4 + 2)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(Overloaded):
+        await tokenised("greedy")
+    modest = asyncio.create_task(tokenised("modest"))
+    await asyncio.sleep(0.05)
+    release.set()
+    await modest
+    ends = await asyncio.gather(*greedy, return_exceptions=True)
+    assert [type(end) for end in ends].count(Overloaded) == 1
+
+
+def test_what_waits_is_bounded_for_each_and_in_all_but_everybody_may_have_a_few() -> None:
+    waiting = Waiting(most_each=6, most=8)
+    one, other, third = (Caller(name, frozenset()) for name in ("one", "other", "third"))
+    assert [waiting.enter(one) for _ in range(7)] == [True] * 6 + [False]
+    assert [waiting.enter(other) for _ in range(FEW + 1)] == [True] * FEW + [False]
+    with pytest.raises(Overloaded), waiting.hold(one, "something"):
+        pass
+    with waiting.hold(third, "something"):
+        assert waiting.total == 6 + FEW + 1
+    waiting.leave(one)
+    waiting.leave(one)
+    waiting.leave(one)
+    assert waiting.enter(other)
 
 
 def test_an_engine_that_is_not_ready_refuses(admission: LoadLimiter, engine: Any, metrics: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,10 +16,14 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from saeguard.checks import FieldError
-from saeguard.requests import ChatInput, ModelInput
+from saeguard.requests import ChatInput, ModelInput, TokenInput
 from saeguard_sae.models import special_ids
 from saeguard_server.engine.chat import ChatTemplate
 from saeguard_server.errors import InvalidRequest
+from saeguard_server.threads import NEVER, Cancellation
+
+PIECE_CHARS = 65_536
+"""Of a text that is tokenised at once before it is known how long it is: 0.1 s of one core, and some 50 MB."""
 
 NOT_PARSED = "is a special token, and only a request with parse_special_tokens may write it"
 
@@ -52,6 +56,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.special_ids = special_ids(fast)
         self.has_chat_template = bool(fast.chat_template)
+        self._token_bytes = max(len(token.encode()) for token in self._backend.get_vocab())
         added = {str(token): id for id, token in fast.added_tokens_decoder.items()}
         special = {name: id for name, id in added.items() if id in self.special_ids}
         # Turns may also be written with tokens that are not flagged as special.
@@ -72,7 +77,7 @@ class Tokenizer:
             return self._encode_chat(prompt)
         if isinstance(prompt, str):
             backend = self._backend if parse_special_tokens else self._text.backend_for("text", prompt)
-            encoding = backend.encode(prompt, add_special_tokens=True)
+            encoding = _encode(backend, prompt, add_special_tokens=True)
             return EncodedText(_filled("text", encoding.ids), _starts(encoding.offsets))
         for index, token in enumerate(prompt.ids):
             if not 0 <= token < self.vocab_size:
@@ -80,6 +85,28 @@ class Tokenizer:
         if not parse_special_tokens:
             self._text.check_ids(prompt.ids)
         return EncodedText(tuple(prompt.ids), (None,) * len(prompt.ids))
+
+    def check_length(self, prompt: ModelInput, most: int, cancellation: Cancellation) -> None:
+        """Refuses what can be seen to have more than ``most`` tokens, at a cost that does not grow with how many more.
+
+        Raises:
+            FieldError: it has.
+            ServiceError: nobody waits for it any more.
+        """
+        if isinstance(prompt, TokenInput):
+            return
+        field = "text" if isinstance(prompt, str) else "chat"
+        texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt.messages]
+        size, most_bytes = sum(len(text.encode()) for text in texts), most * self._token_bytes
+        if size > most_bytes:
+            raise FieldError(field, f"has {size} bytes, at most {most_bytes} fit into {most} tokens")
+        # Pieces have a few tokens more than the whole has, at their ends; twice as many mean that it is too long.
+        tokens = 0
+        for piece in _pieces(texts) if size > PIECE_CHARS else ():
+            cancellation.check()
+            tokens += len(self._backend.encode_batch_fast([piece], add_special_tokens=False)[0])
+            if tokens > 2 * most:
+                raise FieldError(field, f"has {size} bytes of more than {most} tokens")
 
     def text(self, token: int) -> str:
         """The text of one token, spaces included; a part of a character shows as the replacement character."""
@@ -149,7 +176,7 @@ class TextEncoder:
         for match in matches:
             parts += [text[at : match.start()], self._names[match.group()]]
             at = match.end()
-        encoding = self._backend.encode("".join([*parts, text[at:]]), add_special_tokens=False)
+        encoding = _encode(self._backend, "".join([*parts, text[at:]]), add_special_tokens=False)
         expected = [self._ids[match.group()] for match in matches]
         if [id for id in encoding.ids if id in self._special_ids] != [id for id in expected if id in self._special_ids]:
             raise FieldError("chat", "the tokenizer does not keep the template's special tokens and its text apart")
@@ -188,11 +215,27 @@ def _starts(offsets: Sequence[tuple[int, int]]) -> tuple[int | None, ...]:
     return tuple(start if end > start else None for start, end in offsets)
 
 
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    return (text[first : first + PIECE_CHARS] for text in texts for first in range(0, len(text), PIECE_CHARS))
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
+    """As a batch of one: only then do other threads run meanwhile."""
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
 def encode_input(
-    tokenizer: Tokenizer, input: ModelInput, most: int, prefix: str = "", *, parse_special_tokens: bool = False
+    tokenizer: Tokenizer,
+    input: ModelInput,
+    most: int,
+    prefix: str = "",
+    cancellation: Cancellation = NEVER,
+    *,
+    parse_special_tokens: bool = False,
 ) -> EncodedText:
     """The ids of an input of at most so many tokens, in the field ``prefix``, dot included; raises InvalidRequest."""
     try:
+        tokenizer.check_length(input, most, cancellation)
         encoded = tokenizer.encode(input, parse_special_tokens=parse_special_tokens)
     except FieldError as err:
         # The flag is the request's, not the input's.

@@ -26,7 +26,8 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from saeguard_server.admission import SOON_S, InFlight, LoadLimiter
+from saeguard.checks import MAX_UINT32
+from saeguard_server.admission import SOON_S, InFlight, LoadLimiter, Waiting
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
@@ -43,6 +44,9 @@ from saeguard_server.errors import (
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import REQUEST_ID, Metrics
+from saeguard_server.quotas import Quotas
+from saeguard_server.rpc.unread import CORE_ENDS_WITHIN_S, ReplyWriter
+from saeguard_server.settings import LimitSettings
 
 LOG = logging.getLogger("saeguard.rpc")
 
@@ -59,12 +63,13 @@ CLIENT_REQUEST_ID_KEY = "x-client-request-id"
 """To callers, the name that they sent."""
 MESSAGE_BYTES = 512
 """A message quotes what the caller sent. Trailers above 8 KiB never arrive, and the message is in them three times."""
+BRINGS_INPUT = frozenset({"Generate", "GenerateStream", "Compare", "GetActivations"})
+SMALL_REQUEST_BYTES = 65_536
+"""What the requests of other methods may have, but for policies."""
 ALMOST_OVER_S = 0.01
 """The core cancels at the deadline; its clock and ours differ by less than this."""
 CORE_CANCELS_S = 0.1
 """After the end of a request that is cancelled, its cancellation comes within less."""
-CORE_ENDS_WITHIN_S = 1.0
-"""How long the core is waited for where the caller's deadline is its to answer; far more than it takes."""
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
@@ -76,7 +81,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     4. A refusal where too many calls are open: ``OpenCalls``; or while the server drains: ``LoadLimiter.rpc``.
     5. The deadline.
     6. Who calls and whether it may: ``AuthInterceptor``.
-    7. The message is received and parsed, the handler runs, headers and replies are sent.
+    7. The message is received, small enough, and paid for where it is refused: ``Quotas.message``.
+    8. It is parsed, the handler runs, headers and replies are sent: ``ReplyWriter`` ends what nobody reads.
 
     ``open`` counts the RPCs inside it, health's too.
     """
@@ -86,15 +92,17 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         metrics: Metrics,
         limiter: LoadLimiter,
         authentication: AuthInterceptor,
-        audit: Audit,
         calls: OpenCalls,
+        quotas: Quotas,
+        audit: Audit,
         *,
-        max_deadline_s: float,
+        limits: LimitSettings,
         receive_s: float,
     ) -> None:
-        self._metrics, self._limiter, self._authentication = metrics, limiter, authentication
-        self._audit, self._calls = audit, calls
-        self.max_deadline_s, self._receive_s = max_deadline_s, receive_s
+        self._metrics, self._limiter, self._authentication, self._calls = metrics, limiter, authentication, calls
+        self._quotas, self._audit, self._limits, self._receive_s = quotas, audit, limits, receive_s
+        self.max_deadline_s = limits.max_deadline_s
+        self._other_unread = Waiting(MAX_UINT32, MAX_UINT32)
         self.open = InFlight()
 
     async def intercept_service(
@@ -128,7 +136,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                 async with asyncio.timeout(call.deadline - time.monotonic()) as status.timeout:
                     call = identified_call(call, await self._authentication.authenticate(context, method))
                     self._authentication.authorize(call.caller, method)
-                    await self._serve(handler, context, record, call)
+                    await self._serve(handler, method, context, record, call)
                     return
         finally:
             record.close(call, status.code, status.error, logging.INFO if is_own else logging.DEBUG)
@@ -139,21 +147,31 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             # It cancels us here, at the latest when its clock says that the caller's time is over.
             await asyncio.sleep(CORE_ENDS_WITHIN_S)
         with suppress(grpc.aio.InternalError):  # the caller is gone
+            # Behind a message that is not read, this waits with the core, and holds nothing of ours.
             await context.abort_with_status(rpc_failure(status.error, call))
 
-    async def _serve(self, handler: Handler, context: Context, record: RpcRecord, call: Call) -> None:
+    async def _serve(self, handler: Handler, method: str, context: Context, record: RpcRecord, call: Call) -> None:
+        # Only streams hold a place while they wait; watches of the health do not either.
+        is_counted = handler.response_streaming and call.caller is not NOBODY
+        unread = self._limiter.unread if is_counted else self._other_unread
+        writer = ReplyWriter(context, call.caller, unread, self._limits.max_unread_s)
         if handler.request_streaming:
-            await _stream(handler.stream_stream, _requests(handler, context), context, record, call)
+            stream: Any = handler.stream_stream
+            await _write_all(stream(_requests(handler, context), context), writer, context, record, call)
             return
-        request = _parsed(handler, await _received(context, self._receive_s))
-        if handler.response_streaming:
-            await _stream(handler.unary_stream, request, context, record, call)
-            return
-        unary: Any = handler.unary_unary
-        reply = await unary(request, context)
-        await _send_headers(context, call)
-        await _written(context, reply, self._receive_s)
-        record.sent()
+        raw = await _received(context, self._receive_s)
+        self._check_size(method, len(raw))
+        with self._quotas.message(call.caller, len(raw)):
+            request = _parsed(handler, raw)
+            del raw  # megabytes, for as long as it is answered
+            stream = handler.unary_stream if handler.response_streaming else _as_stream(handler.unary_unary)
+            await _write_all(stream(request, context), writer, context, record, call)
+
+    def _check_size(self, method: str, size: int) -> None:
+        name = method.rpartition("/")[2]
+        most = self._limits.max_request_bytes if name in BRINGS_INPUT else SMALL_REQUEST_BYTES
+        if size > most and name != "ApplyPolicies":  # which has what any message may have
+            raise InvalidRequest("request", f"at most {most} bytes, got {size}")
 
 
 # --- 1. The call, for whoever handles it
@@ -502,23 +520,23 @@ def _parsed(handler: Handler, raw: bytes) -> Any:
         raise InvalidRequest("request", "these bytes are not a message of the expected type") from err
 
 
-async def _written(context: Context, reply: Any, within_s: float) -> None:
-    """Raises DeadlineExceeded: the caller does not take it."""
-    try:
-        async with asyncio.timeout(within_s):
-            await context.write(reply)
-    except TimeoutError:
-        raise DeadlineExceeded(f"the reply was not taken within {within_s:g} s") from None
+def _as_stream(unary: Any) -> Callable[[Any, Context], AsyncGenerator[Any]]:
+    async def stream(request: Any, context: Context) -> AsyncGenerator[Any]:
+        yield await unary(request, context)
+
+    return stream
 
 
-async def _stream(stream: Any, request: Any, context: Context, record: RpcRecord, call: Call) -> None:
+async def _write_all(
+    replies: AsyncGenerator[Any], writer: ReplyWriter, context: Context, record: RpcRecord, call: Call
+) -> None:
     is_first = True
-    async with aclosing(stream(request, context)) as replies:
+    async with writer.watching(), aclosing(replies):
         async for reply in replies:
             if is_first:
                 await _send_headers(context, call)
                 is_first = False
-            await context.write(reply)
+            await writer.write(reply)
             record.sent()
 
 

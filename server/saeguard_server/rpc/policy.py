@@ -20,10 +20,13 @@ from saeguard_server.policy.administration import Administration, WriteResult, e
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.sync import Enforcement
 from saeguard_server.rpc import interceptor
+from saeguard_server.threads import Cancellation, WorkThreads
 
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
 MAX_DOCUMENTS = 1024
+MAX_WAITING = 16
+"""Calls whose documents wait to be parsed or written at once."""
 
 
 class PolicyServicer(PolicyServiceServicer):
@@ -31,6 +34,7 @@ class PolicyServicer(PolicyServiceServicer):
 
     def __init__(self, enforcement: Enforcement | None, audit: Audit) -> None:
         self._optional_enforcement, self._audit = enforcement, audit
+        self._documents = WorkThreads("documents of policies", 1, MAX_WAITING)
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: object) -> pb.ListPoliciesResponse:
         _check_numbers(request)
@@ -38,9 +42,10 @@ class PolicyServicer(PolicyServiceServicer):
         revision = await self._administration.revision(request.revision) if request.HasField("revision") else newest
         active = await self._administration.active()
         policies = revision.policies if revision else ()
+        text = await self._documents.run(interceptor.current_call(), partial(_yaml, policies))
         policy_set = catalog.PolicySet(
             policies=tuple(map(_summary, policies)),
-            yaml="---\n".join(document.policy_to_yaml(policy) for policy in policies),
+            yaml=text,
             etag=etag_of(newest),
             revision=None if revision is None else _revision(revision),
             active=None if active is None else active.activation,
@@ -63,9 +68,10 @@ class PolicyServicer(PolicyServiceServicer):
     async def ApplyPolicies(self, request: pb.ApplyPoliciesRequest, context: object) -> pb.ApplyPoliciesResponse:
         # Empty means "there is none yet"; a trial stores nothing that somebody else's change could get lost in.
         etag = request.etag or (None if request.dry_run else etag_of(None))
-        call, policies = interceptor.current_call(), _parsed(request.documents)
+        administration, call = self._administration, interceptor.current_call()
+        policies = await self._documents.run(call, partial(_parsed, request.documents))
         apply = partial(
-            self._administration.apply, policies, caller=call.caller, reason=request.reason, etag=etag,
+            administration.apply, policies, caller=call.caller, reason=request.reason, etag=etag,
             is_whole_set=request.prune, is_trial=request.dry_run,
         )  # fmt: skip
         if request.dry_run:
@@ -175,7 +181,15 @@ def _change(written: WriteResult) -> catalog.PolicyChange:
     )
 
 
-def _parsed(documents: Sequence[pb.PolicyDocument]) -> tuple[Policy, ...]:
+def _yaml(policies: Sequence[Policy], cancellation: Cancellation) -> str:
+    texts = []
+    for policy in policies:
+        cancellation.check()
+        texts.append(document.policy_to_yaml(policy))
+    return "---\n".join(texts)
+
+
+def _parsed(documents: Sequence[pb.PolicyDocument], _: Cancellation) -> tuple[Policy, ...]:
     if not 1 <= len(documents) <= MAX_DOCUMENTS:
         raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
     files: dict[str, str] = {}

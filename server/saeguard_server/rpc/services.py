@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
 from saeguard.catalog import Model
-from saeguard.checks import FieldError
-from saeguard.requests import ActivationRequest, GenerateRequest
+from saeguard.checks import MAX_UINT32, FieldError
+from saeguard.requests import MAX_STOP_STRINGS, ActivationRequest, GenerateRequest
 from saeguard.results import ActivationPart, StreamChunk, join_chunks
 from saeguard.v1 import activation_service_pb2 as activation_pb
 from saeguard.v1 import catalog_service_pb2 as catalog_pb
@@ -23,16 +23,20 @@ from saeguard.v1.activation_service_pb2_grpc import ActivationServiceServicer
 from saeguard.v1.catalog_service_pb2_grpc import CatalogServiceServicer
 from saeguard.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from saeguard.wire import chunk_message, from_message, to_message
-from saeguard_server.admission import LoadLimiter
+from saeguard_server.admission import LoadLimiter, Waiting
+from saeguard_server.caller import Call
 from saeguard_server.catalog import Catalog
 from saeguard_server.errors import InternalFailure, InvalidRequest
 from saeguard_server.generation import Generation, ReadActivations
 from saeguard_server.rpc import interceptor
 from saeguard_server.rpc.interceptor import closing
 from saeguard_server.settings import LimitSettings
+from saeguard_server.threads import WorkThreads
 
 T = TypeVar("T")
 
+MAX_SEARCHES = 64
+"""Searches of the catalogue that wait at once."""
 MESSAGE_BYTES = 1_000_000
 """About what a message of activations may hold (4 MiB is gRPC's default); one token's are never cut."""
 TOKEN_BYTES = 24
@@ -42,8 +46,12 @@ ENTRY_BYTES = 9
 
 
 class GenerationServicer(GenerationServiceServicer):
-    def __init__(self, generation: Generation, limiter: LoadLimiter, limits: LimitSettings) -> None:
-        self._generation, self._limiter, self._limits = generation, limiter, limits
+    def __init__(
+        self, generation: Generation, limiter: LoadLimiter, limits: LimitSettings, max_tokens: int = MAX_UINT32
+    ) -> None:
+        """``max_tokens`` is what the model reads at most."""
+        self._generation, self._limiter, self._limits, self._max_tokens = generation, limiter, limits, max_tokens
+        self._parked = Waiting(limits.max_parked, limits.max_queue)
 
     async def Generate(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.GenerateResponse:
         chunks = [chunk async for chunk in self._chunks(request)]
@@ -64,27 +72,38 @@ class GenerationServicer(GenerationServiceServicer):
             raise InternalFailure("a generation ended without its completion")
 
     async def Compare(self, request: generation_pb.GenerateRequest, context: object) -> generation_pb.CompareResponse:
-        generation, call = generate_request(request, self._limits), interceptor.current_call()
+        generation, call = await self._arrived(request)
         with self._limiter.admit(call.caller):
             comparison = await self._generation.compare(generation, call)
         return to_message(generation_pb.CompareResponse, comparison)
 
     async def _chunks(self, request: generation_pb.GenerateRequest) -> AsyncIterator[StreamChunk]:
-        generation, call = generate_request(request, self._limits), interceptor.current_call()
+        generation, call = await self._arrived(request)
         with self._limiter.admit(call.caller):
             async with closing(self._generation.stream(generation, call)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
+    async def _arrived(self, request: generation_pb.GenerateRequest) -> tuple[GenerateRequest, Call]:
+        """The request once nothing but the engine is to be waited for."""
+        generation = generate_request(request, self._limits, self._max_tokens)
+        call = interceptor.current_call()
+        if generation.min_policy_activation is not None:
+            with self._parked.hold(call.caller, "an activation of the policies"):
+                await self._generation.wait_for_policies(generation, call, self._limits.max_parked_s)
+        return generation, call
+
 
 class ActivationServicer(ActivationServiceServicer):
-    def __init__(self, activations: ReadActivations, limiter: LoadLimiter, limits: LimitSettings) -> None:
-        self._activations, self._limiter, self._limits = activations, limiter, limits
+    def __init__(
+        self, activations: ReadActivations, limiter: LoadLimiter, limits: LimitSettings, max_tokens: int = MAX_UINT32
+    ) -> None:
+        self._activations, self._limiter, self._limits, self._max_tokens = activations, limiter, limits, max_tokens
 
     async def GetActivations(
         self, request: activation_pb.GetActivationsRequest, context: object
     ) -> AsyncIterator[activation_pb.GetActivationsResponse]:
-        reading, call = activation_request(request, self._limits), interceptor.current_call()
+        reading, call = activation_request(request, self._limits, self._max_tokens), interceptor.current_call()
         with self._limiter.admit(call.caller):
             async with closing(self._activations.stream(reading, call)) as parts:
                 async for part in parts:
@@ -95,6 +114,7 @@ class ActivationServicer(ActivationServiceServicer):
 class CatalogServicer(CatalogServiceServicer):
     def __init__(self, catalog: Catalog, model: Model) -> None:
         self._catalog = catalog
+        self._searches = WorkThreads("searches of the catalogue", 1, MAX_SEARCHES)
         self._model = to_message(catalog_pb.GetModelResponse, model)
         self._saes = catalog_pb.ListSaesResponse(saes=[to_message(catalog_pb.Sae, sae) for sae in catalog.saes()])
 
@@ -112,33 +132,70 @@ class CatalogServicer(CatalogServiceServicer):
         self, request: catalog_pb.ListFeaturesRequest, context: object
     ) -> catalog_pb.ListFeaturesResponse:
         # In a thread: words are looked for in every example of every feature.
-        page = await asyncio.to_thread(
-            self._catalog.features, request.sae, request.query, request.page_size, request.page_token
-        )
+        search = partial(self._catalog.features, request.sae, request.query, request.page_size, request.page_token)
+        page = await self._searches.run(interceptor.current_call(), search)
         return to_message(catalog_pb.ListFeaturesResponse, page)
 
 
-def generate_request(message: generation_pb.GenerateRequest, limits: LimitSettings) -> GenerateRequest:
-    """What is too long is refused before any of it is read. Raises InvalidRequest, which names the field."""
+def generate_request(
+    message: generation_pb.GenerateRequest, limits: LimitSettings, max_tokens: int = MAX_UINT32
+) -> GenerateRequest:
+    """What is too large is refused before any of it is read. Raises InvalidRequest, which names the field."""
+    _check_input("", message, limits, max_tokens)
+    _check_count("sampling.stop", message.sampling.stop, MAX_STOP_STRINGS)
     _check_count("watch", message.watch, limits.max_watch)
-    _check_count("interventions", message.interventions, limits.max_interventions)
     _check_count("triggers", message.triggers, limits.max_triggers)
-    for index, trigger in enumerate(message.triggers):
-        path = f"triggers[{index}].apply.interventions"
-        _check_count(path, trigger.apply.interventions, limits.max_interventions)
     _check_count("policies", message.policies, limits.max_policies)
-    _check_terms(message.interventions, message.triggers, limits.max_condition_terms)
+    _check_steering(message, message.triggers, _input_bytes(message), limits)
     return _parse(GenerateRequest, message)
 
 
-def activation_request(message: activation_pb.GetActivationsRequest, limits: LimitSettings) -> ActivationRequest:
+def activation_request(
+    message: activation_pb.GetActivationsRequest, limits: LimitSettings, max_tokens: int = MAX_UINT32
+) -> ActivationRequest:
+    """The same of GetActivations."""
     _check_count("inputs", message.inputs, limits.max_activation_inputs)
-    _check_count("interventions", message.interventions, limits.max_interventions)
+    for index, entry in enumerate(message.inputs):
+        _check_input(f"inputs[{index}].", entry, limits, max_tokens)
+    _check_count("saes", message.saes, limits.max_activation_saes)
     _check_count("features.features", message.features.features, limits.max_activation_values)
-    _check_terms(message.interventions, (), limits.max_condition_terms)
     if message.top_k > limits.max_activation_values:
         raise InvalidRequest("top_k", f"at most {limits.max_activation_values}, got {message.top_k}")
+    _check_steering(message, (), sum(entry.ByteSize() for entry in message.inputs), limits)
     return _parse(ActivationRequest, message)
+
+
+_HasInput: TypeAlias = generation_pb.GenerateRequest | activation_pb.ActivationInput
+
+
+def _check_input(path: str, message: _HasInput, limits: LimitSettings, max_tokens: int) -> None:
+    """What a text may have is the tokenizer's to say."""
+    _check_count(f"{path}chat.messages", message.chat.messages, limits.max_messages)
+    _check_count(f"{path}tokens.ids", message.tokens.ids, max_tokens)
+
+
+def _input_bytes(message: generation_pb.GenerateRequest) -> int:
+    return len(message.text.encode()) + message.chat.ByteSize() + message.tokens.ByteSize()
+
+
+def _check_steering(
+    message: generation_pb.GenerateRequest | activation_pb.GetActivationsRequest,
+    triggers: Sequence[condition_pb2.Trigger],
+    input_bytes: int,
+    limits: LimitSettings,
+) -> None:
+    """Edits, conditions and names in sum: all who run beside it would wait, and its audit record holds them."""
+    edits, most = len(message.interventions), limits.max_interventions
+    _check_count("interventions", message.interventions, most)
+    for index, trigger in enumerate(triggers):
+        edits += len(trigger.apply.interventions)
+        if edits > most:
+            field = f"triggers[{index}].apply.interventions"
+            raise InvalidRequest(field, f"at most {most} edits in all, interventions included, got {edits} so far")
+    _check_terms(message.interventions, triggers, limits.max_condition_terms)
+    size = message.ByteSize() - input_bytes
+    if size > limits.max_steering_bytes:
+        raise InvalidRequest("request", f"at most {limits.max_steering_bytes} bytes beside its inputs, got {size}")
 
 
 def _parse(cls: type[T], message: Message) -> T:

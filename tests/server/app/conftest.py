@@ -21,6 +21,9 @@ class FakeTokenizer:
     special_ids = frozenset({0})
     has_chat_template = True
 
+    def check_length(self, prompt: ModelInput, most: int, cancellation: object) -> None:
+        pass
+
     def encode(self, prompt: ModelInput, *, parse_special_tokens: bool) -> EncodedText:
         if isinstance(prompt, TokenInput):
             return EncodedText(prompt.ids, (None,) * len(prompt.ids))

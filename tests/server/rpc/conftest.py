@@ -27,6 +27,7 @@ from saeguard_server.generation import with_request_facts
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import Metrics
+from saeguard_server.quotas import Quotas
 from saeguard_server.rpc import server as edge
 from saeguard_server.rpc.interceptor import AuthInterceptor, OpenCalls, RpcInterceptor
 from saeguard_server.rpc.policy import PolicyServicer
@@ -131,9 +132,10 @@ async def running(engine: Engine, metrics: Metrics, limits: LimitSettings) -> As
         metrics,
         admission,
         AuthInterceptor(Identity.of(IdentitySettings()), auth.role_table(False), metrics),
-        Audit(),
         OpenCalls(settings.server.max_calls, settings.server.max_connections),
-        max_deadline_s=limits.max_deadline_s,
+        Quotas(metrics),
+        Audit(),
+        limits=limits,
         receive_s=settings.server.receive_s,
     )
     server = edge.build_server(servicers, interceptor, settings.server)

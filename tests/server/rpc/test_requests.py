@@ -13,7 +13,7 @@ from hypothesis import given
 from saeguard.requests import GenerateRequest
 from saeguard.types import MAX_TERMS
 from saeguard.v1 import activation_service_pb2 as activation_pb
-from saeguard.v1 import condition_pb2
+from saeguard.v1 import condition_pb2, input_pb2
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard.v1.policy_service_pb2 import PolicyMode
@@ -27,7 +27,7 @@ from support.values import generations
 
 LIMITS = LimitSettings(
     max_interventions=3, max_watch=2, max_triggers=2, max_policies=2, max_activation_inputs=2, max_activation_values=5,
-    max_condition_terms=4,
+    max_condition_terms=4, max_steering_bytes=2000, max_messages=3, max_activation_saes=2,
 )  # fmt: skip
 
 
@@ -53,6 +53,14 @@ TOO_LONG: list[tuple[str, dict[str, Any]]] = [
     ("watch", {"watch": refs(3)}),
     ("triggers", {"triggers": [trigger(name) for name in "abc"]}),
     ("triggers[1].apply.interventions", {"triggers": [trigger("a"), trigger("b", applied=4)]}),
+    ("triggers[1].apply.interventions", {"triggers": [trigger("a", applied=2), trigger("b", applied=2)]}),
+    ("triggers[0].apply.interventions", {"interventions": edits(2), "triggers": [trigger("a", applied=2)]}),
+    ("sampling.stop", {"sampling": pb.Sampling(stop=["x"] * 17)}),
+    ("request", {"conversation": "x" * 4000}),
+    ("request", {"watch": [pb.FeatureRef(sae="x" * 4000)]}),
+    ("watch[0].sae", {"watch": [pb.FeatureRef(sae="x" * 257)]}),
+    ("policies[0]", {"policies": ["x" * 257]}),
+    ("triggers[0].name", {"triggers": [trigger("x" * 257)]}),
     ("policies", {"policies": ["a", "b", "c"]}),
     ("interventions", {"interventions": edits(2, terms=3)}),
     ("triggers", {"interventions": edits(1, terms=3), "triggers": [trigger("a", terms=2)]}),
@@ -71,7 +79,7 @@ def test_what_is_wrong_with_a_generation_is_named(field: str, values: dict[str, 
 def test_what_is_just_short_enough_is_read() -> None:
     message = pb.GenerateRequest(
         text="x", interventions=edits(1, terms=2), watch=refs(2), policies=["a", "b"],
-        triggers=[trigger("a"), trigger("b", applied=3)],
+        triggers=[trigger("a"), trigger("b", applied=2)],
     )  # fmt: skip
     request = generate_request(message, LIMITS)
     assert (len(request.watch), len(request.triggers), len(request.policies)) == (2, 2, 2)
@@ -92,6 +100,27 @@ def test_what_is_wrong_with_a_reading_is_named(field: str, values: dict[str, Any
     with pytest.raises(InvalidRequest) as caught:
         activation_request(message, LIMITS)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "input"),
+    [
+        ("chat.messages", {"chat": input_pb2.ChatInput(messages=[input_pb2.ChatMessage()] * 4)}),
+        ("tokens.ids", {"tokens": input_pb2.TokenInput(ids=[1] * 6)}),
+    ],
+)
+def test_an_input_of_too_many_items_is_refused_unread(field: str, input: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generate_request(pb.GenerateRequest(**input), LIMITS, 5)
+    assert caught.value.field == field
+    reading = activation_pb.GetActivationsRequest(inputs=[activation_pb.ActivationInput(**input)], saes=["a"], top_k=1)
+    with pytest.raises(InvalidRequest) as caught:
+        activation_request(reading, LIMITS, 5)
+    assert caught.value.field == f"inputs[0].{field}"
+
+
+def test_what_an_input_has_is_not_counted_as_steering() -> None:
+    assert generate_request(pb.GenerateRequest(text="x" * 10_000), LIMITS).input == "x" * 10_000
 
 
 @given(generations)
