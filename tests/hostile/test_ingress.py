@@ -311,7 +311,7 @@ async def test_a_flood_of_frames_neither_grows_the_server_nor_stops_others(
 async def test_metadata_before_settings_are_acknowledged_ends_with_the_handshake(
     attacked: Attacked, outcome: Outcome, is_full: bool
 ) -> None:
-    """The core holds nobody to limits that are not acknowledged: the time for that, and the line, are what bounds it."""
+    """The core holds nobody to limits that are not acknowledged: the time for that, and the line, bound it."""
     before, sent, began = attacked.memory_mb(), 0, time.monotonic()
     headers = frame(http2.CONTINUATION, 0, 1, b"\0\x01a\x01b" * 2000)
     with suppress(OSError):
