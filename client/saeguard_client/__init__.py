@@ -16,8 +16,8 @@ from saeguard.catalog import (
 from saeguard.checks import FieldError
 from saeguard.requests import ChatInput, ChatMessage, Input, TokenInput
 from saeguard.results import (
-    ActivationPart, Activations, Comparison, Completion, FeatureReading, InterventionReceipt, PolicyFacts, Receipt,
-    StoppedBy, StreamChunk, Timings, Token, TokenLogprob, TokenText, TriggerReceipt, Usage, merge_activations,
+    ActivationPart, Activations, Comparison, Completion, EnforcedRule, FeatureReading, InterventionReceipt, PolicyFacts,
+    Receipt, StoppedBy, StreamChunk, Timings, Token, TokenLogprob, TokenText, TriggerReceipt, Usage, merge_activations,
 )  # fmt: skip
 from saeguard.types import (
     Add, Apply, Cap, Clamp, Condition, FeatureRef, Flag, Floor, Intervention, Scale, Scope, Stop, Term, Trigger,
@@ -34,7 +34,7 @@ from saeguard_client.errors import (
 __all__ = [
     "Aborted", "Activation", "ActivationPart", "Activations", "Add", "Apply", "AsyncClient", "Cancelled", "Cap",
     "ChatInput", "ChatMessage", "Clamp", "Client", "Comparison", "Completion", "Condition", "DeadlineExceeded",
-    "FailedPrecondition", "Feature", "FeatureExample", "FeatureReading", "FeatureRef", "FieldError",
+    "EnforcedRule", "FailedPrecondition", "Feature", "FeatureExample", "FeatureReading", "FeatureRef", "FieldError",
     "FieldViolation", "Flag", "Floor", "Input", "InternalError", "Intervention", "InterventionReceipt",
     "InvalidArgument", "Limits", "Model", "NotFound", "PermissionDenied", "PolicyChange", "PolicyFacts",
     "PolicyFinding", "PolicyHistory", "PolicySet", "PolicySummary", "PromotedToken", "Quantile", "Receipt",

@@ -123,7 +123,7 @@ def _check_reply(completion: Completion, request: GenerateRequest) -> None:
 
 def _check_policies(completion: Completion, request: GenerateRequest) -> None:
     facts, least = completion.policy, request.min_policy_activation
-    in_force = () if facts is None else (*facts.enforced, *facts.shadowed)
+    in_force = () if facts is None else (*facts.applied, *facts.shadowed)
     for name in request.policies:
         if name not in in_force:
             raise receipt_mismatch("policy", f"the policy {name!r} was asked for and not applied")
@@ -157,7 +157,7 @@ class _ReceiptCheck:
     def __init__(self, completion: Completion, receipt: Receipt, request: GenerateRequest) -> None:
         self._completion, self._receipt, self._request = completion, receipt, request
         facts = completion.policy
-        self._enforced = frozenset[str]() if facts is None else frozenset(facts.enforced)
+        self._enforced = frozenset[str]() if facts is None else frozenset(facts.applied)
         self._shadowed = frozenset[str]() if facts is None else frozenset(facts.shadowed)
         self._triggers = {trigger.name: trigger for trigger in request.triggers}
         stops = any(isinstance(trigger.action, Stop) for trigger in request.triggers)
@@ -310,9 +310,11 @@ class _ReceiptCheck:
             isinstance(input, ChatInput)
             and any(message.role == "user" and message.content.strip() for message in input.messages)
         )
-        has_prompt = has_text and first == 0 and (last is None or last >= prompt)
+        is_covered = first == 0 and (last is None or last >= prompt)
+        has_prompt = has_text and is_covered and not self._request.parse_special_tokens
         is_checked = scope.phase != "generated" and last is not None and last <= prompt  # the server refuses it without
-        return int(inside > 0 and self._bounds.least >= prompt and (has_prompt or is_checked))
+        ends_prompt = first < prompt and 1 < prompt <= (prompt if last is None else last)  # never left alone
+        return int(inside > 0 and self._bounds.least >= prompt and (has_prompt or is_checked or ends_prompt))
 
     def _check_most(self, field: str, count: int) -> None:
         if count > self._bounds.most:

@@ -127,6 +127,17 @@ class Receipt:
     triggers: tuple[TriggerReceipt, ...] = ()
 
 
+def enforced_rules(receipt: Receipt | None) -> tuple[EnforcedRule, ...]:
+    """What a receipt tells of policies' rules and triggers in force; an edit of a trigger is that one's."""
+    if receipt is None:
+        return ()
+    edits = (entry for entry in receipt.interventions if not entry.is_shadow)
+    rules = {(entry.policy, entry.rule): entry.tokens_eligible for entry in edits}
+    triggers = (entry for entry in receipt.triggers if not entry.is_shadow)
+    rules |= {(entry.policy, entry.name): entry.tokens_evaluated for entry in triggers}
+    return tuple(EnforcedRule(policy, rule, tokens) for (policy, rule), tokens in rules.items() if policy and tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class StoppedBy:
     """The trigger that ended a generation; ``policy`` is "" for the request's own."""
@@ -136,19 +147,31 @@ class StoppedBy:
 
 
 @dataclass(frozen=True, slots=True)
+class EnforcedRule:
+    """A policy's rule or trigger, and on how many ``tokens`` that the model read it was decided: those in its scope."""
+
+    policy: str
+    rule: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyFacts:
     """Which policies decided about a request: what was in force when it was admitted, however long it ran.
 
     Attributes:
         activation: number of the act that put ``revision`` in force; later acts have larger ones.
-        enforced: names of the policies that were applied.
+        applied: names of the policies that were applied.
         shadowed: names of those that were evaluated and not applied, for callers with the role policy-read.
+        enforced: of the applied ones' rules and triggers those that had a token at least; a rule that another one
+            makes stricter, or does anyway, is told of by that one. Empty until the generation has ended.
     """
 
     activation: int
     revision: int
-    enforced: tuple[str, ...]
+    applied: tuple[str, ...]
     shadowed: tuple[str, ...]
+    enforced: tuple[EnforcedRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

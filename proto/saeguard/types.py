@@ -60,7 +60,13 @@ class FeatureRef:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
     """The tokens something applies to: of a phase, at positions ``[start, end)`` over prompt and generated tokens
-    together, and the tokenizer's special ones only where they are included."""
+    together, and the tokenizer's special ones only where they are included.
+
+    "generated" begins with the last prompt token, whose prediction is the first generated token: who asks for a token
+    at a time has the same tokens edited as they come. In a chat, each assistant turn counts too, from the token before
+    its content to its end. "prompt" is every prompt token. A special token that ends a prompt is never left alone, for
+    the same reason.
+    """
 
     phase: Phase = "all"
     start: int = 0
@@ -78,10 +84,10 @@ class Scope:
         checks.check_bool("include_special_tokens", self.include_special_tokens)
 
     def positions(self, prompt_tokens: int) -> tuple[int, int | None]:
-        """``[first, last)`` position for a prompt of that length; None is no end."""
+        """``[first, last)`` position for a prompt of that length without assistant turns; None is no end."""
         first, last = self.start, self.end
         if self.phase == "generated":
-            first = max(first, prompt_tokens)
+            first = max(first, prompt_tokens - 1)
         if self.phase == "prompt":
             last = prompt_tokens if last is None else min(last, prompt_tokens)
         return first, last

@@ -47,6 +47,7 @@ class FeatureCondition:
     first: int = 0
     last: int = NEVER
     special: bool = False
+    generated: bool = False  # only on those of the tokens that count as generated
     latches: bool = False  # for edits it stays on once it was on
     stops: bool = False  # ``ConditionTable.stopped`` tells when it was on
 
@@ -315,11 +316,12 @@ CONDITION_COLUMNS: dict[str, Kind] = {
     "is_count": Kind(False, torch.bool),
     "tokens": Kind(1, torch.int64),
     "k": Kind(1, torch.int64),
-    # Where: the number of the place at which it is decided, positions, special tokens.
+    # Where: the number of the place at which it is decided, positions, special tokens, those that count as generated.
     "place": Kind(-1, torch.int64),
     "first": Kind(0, torch.int64),
     "last": Kind(0, torch.int64),
     "special": Kind(False, torch.bool),
+    "generated": Kind(False, torch.bool),
     # What follows.
     "latches": Kind(False, torch.bool),
     "stops": Kind(False, torch.bool),
@@ -331,7 +333,7 @@ CONDITION_COLUMNS: dict[str, Kind] = {
     "maximum": Kind(-torch.inf, torch.float64),
 }
 MEMORY = ("on", "evaluated", "count", "position", "maximum")
-_COPIED = ("bias", "k", "first", "last", "special", "latches", "stops")
+_COPIED = ("bias", "k", "first", "last", "special", "generated", "latches", "stops")
 
 
 class ConditionState(ColumnStore):

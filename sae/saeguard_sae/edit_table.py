@@ -36,6 +36,7 @@ class EditColumn:
     first: int = 0
     last: int = 0
     special: bool = False
+    generated: bool = False  # only on those of the tokens that count as generated
     source: Hashable = None
     """Which tensor it reads (a key of ``sources`` in ``EditTable.apply``); None for the one that is edited."""
     block: int = 0  # which of the vectors that its decoder row holds side by side is written here
@@ -323,7 +324,7 @@ class EditColumns:
     def _own(self, columns: Sequence[EditColumn]) -> Cells:
         cells: dict[str, list[Any]] = {
             **{name: [getattr(column.affine, name) for column in columns] for name in Affine._fields},
-            **{name: [getattr(column, name) for column in columns] for name in ("first", "last", "special")},
+            **{name: [getattr(column, name) for column in columns] for name in _WHERE},
             "condition": [0 if column.condition is None else column.condition + 1 for column in columns],
             "edits": [not column.is_shadow for column in columns],
         }
@@ -349,7 +350,7 @@ def _key(column: EditColumn) -> tuple[object, ...]:
     """Equal where columns are; coders and gains are held on to, so that their ids stay theirs."""
     return (
         id(column.coder), id(column.write_gain), column.block, column.feature, column.affine, column.first, column.last,
-        column.special, column.condition, column.is_shadow,
+        column.special, column.generated, column.condition, column.is_shadow,
     )  # fmt: skip
 
 
@@ -359,9 +360,11 @@ def _target(f: Tensor, cells: Cells) -> Tensor:
 
 
 def in_scope(group: Group, cells: Mapping[str, Tensor]) -> Tensor:
-    """bool [B, T, E], True where the positions of a column's scope, [B, E], hold the token."""
+    """bool [B, T, E], True where a column's scope, [B, E], holds the token."""
     position = group.positions[..., None]
     inside = (position >= cells["first"][:, None]) & (position < cells["last"][:, None])
+    if group.generated is not None:
+        inside &= group.generated[..., None] | ~cells["generated"][:, None]
     return inside & (cells["special"][:, None] | ~group.special[..., None])
 
 
@@ -397,10 +400,11 @@ EDIT_COLUMNS: dict[str, Kind] = {
     "W_dec": Kind(0.0, width="write"),
     "norm": Kind(0.0),
     "restores": Kind(0, torch.int64),
-    # Which tokens: positions [first, last), special ones only when asked.
+    # Which tokens: positions [first, last), special ones only when asked, of some only what counts as generated.
     "first": Kind(0, torch.int64),
     "last": Kind(0, torch.int64),
     "special": Kind(False, torch.bool),
+    "generated": Kind(False, torch.bool),
     # Where the slot's condition with this number, from 1, is on (0: always); whether it is made.
     "condition": Kind(0, torch.int64),
     "edits": Kind(False, torch.bool),
@@ -414,10 +418,12 @@ EDIT_COLUMNS: dict[str, Kind] = {
     "max": Kind(0.0),
     "relative": Kind(0.0, torch.float64),
 }
+_WHERE = ("first", "last", "special", "generated")
 COUNTERS = ("eligible", "edited", "capped", "sum", "max", "relative")
 _LIVE = (
     *(name for name in encoding.READ if name != "W_enc"),
-    *("alpha", "beta", "lo", "hi", "norm", "first", "last", "special", "condition", "edits", "row"),
+    *_WHERE,
+    *("alpha", "beta", "lo", "hi", "norm", "condition", "edits", "row"),
 )
 
 

@@ -32,6 +32,7 @@ class Group:
     positions: Tensor  # int64 [B, T], the token's position in its request
     special: Tensor  # bool [B, T], True for special tokens
     filled: Tensor | None  # int64 [n], the numbers in B x T of the cells that are not padded; None where none is
+    generated: Tensor | None = None  # bool [B, T], True where a token counts as generated; None where all of them do
 
     @classmethod
     def singles(cls, slots: tuple[int, ...], positions: Tensor, special: Tensor) -> Group:
@@ -57,12 +58,17 @@ class Rows:
     groups: tuple[Group, ...] = ()
 
     @classmethod
-    def of(cls, spans: Sequence[RowSpan], positions: Tensor, special: Tensor) -> Rows:
-        """Groups spans, one a request, by the power of two that holds them: less than half of the cells are padded."""
+    def of(cls, spans: Sequence[RowSpan], positions: Tensor, special: Tensor, generated: Tensor | None = None) -> Rows:
+        """Groups spans, one a request, by the power of two that holds them: less than half of the cells are padded.
+
+        Args:
+            positions: int64 [N] of the pass' tokens; bool [N] whether each is ``special``, and counts as ``generated``
+                (None where no column asks).
+        """
         by_size: dict[int, list[RowSpan]] = defaultdict(list)
         for span in spans:
             by_size[(span.length - 1).bit_length()].append(span)
-        return cls(tuple(_group(group, positions, special) for group in by_size.values()))
+        return cls(tuple(_group(group, positions, special, generated) for group in by_size.values()))
 
 
 def as_index(slots: tuple[int, ...], device: torch.device) -> slice | Tensor:
@@ -72,7 +78,7 @@ def as_index(slots: tuple[int, ...], device: torch.device) -> slice | Tensor:
     return torch.tensor(slots, device=device)
 
 
-def _group(spans: list[RowSpan], positions: Tensor, special: Tensor) -> Group:
+def _group(spans: list[RowSpan], positions: Tensor, special: Tensor, generated: Tensor | None) -> Group:
     slots, starts, lengths = zip(*spans, strict=True)
     if max(lengths) == 1:
         first = starts[0]
@@ -82,7 +88,8 @@ def _group(spans: list[RowSpan], positions: Tensor, special: Tensor) -> Group:
             if lie_together
             else torch.tensor(starts, device=positions.device)[:, None]
         )
-        return Group(slots, lengths, tokens, _cells(positions, tokens), _cells(special, tokens), None)
+        own = None if generated is None else _cells(generated, tokens)
+        return Group(slots, lengths, tokens, _cells(positions, tokens), _cells(special, tokens), None, own)
     longest = max(lengths)
     at = torch.arange(longest)
     sizes = torch.tensor(lengths)[:, None]
@@ -90,7 +97,8 @@ def _group(spans: list[RowSpan], positions: Tensor, special: Tensor) -> Group:
     padded = at >= sizes
     filled = None if min(lengths) == longest else (~padded).flatten().nonzero().squeeze(1).to(positions.device)
     index, padded = index.to(positions.device), padded.to(positions.device)
-    return Group(slots, lengths, index, positions[index].masked_fill(padded, -1), special[index], filled)
+    own = None if generated is None else generated[index]
+    return Group(slots, lengths, index, positions[index].masked_fill(padded, -1), special[index], filled, own)
 
 
 def _cells(flat: Tensor, tokens: Tensor | slice) -> Tensor:

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import zip_longest
 
 from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest, Sampling, Selection, TopKSelection
-from saeguard.results import ActivationPart, Comparison, PolicyFacts, StreamChunk, join_chunks
+from saeguard.results import ActivationPart, Comparison, PolicyFacts, StreamChunk, enforced_rules, join_chunks
 from saeguard.types import FeatureRef
 from saeguard_server import steering
 from saeguard_server.admission import Admission
@@ -179,13 +179,14 @@ class Generation:
         for index, ref in enumerate(request.watch):
             steering.find_watchable(self._engine, ref, f"watch[{index}]")
         context = self._engine.model.max_context
-        tokens = encode_input(
+        encoded = encode_input(
             self._tokenizer,
             request.input,
             context - 1,
             cancellation=cancellation,
             parse_special_tokens=request.parse_special_tokens,
-        ).ids
+        )
+        tokens = encoded.ids
         max_new_tokens = request.sampling.max_new_tokens or self._limits.default_max_new_tokens
         seed = request.sampling.seed
         task = GenerateTask(
@@ -199,7 +200,7 @@ class Generation:
         if snapshot is None:
             edits = steering.compile_edits(self._engine, request.interventions)
             triggers = steering.compile_triggers(self._engine, request.triggers)
-            token_range = TokenRange.of(tokens, task.max_new_tokens, triggers, self._tokenizer.special_ids)
+            token_range = TokenRange.of(encoded, task.max_new_tokens, triggers, self._tokenizer.special_ids)
             placed = steering.steer(edits, triggers, request.max_relative_edit, token_range)
             return CompiledRequest(replace(task, steering=placed))
         now = datetime.now(UTC)
@@ -207,7 +208,7 @@ class Generation:
         disclosure.check_withheld(request, withheld)
         resolved = resolve_policies(request, call.caller, snapshot, now)
         selected = resolved.selected
-        token_range = TokenRange.of(tokens, task.max_new_tokens, resolved.triggers, self._tokenizer.special_ids)
+        token_range = TokenRange.of(encoded, task.max_new_tokens, resolved.triggers, self._tokenizer.special_ids)
         placed = steering.steer(resolved.edits, resolved.triggers, resolved.max_relative_edit, token_range)
         return CompiledRequest(
             replace(task, steering=placed), selected.facts, selected.requires_audit, selected.counterfactual, withheld
@@ -291,7 +292,10 @@ def with_request_facts(chunk: StreamChunk, call: Call, policy: PolicyFacts | Non
     """The chunk; the last one says whose request it was, and which policies decided."""
     if chunk.completion is None:
         return chunk
-    return replace(chunk, completion=replace(chunk.completion, request_id=call.request_id, policy=policy))
+    done = chunk.completion
+    if policy is not None:
+        policy = replace(policy, enforced=enforced_rules(done.receipt))
+    return replace(chunk, completion=replace(done, request_id=call.request_id, policy=policy))
 
 
 # --- how far an answer's tokens are from what the model would have said under another steering
@@ -473,7 +477,7 @@ class ReadActivations:
                 self._tokenizer, input, most, f"inputs[{index}].", cancellation,
                 parse_special_tokens=request.parse_special_tokens,
             )  # fmt: skip
-            tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids)
+            tokens = TokenRange(encoded.ids, len(encoded.ids), self._tokenizer.special_ids, encoded.assistant_turns)
             placed = steering.compile_steering(self._engine, request.interventions, None, tokens)
             tasks.append(
                 InspectTask(

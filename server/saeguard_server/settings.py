@@ -281,7 +281,7 @@ class ServerSettings(SettingsTable, frozen=True, kw_only=True):
     max_calls: Count = 4096
     """Calls at once in all, half-open, watching and unread ones too; then a connection gets no more than its share of
     them, max_calls / max_connections."""
-    handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    handshake_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 5.0
     """From a connection's beginning, whether it sends anything or not, to the end of TLS's and HTTP/2's handshakes."""
     receive_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
     """Within which a request's message must be here."""

@@ -20,6 +20,7 @@ from saeguard_sae.edits import FLOAT32_MAX, Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site, depth
 from saeguard_server.engine.protocol import OWN, CompiledCondition, CompiledEdit, Engine, Origin, Steering
+from saeguard_server.engine.tokenizer import EncodedText
 from saeguard_server.errors import InvalidRequest, UnknownName
 
 C = TypeVar("C", CompiledCondition, CompiledEdit)
@@ -40,17 +41,37 @@ class TokenRange:
     prompt: tuple[int, ...]
     tokens: int
     special_ids: frozenset[int]
+    assistant_turns: tuple[tuple[int, int], ...] = ()
+    """Of a chat: the tokens ``[first, last)`` of each assistant message's content, in order."""
 
     @classmethod
     def of(
-        cls, prompt: tuple[int, ...], new_tokens: int, triggers: Iterable[CompiledTrigger], special_ids: frozenset[int]
+        cls, prompt: EncodedText, new_tokens: int, triggers: Iterable[CompiledTrigger], special_ids: frozenset[int]
     ) -> TokenRange:
         """Of a generation of so many tokens; the last is read only where a trigger may stop it from being sent."""
-        last = len(prompt) + new_tokens - 1
+        last = len(prompt.ids) + new_tokens - 1
         stopping = (trigger.condition for trigger in triggers if trigger.condition.stops)
-        scopes = (condition.scope.positions(len(prompt)) for condition in stopping)
+        scopes = (condition.scope.positions(len(prompt.ids)) for condition in stopping)
         may_stop = any(first <= last and (end is None or last < end) for first, end in scopes)
-        return cls(prompt, last + may_stop, special_ids)
+        return cls(prompt.ids, last + may_stop, special_ids, prompt.assistant_turns)
+
+    @property
+    def special_end(self) -> int:
+        """The last prompt token's position if it is special, else -1; a first token, which follows nothing, is none."""
+        last = len(self.prompt) - 1
+        return last if last > 0 and self.prompt[last] in self.special_ids else -1
+
+    def generated(self) -> tuple[tuple[int, int], ...]:
+        """The positions ``[first, last)`` that count as generated, in order and apart; none without assistant turns."""
+        if not self.assistant_turns:
+            return ()
+        ranges: list[tuple[int, int]] = []
+        for start, end in (*self.assistant_turns, (len(self.prompt), FOREVER)):
+            first = max(start - 1, 0)
+            if ranges and first <= ranges[-1][1]:
+                first, _ = ranges.pop()
+            ranges.append((first, end))
+        return tuple(ranges)
 
 
 def compile_steering(
@@ -226,29 +247,37 @@ def steer(
         raise InvalidRequest("max_relative_edit", "has nothing to limit: there are no interventions")
     if not every and not triggers:
         return Steering()
-    conditions = [place(trigger.condition, tokens, has_own) for trigger in triggers]
+    generated = tokens.generated()
+    conditions = [place(trigger.condition, tokens, has_own, generated) for trigger in triggers]
     # A trigger's condition is its own; equal ones of edits at one stage are one.
     numbers: dict[object, int] = {id(trigger.condition): number for number, trigger in enumerate(triggers)}
     placed = []
     for edit in every:
-        number, in_place = None, place(edit, tokens, has_own)
+        number, in_place = None, place(edit, tokens, has_own, generated)
         if edit.condition is not None:
             known = id(edit.condition)
             key: object = known if known in numbers else (edit.condition.digest, in_place.stage)
             if key not in numbers:
                 numbers[key] = len(conditions)
-                conditions.append(place(edit.condition, tokens, has_own))
+                conditions.append(place(edit.condition, tokens, has_own, generated))
             number = numbers[key]
         placed.append(in_place if number is None else replace(in_place, condition_number=number, condition=None))
     _check_disjoint(placed)
     applied: list[CompiledEdit | CompiledCondition] = [*placed, *conditions[: len(triggers)]]
     parts = sorted((part.digest, part.stage) for part in applied)
     digest = _digest([parts, max_relative_edit])
-    return Steering(tuple(placed), inf if max_relative_edit is None else max_relative_edit, digest, tuple(conditions))
+    limit = inf if max_relative_edit is None else max_relative_edit
+    is_scattered = any(edit.generated for edit in placed) or any(condition.generated for condition in conditions)
+    return Steering(
+        tuple(placed), limit, digest, tuple(conditions), generated if is_scattered else (), tokens.special_end
+    )
 
 
-def place(compiled: C, tokens: TokenRange, has_own: bool) -> C:
+def place(compiled: C, tokens: TokenRange, has_own: bool, generated: tuple[tuple[int, int], ...]) -> C:
     """At the positions of one request, and behind its own edits where it has some and this is a policy's.
+
+    Args:
+        generated: what counts so of a chat with assistant turns.
 
     Raises:
         InvalidRequest: the request's own edit or condition is on no token that the model reads: what it limits would
@@ -258,19 +287,26 @@ def place(compiled: C, tokens: TokenRange, has_own: bool) -> C:
     if compiled.origin.policy and compiled.scope.phase == "all":
         return replace(compiled, stage=stage) if stage else compiled
     first, last = compiled.scope.positions(len(tokens.prompt))
-    last = FOREVER if last is None else last
-    if not compiled.origin.policy and not _holds_a_token(compiled.scope, first, min(last, tokens.tokens), tokens):
+    last, is_scattered = FOREVER if last is None else last, bool(generated) and compiled.scope.phase == "generated"
+    if is_scattered:
+        first = next(max(start, compiled.scope.start) for start, end in generated if end > compiled.scope.start)
+    compiled = replace(compiled, first=first, last=last, generated=is_scattered, stage=stage)
+    if not compiled.origin.policy and not _holds_a_token(compiled, tokens, generated):
         positions = f"positions 0 to {tokens.tokens - 1}, {len(tokens.prompt)} of them prompt"
         raise InvalidRequest(f"{compiled.field}.scope", f"selects no token: the model reads {positions}")
-    return replace(compiled, first=first, last=last, stage=stage)
+    return compiled
 
 
-def _holds_a_token(scope: Scope, first: int, end: int, tokens: TokenRange) -> bool:
-    if first >= end:
-        return False
-    reads_generated = end > len(tokens.prompt)
-    is_ordinary = (token not in tokens.special_ids for token in tokens.prompt[first:end])
-    return scope.include_special_tokens or reads_generated or any(is_ordinary)
+def _holds_a_token(
+    scope: CompiledEdit | CompiledCondition, tokens: TokenRange, generated: tuple[tuple[int, int], ...]
+) -> bool:
+    return any(
+        last > len(tokens.prompt)
+        or scope.special
+        or first <= tokens.special_end < last
+        or any(token not in tokens.special_ids for token in tokens.prompt[first:last])
+        for first, last in Steering(generated=generated).spans(scope, 0, tokens.tokens)
+    )
 
 
 def _check_disjoint(edits: Sequence[CompiledEdit]) -> None:

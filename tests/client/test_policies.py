@@ -216,7 +216,7 @@ def test_cases_say_what_did_not_fire(server: Any, saeguard: Any, tmp_path: Path)
         ],
         triggers=[receipt_pb2.TriggerReceipt(policy="calm", name="insult", tokens_on=0)],
     )
-    facts = gen.PolicyFacts(activation=4, revision=6, enforced=["calm"])
+    facts = gen.PolicyFacts(activation=4, revision=6, applied=["calm"])
     done = gen.Completion(
         finish_reason=gen.FINISH_REASON_STOP,
         receipt=receipt,

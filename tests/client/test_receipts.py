@@ -45,7 +45,7 @@ EDIT = InterventionReceipt(
 SHADOW = replace(EDIT, feature=5, policy="quiet", rule="hush", is_shadow=True)
 FIRED = TriggerReceipt("", "secret", False, 7, 1, 7)
 RECEIPT = Receipt(MODEL, STEERING, (EDIT, SHADOW), 4, (FIRED,))
-FACTS = PolicyFacts(activation=7, revision=3, enforced=("calm",), shadowed=("quiet",))
+FACTS = PolicyFacts(activation=7, revision=3, applied=("calm",), shadowed=("quiet",))
 DONE = Completion(
     text="", tokens=(Token(8), Token(9)), readings=(), prompt_logprobs=(), finish_reason="feature", stop_string="",
     usage=Usage(5, 2), timings=Timings(0, 0, 0), seed=1, request_id="r", receipt=RECEIPT,
@@ -136,7 +136,7 @@ def test_an_edit_that_a_policy_makes_too_is_told_of_by_its_rule() -> None:
         (replace(DONE, stopped_by=None), "finish reason is 'feature'"),
         (replace(fired(first_position=6), stopped_by=None, finish_reason="length"), "did not stop it"),
         (replace(DONE, policy=None), "the policy 'calm'"),
-        (replace(DONE, policy=replace(FACTS, enforced=())), "the policy 'calm'"),
+        (replace(DONE, policy=replace(FACTS, applied=())), "the policy 'calm'"),
         (replace(DONE, policy=replace(FACTS, shadowed=())), "policy 'quiet'"),
         (replace(DONE, policy=replace(FACTS, activation=6)), "policy.activation"),
         (replace(DONE, seed=2), "seed"),

@@ -156,7 +156,7 @@ def test_values_are_frozen() -> None:
 
 def test_the_positions_of_a_scope() -> None:
     assert Scope().positions(5) == (0, None)
-    assert Scope(phase="generated", start=2).positions(5) == (5, None)
+    assert Scope(phase="generated", start=2).positions(5) == (4, None)
     assert Scope(phase="prompt", end=9).positions(5) == (0, 5)
 
 

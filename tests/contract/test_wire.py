@@ -34,6 +34,7 @@ MIRRORS: list[tuple[type, Any]] = [
     (results.Usage, pb.Usage),
     (results.StoppedBy, pb.StoppedBy),
     (results.PolicyFacts, pb.PolicyFacts),
+    (results.EnforcedRule, pb.EnforcedRule),
     (results.TokenLogprob, pb.TokenLogprob),
     (results.Token, pb.Token),
     (results.FeatureReading, pb.FeatureReading),

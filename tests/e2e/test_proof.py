@@ -56,7 +56,7 @@ def make_case(world: World, index: int) -> Case:
         applies = {
             "all": lambda position, token: True,
             "prompt": lambda position, token, length=length: position < length,
-            "generated": lambda position, token, length=length: position >= length,
+            "generated": lambda position, token, length=length: position >= length - 1,
         }[phase]
         steer.append(make(sae, feature, Scope(phase=phase)))
         plain.append(reference.PlainEdit(world.saes[sae], *SITES[world.model_type][sae], feature, change, applies))
@@ -121,7 +121,11 @@ def _check_receipt(case: Case, ids: list[int], done: Completion | None) -> None:
     assert done.receipt is not None
     read = [*case.prompt, *ids][:-1]
     for plain, entry in zip(case.plain, done.receipt.interventions, strict=True):
-        in_scope = sum(plain.applies(at, token) and token not in SPECIAL for at, token in enumerate(read))
+        ends_prompt = len(case.prompt) - 1
+        in_scope = sum(
+            plain.applies(at, token) and (token not in SPECIAL or 0 < at == ends_prompt)
+            for at, token in enumerate(read)
+        )
         assert (entry.feature, entry.tokens_eligible) == (plain.feature, in_scope)
 
 

@@ -58,7 +58,7 @@ async def special_ids(client: AsyncClient, input: Any, **more: Any) -> list[int]
 
 async def test_contents_make_no_control_token(outcome: Callable[..., None], is_full: bool) -> None:
     draw = random.Random(7)
-    refused, forged, tries = Counter[str](), 0, 2000 if is_full else 20
+    refused, forged, tries = Counter[str](), 0, 500 if is_full else 20
     async with serving_demo() as app, AsyncClient(f"127.0.0.1:{app.port}") as client:
         for number in range(tries):
             turns = [
@@ -230,7 +230,7 @@ async def test_a_client_believes_an_honest_server_and_no_other(outcome: Callable
     async with serving_demo() as app:
         proxy = Proxy(app.port)
         try:
-            counts = await asyncio.to_thread(_believe, proxy, honest_requests(draw, 1500 if is_full else 30), is_full)
+            counts = await asyncio.to_thread(_believe, proxy, honest_requests(draw, 150 if is_full else 30), is_full)
         finally:
             proxy.close()
     assert counts["honest"] > 10

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from saeguard.catalog import Activation
 from saeguard.results import InterventionReceipt, StoppedBy
-from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Scope, Stop, Trigger, Window
+from saeguard.types import Add, Cap, Clamp, Intervention, Scale, Stop, Trigger, Window
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.generation import Generation
 from saeguard_server.observe import Metrics
@@ -93,8 +93,8 @@ async def test_a_requests_limit_is_not_a_rules_and_a_policys_is_a_requests(ask: 
 
 
 async def test_a_policys_triggers_and_conditions_do_what_a_requests_would(ask: Ask) -> None:
-    always, held = when(5, -1.0, SAE), when(6, -1.0, SAE, scope=Scope(phase="generated"))
-    stop = Trigger("end", replace(held, window=Window("k_of_n", 2, 2)), Stop())
+    always = when(5, -1.0, SAE)
+    stop = Trigger("end", when(6, -1.0, SAE, window=Window("k_of_n", 9, 9)), Stop())
     rules = policy("a", rule("r", Clamp(SAE, 4, 9.0, when=always)), triggers=(stop,))
     enforced = await ask(rules)
     asked = await ask(interventions=(replace(Clamp(SAE, 4, 9.0), when=always),), triggers=(stop,))

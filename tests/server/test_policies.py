@@ -103,7 +103,7 @@ async def test_everybody_is_steered_and_the_reply_says_by_what(server: Server) -
         ("b", Affine(alpha=0.0), True),
     ]
     assert task.steering.digest
-    assert facts(chunks) == PolicyFacts(activation=1, revision=2, enforced=("a",), shadowed=("b",))
+    assert facts(chunks) == PolicyFacts(activation=1, revision=2, applied=("a",), shadowed=("b",))
     assert all(chunk.completion is None for chunk in chunks[:-1])
     _, task = await server.run(edit(1.0))
     assert [one.affine.hi for one in task.steering.edits if not one.is_shadow] == [1.0]
@@ -127,7 +127,7 @@ async def test_a_request_keeps_what_was_in_force_when_it_was_admitted(server: Se
     server.policies.withdraw("gone")
     server.engine.gate.set()
     chunks, task = await running
-    assert facts(chunks) == PolicyFacts(activation=1, revision=2, enforced=("a",), shadowed=())
+    assert facts(chunks) == PolicyFacts(activation=1, revision=2, applied=("a",), shadowed=())
     assert task.steering.edits[0].affine.hi == 2.0
 
 
@@ -137,7 +137,7 @@ async def test_nothing_is_served_without_policies_that_are_known(server: Server)
     server.put_in_force()
     chunks, task = await server.run()
     assert not task.steering.edits
-    assert facts(chunks) == PolicyFacts(activation=1, revision=2, enforced=(), shadowed=())
+    assert facts(chunks) == PolicyFacts(activation=1, revision=2, applied=(), shadowed=())
     server.policies.withdraw("cannot be applied here")
     with pytest.raises(PoliciesUnavailable, match="cannot be applied here"):
         await server.run()

@@ -29,6 +29,7 @@ from saeguard_sae.catalogue import CatalogueFeature, write_catalogue
 from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_server.engine.protocol import Origin, Steering
+from saeguard_server.engine.tokenizer import EncodedText
 from saeguard_server.engine.transformers import TransformersEngine, load_engine
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.observe import Metrics
@@ -81,7 +82,7 @@ def test_scopes_become_positions_and_equal_conditions_are_shared(engine: Transfo
         triggers=(Trigger("a", generated), Trigger("b", generated, Apply((Zero("resid_post", 9),)))),
     )  # fmt: skip
     assert [one.condition_number for one in found.edits] == [2, 2, 3, None, 1], "a trigger's guard is its own"
-    assert [(one.first, one.last) for one in found.conditions] == [(4, FOREVER)] * 3 + [(0, FOREVER)]
+    assert [(one.first, one.last) for one in found.conditions] == [(3, FOREVER)] * 3 + [(0, FOREVER)]
     assert [(one.is_trigger, one.latches, one.origin.rule) for one in found.conditions] == [
         (True, False, "a"), (True, True, "b"), (False, False, ""), (False, False, "")
     ]  # fmt: skip
@@ -135,9 +136,52 @@ def test_an_engine_without_conditions_says_so(engine: TransformersEngine) -> Non
 def test_two_edits_of_one_feature_on_one_token_are_refused(engine: TransformersEngine) -> None:
     target = Zero("resid_post", 4, scope=Scope(phase="generated"))
     trigger = Trigger("one", when(), Apply((target,)))
-    steering(engine, Cap("resid_post", 4, 1.0, scope=Scope(phase="prompt")), triggers=(trigger,))
+    steering(engine, Cap("resid_post", 4, 1.0, scope=Scope(phase="prompt", end=3)), triggers=(trigger,))
     with pytest.raises(InvalidRequest, match=r"triggers\[0\].apply.interventions\[0\].feature: .* interventions\[0\]"):
-        steering(engine, Cap("resid_post", 4, 1.0, scope=Scope(end=5)), triggers=(trigger,))
+        steering(engine, Cap("resid_post", 4, 1.0, scope=Scope(phase="prompt")), triggers=(trigger,))
+
+
+def place_in_chat(engine: TransformersEngine, scope: Scope, turns: tuple[tuple[int, int], ...]) -> Steering:
+    return compile_steering(engine, (Zero("resid_post", 4, scope=scope),), None, replace(REACH, assistant_turns=turns))
+
+
+def test_assistant_turns_count_as_generated(engine: TransformersEngine) -> None:
+    """From the token before a turn's content, which predicts its first, to its end."""
+    long = replace(REACH, prompt=tuple(range(40)), tokens=44, special_ids=frozenset({39}))
+    turns = ((5, 9), (20, 20), (21, 30))
+
+    def spans(scope: Scope, start: int = 0, end: int = 44) -> tuple[tuple[int, int], ...]:
+        edits = (Zero("resid_post", 4, scope=scope),)
+        placed = compile_steering(engine, edits, None, replace(long, assistant_turns=turns))
+        return placed.spans(placed.edits[0], start, end)
+
+    generated = Scope(phase="generated")
+    assert spans(generated) == ((4, 9), (19, 30), (39, 44)), "turns that touch are one range"
+    assert spans(generated, 6, 21) == ((6, 9), (19, 21))
+    assert spans(Scope(phase="generated", start=7, end=25)) == ((7, 9), (19, 25))
+    assert spans(Scope(phase="prompt")) == ((0, 40),)
+    placed = compile_steering(engine, (Zero("resid_post", 4, scope=generated),), None, long)
+    assert placed.spans(placed.edits[0], 0, 44) == ((39, 44),)
+    assert placed.special_end == 39
+    placed = place_in_chat(engine, generated, ((1, 2),))
+    assert placed.is_generated(0, 5).tolist() == [True, True, False, True, True]
+    assert placed.special_end == -1
+    with pytest.raises(InvalidRequest, match="selects no token"):
+        place_in_chat(engine, Scope(phase="generated", start=2, end=3), ((1, 2),))
+
+
+def test_kv_is_shared_only_where_the_same_tokens_count_as_generated(engine: TransformersEngine) -> None:
+    one, other, none = (
+        place_in_chat(engine, Scope(phase="generated"), turns) for turns in (((1, 2),), ((2, 3),), ())
+    )  # fmt: skip
+    assert len({placed.kv_key(0, 3) for placed in (one, other, none)}) == 3
+    assert none.kv_key(0, 3) == b""
+    assert one.kv_key(2, 3) == b""
+    assert one.kv_key(3, 4) == other.kv_key(3, 4) == none.kv_key(3, 4)
+    ended = compile_steering(engine, (Zero("resid_post", 4),), None, replace(REACH, special_ids=frozenset({3})))
+    going_on = compile_steering(engine, (Zero("resid_post", 4),), None, REACH)
+    assert ended.kv_key(0, 3) == going_on.kv_key(0, 3)
+    assert ended.kv_key(0, 4) != going_on.kv_key(0, 4)
 
 
 def test_the_digest_covers_conditions_and_triggers(engine: TransformersEngine) -> None:
@@ -185,7 +229,7 @@ def test_the_last_token_is_read_only_if_it_can_be_stopped(engine: TransformersEn
     def stops(**scope: Any) -> bool:
         trigger = Trigger("t", when(scope=Scope(**scope)), Stop())
         compiled = compile_trigger(engine, trigger, "triggers[0]", Origin())
-        return TokenRange.of((256, 1, 2, 3), 4, [compiled], frozenset()).tokens == 8
+        return TokenRange.of(EncodedText((256, 1, 2, 3), (None,) * 4), 4, [compiled], frozenset()).tokens == 8
 
     assert stops()
     assert stops(phase="generated")

@@ -79,11 +79,12 @@ class Alone:
 
 def in_scope(scope: Scope, position: int, token: int, prompt_tokens: int) -> bool:
     """Whether an edit with that scope applies to a token, by the words of its documentation."""
-    if token in SPECIAL and not scope.include_special_tokens:
+    ends_prompt = 0 < position == prompt_tokens - 1
+    if token in SPECIAL and not scope.include_special_tokens and not ends_prompt:
         return False
     if scope.phase == "prompt" and position >= prompt_tokens:
         return False
-    if scope.phase == "generated" and position < prompt_tokens:
+    if scope.phase == "generated" and position < prompt_tokens - 1:
         return False
     return position >= scope.start and (scope.end is None or position < scope.end)
 

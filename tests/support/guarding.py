@@ -200,4 +200,7 @@ class _Run:
                 self._sums[id(guard)] = [a + term.weight * b for a, b in zip(sums, column, strict=True)]
         if max(POINTS.index(term.sae) for term in guard.rule.terms) == POINTS.index(point):
             values = enumerate(zip(self._sums[id(guard)], self.tokens, strict=True))
-            self._held[id(guard)] = [guard.read(value, at, token in SPECIAL) for at, (value, token) in values]
+            self._held[id(guard)] = [
+                guard.read(value, at, token in SPECIAL and not 0 < at == self._prompt - 1)
+                for at, (value, token) in values
+            ]

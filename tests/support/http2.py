@@ -52,9 +52,8 @@ class Http2:
     settings: bytes = b""
     frames: list[tuple[int, int, int, bytes]] = field(default_factory=list)
     """Kind, flags, stream and payload of all that came, payloads cut to 4 KiB."""
-    received: int = 0
-    """Bytes."""
-    reads: bool = True
+    acknowledges: bool = True
+    """Whether it says that it has read the server's settings: until then they bind nobody."""
 
     async def __aenter__(self) -> Http2:
         self._reader, self._writer = await asyncio.open_connection(self.host, self.port, ssl=self.tls)
@@ -113,9 +112,8 @@ class Http2:
                 head = await self._reader.readexactly(9)
                 payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
                 kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
-                self.received += 9 + len(payload)
                 self.frames.append((kind, flags, stream, payload[:4096]))
-                if kind == SETTINGS and not flags & ACK:
+                if kind == SETTINGS and not flags & ACK and self.acknowledges:
                     self._writer.write(frame(SETTINGS, ACK, 0))
                 elif kind == PING and not flags & ACK:
                     self._writer.write(frame(PING, ACK, 0, payload))

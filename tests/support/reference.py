@@ -38,7 +38,8 @@ class Answer:
 
 
 def generate(model: Any, prompt: list[int], new: int, edits: list[PlainEdit], special: set[int]) -> Answer:
-    """Greedy ``generate`` with every edit applied to every non-special token in its scope."""
+    """Greedy ``generate`` with every edit applied to every token in its scope: of special ones to one that ends the
+    prompt."""
     ids = torch.tensor([prompt])
     seen: list[int] = []
 
@@ -52,7 +53,7 @@ def generate(model: Any, prompt: list[int], new: int, edits: list[PlainEdit], sp
         places = sorted({(edit.module, edit.side) for edit in edits}, key=lambda place: (place[1] != "shared", place))
         for module, side in places:
             here = [edit for edit in edits if (edit.module, edit.side) == (module, side)]
-            stack.callback(_hook(model.get_submodule(module), side, here, seen, special).remove)
+            stack.callback(_hook(model.get_submodule(module), side, here, seen, special, len(prompt) - 1).remove)
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -87,10 +88,12 @@ def _staged(x: Tensor, position: int, token: int, edits: list[PlainEdit], specia
     return out
 
 
-def _hook(module: Any, side: str, edits: list[PlainEdit], seen: list[int], special: set[int]) -> Any:
+def _hook(module: Any, side: str, edits: list[PlainEdit], seen: list[int], special: set[int], last: int) -> Any:
     def edited(x: Tensor) -> Tensor:
         start = len(seen) - x.shape[1]
-        rows = [_token(x[0, row], start + row, seen[start + row], edits, special) for row in range(x.shape[1])]
+        positions = range(start, len(seen))
+        spared = {at: set() if 0 < at == last else special for at in positions}
+        rows = [_token(x[0, at - start], at, seen[at], edits, spared[at]) for at in positions]
         return torch.stack(rows)[None]
 
     def swap(value: Any) -> Any:

@@ -43,7 +43,7 @@ async def test_steered_and_unsteered_requests_share_a_batch_and_keep_to_themselv
     ("scope", "applies"),
     [
         (Scope(phase="prompt"), lambda position, token: position < 20),
-        (Scope(phase="generated"), lambda position, token: position >= 20),
+        (Scope(phase="generated"), lambda position, token: position >= 19),
         (Scope(start=5, end=24), lambda position, token: 5 <= position < 24),
     ],
 )

@@ -24,7 +24,7 @@ async def test_preempted_requests_are_counted_once(llama: World, one: Running, s
     steer = (Clamp("resid_post", 4, 4.0, scope=scope),)
     # Who watches is read again from its first token; who is edited after its prompt goes on from what was kept.
     watch = (FeatureRef("resid_post", 7),) if scope.phase == "all" else ()
-    began = 30 if scope.phase == "generated" else 0
+    began = 29 if scope.phase == "generated" else 0
     got = await asyncio.gather(
         *(one.ask(greedy(prompt(index, 30), 96, interventions=steer, watch=watch)) for index in range(8))
     )
@@ -48,9 +48,9 @@ async def test_a_prompt_before_the_first_edit_is_read_once(llama: World, one: Ru
 
     async def check(text: list[int]) -> Any:
         got = await one.ask(greedy(text, 30, interventions=steer))
-        change = plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 9.0), lambda at, _: at >= len(text))
+        change = plain(llama, "resid_post", 4, lambda f: torch.full_like(f, 9.0), lambda at, _: at >= len(text) - 1)
         assert got.ids == reference.generate(llama.model, text, 30, [change], SPECIAL).tokens
-        assert receipt(got).interventions[0].tokens_eligible == sum(token not in SPECIAL for token in got.ids[:-1])
+        assert receipt(got).interventions[0].tokens_eligible == 1 + sum(token not in SPECIAL for token in got.ids[:-1])
         return got
 
     first = await check(text)
@@ -64,7 +64,7 @@ async def test_a_prompt_before_the_first_edit_is_read_once(llama: World, one: Ru
 
 
 async def test_a_poisoned_request_leaves_its_prompt_as_it_was(llama: World, one: Running) -> None:
-    after = Scope(phase="generated")
+    after = Scope(start=60)
     wild = (Clamp("resid_post", 4, 3e38, scope=after), Scale("resid_pre", 3, -3e38, scope=after))
     request, before = greedy(prompt(9, 60), 20, interventions=wild), reused(one)
     with pytest.raises(NonFiniteOutput):

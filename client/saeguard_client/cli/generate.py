@@ -164,7 +164,8 @@ def summary(completion: Completion) -> str:
         parts.extend(_trigger_summary(entry) for entry in receipt.triggers)
         parts.append(f"steering {receipt.steering_digest[:12]}")
     if completion.policy is not None:
-        parts.append(f"policies of revision {completion.policy.revision}")
+        enforced = (f"{rule.policy}/{rule.rule} on {rule.tokens} tokens" for rule in completion.policy.enforced)
+        parts.append(f"policies of revision {completion.policy.revision} enforced {', '.join(enforced) or 'nothing'}")
     return safe(" | ".join(parts), keep="")
 
 
@@ -271,7 +272,12 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
         parse = partial(EditFlag.parse, kind)
         add_repeated(group, f"--{kind}", f"SAE:FEATURE{operand}", help_text.replace("`", ""), dest="edits", parse=parse)
     group.add_argument("--unit", choices=types.UNITS, default="raw", help="of values that name none (default: raw)")
-    group.add_argument("--phase", choices=types.PHASES, default="all", help="tokens to edit (default: all)")
+    group.add_argument(
+        "--phase",
+        choices=types.PHASES,
+        default="all",
+        help="tokens to edit (default: all); generated begins with the last of the prompt",
+    )
 
 
 def steering(args: argparse.Namespace) -> tuple[Intervention, ...]:

@@ -510,34 +510,67 @@ class PolicyFacts(_message.Message):
 
     ACTIVATION_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
-    ENFORCED_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
     SHADOWED_FIELD_NUMBER: _builtins.int
+    ENFORCED_FIELD_NUMBER: _builtins.int
     activation: _builtins.int
     """Number of the act that put the revision in force; later acts have larger ones."""
     revision: _builtins.int
     @_builtins.property
-    def enforced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def applied(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the policies that were applied, in their order."""
 
     @_builtins.property
     def shadowed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of those that were evaluated and not applied; for callers with the role policy-read."""
 
+    @_builtins.property
+    def enforced(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnforcedRule]:
+        """Rules and triggers of the applied ones that had a token at least, in the receipt's order."""
+
     def __init__(
         self,
         *,
         activation: _builtins.int = ...,
         revision: _builtins.int = ...,
-        enforced: _abc.Iterable[_builtins.str] | None = ...,
+        applied: _abc.Iterable[_builtins.str] | None = ...,
         shadowed: _abc.Iterable[_builtins.str] | None = ...,
+        enforced: _abc.Iterable[Global___EnforcedRule] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "enforced", b"enforced", "revision", b"revision", "shadowed", b"shadowed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "applied", b"applied", "enforced", b"enforced", "revision", b"revision", "shadowed", b"shadowed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PolicyFacts: _TypeAlias = PolicyFacts  # noqa: Y015
+
+@_typing.final
+class EnforcedRule(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    rule: _builtins.str
+    """The rule's name or the trigger's."""
+    tokens: _builtins.int
+    """Tokens inside its scope that the model read."""
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        rule: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "rule", b"rule", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnforcedRule: _TypeAlias = EnforcedRule  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):

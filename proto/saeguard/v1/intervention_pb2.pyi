@@ -447,8 +447,9 @@ Global___Floor: _TypeAlias = Floor  # noqa: Y015
 
 @_typing.final
 class Scope(_message.Message):
-    """The tokens an edit applies to. A token belongs to the prompt or was generated; the edit happens while
-    the model reads it. Positions count from 0 over prompt and generated tokens together.
+    """The tokens an edit applies to; the edit happens while the model reads it. "generated" begins with the last prompt
+    token, whose prediction is the first generated one; of a chat, assistant turns count too, each from the token before
+    its content to its end. "prompt" is every prompt token. Positions count from 0 over prompt and generated tokens together.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

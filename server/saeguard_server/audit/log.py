@@ -348,6 +348,7 @@ def outcome_record(done: Completion) -> dict[str, Any]:
     receipt = done.receipt
     return {
         "outcome": done.finish_reason,
+        "policy": None if done.policy is None else msgspec.to_builtins(done.policy),
         "stopped_by": None if done.stopped_by is None else msgspec.to_builtins(done.stopped_by),
         "prompt_tokens": done.usage.prompt_tokens,
         "generated_tokens": done.usage.generated_tokens,

@@ -13,7 +13,6 @@ import asyncio
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,8 +133,7 @@ async def _measure(server: ServerProcess, demonstration: Demonstration, scenario
 
 
 def _is_under(completion: Completion) -> bool:
-    enforced: Sequence[object] = completion.policy.enforced if completion.policy else ()
-    return NAME in enforced
+    return completion.policy is not None and any(rule.policy == NAME for rule in completion.policy.enforced)
 
 
 def _edited_tokens(metrics: str) -> dict[str, int]:

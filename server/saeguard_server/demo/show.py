@@ -228,7 +228,9 @@ class Replay:
     async def _losses(self, texts: Sequence[str], steer: list[Intervention]) -> list[list[float]]:
         async def losses(text: str) -> list[float]:
             async with self._concurrency:
-                completion = await self._client.generate(text, steer=steer, max_new_tokens=1, prompt_logprobs=True)
+                completion = await self._client.generate(
+                    text, steer=steer, max_new_tokens=1, prompt_logprobs=True, parse_special_tokens=True
+                )
             return [-logprob for logprob in completion.prompt_logprobs]
 
         return await asyncio.gather(*(losses(text) for text in texts))

@@ -198,7 +198,7 @@ def calibration_tokens(settings: CheckSettings, model: LoadedModel) -> list[Tens
 def _passages(text: str, model: LoadedModel, budget: int) -> Iterator[Tensor]:
     size = min(PASSAGE_TOKENS, model.info.max_context)
     for passage in text.split("\n\n"):
-        ids = model.tokenizer.encode(passage).ids if passage.strip() else ()
+        ids = model.tokenizer.encode(passage, parse_special_tokens=True).ids if passage.strip() else ()
         for start in range(0, len(ids), size):
             part = ids[start : start + min(size, budget)]
             budget -= len(part)

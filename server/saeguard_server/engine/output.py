@@ -197,25 +197,25 @@ def _check_counts(
     read: Sequence[int],
     special_ids: frozenset[int],
 ) -> None:
-    special_at = [position for position, token in enumerate(read) if token in special_ids]
+    special_at = [at for at, token in enumerate(read) if token in special_ids and at != steering.special_end]
     for edit, edited in zip(steering.edits, counts, strict=True):
-        expected = _in_scope(edit, len(read), special_at)
+        expected = _in_scope(steering, edit, len(read), special_at)
         if edited.eligible != expected:
             raise InternalFailure(
                 f"{edit.kind} of feature {edit.feature} of {edit.sae!r} was applied to {edited.eligible} tokens "
                 f"instead of {expected}"
             )
     for condition, decided in zip(steering.conditions, condition_counts, strict=True):
-        expected = _in_scope(condition, len(read), special_at)
+        expected = _in_scope(steering, condition, len(read), special_at)
         if decided.evaluated != expected:
             name = f"trigger {condition.origin.rule!r}" if condition.is_trigger else "a condition"
             raise InternalFailure(f"{name} was decided on {decided.evaluated} tokens instead of {expected}")
 
 
-def _in_scope(scope: CompiledEdit | CompiledCondition, length: int, special_at: list[int]) -> int:
-    first, last = min(scope.first, length), min(scope.last, length)
-    skipped = 0 if scope.special else bisect_left(special_at, last) - bisect_left(special_at, first)
-    return last - first - skipped
+def _in_scope(steering: Steering, scope: CompiledEdit | CompiledCondition, length: int, special_at: list[int]) -> int:
+    spans = steering.spans(scope, 0, length)
+    skipped = (bisect_left(special_at, last) - bisect_left(special_at, first) for first, last in spans)
+    return sum(last - first for first, last in spans) - (0 if scope.special else sum(skipped))
 
 
 def _trigger_receipt(condition: CompiledCondition, count: ConditionCounts) -> results.TriggerReceipt:

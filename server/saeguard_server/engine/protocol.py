@@ -12,8 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saeguard.catalog import Model
@@ -21,6 +23,7 @@ from saeguard.requests import Sampling, Selection
 from saeguard.results import ActivationPart, StreamChunk
 from saeguard.types import EVERY_TOKEN, FeatureRef, Scope
 from saeguard_sae.conditions import FeatureCondition
+from saeguard_sae.edit_table import FOREVER
 from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
@@ -146,6 +149,8 @@ class CompiledEdit:
     last: int
     special: bool
     """Also on special tokens."""
+    generated: bool = False
+    """Only on those of the tokens that are in ``Steering.generated``."""
     condition_number: int | None = None
     """Of ``Steering.conditions``, the one that must be on; None is always."""
     is_shadow: bool = False
@@ -174,6 +179,24 @@ class Steering:
     max_relative_edit: float = float("inf")
     digest: str = ""
     conditions: tuple[CompiledCondition, ...] = ()
+    generated: tuple[tuple[int, int], ...] = ()
+    """The positions ``[first, last)`` that count as generated, in order and apart; where a scope needs to be told."""
+    special_end: int = -1
+    """Where a special token ends the prompt, its position: no scope leaves it alone, as its prediction is generated."""
+
+    def spans(self, scope: CompiledEdit | CompiledCondition, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Of positions ``[start, end)`` those in a scope, special tokens or not, as ranges in order."""
+        ranges = self.generated if scope.generated else ((0, FOREVER),)
+        start, end = max(scope.first, start), min(scope.last, end)
+        return tuple(
+            (max(first, start), min(last, end)) for first, last in ranges if max(first, start) < min(last, end)
+        )
+
+    def is_generated(self, start: int, end: int) -> NDArray[np.bool_]:
+        """bool [end - start], whether each of positions ``[start, end)`` counts as generated."""
+        bounds = np.array(self.generated, np.int64).flatten()
+        within: NDArray[np.bool_] = np.searchsorted(bounds, np.arange(start, end), side="right") % 2 == 1
+        return within
 
     def kv_key(self, start: int, end: int) -> bytes:
         """Identity of what is applied to tokens at positions ``[start, end)``; empty where nothing is.
@@ -181,24 +204,24 @@ class Steering:
         KV is shared among equal ones only, by those of one ``cache_salt``. Who wants an edit, and how refusals name it,
         is no part of it.
         """
-        here = [edit for edit in self.edits if edit.first < end and edit.last > start]
-        decided = [(condition.first, min(condition.last, end)) for condition in self.conditions]
-        if any(first < end and last > start for first, last in decided) or any(
+        here = [edit for edit in self.edits if self.spans(edit, start, end)]
+        if any(self.spans(condition, start, end) for condition in self.conditions) or any(
             edit.condition_number is not None for edit in here
         ):
             # What a condition is here follows from all that it has seen since it began.
-            placed = [(edit.digest, edit.first, min(edit.last, end)) for edit in here]
-            applied: object = self.digest, [condition.digest for condition in self.conditions], decided, placed
+            decided = [(condition.digest, self.spans(condition, 0, end)) for condition in self.conditions]
+            placed = [(edit.digest, self.spans(edit, 0, end)) for edit in here]
+            applied: object = self.digest, decided, placed, self.special_end if self.special_end < end else -1
         elif here:
-            applied = [_applied(edit, start, end) for edit in here], self.max_relative_edit
+            special_end = self.special_end - start if start <= self.special_end < end else -1
+            applied = [self._applied(edit, start, end) for edit in here], self.max_relative_edit, special_end
         else:
             return b""
         return hashlib.blake2b(repr(applied).encode(), digest_size=16).digest()
 
-
-def _applied(edit: CompiledEdit, start: int, end: int) -> tuple[object, ...]:
-    first, last = max(edit.first, start) - start, min(edit.last, end) - start
-    return edit.sae, edit.feature, tuple(edit.affine), edit.special, first, last, edit.is_shadow, edit.stage
+    def _applied(self, edit: CompiledEdit, start: int, end: int) -> tuple[object, ...]:
+        spans = [(first - start, last - start) for first, last in self.spans(edit, start, end)]
+        return edit.sae, edit.feature, tuple(edit.affine), edit.special, spans, edit.is_shadow, edit.stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,7 @@ class SteeringTables:
             for block, site in enumerate(sae.write_sites):
                 columns[site, edit.stage].append(
                     EditColumn(
-                        sae.dictionary, edit.feature, edit.affine, edit.first, edit.last, edit.special,
+                        sae.dictionary, edit.feature, edit.affine, edit.first, edit.last, edit.special, edit.generated,
                         source=_source(sae, site), block=block, write_gain=sae.write_gain,
                         condition=None if edit.condition_number is None else numbers[edit.condition_number],
                         is_shadow=edit.is_shadow,

@@ -17,6 +17,7 @@ from saeguard_sae.edits import IDENTITY
 from saeguard_server.engine.protocol import CompiledEdit, Engine
 from saeguard_server.errors import InvalidRequest, UnknownName
 from saeguard_server.policy import rules
+from saeguard_server.policy.evasion import find_evasions
 from saeguard_server.policy.model import SAFE_RELATIVE_EDIT, Policy, PolicyLimits, Rollout, Target
 from saeguard_server.policy.rules import Clash, CompiledPolicy, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
@@ -98,6 +99,8 @@ def problems_of(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[F
             if err.field not in seen:
                 seen.add(err.field)
                 yield Finding(policy.name, err.field, err.description)
+    if policy.mode == "enforce":
+        yield from (Finding(policy.name, field, message) for field, message in find_evasions(policy))
 
 
 def _checks(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Callable[[], object]]:
@@ -204,7 +207,8 @@ def may_meet(first: Target, second: Target) -> bool:
 
 def _warnings(policy: Policy, engine: Engine, now: datetime) -> Iterator[Finding]:
     """What a reviewer would ask about; ``now`` has a time zone."""
-    for path, message in _own_warnings(policy, engine, now):
+    in_shadow = find_evasions(policy) if policy.mode == "shadow" else ()
+    for path, message in (*_own_warnings(policy, engine, now), *in_shadow):
         yield Finding(policy.name, path, message)
     if not is_for(policy, engine):
         return

@@ -294,7 +294,7 @@ def select_policies(
         facts=PolicyFacts(
             activation=activation.number,
             revision=activation.revision,
-            enforced=tuple(policy.name for policy in policies),
+            applied=tuple(policy.name for policy in policies),
             shadowed=tuple(compiled.policy.name for compiled in shadows),
         ),
         requires_audit=any(compiled.policy.requires_audit for compiled in chosen),

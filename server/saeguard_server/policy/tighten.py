@@ -195,27 +195,18 @@ def token_overlap(enforced: TokenSet, requested: TokenSet) -> Relation:
 
 
 def are_apart(first: Scope, second: Scope) -> bool:
-    """Whether no token of any prompt is in both."""
-    return (
-        {first.phase, second.phase} == {"prompt", "generated"}
-        or _ends_before(first, max(_first(first), _first(second)))
-        or _ends_before(second, max(_first(first), _first(second)))
-    )
+    """Whether no token of any prompt is in both; a prompt's last token is in both its phases."""
+    return _ends_before(first, second.start) or _ends_before(second, first.start)
 
 
 def contains(outer: Scope, inner: Scope) -> bool:
     """Whether every token of ``inner`` is in ``outer``, whatever the prompt."""
     return (
         outer.phase in ("all", inner.phase)
-        and outer.start <= _first(inner)
+        and outer.start <= inner.start
         and (outer.end is None or (inner.end is not None and inner.end <= outer.end))
         and (outer.include_special_tokens or not inner.include_special_tokens)
     )
-
-
-def _first(scope: Scope) -> int:
-    """The first position that it can hold: a prompt has at least one token."""
-    return max(scope.start, 1) if scope.phase == "generated" else scope.start
 
 
 def _ends_before(scope: Scope, position: int) -> bool:

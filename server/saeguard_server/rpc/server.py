@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -54,6 +55,8 @@ METADATA_BYTES = 16 * 1024
 """Of a call's metadata, as HTTP/2 counts it: names, values and 32 bytes for each. More is RESOURCE_EXHAUSTED."""
 MESSAGE_BYTES = 4 * 2**20
 """Of a request's message. Compressed ones are UNIMPLEMENTED: a thousandth of this could become all of it."""
+OWN_FILES = 256
+"""Descriptors for everything that is not a caller's connection."""
 KEEPALIVE_S, KEEPALIVE_ANSWER_S = 60.0, 20.0
 """A connection that says nothing for so long is asked whether it lives, and closed without an answer."""
 
@@ -98,6 +101,7 @@ def listen_on(server: grpc.aio.Server, settings: ServerSettings) -> Address:
 def check_listen(settings: ServerSettings) -> None:
     """What ``listen_on`` needs, before a model is loaded. Raises BadSettings: the port or a TLS file cannot be used."""
     server_credentials(settings)
+    allow_files(settings.max_connections + OWN_FILES)
     address = Address.parse(settings.listen)
     try:
         families = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -108,6 +112,17 @@ def check_listen(settings: ServerSettings) -> None:
                 probe.bind(where)
     except (OSError, UnicodeError) as err:
         raise BadSettings(f"server.listen: {address}: {error_text(err)}") from err
+
+
+def allow_files(number: int) -> None:
+    """Lets the process open so many: a connection that finds no descriptor left would wait, and all others with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        allowed = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < number:
+            fields = {"allowed": allowed, "needed": number}
+            LOG.warning("fewer open files are allowed than server.max_connections needs", extra={"fields": fields})
 
 
 def _options(settings: ServerSettings, longest_call_s: float) -> list[tuple[str, int]]:

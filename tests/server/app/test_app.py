@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import urllib.request
 from typing import Any
 
@@ -16,6 +17,7 @@ from saeguard.v1 import activation_service_pb2_grpc, generation_service_pb2_grpc
 from saeguard.v1 import generation_service_pb2 as pb
 from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard_server.app import App
+from saeguard_server.rpc.server import allow_files
 from saeguard_server.settings import BadSettings
 
 
@@ -131,3 +133,18 @@ async def test_a_port_open_beyond_this_machine_without_tls_is_warned_about(app_w
     caplog.clear()
     async with app_with():
         assert "without TLS" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [((64, 4096), 1280), ((64, 512), 512), ((2000, 4096), None), ((64, -1), 1280), ((-1, -1), None)],
+)
+def test_as_many_files_may_be_open_as_connections_need(
+    limits: tuple[int, int], allowed: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: raised.append(pair))
+    allow_files(1280)
+    assert raised == ([] if allowed is None else [(allowed, limits[1])])
+    assert ("fewer open files" in caplog.text) == (allowed == 512)

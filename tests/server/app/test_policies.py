@@ -97,7 +97,7 @@ async def test_a_new_store_serves_nothing_until_a_revision_is_in_force(
         await served.health(SERVING)
         completion = await served.generate(min_policy_activation=1)
         assert (completion.policy.activation, completion.policy.revision) == (1, 1)
-        assert list(completion.policy.enforced) == ["calm"]
+        assert list(completion.policy.applied) == ["calm"]
         assert caps(engine) == [1.0]
         await served.apply(2.0, etag="1")
         await served.activate(2, expected=1)

@@ -27,7 +27,7 @@ from saeguard_server.settings import AuditSettings, BadSettings
 
 CALL = Call("r-1", 0.0, LOCAL)
 REQUEST = GenerateRequest(input="my secret prompt", sampling=Sampling(seed=5, temperature=0.0))
-FACTS = PolicyFacts(activation=4, revision=3, enforced=("calm",), shadowed=())
+FACTS = PolicyFacts(activation=4, revision=3, applied=("calm",), shadowed=())
 DONE = Completion(finish_reason="stop", usage=Usage(3, 2), timings=Timings(0.0, 0.1, 0.2), seed=5, policy=FACTS)
 
 

@@ -64,7 +64,7 @@ def _plain(world: World, point: str, feature: int, change: Any, applies: Any = N
     ("scope", "applies"),
     [
         (Scope(phase="prompt"), lambda position, token: position < 20),
-        (Scope(phase="generated"), lambda position, token: position >= 20),
+        (Scope(phase="generated"), lambda position, token: position >= 19),
         (Scope(start=5, end=24), lambda position, token: 5 <= position < 24),
         (Scope(phase="generated", start=22), lambda position, token: position >= 22),
     ],

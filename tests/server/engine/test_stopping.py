@@ -94,7 +94,7 @@ def test_the_token_that_fires_and_what_follows_is_never_sent(loaded: Loaded) -> 
     for seed in (3, 5, 8):
         free, values = free_run(core, ask(seed))
         for at in records(values):
-            request = ask(seed, triggers=(stop(threshold_for(values, at), phase="generated"),), watch=(PROBE,))
+            request = ask(seed, triggers=(stop(threshold_for(values, at), start=20),), watch=(PROBE,))
             got = core.answer(request)
             assert got.ids == free.ids[:at]
             assert free.text.startswith(got.text.rstrip("\ufffd"))
@@ -112,7 +112,7 @@ def test_the_last_token_is_read_before_it_is_sent(loaded: Loaded) -> None:
     core = loaded.core(reuse=False)
     free, values = free_run(core, ask())
     at = records(values)[-1]
-    got = core.answer(ask(new=at + 1, triggers=(stop(threshold_for(values, at), phase="generated"),)))
+    got = core.answer(ask(new=at + 1, triggers=(stop(threshold_for(values, at), start=20),)))
     assert (got.ids, got.completion and got.completion.finish_reason) == (free.ids[:at], "feature")
 
 
@@ -232,7 +232,7 @@ def test_nothing_leaks_whatever_the_company(loaded: Loaded) -> None:
     asked: list[tuple[Asked, list[int]]] = []
     for _ in range(80):
         seed, length, ids, at, threshold = draw.choice(cases)
-        one = core.ask(ask(seed, length, 20, triggers=(stop(threshold, phase="generated"),)))
+        one = core.ask(ask(seed, length, 20, triggers=(stop(threshold, start=length),)))
         asked.append((one, ids[:at]))
         if draw.random() < 0.6:
             core.step()

@@ -27,6 +27,7 @@ from saeguard.types import (
 )
 from saeguard_server.errors import InvalidRequest
 from saeguard_server.policy.check import CannotServe, check_or_refuse, check_policies
+from saeguard_server.policy.evasion import MOVES
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
 from saeguard_server.policy.snapshot import Snapshot
 from support.policy_shapes import NOW, policy, rule, when
@@ -147,7 +148,7 @@ def test_scopes_of_two_rules(served: Any) -> None:
         return len(problems(served, policy("a", first), policy("b", second)))
 
     prompt, generated = Scope(phase="prompt"), Scope(phase="generated")
-    assert both(rule("r", Zero("mid", 2, scope=prompt)), rule("s", Clamp("mid", 2, 1.0, scope=generated))) == 0
+    assert both(rule("r", Zero("mid", 2, scope=prompt)), rule("s", Clamp("mid", 2, 1.0, scope=generated))) == 1
     assert both(rule("r", Zero("mid", 2)), rule("s", Cap("mid", 2, 1.0, scope=generated))) == 0
     assert both(rule("r", Cap("mid", 2, 1.0, scope=generated)), rule("s", Zero("mid", 2))) == 0
     assert both(rule("r", Cap("mid", 2, 2.0)), rule("s", Cap("mid", 2, 1.0, scope=generated))) == 1
@@ -186,7 +187,10 @@ def test_what_a_reviewer_should_look_at(served: Any) -> None:
         policy("d", rule("r", Zero("mid", 99)), target=Target(models=("other",)), expires=NOW),
         policy("e", rule("r", Clamp("mid", 5, 1.0))),
         policy(
-            "f", rule("r", Zero("mid", 2, scope=Scope(start=63))), rule("s", Zero("late", 0, scope=Scope(start=64)))
+            "f",
+            rule("r", Zero("mid", 2, scope=Scope(start=63))),
+            rule("s", Zero("late", 0, scope=Scope(start=64))),
+            mode="shadow",
         ),
     )
     assert found == [
@@ -199,6 +203,8 @@ def test_what_a_reviewer_should_look_at(served: Any) -> None:
         "c: rollout.share: is 0: only requests that name the policy are under it",
         "d: target.models: 'fake' is not among them: the policy never acts here, and is not checked",
         "d: expires: is over: the policy does nothing",
+        f"f: rules[0].scope.start: {MOVES}, or begin at 1",
+        f"f: rules[1].scope.start: {MOVES}, or begin at 1",
         "f: rules[1].scope.start: is never reached: a request has 64 tokens",
         "e: rules[0]: feature 5 of 'mid': rule 'r' of policy 'c' and rule 'r' of policy 'e' cannot both be kept, and "
         "both may be on one request once enforced",

@@ -51,7 +51,7 @@ def test_what_is_enforced_comes_first_then_shadows_then_the_requests_own(in_forc
         ("", "", 7, "add", Affine(beta=1.0)),
     ]
     assert (found.selected.facts.activation, found.selected.facts.revision) == (3, 7)
-    assert (found.selected.facts.enforced, found.selected.facts.shadowed) == (("a", "c"), ("b",))
+    assert (found.selected.facts.applied, found.selected.facts.shadowed) == (("a", "c"), ("b",))
     assert found.max_relative_edit == 0.01
 
 
@@ -97,8 +97,8 @@ def test_what_weakens_is_refused_by_field_policy_and_rule(
 @pytest.mark.parametrize(
     ("of_rule", "asked", "result"),
     [
-        ({"scope": Scope(phase="prompt")}, Clamp("mid", 2, 9.0, scope=Scope(phase="generated")), "both"),
-        ({"scope": Scope(end=4)}, Clamp("mid", 2, 9.0, scope=Scope(start=4)), "both"),
+        ({"scope": Scope(phase="prompt")}, Clamp("mid", 2, 9.0, scope=Scope(phase="generated")), "scope and condition"),
+        ({"scope": Scope(start=1)}, Clamp("mid", 2, 9.0, scope=Scope(end=1)), "both"),
         ({"scope": Scope(phase="prompt")}, Cap("mid", 2, 1.0, scope=Scope(phase="prompt")), "tightened"),
         ({"when": when()}, Cap("mid", 2, 1.0, when=when()), "tightened"),
         ({}, Cap("mid", 2, 5.0, scope=Scope(phase="generated")), "rule"),
@@ -149,7 +149,7 @@ def test_a_policys_triggers_are_decided_and_their_features_left_alone(in_force: 
     )
     snapshot = in_force(watch, policy("b", triggers=(Trigger("seen", when(), Flag()),), mode="shadow"))
     own = Trigger("mine", when(), Flag())
-    found = resolved(snapshot, Cap("mid", 2, 1.0, scope=Scope(phase="prompt")), triggers=(own,))
+    found = resolved(snapshot, Cap("mid", 3, 1.0), triggers=(own,))
     guards = [one.condition for one in found.triggers]
     assert [(one.origin, one.is_shadow, one.stops) for one in guards] == [
         (Origin("a", "calm"), False, False),

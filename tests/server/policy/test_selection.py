@@ -31,7 +31,7 @@ from support.resolving import BOT, READER, InForce, asks, resolved
 )
 def test_whose_requests(target: Target, is_hit: bool, in_force: InForce) -> None:
     found = resolved(in_force(policy("a", rule("none", Zero("mid", 2)), target=target)))
-    assert found.selected.facts.enforced == (("a",) if is_hit else ())
+    assert found.selected.facts.applied == (("a",) if is_hit else ())
 
 
 def test_a_policy_ends_when_it_expires(in_force: InForce) -> None:
@@ -52,7 +52,7 @@ def test_callers_may_ask_for_policies(in_force: InForce) -> None:
     )
     assert not resolved(snapshot).edits
     found = resolved(snapshot, policies=("b", "a"), caller=READER)
-    assert (found.selected.facts.enforced, found.selected.facts.shadowed) == (("a",), ("b",))
+    assert (found.selected.facts.applied, found.selected.facts.shadowed) == (("a",), ("b",))
     with pytest.raises(UnknownName, match=r"policies\[1\]: no policy 'z' is in force"):
         resolved(snapshot, policies=("a", "z"), caller=READER)
     for name, said in (("c", "is off"), ("d", "is for other models")):
@@ -73,7 +73,7 @@ def test_who_may_not_read_policies_can_name_those_aimed_at_it_and_learns_of_no_o
         zero("over", expires=NOW),
         zero("elsewhere", target=Target(models=("other",))),
     )
-    assert resolved(snapshot, policies=("mine",)).selected.facts.enforced == ("mine",)
+    assert resolved(snapshot, policies=("mine",)).selected.facts.applied == ("mine",)
     refusals = []
     for name in ("theirs", "tagged", "trial", "sleeping", "over", "elsewhere", "nobodys"):
         with pytest.raises(UnknownName) as caught:
@@ -100,7 +100,7 @@ def test_two_that_cannot_be_kept_together_fail_closed(in_force: InForce) -> None
         return policy(name, rule("r", kind), target=Target(callers=(caller,)))
 
     snapshot = in_force(one("a", Zero("mid", 2), "bot"), one("b", Clamp("mid", 2, 2.0), "human"))
-    assert resolved(snapshot).selected.facts.enforced == ("a",)
+    assert resolved(snapshot).selected.facts.applied == ("a",)
     with pytest.raises(PolicyRefusal, match=r"policies: .*rule 'r' of policy 'a' and rule 'r' of policy 'b'"):
         resolved(snapshot, policies=("b",), caller=READER)
     # As if a revision had been put in force unchecked.

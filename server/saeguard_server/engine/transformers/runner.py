@@ -90,17 +90,28 @@ class SlotState:
         owner = np.concatenate([order, *(np.full(span.length, span.slot) for span in spans)])
         ids = np.concatenate([self._last[order], *(part.sequence.tokens[part.start : part.end] for part in parts)])
         at = np.concatenate([self._computed[order], *(np.arange(part.start, part.end) for part in parts)])
+        generated, special_ends = _generated(len(running), parts), _special_ends(parts, spans)
         write = self._blocks[owner, at // BLOCK] * BLOCK + at % BLOCK
         keep = _rows_to_keep(batch, spans)
         self._computed[order] += 1
         for part in parts:
             self._computed[part.sequence.slot] = part.end
-        return self._on_device(running, spans, (ids, at, write, keep))
+        return self._on_device(running, spans, (ids, at, write, keep), generated, special_ends)
 
-    def _on_device(self, running: tuple[int, ...], spans: list[RowSpan], host: tuple[Numbers, ...]) -> ForwardPass:
+    def _on_device(
+        self,
+        running: tuple[int, ...],
+        spans: list[RowSpan],
+        host: tuple[Numbers, ...],
+        generated: NDArray[np.bool_] | None,
+        special_ends: list[int],
+    ) -> ForwardPass:
         ids, at, write, keep = (torch.from_numpy(column.astype(np.int64)).to(self._device) for column in host)
         special = self._is_special[ids]
-        groups = Rows.of(spans, at, special).groups
+        if special_ends:
+            special[torch.tensor(special_ends, device=self._device)] = False
+        counts = None if generated is None else torch.from_numpy(generated).to(self._device)
+        groups = Rows.of(spans, at, special, counts).groups
         if running:
             groups = (Group.singles(running, at, special), *groups)
         readings = tuple(Reading(group, self._where(group)) for group in groups)
@@ -112,6 +123,20 @@ class SlotState:
         longest = blocks_for(int(self._computed[slots].max()))
         blocks = self._blocks[slots, :longest]
         return torch.from_numpy((blocks[..., None] * BLOCK + self._inside).reshape(len(slots), -1)).to(self._device)
+
+
+def _generated(running: int, parts: Many[PrefillChunk]) -> NDArray[np.bool_] | None:
+    """bool [N], which tokens of the pass count as generated; None where no part's scopes need to be told."""
+    if not any(part.sequence.task.steering.generated for part in parts):
+        return None
+    by_part = (part.sequence.task.steering.is_generated(part.start, part.end) for part in parts)
+    return np.concatenate([np.ones(running, bool), *by_part])
+
+
+def _special_ends(parts: Many[PrefillChunk], spans: list[RowSpan]) -> list[int]:
+    """Of the pass' tokens, the special ones that end a prompt and that edits must not leave alone."""
+    pairs = ((part, span, part.sequence.task.steering.special_end) for part, span in zip(parts, spans, strict=True))
+    return [span.start + end - part.start for part, span, end in pairs if part.start <= end < part.end]
 
 
 def _rows_to_keep(batch: Batch, spans: list[RowSpan]) -> Numbers:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -206,8 +207,22 @@ class SteeredModel:
             self._resume(live, part)
         spans = [RowSpan(live.slot, part.first, part.length) for part, live in self._batch]
         special = torch.isin(ids, self._special) if spans else torch.zeros(0, dtype=torch.bool)
-        self.tables.begin(Rows.of(spans, positions, special))
+        for part, live in self._batch:
+            if part.start <= live.steering.special_end < part.start + part.length:
+                special[part.first + live.steering.special_end - part.start] = False
+        self.tables.begin(Rows.of(spans, positions, special, self._generated(special)))
         self.tables.watch = self._see if any(live.selections for _, live in self._batch) else None
+
+    def _generated(self, special: Tensor) -> Tensor | None:
+        """bool [N], which tokens of the pass count as generated; None where no scope needs to be told."""
+        if not any(live.steering.generated for _, live in self._batch):
+            return None
+        generated = np.ones(len(special), bool)
+        for part, live in self._batch:
+            generated[part.first : part.first + part.length] = live.steering.is_generated(
+                part.start, part.start + part.length
+            )
+        return torch.from_numpy(generated).to(special.device)
 
     def end(self, out: Iterable[Tensor]) -> None:
         """After it; ``out`` [N, width] each is what the model made of the tokens last."""
@@ -260,7 +275,7 @@ class SteeredModel:
             return None
         request = WorkerRequest.decode(packed)
         edits = tuple(at for at, edit in enumerate(request.steering.edits) if edit.sae in self.saes)
-        here = Steering(tuple(request.steering.edits[at] for at in edits), request.steering.max_relative_edit)
+        here = replace(request.steering, edits=tuple(request.steering.edits[at] for at in edits))
         columns = tuple(column for column, (sae, _) in enumerate(request.watch) if sae in self.saes)
         selections = tuple((sae, selection) for sae, selection in request.selections() if sae in self.saes)
         return LiveRequest(request, here, edits, columns, selections, state)
