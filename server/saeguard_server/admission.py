@@ -6,51 +6,48 @@ Over a limit a request is refused by name; under it, it may wait for its turn.
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from saeguard.requests import ActivationRequest, FeatureSelection, GenerateRequest
 from saeguard.types import Condition, FeatureRef, Intervention
-from saeguard_server.caller import Caller, Role
+from saeguard_server.caller import Call, Caller, Role
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.errors import (
     InvalidRequest,
     Overloaded,
-    ServiceError,
     Unavailable,
 )
+from saeguard_server.fair_queue import LONGEST_RETRY_S, SHORTEST_RETRY_S, SOON_S, FairQueue
+from saeguard_server.forecast import EnginePlace, Work
 from saeguard_server.identity import auth
 from saeguard_server.observe import Metrics
 from saeguard_server.quotas import Quotas, TokenBudget
 from saeguard_server.threads import WorkThreads
 
-SOON_S = 1.0
-"""When to come back to a server that is starting or stopping, or once one of the caller's own requests ends."""
-SHORTEST_RETRY_S = 0.2
-LONGEST_RETRY_S = 30.0
-POLL_S = 0.01
-"""How often the engine's queue is looked at while anybody waits: slots become free before slow readers are done."""
 PROMPT_THREADS = 2
 MAX_PROMPTS = 1024
 """Requests that wait to be tokenised and compiled."""
-MAX_REMEMBERED = 1024
-"""Callers remembered at once; beyond it, of those who wait no more, those that are ahead least are forgotten."""
 
 
 class Admission:
     """Between a checked request and the engine."""
 
     def __init__(self, engine: Engine, metrics: Metrics, slots: int) -> None:
-        self.turns = FairQueue(engine, metrics, slots)
+        self._engine, self.turns = engine, FairQueue(engine, metrics, slots)
         self.prompts = WorkThreads("prompts", PROMPT_THREADS, MAX_PROMPTS)
         """Where requests are tokenised and compiled."""
         self.quotas = Quotas(metrics)
+
+    def refuse_late(self, request: GenerateRequest | ActivationRequest, call: Call) -> None:
+        """Raises Overloaded: even with a prompt of one token it could not be complete before its deadline."""
+        new = 0
+        if isinstance(request, GenerateRequest):
+            new = min(request.sampling.max_new_tokens or 1, self._engine.model.max_context - 1)
+        self.turns.refuse_late(call.caller.name, Work(1, new, call.deadline))
 
     @asynccontextmanager
     async def request(
@@ -83,10 +80,15 @@ class AdmittedRequest:
         self.tokens = tokens
         self._queue, self._caller, self._place = queue, caller, place
 
-    async def turn(self, tokens: int) -> None:
-        """Waits for a task's turn; a place it has is given up first. Raises ServiceError: it was evicted."""
+    async def turn(self, work: Work) -> EnginePlace:
+        """Waits for a task's turn; a place it has is given up first.
+
+        Raises:
+            Overloaded: it cannot be complete before its deadline.
+            ServiceError: it was evicted.
+        """
         await self._place.aclose()
-        await self._place.enter_async_context(self._queue.turn(self._caller.name, tokens))
+        return await self._place.enter_async_context(self._queue.turn(self._caller.name, work))
 
 
 def named_features(request: GenerateRequest | ActivationRequest) -> Iterator[tuple[str, FeatureRef]]:
@@ -119,172 +121,6 @@ def _reads_features(request: GenerateRequest | ActivationRequest) -> bool:
     if any(edit.when is not None for edit in request.interventions):
         return True
     return isinstance(request, GenerateRequest) and bool(request.watch or request.triggers)
-
-
-# --- who enters the engine next: start-time fair queueing over callers, by tokens (Goyal, Vin and Cheng, 1996)
-#
-# The engine serves first come, first served. So its own queue is kept short, and whoever comes with a thousand requests
-# waits here, behind one request of everybody else who waits.
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    cost: int
-    turn: asyncio.Future[None]
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """One caller's requests, in the order in which they came.
-
-    ``start`` is the virtual time of the next one, ``ticket`` its place in the order, None where nobody waits.
-    """
-
-    start: float = 0.0
-    ticket: int | None = None
-    waiters: deque[_Waiter] = field(default_factory=deque)
-
-
-class FairQueue:
-    """Lets requests into the engine, a few more than it has slots.
-
-    Virtual time is what every caller who waits has been served, in tokens. A request starts where its caller's last one
-    ended, or now; the one with the earliest start goes first. So between two callers who both wait, what they were
-    served never differs by more than one request of each.
-    """
-
-    def __init__(self, engine: Engine, metrics: Metrics, slots: int) -> None:
-        self._engine, self._slots = engine, slots
-        self._ahead = max(2, slots // 4)
-        self._gauge = metrics.queue_waiting
-        self._lines: dict[str, _Line] = {}
-        self._order: list[tuple[float, int, _Line]] = []  # a heap; an entry whose ticket is not its line's is void
-        self._tickets = itertools.count()
-        self._now = 0.0
-        self._running = self._unqueued = self._waiting = 0
-        self._poll: asyncio.TimerHandle | None = None
-
-    @property
-    def waiting(self) -> int:
-        return self._waiting
-
-    @asynccontextmanager
-    async def turn(self, caller: str, cost: int) -> AsyncIterator[None]:
-        """Around a request's time in the engine, ``cost`` tokens at most. Raises ServiceError: it was evicted."""
-        if self._waiting or not self._has_room():
-            await self._wait(caller, cost)
-        else:
-            self._serve(self._line(caller), cost)
-        try:
-            yield
-        finally:
-            self._running -= 1
-            self._admit()
-
-    def evict(self, caller: str, error: ServiceError) -> bool:
-        """Makes room for this caller: the last request of the longest line fails with ``error``.
-
-        Returns:
-            False where nobody has more requests waiting than it would then have.
-        """
-        longest = max(self._lines.values(), key=lambda line: len(line.waiters), default=_Line())
-        mine = len(self._lines[caller].waiters) if caller in self._lines else 0
-        if len(longest.waiters) <= mine + 1:
-            return False
-        last = longest.waiters.pop()
-        self._count_waiting(-1)
-        if not last.turn.done():
-            last.turn.set_exception(error)
-        return True
-
-    def _has_room(self) -> bool:
-        # Both: who holds a slot may be done with it and be read slowly; who was just let in is not in the queue yet.
-        return self._running < self._slots or self._engine.queued() + self._unqueued < self._ahead
-
-    async def _wait(self, caller: str, cost: int) -> None:
-        waiter, line = _Waiter(cost, asyncio.get_running_loop().create_future()), self._line(caller)
-        line.waiters.append(waiter)
-        if line.ticket is None:
-            self._enter(line)
-        self._count_waiting(1)
-        self._poll_soon()
-        try:
-            await waiter.turn
-        except asyncio.CancelledError:
-            self._leave(line, waiter)
-            raise
-
-    def _leave(self, line: _Line, waiter: _Waiter) -> None:
-        """The caller is gone; perhaps just as its turn came."""
-        if waiter.turn.done() and not waiter.turn.cancelled():
-            if waiter.turn.exception() is None:
-                self._running -= 1
-                self._admit()
-            return
-        with suppress(ValueError):
-            line.waiters.remove(waiter)
-            self._count_waiting(-1)
-        if not line.waiters:
-            line.ticket = None
-
-    def _admit(self) -> None:
-        while self._order and self._has_room():
-            _, ticket, line = heapq.heappop(self._order)
-            if ticket != line.ticket:
-                continue
-            line.ticket = None
-            while line.waiters and line.waiters[0].turn.done():
-                line.waiters.popleft()  # cancelled in this very moment
-                self._count_waiting(-1)
-            if line.waiters:
-                waiter = line.waiters.popleft()
-                self._count_waiting(-1)
-                self._serve(line, waiter.cost)
-                waiter.turn.set_result(None)
-            if line.waiters:
-                self._enter(line)
-        if not self._running and not self._waiting:
-            self._lines.clear()
-            self._order.clear()
-            self._now = 0.0
-
-    def _serve(self, line: _Line, cost: int) -> None:
-        self._now = max(self._now, line.start)
-        line.start = self._now + cost
-        self._running += 1
-        if self._running > self._slots:
-            self._unqueued += 1
-            self._poll_soon()
-
-    def _enter(self, line: _Line) -> None:
-        line.start, line.ticket = max(self._now, line.start), next(self._tickets)
-        heapq.heappush(self._order, (line.start, line.ticket, line))
-
-    def _line(self, caller: str) -> _Line:
-        if caller not in self._lines:
-            if len(self._lines) >= MAX_REMEMBERED:
-                self._forget()
-            self._lines[caller] = _Line(self._now)
-        return self._lines[caller]
-
-    def _forget(self) -> None:
-        idle = [name for name, line in self._lines.items() if not line.waiters]
-        for name in sorted(idle, key=lambda name: self._lines[name].start)[: MAX_REMEMBERED // 2]:
-            del self._lines[name]
-
-    def _count_waiting(self, more: int) -> None:
-        self._waiting += more
-        self._gauge.set(self._waiting)
-
-    def _poll_soon(self) -> None:
-        if self._poll is None:
-            self._poll = asyncio.get_running_loop().call_later(POLL_S, self._poll_now)
-
-    def _poll_now(self) -> None:
-        self._poll, self._unqueued = None, 0
-        self._admit()
-        if self._waiting:
-            self._poll_soon()
 
 
 # --- the server's own limits

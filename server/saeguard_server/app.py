@@ -116,7 +116,7 @@ class App:
             def is_ready() -> bool:
                 return engine.is_ready() and (policies is None or policies.is_current()) and not limiter.is_draining
 
-            following = asyncio.create_task(health.follow(is_ready))
+            following = asyncio.create_task(health.follow(is_ready, engine.is_alive))
             stack.callback(following.cancel)
             yield cls(
                 address=address,

@@ -31,6 +31,7 @@ from saeguard_server.errors import (
     ServiceError,
     UnknownName,
 )
+from saeguard_server.forecast import Work
 from saeguard_server.observe import Metrics, PolicyMetrics
 from saeguard_server.policy import disclosure
 from saeguard_server.policy.disclosure import NOTHING_WITHHELD, Disclosure, Withheld
@@ -67,9 +68,10 @@ class CompiledRequest:
     """Features of whose values its caller is told nothing."""
 
     @property
-    def most_tokens(self) -> int:
-        """That it reads and makes at most."""
-        return len(self.task.tokens) + self.task.max_new_tokens
+    def work(self) -> Work:
+        task = self.task
+        may_end = not task.sampling.ignore_eos or task.sampling.stop or any(c.stops for c in task.steering.conditions)
+        return Work(len(task.tokens), task.max_new_tokens, task.call.deadline, is_exact=not may_end)
 
 
 class Generation:
@@ -99,14 +101,16 @@ class Generation:
             self._recorder.request(request, call) as record,
             self._admission.request(call.caller, request) as admitted,
         ):
+            self._admission.refuse_late(request, call)
             compiled = await self.compile(request, call)
-            admitted.tokens.resize(compiled.most_tokens)
+            admitted.tokens.resize(compiled.work.cost)
             await record.admit(compiled)
-            await admitted.turn(compiled.most_tokens)
+            place = await admitted.turn(compiled.work)
             async with aclosing(self._engine.generate(compiled.task)) as chunks:
                 admitted.tokens.charge(len(compiled.task.tokens))
                 async for chunk in chunks:
                     admitted.tokens.charge(len(chunk.tokens))
+                    place.note(chunk)
                     yield await record.chunk(chunk)
 
     async def compare(self, request: GenerateRequest, call: Call) -> Comparison:
@@ -126,15 +130,16 @@ class Generation:
             self._recorder.request(request, call, is_comparison=True) as record,
             self._admission.request(call.caller, request) as admitted,
         ):
+            self._admission.refuse_late(request, call)
             compiled = await self.compile(request, call)
             task, plain = compiled.task, replace(compiled.task, steering=Steering())
             if task.max_new_tokens > MAX_MEASURED_TOKENS:
                 raise InvalidRequest("sampling.max_new_tokens", f"at most {MAX_MEASURED_TOKENS} here")
             # Two answers, and one of them read twice.
-            most = 4 * compiled.most_tokens
+            most = 4 * compiled.work.cost
             admitted.tokens.resize(most)
             await record.admit(compiled)
-            await admitted.turn(most)
+            await admitted.turn(replace(compiled.work, prompt=most - task.max_new_tokens))
             steered, unsteered = await asyncio.gather(all_chunks(self._engine, task), all_chunks(self._engine, plain))
             answer, plain_answer = token_ids(steered), token_ids(unsteered)
             kl = await measure_divergence(self._engine, task, answer, Steering())
@@ -445,11 +450,14 @@ class ReadActivations:
             withheld = self._withheld(call)
             disclosure.check_withheld(request, withheld)
             hidden = {name: withheld.of_sae(name) for name in request.saes}
+            self._admission.refuse_late(request, call)
             tasks = await self._admission.prompts.run(call, partial(self._compile, request, call, hidden))
-            admitted.tokens.resize(sum(len(task.tokens) for task in tasks))
+            left = sum(len(task.tokens) for task in tasks)
+            admitted.tokens.resize(left)
+            self._admission.turns.refuse_late(call.caller.name, Work(left, deadline=call.deadline))
             await audit.admit(None, None, required=False)
             for task in tasks:
-                await admitted.turn(len(task.tokens))
+                await admitted.turn(Work(len(task.tokens), deadline=call.deadline))
                 async with aclosing(self._engine.inspect(task)) as parts:
                     admitted.tokens.charge(len(task.tokens))
                     audit.tokens += len(task.tokens)

@@ -205,6 +205,10 @@ class EngineSettings(SettingsTable, frozen=True, kw_only=True):
     compile: Literal["none", "attention", "all"] = "none"
     """What is compiled before the server is ready: nothing; what running requests attend with (about ten seconds); or
     the whole model as well (a minute or more). On a CPU it needs a C++ compiler."""
+    step_timeout_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 60.0
+    """A step that takes longer has hung, or ten times as long for the first one of its size, as libraries may compile
+    then. Its requests fail with UNAVAILABLE; an engine's own process is killed and replaced; an embedded engine says
+    NOT_SERVING for "liveness", so that the server is restarted."""
     threads: Count | None = None
     """CPU threads for torch; by default one for a small model and torch's choice for others."""
 

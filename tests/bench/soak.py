@@ -65,7 +65,7 @@ class Tally:
     memory: list[float] = field(default_factory=list)
 
 
-EXPECTED = {"complete", "cancelled", "DEADLINE_EXCEEDED", "INVALID_REQUEST"}
+EXPECTED = {"complete", "cancelled", "DEADLINE_EXCEEDED", "INVALID_REQUEST", "OVERLOADED"}
 
 
 def jobs(count: int = 120) -> list[Job]:

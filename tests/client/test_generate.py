@@ -53,7 +53,7 @@ ARGUMENTS: dict[str, Any] = {
     ],
     "policies": "calm",
     "conversation": "c-1",
-    "min_policy_activation": 2**64 - 1,
+    "min_policy_activation": 2**63 - 1,
     "parse_special_tokens": True,
     "check_receipt": False,
 }
@@ -133,7 +133,7 @@ EXPECTED = {
     ],
     "policies": ["calm"],
     "conversation": "c-1",
-    "min_policy_activation": 2**64 - 1,
+    "min_policy_activation": 2**63 - 1,
     "parse_special_tokens": True,
 }
 

@@ -311,7 +311,7 @@ async def test_a_flood_of_frames_neither_grows_the_server_nor_stops_others(
 async def test_metadata_before_settings_are_acknowledged_ends_with_the_handshake(
     attacked: Attacked, outcome: Outcome, is_full: bool
 ) -> None:
-    """The core holds nobody to a limit that was not acknowledged: only how long that may take bounds it."""
+    """The core holds nobody to limits that are not acknowledged: the time for that, and the line, bound it."""
     before, sent, began = attacked.memory_mb(), 0, time.monotonic()
     headers = frame(http2.CONTINUATION, 0, 1, b"\0\x01a\x01b" * 2000)
     with suppress(OSError):
@@ -320,11 +320,11 @@ async def test_metadata_before_settings_are_acknowledged_ends_with_the_handshake
             while not connection.closed.is_set() and time.monotonic() - began < 10:
                 await connection.send(headers)
                 sent += len(headers)
-                await asyncio.sleep(0 if is_full else 0.02)
+                await asyncio.sleep(0.002 if is_full else 0.02)
     closed_s = time.monotonic() - began
     assert closed_s < HOLD_S + 4
     answered_s = await attacked.answers_within()
-    assert answered_s < 15
+    assert answered_s < 30
     outcome(
         "metadata before SETTINGS are acknowledged", "handshake_s; memory by what arrives",
         f"{sent / 2**20:.1f} MB: {closed_s:.1f} s, +{attacked.memory_mb() - before} MB, then {answered_s:.1f} s",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from saeguard_client import AsyncClient, Completion, EnforcedRule, FeatureRef, InvalidArgument, TokenInput
+from saeguard_client import AsyncClient, ChatMessage, Completion, EnforcedRule, FeatureRef, InvalidArgument, TokenInput
 from saeguard_server.app import App
 from saeguard_server.demo.scenarios import Demonstration, Scenario, load_demonstration
 from saeguard_server.settings import PolicySettings
@@ -69,11 +69,13 @@ class Caller:
         ids: list[int] = []
         while len(ids) < FRENCH.max_new_tokens:
             prompt = FRENCH.prompt + text if how == "text" else TokenInput([*read, *ids, *end])
-            asked = {"max_new_tokens": tokens, "temperature": FRENCH.temperature, "seed": 1000 * number + len(ids)}
-            asked["parse_special_tokens"] = how != "text"
+            asked = {
+                "max_new_tokens": tokens, "temperature": FRENCH.temperature, "seed": 1000 * number + len(ids),
+                "parse_special_tokens": bool(tail),
+            }  # fmt: skip
             made, is_over = await (self._cancelled if how == "stream" else self._whole)(prompt, asked)
             ids += made
-            text = self._tokenizer._backend.decode(ids, skip_special_tokens=True)
+            text = self._text(ids)
             if is_over or not made:
                 break
         return text
@@ -93,6 +95,10 @@ class Caller:
 
     def _ids(self, tail: str) -> Sequence[int]:
         return [self._tokenizer._backend.token_to_id(tail)] if tail else []
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.detokenizer(())
+        return "".join(map(text.push, ids)) + text.flush()
 
 
 @pytest.mark.parametrize("scope", ["{phase: generated}", "{phase: all}"])
@@ -123,7 +129,7 @@ async def test_the_reply_says_which_rules_had_a_token_and_how_many(tmp_path: Pat
     every = [f"r{number}" for number in range(len(FRENCH.interventions))]
     async with served(policy("{phase: generated}"), tmp_path / "policy") as (_, client):
         for new, tokens in ((1, 1), (3, 3)):
-            done = await client.generate(FRENCH.prompt, max_new_tokens=new, ignore_eos=True)
+            done = await client.generate(FRENCH.prompt, max_new_tokens=new, temperature=0)
             assert done.policy is not None
             assert done.policy.applied == ("less-french",)
             assert list(done.policy.enforced) == [EnforcedRule("less-french", rule, tokens) for rule in every]
@@ -169,10 +175,7 @@ async def test_a_stop_holds_a_token_at_a_time(tmp_path: Path, outcome: Outcome) 
 
 HEAD = "name: cut\nmode: {}\nowner: safety\n"
 WHEN = "sae: resid2, feature: 9, above: 1"
-APPLIED = (
-    f"triggers: [{{name: t, when: {{{WHEN}, scope: {{phase: generated}}}}, "
-    "apply: [{sae: resid2, feature: 3, zero: true}]}]"
-)
+APPLIED = f"when: {{{WHEN}, scope: {{phase: generated}}}}, apply: [{{sae: resid2, feature: 3, zero: true}}]"
 
 
 def gated(when: str) -> str:
@@ -191,7 +194,7 @@ CUT_UP = {
 async def test_what_can_be_cut_up_is_refused_when_it_is_written(tmp_path: Path, outcome: Outcome) -> None:
     edit = "rules: [{{name: a, sae: resid2, feature: 7, zero: true, {}}}]"
     documents = {field: edit.format(part) for field, part in CUT_UP.items()}
-    documents["triggers[0].when.scope.phase"] = APPLIED
+    documents["triggers[0].when.scope.phase"] = f"triggers: [{{name: t, {APPLIED}}}]"
     store = PolicySettings(store=f"sqlite:///{tmp_path}/policies.db")
     async with serving_demo(policies=store) as app, AsyncClient(f"127.0.0.1:{app.port}") as client:
         for field, document in documents.items():
@@ -201,3 +204,18 @@ async def test_what_can_be_cut_up_is_refused_when_it_is_written(tmp_path: Path, 
             assert field in str(shadow.findings)
         assert (await client.policies()).policies == ()
     outcome("a policy that can be cut up", "refused by its field; in shadow a warning", f"{len(documents)} of them")
+
+
+async def test_the_assistants_turns_of_a_chat_count_as_generated(tmp_path: Path, outcome: Outcome) -> None:
+    """Whatever a turn holds, it is what a model said: the tokens of its content, and the one before it."""
+    asked, said = ChatMessage("user", "Le matin ?"), "Il a vu le pain."
+    async with served(policy("{phase: generated}"), tmp_path / "policy") as (app, client):
+        tokens = len(app.engine.tokenizer.encode(said).ids) - 1
+        counts = []
+        for turns in range(3):
+            chat = [asked, *(message for _ in range(turns) for message in (ChatMessage("assistant", said), asked))]
+            done = await client.generate(chat, max_new_tokens=1)
+            assert done.policy is not None
+            counts.append({rule.tokens for rule in done.policy.enforced})
+    outcome("an answer sent back in a chat", "its tokens count as generated", f"{counts}, {tokens} in each turn")
+    assert counts == [{1}, {tokens + 2}, {2 * (tokens + 1) + 1}]

@@ -29,6 +29,7 @@ from saeguard_sae.catalogue import Catalogue, CatalogueFeature, CatalogueToken, 
 from saeguard_sae.dictionary import Dictionary, ReLU
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.engine.protocol import Capabilities, CompiledEdit, GenerateTask, InspectTask
 from saeguard_server.observe import Metrics
 
@@ -74,6 +75,7 @@ class FakeEngine:
     waiting: int = 0
     running: int = 0
     tasks: list[GenerateTask | InspectTask] = field(default_factory=list)
+    pace: StepPace = field(default_factory=StepPace)
     is_stopped: bool = False
 
     model = Model("fake", "counter", "digest-of-model", 3, D_MODEL, VOCABULARY, 64, "float32", True)
@@ -82,6 +84,9 @@ class FakeEngine:
 
     def is_ready(self) -> bool:
         return self.ready and not self.is_stopped
+
+    def is_alive(self) -> bool:
+        return True
 
     def queued(self) -> int:
         return self.waiting

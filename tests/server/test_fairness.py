@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from saeguard_server import admission
-from saeguard_server.admission import FairQueue
+from saeguard_server import fair_queue
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.errors import Overloaded
+from saeguard_server.fair_queue import FairQueue
+from saeguard_server.forecast import Work
 from saeguard_server.observe import Metrics
 
 FULL = 10**9
@@ -25,6 +27,7 @@ class Engine:
     """An engine whose queue a test sets; by default it is so full that only those who leave make room."""
 
     waiting: int = FULL
+    pace: StepPace = field(default_factory=StepPace)
 
     def queued(self) -> int:
         return self.waiting
@@ -43,7 +46,7 @@ class Hall:
         self.tasks[caller, number] = asyncio.create_task(self._request((caller, number), cost))
 
     async def _request(self, name: tuple[str, int], cost: int) -> None:
-        async with self.turns.turn(name[0], cost):
+        async with self.turns.turn(name[0], Work(cost)):
             self.entered.append(name)
             self.inside[name] = asyncio.Event()
             try:
@@ -179,12 +182,12 @@ async def test_slots_that_slow_readers_no_longer_need_are_given_to_others() -> N
         one.come("slow", number, 5)
     await settle()
     one.come("quick", 0, 5)
-    await asyncio.sleep(3 * admission.POLL_S)
+    await asyncio.sleep(3 * fair_queue.POLL_S)
     assert ("quick", 0) not in one.entered
     engine.waiting = 0  # both are generated; their callers have not read them
     async with asyncio.timeout(2):
         while ("quick", 0) not in one.entered:
-            await asyncio.sleep(admission.POLL_S)
+            await asyncio.sleep(fair_queue.POLL_S)
     await one.drain()
 
 
@@ -210,12 +213,12 @@ async def test_not_every_caller_is_remembered_for_ever() -> None:
     one = hall(1)
     one.come("first", 0, 1)
     await settle()
-    for number in range(admission.MAX_REMEMBERED + 100):
+    for number in range(fair_queue.MAX_REMEMBERED + 100):
         one.come(f"caller-{number}", 0, 1)
         await settle()
         one.end_oldest()
         await settle()
-    assert len(one.turns._lines) <= admission.MAX_REMEMBERED
+    assert len(one.turns._lines) <= fair_queue.MAX_REMEMBERED
     await one.drain()
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from saeguard_server.admission import FEW, LONGEST_RETRY_S, SHORTEST_RETRY_S, FairQueue, LoadLimiter, Waiting
+from saeguard_server.admission import FEW, LoadLimiter, Waiting
 from saeguard_server.caller import LOCAL, Call, Caller
 from saeguard_server.errors import Overloaded, Unavailable
+from saeguard_server.fair_queue import LONGEST_RETRY_S, SHORTEST_RETRY_S, FairQueue
 from saeguard_server.threads import WorkThreads
 
 

@@ -17,6 +17,7 @@ from saeguard.types import KINDS
 from saeguard_sae.models import sites
 from saeguard_server.caller import Call
 from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.engine.protocol import Capabilities, CompiledEdit, Event, GenerateTask, InspectTask
 from saeguard_server.engine.transformers import load_engine
 from saeguard_server.engine.transformers.core import EngineCore
@@ -95,7 +96,7 @@ class Stepped:
         )  # fmt: skip
         self._world, self._asked = loaded.world, 0
         can = Capabilities("transformers", sites(loaded.model.network.config), frozenset(KINDS), conditions=True)
-        self.engine = cast(Any, SimpleNamespace(model=info, saes=loaded.saes, capabilities=can))
+        self.engine = cast(Any, SimpleNamespace(model=info, saes=loaded.saes, capabilities=can, pace=StepPace()))
         self.flow = Generation(self.engine, loaded.model.tokenizer, LimitSettings(), open_admission(self.engine))
 
     def ask(self, request: GenerateRequest, deadline_s: float = _LONG_S) -> Asked:

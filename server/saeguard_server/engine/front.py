@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from saeguard.results import ActivationPart, StreamChunk
+from saeguard_server.engine.pace import LOOK_S, StepWatch
 from saeguard_server.engine.protocol import Engine, Event, GenerateTask, InspectTask
 from saeguard_server.errors import RETRY_S, ServiceError, Unavailable
 
@@ -47,7 +48,9 @@ Command: TypeAlias = Submit | Cancel | Shutdown
 class EngineFront(Engine):
     """Hands tasks to a core and its events to their owners; everything here happens on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_timeout_s: float) -> None:
+        self._watch = StepWatch(step_timeout_s)
+        self._next_look: asyncio.TimerHandle | None = None
         self._uids = itertools.count()
         self._inboxes: dict[int, _Inbox] = {}
         self._submitted = self._taken = 0
@@ -56,6 +59,23 @@ class EngineFront(Engine):
     @abstractmethod
     def _send(self, command: Command) -> None:
         """Hands a command to the core."""
+
+    @abstractmethod
+    def _note_hung(self, *, is_hung: bool) -> None:
+        """Told again and again whether a step takes too long."""
+
+    def _heard(self) -> object:
+        """What changes whenever the core says something; None where it says nothing between steps."""
+        return None
+
+    def _look(self) -> None:
+        """Begins to look whether a step hangs."""
+        self._note_hung(is_hung=self._watch.is_hung(self.pace, self._heard()))
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+
+    def _look_no_more(self) -> None:
+        if self._next_look is not None:
+            self._next_look.cancel()
 
     def _retry_s(self) -> float:
         """When to come back to an engine that is not ready."""

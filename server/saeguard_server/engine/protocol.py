@@ -28,6 +28,7 @@ from saeguard_sae.edits import Affine
 from saeguard_sae.loading import LoadedSae
 from saeguard_sae.models import Site
 from saeguard_server.caller import Call
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.errors import NonFiniteOutput, ServiceError
 from saeguard_server.settings import SharedBy
@@ -272,10 +273,16 @@ class Engine(ABC):
     saes: Mapping[str, LoadedSae]
     """By name; without their weights where those are in another process."""
     capabilities: Capabilities
+    pace: StepPace
+    """How fast it steps; another object once the engine was started again."""
 
     @abstractmethod
     def is_ready(self) -> bool:
         """Whether a task submitted now would be taken up."""
+
+    def is_alive(self) -> bool:
+        """Whether it comes back by itself where it is not ready; False needs a restart of this process."""
+        return True
 
     @abstractmethod
     def queued(self) -> int:

@@ -27,7 +27,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from saeguard.checks import MAX_UINT32
-from saeguard_server.admission import SOON_S, InFlight, LoadLimiter, Waiting
+from saeguard_server.admission import InFlight, LoadLimiter, Waiting
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
@@ -41,6 +41,7 @@ from saeguard_server.errors import (
     ServiceError,
     Unauthenticated,
 )
+from saeguard_server.fair_queue import SOON_S
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import REQUEST_ID, Metrics

@@ -7,7 +7,7 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,7 +209,8 @@ def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | Non
 
 OVERALL = ""
 LIVENESS = "liveness"
-"""SERVING for as long as the process answers, so that a draining server is not killed for being unready."""
+"""SERVING for as long as the process answers and no step of an embedded engine hangs: a server that drains, or whose
+engine comes back by itself, is not killed for being unready."""
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -247,17 +248,25 @@ class Health(health_pb2_grpc.HealthServicer):
                 await changed.wait()
 
     def set_ready(self, is_ready: bool) -> None:
-        """Says whether new requests are welcome; ``liveness`` stays SERVING."""
-        status = SERVING if is_ready else NOT_SERVING
-        if self._status[OVERALL] != status:
-            self._status |= dict.fromkeys(self._status.keys() - {LIVENESS}, status)
+        """Says whether new requests are welcome; ``liveness`` stays as it is."""
+        self._set(self._status.keys() - {LIVENESS}, is_ready)
+
+    def set_alive(self, is_alive: bool) -> None:
+        """Says whether anything but a restart would help."""
+        self._set({LIVENESS}, is_alive)
+
+    def _set(self, services: Set[str], is_well: bool) -> None:
+        status = dict.fromkeys(services, SERVING if is_well else NOT_SERVING)
+        if not status.items() <= self._status.items():
+            self._status |= status
             # A new event for those who wait from now on: nobody has to be counted or kept.
             self._changed.set()
             self._changed = asyncio.Event()
 
-    async def follow(self, is_ready: Callable[[], bool]) -> None:
+    async def follow(self, is_ready: Callable[[], bool], is_alive: Callable[[], bool]) -> None:
         while True:
             self.set_ready(is_ready())
+            self.set_alive(is_alive())
             await asyncio.sleep(POLL_S)
 
 

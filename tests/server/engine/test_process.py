@@ -32,6 +32,7 @@ from saeguard_server.engine.protocol import InspectTask
 from saeguard_server.engine.worker import engine, load_engine
 from saeguard_server.engine.worker import engine as child
 from saeguard_server.errors import DeadlineExceeded, NonFiniteOutput, Unavailable
+from saeguard_server.generation import all_chunks
 from saeguard_server.observe import Metrics
 from saeguard_server.settings import Settings
 from support import reference
@@ -153,8 +154,10 @@ async def test_the_front_end_holds_facts_and_no_weights(world: World, apart: Apa
 
 
 async def test_errors_arrive_as_they_are(apart: Apart) -> None:
+    # Not through admission, which would refuse it.
+    task = apart.flow._compile(greedy(prompt(1, 5), 240), Call("test", time.monotonic() + 0.05), None).task
     with pytest.raises(DeadlineExceeded, match="before the answer was complete"):
-        await apart.ask(greedy(prompt(1, 5), 240), deadline_s=0.05)
+        await all_chunks(apart.engine, task)
     with pytest.raises(NonFiniteOutput, match="not finite"):
         await apart.ask(greedy(prompt(1, 5), 40, interventions=WILD))
 

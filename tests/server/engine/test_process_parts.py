@@ -39,6 +39,7 @@ from saeguard_server import errors
 from saeguard_server.caller import Call
 from saeguard_server.engine.front import Cancel, Submit
 from saeguard_server.engine.load import remote_sae
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.engine.protocol import Capabilities, GenerateTask
 from saeguard_server.engine.worker import engine, messages
 from saeguard_server.engine.worker.messages import (
@@ -276,13 +277,13 @@ async def test_tasks_are_queued_until_a_report_says_otherwise(fake: type[FakeChi
     assert one.queued() == 3
     uids = [command.uid for command in fake.born[0].sent if isinstance(command, Submit)]
     end = errors.InternalFailure("broken")
-    fake.born[0].said.append(StepOutput([(uids[0], end), (99, None)], True, 3, 1, None))
+    fake.born[0].said.append(StepOutput([(uids[0], end), (99, None)], True, 3, 1, StepPace(), None))
     with pytest.raises(errors.InternalFailure, match="broken"):
         await asked[0]
     assert one.queued() == 1
     asked[1].cancel()
     await until(lambda: Cancel(uids[1]) in fake.born[0].sent)
-    fake.born[0].said.append(StepOutput([], False, 3, 0, None))
+    fake.born[0].said.append(StepOutput([], False, 3, 0, StepPace(), None))
     await until(lambda: not one.is_ready())
     one.stop()
     with pytest.raises(Unavailable, match="the server stopped"):

@@ -18,11 +18,12 @@ from saeguard.v1 import (
     generation_service_pb2_grpc,
     server_info_service_pb2_grpc,
 )
-from saeguard_server.admission import FairQueue, LoadLimiter
+from saeguard_server.admission import LoadLimiter
 from saeguard_server.audit.log import Audit
 from saeguard_server.caller import Call
 from saeguard_server.catalog import Catalog, describe_model, describe_server
 from saeguard_server.engine.protocol import Engine, GenerateTask
+from saeguard_server.fair_queue import FairQueue
 from saeguard_server.generation import with_request_facts
 from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity

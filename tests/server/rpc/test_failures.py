@@ -206,7 +206,7 @@ async def test_the_deadline_of_the_server_ends_a_request_and_its_task(running: A
         error, details = await failed(call)
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert details["ErrorInfo"].reason == "DEADLINE_EXCEEDED"
-        assert running.engine.running == 0
+        await eventually(lambda: running.engine.running == 0)
     await eventually(lambda: code_count(running, "DeadlineExceeded") == 2)
 
 

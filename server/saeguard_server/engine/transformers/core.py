@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saeguard_sae.loading import LoadedSae
 from saeguard_server.engine.load import LoadedModel
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.engine.protocol import GenerateTask, InspectTask
 from saeguard_server.engine.transformers.output import HostTokens, StepOutputProcessor
 from saeguard_server.engine.transformers.runner import CapturedRows, Network, Runner, is_out_of_memory
@@ -45,14 +46,19 @@ class EngineCore:
         memory = BlockPool(blocks)
         self.prefixes = PrefixCache(memory, self.runner.tables.tally, shared_by) if reuse else None
         self.scheduler = Scheduler(slots, memory, self.prefixes)
+        self.pace = StepPace()
         self.output = StepOutputProcessor(model, saes, metrics, self.runner.tables)
 
     def step(self) -> None:
+        self.pace.begin()
         batch = self._schedule()
+        self.pace.tokens = batch.tokens
         logits = self._forward(batch)
         if logits is not None:
             sampled = self._sample(batch, logits)
             self._hand_out(batch, logits, *sampled)
+            self.pace.observe(len(batch.sequences), batch.tokens)
+        self.pace.end()
         self._set_gauges()
 
     def cancel(self, uid: int) -> None:
@@ -73,10 +79,11 @@ class EngineCore:
 
     def _schedule(self) -> Batch:
         """Late requests leave, running ones get memory for their next token, waiting ones what is left of it."""
-        now = time.monotonic()
+        now, quick_step_s = time.monotonic(), self.pace.step_s(1) / 2
         for sequence in self.scheduler.everyone():
-            if now >= sequence.task.call.deadline:
-                self._fail(sequence, DeadlineExceeded("the deadline passed before the answer was complete"))
+            # No step for whoever could not be complete in time even if it were alone from now on.
+            if now + quick_step_s * sequence.least_tokens_left >= sequence.task.call.deadline:
+                self._fail(sequence, DeadlineExceeded("too little time was left before the answer was complete"))
         budget = self.scheduler.make_room()
         for sequence, slot in budget.preempted:
             self._note_preempted(sequence, slot)

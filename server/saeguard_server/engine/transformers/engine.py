@@ -32,6 +32,8 @@ from saeguard_server.settings import Settings
 _log = logging.getLogger(__name__)
 
 NAME = "transformers"
+HUNG_RETRY_S = 10.0
+"""When to come back to an engine that hangs: its server is about to be restarted."""
 SMALL = 20_000_000
 """Parameters below which a second CPU thread costs more than it gives (measured: 2.5M, 1,250 against 680 tokens/s)."""
 
@@ -39,21 +41,26 @@ SMALL = 20_000_000
 class TransformersEngine(EngineFront):
     """Continuous batching over a stock Hugging Face model, on a thread of its own; a core that fails is built anew."""
 
-    def __init__(self, build: Callable[[], EngineCore]) -> None:
-        super().__init__()
+    def __init__(self, build: Callable[[], EngineCore], step_timeout_s: float) -> None:
+        super().__init__(step_timeout_s)
         self._build = build
         self._core = core = build()
         self.model, self.tokenizer, self.saes = core.model.info, core.model.tokenizer, core.saes
+        self.pace = core.pace
         reached = sites(core.model.network.config)
         self.capabilities = Capabilities(NAME, reached, frozenset(KINDS), conditions=True, compares=True)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[tuple[int, Event | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._backoff, self._is_down = Backoff(), False
+        self._backoff, self._is_down, self._is_hung = Backoff(), False, False
 
     def is_ready(self) -> bool:
-        return self._thread is not None and self._thread.is_alive() and not self._is_down
+        is_running = self._thread is not None and self._thread.is_alive()
+        return is_running and not self._is_down and not self._is_hung
+
+    def is_alive(self) -> bool:
+        return not self._is_hung
 
     def queued(self) -> int:
         return len(self._core.scheduler.waiting) + self._submitted - self._taken
@@ -63,12 +70,25 @@ class TransformersEngine(EngineFront):
         self._backoff.started()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self._look()
 
     def stop(self) -> None:
+        self._look_no_more()
         if self._thread is not None:
             self._commands.put(Shutdown())
-            self._thread.join()
+            self._thread.join(0.0 if self._is_hung else None)
             self._thread = None
+
+    def _note_hung(self, *, is_hung: bool) -> None:
+        """A thread cannot be killed: its requests are told, and it is for liveness to say that nothing else helps."""
+        if is_hung and not self._is_hung:
+            _log.error("a step of the engine hangs", extra={"fields": {"tokens": self.pace.tokens}})
+            for uid in self._inboxes:
+                self._send(Cancel(uid))
+            self._fail_all(Unavailable("a step of the engine hangs", HUNG_RETRY_S))
+        elif self._is_hung and not is_hung:
+            _log.warning("the step that hung has ended")
+        self._is_hung = is_hung
 
     def _send(self, command: Command) -> None:
         self._commands.put(command)
@@ -112,6 +132,7 @@ class TransformersEngine(EngineFront):
     def _restart(self) -> bool:
         """Its requests fail, and the engine goes on with clean memory and tables; False when told to stop meanwhile."""
         self._is_down = True
+        self._core.pace.end()
         self._core.metrics.engine_restarts.inc()
         error = Unavailable("the engine failed and starts again", RETRY_S)
         for sequence in self._core.scheduler.everyone():
@@ -128,6 +149,7 @@ class TransformersEngine(EngineFront):
 
     def _rebuild(self) -> None:
         self._core = self._build()
+        self.pace = self._core.pace
 
     def _refuse_for(self, wait: float) -> bool:
         """Refuses whatever comes within so many seconds; False when told to stop."""
@@ -229,7 +251,7 @@ def _load(settings: Settings, metrics: Metrics) -> TransformersEngine:
             shared_by=own.share_prefixes,
         )  # fmt: skip
 
-    engine = TransformersEngine(build)
+    engine = TransformersEngine(build, own.step_timeout_s)
     try:
         if own.compile != "none":
             warm_up(network)

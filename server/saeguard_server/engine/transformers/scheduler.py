@@ -71,6 +71,11 @@ class Batch:
         return *self.running, *(part.sequence for part in self.ending)
 
     @property
+    def tokens(self) -> int:
+        """That it reads."""
+        return len(self.running) + sum(part.length for part in self.parts)
+
+    @property
     def ends(self) -> list[int]:
         """Up to where each of the sequences is read after it."""
         return [*(sequence.computed + 1 for sequence in self.running), *(part.end for part in self.parts)]

@@ -36,6 +36,8 @@ class Sequence:
     tokens: list[int] = field(init=False)
     stops: tuple[CompiledCondition, ...] = field(init=False)
     """The conditions that can end it."""
+    may_end_early: bool = field(init=False)
+    """Whether its next token can be its last, however many it may make."""
     computed: int = 0
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
@@ -58,6 +60,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.task.tokens)
         self.stops = tuple(condition for condition in self.task.steering.conditions if condition.stops)
+        sampling = self.task.sampling if isinstance(self.task, GenerateTask) else None
+        self.may_end_early = sampling is None or not sampling.ignore_eos or bool(sampling.stop or self.stops)
 
     @property
     def prompt_tokens(self) -> int:
@@ -66,6 +70,11 @@ class Sequence:
     @property
     def generated_tokens(self) -> int:
         return len(self.tokens) - len(self.task.tokens)
+
+    @property
+    def least_tokens_left(self) -> int:
+        task = self.task
+        return 1 if self.may_end_early or isinstance(task, InspectTask) else task.max_new_tokens - self.generated_tokens
 
     @property
     def can_reuse(self) -> bool:

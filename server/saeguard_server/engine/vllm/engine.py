@@ -22,6 +22,7 @@ from saeguard_sae.models import ModelLoadError, Site, torch_dtype
 from saeguard_server.engine.front import Backoff
 from saeguard_server.engine.load import KvShape, ModelFiles, load_checked_saes, load_model, open_files, remote_sae
 from saeguard_server.engine.output import RequestState
+from saeguard_server.engine.pace import LOOK_S, StepPace, StepWatch
 from saeguard_server.engine.protocol import Capabilities, Engine, GenerateTask, InspectTask, cache_salt
 from saeguard_server.engine.vllm import output as vllm_output
 from saeguard_server.engine.vllm import steering
@@ -29,7 +30,7 @@ from saeguard_server.engine.vllm.output import VllmOutputProcessor
 from saeguard_server.engine.vllm.worker_messages import KEY, WorkerOutput, WorkerPlan, worker_request
 from saeguard_server.errors import RETRY_S, DeadlineExceeded, InternalFailure, Unavailable
 from saeguard_server.observe import Metrics
-from saeguard_server.settings import BadSettings, EngineSettings, Settings, SharedBy
+from saeguard_server.settings import BadSettings, EngineSettings, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -63,16 +64,18 @@ class VllmEngine(Engine):
         launch: Callable[[], VllmClient],
         sites: frozenset[Site],
         metrics: Metrics,
-        slots: int,
-        shared_by: SharedBy = "caller",
+        settings: EngineSettings,
     ) -> None:
         self.model, self.tokenizer, self.saes = files.info, files.tokenizer, saes
-        self.capabilities = Capabilities(NAME, sites, frozenset(KINDS))
+        self.capabilities, self.pace = Capabilities(NAME, sites, frozenset(KINDS)), client.pace
         self._eos_ids = files.eos_ids
         self._output = VllmOutputProcessor(files.info, files.tokenizer, files.eos_ids, saes, metrics)
         self._client: VllmClient | None = client
-        self._launch, self._metrics, self._slots, self._shared_by = launch, metrics, slots, shared_by
+        self._launch, self._metrics, self._slots = launch, metrics, settings.max_slots
+        self._shared_by = settings.share_prefixes
         self._backoff = Backoff()
+        self._watch = StepWatch(settings.step_timeout_s)
+        self._next_look: asyncio.TimerHandle | None = None
         self._uids = itertools.count()
         self._running = 0
         self._is_started = self._is_warm = False
@@ -94,9 +97,12 @@ class VllmEngine(Engine):
     def start(self) -> None:
         self._is_started = True
         self._warming = asyncio.get_running_loop().create_task(self._warm_up())
+        self._look()
 
     def stop(self) -> None:
         self._is_started = False
+        if self._next_look is not None:
+            self._next_look.cancel()
         for task in (self._warming, self._revival):
             if task is not None:
                 task.cancel()
@@ -176,11 +182,23 @@ class VllmEngine(Engine):
         except TimeoutError as err:
             if not self._is_started:
                 raise Unavailable("the server stopped") from err
+            if self._revival is not None:
+                raise self._lost() from err
             raise DeadlineExceeded("the deadline passed before the answer was complete") from err
         except EngineDied as err:
             raise self._lost() from err
         finally:
             self._limits.discard(limit)
+
+    def _look(self) -> None:
+        """A vLLM whose step hangs is replaced like one that died."""
+        if self._client is not None and self._watch.is_hung(self.pace, None):
+            _log.error("a step of vLLM hangs; it is ended")
+            self.pace.end()
+            self._lost()
+            for limit in self._limits:
+                limit.reschedule(0)
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
     def _up(self) -> VllmClient:
         if not self._is_started:
@@ -206,6 +224,7 @@ class VllmEngine(Engine):
             await asyncio.sleep(self._backoff.failed())
             try:
                 self._client = await asyncio.to_thread(self._launch)
+                self.pace = self._client.pace
                 self._backoff.started()
             except Exception:
                 _log.exception("vLLM could not start again")
@@ -213,6 +232,10 @@ class VllmEngine(Engine):
 
     def _count(self, change: int) -> None:
         self._running += change
+        if self._running == change:
+            self.pace.begin()  # nothing was told of a first step that hangs
+        elif not self._running:
+            self.pace.end()
         in_slots = min(self._running, self._slots)
         self._metrics.queue_length.set(self.queued())
         self._metrics.running_requests.set(in_slots)
@@ -247,6 +270,10 @@ class VllmClient:
     @property
     def waiting(self) -> int:
         return self._load.waiting
+
+    @property
+    def pace(self) -> StepPace:
+        return self._load.pace
 
     @property
     def is_dead(self) -> bool:
@@ -293,10 +320,14 @@ class VllmClient:
 
 
 class _Load:
-    """One of vLLM's ``stat_loggers``, for the number of requests that wait; its own factory."""
+    """One of vLLM's ``stat_loggers``, for the number of requests that wait and the pace; its own factory.
+
+    A step's time is that since the last one. Prompts are not told apart: they count in the mean of steps beside them.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self.waiting = 0
+        self.pace = StepPace()
         self._metrics = metrics
 
     def __call__(self, *_: Any) -> _Load:
@@ -305,6 +336,10 @@ class _Load:
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
         if scheduler_stats is not None:
             self.waiting = scheduler_stats.num_waiting_reqs
+            running = scheduler_stats.num_running_reqs
+            if self.pace.began and running:
+                self.pace.observe(running, running)
+            self.pace.begin(running) if running else self.pace.end()
             self._metrics.steps.inc()
         if iteration_stats is not None:
             self._metrics.preemptions.inc(iteration_stats.num_preempted_reqs)
@@ -446,8 +481,7 @@ def load_engine(settings: Settings, metrics: Metrics) -> VllmEngine:
         client = launch()
     except (RuntimeError, ValueError) as err:
         raise BadSettings(f"engine: vLLM could not start, for reasons that its log above gives ({err})") from err
-    own = settings.engine
-    return VllmEngine(model, saes, client, launch, sites, metrics, own.max_slots, own.share_prefixes)
+    return VllmEngine(model, saes, client, launch, sites, metrics, settings.engine)
 
 
 def _checked(settings: Settings, sites: frozenset[Site], metrics: Metrics) -> dict[str, LoadedSae]:

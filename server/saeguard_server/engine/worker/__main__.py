@@ -144,7 +144,9 @@ class WorkerService:
         if not events and not with_counts:
             return  # a pulse took them along
         counts = messages.count_metrics(self._metrics.registry) if with_counts else None
-        output = messages.StepOutput(events, self._engine.is_ready(), self._taken, self._engine.queued(), counts)
+        output = messages.StepOutput(
+            events, self._engine.is_ready(), self._taken, self._engine.queued(), self._engine.pace, counts
+        )
         try:
             messages.send_message(self._line, output)
         except Exception:

@@ -20,6 +20,7 @@ from typing import Any
 
 from saeguard.catalog import Model
 from saeguard_server.engine.front import Backoff, Command, EngineFront, Shutdown
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.engine.worker import messages
 from saeguard_server.errors import Unavailable
 from saeguard_server.observe import Metrics
@@ -102,6 +103,9 @@ class WorkerProcess:
         self._process.kill()
         self._process.wait()
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def join(self) -> str:
         """Frees what it held, killing it if it still runs; says how it ended."""
         how = self._how_it_ended()
@@ -143,13 +147,13 @@ class WorkerEngine(EngineFront):
     """An engine in another process, started again whenever that one ends."""
 
     def __init__(self, start: messages.Start, metrics: Metrics) -> None:
-        super().__init__()
+        super().__init__(start.settings.engine.step_timeout_s)
         self._start = start
         self._process = WorkerProcess()
         self._load_s = 0.0
         self._ready = ready = self._load(self._process)
         self.model, self.tokenizer, self.saes = ready.model, ready.tokenizer, ready.saes
-        self.capabilities = ready.capabilities
+        self.capabilities, self.pace = ready.capabilities, StepPace()
         self._up: WorkerProcess | None = None
         """Where tasks go; none while there is no engine to take them."""
         self._is_well = True
@@ -179,6 +183,7 @@ class WorkerEngine(EngineFront):
         self._rise(self._process, self._ready.model)
         self._thread = threading.Thread(target=self._supervise, name="engine-process", daemon=True)
         self._thread.start()
+        self._look()
 
     def stop(self) -> None:
         with self._lock:
@@ -186,6 +191,7 @@ class WorkerEngine(EngineFront):
             self._stopping.set()
         if not is_first:
             return
+        self._look_no_more()
         self._process.stop()
         if self._thread is None or self._loop is None:
             self._process.join()
@@ -197,6 +203,16 @@ class WorkerEngine(EngineFront):
     def _send(self, command: Command) -> None:
         if self._up is not None:
             self._up.send(command)
+
+    def _heard(self) -> object:
+        return self._last_output
+
+    def _note_hung(self, *, is_hung: bool) -> None:
+        """Whoever reads from the process sees its end, and starts another."""
+        if is_hung and self._up is not None:
+            _log.error("the engine's process hangs; it is killed", extra={"fields": {"pid": self._up.pid}})
+            self._up.kill()
+            self._up = None
 
     def _supervise(self) -> None:
         while True:
@@ -271,10 +287,11 @@ class WorkerEngine(EngineFront):
 
     def _take(self, output: messages.StepOutput) -> None:
         self._taken, self._waiting, self._is_well = output.taken, output.waiting, output.is_ready
+        self.pace = output.pace
         self._hand_out(output.events)
 
     def _lose(self, error: Unavailable) -> None:
         """The process is gone: every request fails by name."""
-        self._up = None
+        self._up, self.pace = None, StepPace()
         self._submitted = self._taken = self._waiting = 0
         self._fail_all(error)

@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from saeguard.catalog import Model
 from saeguard.results import ActivationPart, FeatureReading, StreamChunk, Token, TokenLogprob, TokenText
 from saeguard_server.engine.load import RemoteSae
+from saeguard_server.engine.pace import StepPace
 from saeguard_server.engine.protocol import Capabilities, Engine, Event
 from saeguard_server.engine.tokenizer import Tokenizer
 from saeguard_server.observe import Metrics
@@ -76,6 +77,7 @@ class StepOutput:
     """Tasks that have arrived so far."""
     waiting: int
     """Tasks that wait for a slot."""
+    pace: StepPace
     counts: Counts | None
     """The metrics, once a second."""
 

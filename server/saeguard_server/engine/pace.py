@@ -1,0 +1,104 @@
+"""How fast an engine steps, as it was measured: what forecasts rest on, and how a step that hangs is noticed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+WEIGHT = 0.1
+"""Of the latest step in a mean."""
+OUTLIER = 3.0
+"""A single step counts as at most so many times the mean: the machine may have done something else."""
+
+FIRST_TIMES = 10.0
+LOOK_S = 0.5
+"""How often it is looked whether an engine hangs."""
+
+
+@dataclass(slots=True)
+class StepPace:
+    """Measured by the engine, read by others. Steps are told apart by the tokens that they read, to powers of two."""
+
+    steps: int = 0
+    measured: float = 0.0
+    """When the last step ended, on the ``time.monotonic`` clock."""
+    load: float = 1.0
+    """Tokens that a step reads for each request in it, recent mean: above 1 by the prompts of those who join."""
+    began: float = 0.0
+    """When the step that runs began; 0 while none does."""
+    tokens: int = 0
+    """What the step that runs reads."""
+    _means: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """By bit length of the tokens, their mean and that of the seconds. Replaced as a whole: other threads read it."""
+
+    def begin(self, tokens: int = 0) -> None:
+        self.began, self.tokens = time.monotonic(), tokens
+
+    def end(self) -> None:
+        self.began = 0.0
+
+    def observe(self, rows: int, tokens: int) -> None:
+        """The step that runs has ended; so many requests were in it, and it read so many tokens."""
+        self.note(rows, tokens, (now := time.monotonic()) - self.began, now)
+
+    def note(self, rows: int, tokens: int, seconds: float, now: float) -> None:
+        size = tokens.bit_length()
+        mean_tokens, mean_s = self._means.get(size, (float(tokens), seconds))
+        seconds = min(seconds, OUTLIER * mean_s)
+        mean = (mean_tokens + WEIGHT * (tokens - mean_tokens), mean_s + WEIGHT * (seconds - mean_s))
+        self._means = {**self._means, size: mean}
+        self.load += WEIGHT * (tokens / rows - self.load)
+        self.steps, self.measured = self.steps + 1, now
+
+    @property
+    def is_first_of_its_size(self) -> bool:
+        """Whether no step like the one that runs has ended: libraries may compile for it."""
+        return self.tokens.bit_length() not in self._means
+
+    def step_s(self, tokens: float) -> float:
+        """Seconds of a step that reads so many tokens; 0 while no step was measured."""
+        points = [point for _, point in sorted(self._means.items())]
+        if not points:
+            return 0.0
+        above = next((index for index, (known, _) in enumerate(points) if known >= tokens), len(points) - 1)
+        if above == 0:
+            return points[0][1]
+        (x0, y0), (x1, y1) = points[above - 1], points[above]
+        return y0 + max(y1 - y0, 0.0) * (tokens - x0) / (x1 - x0) if x1 > x0 else y1
+
+
+class Stall:
+    """For how long something has stayed as it is, for whoever looks at least once a second.
+
+    Time in which nobody could look does not count: a machine or a container that was paused has not hung.
+    """
+
+    def __init__(self) -> None:
+        self._state: object = None
+        self._looked = time.monotonic()
+        self._seconds = 0.0
+
+    def seconds(self, state: object) -> float:
+        now = time.monotonic()
+        self._seconds = self._seconds + min(now - self._looked, 1.0) if state == self._state else 0.0
+        self._state, self._looked = state, now
+        return self._seconds
+
+
+class StepWatch:
+    """Whether an engine hangs, for whoever looks at least once a second.
+
+    Args:
+        limit_s: a step that takes longer has hung; the first one of its size may take ``FIRST_TIMES`` as long.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._step, self._silence = Stall(), Stall()
+
+    def is_hung(self, pace: StepPace, heard: object) -> bool:
+        """``heard`` changes whenever the engine says something, as it does every second; None where it need not."""
+        silent_s = self._silence.seconds(heard) if heard is not None else 0.0
+        step_s = self._step.seconds(pace.began)
+        limit_s = self._limit_s * (FIRST_TIMES if pace.is_first_of_its_size else 1.0)
+        return silent_s > self._limit_s or (pace.began > 0.0 and step_s > limit_s)
