@@ -178,14 +178,21 @@ async def test_connections_that_say_nothing_or_little_are_closed(attacked: Attac
 
 
 async def test_connections_and_calls_are_bounded_and_a_newcomer_is_served(attacked: Attacked, outcome: Outcome) -> None:
-    async with AsyncExitStack() as stack:
-        connections = [
-            await stack.enter_async_context(Http2("127.0.0.1", attacked.port)) for _ in range(CONNECTIONS + 20)
-        ]
+    for _ in range(5):
+        began = time.monotonic()
+        async with AsyncExitStack() as stack:
+            connections = [
+                await stack.enter_async_context(Http2("127.0.0.1", attacked.port)) for _ in range(CONNECTIONS + 20)
+            ]
+            await asyncio.sleep(0.2)
+            open_ones = [connection for connection in connections if not connection.closed.is_set()]
+            # Where opening them took longer, the first were closed for saying nothing.
+            is_in_time = time.monotonic() - began < HOLD_S
         await asyncio.sleep(0.3)
-        open_ones = [connection for connection in connections if not connection.closed.is_set()]
-        assert len(open_ones) == CONNECTIONS
-    await asyncio.sleep(0.3)
+        if is_in_time:
+            break
+    assert is_in_time
+    assert len(open_ones) == CONNECTIONS
     async with AsyncExitStack() as stack:
         watchers = []
         for _ in range(CONNECTIONS // 2):
