@@ -74,7 +74,9 @@ def test_the_users_word_wins(tmp_path: Path) -> None:
     w, x = plain_sae("standard", 4, 8, seed=3).weights, torch.randn(5, 4)
     wanted = torch.relu((x * 2 - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
     torch.testing.assert_close(source.sae.parsed.dictionary.encode(x), wanted, rtol=1e-5, atol=1e-5)
-    assert source.sae.files_digest != open_sae_source(ServedSaeSettings(name="one", path=settings.path)).sae.files_digest
+    assert (
+        source.sae.files_digest != open_sae_source(ServedSaeSettings(name="one", path=settings.path)).sae.files_digest
+    )
     assert source.overrides.processing == "none"
     assert (source.overrides.site, source.overrides.write_site) == (Site(3, "mlp_out"), Site(3, "resid_post"))
 
