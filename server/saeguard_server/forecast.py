@@ -21,6 +21,8 @@ TYPICAL = 6.0
 TRUSTED_S, HALVED_S = 5.0, 5.0
 """What was measured longer ago counts less and less against a request: or one that is refused for it would never show
 that it is wrong."""
+IDLE_S = 0.25
+"""The same of the pace of steps while nothing runs."""
 FACTOR = (0.1, 1.5)
 """Bounds on what requests took against what was forecast; prompts that are cached take less."""
 LONG, LONGER = 1.0, 2.0
@@ -143,8 +145,11 @@ class Forecast:
         return min(answers.factor, 1.0 if age else inf) * self._engine_s(work.prompt, tokens, rows)
 
     def trust(self, now: float) -> float:
-        """In the measured pace of an engine in which nothing runs: 1, or less the longer nothing has run."""
-        return float(0.5 ** (max(now - self._pace.measured - TRUSTED_S, 0.0) / HALVED_S))
+        """In the measured pace of an engine in which nothing runs: 1, or less the longer nothing has run.
+
+        That is soon, as trying costs nobody anything, and a pace that was measured in a bad moment would refuse all.
+        """
+        return float(0.5 ** (max(now - self._pace.measured - IDLE_S, 0.0) / IDLE_S))
 
     def learn(self, place: EnginePlace, now: float) -> None:
         """A request is done with the engine, complete or not."""

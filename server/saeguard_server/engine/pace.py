@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 WEIGHT = 0.1
@@ -28,8 +29,11 @@ class StepPace:
     """When the step that runs began; 0 while none does."""
     tokens: int = 0
     """What the step that runs reads."""
-    _means: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """By bit length of the tokens, their mean and that of the seconds. Replaced as a whole: other threads read it."""
+    _means: dict[int, tuple[float, float, int]] = field(default_factory=dict)
+    """By bit length of the tokens, their mean, that of the seconds, and of how many steps after the first, which is
+    forgotten with the second."""
+    _points: tuple[tuple[float, float], ...] = ()
+    """The means in order. Replaced as a whole: other threads read it."""
 
     def begin(self, tokens: int = 0) -> None:
         self.began, self.tokens = time.monotonic(), tokens
@@ -43,10 +47,11 @@ class StepPace:
 
     def note(self, rows: int, tokens: int, seconds: float, now: float) -> None:
         size = tokens.bit_length()
-        mean_tokens, mean_s = self._means.get(size, (float(tokens), seconds))
-        seconds = min(seconds, OUTLIER * mean_s)
-        mean = (mean_tokens + WEIGHT * (tokens - mean_tokens), mean_s + WEIGHT * (seconds - mean_s))
-        self._means = {**self._means, size: mean}
+        mean_tokens, mean_s, steps = self._means.get(size, (float(tokens), seconds, -1))
+        seconds, weight = min(seconds, OUTLIER * mean_s), max(WEIGHT, 1 / max(steps + 1, 1))
+        mean = (mean_tokens + weight * (tokens - mean_tokens), mean_s + weight * (seconds - mean_s), steps + 1)
+        self._means[size] = mean
+        self._points = tuple(self._means[size][:2] for size in sorted(self._means))
         self.load += WEIGHT * (tokens / rows - self.load)
         self.steps, self.measured = self.steps + 1, now
 
@@ -57,10 +62,10 @@ class StepPace:
 
     def step_s(self, tokens: float) -> float:
         """Seconds of a step that reads so many tokens; 0 while no step was measured."""
-        points = [point for _, point in sorted(self._means.items())]
+        points = self._points
         if not points:
             return 0.0
-        above = next((index for index, (known, _) in enumerate(points) if known >= tokens), len(points) - 1)
+        above = min(bisect_left(points, (tokens, 0.0)), len(points) - 1)
         if above == 0:
             return points[0][1]
         (x0, y0), (x1, y1) = points[above - 1], points[above]
