@@ -6,8 +6,8 @@ Both exit with 2 for what cannot be used. A running server follows the file of k
 from __future__ import annotations
 
 import argparse
-import gc
 import asyncio
+import gc
 import re
 import sys
 from collections.abc import Callable, Mapping
