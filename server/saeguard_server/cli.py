@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from saeguard_sae.models import Site
 from saeguard_server.caller import Role
-from saeguard_server.settings import BadSettings, Settings, load_settings, silence_core
+from saeguard_server.settings import BadSettings, Settings, load_settings
 
 if TYPE_CHECKING:
     from saeguard_server.app import App
@@ -120,7 +120,6 @@ def _serve(settings: Settings) -> int:
     from saeguard_server.app import App
     from saeguard_server.observe import configure_logs
 
-    silence_core()
     configure_logs(settings.server.log_level, sys.stderr)
     sys.setswitchinterval(SWITCH_S)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
@@ -27,13 +26,6 @@ NO_STORE = "none"
 STORES = ("sqlite:///", "postgresql://", "directory:")
 MIN_POLLS = 3
 """Attempts that must fit before the policies that are known count as stale."""
-
-
-def silence_core() -> None:
-    """gRPC's core writes what strangers send to standard error as it came, new lines and all: they could forge lines of
-    the log. It reads this when the first server or channel is made; unless the environment says something else."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 
 T = TypeVar("T")
 Text: TypeAlias = Annotated[str, Meta(min_length=1)]

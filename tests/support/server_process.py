@@ -97,8 +97,7 @@ class ServerProcess:
     def errors(self) -> list[dict[str, Any]]:
         """What it logged as an error, and anything in its output that is no log line, such as a traceback."""
         problems = []
-        # What strangers send must not come to be in it, whatever its bytes.
-        for line in self.log.read_text(errors="replace").splitlines():
+        for line in self.log.read_text().splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
