@@ -19,7 +19,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_S = 120.0
-MAIN = "from saeguard_client.cli import main; raise SystemExit(main())"
+MAIN = "from saeguard_server.main import main; raise SystemExit(main())"
 
 
 def free_port() -> int:
@@ -97,7 +97,8 @@ class ServerProcess:
     def errors(self) -> list[dict[str, Any]]:
         """What it logged as an error, and anything in its output that is no log line, such as a traceback."""
         problems = []
-        for line in self.log.read_text().splitlines():
+        # What strangers send must not come to be in it, whatever its bytes.
+        for line in self.log.read_text(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
