@@ -264,13 +264,16 @@ def steer(
         placed.append(in_place if number is None else replace(in_place, condition_number=number, condition=None))
     _check_disjoint(placed)
     applied: list[CompiledEdit | CompiledCondition] = [*placed, *conditions[: len(triggers)]]
-    parts = sorted((part.digest, part.stage) for part in applied)
-    digest = _digest([parts, max_relative_edit])
+    digest, open_digest = (
+        _digest([sorted((part.digest, part.stage) for part in parts), max_relative_edit]) if parts else ""
+        for parts in (applied, [part for part in applied if not part.is_shadow])
+    )
     limit = inf if max_relative_edit is None else max_relative_edit
     is_scattered = any(edit.generated for edit in placed) or any(condition.generated for condition in conditions)
     return Steering(
-        tuple(placed), limit, digest, tuple(conditions), generated if is_scattered else (), tokens.special_end
-    )
+        tuple(placed), limit, digest, tuple(conditions), generated if is_scattered else (), tokens.special_end,
+        open_digest,
+    )  # fmt: skip
 
 
 def place(compiled: C, tokens: TokenRange, has_own: bool, generated: tuple[tuple[int, int], ...]) -> C:

@@ -148,6 +148,16 @@ async def test_policies_that_are_no_policies_are_refused_in_time(served: App, ou
     )
 
 
+async def test_documents_of_other_names_are_not_left_out(served: App) -> None:
+    """With ``prune``, a document that is silently left out is a policy that is deleted."""
+    async with policies(served) as stub:
+        for name in ("calm.txt", "CALM.YAML", "calm.yaml ", "calm", "calm.yaml\0"):
+            document = policy_pb.PolicyDocument(name=name, content=RULE)
+            request = policy_pb.ApplyPoliciesRequest(documents=[document], prune=True, dry_run=True, reason="x")
+            with pytest.raises(grpc.aio.AioRpcError, match=r"documents\[0\].name: must end in .yaml, .yml or .json"):
+                await stub.ApplyPolicies(request)
+
+
 async def test_numbers_beyond_what_a_store_counts_to_are_refused_by_name(served: App) -> None:
     calls: list[tuple[str, str, str]] = [
         ("ListPolicies", "ListPoliciesRequest", "revision"), ("Rollback", "RollbackRequest", "revision"),

@@ -221,6 +221,9 @@ def test_what_policies_want_is_kept_apart(engine: TransformersEngine) -> None:
     assert (first.affine, first.origin, first.condition_number) == (Affine(lo=1, hi=2), origin, 1)
     assert (second.is_shadow, second.first) == (True, 50)
     assert [(one.stops, one.is_shadow) for one in found.conditions] == [(False, True), (False, False)]
+    # Who may not know of shadows is told the digest that there is without them.
+    assert found.open_digest == steer(wants[:1], [], None, REACH).digest != found.digest
+    assert steer(wants[1:], [trigger], None, REACH).open_digest == Steering().digest
     with pytest.raises(InvalidRequest, match="max_relative_edit: has nothing to limit"):
         steer([own], [], 0.5, REACH)
 

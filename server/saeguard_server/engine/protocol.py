@@ -184,6 +184,8 @@ class Steering:
     """The positions ``[first, last)`` that count as generated, in order and apart; where a scope needs to be told."""
     special_end: int = -1
     """Where a special token ends the prompt, its position: no scope leaves it alone, as its prediction is generated."""
+    open_digest: str = ""
+    """The digest without shadows, for callers who may not know of them."""
 
     def spans(self, scope: CompiledEdit | CompiledCondition, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Of positions ``[start, end)`` those in a scope, special tokens or not, as ranges in order."""

@@ -12,11 +12,11 @@ from typing import Final
 import numpy as np
 
 from saeguard.requests import ActivationRequest, GenerateRequest, Selection, TopKSelection
-from saeguard.results import ActivationPart, Completion, InterventionReceipt, Receipt, StoppedBy, TriggerReceipt
+from saeguard.results import ActivationPart, Completion, InterventionReceipt, Receipt, TriggerReceipt
 from saeguard.types import FeatureRef
 from saeguard_server.admission import named_features
 from saeguard_server.caller import Caller, Role
-from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Origin, Steering
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Steering
 from saeguard_server.errors import PolicyRefusal
 from saeguard_server.policy.resolve import acts_on
 from saeguard_server.policy.snapshot import Snapshot
@@ -103,14 +103,11 @@ class Disclosure:
             policy = replace(policy, shadowed=())
         if receipt is not None:
             hidden = _Hidden(caller, steering, withheld)
-            receipt = self._receipt(receipt, caller, steering, hidden, completion.stopped_by)
+            receipt = self._receipt(receipt, caller, steering, hidden)
         return replace(completion, receipt=receipt, policy=policy)
 
-    def _receipt(
-        self, receipt: Receipt, caller: Caller, steering: Steering, hidden: _Hidden, stopped_by: StoppedBy | None
-    ) -> Receipt | None:
+    def _receipt(self, receipt: Receipt, caller: Caller, steering: Steering, hidden: _Hidden) -> Receipt | None:
         reads_policies = caller.may(Role.POLICY_READ)
-        ended = None if stopped_by is None else Origin(stopped_by.policy, stopped_by.name)
         triggers = [condition for condition in steering.conditions if condition.is_trigger]
         interventions = tuple(
             _unmeasured(entry) if hidden.holds_edit(edit) else entry
@@ -118,15 +115,15 @@ class Disclosure:
             if reads_policies or not entry.is_shadow
         )
         conditions = tuple(
-            _undecided(entry) if hidden.holds(condition) and condition.origin != ended else entry
+            _undecided(entry) if hidden.holds(condition) else entry
             for entry, condition in zip(receipt.triggers, triggers, strict=True)
             if reads_policies or not entry.is_shadow
         )
         if not interventions and not conditions:
             return None
-        digest = receipt.steering_digest
-        origins = [edit.origin for edit in steering.edits] + [condition.origin for condition in steering.conditions]
-        if not reads_policies and any(origin.policy for origin in origins):
+        digest = receipt.steering_digest if reads_policies else steering.open_digest
+        parts: list[CompiledEdit | CompiledCondition] = [*steering.edits, *steering.conditions]
+        if not reads_policies and any(part.origin.policy and not part.is_shadow for part in parts):
             # Of a rule all but its value is known: whoever had its digest could try values until they fit.
             digest = hmac.new(self._key, digest.encode(), "sha256").hexdigest()
         return replace(receipt, steering_digest=digest, interventions=interventions, triggers=conditions)

@@ -26,6 +26,7 @@ def find_evasions(policy: Policy) -> Iterator[tuple[str, str]]:
         field, edit = f"rules[{index}]", rule.intervention
         yield from _positions(edit.scope, f"{field}.scope")
         if edit.when is not None:
+            yield from _prefixes(edit.when, f"{field}.when")
             yield from _positions(edit.when.scope, f"{field}.when.scope")
             phase = edit.when.scope.phase
             if phase == "generated" and _remembers(edit.when):
@@ -34,6 +35,7 @@ def find_evasions(policy: Policy) -> Iterator[tuple[str, str]]:
                 yield f"{field}.when.scope.phase", TAKES_BACK
     for index, trigger in enumerate(policy.triggers):
         field, when = f"triggers[{index}]", trigger.when
+        yield from _prefixes(when, f"{field}.when")
         yield from _positions(when.scope, f"{field}.when.scope")
         # Its edits are made from the token that fired on: that is remembered too.
         if when.scope.phase == "generated" and (isinstance(trigger.action, Apply) or _remembers(when)):
@@ -48,6 +50,11 @@ def _positions(scope: Scope, field: str) -> Iterator[tuple[str, str]]:
         yield f"{field}.start", f"{MOVES}, or begin at 1"
     if scope.end is not None:
         yield f"{field}.end", MOVES
+
+
+def _prefixes(when: Condition, field: str) -> Iterator[tuple[str, str]]:
+    if when.window.kind == "maximum" and when.comparison in ("below", "at_most"):
+        yield f"{field}.over", "one token that a caller puts before a text turns it off for all that follow"
 
 
 def _remembers(when: Condition) -> bool:

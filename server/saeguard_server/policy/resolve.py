@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from saeguard.requests import GenerateRequest
+from saeguard.requests import GenerateRequest, Sampling
 from saeguard_server.caller import Caller, Role
-from saeguard_server.engine.protocol import CompiledEdit, Origin
+from saeguard_server.engine.protocol import CompiledCondition, CompiledEdit, Origin
 from saeguard_server.errors import InvalidRequest, PoliciesUnavailable, PolicyRefusal, UnknownName
 from saeguard_server.policy import rules
 from saeguard_server.policy.model import Policy, Target
-from saeguard_server.policy.rules import Clash, CombinedPolicies, PolicyNames
+from saeguard_server.policy.rules import Clash, CombinedPolicies, EnforcedSteering, PolicyNames
 from saeguard_server.policy.snapshot import Snapshot
 from saeguard_server.steering import CompiledTrigger, compile_edit, compile_trigger
 
@@ -44,12 +44,31 @@ def resolve_policies(request: GenerateRequest, caller: Caller, snapshot: Snapsho
     own.add_edits(request)
     own.add_triggers(request)
     enforced = selected.enforced
+    _check_sampling(request.sampling, caller, enforced)
     return Resolution(
         (*(own.tightened.get(id(edit), edit) for edit in enforced.edits), *selected.shadow_edits, *own.edits),
         (*enforced.triggers, *selected.shadow_triggers, *own.triggers),
         own.limit(request.max_relative_edit),
         selected,
     )
+
+
+def _check_sampling(sampling: Sampling, caller: Caller, enforced: EnforcedSteering) -> None:
+    """Raises PolicyRefusal: it asks for predictions that the rules are not about."""
+    conditions = [trigger.condition for trigger in enforced.triggers]
+    decided: list[CompiledEdit | CompiledCondition] = [*enforced.edits, *conditions]
+    decided += [edit for trigger in enforced.triggers for edit in trigger.edits]
+    if not decided:
+        return
+    policy = decided[0].origin.policy
+    if sampling.ignore_eos and not caller.may(Role.SPECIAL_TOKENS):
+        problem = f"what follows an end of text is another one; it needs the role {Role.SPECIAL_TOKENS.value}"
+        raise PolicyRefusal("sampling.ignore_eos", problem, policy=policy)
+    scopes = [part.scope for part in decided]
+    scopes += [edit.condition.scope for edit in enforced.edits if edit.condition is not None]
+    if sampling.prompt_logprobs and any(scope.phase == "generated" for scope in scopes):
+        problem = "predictions inside the prompt are not under its rules of phase generated"
+        raise PolicyRefusal("sampling.prompt_logprobs", problem, policy=policy)
 
 
 def is_aimed_at(target: Target, caller: Caller, model: str) -> bool:

@@ -140,6 +140,9 @@ def strictness(effect: FeatureEffect) -> tuple[int, float]:
 
 
 def _bounded(enforced: FeatureEffect, requested: FeatureEffect) -> FeatureEffect | None:
+    # Between 0 and 1 a rule takes towards 0, and no further: a cap far below would push without a bound.
+    if enforced.base == "scale" and enforced.value < 1 and requested.high < 0:
+        return None
     if (requested.high < inf and not enforced.may_be_capped) or (requested.low > -inf and not enforced.may_be_floored):
         return None
     low, high = max(enforced.low, requested.low), min(enforced.high, requested.high)

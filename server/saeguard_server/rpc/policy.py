@@ -194,8 +194,10 @@ def _parsed(documents: Sequence[pb.PolicyDocument], _: Cancellation) -> tuple[Po
         raise InvalidRequest("documents", f"must be 1 to {MAX_DOCUMENTS}, got {len(documents)}")
     files: dict[str, str] = {}
     for index, file in enumerate(documents):
-        if not file.name or file.name in files:
-            raise InvalidRequest(f"documents[{index}].name", "must be there, and differ from the others")
+        if file.name in files:
+            raise InvalidRequest(f"documents[{index}].name", "must differ from the others")
+        if not file.name.endswith((".yaml", ".yml", ".json")):
+            raise InvalidRequest(f"documents[{index}].name", f"must end in .yaml, .yml or .json, got {file.name!r}")
         files[file.name] = file.content
     try:
         return document.read_policy_files(files)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from saeguard.requests import GenerateRequest
+from saeguard.requests import GenerateRequest, Sampling
 from saeguard.types import (
     Add,
     Apply,
@@ -25,6 +25,7 @@ from saeguard.types import (
     Zero,
 )
 from saeguard_sae.edits import Affine
+from saeguard_server.caller import Role
 from saeguard_server.engine.protocol import Origin
 from saeguard_server.errors import InvalidRequest, PolicyRefusal, UnknownName
 from saeguard_server.policy.model import PolicyLimits
@@ -282,3 +283,41 @@ def test_what_else_a_resolution_says(in_force: InForce, served: Any) -> None:
     found = resolved(snapshot)
     assert found.selected.counterfactual == (("a", 0.25),)
     assert found.selected.requires_audit
+
+
+GENERATED = Scope(phase="generated")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "scope", "field"),
+    [
+        (Sampling(ignore_eos=True), Scope(), "sampling.ignore_eos"),
+        (Sampling(prompt_logprobs=True), GENERATED, "sampling.prompt_logprobs"),
+        (Sampling(prompt_logprobs=True), Scope(), None),
+    ],
+)
+def test_predictions_that_rules_are_not_about_are_not_told(
+    in_force: InForce, sampling: Sampling, scope: Scope, field: str | None
+) -> None:
+    """Past an end of text another one begins; inside a prompt a rule of what is generated does nothing."""
+    enforced = policy("a", rule("less", Zero("mid", 3, scope=scope)))
+    stops = policy("a", triggers=(Trigger("stop", Condition.on("mid", 3, 1.0, scope=scope), Stop()),))
+    for snapshot in (in_force(enforced), in_force(stops)):
+        if field is None:
+            resolved(snapshot, sampling=sampling)
+            continue
+        with pytest.raises(PolicyRefusal) as refused:
+            resolved(snapshot, sampling=sampling)
+        assert refused.value.field == field
+    shadow = in_force(policy("a", rule("less", Zero("mid", 3, scope=scope)), mode="shadow"))
+    resolved(shadow, sampling=sampling)
+    trusted = replace(BOT, roles=BOT.roles | {Role.SPECIAL_TOKENS})
+    if sampling.ignore_eos:
+        resolved(in_force(enforced), caller=trusted, sampling=sampling)
+
+
+def test_a_factor_below_one_cannot_be_capped_below_zero(in_force: InForce) -> None:
+    snapshot = in_force(policy("a", rule("half", Scale("mid", 3, 0.5))))
+    resolved(snapshot, Cap("mid", 3, 0.0))
+    with pytest.raises(PolicyRefusal):
+        resolved(snapshot, Cap("mid", 3, -0.1))

@@ -69,8 +69,8 @@ def is_accepted(rule: Intervention, asked: Intervention) -> bool:  # noqa: C901
             match asked:
                 case Scale(factor=b) if wanted is None:
                     return 0 <= b <= a <= 1 or b >= a >= 1 or b == a
-                case Cap():
-                    return 0 <= a <= 1
+                case Cap(value=value):
+                    return a == 1 or (0 <= a < 1 and value >= 0)
                 case Floor():
                     return a >= 1
             return wanted == 0 and 0 <= a <= 1
