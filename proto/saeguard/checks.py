@@ -11,6 +11,8 @@ MAX_INT64: Final = 2**63 - 1
 """What a database counts to, and so the largest number of a revision or an activation."""
 MAX_UINT64: Final = 2**64 - 1
 FLOAT32_MAX: Final = 3.4028234663852886e38
+FLOAT32_LEAST: Final = 1.1754943508222875e-38
+"""The smallest normal number."""
 MAX_NAME_CHARS: Final = 256
 
 
@@ -106,8 +108,8 @@ def check_instance(field: str, value: object, kind: Any, noun: str) -> None:
 
 def check_limit(field: str, limit: float) -> float:
     number = check_number(field, limit)
-    if not 0.0 < number <= FLOAT32_MAX:
-        raise FieldError(field, f"must be finite and above 0, got {number}")
+    if not FLOAT32_LEAST <= number <= FLOAT32_MAX:
+        raise FieldError(field, f"must be finite and above 0 in float32, got {number}")
     return number
 
 

@@ -236,3 +236,9 @@ def test_none_stands_for_the_default_of_a_scope() -> None:
     assert Scope(start=none, end=None) == Scope()
     condition = Condition(terms=(Term("a", 1),), threshold=1.0, scope=none)
     assert condition == Condition(terms=(Term("a", 1),), threshold=1.0)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, 5e-324, 1e-46, 1e39, float("inf"), float("nan")])
+def test_a_limit_is_above_0_in_float32(limit: float) -> None:
+    with pytest.raises(FieldError, match="max_relative_edit"):
+        GenerateRequest(input="x", interventions=(Zero("mid", 1),), max_relative_edit=limit)
