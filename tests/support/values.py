@@ -110,7 +110,7 @@ generations = st.builds(
     input=inputs,
     sampling=samplings,
     interventions=steering,
-    max_relative_edit=st.none() | st.floats(0, 1e9, exclude_min=True),
+    max_relative_edit=st.none() | st.floats(1.2e-38, 1e9),
     watch=watches,
     triggers=triggers,
     policies=st.lists(some_words, max_size=2, unique=True),
