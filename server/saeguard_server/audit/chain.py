@@ -8,6 +8,7 @@ with SHA-256 under a key: without a key, whoever may write the files can also wr
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -83,7 +84,8 @@ _LOCK = "lock"
 class AuditFolder:
     """Appends to the newest of ``audit-00000001.jsonl`` and so on, and begins another one when that is full.
 
-    One process at a time writes to a folder.
+    One process at a time writes to a folder. Where its files are moved, removed or cut off meanwhile, nothing is
+    written until ``recover`` has opened what is there again.
 
     A line that a crash left half written is cut off when the folder is opened: nobody was told that it was there.
     """
@@ -96,17 +98,13 @@ class AuditFolder:
             BrokenChain: the end of the newest file is not a chain.
         """
         self._folder, self._key, self._max_bytes, self._sync = folder, key, max_bytes, sync
+        self._is_moved = False
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            os.close(self._lock)
-            raise OSError(err.errno, "another process writes this audit", str(folder)) from err
+        self._lock = _open_lock(folder)
         try:
             self.unwritten = read_unwritten(folder)
             self._number, self.head = self._find_end()
-            self._file = self._open()
+            self._file = self._open(self._number)
             self._size = os.fstat(self._file).st_size
         except BaseException:
             os.close(self._lock)
@@ -116,6 +114,7 @@ class AuditFolder:
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Writes all of them to the disk; or none, with an OSError: the chain goes on from where it was."""
+        self._check_place()
         head, lines = self.head, []
         for record in records:
             line, head = append_link(head, record, self._key)
@@ -136,6 +135,40 @@ class AuditFolder:
         self._size += len(data)
         self.head = head
 
+    def _check_place(self) -> None:
+        path = self._folder / _name(self._number)
+        is_there = _is_at(path, self._file) and _is_at(self._folder / _LOCK, self._lock)
+        self._is_moved |= not is_there or os.fstat(self._file).st_size < self._size
+        if self._is_moved:
+            raise OSError(errno.ESTALE, "its file was moved, removed or cut off", str(path))
+
+    def recover(self) -> int:
+        """After its files were moved, removed or cut off: opens what is there now; how many records are gone from it.
+
+        Raises OSError: the folder is not there, or not the newest file in the folder that was open; or as at a start.
+        """
+        if not self._is_moved:
+            return 0
+        is_same = _is_at(self._folder / _LOCK, self._lock)
+        if is_same:
+            os.stat(self._folder / _name(self._number))
+        lock = self._lock if is_same else _open_lock(self._folder)
+        try:
+            number, head = self._find_end()
+            file = self._open(number)
+        except (OSError, BrokenChain) as err:
+            if not is_same:
+                os.close(lock)
+            raise err if isinstance(err, OSError) else OSError(errno.EIO, str(err), str(self._folder)) from err
+        os.close(self._file)
+        if not is_same:
+            os.close(self._lock)
+        gone = max(0, self.head.seq - head.seq)
+        self._lock, self._number, self.head, self._file = lock, number, head, file
+        self._size, self._is_moved = os.fstat(file).st_size, False
+        self._store_unwritten(self.unwritten + gone)
+        return gone
+
     def note_unwritten(self, records: int) -> None:
         """How many are only in memory, or lost: in place, so that a full disk has room for it and a kill leaves it."""
         if records != self.unwritten:
@@ -148,23 +181,18 @@ class AuditFolder:
 
     def close(self) -> None:
         with suppress(OSError):
+            self._check_place()
             os.ftruncate(self._file, self._size)
         os.close(self._file)
         os.close(self._lock)
 
     def _rotate(self) -> None:
-        number = self._number
-        self._number += 1
-        try:
-            new = self._open()
-        except OSError:
-            self._number = number
-            raise
+        new = self._open(self._number + 1)
         os.close(self._file)
-        self._file, self._size = new, 0
+        self._number, self._file, self._size = self._number + 1, new, 0
 
-    def _open(self) -> int:
-        file = os.open(self._folder / _name(self._number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    def _open(self, number: int) -> int:
+        file = os.open(self._folder / _name(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             if self._sync:
                 _sync_folder(self._folder)
@@ -183,6 +211,23 @@ class AuditFolder:
             if whole:
                 return files[-1][0], _last(whole, self._key, path)
         return (files[-1][0] if files else 1), Head()
+
+
+def _open_lock(folder: Path) -> int:
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        os.close(lock)
+        raise OSError(err.errno, "another process writes this audit", str(folder)) from err
+    return lock
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether this path still leads to the open file."""
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    return False
 
 
 def audit_files(folder: Path) -> list[tuple[int, Path]]:
@@ -392,6 +437,7 @@ class AuditWriter:
             _settle(jobs, None)
 
     def _append(self, jobs: list[_Job]) -> None:
+        self._lose(self._folder.recover())
         lost = self._lost
         records = [_stamped({"kind": "lost", "records": lost})] if lost else []
         records += [job.record for job in jobs]
