@@ -16,11 +16,12 @@ import logging
 import os
 import queue
 import re
+import stat
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -54,18 +55,25 @@ def append_link(head: Head, record: Mapping[str, Any], key: bytes | None) -> tup
 
 def verify_link(head: Head, line: bytes, key: bytes | None) -> tuple[dict[str, Any], Head]:
     """The record of the line after ``head``, and the head that it makes. Raises BrokenChain."""
-    try:
-        record = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.MsgspecError as err:
-        raise BrokenChain("is not a record") from err
-    digest = record.pop("hash", None)
-    if record.get("seq") != head.seq + 1:
-        raise BrokenChain(f"has number {record.get('seq')} where {head.seq + 1} comes next")
+    record = _decode(line)
+    digest, seq = record.pop("hash", None), record.get("seq")
+    if type(seq) is not int:
+        raise BrokenChain("has no number")
+    if seq != head.seq + 1:
+        raise BrokenChain(f"has number {seq} where {head.seq + 1} comes next")
     if record.get("prev") != head.hash:
         raise BrokenChain("does not follow the record before it")
-    if not isinstance(digest, str) or not hmac.compare_digest(digest, _digest(record, key)):
+    # As bytes: text that is not ASCII cannot be compared.
+    if not isinstance(digest, str) or not hmac.compare_digest(digest.encode(), _digest(record, key).encode()):
         raise BrokenChain("is not as it was written, or was written under another key")
     return record, Head(head.seq + 1, digest)
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as err:  # ValueError: it is not UTF-8
+        raise BrokenChain("is not a record") from err
 
 
 def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
@@ -79,6 +87,9 @@ def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
 _NAME = re.compile(r"audit-(\d{8})\.jsonl")
 _LOCK = "lock"
 """Held by the process that writes; it holds how many records that process has in memory alone, or lost."""
+_LOCK_DIGITS = 20
+MAX_LINE_BYTES = 256 * 2**20
+"""More than any record takes: a longer line is not read into memory."""
 
 
 class AuditFolder:
@@ -147,8 +158,10 @@ class AuditFolder:
 
         Raises OSError: the folder is not there, or not the newest file in the folder that was open; or as at a start.
         """
-        if not self._is_moved:
-            return 0
+        with _failing_as_disk():
+            return self._reopen() if self._is_moved else 0
+
+    def _reopen(self) -> int:
         is_same = _is_at(self._folder / _LOCK, self._lock)
         if is_same:
             os.stat(self._folder / _name(self._number))
@@ -156,10 +169,10 @@ class AuditFolder:
         try:
             number, head = self._find_end()
             file = self._open(number)
-        except (OSError, BrokenChain) as err:
+        except BaseException:
             if not is_same:
                 os.close(lock)
-            raise err if isinstance(err, OSError) else OSError(errno.EIO, str(err), str(self._folder)) from err
+            raise
         os.close(self._file)
         if not is_same:
             os.close(self._lock)
@@ -177,7 +190,7 @@ class AuditFolder:
     def _store_unwritten(self, records: int) -> None:
         self.unwritten = records
         with suppress(OSError):
-            os.pwrite(self._lock, f"{records:020}".encode(), 0)
+            os.pwrite(self._lock, f"{records:0{_LOCK_DIGITS}}".encode(), 0)
 
     def close(self) -> None:
         with suppress(OSError):
@@ -187,12 +200,13 @@ class AuditFolder:
         os.close(self._lock)
 
     def _rotate(self) -> None:
-        new = self._open(self._number + 1)
+        with _failing_as_disk():
+            new = self._open(self._number + 1)
         os.close(self._file)
         self._number, self._file, self._size = self._number + 1, new, 0
 
     def _open(self, number: int) -> int:
-        file = os.open(self._folder / _name(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        file = _open_regular(self._folder / _name(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             if self._sync:
                 _sync_folder(self._folder)
@@ -204,7 +218,8 @@ class AuditFolder:
     def _find_end(self) -> tuple[int, Head]:
         files = audit_files(self._folder)
         for _, path in reversed(files):
-            data = path.read_bytes()
+            with open(_open_regular(path), "rb") as file:
+                data = file.read()
             whole = data[: data.rfind(b"\n") + 1]
             if len(whole) < len(data):
                 os.truncate(path, len(whole))
@@ -214,13 +229,29 @@ class AuditFolder:
 
 
 def _open_lock(folder: Path) -> int:
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    lock = _open_regular(folder / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
         os.close(lock)
         raise OSError(err.errno, "another process writes this audit", str(folder)) from err
     return lock
+
+
+def _open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Neither waits for a pipe's other end, nor follows a link to what has no end. Raises BrokenChain: it is such."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise BrokenChain(f"{path.name} is not a regular file")
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+
+@contextmanager
+def _failing_as_disk() -> Iterator[None]:
+    """For a server that runs: what cannot be used is tried again."""
+    try:
+        yield
+    except BrokenChain as err:
+        raise OSError(errno.EIO, str(err)) from err
 
 
 def _is_at(path: Path, file: int) -> bool:
@@ -236,16 +267,27 @@ def audit_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_unwritten(folder: Path) -> int:
-    """Records that the server of this folder could not write, and that the chain does not count yet."""
+    """Records that the server of this folder could not write, and that the chain does not count yet.
+
+    Raises BrokenChain: its lock holds no count.
+    """
     try:
-        text = (folder / _LOCK).read_bytes()
+        with open(_open_regular(folder / _LOCK), "rb") as file:
+            text = file.read(_LOCK_DIGITS + 1)
     except FileNotFoundError:
         return 0
-    return int(text) if text.isdigit() else 0
+    if text and not (text.isdigit() and len(text) <= _LOCK_DIGITS):
+        raise BrokenChain(f"{_LOCK} does not hold a count of records")
+    return int(text or b"0")
 
 
-def read_audit(folder: Path, key: bytes | None) -> Iterator[tuple[dict[str, Any], Head]]:
+def read_audit(
+    folder: Path, key: bytes | None, check: Callable[[dict[str, Any]], None] = lambda record: None
+) -> Iterator[tuple[dict[str, Any], Head]]:
     """Every record with the head that it makes, the first one first.
+
+    Args:
+        check: raises BrokenChain where a record is not what its reader can read.
 
     Raises:
         BrokenChain: the message names the file and line.
@@ -256,12 +298,13 @@ def read_audit(folder: Path, key: bytes | None) -> Iterator[tuple[dict[str, Any]
         if number != expected:
             raise BrokenChain(f"{_name(expected)} is missing")
         expected += 1
-        with path.open("rb") as lines:
-            for at, line in enumerate(lines, start=1):
+        with open(_open_regular(path), "rb") as file:
+            for at, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
                 if not line.endswith(b"\n"):
                     raise BrokenChain(f"{path.name}:{at} is cut off")
                 try:
                     record, head = verify_link(head, line, key)
+                    check(record)
                 except BrokenChain as err:
                     raise BrokenChain(f"{path.name}:{at} {err}") from err
                 yield record, head
@@ -277,10 +320,10 @@ def _last(whole: bytes, key: bytes | None, path: Path) -> Head:
 
 
 def _head_of(line: bytes, key: bytes | None) -> Head:
+    record = _decode(line)
     try:
-        record = msgspec.json.decode(line, type=dict[str, Any])
         before = Head(int(record["seq"]) - 1, str(record["prev"]))
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, OverflowError) as err:
         raise BrokenChain("is not a record") from err
     return verify_link(before, line, key)[1]
 
