@@ -417,6 +417,8 @@ def _differences(record: Mapping[str, Any], done: Completion) -> Iterator[str]:
     )
     for name, was, now in then_and_now:
         if was != now:
-            yield f"{name}: {was} then, {now} now"
+            # To callers who may not read policies a server shows another digest, and nothing tells that it does.
+            doubt = "; it cannot be compared without the role policy-read" if policy and name == "steering" else ""
+            yield f"{name}: {was} then, {now} now{doubt}"
     if "answer_sha256" in record and record["answer_sha256"] != tokens_digest([token.id for token in done.tokens]):
         yield "the tokens are others"

@@ -12,10 +12,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from saeguard.requests import GenerateRequest
+from saeguard.results import Completion, PolicyFacts, Timings, Usage
 from saeguard_client.cli import main
 from saeguard_server.audit.chain import AuditFolder
 from saeguard_server.audit.log import Audit, request_record
-from saeguard_server.commands.audit import request_of
+from saeguard_server.commands.audit import differences, request_of
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.store import open_store
 from saeguard_server.settings import AuditSettings, BadSettings
@@ -219,3 +220,13 @@ def test_records_make_no_lines_of_their_own(audited: Audited) -> None:
     code, out, _ = audited.run("verify")
     assert code == 0
     assert "ann\\n9 records, none changed\\x1b[31m" in out
+
+
+@pytest.mark.parametrize("policy", [None, {"revision": 1}])
+def test_a_digest_that_policies_hide_is_told_as_that(policy: dict[str, int] | None) -> None:
+    done = Completion(
+        finish_reason="stop", usage=Usage(1, 0), timings=Timings(0.0, 0.1, 0.2), seed=5,
+        policy=PolicyFacts(activation=1, revision=1, applied=(), shadowed=()) if policy else None,
+    )  # fmt: skip
+    problems = differences(GENERATED | {"policy": policy, "steering": "a", "generated_tokens": 0}, done)
+    assert [problem.endswith("without the role policy-read") for problem in problems] == [policy is not None]
