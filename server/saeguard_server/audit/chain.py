@@ -8,6 +8,7 @@ with SHA-256 under a key: without a key, whoever may write the files can also wr
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -15,11 +16,12 @@ import logging
 import os
 import queue
 import re
+import stat
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -53,18 +55,25 @@ def append_link(head: Head, record: Mapping[str, Any], key: bytes | None) -> tup
 
 def verify_link(head: Head, line: bytes, key: bytes | None) -> tuple[dict[str, Any], Head]:
     """The record of the line after ``head``, and the head that it makes. Raises BrokenChain."""
-    try:
-        record = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.MsgspecError as err:
-        raise BrokenChain("is not a record") from err
-    digest = record.pop("hash", None)
-    if record.get("seq") != head.seq + 1:
-        raise BrokenChain(f"has number {record.get('seq')} where {head.seq + 1} comes next")
+    record = _decode(line)
+    digest, seq = record.pop("hash", None), record.get("seq")
+    if type(seq) is not int:
+        raise BrokenChain("has no number")
+    if seq != head.seq + 1:
+        raise BrokenChain(f"has number {seq} where {head.seq + 1} comes next")
     if record.get("prev") != head.hash:
         raise BrokenChain("does not follow the record before it")
-    if not isinstance(digest, str) or not hmac.compare_digest(digest, _digest(record, key)):
+    # As bytes: text that is not ASCII cannot be compared.
+    if not isinstance(digest, str) or not hmac.compare_digest(digest.encode(), _digest(record, key).encode()):
         raise BrokenChain("is not as it was written, or was written under another key")
     return record, Head(head.seq + 1, digest)
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as err:  # ValueError: it is not UTF-8
+        raise BrokenChain("is not a record") from err
 
 
 def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
@@ -78,12 +87,16 @@ def _digest(body: Mapping[str, Any], key: bytes | None) -> str:
 _NAME = re.compile(r"audit-(\d{8})\.jsonl")
 _LOCK = "lock"
 """Held by the process that writes; it holds how many records that process has in memory alone, or lost."""
+_LOCK_DIGITS = 20
+MAX_LINE_BYTES = 256 * 2**20
+"""More than any record takes: a longer line is not read into memory."""
 
 
 class AuditFolder:
     """Appends to the newest of ``audit-00000001.jsonl`` and so on, and begins another one when that is full.
 
-    One process at a time writes to a folder.
+    One process at a time writes to a folder. Where its files are moved, removed or cut off meanwhile, nothing is
+    written until ``recover`` has opened what is there again.
 
     A line that a crash left half written is cut off when the folder is opened: nobody was told that it was there.
     """
@@ -96,17 +109,13 @@ class AuditFolder:
             BrokenChain: the end of the newest file is not a chain.
         """
         self._folder, self._key, self._max_bytes, self._sync = folder, key, max_bytes, sync
+        self._is_moved = False
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            os.close(self._lock)
-            raise OSError(err.errno, "another process writes this audit", str(folder)) from err
+        self._lock = _open_lock(folder)
         try:
             self.unwritten = read_unwritten(folder)
             self._number, self.head = self._find_end()
-            self._file = self._open()
+            self._file = self._open(self._number)
             self._size = os.fstat(self._file).st_size
         except BaseException:
             os.close(self._lock)
@@ -116,6 +125,7 @@ class AuditFolder:
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Writes all of them to the disk; or none, with an OSError: the chain goes on from where it was."""
+        self._check_place()
         head, lines = self.head, []
         for record in records:
             line, head = append_link(head, record, self._key)
@@ -136,6 +146,42 @@ class AuditFolder:
         self._size += len(data)
         self.head = head
 
+    def _check_place(self) -> None:
+        path = self._folder / _name(self._number)
+        is_there = _is_at(path, self._file) and _is_at(self._folder / _LOCK, self._lock)
+        self._is_moved |= not is_there or os.fstat(self._file).st_size < self._size
+        if self._is_moved:
+            raise OSError(errno.ESTALE, "its file was moved, removed or cut off", str(path))
+
+    def recover(self) -> int:
+        """After its files were moved, removed or cut off: opens what is there now; how many records are gone from it.
+
+        Raises OSError: the folder is not there, or not the newest file in the folder that was open; or as at a start.
+        """
+        with _failing_as_disk():
+            return self._reopen() if self._is_moved else 0
+
+    def _reopen(self) -> int:
+        is_same = _is_at(self._folder / _LOCK, self._lock)
+        if is_same:
+            os.stat(self._folder / _name(self._number))
+        lock = self._lock if is_same else _open_lock(self._folder)
+        try:
+            number, head = self._find_end()
+            file = self._open(number)
+        except BaseException:
+            if not is_same:
+                os.close(lock)
+            raise
+        os.close(self._file)
+        if not is_same:
+            os.close(self._lock)
+        gone = max(0, self.head.seq - head.seq)
+        self._lock, self._number, self.head, self._file = lock, number, head, file
+        self._size, self._is_moved = os.fstat(file).st_size, False
+        self._store_unwritten(self.unwritten + gone)
+        return gone
+
     def note_unwritten(self, records: int) -> None:
         """How many are only in memory, or lost: in place, so that a full disk has room for it and a kill leaves it."""
         if records != self.unwritten:
@@ -144,27 +190,23 @@ class AuditFolder:
     def _store_unwritten(self, records: int) -> None:
         self.unwritten = records
         with suppress(OSError):
-            os.pwrite(self._lock, f"{records:020}".encode(), 0)
+            os.pwrite(self._lock, f"{records:0{_LOCK_DIGITS}}".encode(), 0)
 
     def close(self) -> None:
         with suppress(OSError):
+            self._check_place()
             os.ftruncate(self._file, self._size)
         os.close(self._file)
         os.close(self._lock)
 
     def _rotate(self) -> None:
-        number = self._number
-        self._number += 1
-        try:
-            new = self._open()
-        except OSError:
-            self._number = number
-            raise
+        with _failing_as_disk():
+            new = self._open(self._number + 1)
         os.close(self._file)
-        self._file, self._size = new, 0
+        self._number, self._file, self._size = self._number + 1, new, 0
 
-    def _open(self) -> int:
-        file = os.open(self._folder / _name(self._number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    def _open(self, number: int) -> int:
+        file = _open_regular(self._folder / _name(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             if self._sync:
                 _sync_folder(self._folder)
@@ -176,7 +218,8 @@ class AuditFolder:
     def _find_end(self) -> tuple[int, Head]:
         files = audit_files(self._folder)
         for _, path in reversed(files):
-            data = path.read_bytes()
+            with open(_open_regular(path), "rb") as file:
+                data = file.read()
             whole = data[: data.rfind(b"\n") + 1]
             if len(whole) < len(data):
                 os.truncate(path, len(whole))
@@ -185,22 +228,66 @@ class AuditFolder:
         return (files[-1][0] if files else 1), Head()
 
 
+def _open_lock(folder: Path) -> int:
+    lock = _open_regular(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        os.close(lock)
+        raise OSError(err.errno, "another process writes this audit", str(folder)) from err
+    return lock
+
+
+def _open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Neither waits for a pipe's other end, nor follows a link to what has no end. Raises BrokenChain: it is such."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise BrokenChain(f"{path.name} is not a regular file")
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+
+@contextmanager
+def _failing_as_disk() -> Iterator[None]:
+    """For a server that runs: what cannot be used is tried again."""
+    try:
+        yield
+    except BrokenChain as err:
+        raise OSError(errno.EIO, str(err)) from err
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether this path still leads to the open file."""
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    return False
+
+
 def audit_files(folder: Path) -> list[tuple[int, Path]]:
     named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def read_unwritten(folder: Path) -> int:
-    """Records that the server of this folder could not write, and that the chain does not count yet."""
+    """Records that the server of this folder could not write, and that the chain does not count yet.
+
+    Raises BrokenChain: its lock holds no count.
+    """
     try:
-        text = (folder / _LOCK).read_bytes()
+        with open(_open_regular(folder / _LOCK), "rb") as file:
+            text = file.read(_LOCK_DIGITS + 1)
     except FileNotFoundError:
         return 0
-    return int(text) if text.isdigit() else 0
+    if text and not (text.isdigit() and len(text) <= _LOCK_DIGITS):
+        raise BrokenChain(f"{_LOCK} does not hold a count of records")
+    return int(text or b"0")
 
 
-def read_audit(folder: Path, key: bytes | None) -> Iterator[tuple[dict[str, Any], Head]]:
+def read_audit(
+    folder: Path, key: bytes | None, check: Callable[[dict[str, Any]], None] = lambda record: None
+) -> Iterator[tuple[dict[str, Any], Head]]:
     """Every record with the head that it makes, the first one first.
+
+    Args:
+        check: raises BrokenChain where a record is not what its reader can read.
 
     Raises:
         BrokenChain: the message names the file and line.
@@ -211,12 +298,13 @@ def read_audit(folder: Path, key: bytes | None) -> Iterator[tuple[dict[str, Any]
         if number != expected:
             raise BrokenChain(f"{_name(expected)} is missing")
         expected += 1
-        with path.open("rb") as lines:
-            for at, line in enumerate(lines, start=1):
+        with open(_open_regular(path), "rb") as file:
+            for at, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
                 if not line.endswith(b"\n"):
                     raise BrokenChain(f"{path.name}:{at} is cut off")
                 try:
                     record, head = verify_link(head, line, key)
+                    check(record)
                 except BrokenChain as err:
                     raise BrokenChain(f"{path.name}:{at} {err}") from err
                 yield record, head
@@ -232,10 +320,10 @@ def _last(whole: bytes, key: bytes | None, path: Path) -> Head:
 
 
 def _head_of(line: bytes, key: bytes | None) -> Head:
+    record = _decode(line)
     try:
-        record = msgspec.json.decode(line, type=dict[str, Any])
         before = Head(int(record["seq"]) - 1, str(record["prev"]))
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, OverflowError) as err:
         raise BrokenChain("is not a record") from err
     return verify_link(before, line, key)[1]
 
@@ -392,6 +480,7 @@ class AuditWriter:
             _settle(jobs, None)
 
     def _append(self, jobs: list[_Job]) -> None:
+        self._lose(self._folder.recover())
         lost = self._lost
         records = [_stamped({"kind": "lost", "records": lost})] if lost else []
         records += [job.record for job in jobs]

@@ -340,7 +340,7 @@ def request_from_record(record: Mapping[str, Any], input: ModelInput) -> Generat
             policies=tuple(record["policies"]),
             conversation=record["conversation"],
         )
-    except (KeyError, TypeError) as err:
+    except (KeyError, TypeError, AttributeError, RecursionError, msgspec.MsgspecError) as err:
         raise ValueError(f"not a record of a request: {err}") from err
 
 

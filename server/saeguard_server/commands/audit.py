@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from saeguard.results import Completion
 from saeguard_client import SaeguardError
-from saeguard_client.cli.terminal import add_connection, connect
+from saeguard_client.cli.terminal import add_connection, connect, safe
 from saeguard_server.audit.log import request_from_record, tokens_digest
 
 GOOD, BROKEN, USAGE = 0, 1, 2
@@ -61,11 +63,20 @@ def _run(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
         _read_settings(arguments)
         return run(arguments)
     except BrokenChain as err:
-        sys.stderr.write(f"BROKEN: {err}\n")
+        _note(f"BROKEN: {err}")
         return BROKEN
     except (OSError, ValueError) as err:
-        sys.stderr.write(f"saeguard audit: {err}\n")
+        _note(f"saeguard audit: {err}")
         return USAGE
+
+
+def _line(text: str) -> None:
+    """What records hold, whoever may write them chose: it makes no line of its own."""
+    sys.stdout.write(safe(text, keep="") + "\n")
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(safe(text, keep="") + "\n")
 
 
 def _read_settings(arguments: argparse.Namespace) -> None:
@@ -90,8 +101,66 @@ def _records(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], st
 
     key = arguments.key_file.read_bytes().strip() if arguments.key_file else None
     for folder in arguments.folder:
-        for record, head in read_audit(folder, key):
+        for record, head in read_audit(folder, key, _check):
             yield record, f"{head.seq}:{head.hash}"
+
+
+class _Record(msgspec.Struct, kw_only=True):
+    """What is read here of every record; others as their kind says."""
+
+    time: str
+    kind: str
+    request_id: str = ""
+    client_request_id: str = ""
+    caller: str = ""
+
+
+class _Lost(_Record, kw_only=True):
+    records: int
+
+
+class _Act(_Record, kw_only=True):
+    request_id: str
+    caller: str
+    reason: str
+    act: Literal["write", "delete", "activate", "rollback"]
+
+
+class _Outcome(_Record, kw_only=True):
+    request_id: str
+    caller: str
+    act: Literal["write", "delete", "activate", "rollback"]
+    outcome: str = "done"
+    revision: int | None = None
+    activation: int | None = None
+
+
+class _Policy(msgspec.Struct):
+    revision: int
+
+
+class _Request(_Record, kw_only=True):
+    request_id: str
+    asked: dict[str, Any] = {}
+    outcome: str = ""
+    seed: int | None = None
+    policy: _Policy | None = None
+
+
+_SHAPES = {"lost": _Lost, "intent": _Act, "policy": _Outcome, "request": _Request}
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raises BrokenChain: its digest is right, and no server writes such a record."""
+    from saeguard_server.audit.chain import BrokenChain
+
+    try:
+        shaped = msgspec.convert(record, _SHAPES.get(str(record.get("kind")), _Record))
+    except msgspec.ValidationError as err:
+        raise BrokenChain(f"is not a record: {err}") from err
+    is_act = isinstance(shaped, _Outcome) and shaped.outcome == "done" and record.get("policies", True)
+    if is_act and getattr(shaped, ACTS[record["act"]]) is None:
+        raise BrokenChain(f"is not a record: it has no {ACTS[record['act']]}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -101,13 +170,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         if head == missing:
             missing = None
     if missing is not None:
-        sys.stderr.write(f"BROKEN: the record {missing} is not there: the end was cut off, or the chain made anew\n")
+        _note(f"BROKEN: the record {missing} is not there: the end was cut off, or the chain made anew")
         return BROKEN
     problems = [] if arguments.store is None else _compare_store(summary, arguments.store)
     for line in summary.lines(arguments.folder):
-        sys.stdout.write(f"{line}\n")
+        _line(line)
     for problem in problems:
-        sys.stderr.write(f"DIFFERS: {problem}\n")
+        _note(f"DIFFERS: {problem}")
     return BROKEN if problems else GOOD
 
 
@@ -266,12 +335,12 @@ def _show(arguments: argparse.Namespace) -> int:
     records = _of_call(arguments)
     for record in records:
         sys.stdout.write(json.dumps(record, sort_keys=True) + "\n")
-    calls = {record["request_id"] for record in records}
+    calls = {record.get("request_id", "") for record in records}
     if len(calls) > 1:
         sys.stderr.write(f"{len(calls)} calls were named so by their callers\n")
     for request_id in calls:
-        if {record["kind"] for record in records if record["request_id"] == request_id} == {"intent"}:
-            sys.stderr.write(f"the outcome of request {request_id} is not known\n")
+        if {record["kind"] for record in records if record.get("request_id", "") == request_id} == {"intent"}:
+            _note(f"the outcome of request {request_id} is not known")
     return GOOD if records else _none(arguments.request_id)
 
 
@@ -289,12 +358,12 @@ def _replay(arguments: argparse.Namespace) -> int:
         with connect(arguments) as client:
             again = client.generate(prompt, **request_of(done[-1]))
     except SaeguardError as err:
-        sys.stderr.write(f"saeguard audit: {err}\n")
+        _note(f"saeguard audit: {err}")
         return BROKEN
-    sys.stdout.write(f"{again.text}\n")
+    sys.stdout.write(f"{safe(again.text)}\n")
     problems = differences(done[-1], again)
     for problem in problems:
-        sys.stderr.write(f"DIFFERS: {problem}\n")
+        _note(f"DIFFERS: {problem}")
     if not problems:
         sys.stderr.write("the same as recorded\n")
     return BROKEN if problems else GOOD
@@ -308,13 +377,13 @@ def _key(arguments: argparse.Namespace) -> int:
 
 
 def _none(request_id: str) -> int:
-    sys.stderr.write(f"saeguard audit: there is no record of request {request_id}\n")
+    _note(f"saeguard audit: there is no record of request {request_id}")
     return USAGE
 
 
 def request_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What ``Client.generate`` takes beside the prompt. Raises ValueError: it is no record of a request."""
-    request = request_from_record(record["asked"], "-")
+    request = request_from_record(record.get("asked", {}), "-")
     sampling = {field.name: getattr(request.sampling, field.name) for field in fields(request.sampling)}
     return {
         **sampling,
@@ -335,12 +404,12 @@ def differences(record: Mapping[str, Any], done: Completion) -> list[str]:
 
 
 def _differences(record: Mapping[str, Any], done: Completion) -> Iterator[str]:
-    policy = record["policy"]
+    policy = record.get("policy")
     if policy is not None and (done.policy is None or policy["revision"] != done.policy.revision):
         now = "none" if done.policy is None else done.policy.revision
         yield f"policy revision {policy['revision']} was in force, now it is {now}"
     then_and_now: tuple[tuple[str, Any, Any], ...] = (
-        ("outcome", record["outcome"], done.finish_reason),
+        ("outcome", record.get("outcome"), done.finish_reason),
         ("prompt tokens", record.get("prompt_tokens"), done.usage.prompt_tokens),
         ("generated tokens", record.get("generated_tokens"), done.usage.generated_tokens),
         ("model", record.get("model"), done.receipt.model_digest if done.receipt else None),
@@ -348,6 +417,8 @@ def _differences(record: Mapping[str, Any], done: Completion) -> Iterator[str]:
     )
     for name, was, now in then_and_now:
         if was != now:
-            yield f"{name}: {was} then, {now} now"
+            # To callers who may not read policies a server shows another digest, and nothing tells that it does.
+            doubt = "; it cannot be compared without the role policy-read" if policy and name == "steering" else ""
+            yield f"{name}: {was} then, {now} now{doubt}"
     if "answer_sha256" in record and record["answer_sha256"] != tokens_digest([token.id for token in done.tokens]):
         yield "the tokens are others"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -137,6 +139,9 @@ class Disk:
         if self.is_full:
             raise OSError(28, "No space left on device")
         self.written += told
+
+    def recover(self) -> int:
+        return 0
 
     def note_unwritten(self, records: int) -> None:
         self.unwritten = records
@@ -365,3 +370,38 @@ async def test_one_caller_refused_without_end_fills_no_disk(metrics: Metrics, ad
     assert (own[-1]["outcome"], own[-1]["tokens"]) == ("CANCELLED", 3)
     (counted,) = (told for told in disk.written if told["kind"] == "calls")
     assert (counted["caller"], counted["outcome"], counted["calls"]) == ("local", "CANCELLED", calls - MAX_REFUSALS)
+
+
+async def test_files_moved_away_fail_like_a_full_disk_and_are_found_again(tmp_path: Path, metrics: Metrics) -> None:
+    folder, elsewhere = tmp_path / "audit", tmp_path / "elsewhere"
+    server = audit(folder, metrics)
+    await serve(server, required=True)
+    for path in (folder, folder / "audit-00000001.jsonl", folder / "lock"):
+        path.rename(elsewhere)
+        before = failures(metrics)
+        with pytest.raises(Unavailable, match="moved"):
+            await serve(server, required=True)
+        assert failures(metrics) > before
+        elsewhere.rename(path)
+        await serve(server, required=True)
+    server.close()
+    assert [record["kind"] for record in records(folder)] == ["admitted", "request"] * 4
+
+
+async def test_records_cut_off_or_removed_are_counted_in_the_chain(tmp_path: Path, metrics: Metrics) -> None:
+    folder = tmp_path / "audit"
+    server = audit(folder, metrics)
+    await serve(server, required=True)
+    os.truncate(folder / "audit-00000001.jsonl", 100)
+    with pytest.raises(Unavailable, match="cut off"):
+        await serve(server, required=True)
+    await serve(server, required=True)
+    assert [record.get("records", 0) for record in records(folder)] == [2, 0, 0]
+    shutil.rmtree(folder)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await serve(server, required=True)
+    folder.mkdir()
+    await serve(server, required=True)
+    server.close()
+    assert [record.get("records", 0) for record in records(folder)] == [3, 0, 0]

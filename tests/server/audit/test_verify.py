@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from saeguard.requests import GenerateRequest
+from saeguard.results import Completion, PolicyFacts, Timings, Usage
 from saeguard_client.cli import main
 from saeguard_server.audit.chain import AuditFolder
-from saeguard_server.audit.log import request_record
-from saeguard_server.commands.audit import request_of
+from saeguard_server.audit.log import Audit, request_record
+from saeguard_server.commands.audit import differences, request_of
+from saeguard_server.observe import Metrics
 from saeguard_server.policy.store import open_store
+from saeguard_server.settings import AuditSettings, BadSettings
 from support.policies import a_policy
 
 Lines = tuple[int, str, str]
@@ -152,3 +157,76 @@ def test_a_clock_that_went_back_is_told(audited: Audited) -> None:
 def test_without_a_folder_nothing_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "verify"]) == 2
     assert "--folder, or --config with audit.folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kind": None},
+        {"time": 5},
+        {"request_id": []},
+        {"kind": "lost"},
+        {"kind": "lost", "records": "5"},
+        {"kind": "intent"},
+        {"kind": "policy", "act": "shrug"},
+        {"kind": "policy", "act": "write"},
+        {"kind": "request", "asked": 5},
+    ],
+)
+def test_what_no_server_writes_is_broken_though_its_digest_is_right(audited: Audited, odd: dict[str, Any]) -> None:
+    audited.write(WRITTEN, record("call") | odd)
+    for action in (("verify",), ("show", "r"), ("replay", "r", "--prompt", "x")):
+        code, out, err = audited.run(*action)
+        assert (code, out) == (1, "")
+        assert err.startswith("BROKEN: audit-00000001.jsonl:2 is not a record")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"a":' + b"[" * 100_000, b'{"a":"\xff\xfe"}', b"\0" * 99, b'{"seq":' + b"9" * 5000 + b"}", b'{"seq":1.5}'],
+)
+def test_lines_that_are_no_records_are_named_here_and_at_a_start(audited: Audited, line: bytes) -> None:
+    audited.write()
+    (audited.path / "audit" / "audit-00000001.jsonl").write_bytes(line + b"\n")
+    code, _, err = audited.run("verify")
+    assert (code, err[:30]) == (1, "BROKEN: audit-00000001.jsonl:1")
+    with pytest.raises(BadSettings, match=r"audit-00000001\.jsonl"):
+        Audit.of(AuditSettings(folder=str(audited.path / "audit")), Metrics(CollectorRegistry()))
+
+
+@pytest.mark.parametrize("name", ["audit-00000001.jsonl", "lock"])
+@pytest.mark.parametrize("odd", ["pipe", "endless", "folder"])
+def test_what_is_no_file_is_not_waited_for(audited: Audited, name: str, odd: str) -> None:
+    audited.write(WRITTEN)
+    path = audited.path / "audit" / name
+    path.unlink()
+    {"pipe": os.mkfifo, "endless": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir}[odd](path)
+    assert audited.run("verify")[0::2] == (1, f"BROKEN: {name} is not a regular file\n")
+    with pytest.raises(BadSettings, match=name):
+        Audit.of(AuditSettings(folder=str(audited.path / "audit")), Metrics(CollectorRegistry()))
+
+
+def test_a_lock_of_many_digits_is_no_count(audited: Audited) -> None:
+    audited.write(WRITTEN)
+    (audited.path / "audit" / "lock").write_bytes(b"9" * 6000)
+    code, _, err = audited.run("verify")
+    assert (code, err) == (1, "BROKEN: lock does not hold a count of records\n")
+    with pytest.raises(BadSettings, match="lock"):
+        Audit.of(AuditSettings(folder=str(audited.path / "audit")), Metrics(CollectorRegistry()))
+
+
+def test_records_make_no_lines_of_their_own(audited: Audited) -> None:
+    audited.write(record("intent", act="write", reason="x") | {"caller": "ann\n9 records, none changed\x1b[31m"})
+    code, out, _ = audited.run("verify")
+    assert code == 0
+    assert "ann\\n9 records, none changed\\x1b[31m" in out
+
+
+@pytest.mark.parametrize("policy", [None, {"revision": 1}])
+def test_a_digest_that_policies_hide_is_told_as_that(policy: dict[str, int] | None) -> None:
+    done = Completion(
+        finish_reason="stop", usage=Usage(1, 0), timings=Timings(0.0, 0.1, 0.2), seed=5,
+        policy=PolicyFacts(activation=1, revision=1, applied=(), shadowed=()) if policy else None,
+    )  # fmt: skip
+    problems = differences(GENERATED | {"policy": policy, "steering": "a", "generated_tokens": 0}, done)
+    assert [problem.endswith("without the role policy-read") for problem in problems] == [policy is not None]

@@ -7,10 +7,11 @@ to the file are seen when it is polled.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -75,15 +76,21 @@ class Sqlite(Database):
         event.listen(engine.sync_engine, "connect", _configure)
         event.listen(engine.sync_engine, "begin", _begin)
         super().__init__(engine)
+        self._path = path
+        self._opened: os.stat_result | None = None
 
     async def prepare(self, connection: AsyncConnection) -> None:
         """The file's own check of its pages; the transaction holds its write lock."""
+        with suppress(FileNotFoundError):  # it is in memory
+            self._opened = os.stat(self._path)
         answer = (await connection.exec_driver_sql("PRAGMA quick_check(1)")).scalar_one()
         if answer != "ok":
             raise StoreCorrupted(str(answer).replace("\n", " "))
 
     async def announce(self, connection: AsyncConnection) -> None:
-        """SQLite has no way to."""
+        """SQLite has no way to. But what is written to a file that was removed would be gone: it is refused."""
+        if self._opened is not None and not os.path.samestat(os.stat(self._path), self._opened):
+            raise StoreUnreachable(f"{self._path}: another file is there now than the one that was opened")
 
     def named(self, error: DBAPIError) -> StoreError:
         message, code = str(error.orig), getattr(error.orig, "sqlite_errorcode", None)

@@ -120,3 +120,16 @@ async def test_a_writer_that_does_not_finish_blocks_writing_only(path: Path, mon
         other.execute("ROLLBACK")
     assert (await store.activate(2, actor="eve", reason="now")).number == 2
     await store.close()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_nothing_is_written_to_a_file_that_was_removed(path: Path, is_replaced: bool) -> None:
+    store = await open_store(f"sqlite:///{path}")
+    await store.write([a_policy()], etag="0", author="ann", reason="because")
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+    if is_replaced:
+        path.touch()
+    with pytest.raises(StoreUnreachable):
+        await store.write([], etag="1", author="ann", reason="because")
+    await store.close()
