@@ -25,6 +25,7 @@ from saeguard import types
 from saeguard.checks import FieldError
 from saeguard.types import Apply, Condition, FeatureRef, Intervention, Scope, Term, Trigger, Window
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
+from saeguard_server.threads import NEVER, Cancellation
 
 T = TypeVar("T")
 Tree: TypeAlias = dict[str, Any]
@@ -128,10 +129,17 @@ class PolicyDiff:
     """Unified, of the policy's YAML."""
 
 
-def policy_changes(before: Sequence[Policy], after: Sequence[Policy]) -> tuple[PolicyDiff, ...]:
+def policy_changes(
+    before: Sequence[Policy], after: Sequence[Policy], cancellation: Cancellation = NEVER
+) -> tuple[PolicyDiff, ...]:
     old, new = ({policy.name: policy for policy in side} for side in (before, after))
     pairs = ((name, old.get(name), new.get(name)) for name in sorted(old | new))
-    return tuple(_change(name, left, right) for name, left, right in pairs if _differ(left, right))
+    changes = []
+    for name, left, right in pairs:
+        cancellation.check()
+        if _differ(left, right):
+            changes.append(_change(name, left, right))
+    return tuple(changes)
 
 
 def _differ(old: Policy | None, new: Policy | None) -> bool:

@@ -23,6 +23,7 @@ from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot, build_sna
 from saeguard_server.policy.store import open_store, protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreError
 from saeguard_server.settings import NO_STORE, BadSettings, PolicySettings
+from saeguard_server.threads import Cancellation
 
 LOG = logging.getLogger("saeguard.policies")
 
@@ -70,8 +71,9 @@ async def run_enforcement(
         now = datetime.now(UTC)
         return build_snapshot(active.activation, active.revision, engine, now, keeps_audit=keeps_audit)
 
-    def check(policies: Sequence[Policy]) -> tuple[str, ...]:
-        return check_or_refuse(policies, engine, datetime.now(UTC), keeps_audit=keeps_audit)
+    def check(policies: Sequence[Policy], cancellation: Cancellation) -> tuple[str, ...]:
+        now = datetime.now(UTC)
+        return check_or_refuse(policies, engine, now, keeps_audit=keeps_audit, cancellation=cancellation)
 
     policies = PoliciesInForce(settings.stale_after_s)
     sync = PolicySync(store, policies, build, metrics, poll_s=settings.poll_s)

@@ -59,7 +59,10 @@ class PolicyServicer(PolicyServiceServicer):
         written = await self._audit.act(
             call,
             "delete",
-            lambda: administration.delete([request.name], caller=call.caller, reason=request.reason, etag=request.etag),
+            partial(
+                administration.delete, [request.name], caller=call.caller, reason=request.reason, etag=request.etag,
+                deadline=call.deadline,
+            ),
             lambda written: {"name": request.name, "reason": request.reason, **_written(written)},
             name=request.name, etag=request.etag, reason=request.reason,
         )  # fmt: skip
@@ -72,7 +75,7 @@ class PolicyServicer(PolicyServiceServicer):
         policies = await self._documents.run(call, partial(_parsed, request.documents))
         apply = partial(
             administration.apply, policies, caller=call.caller, reason=request.reason, etag=etag,
-            is_whole_set=request.prune, is_trial=request.dry_run,
+            is_whole_set=request.prune, is_trial=request.dry_run, deadline=call.deadline,
         )  # fmt: skip
         if request.dry_run:
             return to_message(pb.ApplyPoliciesResponse, _change(await apply()))
@@ -124,7 +127,10 @@ class PolicyServicer(PolicyServiceServicer):
         act: Callable[..., Awaitable[catalog.Activation]] = (
             administration.rollback if what == "rollback" else administration.activate
         )
-        how = {"caller": call.caller, "reason": request.reason, "expected_activation": request.expected_activation}
+        how = {
+            "caller": call.caller, "reason": request.reason, "expected_activation": request.expected_activation,
+            "deadline": call.deadline,
+        }  # fmt: skip
         activation = await self._audit.act(
             call, what, partial(act, number=number, **how), _activated,
             revision=number, expected_activation=request.expected_activation, reason=request.reason,

@@ -14,6 +14,7 @@ from saeguard_server.policy.administration import Administration
 from saeguard_server.policy.model import Policy
 from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import MAX_POLICIES, PolicyStore, StoreUnreachable
+from saeguard_server.threads import NEVER, Cancellation
 from support.policies import a_policy
 
 WRITE = frozenset({Role.POLICY_READ, Role.POLICY_WRITE})
@@ -22,7 +23,7 @@ ANN, BOB, EVE = Caller("ann", BOTH), Caller("bob", BOTH), Caller("eve", BOTH)
 WRITER = Caller("writer", WRITE)
 
 
-def check(policies: Sequence[Policy]) -> tuple[str, ...]:
+def check(policies: Sequence[Policy], cancellation: Cancellation = NEVER) -> tuple[str, ...]:
     """As if features from 9.0 on did not exist."""
     for index, policy in enumerate(policies):
         if policy.rules[0].intervention.value == 9.0:  # type: ignore[union-attr]
