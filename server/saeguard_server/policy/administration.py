@@ -14,7 +14,7 @@ from math import inf
 from saeguard.catalog import Activation, Revision
 from saeguard_server.caller import Call, Caller, Role
 from saeguard_server.errors import RETRY_S, Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
-from saeguard_server.policy.document import PolicyDiff, policy_changes
+from saeguard_server.policy.changes import PolicyDiff, policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store import protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore
@@ -197,7 +197,9 @@ class Administration:
             return WriteResult(None if is_trial else before, changes, warnings, etag_of(before))
         _check_reason(reason)
         # The etag that was read, also when the caller named none: a set is never built on another than it replaces.
-        revision = await self._store.write(after, etag=etag_of(before), author=call.caller.name, reason=reason)
+        revision = await self._store.write(
+            after, etag=etag_of(before), author=call.caller.name, reason=reason, changes=changes
+        )
         return WriteResult(revision, changes, warnings, etag_of(revision))
 
     async def _check_person(self, number: int, caller: Caller) -> None:

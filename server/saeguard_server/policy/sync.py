@@ -13,7 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 
+from saeguard_server.caller import NOBODY, Call
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.administration import Administration
@@ -23,7 +25,7 @@ from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot, build_sna
 from saeguard_server.policy.store import open_store, protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreError
 from saeguard_server.settings import NO_STORE, BadSettings, PolicySettings
-from saeguard_server.threads import Cancellation
+from saeguard_server.threads import Cancellation, WorkThreads
 
 LOG = logging.getLogger("saeguard.policies")
 
@@ -96,6 +98,7 @@ class PolicySync:
         """``build`` makes a snapshot, in a thread, or raises when a rule cannot be applied here."""
         self._store, self._policies, self._build, self._metrics = store, policies, build, metrics
         self._poll_s, self._clock = poll_s, clock
+        self._threads = WorkThreads("snapshots of policies", 1, 1)
         self._applied: Active | None = None
         self._enforced: str | None = None
         self._last_failure: str | None = None
@@ -180,7 +183,7 @@ class PolicySync:
 
     async def _apply(self, active: Active) -> None:
         try:
-            snapshot = await asyncio.to_thread(self._build, active)
+            snapshot = await self._threads.run(Call("", inf, NOBODY), lambda _: self._build(active))
         except Exception as err:
             message = f"revision {active.revision.number} cannot be applied here"
             # Why, is for the log: callers are told this, and it names policies that are not theirs.

@@ -237,7 +237,9 @@ def test_only_so_many_clashes_and_warnings_are_listed(served: Any) -> None:
 
 
 def test_comparing_policies_ends_with_whoever_asked(served: Any) -> None:
-    apart = [replace(shadow, target=Target(callers=(one.name,))) for one in many_on_one_feature(200, mode="shadow")]
+    apart = [
+        replace(shadow, target=Target(callers=(shadow.name,))) for shadow in many_on_one_feature(200, mode="shadow")
+    ]
     sound = [compile_policy(entry, served) for entry in apart]
     assert [*find_clashes(sound, "shadow")] == []
     with pytest.raises(DeadlineExceeded):
