@@ -224,6 +224,33 @@ async def test_large_requests_are_refused_at_little_cost(
     assert growth < MOST_GROWTH_MIB
 
 
+def shadows(policies: int, rules: int) -> str:
+    """Half of them clash with the other half, on each of as many features as each has rules."""
+    edits = ["zero: true" if index % 2 else f"clamp: {index + 1}" for index in range(policies)]
+    lines = [
+        "".join(f"  - {{name: r{number}, sae: resid4, feature: {number}, {edit}}}\n" for number in range(rules))
+        for edit in edits
+    ]
+    return "---\n".join(f"name: p{index}\nmode: shadow\nrules:\n{text}" for index, text in enumerate(lines))
+
+
+async def test_policies_that_all_clash_are_little_work(server: ServerProcess, outcome: Outcome) -> None:
+    request = applying(a_yaml=shadows(1_000, 1))
+    async with connected(server) as channel:
+        async with prober(server) as took:
+            began = time.monotonic()
+            reply = await answer(channel, "ApplyPolicies", request)
+            seconds = time.monotonic() - began
+        assert code(reply) == "OK", reply
+        outcome(
+            "1,000 shadow policies that clash", "a small reply, health within 1 s",
+            f"{reply.ByteSize()} bytes in {seconds:.1f} s, health {max(took):.2f} s",
+        )  # fmt: skip
+        assert len(reply.findings) < 300
+        assert reply.ByteSize() < MIB
+        assert max(took) < 1.0
+
+
 async def test_a_deadline_ends_the_work_too(server: ServerProcess, outcome: Outcome) -> None:
     """Work whose caller has gone must not go on: the threads are free again soon after."""
     request = reading(*[activation_pb.ActivationInput(text="the old farmer went to town " * 40)] * 60)

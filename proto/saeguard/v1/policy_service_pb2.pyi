@@ -486,7 +486,7 @@ class ListHistoryRequest(_message.Message):
     BEFORE_REVISION_FIELD_NUMBER: _builtins.int
     BEFORE_ACTIVATION_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
-    """At most so many of each. Default 50."""
+    """At most so many of each, and fewer where they are long. Default 50."""
     before_revision: _builtins.int
     """Only what came before these numbers."""
     before_activation: _builtins.int

@@ -5,20 +5,24 @@ Whose role allows what is decided before. Nothing is stored, or put in force, th
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 
 from saeguard.catalog import Activation, Revision
-from saeguard_server.caller import Caller, Role
+from saeguard_server.caller import Call, Caller, Role
 from saeguard_server.errors import RETRY_S, Conflict, InvalidRequest, PermissionDenied, Unavailable, UnknownName
-from saeguard_server.policy.document import PolicyDiff, policy_changes
+from saeguard_server.policy.changes import PolicyDiff, policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store import protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore
+from saeguard_server.threads import Cancellation, WorkThreads
 
-"""Advice to callers when the store does not answer."""
+CHECK_THREADS = 2
+MAX_WAITING = 16
+"""Checks of policies that wait for a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,19 @@ class WriteResult:
 
 class Administration:
     def __init__(
-        self, store: PolicyStore, check: Callable[[Sequence[Policy]], tuple[str, ...]], *, second_person: bool
+        self,
+        store: PolicyStore,
+        check: Callable[[Sequence[Policy], Cancellation], tuple[str, ...]],
+        *,
+        second_person: bool,
     ) -> None:
-        """``check`` gives warnings about a set of policies, and raises InvalidRequest where it cannot be served."""
+        """``check`` gives warnings about a set of policies, and raises InvalidRequest where it cannot be served.
+
+        Methods that check take the caller's deadline, on the ``time.monotonic`` clock.
+        """
         self._store = store
         self._check = check
+        self._threads = WorkThreads("checks of policies", CHECK_THREADS, MAX_WAITING)
         self._second_person = second_person
 
     async def apply(
@@ -49,6 +61,7 @@ class Administration:
         etag: str | None = None,
         is_whole_set: bool = False,
         is_trial: bool = False,
+        deadline: float = inf,
     ) -> WriteResult:
         """Creates or replaces these policies; the others stay, unless ``is_whole_set``. A trial writes nothing.
 
@@ -62,10 +75,17 @@ class Administration:
         async with self._stored():
             before = await self._newest(etag)
             others = {} if is_whole_set else {policy.name: policy for policy in _policies(before)}
-            return await self._write(before, others | by_name, caller=caller, reason=reason, is_trial=is_trial)
+            call = Call("", deadline, caller)
+            return await self._write(before, others | by_name, call=call, reason=reason, is_trial=is_trial)
 
     async def delete(
-        self, names: Sequence[str], *, caller: Caller, reason: str, etag: str | None = None
+        self,
+        names: Sequence[str],
+        *,
+        caller: Caller,
+        reason: str,
+        etag: str | None = None,
+        deadline: float = inf,
     ) -> WriteResult:
         """Takes policies out of the set; older revisions keep them.
 
@@ -80,10 +100,16 @@ class Administration:
             for index, name in enumerate(names):
                 if others.pop(name, None) is None:
                     raise UnknownName(f"names[{index}]", f"there is no policy {name!r}")
-            return await self._write(before, others, caller=caller, reason=reason, is_trial=False)
+            return await self._write(before, others, call=Call("", deadline, caller), reason=reason, is_trial=False)
 
     async def activate(
-        self, number: int, *, caller: Caller, reason: str, expected_activation: int | None = None
+        self,
+        number: int,
+        *,
+        caller: Caller,
+        reason: str,
+        expected_activation: int | None = None,
+        deadline: float = inf,
     ) -> Activation:
         """Puts a revision in force.
 
@@ -97,13 +123,19 @@ class Administration:
         async with self._stored():
             revision = await self._store.revision(number)
             await self._check_person(number, caller)
-            await asyncio.to_thread(self._check, revision.policies)
+            await self._threads.run(Call("", deadline, caller), partial(self._check, revision.policies))
             return await self._store.activate(
                 number, actor=caller.name, reason=reason, expected_activation=expected_activation
             )
 
     async def rollback(
-        self, *, caller: Caller, reason: str, number: int | None = None, expected_activation: int | None = None
+        self,
+        *,
+        caller: Caller,
+        reason: str,
+        number: int | None = None,
+        expected_activation: int | None = None,
+        deadline: float = inf,
     ) -> Activation:
         """Puts an older revision in force: by default the one that was so before the present one.
 
@@ -121,7 +153,9 @@ class Administration:
                 raise UnknownName("revision", "no older revision was in force before")
             if number >= present:
                 raise InvalidRequest("revision", f"must be older than {present}, which is in force, got {number}")
-        return await self.activate(number, caller=caller, reason=reason, expected_activation=activation)
+        return await self.activate(
+            number, caller=caller, reason=reason, expected_activation=activation, deadline=deadline
+        )
 
     async def revision(self, number: int | None = None) -> PolicyRevision | None:
         """One revision, or the newest; None if there is none yet. Raises UnknownName: there is none of that number."""
@@ -152,18 +186,20 @@ class Administration:
         return newest
 
     async def _write(
-        self, before: PolicyRevision | None, policies: dict[str, Policy], *, caller: Caller, reason: str, is_trial: bool
+        self, before: PolicyRevision | None, policies: dict[str, Policy], *, call: Call, reason: str, is_trial: bool
     ) -> WriteResult:
         after = tuple(policies[name] for name in sorted(policies))
         if len(after) > protocol.MAX_POLICIES:
             raise InvalidRequest("policies", f"at most {protocol.MAX_POLICIES} in a set, got {len(after)}")
-        warnings = await asyncio.to_thread(self._check, after)
-        changes = await asyncio.to_thread(policy_changes, _policies(before), after)
+        warnings = await self._threads.run(call, partial(self._check, after))
+        changes = await self._threads.run(call, partial(policy_changes, _policies(before), after))
         if is_trial or (before is not None and not changes):
             return WriteResult(None if is_trial else before, changes, warnings, etag_of(before))
         _check_reason(reason)
         # The etag that was read, also when the caller named none: a set is never built on another than it replaces.
-        revision = await self._store.write(after, etag=etag_of(before), author=caller.name, reason=reason)
+        revision = await self._store.write(
+            after, etag=etag_of(before), author=call.caller.name, reason=reason, changes=changes
+        )
         return WriteResult(revision, changes, warnings, etag_of(revision))
 
     async def _check_person(self, number: int, caller: Caller) -> None:

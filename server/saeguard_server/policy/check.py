@@ -6,11 +6,12 @@ cannot be refused later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement, product
+from typing import TypeAlias
 
 from saeguard.types import Condition, FeatureRef, Intervention, Scope
 from saeguard_sae.edits import IDENTITY
@@ -21,9 +22,14 @@ from saeguard_server.policy.evasion import find_evasions
 from saeguard_server.policy.model import SAFE_RELATIVE_EDIT, Policy, PolicyLimits, Rollout, Target
 from saeguard_server.policy.rules import Clash, CompiledPolicy, compile_policy
 from saeguard_server.steering import compile_edit, find_feature, find_sae
+from saeguard_server.threads import NEVER, Cancellation
 
 LISTED = 20
 """Problems in one message; what there are more is counted."""
+MAX_WARNINGS = 200
+"""Of one set of policies; what there are more is counted."""
+MAX_CLASHES = 100
+"""After so many pairs of rules that clash no more are looked for: there can be half a million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +48,13 @@ class CannotServe(ValueError):
     """Policies that cannot be enforced here; ``problems`` lists why."""
 
     def __init__(self, problems: Sequence[Finding]) -> None:
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        super().__init__("; ".join([str(problem) for problem in problems[:LISTED]] + more))
+        super().__init__("; ".join(_listed(problems, LISTED)))
         self.problems = tuple(problems)
+
+
+def _listed(findings: Sequence[Finding], most: int) -> tuple[str, ...]:
+    more = (f"and {len(findings) - most} more",) if len(findings) > most else ()
+    return (*map(str, findings[:most]), *more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +66,43 @@ class PolicyReport:
 
 
 def check_policies(
-    policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
+    policies: Sequence[Policy],
+    engine: Engine,
+    now: datetime,
+    *,
+    keeps_audit: bool = False,
+    cancellation: Cancellation = NEVER,
 ) -> PolicyReport:
     """Everything that is wrong with a set of policies, and everything that is odd.
 
     A policy for other models is not checked against this one. ``now`` has a time zone.
     """
     here = [policy for policy in policies if is_for(policy, engine)]
-    problems = [problem for policy in here for problem in problems_of(policy, engine, keeps_audit)]
+    problems = [problem for policy in here for problem in problems_of(policy, engine, keeps_audit, cancellation)]
     problems += [problem for policy in policies for problem in _unbounded(policy)]
     broken = {problem.policy for problem in problems}
     sound = [compile_policy(policy, engine) for policy in here if policy.name not in broken]
-    problems += find_clashes(sound, "enforce")
-    warnings = [warning for policy in policies for warning in _warnings(policy, engine, now)]
-    warnings += find_clashes(sound, "shadow")
+    problems += find_clashes(sound, "enforce", cancellation)
+    warnings = [*find_clashes(sound, "shadow", cancellation)]
+    for policy in policies:
+        cancellation.check()
+        warnings += _warnings(policy, engine, now)
     return PolicyReport(tuple(problems), tuple(warnings))
 
 
 def check_or_refuse(
-    policies: Sequence[Policy], engine: Engine, now: datetime, *, keeps_audit: bool = False
+    policies: Sequence[Policy],
+    engine: Engine,
+    now: datetime,
+    *,
+    keeps_audit: bool = False,
+    cancellation: Cancellation = NEVER,
 ) -> tuple[str, ...]:
-    """What is odd about policies. Raises InvalidRequest with every problem: they cannot be enforced here."""
-    report = check_policies(policies, engine, now, keeps_audit=keeps_audit)
+    """What is odd about policies. Raises InvalidRequest with the problems: they cannot be enforced here."""
+    report = check_policies(policies, engine, now, keeps_audit=keeps_audit, cancellation=cancellation)
     if report.problems:
         raise InvalidRequest("policies", str(CannotServe(report.problems)))
-    return tuple(map(str, report.warnings))
+    return _listed(report.warnings, MAX_WARNINGS)
 
 
 def is_for(policy: Policy, engine: Engine) -> bool:
@@ -90,9 +112,12 @@ def is_for(policy: Policy, engine: Engine) -> bool:
 # --- what is wrong
 
 
-def problems_of(policy: Policy, engine: Engine, keeps_audit: bool) -> Iterator[Finding]:
+def problems_of(
+    policy: Policy, engine: Engine, keeps_audit: bool, cancellation: Cancellation = NEVER
+) -> Iterator[Finding]:
     seen: set[str] = set()
     for check in _checks(policy, engine, keeps_audit):
+        cancellation.check()
         try:
             check()
         except (InvalidRequest, UnknownName) as err:
@@ -179,21 +204,61 @@ def _unbounded(policy: Policy) -> Iterator[Finding]:
         yield Finding(policy.name, "limits.max_relative_edit", f"must be set where callers may edit features; {bound}")
 
 
-def find_clashes(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[Finding]:
-    """Pairs of policies that cannot both be enforced on a request; shadows as if they were enforced."""
-    on_feature: dict[FeatureRef, list[tuple[Policy, CompiledEdit]]] = {}
-    for policy, edits, triggers in policies:
-        if policy.mode != "off":
-            for edit in (*edits, *(edit for trigger in triggers for edit in trigger.edits)):
-                on_feature.setdefault(edit.ref, []).append((policy, edit))
-    for group in on_feature.values():
-        for (policy, edit), (other, other_edit) in combinations(group, 2):
-            strongest = "shadow" if "shadow" in (policy.mode, other.mode) else "enforce"
-            if policy is other or strongest != mode or not may_meet(policy.target, other.target):
+_Member: TypeAlias = tuple[int, Policy, CompiledEdit]
+"""An edit that policies make on a feature, its policy, and where it is among all of them."""
+
+
+def find_clashes(
+    policies: Sequence[CompiledPolicy], mode: str, cancellation: Cancellation = NEVER
+) -> Iterator[Finding]:
+    """Rules of two policies that cannot both be enforced on a request; shadows as if they were enforced.
+
+    After ``MAX_CLASHES`` the last one says that others are not looked for.
+    """
+    when = "" if mode == "enforce" else " once enforced"
+    for number, ((_, _, edit), (_, other, other_edit)) in enumerate(_clashing(policies, mode, cancellation)):
+        if number == MAX_CLASHES:
+            message = f"cannot be kept with another policy's; after {number} such pairs no more are looked for"
+            yield Finding(other.name, other_edit.field, message)
+            return
+        clash = rules.Clash(edit, other_edit)
+        yield Finding(other.name, other_edit.field, f"{clash}, and both may be on one request{when}")
+
+
+def _clashing(
+    policies: Sequence[CompiledPolicy], mode: str, cancellation: Cancellation
+) -> Iterator[tuple[_Member, _Member]]:
+    """Feature by feature; what edits do, and on which tokens, is compared once for all edits that are alike."""
+    for group in _by_feature(policies, mode):
+        for alike, others in combinations_with_replacement(group, 2):
+            cancellation.check()
+            if rules.clash_of(alike[0][2], others[0][2]) is None:
                 continue
-            if clash := rules.clash_of(edit, other_edit):
-                when = "" if mode == "enforce" else " once enforced"
-                yield Finding(other.name, other_edit.field, f"{clash}, and both may be on one request{when}")
+            pairs: Iterable[tuple[_Member, _Member]]
+            pairs = combinations(alike, 2) if alike is others else product(alike, others)
+            for first, second in pairs:
+                cancellation.check()
+                if _is_asked_of(first[1], second[1], mode):
+                    yield (first, second) if first[0] < second[0] else (second, first)
+
+
+def _by_feature(policies: Sequence[CompiledPolicy], mode: str) -> Iterator[list[list[_Member]]]:
+    """Edits of each feature that several have; those on the same tokens to the same effect are together."""
+    on_feature: dict[FeatureRef, dict[object, list[_Member]]] = {}
+    index = 0
+    for policy, edits, triggers in policies:
+        if policy.mode == "off" or (mode == "enforce" and policy.mode != mode):
+            continue
+        for edit in (*edits, *(edit for trigger in triggers for edit in trigger.edits)):
+            alike = on_feature.setdefault(edit.ref, {}).setdefault(rules.shape_of(edit), [])
+            alike.append((index, policy, edit))
+            index += 1
+    return ([*groups.values()] for groups in on_feature.values())
+
+
+def _is_asked_of(policy: Policy, other: Policy, mode: str) -> bool:
+    strongest = "shadow" if "shadow" in (policy.mode, other.mode) else "enforce"
+    return policy is not other and strongest == mode and may_meet(policy.target, other.target)
 
 
 def may_meet(first: Target, second: Target) -> bool:

@@ -11,12 +11,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
-from difflib import unified_diff
 from functools import cache, partial, singledispatch
 from itertools import count
 from math import isfinite
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import yaml
@@ -115,36 +114,6 @@ def policy_from_canonical(text: str) -> Policy:
         return _policy(msgspec.json.decode(text), no_probes)
     except (msgspec.DecodeError, ValueError, RecursionError) as err:
         raise BadDocument(str(err)) from err
-
-
-ChangeKind: TypeAlias = Literal["created", "changed", "deleted"]
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyDiff:
-    name: str
-    kind: ChangeKind
-    diff: str
-    """Unified, of the policy's YAML."""
-
-
-def policy_changes(before: Sequence[Policy], after: Sequence[Policy]) -> tuple[PolicyDiff, ...]:
-    old, new = ({policy.name: policy for policy in side} for side in (before, after))
-    pairs = ((name, old.get(name), new.get(name)) for name in sorted(old | new))
-    return tuple(_change(name, left, right) for name, left, right in pairs if _differ(left, right))
-
-
-def _differ(old: Policy | None, new: Policy | None) -> bool:
-    if old is None or new is None:
-        return True
-    # What is not written down, such as the size of a window that has none, is no difference.
-    return old != new and canonical_json(old) != canonical_json(new)
-
-
-def _change(name: str, old: Policy | None, new: Policy | None) -> PolicyDiff:
-    kind: ChangeKind = "created" if old is None else "deleted" if new is None else "changed"
-    before, after = ([] if side is None else policy_to_yaml(side).splitlines(keepends=True) for side in (old, new))
-    return PolicyDiff(name, kind, "".join(unified_diff(before, after, f"{name} before", f"{name} after")))
 
 
 # --- from what is written to a policy. Whatever is wrong is named by its path in the document.

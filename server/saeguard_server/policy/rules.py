@@ -154,6 +154,11 @@ def effect_of(edit: CompiledEdit) -> FeatureEffect:
     return FeatureEffect.of(edit.kind, edit.affine)
 
 
+def shape_of(edit: CompiledEdit) -> tuple[TokenSet, FeatureEffect]:
+    """All that ``clash_of`` looks at."""
+    return TokenSet.of(edit), effect_of(edit)
+
+
 def without_edits(trigger: CompiledTrigger, dropped: set[int]) -> CompiledTrigger:
     """The trigger without some of its edits; it only flags where none is left."""
     if not dropped:

@@ -13,7 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 
+from saeguard_server.caller import NOBODY, Call
 from saeguard_server.engine.protocol import Engine
 from saeguard_server.observe import Metrics
 from saeguard_server.policy.administration import Administration
@@ -23,6 +25,7 @@ from saeguard_server.policy.snapshot import PoliciesInForce, Snapshot, build_sna
 from saeguard_server.policy.store import open_store, protocol
 from saeguard_server.policy.store.protocol import Active, PolicyStore, StoreError
 from saeguard_server.settings import NO_STORE, BadSettings, PolicySettings
+from saeguard_server.threads import Cancellation, WorkThreads
 
 LOG = logging.getLogger("saeguard.policies")
 
@@ -70,8 +73,9 @@ async def run_enforcement(
         now = datetime.now(UTC)
         return build_snapshot(active.activation, active.revision, engine, now, keeps_audit=keeps_audit)
 
-    def check(policies: Sequence[Policy]) -> tuple[str, ...]:
-        return check_or_refuse(policies, engine, datetime.now(UTC), keeps_audit=keeps_audit)
+    def check(policies: Sequence[Policy], cancellation: Cancellation) -> tuple[str, ...]:
+        now = datetime.now(UTC)
+        return check_or_refuse(policies, engine, now, keeps_audit=keeps_audit, cancellation=cancellation)
 
     policies = PoliciesInForce(settings.stale_after_s)
     sync = PolicySync(store, policies, build, metrics, poll_s=settings.poll_s)
@@ -94,6 +98,7 @@ class PolicySync:
         """``build`` makes a snapshot, in a thread, or raises when a rule cannot be applied here."""
         self._store, self._policies, self._build, self._metrics = store, policies, build, metrics
         self._poll_s, self._clock = poll_s, clock
+        self._threads = WorkThreads("snapshots of policies", 1, 1)
         self._applied: Active | None = None
         self._enforced: str | None = None
         self._last_failure: str | None = None
@@ -178,7 +183,7 @@ class PolicySync:
 
     async def _apply(self, active: Active) -> None:
         try:
-            snapshot = await asyncio.to_thread(self._build, active)
+            snapshot = await self._threads.run(Call("", inf, NOBODY), lambda _: self._build(active))
         except Exception as err:
             message = f"revision {active.revision.number} cannot be applied here"
             # Why, is for the log: callers are told this, and it names policies that are not theirs.

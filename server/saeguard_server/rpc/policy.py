@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import astuple
 from functools import partial
-from typing import Any
+from itertools import accumulate, takewhile
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -22,8 +24,12 @@ from saeguard_server.policy.sync import Enforcement
 from saeguard_server.rpc import interceptor
 from saeguard_server.threads import Cancellation, WorkThreads
 
+Entry = TypeVar("Entry", catalog.Revision, catalog.Activation)
+
 DEFAULT_HISTORY = 50
 MAX_HISTORY = 500
+PAGE_BYTES, ENTRY_BYTES = 1_400_000, 64
+"""Revisions, and activations, of one page end here: a message may have 4 MiB. An entry's numbers and time count too."""
 MAX_DOCUMENTS = 1024
 MAX_WAITING = 16
 """Calls whose documents wait to be parsed or written at once."""
@@ -59,7 +65,10 @@ class PolicyServicer(PolicyServiceServicer):
         written = await self._audit.act(
             call,
             "delete",
-            lambda: administration.delete([request.name], caller=call.caller, reason=request.reason, etag=request.etag),
+            partial(
+                administration.delete, [request.name], caller=call.caller, reason=request.reason, etag=request.etag,
+                deadline=call.deadline,
+            ),
             lambda written: {"name": request.name, "reason": request.reason, **_written(written)},
             name=request.name, etag=request.etag, reason=request.reason,
         )  # fmt: skip
@@ -72,7 +81,7 @@ class PolicyServicer(PolicyServiceServicer):
         policies = await self._documents.run(call, partial(_parsed, request.documents))
         apply = partial(
             administration.apply, policies, caller=call.caller, reason=request.reason, etag=etag,
-            is_whole_set=request.prune, is_trial=request.dry_run,
+            is_whole_set=request.prune, is_trial=request.dry_run, deadline=call.deadline,
         )  # fmt: skip
         if request.dry_run:
             return to_message(pb.ApplyPoliciesResponse, _change(await apply()))
@@ -104,7 +113,7 @@ class PolicyServicer(PolicyServiceServicer):
         activations = await self._administration.activations(
             limit=limit, before=request.before_activation if request.HasField("before_activation") else None
         )
-        history = catalog.PolicyHistory(revisions=changes, activations=activations)
+        history = catalog.PolicyHistory(revisions=_page(changes), activations=_page(activations))
         return to_message(pb.ListHistoryResponse, history)
 
     @property
@@ -124,7 +133,10 @@ class PolicyServicer(PolicyServiceServicer):
         act: Callable[..., Awaitable[catalog.Activation]] = (
             administration.rollback if what == "rollback" else administration.activate
         )
-        how = {"caller": call.caller, "reason": request.reason, "expected_activation": request.expected_activation}
+        how = {
+            "caller": call.caller, "reason": request.reason, "expected_activation": request.expected_activation,
+            "deadline": call.deadline,
+        }  # fmt: skip
         activation = await self._audit.act(
             call, what, partial(act, number=number, **how), _activated,
             revision=number, expected_activation=request.expected_activation, reason=request.reason,
@@ -132,6 +144,16 @@ class PolicyServicer(PolicyServiceServicer):
         # So that whoever put it in force finds it so here; other servers follow on their own.
         await self._enforcement.look_now()
         return to_message(pb.Activation, activation)
+
+
+def _page(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """Of the history, as many as a message may hold."""
+    sizes = accumulate(
+        ENTRY_BYTES + sum(len(value.encode()) for value in astuple(entry) if isinstance(value, str))
+        for entry in entries
+    )
+    count = sum(1 for _ in takewhile(lambda size: size <= PAGE_BYTES, sizes))
+    return tuple(entries[: max(1, count)])
 
 
 def _activated(activation: catalog.Activation) -> dict[str, Any]:

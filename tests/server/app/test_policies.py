@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from saeguard.v1 import generation_service_pb2_grpc, policy_service_pb2_grpc
 from saeguard.v1 import policy_service_pb2 as policy_pb
 from saeguard_client.cli import main
 from saeguard_server.policy import document
+from saeguard_server.policy.store import open_store
 from saeguard_server.settings import BadSettings
 from support.policies import a_policy
 
@@ -130,6 +131,29 @@ async def test_two_rollbacks_of_the_command_line_go_back_twice(served_with: Any,
         assert await saeguard("activate", "3", "--reason", "it was right") == 0
         assert await saeguard("rollback", "--to", "1", "--reason", "it was not") == 0
         assert (await served.generate()).policy.revision == 1
+
+
+async def test_pages_of_the_history_fit_a_message(served_with: Any, tmp_path: Path) -> None:
+    url, reason = f"sqlite:///{tmp_path}/policies.db", "é" * 4096
+    store = await open_store(url)
+    for number in range(40):
+        large = replace(a_policy(), owner=str(number % 10) * 100_000)
+        await store.write([large], etag=str(number), author="ann", reason=reason)
+    for _ in range(200):
+        await store.activate(1, actor="ann", reason=reason)
+    await store.close()
+    async with served_with(url) as served:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(served.channel)
+        page = await stub.ListHistory(policy_pb.ListHistoryRequest(limit=500))
+        revisions, activations = ([entry.number for entry in side] for side in (page.revisions, page.activations))
+        assert revisions == list(range(40, 40 - len(revisions), -1))
+        assert activations == list(range(200, 200 - len(activations), -1))
+        assert 1.2e6 < sum(entry.ByteSize() for entry in page.revisions) < 1.5e6
+        assert 1.2e6 < sum(entry.ByteSize() for entry in page.activations) < 1.5e6
+        assert page.ByteSize() < 3 * 2**20
+        following = policy_pb.ListHistoryRequest(before_revision=revisions[-1], before_activation=activations[-1])
+        page = await stub.ListHistory(following)
+        assert [page.revisions[0].number, page.activations[0].number] == [revisions[-1] - 1, activations[-1] - 1]
 
 
 async def test_a_directory_is_followed_and_not_written(served_with: Any, engine: Any, tmp_path: Path) -> None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from saeguard_server.caller import Caller, Role
-from saeguard_server.errors import Conflict, InvalidRequest, PermissionDenied, ReadOnlyStore, Unavailable, UnknownName
+from saeguard_server.errors import (
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    PermissionDenied,
+    ReadOnlyStore,
+    Unavailable,
+    UnknownName,
+)
 from saeguard_server.policy import document
 from saeguard_server.policy.administration import Administration
 from saeguard_server.policy.model import Policy
 from saeguard_server.policy.store import open_store
 from saeguard_server.policy.store.protocol import MAX_POLICIES, PolicyStore, StoreUnreachable
+from saeguard_server.threads import NEVER, Cancellation
 from support.policies import a_policy
 
 WRITE = frozenset({Role.POLICY_READ, Role.POLICY_WRITE})
@@ -22,7 +33,7 @@ ANN, BOB, EVE = Caller("ann", BOTH), Caller("bob", BOTH), Caller("eve", BOTH)
 WRITER = Caller("writer", WRITE)
 
 
-def check(policies: Sequence[Policy]) -> tuple[str, ...]:
+def check(policies: Sequence[Policy], cancellation: Cancellation = NEVER) -> tuple[str, ...]:
     """As if features from 9.0 on did not exist."""
     for index, policy in enumerate(policies):
         if policy.rules[0].intervention.value == 9.0:  # type: ignore[union-attr]
@@ -210,3 +221,22 @@ async def test_a_directory_is_written_elsewhere(tmp_path: Path) -> None:
     kept = await over_files.active()
     assert kept is not None
     assert kept.revision.policies == (a_policy(),)
+
+
+async def test_checks_run_in_threads_that_nobody_waits_for_and_end_with_the_deadline(store: PolicyStore) -> None:
+    threads: list[threading.Thread] = []
+
+    def check_for_ever(policies: Sequence[Policy], cancellation: Cancellation) -> tuple[str, ...]:
+        threads.append(threading.current_thread())
+        while True:
+            cancellation.check()
+            time.sleep(0.01)
+
+    slow = Administration(store, check_for_ever, second_person=False)
+    with pytest.raises(DeadlineExceeded):
+        await slow.apply([a_policy()], caller=ANN, reason="", is_trial=True, deadline=time.monotonic() + 0.1)
+    assert [thread.daemon for thread in threads] == [True]
+    await store.write([a_policy()], etag="0", author="ann", reason="because")
+    with pytest.raises(DeadlineExceeded):
+        await slow.activate(1, caller=BOB, reason="now", deadline=time.monotonic() + 0.1)
+    assert await slow.active() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -25,11 +26,21 @@ from saeguard.types import (
     Trigger,
     Zero,
 )
-from saeguard_server.errors import InvalidRequest
-from saeguard_server.policy.check import CannotServe, check_or_refuse, check_policies
+from saeguard_server.errors import DeadlineExceeded, InvalidRequest
+from saeguard_server.policy import rules
+from saeguard_server.policy.check import (
+    MAX_CLASHES,
+    MAX_WARNINGS,
+    CannotServe,
+    check_or_refuse,
+    check_policies,
+    find_clashes,
+)
 from saeguard_server.policy.evasion import MOVES
 from saeguard_server.policy.model import Pins, Policy, PolicyLimits, Rollout, Rule, Target
+from saeguard_server.policy.rules import compile_policy
 from saeguard_server.policy.snapshot import Snapshot
+from saeguard_server.threads import Cancellation
 from support.policy_shapes import NOW, policy, rule, when
 
 GOOD = rule("less", Cap("mid", 2, 2.0))
@@ -194,6 +205,8 @@ def test_what_a_reviewer_should_look_at(served: Any) -> None:
         ),
     )
     assert found == [
+        "e: rules[0]: feature 5 of 'mid': rule 'r' of policy 'c' and rule 'r' of policy 'e' cannot both be kept, and "
+        "both may be on one request once enforced",
         "a: owner: is empty: nobody to ask",
         "a: rules[0].feature: feature 1 of 'mid' has no label in the catalogue",
         "b: mode: is off: the policy does nothing",
@@ -206,9 +219,43 @@ def test_what_a_reviewer_should_look_at(served: Any) -> None:
         f"f: rules[0].scope.start: {MOVES}, or begin at 1",
         f"f: rules[1].scope.start: {MOVES}, or begin at 1",
         "f: rules[1].scope.start: is never reached: a request has 64 tokens",
-        "e: rules[0]: feature 5 of 'mid': rule 'r' of policy 'c' and rule 'r' of policy 'e' cannot both be kept, and "
-        "both may be on one request once enforced",
     ]
+
+
+def many_on_one_feature(count: int, **fields: Any) -> list[Policy]:
+    edits = [Zero("mid", 2) if index % 2 else Clamp("mid", 2, index + 1.0) for index in range(count)]
+    return [policy(f"p{index}", rule("r", edit), **fields) for index, edit in enumerate(edits)]
+
+
+def test_only_so_many_clashes_and_warnings_are_listed(served: Any) -> None:
+    shadows = many_on_one_feature(300, mode="shadow", owner="")
+    listed = check_or_refuse(shadows, served, NOW)
+    assert sum("cannot both be kept" in warning for warning in listed) == MAX_CLASHES
+    assert f"after {MAX_CLASHES} such pairs no more are looked for" in listed[MAX_CLASHES]
+    assert (len(listed), listed[-1]) == (MAX_WARNINGS + 1, f"and {MAX_CLASHES + 1 + 300 - MAX_WARNINGS} more")
+    assert len(problems(served, *many_on_one_feature(300))) == MAX_CLASHES + 1
+
+
+def test_comparing_policies_ends_with_whoever_asked(served: Any) -> None:
+    apart = [
+        replace(shadow, target=Target(callers=(shadow.name,))) for shadow in many_on_one_feature(200, mode="shadow")
+    ]
+    sound = [compile_policy(entry, served) for entry in apart]
+    assert [*find_clashes(sound, "shadow")] == []
+    with pytest.raises(DeadlineExceeded):
+        next(find_clashes(sound, "shadow", Cancellation(time.monotonic())))
+    with pytest.raises(DeadlineExceeded):
+        check_policies(apart, served, NOW, cancellation=Cancellation(time.monotonic()))
+
+
+def test_edits_that_are_alike_are_compared_once(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[object] = []
+    monkeypatch.setattr(rules, "clash_of", lambda *edits: compared.append(edits))
+    alike = [policy(f"p{index}", rule("r", Zero("mid", index % 2))) for index in range(100)]
+    shadow = policy("s", rule("r", Clamp("mid", 0, 1.0)), mode="shadow")
+    sound = [compile_policy(entry, served) for entry in (*alike, shadow)]
+    assert [*find_clashes(sound, "enforce")] == []
+    assert len(compared) == 2
 
 
 def test_a_refusal_lists_them_and_counts_the_rest(served: Any) -> None:

@@ -21,7 +21,7 @@ from msgspec import Meta
 from saeguard.catalog import Activation, Revision
 from saeguard_server.errors import ReadOnlyStore, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.document import policy_changes
+from saeguard_server.policy.changes import PolicyDiff, policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store.protocol import Active, ContentRefused, StoreUnreachable
 
@@ -104,7 +104,15 @@ class DirectoryStore:
         """Nobody: approval is where the directory is written."""
         return frozenset()
 
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
+    async def write(
+        self,
+        policies: Sequence[Policy],
+        *,
+        etag: str,
+        author: str,
+        reason: str,
+        changes: Sequence[PolicyDiff] | None = None,
+    ) -> PolicyRevision:
         self._refuse()
 
     async def activate(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from saeguard.catalog import Activation, Revision
+from saeguard_server.policy.changes import PolicyDiff
 from saeguard_server.policy.model import Policy, PolicyRevision
 
 NO_REVISION = "0"
@@ -91,7 +92,7 @@ class PolicyStore(Protocol):
         ...
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
-        """Revisions, newest first: at most ``limit``, with numbers below ``before``."""
+        """Revisions, newest first: at most ``limit``, fewer where diffs are long, with numbers below ``before``."""
         ...
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
@@ -106,8 +107,18 @@ class PolicyStore(Protocol):
         """What is in force; None before the first activation."""
         ...
 
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
+    async def write(
+        self,
+        policies: Sequence[Policy],
+        *,
+        etag: str,
+        author: str,
+        reason: str,
+        changes: Sequence[PolicyDiff] | None = None,
+    ) -> PolicyRevision:
         """Appends a revision that holds exactly these policies, and answers once it is durable.
+
+        ``changes`` are those since the newest revision, where the caller has them.
 
         Raises:
             Conflict: ``etag`` is not the newest revision's number.

@@ -27,13 +27,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from saeguard.catalog import Activation, Revision
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
-from saeguard_server.policy.document import policy_changes
+from saeguard_server.policy.changes import SET_BYTES, PolicyDiff, cut_diff, policy_changes
 from saeguard_server.policy.model import Policy, PolicyRevision
 from saeguard_server.policy.store.databases import Database
 from saeguard_server.policy.store.protocol import Active, SchemaMismatch, StoreCorrupted, StoreUnreachable
 
 ANSWER_S = 10.0
 """A database that says nothing for so long counts as gone."""
+HISTORY_ROWS, HISTORY_BYTES = 8, 2**21
+"""Revisions that are read at once, and after how much of their diffs no more are."""
 SCHEMA_TABLE = "policy_schema"
 """Where Alembic notes which migrations were made."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -114,7 +116,15 @@ class SqlStore:
             return await self._revision(connection, number)
 
     async def changes(self, *, limit: int, before: int | None = None) -> tuple[Revision, ...]:
-        return tuple(change_of_row(values) for values in await self._newest(REVISIONS, limit, before))
+        changes: list[Revision] = []
+        size = 0
+        while len(changes) < limit and size < HISTORY_BYTES:
+            rows = await self._newest(REVISIONS, min(HISTORY_ROWS, limit - len(changes)), before)
+            changes += map(change_of_row, rows)
+            size += sum(len(change.diff) for change in changes[-len(rows) :])
+            if not rows or (before := rows[-1]["number"]) == 1:
+                break
+        return tuple(changes)
 
     async def activations(self, *, limit: int, before: int | None = None) -> tuple[Activation, ...]:
         return tuple(activation_of_row(values) for values in await self._newest(ACTIVATIONS, limit, before))
@@ -138,17 +148,26 @@ class SqlStore:
                 self._active = Active(activation_of_row(act), revision, act["seal"])
             return self._active
 
-    async def write(self, policies: Sequence[Policy], *, etag: str, author: str, reason: str) -> PolicyRevision:
+    async def write(
+        self,
+        policies: Sequence[Policy],
+        *,
+        etag: str,
+        author: str,
+        reason: str,
+        changes: Sequence[PolicyDiff] | None = None,
+    ) -> PolicyRevision:
         policies = tuple(sorted(policies, key=lambda policy: policy.name))
         documents = await asyncio.to_thread(documents_of, policies)
+        if changes is None:
+            newest = await self.latest()
+            changes = await asyncio.to_thread(policy_changes, () if newest is None else newest.policies, policies)
         async with self._transaction(writes=True) as connection:
             head = await self._head(connection, locked=True)
             if etag != str(head.revision):
                 raise Conflict(f"etag: the newest revision is {head.revision}, not {etag!r}; read it and try again")
             last = await self._row(connection, REVISIONS, head.revision) if head.revision else None
-            before = () if last is None else await self._policies(connection, last)
             await self._add_documents(connection, documents)
-            changes = await asyncio.to_thread(policy_changes, before, policies)
             members = zip((policy.name for policy in policies), documents, strict=True)
             values = sealed_row(
                 REVISIONS, last, number=head.revision + 1, author=author, reason=reason,
@@ -290,7 +309,7 @@ def revision_of_row(values: Mapping[str, Any], policies: Sequence[Policy]) -> Po
 
 
 def change_of_row(values: Mapping[str, Any]) -> Revision:
-    diff = "".join(diff for _, _, diff in json.loads(values["changes"]))
+    diff = cut_diff("".join(diff for _, _, diff in json.loads(values["changes"])), 2 * SET_BYTES)
     return Revision(diff=diff, **_act(values, "number", "author", "reason"))
 
 

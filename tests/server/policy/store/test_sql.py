@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from saeguard_client.cli import main
 from saeguard_server.audit.chain import AuditFolder
 from saeguard_server.errors import Conflict, UnknownName
 from saeguard_server.policy import document
+from saeguard_server.policy.changes import policy_changes
 from saeguard_server.policy.model import Policy
-from saeguard_server.policy.store import open_store
+from saeguard_server.policy.store import open_store, sql
 from saeguard_server.policy.store.protocol import NO_REVISION, SchemaMismatch, StoreCorrupted
 from saeguard_server.policy.store.sql import SqlStore
 from support.policies import a_policy
@@ -266,5 +268,36 @@ async def test_every_policy_is_kept_as_it_is(new_database: Callable[[str], str])
         kept = await fresh.revision(number)
         texts = {policy.name: document.canonical_json(policy) for policy in wanted}
         assert [(policy.name, document.canonical_json(policy)) for policy in kept.policies] == sorted(texts.items())
-        assert document.policy_changes(wanted, kept.policies) == ()
+        assert policy_changes(wanted, kept.policies) == ()
     await store.close()
+
+
+async def test_a_page_of_changes_ends_by_their_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "HISTORY_ROWS", 2)
+    monkeypatch.setattr(sql, "HISTORY_BYTES", 150_000)
+    store = await open_store(f"sqlite:///{tmp_path}/policies.db")
+    try:
+        for number in range(9):
+            large = replace(a_policy(), owner=str(number) * 100_000)
+            await store.write([large], etag=str(number), author="ann", reason="because")
+        assert [change.number for change in await store.changes(limit=9)] == [9, 8, 7, 6]
+        assert [change.number for change in await store.changes(limit=3)] == [9, 8, 7]
+        assert [change.number for change in await store.changes(limit=9, before=4)] == [3, 2, 1]
+        assert await store.changes(limit=9, before=1) == ()
+        assert max(len(change.diff) for change in await store.changes(limit=9)) < 70_000
+    finally:
+        await store.close()
+
+
+async def test_differences_are_made_once_and_outside_the_transaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await open_store(f"sqlite:///{tmp_path}/policies.db")
+    monkeypatch.setattr(sql, "policy_changes", lambda *policies: pytest.fail("made twice"))
+    try:
+        changes = policy_changes([], [a_policy()])
+        await store.write([a_policy()], etag=NO_REVISION, author="ann", reason="because", changes=changes)
+        (change,) = await store.changes(limit=9)
+        assert change.diff == changes[0].diff
+    finally:
+        await store.close()
