@@ -81,8 +81,8 @@ def _diff(before: list[str], after: list[str], old: str, new: str) -> Iterator[s
         yield f"{sizes[1]} lines were {sizes[0]} lines: too long to show line by line\n"
         return
     skipped = max(0, start - CONTEXT)
-    sides = (side[skipped : len(side) - max(0, end - CONTEXT)] for side in (before, after))
-    for line in unified_diff(*sides, old, new, n=CONTEXT):
+    left, right = (side[skipped : len(side) - max(0, end - CONTEXT)] for side in (before, after))
+    for line in unified_diff(left, right, old, new, n=CONTEXT):
         yield _HUNK.sub(lambda hunk: _moved(hunk, skipped), line) if line.startswith("@@ ") else line
 
 
