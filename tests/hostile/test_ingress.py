@@ -152,6 +152,66 @@ async def test_a_call_whose_message_does_not_come_is_ended(attacked: Attacked, o
     outcome("half-open calls, and a byte at a time", "receive_s; nobody: at once", f"{max(took):.1f} s")
 
 
+async def half_send(attacked: Attacked, method: bytes, credential: tuple[tuple[bytes, bytes], ...]) -> None:
+    """All but the end of a message of 4 MiB for each of 8 calls, as far as the windows let it; then HOLD_S of rest."""
+    size, began, read = 4 * 2**20 - 64, time.monotonic(), 0
+    async with attacked.connection() as connection:
+        # Of the connection, and of its calls: what may be sent, and what is left.
+        windows, left = dict.fromkeys((0, *range(1, 16, 2)), 65_535), dict.fromkeys(range(1, 16, 2), size)
+        for stream in left:
+            await connection.send(frame(http2.HEADERS, http2.END_HEADERS, stream, header_block(method, credential)))
+        while time.monotonic() - began < 2.0 and not connection.closed.is_set():
+            for kind, _, stream, payload in connection.frames[read:]:
+                windows[stream] += int.from_bytes(payload) if kind == http2.WINDOW_UPDATE else 0
+                if kind == http2.SETTINGS:
+                    initial = [payload[at + 2 : at + 6] for at in range(0, len(payload), 6) if payload[at + 1] == 4]
+                    grown = int.from_bytes(initial[0]) - 65_535 if initial else 0
+                    windows |= {number: windows[number] + grown for number in left}
+            read = len(connection.frames)
+            for stream, rest in left.items():
+                part = min(16_384, windows[0], windows[stream], rest)
+                if part > 0:
+                    head = grpc_message(b"")[:1] + size.to_bytes(4) if rest == size else b""
+                    await connection.send(frame(http2.DATA, 0, stream, head + b"x" * (part - len(head))))
+                    windows[0], windows[stream], left[stream] = windows[0] - part, windows[stream] - part, rest - part
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("method", [CHECK, REFLECT, INFO])
+async def test_half_sent_messages_take_bounded_memory(attacked: Attacked, outcome: Outcome, method: bytes) -> None:
+    """1.3 GB, were each received while the others are."""
+    before, most, slowest = attacked.memory_mb(), 0, 0.0
+    attacks = [asyncio.create_task(half_send(attacked, method, attacked.credentials[-1])) for _ in range(40)]
+    while not all(attack.done() for attack in attacks):
+        most, slowest = max(most, attacked.memory_mb()), max(slowest, await attacked.answers_within())
+        await asyncio.sleep(0.05)
+    await asyncio.gather(*attacks, return_exceptions=True)
+    assert most - before < 150
+    assert slowest < 2.0
+    outcome(
+        f"320 half-sent messages of 4 MiB to {method.decode()}", "8 public, 16 others at once",
+        f"+{most - before} MB, slowest check {slowest * 1e3:.0f} ms",
+    )  # fmt: skip
+
+
+async def test_large_messages_on_streams_are_refused_and_let_go(attacked: Attacked, outcome: Outcome) -> None:
+    before, most = attacked.memory_mb(), 0
+    body = b"\x22\x80\x80\xff\x01" + b"x" * (255 << 14)
+
+    async def asks(channel: grpc.aio.Channel, text: bytes) -> str:
+        call = channel.unary_unary(REFLECT.decode())(text, timeout=20)
+        return str((await call.code()).name)
+
+    for _ in range(8):
+        alone = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{attacked.port}", options=alone) as channel:
+            codes = await asyncio.gather(*(asks(channel, body) for _ in range(12)))
+        most = max(most, attacked.memory_mb())
+        assert set(codes) == {"INVALID_ARGUMENT"}
+    assert most - before < 150
+    outcome("96 reflection requests of 4 MiB", "64 KiB; INVALID_ARGUMENT", f"+{most - before} MB")
+
+
 async def test_connections_that_say_nothing_or_little_are_closed(attacked: Attacked, outcome: Outcome) -> None:
     async def silent(first: bytes, every_s: float | None) -> float:
         reader, writer = await asyncio.open_connection("127.0.0.1", attacked.port)

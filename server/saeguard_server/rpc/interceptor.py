@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -46,6 +47,14 @@ from saeguard_server.identity import auth
 from saeguard_server.identity.auth import Identity
 from saeguard_server.observe import REQUEST_ID, Metrics
 from saeguard_server.quotas import Quotas
+from saeguard_server.rpc.receiving import (
+    PATIENCE_S,
+    PLACES,
+    PUBLIC_PATIENCE_S,
+    PUBLIC_PLACES,
+    PUBLIC_S,
+    Receiving,
+)
 from saeguard_server.rpc.unread import CORE_ENDS_WITHIN_S, ReplyWriter
 from saeguard_server.settings import LimitSettings
 
@@ -82,7 +91,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     4. A refusal where too many calls are open: ``OpenCalls``; or while the server drains: ``LoadLimiter.rpc``.
     5. The deadline.
     6. Who calls and whether it may: ``AuthInterceptor``.
-    7. The message is received, small enough, and paid for where it is refused: ``Quotas.message``.
+    7. The message is received, few at once: ``Receiving``; it is small enough, and paid for where it is refused:
+       ``Quotas.message``.
     8. It is parsed, the handler runs, headers and replies are sent: ``ReplyWriter`` ends what nobody reads.
 
     ``open`` counts the RPCs inside it, health's too.
@@ -104,6 +114,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._quotas, self._audit, self._limits, self._receive_s = quotas, audit, limits, receive_s
         self.max_deadline_s = limits.max_deadline_s
         self._other_unread = Waiting(MAX_UINT32, MAX_UINT32)
+        self._public = Receiving(PUBLIC_PLACES, PUBLIC_PATIENCE_S, PUBLIC_S)
+        self._known = Receiving(PLACES, PATIENCE_S, inf)
         self.open = InFlight()
 
     async def intercept_service(
@@ -156,17 +168,30 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         is_counted = handler.response_streaming and call.caller is not NOBODY
         unread = self._limiter.unread if is_counted else self._other_unread
         writer = ReplyWriter(context, call.caller, unread, self._limits.max_unread_s)
+        receiving = self._public if call.caller is NOBODY else self._known
         if handler.request_streaming:
             stream: Any = handler.stream_stream
-            await _write_all(stream(_requests(handler, context), context), writer, context, record, call)
+            requests = self._requests(handler, method, context, receiving)
+            await _write_all(stream(requests, context), writer, context, record, call)
             return
-        raw = await _received(context, self._receive_s)
+        raw = await receiving.read(context, self._receive_s)
+        if raw is grpc.aio.EOF:
+            # Also what a call looks like that is being cancelled, or whose message is too large: the core then ends us.
+            await asyncio.sleep(CORE_CANCELS_S)
+            raise InvalidRequest("request", "no message was sent")
         self._check_size(method, len(raw))
         with self._quotas.message(call.caller, len(raw)):
             request = _parsed(handler, raw)
             del raw  # megabytes, for as long as it is answered
             stream = handler.unary_stream if handler.response_streaming else _as_stream(handler.unary_unary)
             await _write_all(stream(request, context), writer, context, record, call)
+
+    async def _requests(
+        self, handler: Handler, method: str, context: Context, receiving: Receiving
+    ) -> AsyncIterator[Any]:
+        while (raw := await receiving.read(context, self._receive_s)) is not grpc.aio.EOF:
+            self._check_size(method, len(raw))
+            yield _parsed(handler, raw)
 
     def _check_size(self, method: str, size: int) -> None:
         name = method.rpartition("/")[2]
@@ -307,6 +332,8 @@ class RpcStatus:
             return False
         self.error = self._own_error(error)
         self.code = grpc.StatusCode[self.error.status]
+        # They hold the message, for as long as the answer waits.
+        traceback.clear_frames(trace)
         return True
 
     @property
@@ -492,25 +519,6 @@ def _credentials(context: Context) -> Credentials:
 
 
 # --- 7. The handler
-
-
-async def _received(context: Context, within_s: float) -> bytes:
-    """The one message. Raises DeadlineExceeded, InvalidRequest: it does not come in time, or at all."""
-    try:
-        async with asyncio.timeout(within_s):
-            raw = await context.read()
-    except TimeoutError:
-        raise DeadlineExceeded(f"the request's message did not arrive within {within_s:g} s") from None
-    if raw is grpc.aio.EOF:
-        # Also what a call looks like that is being cancelled, or whose message is too large: the core then ends us.
-        await asyncio.sleep(CORE_CANCELS_S)
-        raise InvalidRequest("request", "no message was sent")
-    return bytes(raw)
-
-
-async def _requests(handler: Handler, context: Context) -> AsyncIterator[Any]:
-    while (raw := await context.read()) is not grpc.aio.EOF:
-        yield _parsed(handler, raw)
 
 
 def _parsed(handler: Handler, raw: bytes) -> Any:

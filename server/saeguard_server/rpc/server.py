@@ -131,6 +131,8 @@ def _options(settings: ServerSettings, longest_call_s: float) -> list[tuple[str,
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.per_message_decompression", 0),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        # 64 KiB of a message come before it is read; with probes, whatever a fast line takes in a round trip.
+        ("grpc.http2.bdp_probe", 0),
         # One limit: between two, calls are refused by chance.
         ("grpc.max_metadata_size", METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", METADATA_BYTES),
