@@ -14,7 +14,7 @@ from saeguard_server.errors import DeadlineExceeded, Overloaded
 from saeguard_server.fair_queue import SOON_S
 
 PUBLIC_PLACES, PUBLIC_S, PUBLIC_PATIENCE_S = 8, 1.0, 0.25
-"""Of the methods that anybody may call: messages read at once, 32 MiB of them, and for how long."""
+"""Of the methods anybody may call: messages read at once, for how long. 32 MiB where none announces more than 4."""
 PLACES, PATIENCE_S = 16, 2.0
 """Of the others: 64 MiB."""
 
