@@ -141,7 +141,7 @@ class _Policy(msgspec.Struct):
 
 class _Request(_Record, kw_only=True):
     request_id: str
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = msgspec.field(name="asked", default_factory=dict)
     outcome: str = ""
     seed: int | None = None
     policy: _Policy | None = None

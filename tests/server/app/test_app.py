@@ -19,6 +19,7 @@ from saeguard.v1 import intervention_pb2 as edit_pb
 from saeguard_server.app import App
 from saeguard_server.rpc.server import allow_files
 from saeguard_server.settings import BadSettings
+from support.server_process import free_port
 
 
 async def health(channel: grpc.aio.Channel, service: str = "") -> int:
@@ -118,7 +119,7 @@ async def test_a_port_that_is_taken_is_told_by_its_name_before_a_model_is_loaded
         with pytest.raises(BadSettings, match=rf"server\.listen: {app.address}: Address already in use"):
             async with App.build(taken, load):
                 pass
-        twice = f"127.0.0.1:{app.port + 1}"
+        twice = f"127.0.0.1:{free_port()}"
         with pytest.raises(BadSettings, match=r"server\.listen"):
             async with App.build(settings_of(server={"listen": twice, "metrics_listen": twice}), load):
                 pass
