@@ -138,9 +138,7 @@ def picture(lines: list[Line], beside: list[Line], deadline_s: float) -> str:
     if beside:
         marks.append(_curve(beside, "#999", "before"))
     marks.append(_curve(lines, "#c30", "now"))
-    title = _text(
-        LEFT, 20, f"Tokens of answers complete within {deadline_s:g} s, of the capacity without deadlines", "start"
-    )
+    title = f"Tokens of answers complete within {deadline_s:g} s, of the capacity without deadlines"
     below = _text(LEFT + WIDE / 2, TOP + HIGH + 38, "offered load", "middle")
     body = "\n".join([_text(LEFT, 20, title, "start"), *marks, below])
     size = f'width="{LEFT + WIDE + 70}" height="{TOP + HIGH + 50}"'
