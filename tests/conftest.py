@@ -16,7 +16,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "referen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--hostile", action="store_true", help="attack in full: tests/hostile takes about 20 minutes")
+    parser.addoption(
+        "--hostile", action="store_true", help="attack in full: tests/hostile takes more than half an hour"
+    )
 
 
 @pytest.fixture(autouse=True)

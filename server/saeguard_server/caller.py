@@ -108,6 +108,10 @@ NOBODY = Caller("nobody", frozenset())
 """Who calls an RPC that is open to all, and whoever is not recognised yet."""
 
 
+ALMOST_OVER_S = 0.01
+"""gRPC's core cancels at a deadline by a clock of its own, which differs from ours by less than this."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One RPC: its id, ``deadline`` on the ``time.monotonic`` clock in seconds, and who calls.

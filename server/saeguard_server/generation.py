@@ -20,7 +20,7 @@ from saeguard.types import FeatureRef
 from saeguard_server import steering
 from saeguard_server.admission import Admission
 from saeguard_server.audit.log import Audit, RequestAudit
-from saeguard_server.caller import Call, Role
+from saeguard_server.caller import ALMOST_OVER_S, Call, Role
 from saeguard_server.engine.protocol import Divergence, Engine, GenerateTask, InspectTask, Side, Steering
 from saeguard_server.engine.tokenizer import Tokenizer, encode_input
 from saeguard_server.errors import (
@@ -47,8 +47,6 @@ MAX_WAITING = 16
 """Counterfactuals that wait; further ones are not measured: traffic comes first."""
 DEADLINE_S = 60.0
 """Of a counterfactual."""
-ALMOST_OVER_S = 0.01
-"""What is cancelled so shortly before its deadline is cancelled for it: gRPC has a clock of its own."""
 IDLE_S = 0.2
 """How often it is looked whether the engine has time for one."""
 

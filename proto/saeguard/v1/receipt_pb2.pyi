@@ -86,7 +86,7 @@ class TriggerReceipt(_message.Message):
     tokens_evaluated: _builtins.int
     """Tokens inside the condition's scope that the model read."""
     tokens_on: _builtins.int
-    """Evaluated tokens on which the condition held; absent where the caller may not know, unless it ended the generation."""
+    """Evaluated tokens on which the condition held; absent where the caller may not know."""
     first_position: _builtins.int
     """Of the token on which it first held; absent if it never did, and where tokens_on is."""
     def __init__(

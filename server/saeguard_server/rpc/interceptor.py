@@ -30,7 +30,7 @@ from grpc_status import rpc_status
 from saeguard.checks import MAX_UINT32
 from saeguard_server.admission import InFlight, LoadLimiter, Waiting
 from saeguard_server.audit.log import Audit
-from saeguard_server.caller import NOBODY, Call, Caller, Credentials
+from saeguard_server.caller import ALMOST_OVER_S, NOBODY, Call, Caller, Credentials
 from saeguard_server.errors import (
     DeadlineExceeded,
     InternalFailure,
@@ -76,8 +76,6 @@ MESSAGE_BYTES = 512
 BRINGS_INPUT = frozenset({"Generate", "GenerateStream", "Compare", "GetActivations"})
 SMALL_REQUEST_BYTES = 65_536
 """What the requests of other methods may have, but for policies."""
-ALMOST_OVER_S = 0.01
-"""The core cancels at the deadline; its clock and ours differ by less than this."""
 CORE_CANCELS_S = 0.1
 """After the end of a request that is cancelled, its cancellation comes within less."""
 
