@@ -22,9 +22,6 @@ from saeguard_server.settings import BadSettings, Settings, load_settings
 if TYPE_CHECKING:
     from saeguard_server.app import App
 
-SWITCH_S = 0.0005
-"""How long a thread of Python lets another wait, in place of Python's own 5 ms: a step of the engine asks for its turn
-a hundred times, and calls that are refused by the hundred would each take it first."""
 FLAGS: Mapping[str, tuple[str, type, str]] = {
     "--model": ("model.path", str, 'local folder, Hugging Face repository, or "demo" (default)'),
     "--revision": ("model.revision", str, "commit or tag of a Hugging Face repository"),
@@ -121,7 +118,6 @@ def _serve(settings: Settings) -> int:
     from saeguard_server.observe import configure_logs
 
     configure_logs(settings.server.log_level, sys.stderr)
-    sys.setswitchinterval(SWITCH_S)
 
     async def serve() -> None:
         async with App.build(settings) as app:
